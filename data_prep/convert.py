@@ -1,0 +1,17 @@
+"""Turns text into a data set: `python data_prep/convert.py SOURCE [SOURCE ...] --out DIR --train-tokenizer 8192`.
+
+A thin program over ettin_foundry/convert.py, which says what is read and written; `--help` lists the options. It runs
+from a bare clone as well as installed.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ettin_foundry.convert import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""Attention over a flat stream of documents: one signature, a flash path and a reference path.
+
+A microbatch is one stream of N tokens with no padding; `Documents` says where documents begin. Attention never crosses a
+document's border. The window says the rest, in flash-attn's sense: (left, right), both ends included, -1 for no limit;
+causal attention is right == 0. Encoders use (-1, -1) and (64, 64), decoders (-1, 0) and (63, 0).
+
+The reference path defines the meaning: plain SDPA, on any device and dtype. The flash path is flash-attn 3 or 2 when
+installed, else torch's own `varlen_attn` (torch >= 2.11). Which one runs is decided once by `select_backend`.
+
+Shapes: N tokens, D documents, H heads, K head dimension, W block width.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Backend", "Documents", "attention", "describe_backend", "select_backend"]
+
+log = logging.getLogger(__name__)
+
+
+class Documents:
+    """Where documents lie in a flat stream of N tokens.
+
+    Args:
+        cu_seqlens: (D + 1,) int32, offsets of documents, first 0 and last N.
+        max_seqlen: length of the longest document, a Python int (reading it from the device would stall the step).
+        position_ids: (N,) int64, place of each token in its own document.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, position_ids: Tensor) -> None:
+        self.cu_seqlens = cu_seqlens
+        self.max_seqlen = max_seqlen
+        self.position_ids = position_ids
+        self._cache: dict[object, Tensor | list[int]] = {}  # masks are the same in every layer of one forward
+
+    def cached(self, key: object, make: Callable[[], Tensor | list[int]]) -> Tensor | list[int]:
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+
+class Backend(NamedTuple):
+    name: str
+    """`flash_attn_3`, `flash_attn_2`, `varlen_attn` or `reference`."""
+    reason: str
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window_size: tuple[int, int],
+              backend: str = "reference") -> Tensor:
+    """Softmax attention inside each document, scale K ** -0.5.
+
+    Args:
+        q, k, v: (N, H, K), same dtype; bf16 or fp16 for the flash backends.
+        documents: borders of the documents in the stream.
+        window_size: (left, right) tokens a query sees to each side, itself not counted; -1 is unlimited.
+        backend: a `Backend.name`.
+
+    Returns:
+        (N, H, K), dtype of `q`.
+
+    Source: the reference trainer's flash-attn calls (bert24 src/bert_layers/attention.py:917-936).
+    """
+    if backend == "reference":
+        if window_size[0] < 0:
+            return _reference_global(q, k, v, documents, causal=window_size[1] == 0)
+        return _reference_local(q, k, v, documents, window_size)
+    cu_seqlens, max_seqlen = documents.cu_seqlens, documents.max_seqlen
+    if backend == "varlen_attn":
+        from torch.nn.attention.varlen import varlen_attn  # type: ignore
+
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=window_size)
+    if backend == "flash_attn_2":
+        from flash_attn import flash_attn_varlen_func  # type: ignore
+    elif backend == "flash_attn_3":
+        from flash_attn_interface import flash_attn_varlen_func  # type: ignore
+    else:
+        raise ValueError(f"attention backend {backend!r} is unknown")
+    out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+                                 causal=window_size[1] == 0, window_size=window_size)
+    return out[0] if isinstance(out, tuple) else out  # early flash-attn 3 returns (out, lse)
+
+
+def _reference_global(q: Tensor, k: Tensor, v: Tensor, documents: Documents, causal: bool) -> Tensor:
+    """Every key of the document (up to the query's place when causal)."""
+    if q.device.type == "cpu":  # the borders are readable here: no padding is computed
+        borders = documents.cached("borders", lambda: documents.cu_seqlens.tolist())
+        assert isinstance(borders, list)
+        heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]                  # (1, H, N, K)
+        out = []
+        for s, e in zip(borders[:-1], borders[1:]):
+            q_d, k_d, v_d = (x[:, :, s:e] for x in heads_first)
+            out.append(F.scaled_dot_product_attention(q_d, k_d, v_d, is_causal=causal))
+        return torch.cat(out, dim=2)[0].transpose(0, 1) if out else q  # no token: keep the graph, every rank needs it
+    # elsewhere: gather documents into a padded (D, max_seqlen) block; nothing is read back from the device
+    place = torch.arange(documents.max_seqlen, device=q.device)
+    starts, ends = documents.cu_seqlens[:-1, None], documents.cu_seqlens[1:, None]
+    index = (starts + place).clamp(max=q.shape[0] - 1)                              # (D, M)
+    visible = (starts + place < ends)[:, None, None, :]                            # (D, 1, 1, M)
+    if causal:
+        visible = visible & (place[:, None] >= place)[None, None]                  # (D, 1, M, M)
+    q_d, k_d, v_d = (x[index].transpose(1, 2) for x in (q, k, v))                   # (D, H, M, K)
+    out = F.scaled_dot_product_attention(q_d, k_d, v_d, attn_mask=visible)
+    tokens = torch.arange(q.shape[0], device=q.device, dtype=documents.cu_seqlens.dtype)
+    document = torch.searchsorted(documents.cu_seqlens, tokens, right=True) - 1     # (N,)
+    return out.transpose(1, 2)[document, documents.position_ids]
+
+
+def _reference_local(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window_size: tuple[int, int]) -> Tensor:
+    """Blocks of W queries against their own and the neighbouring blocks of keys, all documents at once.
+
+    W is at least the window's reach, so one block to each side holds every visible key: N * 3W scores, not N ** 2.
+    """
+    left, right = window_size
+    num_tokens, heads, dim = q.shape
+    width = max(left, right, 16)
+    blocks = -(-num_tokens // width)
+    if blocks == 0:
+        return q
+    sides = (1, 1 if right else 0)  # blocks of keys to the left and to the right of a query's own
+
+    def keys(x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 0, 0, 0, sides[0] * width, blocks * width - num_tokens + sides[1] * width))
+        x = x.view(blocks + sum(sides), width, heads, dim)
+        return torch.cat([x[i:i + blocks] for i in range(sum(sides) + 1)], dim=1).transpose(1, 2)
+
+    mask = documents.cached(("local", window_size, q.dtype),
+                            lambda: _local_mask(documents, window_size, num_tokens, width, sides, q.dtype))
+    assert isinstance(mask, Tensor)
+    queries = F.pad(q, (0, 0, 0, 0, 0, blocks * width - num_tokens)).view(blocks, width, heads, dim).transpose(1, 2)
+    out = F.scaled_dot_product_attention(queries, keys(k), keys(v), attn_mask=mask)
+    return out.transpose(1, 2).reshape(blocks * width, heads, dim)[:num_tokens]
+
+
+def _local_mask(documents: Documents, window_size: tuple[int, int], num_tokens: int, width: int,
+                sides: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """(blocks, 1, W, (1 + sum(sides)) * W), 0 where a key is visible and -inf elsewhere."""
+    device = documents.position_ids.device
+    blocks = -(-num_tokens // width)
+    span = (1 + sum(sides)) * width
+    start = torch.arange(num_tokens, device=device) - documents.position_ids        # where a token's document begins
+    padded = F.pad(start, (sides[0] * width, blocks * width - num_tokens + sides[1] * width), value=-1)
+    key_start = padded.unfold(0, span, width)                                       # (blocks, span)
+    query_start = padded[sides[0] * width:][:blocks * width].view(blocks, width)
+    distance = (torch.arange(span, device=device)
+                - torch.arange(width, device=device)[:, None] - sides[0] * width)   # key place - query place
+    near = (distance >= -window_size[0]) & (distance <= window_size[1])
+    visible = (key_start[:, None, :] == query_start[:, :, None]) & near
+    visible = visible | (distance == 0)  # padding sees itself: a row without any key would give NaN gradients
+    mask = torch.zeros(visible.shape, dtype=dtype, device=device)
+    return mask.masked_fill_(~visible, float("-inf"))[:, None]
+
+
+@functools.cache
+def _flash_candidates() -> tuple[Backend, ...]:
+    """The flash implementations of this environment, best first. Found without importing CUDA code."""
+    found = []
+    if importlib.util.find_spec("flash_attn_interface"):
+        found.append(Backend("flash_attn_3", "flash-attn 3 is installed"))
+    if importlib.util.find_spec("flash_attn"):
+        found.append(Backend("flash_attn_2", "flash-attn 2 is installed"))
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version >= (2, 11):  # 2.10 has the function, but without windows
+        found.append(Backend("varlen_attn", f"torch {torch.__version__} brings varlen_attn with windows"))
+    return tuple(found)
+
+
+def select_backend(wish: str, device_type: str, dtype: torch.dtype) -> Backend:
+    """The attention implementation for tensors of this device and dtype.
+
+    Args:
+        wish: `auto`, `flash` (any flash implementation) or `reference`.
+
+    Raises:
+        ValueError: the wish is unknown or cannot be met here; the message says why and what to do.
+    """
+    if wish not in ("auto", "flash", "reference"):
+        raise ValueError(f"model.attn_impl: {wish!r} is unknown; choose auto, flash or reference")
+    if wish == "reference":
+        return Backend("reference", "asked for by model.attn_impl")
+    if device_type != "cuda":
+        obstacle = f"flash kernels need a CUDA device and this is {device_type}"
+    elif dtype not in (torch.bfloat16, torch.float16):
+        obstacle = f"flash kernels need bf16 or fp16 and this is {dtype}"
+    elif not _flash_candidates():
+        obstacle = "no flash implementation is installed (flash-attn, or torch >= 2.11)"
+    else:
+        return _flash_candidates()[0]
+    if wish == "flash":
+        raise ValueError(f"model.attn_impl: flash was asked for, but {obstacle}. Use a GPU with precision amp_bf16 and "
+                         "`pip install ettin-foundry[gpu]`, or set model.attn_impl to auto")
+    return Backend("reference", obstacle)
+
+
+def describe_backend(wish: str = "auto", precision: str = "amp_bf16") -> Backend:
+    """What a run on this machine will use, for the start-up report."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(precision, torch.float32)
+    return select_backend(wish, device, dtype)

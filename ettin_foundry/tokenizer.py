@@ -1,0 +1,257 @@
+"""The tokenizer: load, train, check, and the two templates (encoder, decoder) of one vocabulary.
+
+Ettin uses OLMo's byte-level BPE with [UNK] [CLS] [SEP] [PAD] [MASK] after the ordinary entries; BOS is [CLS], EOS is
+[SEP]. Both members of a pair share the vocabulary and differ only in the template put around a text. Data sets carry a
+fingerprint of the vocabulary and of what the tokenizer does with a fixed text, so that training with another one is an
+error and not a bad model. Special tokens around chunks are the loader's work (data.py), not done here.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:  # importing transformers takes seconds, which readers of a manifest need not wait for
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["MAX_VOCAB_SIZE", "PlainEncoder", "check", "encode_batch", "fingerprint", "load", "save", "special_ids", "train_bpe",
+           "vocab_size", "with_template"]
+
+MAX_VOCAB_SIZE = 65_535
+"""Tokens are stored as uint16."""
+
+_SPECIALS = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
+_NUM_BYTES = 256
+
+# What a fingerprint tokenizes. Never change it: every manifest on disk holds its hash.
+_PROBE = (
+    "The quick brown fox jumps over the lazy dog; it didn't stop at 3,141.59 or \"quotes\" -- isn't that odd?\n"
+    "def f(x: int, *, y=None) -> dict[str, float]:\n    if x >= 10 and not y:\n\t\treturn {'a': x ** 2, \"b\": 1e-5}\n\n\n"
+    "    for i in range(100):  # comment\n        total += a[i] @ b[i:-1]\n"
+    "caf\u00e9 cafe\u0301 \u00c5ngstr\u00f6m \u2126 \ufb01n stra\u00dfe \u0130stanbul \u4f60\u597d\u4e16\u754c \u043f\u0440"
+    "\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 \u0939\u093f\u0928\u094d\u0926\u0940 \U0001f600\U0001f468"
+    "\u200d\U0001f469\u200d\U0001f467 \u00a0\u2003\u200b end   of  \t tabs \r\n lines                         wide\n"
+    "[MASK] [CLS] [SEP] [PAD] [UNK] <|endoftext|> http://example.org/a?b=c&d=%20 user@example.org $x_1^{2}$ \\alpha"
+)
+
+
+def load(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+    """Loads a tokenizer from a folder or by its Hugging Face id, without remote code.
+
+    BOS and EOS are set to [CLS] and [SEP] where the tokenizer names none, as ModernBERT's does.
+
+    Raises:
+        FileNotFoundError: neither a folder nor an id that can be reached. ValueError: not a fast tokenizer, larger than
+            `MAX_VOCAB_SIZE`, or without the special tokens needed; each says what to do.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    name = os.fspath(name_or_folder)
+    folder = Path(name).is_dir()
+    if folder and not (Path(name) / "tokenizer.json").is_file():
+        raise ValueError(f"tokenizer {name}: the folder has no tokenizer.json; a folder saved by a fast tokenizer's "
+                         "save_pretrained is needed. Name another folder, or train one with --train-tokenizer")
+    try:
+        tok = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False, local_files_only=folder)
+    except Exception as error:  # the hub client raises many kinds, also for a malformed tokenizer.json
+        if folder:
+            raise ValueError(f"tokenizer {name}: cannot be read ({_first_line(error)}); a folder saved by a fast "
+                             "tokenizer's save_pretrained is needed. Save it again or name another") from error
+        raise FileNotFoundError(f"tokenizer {name}: neither a folder nor a Hugging Face id that can be loaded here "
+                                f"({_first_line(error)}). Name a folder, or connect to the network") from error
+    if not isinstance(tok, PreTrainedTokenizerFast):
+        raise ValueError(f"tokenizer {name}: it is a {type(tok).__name__}; a fast tokenizer (with tokenizer.json) is "
+                         "needed. Convert it with transformers, or name another")
+    tok.bos_token, tok.eos_token = tok.bos_token or tok.cls_token, tok.eos_token or tok.sep_token
+    special_ids(tok)
+    return tok
+
+
+def special_ids(tok: PreTrainedTokenizerFast) -> dict[str, int | None]:
+    """Ids of unk, cls (also BOS), sep (also EOS), pad and mask; only unk may be None, a byte-level BPE needs none.
+
+    Raises:
+        ValueError: one is missing, two are equal, or the vocabulary exceeds `MAX_VOCAB_SIZE`.
+    """
+    name = _name(tok)
+    if vocab_size(tok) > MAX_VOCAB_SIZE:
+        raise ValueError(f"tokenizer {name}: its vocabulary has {vocab_size(tok)} entries; at most {MAX_VOCAB_SIZE} are "
+                         "allowed, tokens are stored as uint16. Choose or train a smaller one")
+    ids = {"unk": tok.unk_token_id, "cls": tok.cls_token_id, "sep": tok.sep_token_id, "pad": tok.pad_token_id,
+           "mask": tok.mask_token_id}
+    ids = {key: None if value is None else int(value) for key, value in ids.items()}
+    needed = {key: ids[key] for key in ("cls", "sep", "pad", "mask")}
+    missing = [key for key, value in needed.items() if value is None]
+    if missing:
+        raise ValueError(f"tokenizer {name}: no {', '.join(key + '_token' for key in missing)}; cls, sep, pad and mask "
+                         "tokens are needed. Add them and save the tokenizer, or train one with --train-tokenizer")
+    if len(set(needed.values())) != len(needed):
+        raise ValueError(f"tokenizer {name}: special tokens share ids, {needed}; cls, sep, pad and mask must all "
+                         "differ. Give each a token of its own and save the tokenizer")
+    return ids
+
+
+def vocab_size(tok: PreTrainedTokenizerFast) -> int:
+    """Highest id plus one: the rows that an embedding needs."""
+    return max(tok.get_vocab().values()) + 1
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE of Ettin's kind: NFC, no prefix space, the five special tokens as the last five ids.
+
+    Args:
+        texts: the training text; read once, streamed.
+        vocab_size: entries in total, special tokens included.
+
+    Raises:
+        ValueError: `vocab_size` out of range, or the text is too small to give so many entries.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    smallest = _NUM_BYTES + len(_SPECIALS)
+    if not smallest <= vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(f"--train-tokenizer: {vocab_size} given; {smallest} (every byte and the special tokens) to "
+                         f"{MAX_VOCAB_SIZE} entries are possible. Ettin's demo uses 8192")
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(_SPECIALS), show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    backend.train_from_iterator(texts, trainer=trainer)
+    found = backend.get_vocab_size() + len(_SPECIALS)
+    if found != vocab_size:
+        raise ValueError(f"--train-tokenizer: {vocab_size} given; the corpus gives only {found} entries. Ask for at "
+                         f"most {found}, or give more text")
+    # added after training: the trainer would put them first, Ettin has them last
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False, lstrip=key == "mask")
+                                for key, token in _SPECIALS.items()])
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="[CLS]", eos_token="[SEP]", unk_token="[UNK]", cls_token="[CLS]",
+        sep_token="[SEP]", pad_token="[PAD]", mask_token=AddedToken("[MASK]", special=True, normalized=False, lstrip=True),
+        clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"], name_or_path="trained")
+    return with_template(tok, "encoder")
+
+
+def with_template(tok: PreTrainedTokenizerFast, kind: str) -> PreTrainedTokenizerFast:
+    """A copy that puts the template of an encoder or of a decoder around a text.
+
+    encoder: [CLS] A [SEP], pairs [CLS] A [SEP] B [SEP], padding on the right.
+    decoder: [CLS] A: BOS always, EOS never, since a prompt must not say that it is over; padding on the left, so that
+    generation continues every prompt of a batch at its end.
+
+    Raises:
+        ValueError: `kind` is neither.
+    """
+    from tokenizers.processors import TemplateProcessing
+
+    if kind not in ("encoder", "decoder"):
+        raise ValueError(f"template: {kind!r} given; 'encoder' or 'decoder' is possible")
+    result = copy.deepcopy(tok)
+    cls, sep = str(tok.cls_token), str(tok.sep_token)
+    ids = special_ids(tok)
+    single, pair = (f"{cls} $A {sep}", f"{cls} $A {sep} $B:1 {sep}:1") if kind == "encoder" else \
+        (f"{cls} $A", f"{cls} $A $B:1")
+    result.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, pair=pair, special_tokens=[(cls, ids["cls"]), (sep, ids["sep"])])
+    result.padding_side = "right" if kind == "encoder" else "left"
+    # save_pretrained writes only what the constructor was given, so what was changed is put there too
+    result.init_kwargs.update(padding_side=result.padding_side, bos_token=tok.bos_token or cls,
+                              eos_token=tok.eos_token or sep)
+    return result
+
+
+def save(tok: PreTrainedTokenizerFast, folder: str | os.PathLike[str]) -> None:
+    """`save_pretrained`, with the class name that every version of transformers reads as this tokenizer.
+
+    transformers 4.51 writes the name of the slow class, which holds no vocabulary, for every fast tokenizer.
+    """
+    tok.save_pretrained(folder)
+    path = Path(folder) / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))
+
+
+class PlainEncoder:
+    """Texts to plain tokens: no special token is added, and none can come out of a text.
+
+    A literal "[MASK]" in a web page is ordinary text: read as the special token it would teach the model that masks
+    occur in prose, and any page could inject document ends. The check after each batch holds the tokenizer to it.
+
+    Raises:
+        ValueError: the tokenizer turned text into a special token all the same.
+    """
+
+    def __init__(self, tok: PreTrainedTokenizerFast) -> None:
+        self._name = _name(tok)
+        self._backend: Tokenizer = type(tok.backend_tokenizer).from_str(tok.backend_tokenizer.to_str())
+        self._backend.encode_special_tokens = True  # "encode them like any other text"
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._is_special = np.zeros(vocab_size(tok), dtype=bool)
+        special = {int(value) for value in special_ids(tok).values() if value is not None}
+        special |= {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        self._is_special[sorted(special)] = True
+
+    def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """One (L,) uint16 array per text; L is 0 for an empty text."""
+        arrays = [np.array(encoding.ids, dtype=np.uint16)
+                  for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if arrays:
+            ids = np.concatenate(arrays)
+            hits = self._is_special[ids]
+            if hits.any():
+                raise ValueError(f"tokenizer {self._name}: it turned ordinary text into its special token "
+                                 f"{int(ids[hits][0])} ({self._backend.id_to_token(int(ids[hits][0]))!r}); text must "
+                                 "never give one. Mark that token special=True in tokenizer.json, or use another")
+        return arrays
+
+
+def encode_batch(tok: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[np.ndarray]:
+    """`PlainEncoder(tok)(texts)`; for many batches keep the encoder, building one copies the vocabulary."""
+    return PlainEncoder(tok)(texts)
+
+
+def fingerprint(tok: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """A manifest's tokenizer block: name, vocab_size, special_ids and two sha256.
+
+    vocab_sha256 covers every (token, id); probe_sha256 the ids of a fixed text, hence merges, normalizer and
+    pre-tokenizer. Neither depends on template, truncation or padding: an encoder's and a decoder's are equal.
+    """
+    vocab = sorted(tok.get_vocab().items())
+    probe = encode_batch(tok, [_PROBE])[0]
+    return {"name": _name(tok), "vocab_size": vocab_size(tok), "special_ids": special_ids(tok),
+            "vocab_sha256": hashlib.sha256(json.dumps(vocab).encode()).hexdigest(),
+            "probe_sha256": hashlib.sha256(probe.astype("<u2").tobytes()).hexdigest()}
+
+
+def check(tok: PreTrainedTokenizerFast, manifest_block: dict[str, Any]) -> None:
+    """Holds a tokenizer to the one a data set was made with.
+
+    Raises:
+        ValueError: they differ; names both and what differs first.
+    """
+    mine = fingerprint(tok)
+    for key in ("vocab_size", "special_ids", "vocab_sha256", "probe_sha256"):
+        if mine[key] != manifest_block.get(key):
+            raise ValueError(f"tokenizer {mine['name']}: its {key} is {mine[key]}, the data set was made with "
+                             f"{manifest_block.get('name')!r}, whose {key} is {manifest_block.get(key)}. Use the data "
+                             "set's own tokenizer folder, or convert the corpus again with this one")
+
+
+def _name(tok: PreTrainedTokenizerFast) -> str:
+    """A hub id as it is; of a folder only its last part, so that manifests hold no paths of a machine."""
+    name = str(tok.name_or_path or "unnamed")
+    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__

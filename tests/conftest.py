@@ -1,0 +1,98 @@
+"""What every test may use: a small tokenizer, a corpus and its converted set, made once per session from a word list.
+
+Everything is seeded and offline, and nothing outside pytest's own temporary folder is written. Torch and transformers
+are imported by the fixtures that need them only, so that collecting a single fast test stays fast.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a forked loader worker must not inherit its threads
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported: more threads only fight on small machines
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+SEED = 20251
+CHUNK_LENGTH = 62
+"""Tokens per chunk of the `data_set` fixture: rows of 64."""
+VOCAB_SIZE = 512
+
+_SYLLABLES = "ka lo mi ter an dre ous ing con fer el ist ra pu ne vol sta ge quo hy".split()
+_UNICODE = ["\u00e9t\u00e9", "na\u00efve", "\u4f60\u597d", "\u043c\u0438\u0440", "\u03b1\u03b2\u03b3", "\U0001f600",
+            "stra\u00dfe", "e\u0301"]
+
+
+def make_documents(number: int, *, seed: int = SEED, longest: int = 400) -> list[str]:
+    """Pseudo-random prose of 3 to `longest` words; lengths spread over the orders of magnitude, some with Unicode."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(1, 3))) for _ in range(300)]
+    documents = []
+    for index in range(number):
+        length = int(3 * (longest / 3) ** rng.random())
+        text = [rng.choice(_UNICODE) if index % 5 == 0 and rng.random() < 0.2 else
+                words[min(int(rng.expovariate(0.02)), len(words) - 1)] for _ in range(length)]
+        documents.append(" ".join(text).capitalize() + rng.choice([".", "!", "?\n", " (end)"]))
+    return documents
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The global generators start alike in every test, so that no test depends on the one before it."""
+    random.seed(SEED)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(SEED)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(SEED)
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[str]:
+    """The 200 texts of `corpus`, in its order."""
+    return make_documents(200)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Path:
+    """A folder with one .jsonl of `documents`, with ids doc-0, doc-1, ..."""
+    folder = tmp_path_factory.mktemp("texts") / "corpus"
+    folder.mkdir()
+    records = [json.dumps({"id": f"doc-{i}", "text": text}) for i, text in enumerate(documents)]
+    (folder / "texts.jsonl").write_text("\n".join(records) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tokenizer of 512 entries, special tokens last, trained on text of the same kind as `corpus`."""
+    from ettin_foundry.tokenizer import save, train_bpe
+
+    folder = tmp_path_factory.mktemp("vocabulary") / "tokenizer"
+    save(train_bpe(make_documents(300, seed=SEED + 1), VOCAB_SIZE), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_set(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_dir: Path) -> Path:
+    """`corpus` converted: train/ and validation/ with chunks of at most 62 tokens in several shards, and tokenizer/."""
+    from ettin_foundry.convert import ConvertOptions, convert
+
+    out = tmp_path_factory.mktemp("data") / "set"
+    convert(ConvertOptions(sources=[str(corpus)], out=out, tokenizer=tokenizer_dir, chunk_length=CHUNK_LENGTH,
+                           validation=0.1, shard_size="12kb", progress=False))
+    return out
+
+
+@pytest.fixture(scope="session")
+def ettin_tokenizer_dir() -> Path:
+    """The real Ettin vocabulary, which is large data kept outside the repository."""
+    folder = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "ettin-tokenizer"
+    if not folder.is_dir():
+        pytest.skip("../shared/data/ettin-tokenizer is absent: the real vocabulary is kept outside the repository")
+    return folder

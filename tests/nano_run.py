@@ -1,0 +1,110 @@
+"""Short nano runs through the true path for the training tests: recipe yamls/nano.yaml, LLM-Foundry's `train`, one process.
+
+Also a program: `python tests/nano_run.py OUT KEY=VALUE...` trains with DDP and then with FSDP2 as one of the ranks that
+the environment describes, and writes what it captured (see test_ranks.py).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# nano with the small vocabulary of the fixtures; batches of 8 rows of 64 tokens
+SMALL = ["variables.packed.max_seq_len.pretrain=64", "variables.packed.global_batch.pretrain=8",
+         "variables.packed.microbatch.pretrain=4", "variables.warmup=4ba", "max_duration=8ba", "save_interval=4ba",
+         "eval_interval=1000ba", "progress_bar=false", "log_to_console=false", "python_log_level=warning",
+         "~eval_loader", "~eval_interval", "~eval_subset_num_batches", "~callbacks.speed_monitor",
+         "~callbacks.runtime_estimator", "~callbacks.scheduled_gc"]
+CLM = ["variables.objective=clm", "variables.mask_rate=0.0"]
+
+
+def configure(data: Path, out: Path, *overrides: str) -> Any:
+    """nano.yaml with `SMALL` and the overrides; `~key` removes a key."""
+    spec = importlib.util.spec_from_file_location("ettin_train_program", ROOT / "train.py")
+    assert spec is not None and spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    wanted = [*SMALL, f"variables.data={data}", f"variables.save_root={out}", *overrides]
+    config = program.configure([str(ROOT / "yamls" / "nano.yaml"), *(w for w in wanted if not w.startswith("~"))])
+    for key in (w[1:] for w in wanted if w.startswith("~")):
+        *path, last = key.split(".")
+        block = config
+        for part in path:
+            block = block.get(part, {})
+        if last in block:
+            del block[last]
+    return config
+
+
+def register_capture() -> type:
+    """Registers the callback `capture`: what a test wants to see of a run, kept on the class."""
+    from composer import Callback
+    from llmfoundry import registry
+
+    class Capture(Callback):
+        """losses, learning rates, batches and, of the first step, gradients."""
+
+        losses: list[float] = []
+        lrs: list[float] = []
+        tokens: list[int] = []
+        batches: list[dict[str, Any]] = []
+        gradients: dict[str, torch.Tensor] = {}
+
+        def __init__(self) -> None:
+            for name in ("losses", "lrs", "tokens", "batches"):
+                setattr(Capture, name, [])
+            Capture.gradients = {}
+
+        def before_train_batch(self, state: Any, logger: Any) -> None:
+            Capture.batches.append({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.batch.items()})
+            Capture.lrs.append(state.optimizers[0].param_groups[0]["lr"])
+            Capture.tokens.append(int(state.timestamp.token))
+
+        def after_train_batch(self, state: Any, logger: Any) -> None:
+            if not Capture.gradients:
+                Capture.gradients = {
+                    name.replace("module.", ""): (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
+                    for name, p in state.model.named_parameters()}
+
+        def batch_end(self, state: Any, logger: Any) -> None:
+            Capture.losses.append(float(state.total_loss_dict["loss/train/total"]))
+
+    registry.callbacks.register("capture", func=Capture)
+    return Capture
+
+
+def run(data: Path, out: Path, *overrides: str) -> Any:
+    """Trains; returns Composer's Trainer (close it)."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from llmfoundry.command_utils import train
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return train(configure(data, out, *overrides))
+
+
+def main(argv: list[str]) -> None:
+    out, overrides = Path(argv[0]), argv[1:]
+    data = Path(next(o.split("=", 1)[1] for o in overrides if o.startswith("variables.data=")))
+    capture = register_capture()
+    rank = int(os.environ["RANK"])
+    for name, version, extra in (("ddp", "1", []), ("fsdp2", "2", ["fsdp_config.state_dict_type=full"])):
+        os.environ["FSDP_VERSION"] = version
+        for objective, clm in (("mlm", []), ("clm", CLM)):
+            trainer = run(data, out / f"{name}-{objective}", *overrides, *clm, "callbacks.capture={}", *extra)
+            torch.save({"losses": capture.losses, "gradients": capture.gradients, "lrs": capture.lrs,
+                        "tokens": capture.tokens, "batches": capture.batches}, out / f"{name}-{objective}-rank{rank}.pt")
+            trainer.close()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main(sys.argv[1:])

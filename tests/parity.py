@@ -1,0 +1,175 @@
+"""Holds our models to transformers: exports small random models and compares logits. Run once per transformers version.
+
+`make parity` starts this program with each version in front of PYTHONPATH; the tests import its parts for the installed
+one. Random weights are drawn wide (logits of about 3, up to 15), since at the training initialisation all logits are near
+zero and anything would agree. Each case also has a control: the same weights with one key more or fewer in the window, or
+with another rotary base, must NOT agree, or the comparison would be blind to what it is for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ettin_foundry.config import EttinConfig
+from ettin_foundry.hf import export_model, import_folder
+from ettin_foundry.model import Ettin
+
+LENGTHS = (16, 200, 1500)
+TOLERANCE = 1e-4  # the two sum in different orders; fp32 at logits of 15 resolves 1e-6, a dozen layers add up
+CONTROL = 1e-2    # what a wrong window or base must at least change, at 200 tokens and more
+VOCAB = 600
+
+# name -> size, causal, overrides, lowest transformers version that can express it
+CASES: dict[str, tuple[str, bool, dict[str, Any], tuple[int, int]]] = {
+    "enc-nano-10k": ("nano", False, {}, (4, 48)),
+    "enc-17m-160k": ("17m", False, {"global_rope_theta": 160_000.0, "local_rope_theta": 160_000.0}, (4, 48)),
+    "enc-nano-160k/10k": ("nano", False, {"global_rope_theta": 160_000.0}, (4, 48)),
+    "dec-nano-10k-w63": ("nano", True, {}, (4, 56)),
+    "dec-17m-160k-w63": ("17m", True, {"global_rope_theta": 160_000.0, "local_rope_theta": 160_000.0}, (4, 56)),
+    "dec-17m-10k-w64": ("17m", True, {"window_left": 64}, (4, 56)),
+    "dec-nano-160k/10k": ("nano", True, {"global_rope_theta": 160_000.0}, (5, 0)),
+}
+
+
+def random_model(config: EttinConfig, seed: int = 0) -> Ettin:
+    """A model whose matrices keep the scale of what passes through them, with norms and bias away from 1 and 0."""
+    model = Ettin(config, attn_impl="reference").eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name == "output_bias":
+                parameter.copy_(noise)
+            elif parameter.ndim == 1:
+                parameter.copy_(1 + 0.2 * noise)
+            else:
+                parameter.copy_(noise * (0.2 if "tok_embeddings" in name else parameter.shape[1] ** -0.5))
+    return model
+
+
+def our_logits(model: Ettin, ids: torch.Tensor) -> torch.Tensor:
+    """(N,) token ids of one document to (N, V) logits."""
+    n = ids.shape[0]
+    with torch.no_grad():
+        hidden = model(ids, torch.arange(n), torch.tensor([0, n], dtype=torch.int32), n)
+        assert isinstance(hidden, torch.Tensor)
+        return model.predict(hidden)
+
+
+def control_model(model: Ettin) -> Ettin:
+    """The same weights in a slightly wrong model: another local base, and for decoders one key fewer in the window."""
+    config = model.config
+    change: dict[str, Any] = {"window_left": config.window_left - 1} if config.causal else {
+        "local_attention": config.local_attention + 2, "window_left": -1}
+    wrong = Ettin(dataclasses.replace(config, **change), attn_impl="reference").eval()
+    wrong.load_state_dict(model.state_dict())
+    return wrong
+
+
+def tiny_tokenizer() -> Any:
+    """A byte-level tokenizer that fits the vocabulary of the cases."""
+    from ettin_foundry.tokenizer import train_bpe
+
+    return train_bpe(["def add(a, b):\n    return a + b  # the sum of two numbers, and then some more text\n"], 300)
+
+
+def run_case(name: str, tokenizer: Any, folder: Path) -> list[dict[str, Any]]:
+    """Exports one model and compares it under the running transformers; one result per attention implementation."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    size, causal, overrides, _ = CASES[name]
+    config = EttinConfig.for_size(size, causal=causal, vocab_size=VOCAB, max_position_embeddings=2048, **overrides)
+    model = random_model(config)
+    path = export_model(model, config, tokenizer, folder / name.replace("/", "_"), objective="clm" if causal else "mlm")
+    state, read, _ = import_folder(path)
+    out_and_in = read == config and all(torch.equal(state[n], t) for n, t in model.state_dict().items())
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randint(0, VOCAB, (n,), generator=generator) for n in LENGTHS]
+    ours = [our_logits(model, ids) for ids in inputs]
+    wrong = our_logits(control_model(model), inputs[1])
+    auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    results = []
+    for attention in ("eager", "sdpa"):
+        hf = auto.from_pretrained(str(path), attn_implementation=attention).eval()
+        with torch.no_grad():
+            theirs = [hf(input_ids=ids[None]).logits[0] for ids in inputs]
+        results.append({
+            "case": name, "class": type(hf).__name__, "attention": attention, "out_and_in_bit_equal": out_and_in,
+            "max_logit": max(float(t.abs().max()) for t in theirs),
+            "differences": {n: float((a - b).abs().max()) for n, a, b in zip(LENGTHS, ours, theirs)},
+            "control": float((wrong - theirs[1]).abs().max()),
+        })
+        if attention == "sdpa":
+            results[-1]["saved_again"] = _saved_again(hf, config, state, path)
+    return results
+
+
+def _saved_again(hf: Any, config: EttinConfig, state: dict[str, torch.Tensor], path: Path) -> str:
+    """What is left after `save_pretrained` by this version, and after a second load and save."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    answers = []
+    for _ in range(2):
+        path = path.with_name(path.name + "+")
+        hf.save_pretrained(str(path))
+        try:
+            again, read, _ = import_folder(path)
+        except ValueError as error:
+            answers.append(f"refused ({str(error).split(': ', 1)[1][:60]}...)")
+            break
+        weights = all(torch.equal(again[n], t) for n, t in state.items())
+        answers.append("same" if weights and read == config else f"changed (weights {weights}, {read})")
+        hf = (AutoModelForCausalLM if config.causal else AutoModelForMaskedLM).from_pretrained(str(path))
+    return ", then ".join(answers)
+
+
+def passed(result: dict[str, Any]) -> bool:
+    return (result["out_and_in_bit_equal"] and max(result["differences"].values()) < TOLERANCE
+            and result["control"] > CONTROL and result["max_logit"] > 1)
+
+
+def main() -> int:
+    """Prints one line per case and attention implementation; exit code 1 when one of them fails."""
+    import transformers
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--expect", help="fail unless this version of transformers is running")
+    arguments = parser.parse_args()
+    if arguments.expect and transformers.__version__ != arguments.expect:
+        print(f"transformers {transformers.__version__} is running, {arguments.expect} was expected: is its folder in "
+              "front of PYTHONPATH?", file=sys.stderr)
+        return 1
+    transformers.logging.set_verbosity_error()
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    tokenizer = tiny_tokenizer()
+    results: list[dict[str, Any]] = []
+    print(f"{'transformers':13}{'case':19}{'attn':7}" + "".join(f"{f'|d| @ {n}':>11}" for n in LENGTHS)
+          + f"{'control':>10}{'logits to':>10}  result")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (_, _, _, lowest) in CASES.items():
+            if version < lowest:
+                print(f"{transformers.__version__:13}{name:19}not expressible before {lowest[0]}.{lowest[1]}")
+                continue
+            for r in run_case(name, tokenizer, Path(folder)):
+                results.append({"transformers": transformers.__version__, **r, "passed": passed(r)})
+                print(f"{transformers.__version__:13}{name:19}{r['attention']:7}"
+                      + "".join(f"{d:11.1e}" for d in r["differences"].values())
+                      + f"{r['control']:10.1e}{r['max_logit']:10.1f}  {'ok' if passed(r) else 'FAILED'}"
+                      + (f"; saved again: {r['saved_again']}" if "saved_again" in r else ""))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0 if results and all(r["passed"] for r in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
