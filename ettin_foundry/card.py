@@ -67,7 +67,8 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 _CITATION = '''\
 @inproceedings{weller2026ettin,
   title     = {Seq vs Seq: An Open Suite of Paired Encoders and Decoders},
-  author    = {Weller, Orion and Ricci, Kathryn and Marone, Marc and Chaffin, Antoine and Lawrie, Dawn and Van Durme, Benjamin},
+  author    = {Weller, Orion and Ricci, Kathryn and Marone, Marc and Chaffin, Antoine and Lawrie, Dawn
+               and Van Durme, Benjamin},
   booktitle = {International Conference on Learning Representations},
   year      = {2026},
   note      = {arXiv:2507.11412}
@@ -123,7 +124,8 @@ def _front_matter(config: EttinConfig, facts: Mapping[str, Any]) -> str:
 
 def _load(config: EttinConfig, objective: str, mask_token: str) -> str:
     if config.causal:
-        return f"Needs transformers 4.56 or newer, and no remote code.\n\n```python\n{_LOAD_DECODER}```\n"
+        lowest = "4.56" if config.local_rope_theta == config.global_rope_theta else "5.0"
+        return f"Needs transformers {lowest} or newer, and no remote code.\n\n```python\n{_LOAD_DECODER}```\n"
     shift, why = (" - 1", "  # one before the mask: see above") if objective == "mntp" else ("", "")
     code = _LOAD_ENCODER.format(mask_token=mask_token, shift=shift, why=why)
     return f"Needs transformers 4.48 or newer, and no remote code.\n\n```python\n{code}```\n"

@@ -32,41 +32,25 @@ _BLOCKS = ("model", "tokenizer", "optimizer", "scheduler", "train_loader")
 _TIME = re.compile(r"([0-9._]+(?:e[+-]?[0-9]+)?)(tok|ba|dur|ep|sp|sec|iter)", re.IGNORECASE)
 _NO_RUN_TIMES = ("variables", "loggers", "metadata", "run_name")  # holds text that only looks like a time
 
-# Features of the host that act on a HuggingFaceModel, on Streaming's datasets or around our checks -> what we have
+# Features of the host that act on a HuggingFaceModel, on Streaming's datasets or around our checks: what we have instead
 _HOST_ONLY = {
-    "icl_tasks": "eval_loader, or evaluate an exported folder",
-    "icl_tasks_str": "eval_loader, or evaluate an exported folder",
-    "eval_gauntlet": "eval_loader, or evaluate an exported folder",
-    "eval_gauntlet_str": "eval_loader, or evaluate an exported folder",
-    "only_hf_checkpoint": "`ettin export`",
-    "tp_config": "data parallelism or fsdp_config: every Ettin size fits one GPU",
-    "callbacks.hf_checkpointer": "callbacks.ettin_export, or `ettin export` afterwards",
-    "callbacks.generate_callback": "callbacks.ettin_samples",
-    "callbacks.eval_output_logging": "callbacks.ettin_samples",
-    "callbacks.loss_perp_v_len": "eval_loader",
-    "callbacks.curriculum_learning": "one run for each phase (yamls/phases)",
-    "callbacks.dataset_swap": "one run for each phase (yamls/phases)",
-    "callbacks.async_eval": "eval_loader",
-    "callbacks.load_checkpoint": "load_path, whose file is scanned before it is read",
-    "callbacks.global_lr_scaling": "optimizer.lr",
+    "eval_loader, or evaluate an exported folder": ("icl_tasks", "icl_tasks_str", "eval_gauntlet", "eval_gauntlet_str"),
+    "`ettin export`": ("only_hf_checkpoint",),
+    "data parallelism or fsdp_config: every Ettin size fits one GPU": ("tp_config",),
+    "callbacks.ettin_export, or `ettin export` afterwards": ("callbacks.hf_checkpointer",),
+    "callbacks.ettin_samples": ("callbacks.generate_callback", "callbacks.eval_output_logging"),
+    "eval_loader": ("callbacks.loss_perp_v_len", "callbacks.async_eval"),
+    "one run for each phase (yamls/phases)": ("callbacks.curriculum_learning", "callbacks.dataset_swap"),
+    "load_path, whose file is scanned before it is read": ("callbacks.load_checkpoint",),
+    "optimizer.lr": ("callbacks.global_lr_scaling",),
 }
-# key -> (the key without which it does nothing, values that ask for nothing)
-_INERT: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "eval_interval": ("eval_loader", (0, "0ba", "0tok")),
-    "eval_subset_num_batches": ("eval_loader", (-1,)),
-    "eval_first": ("eval_loader", (False,)),
-    "save_interval": ("save_folder", ()),
-    "save_filename": ("save_folder", ()),
-    "save_latest_filename": ("save_folder", ()),
-    "save_overwrite": ("save_folder", (False,)),
-    "save_weights_only": ("save_folder", (False,)),
-    "save_num_checkpoints_to_keep": ("save_folder", (-1,)),
-    "save_ignore_keys": ("save_folder", ()),
-    "load_weights_only": ("load_path", (False,)),
-    "load_ignore_keys": ("load_path", ()),
-    "load_strict_model_weights": ("load_path", (True,)),
-    "icl_seq_len": ("icl_tasks", ()),
-    "icl_subset_num_batches": ("icl_tasks", ()),
+# a key -> the keys that do nothing without it -> their values that ask for nothing
+_INERT: dict[str, dict[str, tuple[Any, ...]]] = {
+    "eval_loader": {"eval_interval": (0, "0ba", "0tok"), "eval_subset_num_batches": (-1,), "eval_first": (False,)},
+    "save_folder": {"save_interval": (), "save_filename": (), "save_latest_filename": (), "save_overwrite": (False,),
+                    "save_weights_only": (False,), "save_num_checkpoints_to_keep": (-1,), "save_ignore_keys": ()},
+    "load_path": {"load_weights_only": (False,), "load_ignore_keys": (), "load_strict_model_weights": (True,)},
+    "icl_tasks": {"icl_seq_len": (), "icl_subset_num_batches": ()},
 }
 
 
@@ -235,25 +219,23 @@ def _check_times(cfg: dict[str, Any]) -> None:
 
 def _check_host_features(cfg: dict[str, Any]) -> None:
     callbacks = cfg.get("callbacks") or {}
-    for key, instead in _HOST_ONLY.items():
-        name = key.removeprefix("callbacks.")
-        if name in callbacks if key != name else cfg.get(key):
-            raise ValueError(f"{key}: given; it does not work with model.name: ettin. Use {instead}")
+    for instead, keys in _HOST_ONLY.items():
+        for key in keys:
+            name = key.removeprefix("callbacks.")
+            if name in callbacks if key != name else cfg.get(key):
+                raise ValueError(f"{key}: given; it does not work with model.name: ettin. Use {instead}")
     if cfg.get("train_subset_num_batches", -1) != -1:
         raise _refusal("train_subset_num_batches", cfg["train_subset_num_batches"], "an endless loader has no subset",
                        "Use max_duration")
 
 
 def _check_inert(cfg: dict[str, Any]) -> None:
-    present = {"eval_loader": cfg.get("eval_loader") or cfg.get("eval_loaders")}
-    by_cause: dict[str, list[str]] = {}
-    for key, (cause, nothing) in _INERT.items():
-        if cfg.get(key) is not None and cfg[key] not in nothing and not present.get(cause, cfg.get(cause)):
-            by_cause.setdefault(cause, []).append(key)
-    for cause, keys in by_cause.items():
-        given = ", ".join(f"{key}={cfg[key]}" for key in keys)
-        raise ValueError(f"{keys[0]}: {given} given, without {cause} nothing of this acts. Give {cause}, or switch off "
-                         "each of them (" + " ".join(f"{key}=null" for key in keys) + ")")
+    for cause, nothing in _INERT.items():
+        keys = [key for key, values in nothing.items() if cfg.get(key) is not None and cfg[key] not in values]
+        if keys and not cfg.get(cause) and not (cause == "eval_loader" and cfg.get("eval_loaders")):
+            given = ", ".join(f"{key}={cfg[key]}" for key in keys)
+            raise ValueError(f"{keys[0]}: {given} given; without {cause} nothing of this acts. Give {cause}, or switch off "
+                             "each of them (" + " ".join(f"{key}=null" for key in keys) + ")")
 
 
 def _check_weighting(cfg: dict[str, Any]) -> None:
@@ -316,11 +298,14 @@ def _check_files(cfg: dict[str, Any]) -> None:
     name = cfg["tokenizer"]["name"]
     # a hub id has at most one slash; with more, or below a folder that exists here, a folder is meant
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and Path(name).parent.is_dir())
-    for key, folder in ([("tokenizer.name", name)] if is_path else []) + [
-            (f"{key}.dataset.local", block["dataset"]["local"]) for key, block in _loaders(cfg)]:
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"{key}: {folder!r} given; no such folder. data_prep/convert.py makes it; if it lies "
-                                    "elsewhere, set variables.data=...")
+    if is_path and not Path(name).is_dir():
+        raise FileNotFoundError(f"tokenizer.name: {name!r} given; no such folder. data_prep/convert.py makes one beside "
+                                "the data; if the data lies elsewhere, set variables.data=...")
+    for key, block in _loaders(cfg):
+        folder = Path(block["dataset"]["local"]) / block["dataset"].get("split", "")
+        if not (folder / "manifest.json").is_file():
+            raise FileNotFoundError(f"{key}.dataset: {block['dataset']} given; {str(folder)!r} holds no converted split. "
+                                    "Run data_prep/convert.py, or set variables.data=... to where its output lies")
 
 
 def check_machine(cfg: dict[str, Any]) -> None:

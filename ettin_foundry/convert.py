@@ -1,7 +1,7 @@
 """Text to a data set: read, split by document, tokenize, cut into chunks, write; all or nothing.
 
 Everything is written into a hidden folder beside the wanted one and moved into place when it is complete, so that a
-folder of that name is a whole data set at any moment, also after a crash. Readers are in sources.py, shards in
+folder of that name is a whole data set at any moment, also when the process is killed. Readers are in sources.py, shards in
 split_writer.py, the tokenizer in tokenizer.py. One process; the same input gives the same bytes.
 """
 
@@ -73,8 +73,8 @@ class ConvertOptions:
         if not self.sources or isinstance(self.sources, str):
             raise ValueError(f"sources: {self.sources!r} given; a list of at least one source is needed")
         if (self.tokenizer is None) == (self.train_tokenizer is None):
-            raise ValueError(f"--tokenizer {self.tokenizer} and --train-tokenizer {self.train_tokenizer} given; exactly "
-                             "one of the two is needed")
+            raise ValueError(f"--tokenizer {self.tokenizer} and --train-tokenizer {self.train_tokenizer} given; "
+                             "exactly one of the two is needed")
         if not 1 <= self.chunk_length <= MAX_CHUNK_LENGTH:
             raise ValueError(f"--chunk-length: {self.chunk_length} given; 1 to {MAX_CHUNK_LENGTH} tokens are possible. "
                              f"Use the row length of training minus {SPECIALS_PER_PIECE}")

@@ -231,9 +231,12 @@ def _check_numbers(**values: Any) -> None:
     smallest = {"device_batch_size": 1, "max_seq_len": SPECIALS_PER_PIECE + 1}
     for key, value in values.items():
         least = smallest.get(key, 0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least \
+        # the host computes device_batch_size by a division, which may leave 8.0
+        kinds = (int, float) if key in ("device_batch_size", "timeout") else int
+        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < float("inf") \
                 or (key != "timeout" and int(value) != value):
-            raise ValueError(f"{key}: {value!r} given; a whole number of at least {least} is needed. Correct the key")
+            raise ValueError(f"{key}: {value!r} given; a {'number' if key == 'timeout' else 'whole number'} of at least "
+                             f"{least} is needed. Correct the key")
 
 
 def _check_effects(**keys: Any) -> None:

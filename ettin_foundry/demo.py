@@ -75,7 +75,7 @@ def _convert(out: Path, short: bool) -> Path:
 
     data = out / "data"
     if not (data / "train" / "manifest.json").exists():
-        convert(ConvertOptions(sources=["python-stdlib"], out=data, train_tokenizer=8192, chunk_length=254,
+        convert(ConvertOptions(sources=["python-stdlib"], out=data, train_tokenizer=8192, chunk_length=254, validation=0.03,
                                limit_bytes=3_000_000 if short else None))
     return data
 

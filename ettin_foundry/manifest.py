@@ -26,10 +26,12 @@ _XXH64 = re.compile(r"[0-9a-f]{16}")
 
 
 def refuse(path: Path | str, found: str, allowed: str, advice: str = "Fetch or convert the set again") -> ValueError:
+    """The error for a file that is not what it must be, to be raised by the caller."""
     return ValueError(f"{path}: {found}; {allowed}. {advice}")
 
 
 def read_json(path: Path) -> Any:
+    """The JSON in a file of the set; a missing or unreadable one is an error that names it."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -42,7 +44,7 @@ def read_json(path: Path) -> Any:
 def _need(where: str, mapping: Any, key: str, kind: type) -> Any:
     """The value of a key, of the given type; numbers must not be negative."""
     value = mapping.get(key) if isinstance(mapping, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
+    if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
         raise refuse(where, f"{key} is {value!r}", f"{kind.__name__} is needed")
     return value
 

@@ -27,6 +27,7 @@ import numpy as np
 import xxhash
 
 from ettin_foundry.manifest import COLUMNS, MANIFEST, read_json, read_manifest, refuse
+from ettin_foundry.packing import pack_lengths, piece_counts
 
 __all__ = ["MDSSet"]
 
@@ -126,7 +127,7 @@ class MDSSet:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over what determines the data: tokenizer (without its name), chunk length, and every shard's content."""
+        """sha256 over what determines the data: tokenizer (but not its name), chunk length, every shard's content."""
         if self._fingerprint is None:
             keys = ("format", "version", "split", "chunk_length", "columns")
             tokenizer = {key: value for key, value in self.tokenizer.items() if key != "name"}
@@ -197,15 +198,24 @@ class MDSSet:
         return {"tokens": tokens, "doc": doc, "part": part, "last": int(opened.last[index]), "source": source}
 
     def verify(self) -> None:
-        """Checks every file of the split in full: hashes, layout, histograms, token range, and stock index.json.
+        """Checks every file of the split in full: hashes, layout, counts, packed rows, token range, stock index.json.
 
         Raises:
             ValueError: the first lie found, naming its file.
         """
         self._check_index()
-        for shard in range(self.num_shards):
+        for shard, entry in enumerate(self.manifest["shards"]):
             for index in range(int(self._samples[shard])):
                 self.chunk(shard, index)
+            for length, stated in entry["rows"].items():
+                found = pack_lengths(piece_counts(self.lengths(shard)), int(length)).num_rows
+                if found != stated:
+                    raise refuse(self.local / MANIFEST, f"shards[{shard}] states {stated} rows of {length}",
+                                 f"its chunks fill {found}")
+        documents = sum(int(self.last(shard).sum()) for shard in range(self.num_shards))
+        if documents != self.manifest["totals"]["documents"]:
+            raise refuse(self.local / MANIFEST, f"totals.documents is {self.manifest['totals']['documents']}",
+                         f"{documents} documents end in its shards")
 
     def _path(self, shard: int) -> Path:
         return self.local / self.manifest["shards"][shard]["raw"]["basename"]
@@ -225,6 +235,8 @@ class MDSSet:
                 raise refuse(path, "is not a plain file", "shards are plain files")
             if status.st_size != num_bytes:
                 raise refuse(path, f"has {status.st_size} bytes", f"the manifest states {num_bytes}")
+            if not num_bytes:
+                raise refuse(path, "is empty", "every file of a set holds data")
             buffer = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
         finally:
             os.close(descriptor)

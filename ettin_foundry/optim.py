@@ -89,6 +89,12 @@ class StableAdamW(OptimiStableAdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if all(group["lr"] == 0 for group in self.param_groups):
+            # torch.distributed.checkpoint makes an empty optimizer's state by a step at lr 0 with zero gradients; if it
+            # counted, the first real step of a run that then loads no optimizer would be biased
+            for group in self.param_groups:
+                self._init_group(group, [], [], [], [], [], [], [])
+            return loss
         sharded = [isinstance(p, DTensor) for group in self.param_groups for p in group["params"]]
         if not any(sharded):
             _choose_kernels(self)
@@ -96,8 +102,8 @@ class StableAdamW(OptimiStableAdamW):
         elif all(sharded):
             self._step_sharded()
         else:
-            raise ValueError(f"ettin_stable_adamw: {sum(sharded)} of {len(sharded)} parameters are sharded (DTensor); all or "
-                             "none may be. Let fsdp_config shard the whole model")
+            raise ValueError(f"ettin_stable_adamw: {sum(sharded)} of {len(sharded)} parameters are sharded (DTensor); all "
+                             "or none may be. Let fsdp_config shard the whole model")
         return loss
 
     def _step_sharded(self) -> None:
@@ -131,7 +137,7 @@ class StableAdamW(OptimiStableAdamW):
 def _split_by_decay(params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Groups in which tensors of one dimension or none (norms, biases) have a group of their own without weight decay."""
     given: list[Any] = list(params)
-    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    groups: list[dict[str, Any]] = given if given and isinstance(given[0], dict) else [{"params": given}]
     allowed = ("params", "lr", "max_lr", "weight_decay", "eps")
     result = []
     for group in groups:
@@ -154,7 +160,7 @@ def _split_by_decay(params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> list
 
 
 def _choose_kernels(optimizer: torch.optim.Optimizer) -> None:
-    """Triton for plain CUDA tensors, plain torch elsewhere. optimi 0.3.3 decides on an empty list, so picks Triton on CPU."""
+    """Triton for plain CUDA tensors, plain torch elsewhere (optimi 0.3.3 decides on an empty list: Triton even on CPU)."""
     for group in optimizer.param_groups:
         group["triton"] = HAS_TRITON and all(p.is_cuda and not isinstance(p, DTensor) for p in group["params"])
         group["foreach"] = False
@@ -207,7 +213,7 @@ def fsdp2_gradient_factor(model: nn.Module) -> float:
     result = torch.zeros(1, device=device)
     ones = torch.ones(dist.get_world_size(group), device=device)
     dist.reduce_scatter_tensor(result, ones, op=dist.ReduceOp.AVG, group=group)
-    return 1.0 / result.item()
+    return 1.0 / round(result.item())  # an average of ones may come out a rounding error beside 1
 
 
 def warmup_stable_decay(t: float, *, warmup: float, decay: float, total: float, alpha_f: float) -> float:
@@ -249,8 +255,8 @@ class _Schedule(ComposerScheduler):
             raise ValueError("max_duration: missing; the schedule needs it. Give it in tok or ba")
         unit, total = state.max_duration.unit, state.max_duration.value
         if unit not in (TimeUnit.TOKEN, TimeUnit.BATCH):
-            raise ValueError(f"max_duration: {state.max_duration.to_timestring()} given; the loader is endless, so only tok and "
-                             "ba are allowed. Give the run's length in tokens")
+            raise ValueError(f"max_duration: {state.max_duration.to_timestring()} given; the loader is endless, so only tok "
+                             "and ba are allowed. Give the run's length in tokens")
         numbers = {}
         for name, time in self.times.items():
             if time.unit == TimeUnit.DURATION:
@@ -261,7 +267,7 @@ class _Schedule(ComposerScheduler):
                 raise ValueError(f"scheduler.{name}: {time.to_timestring()} given with max_duration "
                                  f"{state.max_duration.to_timestring()}; use its unit ({unit.value}) or dur")
         spent = sum(value for name, value in numbers.items() if name != "t_max")
-        if spent > numbers["t_max"]:
+        if spent > numbers["t_max"] * (1 + 1e-12):  # 0.3dur + 0.7dur may round to a hair above 1dur
             names = " + ".join(name for name in numbers if name != "t_max")
             raise ValueError(f"scheduler: {names} is {spent:.0f}{unit.value}, more than t_max "
                              f"({numbers['t_max']:.0f}{unit.value}); shorten them or lengthen the run")
@@ -316,8 +322,8 @@ class OneMinusSqrt(_Schedule):
     def __init__(self, t_decay: str | Time = "1dur", *, t_max: str | Time = "1dur", alpha_f: float = 0.0):
         super().__init__(alpha_f, t_decay=t_decay, t_max=t_max)
         if self.times["t_decay"].value == 0:
-            raise ValueError(f"scheduler.t_decay: {t_decay!r} given; one_minus_sqrt must decay over something. For a flat lr use "
-                             "warmup_stable_decay with t_decay: 0tok")
+            raise ValueError(f"scheduler.t_decay: {t_decay!r} given; one_minus_sqrt must decay over something. For a flat "
+                             "lr use warmup_stable_decay with t_decay: 0tok")
 
     def __call__(self, state: State, ssr: float = 1.0) -> float:
         t, times = self._in_one_unit(state, ssr)

@@ -32,8 +32,8 @@ Ints = npt.NDArray[np.int64]
 
 # first word of every seed: what the numbers are for, so that no two uses share a stream
 _SHARDS, _ROWS, _PLACES = 1, 2, 3
-_KEPT_WINDOWS = 2  # a batch may lie across the border of two windows
-_KEPT_EPOCHS = 2
+# a reader goes forward; the last window is kept too, so that looking back across a border builds nothing again
+_KEPT_WINDOWS = _KEPT_EPOCHS = 2
 
 
 class ChunkTable(Protocol):

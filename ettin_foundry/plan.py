@@ -15,6 +15,7 @@ import numpy as np
 
 from ettin_foundry.checks import model_config, parse_time
 from ettin_foundry.config import EttinConfig
+from ettin_foundry.manifest import MANIFEST
 from ettin_foundry.mds import MDSSet
 
 __all__ = ["DataFacts", "Plan", "data_facts", "report", "run_plan"]
@@ -86,7 +87,7 @@ def run_plan(cfg: dict[str, Any]) -> Plan:
     config, loader = model_config(cfg), cfg["train_loader"]
     length, rows, packing = cfg["max_seq_len"], cfg["global_train_batch_size"], loader.get("packing", True)
     folder = Path(loader["dataset"]["local"]) / loader["dataset"].get("split", "train")
-    facts = data_facts(MDSSet(folder), config, length, packing=packing) if folder.is_dir() else None
+    facts = data_facts(MDSSet(folder), config, length, packing=packing) if (folder / MANIFEST).is_file() else None
     data = facts or DataFacts(length, 1, 1, config.attended_pairs(length))
     if cfg["model"]["objective"] == "clm":
         targets = data.num_tokens - data.num_chunks  # every token but the first of each document

@@ -170,7 +170,7 @@ def _read_file(path: Path, name: str, meter: Meter, text_field: str, id_field: s
             meter.finished_bytes += path.stat().st_size
 
 
-def _decompressed(raw: IO[bytes], path: Path) -> IO[bytes]:
+def _decompressed(raw: IO[bytes], path: Path) -> Any:
     """The file's content. pyarrow reads .zst: zstandard's stream reader takes a truncated file for a whole one."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
@@ -229,8 +229,8 @@ def _read_parquet(stream: IO[bytes], path: Path, name: str, text_field: str,
             columns = [column for column in dict.fromkeys((text_field, id_field or "id"))
                        if column in table.schema_arrow.names]
             if text_field not in columns:
-                raise ValueError(f"{path}: no column {text_field!r}; it has {', '.join(table.schema_arrow.names)}. Name "
-                                 "the column with --text-field")
+                raise ValueError(f"{path}: no column {text_field!r}; it has {', '.join(table.schema_arrow.names)}. "
+                                 "Name the column with --text-field")
             number = 0
             for batch in table.iter_batches(batch_size=_PARQUET_BATCH, columns=columns):
                 for record in batch.to_pylist():

@@ -137,8 +137,8 @@ class SplitWriter:
 
     def _close_shard(self) -> None:
         if not self._histogram.any():
-            raise ValueError(f"--shard-size: {self._writer.size_limit} bytes given; one chunk of {self._source} alone needs "
-                             "more. Choose a larger one; 64mb is the default")
+            raise ValueError(f"--shard-size: {self._writer.size_limit} bytes given; one chunk of {self._source} alone "
+                             "needs more. Choose a larger one; 64mb is the default")
         self._shard_sources.append(self._source)
         self._histograms.append(self._histogram)
         self._histogram = self._empty_histogram()

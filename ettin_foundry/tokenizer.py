@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:  # importing transformers takes seconds, which readers of a manifest need not wait for
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["MAX_VOCAB_SIZE", "PlainEncoder", "check", "encode_batch", "fingerprint", "load", "save", "special_ids", "train_bpe",
-           "vocab_size", "with_template"]
+__all__ = ["MAX_VOCAB_SIZE", "PlainEncoder", "check", "encode_batch", "fingerprint", "load", "save", "special_ids",
+           "train_bpe", "vocab_size", "with_template"]
 
 MAX_VOCAB_SIZE = 65_535
 """Tokens are stored as uint16."""
@@ -34,11 +33,13 @@ _NUM_BYTES = 256
 # What a fingerprint tokenizes. Never change it: every manifest on disk holds its hash.
 _PROBE = (
     "The quick brown fox jumps over the lazy dog; it didn't stop at 3,141.59 or \"quotes\" -- isn't that odd?\n"
-    "def f(x: int, *, y=None) -> dict[str, float]:\n    if x >= 10 and not y:\n\t\treturn {'a': x ** 2, \"b\": 1e-5}\n\n\n"
+    "def f(x: int, *, y=None) -> dict[str, float]:\n    if x >= 10 and not y:\n\t\treturn {'a': x ** 2, \"b\": 1e-5}\n"
+    "\n\n"
     "    for i in range(100):  # comment\n        total += a[i] @ b[i:-1]\n"
-    "caf\u00e9 cafe\u0301 \u00c5ngstr\u00f6m \u2126 \ufb01n stra\u00dfe \u0130stanbul \u4f60\u597d\u4e16\u754c \u043f\u0440"
-    "\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 \u0939\u093f\u0928\u094d\u0926\u0940 \U0001f600\U0001f468"
-    "\u200d\U0001f469\u200d\U0001f467 \u00a0\u2003\u200b end   of  \t tabs \r\n lines                         wide\n"
+    "caf\u00e9 cafe\u0301 \u00c5ngstr\u00f6m \u2126 \ufb01n stra\u00dfe \u0130stanbul \u4f60\u597d\u4e16\u754c "
+    "\u043f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 \u0939\u093f\u0928\u094d\u0926\u0940 "
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \u00a0\u2003\u200b "
+    "end   of  \t tabs \r\n lines                         wide\n"
     "[MASK] [CLS] [SEP] [PAD] [UNK] <|endoftext|> http://example.org/a?b=c&d=%20 user@example.org $x_1^{2}$ \\alpha"
 )
 
@@ -83,11 +84,11 @@ def special_ids(tok: PreTrainedTokenizerFast) -> dict[str, int | None]:
     """
     name = _name(tok)
     if vocab_size(tok) > MAX_VOCAB_SIZE:
-        raise ValueError(f"tokenizer {name}: its vocabulary has {vocab_size(tok)} entries; at most {MAX_VOCAB_SIZE} are "
-                         "allowed, tokens are stored as uint16. Choose or train a smaller one")
-    ids = {"unk": tok.unk_token_id, "cls": tok.cls_token_id, "sep": tok.sep_token_id, "pad": tok.pad_token_id,
-           "mask": tok.mask_token_id}
-    ids = {key: None if value is None else int(value) for key, value in ids.items()}
+        raise ValueError(f"tokenizer {name}: its vocabulary has {vocab_size(tok)} entries; at most {MAX_VOCAB_SIZE} "
+                         "are allowed, tokens are stored as uint16. Choose or train a smaller one")
+    found: dict[str, Any] = {"unk": tok.unk_token_id, "cls": tok.cls_token_id, "sep": tok.sep_token_id,
+                             "pad": tok.pad_token_id, "mask": tok.mask_token_id}
+    ids = {key: None if value is None else int(value) for key, value in found.items()}
     needed = {key: ids[key] for key in ("cls", "sep", "pad", "mask")}
     missing = [key for key, value in needed.items() if value is None]
     if missing:
@@ -121,12 +122,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     if not smallest <= vocab_size <= MAX_VOCAB_SIZE:
         raise ValueError(f"--train-tokenizer: {vocab_size} given; {smallest} (every byte and the special tokens) to "
                          f"{MAX_VOCAB_SIZE} entries are possible. Ettin's demo uses 8192")
-    backend = Tokenizer(models.BPE())
+    backend: Any = Tokenizer(models.BPE())  # Any: the stubs of tokenizers 0.21 lack setters and keywords
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(_SPECIALS), show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    make_trainer: Any = trainers.BpeTrainer
+    trainer = make_trainer(vocab_size=vocab_size - len(_SPECIALS), show_progress=False,
+                           initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     backend.train_from_iterator(texts, trainer=trainer)
     found = backend.get_vocab_size() + len(_SPECIALS)
     if found != vocab_size:
@@ -137,7 +139,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
                                 for key, token in _SPECIALS.items()])
     tok = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="[CLS]", eos_token="[SEP]", unk_token="[UNK]", cls_token="[CLS]",
-        sep_token="[SEP]", pad_token="[PAD]", mask_token=AddedToken("[MASK]", special=True, normalized=False, lstrip=True),
+        sep_token="[SEP]", pad_token="[PAD]",
+        mask_token=AddedToken("[MASK]", special=True, normalized=False, lstrip=True),
         clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"], name_or_path="trained")
     return with_template(tok, "encoder")
 
@@ -161,7 +164,8 @@ def with_template(tok: PreTrainedTokenizerFast, kind: str) -> PreTrainedTokenize
     ids = special_ids(tok)
     single, pair = (f"{cls} $A {sep}", f"{cls} $A {sep} $B:1 {sep}:1") if kind == "encoder" else \
         (f"{cls} $A", f"{cls} $A $B:1")
-    result.backend_tokenizer.post_processor = TemplateProcessing(
+    backend: Any = result.backend_tokenizer
+    backend.post_processor = TemplateProcessing(
         single=single, pair=pair, special_tokens=[(cls, ids["cls"]), (sep, ids["sep"])])
     result.padding_side = "right" if kind == "encoder" else "left"
     # save_pretrained writes only what the constructor was given, so what was changed is put there too
@@ -177,7 +181,8 @@ def save(tok: PreTrainedTokenizerFast, folder: str | os.PathLike[str]) -> None:
     """
     tok.save_pretrained(folder)
     path = Path(folder) / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))
+    config = {**json.loads(path.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 class PlainEncoder:
@@ -192,7 +197,7 @@ class PlainEncoder:
 
     def __init__(self, tok: PreTrainedTokenizerFast) -> None:
         self._name = _name(tok)
-        self._backend: Tokenizer = type(tok.backend_tokenizer).from_str(tok.backend_tokenizer.to_str())
+        self._backend: Any = type(tok.backend_tokenizer).from_str(tok.backend_tokenizer.to_str())
         self._backend.encode_special_tokens = True  # "encode them like any other text"
         self._backend.no_truncation()
         self._backend.no_padding()

@@ -46,7 +46,8 @@ def rows_per_epoch(data):
 @pytest.mark.parametrize("objective", PAIR)
 def test_four_steps_resume_four_steps_equals_eight_steps_bitwise(objective, workers, data, capture, tmp_path):
     epoch_batch = rows_per_epoch(data) // 6  # eight steps of this cross the end of the epoch
-    common = [f"variables.packed.global_batch.pretrain={epoch_batch}", f"train_loader.num_workers={workers}"]
+    common = [f"variables.packed.global_batch.pretrain={epoch_batch}", "variables.packed.microbatch.pretrain=32",
+              f"train_loader.num_workers={workers}"]
     whole = run(data, tmp_path / "whole", objective, *common)
     expected, losses, lrs, tokens = state_of(whole), capture.losses, capture.lrs, capture.tokens
     assert int(whole.state.timestamp.sample) > rows_per_epoch(data)
