@@ -17,6 +17,21 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+# One folder per version of transformers, put in front of the environment's own. --no-deps: torch, numpy and the rest stay
+# those of the environment; what each version needs beyond them is listed, pinned, so that parity is about transformers only.
+PARITY_4.57.6 := transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
+PARITY_5.23.0 := transformers==5.23.0 huggingface_hub==2.4.0 tokenizers==0.23.3 httpx2==2.16.2 httpcore2==2.16.2 truststore==0.10.5
+
+.parity/%/.installed: Makefile | $(VENV)/.installed
+	rm -rf .parity/$*
+	$(BIN)/python -m pip install --quiet --no-deps --target .parity/$* $(PARITY_$*)
+	touch $@
+
+parity: $(VENV)/.installed $(PARITY_VERSIONS:%=.parity/%/.installed)
+	$(BIN)/python tests/parity.py --json .parity/installed.json
+	@set -e; for version in $(PARITY_VERSIONS); do \
+		PYTHONPATH=.parity/$$version $(BIN)/python tests/parity.py --expect $$version --json .parity/$$version.json; done
+
 $(VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -c "import sys; assert (3, 10) <= sys.version_info < (3, 13), 'Python 3.10 to 3.12 is needed; set PYTHON=...'"
 	$(PYTHON) -m venv $(VENV)

@@ -97,7 +97,7 @@ def flat_stream(documents: list[np.ndarray], objective: str, mask_id: int, *, se
         "position_ids": torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
         "cu_seqlens": torch.from_numpy(np.cumsum([0, *lengths])).int(),
         "max_seqlen": max(lengths),
-        "target_positions": torch.from_numpy(places - (objective == "clm")),  # a decoder predicts one place earlier
+        "target_positions": torch.from_numpy(places - int(objective == "clm")),  # a decoder predicts one place earlier
         "target_labels": torch.from_numpy(ids[places]),
         "num_tokens": len(ids), "num_targets": len(places), "lengths": lengths,
     }

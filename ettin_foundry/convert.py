@@ -1,8 +1,8 @@
 """Text to a data set: read, split by document, tokenize, cut into chunks, write; all or nothing.
 
 Everything is written into a hidden folder beside the wanted one and moved into place when it is complete, so that a
-folder of that name is a whole data set at any moment, also when the process is killed. Readers are in sources.py, shards in
-split_writer.py, the tokenizer in tokenizer.py. One process; the same input gives the same bytes.
+folder of that name is a whole data set at any moment, also when the process is killed. Readers are in sources.py,
+shards in split_writer.py, the tokenizer in tokenizer.py. One process; the same input gives the same bytes.
 """
 
 from __future__ import annotations

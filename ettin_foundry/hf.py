@@ -254,11 +254,8 @@ def _write(folder: Path, config: dict[str, Any], weights: dict[str, Tensor], tok
     _write_json(folder / "config.json", config)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(str(folder))
-    # one class that every version of transformers has, whatever class read the training tokenizer; and no traces of
-    # this machine's folders
+    # one class that every version of transformers has, whatever class read the training tokenizer
     kept = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    for name in ("name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file", "merges_file"):
-        kept.pop(name, None)
     _write_json(folder / "tokenizer_config.json", {**kept, "tokenizer_class": "PreTrainedTokenizerFast",
                                                    "model_max_length": tokenizer.model_max_length,
                                                    "model_input_names": tokenizer.model_input_names,

@@ -25,14 +25,19 @@ SMALL = ["variables.packed.max_seq_len.pretrain=64", "variables.packed.global_ba
 CLM = ["variables.objective=clm", "variables.mask_rate=0.0"]
 
 
-def configure(data: Path, out: Path, *overrides: str) -> Any:
-    """nano.yaml with `SMALL` and the overrides; `~key` removes a key."""
+def program() -> Any:
+    """train.py as a module."""
     spec = importlib.util.spec_from_file_location("ettin_train_program", ROOT / "train.py")
     assert spec is not None and spec.loader is not None
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def configure(data: Path, out: Path, *overrides: str) -> Any:
+    """nano.yaml with `SMALL` and the overrides; `~key` removes a key."""
     wanted = [*SMALL, f"variables.data={data}", f"variables.save_root={out}", *overrides]
-    config = program.configure([str(ROOT / "yamls" / "nano.yaml"), *(w for w in wanted if not w.startswith("~"))])
+    config = program().configure([str(ROOT / "yamls" / "nano.yaml"), *(w for w in wanted if not w.startswith("~"))])
     for key in (w[1:] for w in wanted if w.startswith("~")):
         *path, last = key.split(".")
         block = config

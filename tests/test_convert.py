@@ -203,9 +203,10 @@ def test_sources_have_shards_and_counts_of_their_own(tmp_path: Path, tokenizer_d
 
 def test_limit_ends_each_source_at_a_document(tmp_path: Path, corpus: Path, tokenizer_dir: Path,
                                               documents: list[str]) -> None:
-    out = run(tmp_path / "out", [corpus], tokenizer_dir, limit_bytes=3000)
-    sizes = np.cumsum([len(text.encode()) for text in documents])
-    assert len(stored(out / "train")) == int(np.searchsorted(sizes, 3000)) + 1
+    sizes = np.cumsum([len(text.encode()) for text in documents]).tolist()
+    for limit, number in ((1, 1), (sizes[10] - 1, 11), (sizes[10], 11), (sizes[10] + 1, 12)):
+        out = run(tmp_path / f"out{limit}", [corpus], tokenizer_dir, limit_bytes=limit)
+        assert list(stored(out / "train")) == [f"doc-{i}" for i in range(number)]
 
 
 def test_stdlib_is_real_text_with_licence_and_module_docstrings(tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -268,8 +269,15 @@ def test_failure_at_any_stage_leaves_nothing(tmp_path: Path, corpus: Path, token
 def test_killed_conversion_leaves_no_manifest(tmp_path: Path, corpus: Path, tokenizer_dir: Path,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """A killed process cleans nothing up: what it leaves must not look like a set."""
+    finish = SplitWriter.finish
+
+    def die_after_the_first_split(self: SplitWriter) -> None:
+        if self.split == "validation":
+            raise SystemExit(9)
+        finish(self)
+
     monkeypatch.setattr("shutil.rmtree", lambda *args, **options: None)
-    monkeypatch.setattr(SplitWriter, "finish", lambda self: (_ for _ in ()).throw(SystemExit(9)))
+    monkeypatch.setattr(SplitWriter, "finish", die_after_the_first_split)
     with pytest.raises(SystemExit):
         run(tmp_path / "out", [corpus], tokenizer_dir, validation=0.1)
     assert not (tmp_path / "out").exists() and list(tmp_path.glob(".out*/train/*"))
