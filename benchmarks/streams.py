@@ -126,7 +126,7 @@ def machine(device: str) -> dict[str, Any]:
     facts = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count(),
              "threads": torch.get_num_threads(), "device": device}
     if device == "cuda":
-        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}  # type: ignore
     return facts
 
 

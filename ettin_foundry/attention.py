@@ -92,13 +92,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window_size
 def _reference_global(q: Tensor, k: Tensor, v: Tensor, documents: Documents, causal: bool) -> Tensor:
     """Every key of the document (up to the query's place when causal)."""
     if q.device.type == "cpu":  # the borders are readable here: no padding is computed
-        borders = documents.cached("borders", lambda: documents.cu_seqlens.tolist())
-        assert isinstance(borders, list)
-        heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]                  # (1, H, N, K)
-        out = []
-        for s, e in zip(borders[:-1], borders[1:]):
-            q_d, k_d, v_d = (x[:, :, s:e] for x in heads_first)
-            out.append(F.scaled_dot_product_attention(q_d, k_d, v_d, is_causal=causal))
+        lengths = documents.cached("lengths", lambda: documents.cu_seqlens.diff().tolist())
+        assert isinstance(lengths, list)
+        # split, not one slice a document: the backward of a slice writes zeros for the whole stream
+        parts = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))  # (1, H, L, K) each
+        out = [F.scaled_dot_product_attention(q_d, k_d, v_d, is_causal=causal) for q_d, k_d, v_d in zip(*parts)]
         return torch.cat(out, dim=2)[0].transpose(0, 1) if out else q  # no token: keep the graph, every rank needs it
     # elsewhere: gather documents into a padded (D, max_seqlen) block; nothing is read back from the device
     place = torch.arange(documents.max_seqlen, device=q.device)

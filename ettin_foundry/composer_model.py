@@ -107,7 +107,8 @@ class EttinModel(ComposerModel):
         self.model.fsdp_wrap_fn = lambda module: isinstance(module, Block)  # type: ignore[assignment]
         self.model.activation_checkpointing_fn = lambda module: isinstance(module, Block)  # type: ignore[assignment]
         self.model.param_init_fn = init_parameters  # type: ignore[assignment]
-        self._metrics: dict[str, Metric] = {m.__class__.__name__: m for m in (TargetCrossEntropy(), TargetPerplexity(), TargetAccuracy())}
+        self._metrics: dict[str, Metric] = {kind.__name__: kind()
+                                            for kind in (TargetCrossEntropy, TargetPerplexity, TargetAccuracy)}
 
     def forward(self, batch: Mapping[str, Any], count: bool = False) -> dict[str, Any]:
         """One microbatch as `data.split_batch` makes it to {loss, nll, correct, num_targets}.

@@ -18,7 +18,7 @@ __all__ = ["Stage", "run_demo"]
 log = logging.getLogger(__name__)
 
 STAGES = ("encoder", "decoder", "decoder-from-encoder", "encoder-from-decoder")
-COLORS = dict(zip(STAGES, ("tab:blue", "tab:orange", "tab:red", "tab:cyan")))
+COLORS: dict[str, str] = dict(zip(STAGES, ("tab:blue", "tab:orange", "tab:red", "tab:cyan")))
 PROMPTS = ["def __init__(self", "import ", "The function returns"]
 MASKED = ["import [MASK]", "def [MASK](self):", "raise ValueError([MASK])"]
 
@@ -37,8 +37,10 @@ class Stage:
     samples: list[str] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
+    """Training alone, without start-up and evaluation."""
     folder: str = ""
-    row_hash: str = ""
+    rows: dict[str, Any] = field(default_factory=dict)
+    """What was read: how many rows, of which data, in which order."""
 
 
 def run_demo(out: str | Path = "runs/demo", *, short: bool = False, recipes: str | Path = "yamls") -> dict[str, Any]:
@@ -124,13 +126,14 @@ def _train(stage: Stage, recipes: Path, out: Path, short: bool) -> None:
     from llmfoundry.command_utils import train
 
     log.info("%s: training %s", stage.name, stage.objective)
-    start = time.perf_counter()
     trainer = train(config)
-    stage.seconds = time.perf_counter() - start
+    stage.seconds = trainer.state.timestamp.total_wct.total_seconds()
     memory = next(d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger))
     stage.curve = [(int(stamp.token), float(value)) for stamp, value in memory.data["loss/train/total"]]
     stage.tokens = int(trainer.state.timestamp.token)
-    model = trainer.state.model
+    model: Any = trainer.state.model
+    loader: Any = trainer.state.train_dataloader
+    stage.rows = loader.dataset.state_dict(int(trainer.state.timestamp.sample), True)
     stage.metrics = {name: float(metric.compute()) for metrics in trainer.state.eval_metrics.values()
                      for name, metric in metrics.items()}
     if model.config.causal:
@@ -161,7 +164,9 @@ def _report(stages: list[Stage], out: Path, seconds: float) -> dict[str, Any]:
             "validation_accuracy": round(stage.metrics["TargetAccuracy"], 3),
             "samples": stage.samples, "huggingface_folder": stage.folder,
         })
-    report = {"seconds": round(seconds, 1), "data": str(out / "data"), "models": rows}
+    encoder, decoder = stages[:2]
+    report = {"seconds": round(seconds, 1), "data": str(out / "data"), "models": rows, "rows": encoder.rows,
+              "encoder_and_decoder_read_the_same_rows": encoder.rows == decoder.rows and encoder.tokens == decoder.tokens}
     (out / "report.json").write_text(json.dumps(report, indent=1))
     return report
 
@@ -231,6 +236,9 @@ def _print(report: dict[str, Any], out: Path) -> None:
             lines.append(f"- `{sample!r}`")
         lines.append("")
     (out / "table.md").write_text("\n".join(lines))
+    if report["encoder_and_decoder_read_the_same_rows"]:
+        console.print(f"encoder and decoder read the same {report['rows']['rows']:,} rows in the same order (data "
+                      f"{report['rows']['fingerprint'][:12]}, seed {report['rows']['shuffle_seed']})", highlight=False)
     places = [("data (MDS)", report["data"]), ("checkpoints", out / "runs"), ("Hugging Face folders", out / "models"),
               ("picture", out / "losses.png"), ("table", out / "table.md"), ("everything", out / "report.json")]
     for what, where in places:

@@ -78,9 +78,12 @@ def _losses(logits: Tensor, labels: Tensor) -> Tensor:
 def _losses_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(s,) fp32 losses and their (s, V) gradient by the logits, in the logits' dtype and, in fp32, their storage."""
     scores = logits.float()
-    log_total = torch.logsumexp(scores, -1, keepdim=True)
-    losses = (log_total - scores.gather(-1, labels[:, None]))[:, 0]
-    gradient = scores.sub_(log_total).exp_()
+    top = scores.amax(-1, keepdim=True)
+    label_scores = scores.gather(-1, labels[:, None])
+    gradient = scores.sub_(top).exp_()  # one exp for loss and gradient
+    total = gradient.sum(-1, keepdim=True)
+    losses = (top + total.log() - label_scores)[:, 0]
+    gradient.div_(total)
     gradient.scatter_add_(-1, labels[:, None], gradient.new_full((1, 1), -1.0).expand(labels.shape[0], 1))
     return losses, gradient.to(logits.dtype)
 

@@ -158,9 +158,10 @@ def test_copies_read_alike_in_other_processes(data_set: Path) -> None:
             os.write(write, data.chunk(1, 2).tobytes() + data.chunk(2, 0)[:1].tobytes())
         finally:
             os._exit(0)
+    os.close(write)  # or a child that fails would leave the read waiting
     os.waitpid(child, 0)
     assert os.read(read, 4096) == expected.tobytes() + data.chunk(2, 0)[:1].tobytes()
-    os.close(read), os.close(write)
+    os.close(read)
 
 
 def test_open_shards_are_bounded(data_set: Path) -> None:

@@ -9,8 +9,9 @@ from readme_commands import README, commands
 
 from ettin_foundry.config import SIZES, EttinConfig
 
-TRAINING = [line for section in ("By hand", "Run 400m on a cluster", "Bring a corpus") for line in commands(section)
-            if line.startswith("composer train.py")]
+LINES = [line for section in ("By hand", "Run 400m on a cluster", "Bring a corpus") for line in commands(section)]
+TRAINING = [line for line in LINES if line.startswith("composer train.py")]
+CONVERTING = [line for line in LINES if "convert.py" in line]
 
 
 def test_readme_is_short_and_has_no_gap():
@@ -29,12 +30,11 @@ def test_every_training_command_is_a_valid_run(line, monkeypatch):
     checks.check_settings(OmegaConf.to_container(config, resolve=True))
 
 
-def test_there_are_training_commands():
-    assert len(TRAINING) == 8
+def test_the_commands_are_found():
+    assert (len(TRAINING), len(CONVERTING)) == (8, 4)
 
 
-@pytest.mark.parametrize("line", [line for s in ("By hand", "Run 400m on a cluster", "Bring a corpus") for line in commands(s)
-                                  if "convert.py" in line])
+@pytest.mark.parametrize("line", CONVERTING, ids=range(len(CONVERTING)))
 def test_every_convert_command_has_known_options(line):
     from ettin_foundry import convert
 

@@ -115,7 +115,7 @@ def test_losses_are_the_golden_ones(objective, data, capture, tmp_path):
     golden = np.loadtxt(path)
     np.testing.assert_allclose(capture.losses, golden, rtol=0, atol=1e-4,
                                err_msg=f"the losses of {path.name} moved; a change that moves them says why")
-    assert golden[-1] < golden[0] - 0.3  # they are losses of something that learns
+    assert golden[-1] < golden[0] - 0.3  # losses of something that learns
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm", "mntp"])
