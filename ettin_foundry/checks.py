@@ -150,7 +150,7 @@ def _check_pairing(cfg: dict[str, Any]) -> None:
 
 def _check_blocks(cfg: dict[str, Any]) -> None:
     blocks = [("model", cfg["model"], MODEL_KEYS)]
-    blocks += [(key, block, (*LOADER_KEYS, "label")) if "[" in key else (key, block, LOADER_KEYS)
+    blocks += [(key, block, LOADER_KEYS if key == "train_loader" else (*LOADER_KEYS, "label"))
                for key, block in _loaders(cfg)]
     for key, block, allowed in blocks:
         if unknown := sorted(set(block) - set(allowed)):
@@ -370,5 +370,7 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     check_settings(cfg)
     check_machine(cfg)
     _guard_checkpoints(cfg)
+    if "label" in (cfg.get("eval_loader") or {}):  # the host takes a label from a list only, and hands it on from a dict
+        cfg["eval_loaders"] = [cfg.pop("eval_loader")]
     cfg["callbacks"] = {"ettin_clock": {}, **(cfg.get("callbacks") or {})}
     return cfg

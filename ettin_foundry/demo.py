@@ -48,7 +48,7 @@ def run_demo(out: str | Path = "runs/demo", *, short: bool = False, recipes: str
 
     Args:
         out: folder for data, checkpoints, exports and the report.
-        short: a tenth of the tokens and of the text, to see that everything works.
+        short: a tenth of the tokens and a quarter of the text, to see that everything works.
         recipes: folder with nano.yaml and phases/.
 
     Returns:
@@ -83,7 +83,7 @@ def _convert(out: Path, short: bool) -> Path:
 
 
 def _stages(out: Path, data: Path, short: bool) -> list[Stage]:
-    pretrain, cross = (400_000, 200_000) if short else (4_000_000, 2_000_000)
+    pretrain, cross = (300_000, 150_000) if short else (3_000_000, 1_000_000)
     common = [f"variables.data={data}", f"variables.save_root={out / 'runs'}", f"variables.warmup={pretrain // 20}tok",
               f"save_interval={pretrain}tok", f"eval_interval={pretrain // 4}tok", "loggers.inmemory={}",
               f"max_duration={pretrain}tok"]

@@ -116,7 +116,8 @@ def test_attention_in_bf16_equals_a_float64_softmax_forward_and_backward(window,
     # bf16 keeps 8 bits: outputs and probabilities are off by 2^-9 each. A window off by one gives above 0.05 here
     assert distance(out.detach().double(), expected.detach()) < 0.008
     for name, x, y in zip("qkv", rounded, exact):
-        assert x.grad is not None and distance(x.grad.double(), y.grad) < 0.016, f"gradient of {name}"  # differences of such products
+        assert x.grad is not None
+        assert distance(x.grad.double(), y.grad) < 0.016, f"gradient of {name}"  # differences of such products
 
 
 @both_kinds

@@ -122,8 +122,9 @@ def test_losses_are_the_golden_ones(objective, data, capture, tmp_path):
 def test_validation_metrics_are_those_of_dense_logits(objective, data, capture, tmp_path):
     config = nano_run.configure(data, tmp_path, *OBJECTIVES[objective], "model.vocab_size=512")
     from omegaconf import OmegaConf
-    with_eval = OmegaConf.load(nano_run.ROOT / "yamls" / "nano.yaml").eval_loader
-    config.eval_loader = {**with_eval, "label": "held_out"}
+    recipe = OmegaConf.to_container(OmegaConf.load(nano_run.ROOT / "yamls" / "nano.yaml"))  # interpolations as they are
+    labelled = {**recipe["eval_loader"], "label": "held_out"}
+    config.eval_loader = labelled if objective == "mlm" else [labelled]  # both ways of writing it
     config.eval_interval = "2ba"
     config.max_duration = "2ba"
     import ettin_foundry
