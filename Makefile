@@ -32,6 +32,22 @@ parity: $(VENV)/.installed $(PARITY_VERSIONS:%=.parity/%/.installed)
 	@set -e; for version in $(PARITY_VERSIONS); do \
 		PYTHONPATH=.parity/$$version $(BIN)/python tests/parity.py --expect $$version --json .parity/$$version.json; done
 
+bench: $(VENV)/.installed .parity/4.57.6/.installed
+	$(BIN)/python benchmarks/cpu_vs_transformers.py --decoder-path .parity/4.57.6 $(BENCH_ARGS)
+
+# The two below use the system's python3: the machine with the GPU has torch, and needs no network and no environment.
+GPU_SITE := build/gpu-site
+gpu:
+	$(PYTHON) -m pytest -m gpu tests/test_gpu.py -rs -k "not trainer"
+	if ls .wheels/*.whl >/dev/null 2>&1; then \
+	  { test -d $(GPU_SITE) || $(PYTHON) benchmarks/wheels_gpu.py --unpack $(GPU_SITE); } && \
+	  PYTHONPATH=$(CURDIR)/$(GPU_SITE):$(CURDIR) $(PYTHON) -m pytest -m gpu tests/test_gpu.py -rs -k trainer; \
+	else echo "no .wheels/: the Trainer's test is left out (make wheels-gpu)"; fi
+	$(PYTHON) benchmarks/train_step.py
+
+wheels-gpu:
+	$(PYTHON) benchmarks/wheels_gpu.py
+
 $(VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -c "import sys; assert (3, 10) <= sys.version_info < (3, 13), 'Python 3.10 to 3.12 is needed; set PYTHON=...'"
 	$(PYTHON) -m venv $(VENV)

@@ -69,6 +69,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window_size
 
     Source: the reference trainer's flash-attn calls (bert24 src/bert_layers/attention.py:917-936).
     """
+    if q.shape[0] == 0:  # flash kernels refuse it; returned as it is, so that every rank has gradients to reduce
+        return q
     if backend == "reference":
         if window_size[0] < 0:
             return _reference_global(q, k, v, documents, causal=window_size[1] == 0)
@@ -97,7 +99,7 @@ def _reference_global(q: Tensor, k: Tensor, v: Tensor, documents: Documents, cau
         # split, not one slice a document: the backward of a slice writes zeros for the whole stream
         parts = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))  # (1, H, L, K) each
         out = [F.scaled_dot_product_attention(q_d, k_d, v_d, is_causal=causal) for q_d, k_d, v_d in zip(*parts)]
-        return torch.cat(out, dim=2)[0].transpose(0, 1) if out else q  # no token: keep the graph, every rank needs it
+        return torch.cat(out, dim=2)[0].transpose(0, 1)
     # elsewhere: gather documents into a padded (D, max_seqlen) block; nothing is read back from the device
     place = torch.arange(documents.max_seqlen, device=q.device)
     starts, ends = documents.cu_seqlens[:-1, None], documents.cu_seqlens[1:, None]
@@ -121,8 +123,6 @@ def _reference_local(q: Tensor, k: Tensor, v: Tensor, documents: Documents, wind
     num_tokens, heads, dim = q.shape
     width = max(left, right, 16)
     blocks = -(-num_tokens // width)
-    if blocks == 0:
-        return q
     sides = (1, 1 if right else 0)  # blocks of keys to the left and to the right of a query's own
 
     def keys(x: Tensor) -> Tensor:
@@ -157,6 +157,7 @@ def _local_mask(documents: Documents, window_size: tuple[int, int], num_tokens: 
     return mask.masked_fill_(~visible, float("-inf"))[:, None]
 
 
+@torch.compiler.disable
 @functools.cache
 def _flash_candidates() -> tuple[Backend, ...]:
     """The flash implementations of this environment, best first. Found without importing CUDA code."""

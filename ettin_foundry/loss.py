@@ -35,7 +35,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: T
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad or bias.requires_grad):
         return _LinearCrossEntropy.apply(hidden, weight, bias, labels)  # type: ignore[return-value]
     total = hidden.new_zeros((), dtype=torch.float32)
-    with _in_compute_dtype(hidden, weight, bias) as (hidden, weight, bias):
+    with torch.no_grad(), _in_compute_dtype(hidden, weight, bias) as (hidden, weight, bias):
         for logits, index, _ in _slices(hidden, weight, bias, labels):
             total += _losses(logits, index).sum()
     return total
@@ -63,11 +63,16 @@ def _in_compute_dtype(*tensors: Tensor):
 
 
 def _slices(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor):
-    """Yields (logits (s, V), labels (s,), slice) over the targets, logits in the dtype of `hidden`."""
+    """Yields (logits (s, V), labels (s,), slice) over the targets, logits in the dtype of `hidden`.
+
+    The logits of all slices share one buffer, which the caller may overwrite: fresh memory costs more than the softmax.
+    """
     step = max(256, _SLICE_ELEMENTS.get(hidden.device.type, 2**25) // weight.shape[0])
+    buffer = hidden.new_empty(min(step, hidden.shape[0]), weight.shape[0])
     for start in range(0, hidden.shape[0], step):
         part = slice(start, start + step)
-        yield torch.addmm(bias, hidden[part], weight.t()), labels[part], part
+        logits = torch.addmm(bias, hidden[part], weight.t(), out=buffer[:labels[part].shape[0]])
+        yield logits, labels[part], part
 
 
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:
