@@ -74,9 +74,9 @@ def register_capture() -> type:
 
         def after_train_batch(self, state: Any, logger: Any) -> None:
             if not Capture.gradients:
-                Capture.gradients = {
-                    name.replace("module.", ""): (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
-                    for name, p in state.model.named_parameters()}
+                for name, p in state.model.named_parameters():
+                    own = name.replace("_checkpoint_wrapped_module.", "").replace("module.", "")
+                    Capture.gradients[own] = (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
 
         def batch_end(self, state: Any, logger: Any) -> None:
             Capture.losses.append(float(state.total_loss_dict["loss/train/total"]))
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
     data = Path(next(o.split("=", 1)[1] for o in overrides if o.startswith("variables.data=")))
     capture = register_capture()
     rank = int(os.environ["RANK"])
-    for name, version, extra in (("ddp", "1", []), ("fsdp2", "2", ["fsdp_config.state_dict_type=full"])):
+    for name, version, extra in (("ddp", "1", []), ("fsdp2", "2", ["fsdp_config.activation_checkpointing=true"])):
         os.environ["FSDP_VERSION"] = version
         for objective, clm in (("mlm", []), ("clm", CLM)):
             trainer = run(data, out / f"{name}-{objective}", *overrides, *clm, "callbacks.capture={}", *extra)

@@ -164,3 +164,22 @@ def test_nano_crosses_from_the_other_models_weights(source, target, data, captur
     # one step of at most lr (at most 1e-10 of the peak in the first step of a warm-up): still the source's weights
     assert max(moved.values()) < 1e-6
     assert trainer.state.model.config.causal == (target == "clm")
+
+
+@pytest.mark.parametrize("objective", PAIR)
+def test_a_batch_without_any_target_gives_zero_loss_and_training_goes_on(objective, data, capture, tmp_path):
+    from composer import Callback
+    from llmfoundry import registry
+
+    class Blank(Callback):
+        def after_dataloader(self, state, logger):
+            if state.timestamp.batch == 1:
+                state.batch["labels"].fill_(-100)
+            elif state.timestamp.batch == 2:
+                state.batch["labels"][:4] = -100  # the whole first microbatch
+
+    registry.callbacks.register("blank", func=Blank)
+    trainer = run(data, tmp_path, objective, "max_duration=3ba", "callbacks.blank={}")
+    trainer.close()
+    assert capture.losses[0] > 5 and capture.losses[1] == 0.0 and capture.losses[2] > 5
+    assert all(p.isfinite().all() for p in trainer.state.model.parameters())
