@@ -145,6 +145,7 @@ def _local_mask(documents: Documents, window_size: tuple[int, int], num_tokens: 
     blocks = -(-num_tokens // width)
     span = (1 + sum(sides)) * width
     start = torch.arange(num_tokens, device=device) - documents.position_ids        # where a token's document begins
+    # padding is a document of its own, -1: a query without any key would give NaN gradients
     padded = F.pad(start, (sides[0] * width, blocks * width - num_tokens + sides[1] * width), value=-1)
     key_start = padded.unfold(0, span, width)                                       # (blocks, span)
     query_start = padded[sides[0] * width:][:blocks * width].view(blocks, width)
@@ -152,7 +153,6 @@ def _local_mask(documents: Documents, window_size: tuple[int, int], num_tokens: 
                 - torch.arange(width, device=device)[:, None] - sides[0] * width)   # key place - query place
     near = (distance >= -window_size[0]) & (distance <= window_size[1])
     visible = (key_start[:, None, :] == query_start[:, :, None]) & near
-    visible = visible | (distance == 0)  # padding sees itself: a row without any key would give NaN gradients
     mask = torch.zeros(visible.shape, dtype=dtype, device=device)
     return mask.masked_fill_(~visible, float("-inf"))[:, None]
 

@@ -83,7 +83,7 @@ def _convert(out: Path, short: bool) -> Path:
 
 
 def _stages(out: Path, data: Path, short: bool) -> list[Stage]:
-    pretrain, cross = (300_000, 150_000) if short else (3_000_000, 1_000_000)
+    pretrain, cross = (200_000, 100_000) if short else (2_000_000, 700_000)
     common = [f"variables.data={data}", f"variables.save_root={out / 'runs'}", f"variables.warmup={pretrain // 20}tok",
               f"save_interval={pretrain}tok", f"eval_interval={pretrain // 4}tok", "loggers.inmemory={}",
               f"max_duration={pretrain}tok"]
