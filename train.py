@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,9 @@ def configure(args: list[str]) -> DictConfig:
         FileNotFoundError, ValueError: a file is missing or broken, an override names no variable, a value is missing.
     """
     om.clear_resolver("oc.env")  # as LLM-Foundry does, so that a YAML means the same in both
-    files = [arg for arg in args if "=" not in arg or arg.endswith((".yaml", ".yml"))]
-    overrides = [arg for arg in args if arg not in files]
+    files, overrides = [arg for arg in args if "=" not in arg], [arg for arg in args if "=" in arg]
+    if wrong := [arg for arg in files if not arg.endswith((".yaml", ".yml"))]:
+        raise ValueError(f"{wrong[0]}: neither a YAML file nor key=value; the only option is --dry-run")
     if not files:
         raise ValueError("no recipe given; usage: composer train.py recipe.yaml [overlay.yaml ...] [key=value ...]")
     merged: dict[str, Any] = {}
@@ -74,7 +76,7 @@ def configure(args: list[str]) -> DictConfig:
     config = om.create(merge(merged, command_line))
     assert isinstance(config, DictConfig)
     try:
-        missing = sorted(om.missing_keys(config))
+        missing = sorted(om.missing_keys(config), key=lambda key: (not key.startswith("variables."), key))
         if not missing:
             om.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
@@ -107,7 +109,15 @@ def main(argv: list[str]) -> int:
         from llmfoundry.command_utils import train
 
         ettin_foundry.register()
-        train(config)
+        try:
+            train(config)
+        except (ValueError, FileNotFoundError) as error:
+            # raised by ours: bad data, tokenizer or checkpoint, said in full; from elsewhere the traceback matters
+            raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+            if raised_in.parent != Path(ettin_foundry.__file__).parent:
+                raise
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 1
     return 0
 
 

@@ -40,6 +40,9 @@ class Documents:
         self.cu_seqlens = cu_seqlens
         self.max_seqlen = max_seqlen
         self.position_ids = position_ids
+        # theta -> (cos, sin) of every token, fp32. Here, and not an argument of the blocks, because FSDP2's mixed precision
+        # casts every tensor among a block's arguments to bf16, and bf16 loses the angle at 8k
+        self.angles: dict[float, tuple[Tensor, Tensor]] = {}
         self._cache: dict[object, Tensor | list[int]] = {}  # masks are the same in every layer of one forward
 
     def cached(self, key: object, make: Callable[[], Tensor | list[int]]) -> Tensor | list[int]:
@@ -160,10 +163,13 @@ def _local_mask(documents: Documents, window_size: tuple[int, int], num_tokens: 
 @torch.compiler.disable
 @functools.cache
 def _flash_candidates() -> tuple[Backend, ...]:
-    """The flash implementations of this environment, best first. Found without importing CUDA code."""
+    """The flash implementations that this environment and GPU can run, best first."""
+    capability = torch.cuda.get_device_capability()
     found = []
-    if importlib.util.find_spec("flash_attn_interface"):
-        found.append(Backend("flash_attn_3", "flash-attn 3 is installed"))
+    if importlib.util.find_spec("flash_attn_interface") and capability[0] == 9:
+        found.append(Backend("flash_attn_3", "flash-attn 3 is installed and this is a Hopper GPU"))
+    if capability < (8, 0):
+        return ()
     if importlib.util.find_spec("flash_attn"):
         found.append(Backend("flash_attn_2", "flash-attn 2 is installed"))
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
@@ -190,7 +196,7 @@ def select_backend(wish: str, device_type: str, dtype: torch.dtype) -> Backend:
     elif dtype not in (torch.bfloat16, torch.float16):
         obstacle = f"flash kernels need bf16 or fp16 and this is {dtype}"
     elif not _flash_candidates():
-        obstacle = "no flash implementation is installed (flash-attn, or torch >= 2.11)"
+        obstacle = "no flash implementation is here (an Ampere GPU or newer with flash-attn, or torch >= 2.11, is needed)"
     else:
         return _flash_candidates()[0]
     if wish == "flash":

@@ -106,8 +106,14 @@ def flatten(batch: Batch) -> Batch:
     }
 
 
-def split_batch(batch: Batch, microbatch_size: int | float) -> list[Batch]:
+def split_batch(batch: Batch, microbatch_size: int | float, *, pin: bool = False) -> list[Batch]:
     """Flat microbatches of `microbatch_size` rows, the last one possibly of fewer; see `flatten`.
+
+    Args:
+        batch: (B, T) tensors and Python scalars; not changed.
+        microbatch_size: rows.
+        pin: put the flat tensors into page-locked memory. These are what travels to the device (the (B, T) batch stays
+            here), and from pageable memory the copy would wait for the work that is queued there.
 
     Raises:
         ValueError: microbatch_size is not a whole number of at least 1.
@@ -116,8 +122,11 @@ def split_batch(batch: Batch, microbatch_size: int | float) -> list[Batch]:
         raise ValueError(f"device_train_microbatch_size: {microbatch_size} given; a whole number of rows, at least 1, "
                          "is needed. Use fewer rows of a shorter max_seq_len if one row does not fit")
     size, tensors = int(microbatch_size), {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
-    return [flatten({**batch, **{key: value[first:first + size] for key, value in tensors.items()}})
+    flat = [flatten({**batch, **{key: value[first:first + size] for key, value in tensors.items()}})
             for first in range(0, len(batch["input_ids"]), size)]
+    if not pin:
+        return flat
+    return [{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in part.items()} for part in flat]
 
 
 def count_samples(batch: Batch) -> int:

@@ -142,20 +142,29 @@ class ExportHF(Callback):
             self._write(state)
 
     def _write(self, state: State) -> None:
-        """Every rank gathers, rank 0 writes."""
+        """Every rank gathers, rank 0 writes; what fails there is raised on every rank, so that none waits for it."""
+        failed: list[Exception | None] = [None]
         self._last_batch = state.timestamp.batch.value
         weights = get_model_state_dict(state.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if dist.get_global_rank() == 0:
-            from ettin_foundry import hf
+            try:
+                self._export(state, weights)
+            except Exception as error:
+                failed = [error]
+        dist.broadcast_object_list(failed)
+        if failed[0] is not None:
+            raise failed[0]
 
-            lineage = next((c.lineage for c in state.callbacks if isinstance(c, Clock)), ())
-            past = sum(entry.get("tokens") or 0 for entry in lineage)
-            folder = Path(format_name_with_dist(self.folder, state.run_name)) / f"ba{self._last_batch}"
-            hf.export_model({name.removeprefix("model."): value for name, value in weights.items()}, self._model.config,
-                            self._model.tokenizer, folder, objective=self._model.objective, overwrite=True,
-                            facts={"tokens": past + state.timestamp.token.value, "lineage": list(lineage)})
-            log.info("wrote %s", folder)
-        dist.barrier()
+    def _export(self, state: State, weights: dict[str, Any]) -> None:
+        from ettin_foundry import hf
+
+        lineage = next((c.lineage for c in state.callbacks if isinstance(c, Clock)), ())
+        past = sum(entry.get("tokens") or 0 for entry in lineage)
+        folder = Path(format_name_with_dist(self.folder, state.run_name)) / f"ba{self._last_batch}"
+        hf.export_model({name.removeprefix("model."): value for name, value in weights.items()}, self._model.config,
+                        self._model.tokenizer, folder, objective=self._model.objective, overwrite=True,
+                        facts={"tokens": past + state.timestamp.token.value, "lineage": list(lineage)})
+        log.info("wrote %s", folder)
 
 
 class LogSamples(Callback):

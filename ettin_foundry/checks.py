@@ -8,7 +8,6 @@ optimizer, the data's files, the tokenizer against the data) is not repeated her
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Iterator
@@ -16,15 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ettin_foundry.config import OBJECTIVES, EttinConfig
+from ettin_foundry.keys import FIELDS, check_keys
 
-__all__ = ["LOADER_KEYS", "MODEL_KEYS", "check_config", "check_machine", "check_settings", "model_config", "parse_time"]
-
-_DERIVED = ("causal", "max_position_embeddings")  # follow from objective and max_seq_len
-_FIELDS = tuple(f.name for f in dataclasses.fields(EttinConfig) if f.name not in _DERIVED)
-# Mirrors of two signatures that cannot be read without importing torch; a test holds them equal.
-MODEL_KEYS = ("name", "size", "objective", "max_seq_len", "attn_impl", "init_device", *_FIELDS)
-LOADER_KEYS = ("name", "dataset", "objective", "max_seq_len", "mask_rate", "packing", "shuffle", "shuffle_seed",
-               "shuffle_window", "num_workers", "prefetch_factor", "pin_memory", "persistent_workers", "timeout")
+__all__ = ["check_config", "check_machine", "check_settings", "model_config", "parse_time"]
 
 _NEEDED = ("model", "tokenizer", "optimizer", "scheduler", "train_loader", "max_duration", "max_seq_len",
            "global_train_batch_size", "device_train_microbatch_size")
@@ -85,7 +78,7 @@ def model_config(cfg: dict[str, Any]) -> EttinConfig:
     if model.get("objective") not in OBJECTIVES:
         raise _refusal("model.objective", model.get("objective"), f"one of {', '.join(OBJECTIVES)} is needed",
                        "clm makes a decoder, mlm and mntp an encoder")
-    fields = {key: value for key, value in model.items() if key in _FIELDS}
+    fields = {key: value for key, value in model.items() if key in FIELDS}
     return EttinConfig.for_size(model.get("size"), causal=model["objective"] == "clm",
                                 max_position_embeddings=cfg["max_seq_len"], **fields)
 
@@ -149,12 +142,8 @@ def _check_pairing(cfg: dict[str, Any]) -> None:
 
 
 def _check_blocks(cfg: dict[str, Any]) -> None:
-    blocks = [("model", cfg["model"], MODEL_KEYS)]
-    blocks += [(key, block, LOADER_KEYS if key == "train_loader" else (*LOADER_KEYS, "label"))
-               for key, block in _loaders(cfg)]
-    for key, block, allowed in blocks:
-        if unknown := sorted(set(block) - set(allowed)):
-            raise ValueError(f"{key}.{unknown[0]}: unknown key; the keys are {', '.join(allowed)}. Remove or correct it")
+    check_keys(cfg, list(_loaders(cfg)))
+    for key, block in (("model", cfg["model"]), *_loaders(cfg)):
         if block.get("max_seq_len") != cfg["max_seq_len"]:
             raise _refusal(f"{key}.max_seq_len", block.get("max_seq_len"), f"max_seq_len is {cfg['max_seq_len']!r} and "
                            "must be the same everywhere", "Set it once: variables.max_seq_len=...")
@@ -208,7 +197,10 @@ def _check_times(cfg: dict[str, Any]) -> None:
     for name in ("t_warmup", "t_decay"):
         if name in cfg["scheduler"]:
             value, its_unit = parse_time(f"scheduler.{name}", cfg["scheduler"][name])
-            spent += value if its_unit == "dur" else value / total if its_unit == unit else 0.0
+            if its_unit not in ("dur", unit) and value:
+                raise _refusal(f"scheduler.{name}", cfg["scheduler"][name], f"max_duration ({cfg['max_duration']}) is in "
+                               f"{unit}", f"Give both in {unit}, or this one in dur")
+            spent += value if its_unit == "dur" else value / total
             if name == "t_decay" and value == 0 and "alpha_f" in cfg["scheduler"]:
                 raise _refusal("scheduler.alpha_f", cfg["scheduler"]["alpha_f"], "it is the end of a decay, and t_decay "
                                "is 0", "Remove it or give t_decay")
@@ -224,6 +216,9 @@ def _check_host_features(cfg: dict[str, Any]) -> None:
             name = key.removeprefix("callbacks.")
             if name in callbacks if key != name else cfg.get(key):
                 raise ValueError(f"{key}: given; it does not work with model.name: ettin. Use {instead}")
+    rows = cfg["global_train_batch_size"]
+    if not isinstance(rows, int) or rows < 1:
+        raise _refusal("global_train_batch_size", rows, "a whole number of at least 1 row is needed", "Correct it")
     if cfg.get("train_subset_num_batches", -1) != -1:
         raise _refusal("train_subset_num_batches", cfg["train_subset_num_batches"], "an endless loader has no subset",
                        "Use max_duration")
@@ -294,6 +289,18 @@ def _check_batch(cfg: dict[str, Any], world_size: int, cuda: bool) -> None:
                        f"global_train_batch_size is {rows} on {world_size} process(es)", "Lower it")
 
 
+def _check_sharding(cfg: dict[str, Any], world_size: int, cuda: bool) -> None:
+    if cfg.get("fsdp_config") and world_size == 1:
+        raise _refusal("fsdp_config", cfg["fsdp_config"], "one process has nothing to shard, so it would do nothing",
+                       "Remove it, or start several processes")
+    if cfg.get("fsdp_config") and os.environ.get("FSDP_VERSION") != "2":
+        raise _refusal("fsdp_config", cfg["fsdp_config"], "the host would shard with FSDP1, which cuts tensors into flat "
+                       "pieces that ettin_stable_adamw cannot use", "Set the environment variable FSDP_VERSION=2")
+    if cfg["model"].get("init_device", "cpu") != "cpu" and not cuda:
+        raise _refusal("model.init_device", cfg["model"]["init_device"], "the host fills such parameters on a GPU, and "
+                       "there is none", "Set model.init_device=cpu")
+
+
 def _check_files(cfg: dict[str, Any]) -> None:
     name = cfg["tokenizer"]["name"]
     # a hub id has at most one slash; with more, or below a folder that exists here, a folder is meant
@@ -323,9 +330,7 @@ def check_machine(cfg: dict[str, Any]) -> None:
     if not cuda and (precision := cfg.get("precision", "amp_bf16")) != "fp32":
         raise _refusal("precision", precision, "there is no GPU, and a CPU trains in fp32 only", "Set precision=fp32")
     _check_batch(cfg, world_size, cuda)
-    if cfg.get("fsdp_config") and world_size == 1:
-        raise _refusal("fsdp_config", cfg["fsdp_config"], "one process has nothing to shard, so it would do nothing",
-                       "Remove it, or start several processes")
+    _check_sharding(cfg, world_size, cuda)
 
 
 def _guard_checkpoints(cfg: dict[str, Any]) -> None:
@@ -372,5 +377,8 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     _guard_checkpoints(cfg)
     if "label" in (cfg.get("eval_loader") or {}):  # the host takes a label from a list only, and hands it on from a dict
         cfg["eval_loaders"] = [cfg.pop("eval_loader")]
+    if cfg.get("fsdp_config"):
+        # the host's default would hand blocks a bf16 residual stream; this trains the same numbers as DDP does
+        cfg["fsdp_config"] = {"mixed_precision": "FULL", **cfg["fsdp_config"]}
     cfg["callbacks"] = {"ettin_clock": {}, **(cfg.get("callbacks") or {})}
     return cfg

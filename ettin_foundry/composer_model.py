@@ -1,7 +1,8 @@
 """The ComposerModel that LLM-Foundry builds from `model: {name: ettin, ...}`: batch in, loss and metrics out.
 
-It branches on the Python scalars of a microbatch only, never on tensor values, so that a step reads nothing back from the
-device. Text generation and mask filling for samples stand here too: small, without a key-value cache.
+It branches on the Python scalars of a microbatch only, never on tensor values, so that forward, loss and backward read
+nothing back from the device (the host itself reads two numbers a batch: the count of targets and the loss). Text
+generation and mask filling for samples stand here too: small, without a key-value cache.
 """
 
 from __future__ import annotations
@@ -198,7 +199,8 @@ class EttinModel(ComposerModel):
             ValueError: the model is an encoder, or has no tokenizer.
         """
         if not self.config.causal:
-            raise ValueError(f"generate needs a decoder, and this model was built for {self.objective}; use fill_mask")
+            raise ValueError(f"generate needs a decoder, and this model was built for {self.objective}; use fill_mask "
+                             "(on the command line: fill-mask)")
         tokenizer = self._needed_tokenizer()
         starts = [[tokenizer.bos_token_id, *tokenizer.encode(p, add_special_tokens=False)] for p in prompts]
         documents, open_ones = [list(s) for s in starts], set(range(len(starts)))

@@ -54,7 +54,7 @@ class EttinConfig:
     causal: bool
     """True for decoders. The only field in which the two members of a pair differ besides `window_left`."""
     max_position_embeddings: int = 1024
-    """Longest document in tokens, BOS and EOS included; rotary tables are this long."""
+    """Longest document in tokens, BOS and EOS included; limits samples, and is written to exports."""
     vocab_size: int = 50368
     global_attn_every_n_layers: int = 3
     """Layer i attends globally when i is a multiple of this, and in the local window otherwise."""

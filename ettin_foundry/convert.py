@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from streaming.base.util import bytes_to_int
 
 from ettin_foundry import tokenizer as tokenizers
 from ettin_foundry.manifest import MAX_CHUNK_LENGTH
@@ -75,6 +76,10 @@ class ConvertOptions:
         if (self.tokenizer is None) == (self.train_tokenizer is None):
             raise ValueError(f"--tokenizer {self.tokenizer} and --train-tokenizer {self.train_tokenizer} given; "
                              "exactly one of the two is needed")
+        try:
+            bytes_to_int(self.shard_size)
+        except ValueError as error:
+            raise ValueError(f"--shard-size: {self.shard_size!r} given; a number of bytes such as 64mb is needed") from error
         if not 1 <= self.chunk_length <= MAX_CHUNK_LENGTH:
             raise ValueError(f"--chunk-length: {self.chunk_length} given; 1 to {MAX_CHUNK_LENGTH} tokens are possible. "
                              f"Use the row length of training minus {SPECIALS_PER_PIECE}")

@@ -9,6 +9,7 @@ shared memory, lock file or background thread of ours.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -170,7 +171,7 @@ def build_ettin_loader(
         shuffle_seed: seed of order and masks.
         shuffle_window: shards whose rows are mixed (16 if not given); not with shuffle: false.
         num_workers, prefetch_factor, persistent_workers, timeout: as torch's DataLoader has them.
-        pin_memory: page-locked batches; acts only where there is a GPU.
+        pin_memory: page-locked microbatches, see `batches.split_batch`; acts only where there is a GPU.
 
     Raises:
         ValueError, FileNotFoundError: a key is unknown, out of range or without effect, or the data does not fit.
@@ -192,10 +193,11 @@ def build_ettin_loader(
     collate, batch_size = _collator(objective)(settings, tokenizer, rows.batch_size)
     loader = DataLoader(
         rows, batch_size=batch_size, collate_fn=collate, num_workers=num_workers, prefetch_factor=prefetch_factor,
-        pin_memory=pin_memory and torch.cuda.is_available(), persistent_workers=persistent_workers, timeout=timeout,
+        persistent_workers=persistent_workers, timeout=timeout,
         # DataLoader draws a seed for its workers at each start; from the default generator that would shift dropout
         generator=torch.Generator().manual_seed(shuffle_seed))
-    return DataSpec(loader, num_samples=None if shuffle else order.rows_per_epoch, split_batch=split_batch,
+    return DataSpec(loader, num_samples=None if shuffle else order.rows_per_epoch,
+                    split_batch=functools.partial(split_batch, pin=pin_memory and torch.cuda.is_available()),
                     get_num_samples_in_batch=count_samples, get_num_tokens_in_batch=count_tokens)  # type: ignore
 
 

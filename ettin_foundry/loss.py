@@ -1,8 +1,9 @@
 """Cross-entropy over target positions, with the vocabulary projection inside and never all logits at once.
 
 A decoder predicts at every token: with 50,368 entries and 32k tokens, logits in fp32 are 6.6 GB, and autograd keeps them
-twice. Here the projection, the loss and its gradients are done for a slice of targets at a time, in the forward pass; what
-is kept for backward is one (n, C) and one (V, C) gradient. The number of matrix products is that of the plain way.
+twice. Here the projection, the loss and its gradients are done for a slice of targets at a time, in the forward pass;
+what is kept for backward is one (n, C) and one (V, C) gradient, scaled there into a copy. The number of matrix products
+is that of the plain way.
 
 Shapes: n targets, C hidden, V vocabulary.
 """
@@ -30,7 +31,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: T
         weight: (V, C). bias: (V,). labels: (n,) int64 in [0, V).
 
     Returns:
-        scalar fp32, in nats. Softmax and sums are in fp32; products in the autocast dtype when autocast is on.
+        scalar fp32, in nats. Softmax and sums are in fp32 or wider; products in the autocast dtype when autocast is on.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad or bias.requires_grad):
         return _LinearCrossEntropy.apply(hidden, weight, bias, labels)  # type: ignore[return-value]
@@ -106,23 +107,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:  # type: ignore
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight)
-        grad_bias = torch.zeros_like(bias)
+        # sums over slices are never narrower than fp32, also where FSDP hands out the weights in bf16
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        grad_weight, grad_bias = torch.zeros_like(weight, dtype=wide), torch.zeros_like(bias, dtype=wide)
         step = _fused_losses_and_gradient() if hidden.is_cuda else _losses_and_gradient
         with _in_compute_dtype(hidden, weight, bias) as (hidden_c, weight_c, bias_c):
             for logits, index, part in _slices(hidden_c, weight_c, bias_c, labels):
                 losses, gradient = step(logits, index)
                 total += losses.sum()
                 grad_hidden[part] = gradient @ weight_c
-                if weight_c.dtype == weight.dtype:
+                if weight_c.dtype == wide:
                     grad_weight.addmm_(gradient.t(), hidden_c[part])
-                else:  # sums over slices stay in the dtype of the parameters
+                else:
                     grad_weight += gradient.t() @ hidden_c[part]
-                grad_bias += gradient.sum(0, dtype=torch.float32)
+                grad_bias += gradient.sum(0, dtype=wide)
+        ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total
 
     @staticmethod
     def backward(ctx, grad_total: Tensor):  # type: ignore
         # out of place: with retain_graph a second backward must find the same gradients
-        return (*(g * grad_total.to(g.dtype) for g in ctx.saved_tensors), None)
+        return (*((g * grad_total).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)), None)

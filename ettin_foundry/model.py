@@ -86,11 +86,10 @@ class Attention(nn.Module):
         self.Wo = _linear(config, config.hidden_size, config.hidden_size, _out_std(config))
         self.dropout = config.attn_out_dropout
 
-    def forward(self, x: Tensor, angles: dict[float, tuple[Tensor, Tensor]], documents: Documents,
-                backend: str) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents, backend: str) -> Tensor:
         qkv = self.Wqkv(x).view(-1, 3 * self.num_heads, self.head_dim)
         qk, v = qkv.split((2 * self.num_heads, self.num_heads), dim=1)
-        q, k = _rotate(qk, *angles[self.theta]).chunk(2, dim=1)          # (N, H, K) each
+        q, k = _rotate(qk, *documents.angles[self.theta]).chunk(2, dim=1)          # (N, H, K) each
         out = attention(q, k, v, documents, self.window_size, backend)
         return F.dropout(self.Wo(out.reshape(-1, self.num_heads * self.head_dim)), self.dropout, self.training)
 
@@ -117,9 +116,8 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
         self.mlp = GLU(config)
 
-    def forward(self, x: Tensor, angles: dict[float, tuple[Tensor, Tensor]], documents: Documents,
-                backend: str) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), angles, documents, backend)
+    def forward(self, x: Tensor, documents: Documents, backend: str) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), documents, backend)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -135,10 +133,11 @@ class Trunk(nn.Module):
 
     def forward(self, input_ids: Tensor, documents: Documents, backend: str) -> Tensor:
         thetas = {self.config.global_rope_theta, self.config.local_rope_theta}
-        angles = {theta: rotary(documents.position_ids, theta, self.config.head_dim) for theta in sorted(thetas)}
+        for theta in sorted(thetas):
+            documents.angles[theta] = rotary(documents.position_ids, theta, self.config.head_dim)
         x = self.embeddings(input_ids)
         for block in self.layers:
-            x = block(x, angles, documents, backend)
+            x = block(x, documents, backend)
         return self.final_norm(x)
 
 

@@ -73,6 +73,17 @@ def piece_counts(lengths: npt.ArrayLike) -> npt.NDArray[np.int64]:
     return np.concatenate([np.zeros(SPECIALS_PER_PIECE, np.int64), np.asarray(lengths, np.int64)])
 
 
+def _check_range(table: np.ndarray, used: np.ndarray, capacity: int) -> None:
+    if used.size and (used[0] == 0 or table.min() < 0):
+        raise ValueError(f"counts: {int(table[used[0]])} pieces of length {int(used[0])} given and smallest count "
+                         f"{int(table.min())}; lengths start at 1 and counts at 0; check the histogram's origin")
+    if used.size and used[-1] > capacity:
+        raise ValueError(
+            f"max_seq_len: {capacity} given, but the data has a chunk of {int(used[-1]) - SPECIALS_PER_PIECE} tokens; "
+            f"a row holds chunks of at most {capacity - SPECIALS_PER_PIECE} (BOS and EOS take {SPECIALS_PER_PIECE}). "
+            "Raise max_seq_len, or convert the corpus again with a smaller chunk length")
+
+
 def pack_lengths(counts: npt.ArrayLike, capacity: int) -> Packing:
     """Packs pieces into rows by best-fit decreasing.
 
@@ -94,14 +105,7 @@ def pack_lengths(counts: npt.ArrayLike, capacity: int) -> Packing:
     """
     table = np.asarray(counts, np.int64)
     used = np.flatnonzero(table)
-    if used.size and (used[0] == 0 or table.min() < 0):
-        raise ValueError(f"counts: {int(table[used[0]])} pieces of length {int(used[0])} given and smallest count "
-                         f"{int(table.min())}; lengths start at 1 and counts at 0; check the histogram's origin")
-    if used.size and used[-1] > capacity:
-        raise ValueError(
-            f"max_seq_len: {capacity} given, but the data has a chunk of {int(used[-1]) - SPECIALS_PER_PIECE} tokens; "
-            f"a row holds chunks of at most {capacity - SPECIALS_PER_PIECE} (BOS and EOS take {SPECIALS_PER_PIECE}). "
-            "Raise max_seq_len, or convert the corpus again with a smaller chunk length")
+    _check_range(table, used, capacity)
     # space left -> groups of (pattern, rows) with that space, first opened first; `spaces` are its keys in order
     groups: dict[int, list[tuple[tuple[tuple[int, int], ...], int]]] = {}
     spaces: list[int] = []

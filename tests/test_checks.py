@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from composer import Callback
 from omegaconf import OmegaConf as om
 
-from ettin_foundry import checks
+from ettin_foundry import REGISTRY, callbacks, checks, keys, optim
 from ettin_foundry.composer_model import EttinModel
 from ettin_foundry.config import EttinConfig
 from ettin_foundry.data import build_ettin_loader
@@ -54,8 +55,19 @@ def test_valid_keys_mirror_the_signatures():
         return {p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD}
 
     fields = {f.name for f in dataclasses.fields(EttinConfig)} - {"causal", "max_position_embeddings"}
-    assert set(checks.MODEL_KEYS) == (named(EttinModel) - {"tokenizer"}) | fields | {"name"}
-    assert set(checks.LOADER_KEYS) == (named(build_ettin_loader) - {"tokenizer", "device_batch_size"}) | {"name"}
+    assert set(keys.MODEL_KEYS) == (named(EttinModel) - {"tokenizer"}) | fields
+    assert set(keys.LOADER_KEYS) == named(build_ettin_loader) - {"tokenizer", "device_batch_size"}
+    assert set(keys.BLOCK_KEYS["optimizer"]) == set(REGISTRY["optimizers"])
+    assert set(keys.BLOCK_KEYS["optimizer"]["ettin_stable_adamw"]) == (
+        named(optim.StableAdamW) - {"params"}) | {"disable_grad", "param_groups"}
+    assert set(keys.BLOCK_KEYS["scheduler"]) == set(REGISTRY["schedulers"])
+    assert set(keys.BLOCK_KEYS["scheduler"]["warmup_stable_decay"]) == named(optim.WarmupStableDecay)
+    assert set(keys.BLOCK_KEYS["scheduler"]["one_minus_sqrt"]) == named(optim.OneMinusSqrt)
+    assert set(keys.CALLBACK_KEYS) == {*REGISTRY["callbacks"], *REGISTRY["callbacks_with_config"]}
+    for name, target in {**REGISTRY["callbacks"], **REGISTRY["callbacks_with_config"]}.items():
+        kind = getattr(callbacks, target.split(":")[1])
+        takes = set() if kind.__init__ is Callback.__init__ else named(kind) - {"train_config"}
+        assert set(keys.CALLBACK_KEYS[name]) == takes, name
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -71,6 +83,13 @@ def test_valid_keys_mirror_the_signatures():
     ({"model.hidden": 3}, ["model.hidden: unknown key", "hidden_size"]),
     ({"train_loader.drop_last": True}, ["train_loader.drop_last: unknown key", "shuffle_window"]),
     ({"eval_loader.drop_last": True}, ["eval_loader.drop_last: unknown key"]),
+    ({"train_loader.dataset.remote": "s3://x"}, ["train_loader.dataset.remote: unknown key", "local, split"]),
+    ({"optimizer.foo": 1}, ["optimizer.foo: unknown key", "max_lr"]),
+    ({"scheduler.t_cool": "1ba"}, ["scheduler.t_cool: unknown key", "t_warmup, t_decay"]),
+    ({"callbacks.ettin_export": {"every": 3}}, ["callbacks.ettin_export.every: unknown key", "interval, folder"]),
+    ({"callbacks.ettin_monitor": {"every": 3}}, ["callbacks.ettin_monitor.every: unknown key", "takes no key"]),
+    ({"global_train_batch_size": 0}, ["global_train_batch_size: 0", "at least 1"]),
+    ({"scheduler.t_warmup": "5ba"}, ["scheduler.t_warmup: '5ba'", "is in tok", "dur"]),
     ({"model.size": "3b"}, ["model.size: '3b'", "400m"]),
     ({"model.objective": "rtd"}, ["model.objective: 'rtd'", "mlm"]),
     ({"model.max_seq_len": 512}, ["model.max_seq_len: 512", "256", "variables.max_seq_len"]),
@@ -158,6 +177,7 @@ def test_a_list_of_eval_loaders_is_checked_under_both_of_the_hosts_names(cfg):
     ({"device_train_microbatch_size": "auto"}, ["device_train_microbatch_size: 'auto'", "CPU"]),
     ({"device_train_microbatch_size": 33}, ["device_train_microbatch_size: 33", "1 to 32"]),
     ({"fsdp_config": {"state_dict_type": "full"}}, ["fsdp_config", "one process"]),
+    ({"model.init_device": "meta"}, ["model.init_device: 'meta'", "GPU", "init_device=cpu"]),
     ({"tokenizer.name": "data/nano/tokeniser"}, ["tokenizer.name: 'data/nano/tokeniser'", "no such folder"]),
     ({"train_loader.dataset.local": "data/other"}, ["train_loader.dataset", "data/other", "convert.py"]),
     ({"eval_loader.dataset.split": "test"}, ["eval_loader.dataset", "test", "convert.py"]),
@@ -194,10 +214,16 @@ def test_the_transform_adds_the_clock_first_and_drops_nulls(ready):
     assert after["callbacks"].pop("ettin_clock") == {}
     before.pop("load_path")
     assert after == before
-    mine = copy.deepcopy(ready)
-    mine["callbacks"]["ettin_clock"] = {"own": 1}
-    assert checks.check_config(mine)["callbacks"]["ettin_clock"] == {"own": 1}
     assert checks.check_config(checks.check_config(copy.deepcopy(ready))) == checks.check_config(copy.deepcopy(ready))
+
+
+def test_sharding_is_fsdp2_in_the_precision_of_ddp(ready, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ready["fsdp_config"] = {"state_dict_type": "full"}
+    with pytest.raises(ValueError, match="fsdp_config: .*FSDP1.*FSDP_VERSION=2"):
+        checks.check_machine(ready)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert checks.check_config(ready)["fsdp_config"] == {"mixed_precision": "FULL", "state_dict_type": "full"}
 
 
 def test_a_run_of_another_model_and_loader_is_left_alone():

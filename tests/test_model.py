@@ -103,8 +103,9 @@ def test_local_layers_reach_exactly_their_window(causal, window_left, reach):
     _, positions, cu_seqlens, longest = stream([300])
     from ettin_foundry.attention import Documents
     from ettin_foundry.model import rotary
-    angles = {layer.theta: rotary(positions, layer.theta, 64)}
-    layer(x, angles, Documents(cu_seqlens, longest, positions), "reference")[150].sum().backward()
+    documents = Documents(cu_seqlens, longest, positions)
+    documents.angles[layer.theta] = rotary(positions, layer.theta, 64)
+    layer(x, documents, "reference")[150].sum().backward()
     touched = x.grad.abs().sum(1).nonzero()[:, 0]
     assert (touched.min().item(), touched.max().item()) == (150 - reach[0], 150 + reach[1])
 
@@ -182,3 +183,39 @@ def test_every_size_ends_with_a_global_layer():
         config = EttinConfig(**dataclasses.asdict(size), causal=False)
         assert config.layer_types[0] == config.layer_types[-1] == "full_attention"
         assert config.size == name
+
+
+def test_fsdp2_draws_meta_parameters_by_role_and_never_rounds_the_angles(monkeypatch):
+    """One process over gloo: parameters start on `meta`, are sharded, materialised and drawn; blocks compute in bf16."""
+    import socket
+
+    import torch.distributed as dist
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    import ettin_foundry.model as module
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    try:
+        with torch.device("meta"):
+            model = Ettin(EttinConfig.for_size("nano", causal=False, vocab_size=320))
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        for block in model.trunk.layers:
+            fully_shard(block, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        model.to_empty(device="cpu")
+        model.apply(module.init_parameters)
+        assert model.trunk.layers[2].mlp.Wi.weight.full_tensor().std().item() == pytest.approx(0.02 * 0.8796, rel=0.05)
+        assert model.output_bias.full_tensor().abs().max() == 0
+        seen = []
+        rotate = module._rotate
+        monkeypatch.setattr(module, "_rotate", lambda x, cos, sin: seen.append((x.dtype, cos.dtype)) or rotate(x, cos, sin))
+        ids, positions, cu_seqlens, longest = stream(LENGTHS)
+        places, labels = targets(LENGTHS, causal=False)
+        model(ids, positions, cu_seqlens, longest, places, labels).nll.backward()
+        assert seen == [(torch.bfloat16, torch.float32)] * 4
+        assert all(p.grad is not None for p in model.parameters())
+    finally:
+        dist.destroy_process_group()
