@@ -1,7 +1,7 @@
 """Short nano runs through the true path for the training tests: recipe yamls/nano.yaml, LLM-Foundry's `train`, one process.
 
 Also a program: `python tests/nano_run.py OUT KEY=VALUE...` trains with DDP and then with FSDP2 as one of the ranks that
-the environment describes, and writes what it captured (see test_ranks.py).
+the environment describes, evaluates, and writes what it captured (see test_ranks.py).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["variables.packed.max_seq_len.pretrain=64", "variables.packed.global_batch.pretrain=8",
          "variables.packed.microbatch.pretrain=4", "variables.warmup=1ba", "max_duration=8ba", "save_interval=4ba",
          "eval_interval=1000ba", "progress_bar=false", "log_to_console=false", "python_log_level=warning",
-         "~eval_loader", "~eval_interval", "~eval_subset_num_batches", "~callbacks.speed_monitor",
-         "~callbacks.runtime_estimator", "~callbacks.scheduled_gc"]
+         "~callbacks.speed_monitor", "~callbacks.runtime_estimator", "~callbacks.scheduled_gc"]
+NO_EVALUATION = ["~eval_loader", "~eval_interval", "~eval_subset_num_batches"]
 CLM = ["variables.objective=clm", "variables.mask_rate=0.0"]
 
 
@@ -34,9 +34,10 @@ def program() -> Any:
     return module
 
 
-def configure(data: Path, out: Path, *overrides: str) -> Any:
-    """nano.yaml with `SMALL` and the overrides; `~key` removes a key."""
-    wanted = [*SMALL, f"variables.data={data}", f"variables.save_root={out}", *overrides]
+def configure(data: Path, out: Path, *overrides: str, evaluate: bool = False) -> Any:
+    """nano.yaml with `SMALL` and the overrides; `~key` removes a key. Its evaluation is removed unless asked for."""
+    wanted = [*SMALL, *([] if evaluate else NO_EVALUATION), f"variables.data={data}", f"variables.save_root={out}",
+              *overrides]
     config = program().configure([str(ROOT / "yamls" / "nano.yaml"), *(w for w in wanted if not w.startswith("~"))])
     for key in (w[1:] for w in wanted if w.startswith("~")):
         *path, last = key.split(".")
@@ -85,8 +86,13 @@ def register_capture() -> type:
     return Capture
 
 
-def run(data: Path, out: Path, *overrides: str) -> Any:
-    """Trains; returns Composer's Trainer (close it)."""
+def metrics(trainer: Any) -> dict[str, float]:
+    """The last evaluation's metrics over all ranks; every rank must call this."""
+    return {name: float(metric.compute()) for name, metric in trainer.state.eval_metrics["eval"].items()}
+
+
+def run(data: Path, out: Path, *overrides: str, evaluate: bool = False) -> Any:
+    """Trains, evaluating as the recipe does if asked to; returns Composer's Trainer (close it)."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)  # nano gains nothing from a second thread, and on a busy machine threads wait for each other
@@ -94,7 +100,7 @@ def run(data: Path, out: Path, *overrides: str) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return train(configure(data, out, *overrides))
+        return train(configure(data, out, *overrides, evaluate=evaluate))
 
 
 def main(argv: list[str]) -> None:
@@ -105,9 +111,11 @@ def main(argv: list[str]) -> None:
     for name, version, extra in (("ddp", "1", []), ("fsdp2", "2", ["fsdp_config.activation_checkpointing=true"])):
         os.environ["FSDP_VERSION"] = version
         for objective, clm in (("mlm", []), ("clm", CLM)):
-            trainer = run(data, out / f"{name}-{objective}", *overrides, *clm, "callbacks.capture={}", *extra)
+            trainer = run(data, out / f"{name}-{objective}", *overrides, *clm, "callbacks.capture={}", *extra,
+                          evaluate=True)
             torch.save({"losses": capture.losses, "gradients": capture.gradients, "lrs": capture.lrs,
-                        "tokens": capture.tokens, "batches": capture.batches}, out / f"{name}-{objective}-rank{rank}.pt")
+                        "tokens": capture.tokens, "batches": capture.batches, "metrics": metrics(trainer)},
+                       out / f"{name}-{objective}-rank{rank}.pt")
             trainer.close()
 
 

@@ -97,6 +97,38 @@ def test_microbatches_put_together_are_the_flat_batch(build, size):
         assert max(part["max_seqlen"] for part in parts) == whole["max_seqlen"]
 
 
+def stream_of(parts):
+    """Microbatches one after the other as the documents, targets and scalars they hold, whatever the split."""
+    documents, targets, scalars = [], [], []
+    for part in parts:
+        bounds = part["cu_seqlens"].tolist()
+        before = sum(len(document) for document in documents)
+        documents += [part["input_ids"][a:b].tolist() for a, b in zip(bounds, bounds[1:])]
+        targets += zip((part["target_positions"] + before).tolist(), part["target_labels"].tolist())
+        scalars.append({key: part[key] for key in ("objective", "step", "tokens_before")})
+    return documents, targets, scalars[0], all(each == scalars[0] for each in scalars)
+
+
+@OBJECTIVES
+def test_the_same_batch_split_again_and_again_gives_the_same_stream(build, objective, rate):
+    """As the host does when it searches a microbatch that fits: 8 rows run out of memory, then 4, 2, 1 are tried."""
+    two = take(build(objective=objective, mask_rate=rate), 2)
+    batch = {key: torch.cat([each[key] for each in two]) if key in TENSORS else value for key, value in two[0].items()}
+    batch = with_empty_rows(batch, [5])
+    before = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    splits = {size: split_batch(batch, size) for size in (8, 4, 2, 1)}
+    assert {size: len(parts) for size, parts in splits.items()} == {8: 1, 4: 2, 2: 4, 1: 8}
+    streams = [stream_of(parts) for parts in splits.values()]
+    expected = flat_by_loops(before)
+    documents, targets, _, alike = streams[0]
+    assert [token for document in documents for token in document] == expected["input_ids"]
+    assert targets == list(zip(expected["target_positions"], expected["target_labels"])) and alike
+    assert all(stream == streams[0] for stream in streams)
+    assert batch.keys() == before.keys()
+    for key, value in before.items():
+        assert torch.equal(batch[key], value) if isinstance(value, torch.Tensor) else batch[key] == value, key
+
+
 def test_split_batch_refuses_a_part_of_a_row(build):
     [batch] = take(build(), 1)
     for size in (0, 0.5):

@@ -1,10 +1,11 @@
 """Claims about the GPU path: the flash kernels, torch.compile, bf16, and a step that never waits for the device.
 
-Needs a CUDA device, torch >= 2.11 (or flash-attn) and nothing else but numpy and pytest; the last test also needs the
-host (see benchmarks/README.md). Run by `make gpu`, or `pytest -m gpu tests/test_gpu.py`. References are computed in
+Needs a CUDA device, torch >= 2.11 (or flash-attn) and nothing else but numpy and pytest; the last two tests also need
+the host (see benchmarks/README.md). Run by `make gpu`, or `pytest -m gpu tests/test_gpu.py`. References are computed in
 float64 or fp32 by the naive formula, so that a mistake shared by two fast paths is seen.
 """
 
+import copy
 import gc
 import math
 
@@ -268,11 +269,60 @@ def test_lean_loss_equals_plain_cross_entropy_and_needs_less_memory():
     assert peaks["exact lean"] < peaks["exact"] / 3
 
 
+def skip_without(*packages):
+    for package in packages:
+        pytest.importorskip(package, reason=f"{package} is not importable: see `make wheels-gpu`", exc_type=ImportError)
+
+
+@pytest.mark.filterwarnings("ignore:You are using weight_decay")  # high on purpose: it must show
+def test_trainers_triton_step_of_stable_adamw_equals_the_formula():
+    """Needs Composer and optimi; the formula in float64 is that of test_optim.py."""
+    skip_without("composer", "optimi")
+    from test_optim import BETAS, EPS, Formula
+
+    from ettin_foundry.optim import StableAdamW
+
+    # The kernel adds up the mean of a tensor in blocks of 128 elements by atomics, in no fixed order. Two blocks (255
+    # elements, so that the last is not full) give the same sum in both orders; with more, bitwise equality is chance
+    generator = torch.Generator().manual_seed(1)
+    own = [torch.randn(shape, generator=generator).to(DEVICE).requires_grad_() for shape in ((15, 17), (17,))]
+
+    def optimizer_of(params):
+        return StableAdamW(params, 0.01, betas=BETAS, eps=EPS, weight_decay=0.1, max_lr=0.02)
+
+    def take_step(optimizer, params, gradients):
+        for p, g in zip(params, gradients):
+            p.grad = g.to(DEVICE)
+        optimizer.step()
+
+    optimizer, formulas = optimizer_of(own), [Formula(p.detach().cpu(), 0.1, 0.02) for p in own]
+    for step in range(5):
+        scale = 30.0 if step == 3 else 1.0  # a spike, so that the clipping of the step must act
+        gradients = [scale * torch.randn(p.shape, generator=generator) for p in own]
+        for formula, g in zip(formulas, gradients):
+            formula.step(g, 0.01)
+        take_step(optimizer, own, gradients)
+    assert all(group["triton"] for group in optimizer.param_groups)
+    for formula, p in zip(formulas, own):
+        assert formula.clipped
+        # fp32 values of about 1, each rounded a few times in each of 5 steps; one step moves them by up to 0.01
+        torch.testing.assert_close(p.detach().cpu().double(), formula.p, rtol=0, atol=2e-6)
+
+    twins = [p.detach().clone().requires_grad_() for p in own]
+    resumed = optimizer_of(twins)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as from a file: no tensor is shared
+    gradients = [torch.randn(p.shape, generator=generator) for p in own]
+    take_step(optimizer, own, gradients)
+    take_step(resumed, twins, gradients)
+    assert all(group["triton"] for group in resumed.param_groups)
+    for p, twin in zip(own, twins):
+        assert torch.equal(p, twin)
+
+
 @both_kinds
 def test_trainer_runs_nano_on_the_gpu_in_bf16_with_flash(objective, tmp_path, request):
     """Needs the host: skipped where Composer or LLM-Foundry is not importable."""
-    for package in ("composer", "llmfoundry", "streaming", "optimi"):
-        pytest.importorskip(package, reason=f"{package} is not importable: see `make wheels-gpu`", exc_type=ImportError)
+    skip_without("composer", "llmfoundry", "streaming", "optimi")
     import nano_run
 
     capture = nano_run.register_capture()

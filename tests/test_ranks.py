@@ -1,9 +1,12 @@
-"""One rank equals two ranks over gloo, with DDP and with FSDP2: rows exactly, first gradients and losses to 1e-6.
+"""One rank equals two ranks over gloo, with DDP and with FSDP2: rows exactly, the rest to 1e-6.
+
+The rest: gradients of the first step, losses, and the metrics of an evaluation in which a rank runs out of rows.
 
 The two ranks are two processes that each run nano_run.py once for both kinds and both objectives: a host process takes
 many seconds to import, so it is started once.
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -15,7 +18,8 @@ import pytest
 import torch
 
 SETTINGS = ["model.vocab_size=512", "model.attn_out_dropout=0.0",  # dropout draws differ by rank, as they should
-            "max_duration=3ba", "~save_folder", "~save_interval", "~autoresume", "~save_overwrite"]
+            "max_duration=3ba", "eval_interval=3ba", "device_eval_batch_size=16",
+            "~save_folder", "~save_interval", "~autoresume", "~save_overwrite"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,9 @@ def two_ranks(data_set, tmp_path_factory):
 def test_two_ranks_equal_one(kind, objective, two_ranks, data_set, tmp_path):
     capture = nano_run.register_capture()
     clm = nano_run.CLM if objective == "clm" else []
-    nano_run.run(data_set, tmp_path, *SETTINGS, *clm, "callbacks.capture={}").close()
+    trainer = nano_run.run(data_set, tmp_path, *SETTINGS, *clm, "callbacks.capture={}", evaluate=True)
+    metrics = nano_run.metrics(trainer)
+    trainer.close()
     ranks = [torch.load(two_ranks / f"{kind}-{objective}-rank{r}.pt") for r in (0, 1)]
     assert len(capture.batches) == 3
     for step, alone in enumerate(capture.batches):
@@ -58,3 +64,10 @@ def test_two_ranks_equal_one(kind, objective, two_ranks, data_set, tmp_path):
             assert worst <= 1e-6 * gradient.abs().max(), f"{name}: {worst}"
     for mine, theirs in zip(capture.losses, ranks[0]["losses"], strict=True):
         assert theirs == pytest.approx(mine, rel=1e-6)
+    manifest = json.loads((data_set / "validation" / "manifest.json").read_text())
+    rows = sum(shard["rows"]["64"] for shard in manifest["shards"])
+    # two full global batches of 2 x 16 rows; the last one fills a part of rank 0's rows and none of rank 1's
+    assert rows > 64 and 0 < rows % 32 < 16
+    assert metrics.keys() == {"TargetCrossEntropy", "TargetPerplexity", "TargetAccuracy"}
+    for rank in ranks:
+        assert rank["metrics"] == pytest.approx(metrics, rel=1e-6)
