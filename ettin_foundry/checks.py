@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ettin_foundry.config import OBJECTIVES, EttinConfig
-from ettin_foundry.keys import FIELDS, check_keys
+from ettin_foundry.keys import FIELDS, check_host_only, check_inert, check_keys
 
 __all__ = ["check_config", "check_machine", "check_settings", "model_config", "parse_time"]
 
@@ -24,27 +24,6 @@ _NEEDED = ("model", "tokenizer", "optimizer", "scheduler", "train_loader", "max_
 _BLOCKS = ("model", "tokenizer", "optimizer", "scheduler", "train_loader")
 _TIME = re.compile(r"([0-9._]+(?:e[+-]?[0-9]+)?)(tok|ba|dur|ep|sp|sec|iter)", re.IGNORECASE)
 _NO_RUN_TIMES = ("variables", "loggers", "metadata", "run_name")  # holds text that only looks like a time
-
-# Features of the host that act on a HuggingFaceModel, on Streaming's datasets or around our checks: what we have instead
-_HOST_ONLY = {
-    "eval_loader, or evaluate an exported folder": ("icl_tasks", "icl_tasks_str", "eval_gauntlet", "eval_gauntlet_str"),
-    "`ettin export`": ("only_hf_checkpoint",),
-    "data parallelism or fsdp_config: every Ettin size fits one GPU": ("tp_config",),
-    "callbacks.ettin_export, or `ettin export` afterwards": ("callbacks.hf_checkpointer",),
-    "callbacks.ettin_samples": ("callbacks.generate_callback", "callbacks.eval_output_logging"),
-    "eval_loader": ("callbacks.loss_perp_v_len", "callbacks.async_eval"),
-    "one run for each phase (yamls/phases)": ("callbacks.curriculum_learning", "callbacks.dataset_swap"),
-    "load_path, whose file is scanned before it is read": ("callbacks.load_checkpoint",),
-    "optimizer.lr": ("callbacks.global_lr_scaling",),
-}
-# a key -> the keys that do nothing without it -> their values that ask for nothing
-_INERT: dict[str, dict[str, tuple[Any, ...]]] = {
-    "eval_loader": {"eval_interval": (0, "0ba", "0tok"), "eval_subset_num_batches": (-1,), "eval_first": (False,)},
-    "save_folder": {"save_interval": (), "save_filename": (), "save_latest_filename": (), "save_overwrite": (False,),
-                    "save_weights_only": (False,), "save_num_checkpoints_to_keep": (-1,), "save_ignore_keys": ()},
-    "load_path": {"load_weights_only": (False,), "load_ignore_keys": (), "load_strict_model_weights": (True,)},
-    "icl_tasks": {"icl_seq_len": (), "icl_subset_num_batches": ()},
-}
 
 
 def _refusal(key: str, given: Any, allowed: str, advice: str) -> ValueError:
@@ -209,28 +188,13 @@ def _check_times(cfg: dict[str, Any]) -> None:
                        f"fit into max_duration ({cfg['max_duration']})", "Shorten them or lengthen the run")
 
 
-def _check_host_features(cfg: dict[str, Any]) -> None:
-    callbacks = cfg.get("callbacks") or {}
-    for instead, keys in _HOST_ONLY.items():
-        for key in keys:
-            name = key.removeprefix("callbacks.")
-            if name in callbacks if key != name else cfg.get(key):
-                raise ValueError(f"{key}: given; it does not work with model.name: ettin. Use {instead}")
+def _check_amounts(cfg: dict[str, Any]) -> None:
     rows = cfg["global_train_batch_size"]
     if not isinstance(rows, int) or rows < 1:
         raise _refusal("global_train_batch_size", rows, "a whole number of at least 1 row is needed", "Correct it")
     if cfg.get("train_subset_num_batches", -1) != -1:
         raise _refusal("train_subset_num_batches", cfg["train_subset_num_batches"], "an endless loader has no subset",
                        "Use max_duration")
-
-
-def _check_inert(cfg: dict[str, Any]) -> None:
-    for cause, nothing in _INERT.items():
-        keys = [key for key, values in nothing.items() if cfg.get(key) is not None and cfg[key] not in values]
-        if keys and not cfg.get(cause) and not (cause == "eval_loader" and cfg.get("eval_loaders")):
-            given = ", ".join(f"{key}={cfg[key]}" for key in keys)
-            raise ValueError(f"{keys[0]}: {given} given; without {cause} nothing of this acts. Give {cause}, or switch off "
-                             "each of them (" + " ".join(f"{key}=null" for key in keys) + ")")
 
 
 def _check_weighting(cfg: dict[str, Any]) -> None:
@@ -267,7 +231,7 @@ def check_settings(cfg: dict[str, Any]) -> None:
         return
     _check_presence(cfg)
     _check_pairing(cfg)
-    for check in (_check_blocks, _check_objectives, _check_times, _check_host_features, _check_inert, _check_weighting,
+    for check in (_check_blocks, _check_objectives, _check_times, check_host_only, check_inert, _check_amounts, _check_weighting,
                   _check_start):
         check(cfg)
 

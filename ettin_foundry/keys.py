@@ -1,7 +1,8 @@
-"""Which keys each block of a config takes, so that a misspelled one is named with the valid ones before any work.
+"""Which keys a config may have: those of our blocks, not those of the host that cannot act here, none that does nothing.
 
-Mirrors of signatures that cannot be read without importing torch and the host; a test holds each equal to its class.
-Blocks of the host's own classes are left to the host.
+So a misspelled or idle key is named, with the valid ones, before any work. The lists mirror signatures that cannot be read
+without importing torch and the host; a test holds each equal to its class. Blocks of the host's own classes are left to
+the host.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Any
 
 from ettin_foundry.config import EttinConfig
 
-__all__ = ["BLOCK_KEYS", "CALLBACK_KEYS", "DATASET_KEYS", "LOADER_KEYS", "MODEL_KEYS", "check_keys"]
+__all__ = ["BLOCK_KEYS", "CALLBACK_KEYS", "DATASET_KEYS", "LOADER_KEYS", "MODEL_KEYS", "check_host_only", "check_inert",
+           "check_keys"]
 
 _DERIVED = ("causal", "max_position_embeddings")  # follow from objective and max_seq_len
 FIELDS = tuple(f.name for f in dataclasses.fields(EttinConfig) if f.name not in _DERIVED)
@@ -28,6 +30,27 @@ BLOCK_KEYS = {
 }
 CALLBACK_KEYS = {"ettin_clock": (), "ettin_cross": ("source",), "ettin_export": ("interval", "folder"), "ettin_monitor": (),
                  "ettin_samples": ("interval", "prompts", "max_new_tokens", "top_k")}
+
+# Features of the host that act on a HuggingFaceModel, on Streaming's datasets or around our checks: what we have instead
+_HOST_ONLY = {
+    "eval_loader, or evaluate an exported folder": ("icl_tasks", "icl_tasks_str", "eval_gauntlet", "eval_gauntlet_str"),
+    "`ettin export`": ("only_hf_checkpoint",),
+    "data parallelism or fsdp_config: every Ettin size fits one GPU": ("tp_config",),
+    "callbacks.ettin_export, or `ettin export` afterwards": ("callbacks.hf_checkpointer",),
+    "callbacks.ettin_samples": ("callbacks.generate_callback", "callbacks.eval_output_logging"),
+    "eval_loader": ("callbacks.loss_perp_v_len", "callbacks.async_eval"),
+    "one run for each phase (yamls/phases)": ("callbacks.curriculum_learning", "callbacks.dataset_swap"),
+    "load_path, whose file is scanned before it is read": ("callbacks.load_checkpoint",),
+    "optimizer.lr": ("callbacks.global_lr_scaling",),
+}
+# a key -> the keys that do nothing without it -> their values that ask for nothing
+_INERT: dict[str, dict[str, tuple[Any, ...]]] = {
+    "eval_loader": {"eval_interval": (0, "0ba", "0tok"), "eval_subset_num_batches": (-1,), "eval_first": (False,)},
+    "save_folder": {"save_interval": (), "save_filename": (), "save_latest_filename": (), "save_overwrite": (False,),
+                    "save_weights_only": (False,), "save_num_checkpoints_to_keep": (-1,), "save_ignore_keys": ()},
+    "load_path": {"load_weights_only": (False,), "load_ignore_keys": (), "load_strict_model_weights": (True,)},
+    "icl_tasks": {"icl_seq_len": (), "icl_subset_num_batches": ()},
+}
 
 
 def _check(key: str, block: Any, allowed: tuple[str, ...]) -> None:
@@ -53,3 +76,31 @@ def check_keys(cfg: dict[str, Any], loaders: list[tuple[str, dict[str, Any]]]) -
     for name, block in (cfg.get("callbacks") or {}).items():
         if name in CALLBACK_KEYS:
             _check(f"callbacks.{name}", block, CALLBACK_KEYS[name])
+
+
+def check_host_only(cfg: dict[str, Any]) -> None:
+    """Refuses a feature of the host that needs another kind of model or data, naming ours.
+
+    Raises:
+        ValueError: naming the key and what to use instead.
+    """
+    callbacks = cfg.get("callbacks") or {}
+    for instead, keys in _HOST_ONLY.items():
+        for key in keys:
+            name = key.removeprefix("callbacks.")
+            if name in callbacks if key != name else cfg.get(key):
+                raise ValueError(f"{key}: given; it does not work with model.name: ettin. Use {instead}")
+
+
+def check_inert(cfg: dict[str, Any]) -> None:
+    """Refuses a setting that would do nothing because the one it depends on is absent.
+
+    Raises:
+        ValueError: naming the settings and what they depend on.
+    """
+    for cause, nothing in _INERT.items():
+        keys = [key for key, values in nothing.items() if cfg.get(key) is not None and cfg[key] not in values]
+        if keys and not cfg.get(cause) and not (cause == "eval_loader" and cfg.get("eval_loaders")):
+            given = ", ".join(f"{key}={cfg[key]}" for key in keys)
+            raise ValueError(f"{keys[0]}: {given} given; without {cause} nothing of this acts. Give {cause}, or switch off "
+                             "each of them (" + " ".join(f"{key}=null" for key in keys) + ")")
