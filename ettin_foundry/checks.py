@@ -231,8 +231,8 @@ def check_settings(cfg: dict[str, Any]) -> None:
         return
     _check_presence(cfg)
     _check_pairing(cfg)
-    for check in (_check_blocks, _check_objectives, _check_times, check_host_only, check_inert, _check_amounts, _check_weighting,
-                  _check_start):
+    for check in (_check_blocks, _check_objectives, _check_times, check_host_only, check_inert, _check_amounts,
+                  _check_weighting, _check_start):
         check(cfg)
 
 
