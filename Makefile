@@ -15,7 +15,7 @@ test: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # One folder per version of transformers, put in front of the environment's own. --no-deps: torch, numpy and the rest stay
 # those of the environment; what each version needs beyond them is listed, pinned, so that parity is about transformers only.
