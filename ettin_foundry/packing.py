@@ -121,8 +121,7 @@ def pack_lengths(counts: npt.ArrayLike, capacity: int) -> Packing:
         while left:
             at = bisect.bisect_left(spaces, length)
             if at == len(spaces):
-                per_row = capacity // length
-                put(capacity, (), -(-left // per_row))
+                put(capacity, (), -(-left // (capacity // length)))
                 continue
             space = spaces[at]
             pattern, rows = groups[space].pop(0)
