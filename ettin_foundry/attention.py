@@ -201,7 +201,7 @@ def select_backend(wish: str, device_type: str, dtype: torch.dtype) -> Backend:
         return _flash_candidates()[0]
     if wish == "flash":
         raise ValueError(f"model.attn_impl: flash was asked for, but {obstacle}. Use a GPU with precision amp_bf16 and "
-                         "`pip install ettin-foundry[gpu]`, or set model.attn_impl to auto")
+                         "flash-attn (README says how to install it), or set model.attn_impl to auto")
     return Backend("reference", obstacle)
 
 

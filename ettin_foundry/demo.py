@@ -48,7 +48,7 @@ def run_demo(out: str | Path = "runs/demo", *, short: bool = False, recipes: str
 
     Args:
         out: folder for data, checkpoints, exports and the report.
-        short: a tenth of the tokens and a quarter of the text, to see that everything works.
+        short: about a tenth of the tokens and a quarter of the text, to see that everything works.
         recipes: folder with nano.yaml and phases/.
 
     Returns:
@@ -56,6 +56,7 @@ def run_demo(out: str | Path = "runs/demo", *, short: bool = False, recipes: str
 
     Raises:
         FileNotFoundError: `recipes` has no nano.yaml (the demo is run from a clone of the repository).
+        ValueError: `out` holds a demo with other settings.
     """
     out, recipes = Path(out), Path(recipes)
     if not (recipes / "nano.yaml").is_file():
@@ -65,7 +66,7 @@ def run_demo(out: str | Path = "runs/demo", *, short: bool = False, recipes: str
     data = _convert(out, short)
     stages = _stages(out, data, short)
     for stage in stages:
-        _train(stage, recipes, out, short)
+        _train(stage, recipes, out)
     report = _report(stages, out, time.perf_counter() - started)
     _picture(stages, out / "losses.png")
     _print(report, out)
@@ -106,14 +107,18 @@ def _stages(out: Path, data: Path, short: bool) -> list[Stage]:
     ]
 
 
-def _train(stage: Stage, recipes: Path, out: Path, short: bool) -> None:
+def _train(stage: Stage, recipes: Path, out: Path) -> None:
     """Trains and exports one stage, or reads back what an earlier demo in this folder finished."""
     import importlib.util
 
     done = out / "runs" / stage.name / "stage.json"
     stage.folder = str(out / "models" / stage.name)
     if done.is_file():
-        vars(stage).update(json.loads(done.read_text()))
+        found = json.loads(done.read_text())
+        if found["overrides"] != stage.overrides:
+            raise ValueError(f"--out: {out} holds a demo with other settings (another length?), which would be reported as "
+                             "this one; delete that folder or name another")
+        vars(stage).update(found)
         log.info("%s: done already (%s)", stage.name, done)
         return
     spec = importlib.util.spec_from_file_location("train", recipes.resolve().parent / "train.py")
