@@ -1,0 +1,176 @@
+"""An S3 server on loopback (moto's) for tests, which can be told to fail: busy answers, and answers cut off in the middle.
+
+    with S3Server() as server:
+        server.put("texts/a.jsonl", b"...")
+        server.fail(lambda request: request.method == "GET", times=2)
+        ...
+        assert [request.range for request in server.requests]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import threading
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple
+
+__all__ = ["Request", "S3Server", "noise"]
+
+Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+
+def noise(number: int) -> bytes:
+    """So many bytes, the same ones every time."""
+    return random.Random(number).randbytes(number)
+
+
+class Request(NamedTuple):
+    """What was asked of the server."""
+
+    method: str
+    path: str
+    """`/bucket/key`."""
+    range: str | None
+    """`bytes=0-99` where a part was asked for."""
+    query: str
+
+
+@dataclass
+class _Fault:
+    matches: Callable[[Request], bool]
+    times: int
+    status: int | None
+    """The answer instead of the true one; None cuts the true one off."""
+    after: int = 0
+
+
+class S3Server:
+    """Context manager: a server with a port of its own and one empty bucket. One at a time in a process.
+
+    Server and faults live in this process; clients may be in any process that gets `environment`.
+    """
+
+    bucket = "corpus"
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.faults: list[_Fault] = []
+        self.lock = threading.Lock()
+        self._client: Any = None
+
+    def __enter__(self) -> S3Server:
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import WSGIRequestHandler, make_server
+
+        class QuietHandler(WSGIRequestHandler):
+            protocol_version = "HTTP/1.1"  # else every upload waits a second for leave to send its body
+
+            def log(self, type: str, message: str, *args: Any) -> None:
+                pass
+
+        application = self._with_faults(DomainDispatcherApplication(create_backend_app))
+        self.server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=QuietHandler)
+        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        self.environment = {"S3_ENDPOINT_URL": self.endpoint, "AWS_ACCESS_KEY_ID": "test",
+                            "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
+                            "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/dev/null",
+                            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"}
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self.thread.start()
+        self.empty()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    def connect(self, monkeypatch: Any, *, block_bytes: int | None = None) -> None:
+        """Makes this process talk to the server, without waiting between tries; children get `environment` by it too."""
+        for name, value in self.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("ettin_foundry.storage_remote.FIRST_DELAY", 0.0)
+        if block_bytes:
+            monkeypatch.setattr("ettin_foundry.storage_remote.BLOCK_BYTES", block_bytes)
+            monkeypatch.setattr("ettin_foundry.storage.BLOCK_BYTES", block_bytes)
+
+    def empty(self) -> None:
+        """Back to one empty bucket, no faults, no requests: between tests that share a server."""
+        self.faults.clear()
+        reset = urllib.request.Request(f"{self.endpoint}/moto-api/reset", method="POST")  # moto's state outlives a server
+        urllib.request.urlopen(reset).close()
+        self.client().create_bucket(Bucket=self.bucket)
+        self.clear()
+
+    def client(self) -> Any:
+        """A boto3 client of this server, for what the methods below do not do."""
+        if self._client is None:  # slow to make
+            from boto3.session import Session
+
+            session = Session(aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1")
+            self._client = session.client("s3", endpoint_url=self.endpoint)
+        return self._client
+
+    def url(self, key: str = "") -> str:
+        return f"s3://{self.bucket}/{key}".rstrip("/")
+
+    def put(self, key: str, data: bytes) -> None:
+        self.client().put_object(Bucket=self.bucket, Key=key, Body=data)
+
+    def get(self, key: str) -> bytes:
+        return self.client().get_object(Bucket=self.bucket, Key=key)["Body"].read()
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """Names of all objects, sorted."""
+        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+        return sorted(entry["Key"] for page in pages for entry in page.get("Contents", ()))
+
+    def fail(self, matches: Callable[[Request], bool], *, times: int = 1, status: int = 503) -> None:
+        """The next `times` requests that match get this status and nothing is done for them."""
+        with self.lock:
+            self.faults.append(_Fault(matches, times, status))
+
+    def cut(self, matches: Callable[[Request], bool], *, times: int = 1, after: int = 1000) -> None:
+        """The next `times` answers that match promise all their bytes, and the connection is lost after `after` of them."""
+        with self.lock:
+            self.faults.append(_Fault(matches, times, None, after))
+
+    def clear_requests(self) -> None:
+        with self.lock:
+            self.requests.clear()
+
+    def clear(self) -> None:
+        """Forgets the faults that are left, and the requests."""
+        with self.lock:
+            self.faults.clear()
+            self.requests.clear()
+
+    def _with_faults(self, application: Application) -> Application:
+        def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+            request = Request(environ["REQUEST_METHOD"], environ.get("PATH_INFO", ""), environ.get("HTTP_RANGE"),
+                              environ.get("QUERY_STRING", ""))
+            with self.lock:
+                self.requests.append(request)
+                fault = next((fault for fault in self.faults if fault.times and fault.matches(request)), None)
+                if fault:
+                    fault.times -= 1
+            if fault and fault.status:
+                start_response(f"{fault.status} Injected", [("Content-Length", "0")])
+                return [b""]
+            body = application(environ, start_response)
+            return _cut_off(body, fault.after, environ["werkzeug.socket"]) if fault else body
+
+        return answer
+
+
+def _cut_off(body: Iterable[bytes], after: int, connection: socket.socket) -> Iterator[bytes]:
+    data = b"".join(body)
+    yield data[:after]
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    raise ConnectionResetError("injected")
