@@ -1,271 +1,245 @@
-"""Where text comes from: files, folders, Hugging Face datasets and the running Python's standard library.
+"""Where text comes from, and in which parts it is read: files, folders, URLs, Hugging Face datasets, the standard library.
 
-Every reader streams `Document`s in a fixed order, so that two runs over the same corpus write the same bytes. What is
-wrong with an input is said with its file and record, since a corpus of a million records is not searched by hand.
-Tokenizing, splitting and writing are convert.py's work.
+A source is resolved once into a sorted listing with sizes; everything after that follows from the listing, so that the
+same corpus is cut into the same parts on every machine. Nothing is opened here: reading is readers.py's work, and what
+a folder in a bucket is storage.py's.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
+import contextlib
 import logging
 import os
 import re
-import tempfile
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
-from ettin_foundry.stdlib_text import STDLIB, read_stdlib, stdlib_facts
+from ettin_foundry.stdlib_text import STDLIB, stdlib_facts
+from ettin_foundry.storage import LocalStorage, Storage, check_name, is_url, open_storage
 
-__all__ = ["Document", "Meter", "Source", "SUFFIXES", "find_source", "read_source"]
+__all__ = ["COMPRESSIONS", "DOCSTRINGS", "HUB", "SUFFIXES", "Meter", "Part", "Source", "SourceFile", "file_kind",
+           "find_source", "part_bytes", "plan_parts"]
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
-_COMPRESSIONS = (".gz", ".zst")
+COMPRESSIONS = (".gz", ".zst")
+HUB = "hub"
+"""The `file` of a part of a Hugging Face dataset; its `begin` and `end` are a data shard and the number of them."""
+DOCSTRINGS = "docstrings"
+"""The `file` of the part of the standard library that is in no file."""
+
+_SPLITTABLE = (".jsonl", ".parquet")
+_SPLIT_FROM = 1.5  # units; a smaller file is one part
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.DOTALL)
-_PARQUET_BATCH = 1024  # records decoded at a time
-_BOM = b"\xef\xbb\xbf"
 
 
-class Document(NamedTuple):
-    """One text and its name inside its source."""
+class SourceFile(NamedTuple):
+    """One file of a source."""
 
-    text: str
-    id: str
+    name: str
+    """Relative to the source's root, divided by slashes: no machine path gets into a data set."""
+    size: int
+    """Bytes on disk."""
+
+
+class Part(NamedTuple):
+    """What is read in one go: a file, or the records that begin in the bytes [begin, end) of one."""
+
+    file: str
+    begin: int = 0
+    end: int | None = None
+    """None: to the end of the file."""
 
 
 @dataclass
 class Meter:
-    """How far the reading of files is, in bytes on disk; moved by the readers, read by the progress line."""
+    """How far the reading is, in bytes on disk: moved by the readers, read by the progress line from any thread."""
 
     finished_bytes: int = 0
-    current: IO[bytes] | None = None
+    current_bytes: int = 0
+    where: str = ""
+    """The file being read."""
 
     def position(self) -> int:
-        return self.finished_bytes + (self.current.tell() if self.current and not self.current.closed else 0)
+        return self.finished_bytes + self.current_bytes
+
+    def finish(self, num_bytes: int) -> None:
+        """A part has been read to its end."""
+        self.current_bytes = 0
+        self.finished_bytes += num_bytes
 
 
 @dataclass(frozen=True)
 class Source:
-    """One resolved corpus. `files` is empty for a Hugging Face dataset and for the standard library."""
+    """One resolved corpus. `files` is empty for a Hugging Face dataset."""
 
     name: str
     location: str
-    files: tuple[Path, ...] = ()
-    root: Path = field(default_factory=Path)
-    """Document ids are relative to this folder, so that no machine path gets into a data set."""
+    """As the user wrote it, without the name."""
+    files: tuple[SourceFile, ...] = ()
+    root: str = ""
+    """Folder or URL that the files' names are relative to."""
     licence: str | None = None
     revision: str | None = None
 
     @property
     def num_bytes(self) -> int:
         """Bytes on disk to read; 0 where unknown."""
-        return sum(path.stat().st_size for path in self.files)
+        return sum(file.size for file in self.files)
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """File name -> bytes on disk."""
+        return dict(self.files)
+
+    def storage(self) -> Storage:
+        return open_storage(self.root)
 
 
 def find_source(text: str, *, licence: str | None = None) -> Source:
-    """Resolves a SOURCE argument: `[NAME=]` file, folder, Hugging Face dataset id (`owner/name[:config]`) or stdlib.
+    """Resolves a SOURCE argument: `[NAME=]` file, folder, URL, Hugging Face dataset id (`owner/name[:config]`) or stdlib.
 
     Raises:
-        FileNotFoundError: nothing is there, or the dataset cannot be reached. ValueError: a suffix that is not read.
+        FileNotFoundError: nothing is there, or the dataset cannot be reached. ValueError: a suffix that is not read, or
+            a file name that cannot be written into a data set.
     """
+    if not text:
+        raise ValueError("source: an empty name given; a file, folder, URL or dataset id is needed. Leave it out")
     named = _NAMED.fullmatch(text) if not Path(text).exists() else None
     name, location = named.groups() if named else (None, text)
     if location == STDLIB:
-        files, root, facts = stdlib_facts()
-        return Source(name or STDLIB, location, files, root, **facts)
-    path = Path(location)
+        root, files, facts = stdlib_facts()
+        return Source(name or STDLIB, location, tuple(SourceFile(*file) for file in files), root, **facts)
+    if is_url(location):
+        return _find_url(name, location, licence)
+    path = Path(location.removeprefix("file://"))
     if path.is_dir():
-        return Source(name or path.resolve().name, location, _files_of(path), path, licence)
-    if path.exists():
-        if _kind(path) is None:
+        storage = LocalStorage(str(path))
+        return Source(name or path.resolve().name, location, _files_of(storage, storage.list()), str(path), licence)
+    if path.is_file():
+        if file_kind(path.name) is None:
             raise ValueError(f"{path}: suffix {''.join(path.suffixes) or '(none)'} is not read; {_readable()} are. "
                              "Rename or convert the file")
-        return Source(name or _stem(path), location, (path,), path.parent, licence)
-    if _HUB_ID.fullmatch(location) and _kind(path) is None:
+        file = SourceFile(_speakable(path.name, str(path.parent)), path.stat().st_size)
+        return Source(name or _stem(path.name), location, (file,), str(path.parent), licence)
+    if path.exists():
+        raise ValueError(f"{path}: neither a file nor a folder; text is read several times, which a pipe or device does not "
+                         "allow. Write it to a file")
+    if _HUB_ID.fullmatch(location) and file_kind(location) is None:
         return _find_hub(name, location, licence)
-    raise FileNotFoundError(f"{location}: no such file or folder; a file ({_readable()}), a folder of them, a Hugging "
-                            f"Face dataset id (owner/name) or {STDLIB} is allowed. Correct the path")
+    raise FileNotFoundError(f"{location}: no such file or folder; a file ({_readable()}), a folder of them, a URL (s3://...),"
+                            f" a Hugging Face dataset id (owner/name) or {STDLIB} is allowed. Correct the path")
 
 
-def read_source(source: Source, meter: Meter, *, text_field: str = "text",
-                id_field: str | None = None) -> Iterator[Document]:
-    """Streams a source's documents in a fixed order.
+def plan_parts(source: Source, unit_bytes: int) -> list[tuple[Part, ...]]:
+    """Cuts a source into units of about `unit_bytes` on disk, in the order of its documents; a function of the listing.
 
-    Args:
-        source: from `find_source`.
-        meter: told how far the reading is.
-        text_field: the key or column that holds the text.
-        id_field: the key or column that holds a document's id. None takes `id` where a record has one, else the place
-            of the record: `file:line`, or `file` for .txt.
+    Small neighbours share a unit. Plain .jsonl and .parquet files over 1.5 units are cut into stretches of equal size. A
+    Hugging Face dataset has one unit for each of its data shards.
 
     Raises:
-        ValueError: unreadable archive, invalid UTF-8, a record without text; with file, record, and what to do.
+        ValueError: `unit_bytes` below 1, or the dataset cannot be opened.
     """
+    if unit_bytes < 1:
+        raise ValueError(f"unit size: {unit_bytes} bytes given; at least 1 is needed. 256mb suits most corpora")
+    units: list[tuple[Part, ...]] = []
+    open_unit: list[Part] = []
+    held = 0
+    if not source.files and source.location != STDLIB:
+        from ettin_foundry.hub import count_hub_shards
+
+        number = count_hub_shards(source)
+        return [(Part(HUB, shard, number),) for shard in range(number)]
+    for file in source.files:
+        stretches = _stretches(file, unit_bytes) if source.location != STDLIB else [Part(file.name)]
+        if open_unit and (len(stretches) > 1 or held + file.size > unit_bytes):
+            units.append(tuple(open_unit))
+            open_unit, held = [], 0
+        if len(stretches) > 1:
+            units += [(stretch,) for stretch in stretches]
+        else:
+            open_unit.append(stretches[0])
+            held += file.size
     if source.location == STDLIB:
-        yield from (Document(text, name) for text, name in read_stdlib(source.files, source.root, meter))
-    elif not source.files:
-        yield from _read_hub(source, text_field, id_field)
-    for path in source.files if source.location != STDLIB else ():
-        yield from _read_file(path, path.relative_to(source.root).as_posix(), meter, text_field, id_field)
+        open_unit.append(Part(DOCSTRINGS))
+    return [*units, tuple(open_unit)] if open_unit else units
+
+
+def part_bytes(source: Source, part: Part) -> int:
+    """Bytes on disk to read for a part; 0 where unknown. Over the parts of a plan they sum to `source.num_bytes`."""
+    size = source.sizes.get(part.file, 0)
+    return max(0, (size if part.end is None else min(part.end, size)) - part.begin) if size else 0
+
+
+def file_kind(name: str) -> str | None:
+    """The suffix that says how to read a file, `.gz` and `.zst` taken off; None where none does."""
+    suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
+
+
+def _stretches(file: SourceFile, unit_bytes: int) -> list[Part]:
+    if file.size <= _SPLIT_FROM * unit_bytes or not file.name.lower().endswith(_SPLITTABLE):
+        return [Part(file.name)]
+    number = -(-file.size // unit_bytes)
+    cuts = [file.size * index // number for index in range(number + 1)]
+    return [Part(file.name, begin, end) for begin, end in zip(cuts, cuts[1:])]
 
 
 def _readable() -> str:
     return ", ".join(SUFFIXES) + " (plain, .gz or .zst)"
 
 
-def _kind(path: Path) -> str | None:
-    """The suffix that says how to read a file, `.gz` and `.zst` taken off; None where none does."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSIONS:
-        suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
-
-
-def _stem(path: Path) -> str:
-    name = path.name
-    for suffix in (*_COMPRESSIONS, *SUFFIXES):
+def _stem(name: str) -> str:
+    for suffix in (*COMPRESSIONS, *SUFFIXES):
         name = name[:-len(suffix)] if name.lower().endswith(suffix) else name
     return name
 
 
-def _files_of(folder: Path) -> tuple[Path, ...]:
-    """Every readable file below a folder, sorted by relative path; hidden ones are left out, others are reported."""
-    found = sorted((path for path in folder.rglob("*") if path.is_file()
-                    and not any(part.startswith(".") for part in path.relative_to(folder).parts)),
-                   key=lambda path: path.relative_to(folder).as_posix())
-    files = [path for path in found if _kind(path)]
+def _speakable(name: str, folder: str) -> str:
+    """The file's name, which becomes part of document ids.
+
+    Raises:
+        ValueError: it is no valid Unicode.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{folder}: file name {os.fsencode(name)!r} is not UTF-8; names become document ids, which must be "
+                         "valid text. Rename the file") from None
+    return check_name(name)
+
+
+def _files_of(storage: Storage, found: list[tuple[str, int]]) -> tuple[SourceFile, ...]:
+    """The readable ones of the files below a folder or URL, sorted by name; others are reported."""
+    files = [SourceFile(_speakable(name, storage.url), size) for name, size in found if file_kind(name)]
     if not files:
-        raise ValueError(f"{folder}: the folder holds {len(found)} files, none of them readable; {_readable()} are "
+        raise ValueError(f"{storage.url}: the folder holds {len(found)} files, none of them readable; {_readable()} are "
                          "read. Put the corpus there, or name its folder")
     if len(files) < len(found):
-        other = next(path for path in found if not _kind(path))
-        log.warning("%s: %d of %d files are not read, the first is %s; %s are", folder, len(found) - len(files),
-                    len(found), other.name, _readable())
+        other = next(name for name, _ in found if not file_kind(name))
+        log.warning("%s: %d of %d files are not read, the first is %s; %s are", storage.url, len(found) - len(files),
+                    len(found), other, _readable())
     return tuple(files)
 
 
-def _read_file(path: Path, name: str, meter: Meter, text_field: str, id_field: str | None) -> Iterator[Document]:
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".txt": _read_txt, ".parquet": _read_parquet}
-    with open(path, "rb") as raw:
-        meter.current = raw
-        try:
-            with _decompressed(raw, path) as stream:
-                yield from readers[_kind(path) or ".txt"](stream, path, name, text_field, id_field)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: invalid UTF-8 ({error.reason} at byte {error.start}); text must be UTF-8. "
-                             f"Convert the file, e.g. with `iconv -f LATIN1 -t UTF-8`") from None
-        except (EOFError, zlib.error, OSError) as error:  # BadGzipFile and pyarrow's stream errors are OSErrors
-            raise ValueError(f"{path}: the file cannot be read to its end ({error}); a whole "
-                             f"{''.join(path.suffixes[-2:])} file is needed. Fetch or write it again") from error
-        finally:
-            meter.current = None
-            meter.finished_bytes += path.stat().st_size
-
-
-def _decompressed(raw: IO[bytes], path: Path) -> Any:
-    """The file's content. pyarrow reads .zst: zstandard's stream reader takes a truncated file for a whole one."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return gzip.open(raw, "rb")
-    if suffix == ".zst":
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20)
-    return raw
-
-
-def _read_txt(stream: IO[bytes], path: Path, name: str, text_field: str, id_field: str | None) -> Iterator[Document]:
-    yield Document(stream.read().removeprefix(_BOM).decode(), name)
-
-
-def _read_jsonl(stream: IO[bytes], path: Path, name: str, text_field: str, id_field: str | None) -> Iterator[Document]:
-    for number, line in enumerate(stream, 1):
-        line = line.removeprefix(_BOM) if number == 1 else line
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            record = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: invalid UTF-8 ({error.reason} at byte {error.start} of the line); text must be "
-                             "UTF-8. Convert the file, e.g. with `iconv -f LATIN1 -t UTF-8`") from None
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{where}: no JSON ({error}); every line must be one JSON object. Repair or remove the "
-                             "line") from None
-        yield _document(record, where, f"{name}:{number}", text_field, id_field)
-
-
-def _read_json(stream: IO[bytes], path: Path, name: str, text_field: str, id_field: str | None) -> Iterator[Document]:
-    try:
-        content = json.loads(stream.read().removeprefix(_BOM).decode())
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: no JSON ({error}); one object or a list of objects is needed. Lines of objects "
-                         "belong in a .jsonl file") from None
-    for number, record in enumerate(content if isinstance(content, list) else [content], 1):
-        yield _document(record, f"{path} record {number}", f"{name}:{number}", text_field, id_field)
-
-
-def _read_parquet(stream: IO[bytes], path: Path, name: str, text_field: str,
-                  id_field: str | None) -> Iterator[Document]:
-    import pyarrow
-    from pyarrow import parquet
-
-    with tempfile.TemporaryFile() as unpacked:  # parquet is read from its end: it needs a seekable file
-        if path.suffix.lower() in _COMPRESSIONS:
-            while block := stream.read(1 << 20):
-                unpacked.write(block)
-            unpacked.seek(0)
-            stream = unpacked
-        try:
-            table = parquet.ParquetFile(stream)
-            columns = [column for column in dict.fromkeys((text_field, id_field or "id"))
-                       if column in table.schema_arrow.names]
-            if text_field not in columns:
-                raise ValueError(f"{path}: no column {text_field!r}; it has {', '.join(table.schema_arrow.names)}. "
-                                 "Name the column with --text-field")
-            number = 0
-            for batch in table.iter_batches(batch_size=_PARQUET_BATCH, columns=columns):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield _document(record, f"{path} row {number}", f"{name}:{number}", text_field, id_field)
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{path}: no readable Parquet ({error}); a whole .parquet file is needed. Fetch or write "
-                             "it again") from error
-
-
-def _document(record: Any, where: str, default_id: str, text_field: str, id_field: str | None) -> Document:
-    """A record's text and id.
-
-    Raises:
-        ValueError: the record has no text, no id although one was asked for, or text that is no valid Unicode.
-    """
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: a {type(record).__name__}; an object with the key {text_field!r} is needed. Repair "
-                         "or remove the record")
-    text = record.get(text_field)
-    if not isinstance(text, str):
-        found = f"its {text_field!r} is {text!r:.40}" if text_field in record else \
-            f"no key {text_field!r}, its keys are {', '.join(map(str, record))[:200]}"
-        raise ValueError(f"{where}: a record without text: {found}; a string is needed. Name the key with "
-                         "--text-field, or repair the record")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: half of a surrogate pair at character {error.start}; text must be valid Unicode. "
-                         "Repair or remove the record") from None
-    identity = record.get(id_field or "id")
-    if id_field is not None and (identity is None or isinstance(identity, (dict, list))):
-        raise ValueError(f"{where}: its {id_field!r} is {identity!r:.40}; a string or number is needed, --id-field "
-                         "names it. Leave the option out to number records by their place")
-    return Document(text, default_id if identity is None or isinstance(identity, (dict, list)) else str(identity))
+def _find_url(name: str | None, location: str, licence: str | None) -> Source:
+    """A file where there is one of that name, else a folder."""
+    folder, _, last = location.rstrip("/").rpartition("/")
+    if file_kind(last) and not location.endswith("/"):
+        with contextlib.suppress(FileNotFoundError):
+            file = SourceFile(_speakable(last, folder), open_storage(folder).size(last))
+            return Source(name or _stem(last), location, (file,), folder, licence)
+    storage = open_storage(location)
+    if not (found := storage.list()):
+        raise FileNotFoundError(f"{location}: nothing is there; a file ({_readable()}) or a folder of them is needed. "
+                                "Correct the URL")
+    return Source(name or last, location, _files_of(storage, found), storage.url, licence)
 
 
 def _find_hub(name: str | None, location: str, licence: str | None) -> Source:
@@ -286,18 +260,3 @@ def _find_hub(name: str | None, location: str, licence: str | None) -> Source:
 
 def _as_text(value: Any) -> str | None:
     return ", ".join(map(str, value)) if isinstance(value, list) else None if value is None else str(value)
-
-
-def _read_hub(source: Source, text_field: str, id_field: str | None) -> Iterator[Document]:
-    from datasets import load_dataset
-
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    repo, _, config = source.location.partition(":")
-    try:
-        records = load_dataset(repo, config or None, split="train", streaming=True, revision=source.revision)
-    except Exception as error:
-        raise ValueError(f"{source.location}: the dataset cannot be opened ({type(error).__name__}: "
-                         f"{str(error)[:300]}); one with a train split and no code of its own is needed. Name a "
-                         "configuration as owner/name:config, or download the files") from error
-    for number, record in enumerate(records, 1):
-        yield _document(record, f"{source.location} record {number}", f"{number}", text_field, id_field)

@@ -18,12 +18,9 @@ import tokenize
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ettin_foundry.sources import Meter
-
-__all__ = ["STDLIB", "read_stdlib", "stdlib_facts"]
+__all__ = ["STDLIB", "read_docstrings", "read_module", "stdlib_facts"]
 
 STDLIB = "python-stdlib"
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -31,24 +28,25 @@ _SKIPPED_MODULES = ("_test", "xx", "_xx", "_ctypes_test", "readline", "antigravi
 """Prefixes: test modules, and those whose import touches the terminal or needs a display library."""
 
 
-def stdlib_facts() -> tuple[tuple[Path, ...], Path, dict[str, str]]:
-    """The .py files in sorted order, the folder they are relative to, and licence and revision for the manifest."""
+def stdlib_facts() -> tuple[str, list[tuple[str, int]], dict[str, str]]:
+    """The library's folder; (name in it, bytes) of the .py files in sorted order; licence and revision for the manifest."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [path for path in root.rglob("*.py") if not _SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)]
-    files.sort(key=lambda path: path.relative_to(root).as_posix())
-    return tuple(files), root, {"licence": "PSF-2.0", "revision": platform.python_version()}
+    found = sorted((path.relative_to(root).as_posix(), path.stat().st_size) for path in files)
+    return str(root), found, {"licence": "PSF-2.0", "revision": platform.python_version()}
 
 
-def read_stdlib(files: tuple[Path, ...], root: Path, meter: Meter) -> Iterator[tuple[str, str]]:
-    """(text, document id) per source file, then per module without one; files that do not decode are left out."""
-    for path in files:
-        try:
-            with tokenize.open(path) as stream:  # honours a file's coding line
-                yield stream.read(), path.relative_to(root).as_posix()
-        except (SyntaxError, UnicodeDecodeError):  # deliberately odd encodings, as in lib2to3's data
-            continue
-        finally:
-            meter.finished_bytes += path.stat().st_size
+def read_module(path: Path) -> str | None:
+    """The text of a .py file; None for one that does not decode."""
+    try:
+        with tokenize.open(path) as stream:  # honours a file's coding line
+            return stream.read()
+    except (SyntaxError, UnicodeDecodeError):  # deliberately odd encodings, as in lib2to3's data
+        return None
+
+
+def read_docstrings() -> Iterator[tuple[str, str]]:
+    """(text, document id) per module without a .py file."""
     for name in sorted(sys.stdlib_module_names):
         if (text := _docstrings(name)) is not None:
             yield text, f"docstrings/{name}"

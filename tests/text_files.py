@@ -1,0 +1,62 @@
+"""Corpora as files of every format, and reading them back, for the tests of sources and readers."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from ettin_foundry import documents, jsonl
+from ettin_foundry.readers import Document, LongDocument, read_source
+from ettin_foundry.sources import Meter, find_source
+
+TEXTS = ["One text.", "Zwei \u00dc\u00dfe \U0001f600\nlines\r\n", "  three  ", "four \u2028 \u0000 five", "\ufeffsix"]
+
+
+def records(texts: list[str]) -> list[dict[str, Any]]:
+    return [{"id": f"id-{i}", "text": text, "other": i} for i, text in enumerate(texts)]
+
+
+def content(kind: str, texts: list[str]) -> bytes:
+    if kind == ".jsonl":
+        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records(texts)).encode()
+    if kind == ".json":
+        return json.dumps(records(texts), ensure_ascii=False).encode()
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.Table.from_pylist(records(texts)), sink, row_group_size=2)
+    return sink.getvalue().to_pybytes()
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress,
+                                                ".zst": lambda data: zstandard.ZstdCompressor().compress(data)}
+
+
+def pair(document: Document | LongDocument) -> tuple[str, str]:
+    """(id, text), whichever kind of document it is."""
+    if isinstance(document, Document):
+        return document.id, document.text
+    pieces = list(document.pieces())
+    assert max(map(len, pieces), default=0) <= documents.PIECE_BYTES and all(pieces)
+    return document.id, "".join(pieces)
+
+
+def read(location: Path | str, **options: str | None) -> list[tuple[str, str]]:
+    """(id, text) of every document, after checking that the progress meter arrives at the end."""
+    meter, source = Meter(), find_source(str(location))
+    found = [pair(document) for document in read_source(source, meter, **options)]
+    assert meter.position() == source.num_bytes
+    return found
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything about long documents happens at some hundred bytes."""
+    for module, name, value in [(documents, "LONG_BYTES", 300), (documents, "PIECE_BYTES", 64), (jsonl, "_BLOCK_BYTES", 50),
+                                (jsonl, "_STRING_BYTES", 40), (jsonl, "_REST_BYTES", 2000)]:
+        monkeypatch.setattr(module, name, value)
