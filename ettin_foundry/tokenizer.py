@@ -21,8 +21,8 @@ import numpy as np
 if TYPE_CHECKING:  # importing transformers takes seconds, which readers of a manifest need not wait for
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["MAX_VOCAB_SIZE", "PlainEncoder", "check", "encode_batch", "fingerprint", "load", "save", "special_ids",
-           "train_bpe", "vocab_size", "with_template"]
+__all__ = ["MAX_VOCAB_SIZE", "PlainEncoder", "check", "encode_batch", "fingerprint", "forbidden_ids", "load", "save",
+           "special_ids", "train_bpe", "vocab_size", "with_template"]
 
 MAX_VOCAB_SIZE = 65_535
 """Tokens are stored as uint16."""
@@ -53,7 +53,7 @@ def load(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         FileNotFoundError: neither a folder nor an id that can be reached. ValueError: not a fast tokenizer, larger than
             `MAX_VOCAB_SIZE`, or without the special tokens needed; each says what to do.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     name = os.fspath(name_or_folder)
     folder = Path(name).is_dir()
@@ -61,7 +61,13 @@ def load(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         raise ValueError(f"tokenizer {name}: the folder has no tokenizer.json; a folder saved by a fast tokenizer's "
                          "save_pretrained is needed. Name another folder, or train one with --train-tokenizer")
     try:
-        tok = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False, local_files_only=folder)
+        if folder and _class_name(Path(name)) == "PreTrainedTokenizerFast":
+            # at once: AutoTokenizer imports a good part of transformers
+            tok = PreTrainedTokenizerFast.from_pretrained(name, local_files_only=True)
+        else:
+            from transformers import AutoTokenizer
+
+            tok = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False, local_files_only=folder)
     except Exception as error:  # the hub client raises many kinds, also for a malformed tokenizer.json
         if folder:
             raise ValueError(f"tokenizer {name}: cannot be read ({_first_line(error)}); a folder saved by a fast "
@@ -74,6 +80,14 @@ def load(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     tok.bos_token, tok.eos_token = tok.bos_token or tok.cls_token, tok.eos_token or tok.sep_token
     special_ids(tok)
     return tok
+
+
+def _class_name(folder: Path) -> str | None:
+    """The class that a tokenizer folder names; None where it names none."""
+    try:
+        return json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
+    except (OSError, ValueError, AttributeError):
+        return None  # AutoTokenizer says what is wrong
 
 
 def special_ids(tok: PreTrainedTokenizerFast) -> dict[str, int | None]:
@@ -98,6 +112,13 @@ def special_ids(tok: PreTrainedTokenizerFast) -> dict[str, int | None]:
         raise ValueError(f"tokenizer {name}: special tokens share ids, {needed}; cls, sep, pad and mask must all "
                          "differ. Give each a token of its own and save the tokenizer")
     return ids
+
+
+def forbidden_ids(tok: PreTrainedTokenizerFast) -> set[int]:
+    """Ids that ordinary text must never give: the special tokens, and every added token that is marked special."""
+    backend: Any = tok.backend_tokenizer
+    return {value for value in special_ids(tok).values() if value is not None} \
+        | {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
 
 
 def vocab_size(tok: PreTrainedTokenizerFast) -> int:
@@ -202,9 +223,7 @@ class PlainEncoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._is_special = np.zeros(vocab_size(tok), dtype=bool)
-        special = {int(value) for value in special_ids(tok).values() if value is not None}
-        special |= {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
-        self._is_special[sorted(special)] = True
+        self._is_special[sorted(forbidden_ids(tok))] = True
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One (L,) uint16 array per text; L is 0 for an empty text."""
