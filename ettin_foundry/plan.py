@@ -17,6 +17,7 @@ from ettin_foundry.checks import model_config, parse_time
 from ettin_foundry.config import EttinConfig
 from ettin_foundry.manifest import MANIFEST
 from ettin_foundry.mds import MDSSet
+from ettin_foundry.mix_set import MixSet, open_set
 
 __all__ = ["DataFacts", "Plan", "data_facts", "report", "run_plan"]
 
@@ -64,7 +65,7 @@ class Plan:
         return self.flops_per_token * self.num_tokens
 
 
-def data_facts(mds: MDSSet, config: EttinConfig, max_seq_len: int, *, packing: bool) -> DataFacts | None:
+def data_facts(mds: MDSSet | MixSet, config: EttinConfig, max_seq_len: int, *, packing: bool) -> DataFacts | None:
     """Sums over a split's manifest and length histograms; None when packed rows were not counted for this length."""
     rows = mds.rows(max_seq_len) if packing else mds.samples
     if rows is None:
@@ -87,7 +88,7 @@ def run_plan(cfg: dict[str, Any]) -> Plan:
     config, loader = model_config(cfg), cfg["train_loader"]
     length, rows, packing = cfg["max_seq_len"], cfg["global_train_batch_size"], loader.get("packing", True)
     folder = Path(loader["dataset"]["local"]) / loader["dataset"].get("split", "train")
-    facts = data_facts(MDSSet(folder), config, length, packing=packing) if (folder / MANIFEST).is_file() else None
+    facts = data_facts(open_set(folder), config, length, packing=packing) if (folder / MANIFEST).is_file() else None
     data = facts or DataFacts(length, 1, 1, config.attended_pairs(length))
     if cfg["model"]["objective"] == "clm":
         targets = data.num_tokens - data.num_chunks  # every token but the first of each document

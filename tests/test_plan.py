@@ -54,7 +54,7 @@ def test_a_plan_counts_real_tokens_steps_and_operations(tmp_path, monkeypatch, o
     cfg = copy.deepcopy(NANO)
     (tmp_path / "train").mkdir()
     (tmp_path / "train/manifest.json").touch()
-    monkeypatch.setattr(plan, "MDSSet", lambda folder: Data())
+    monkeypatch.setattr(plan, "open_set", lambda folder: Data())
     cfg["model"].update(objective=objective, max_seq_len=8)
     cfg["train_loader"].update(mask_rate=rate, dataset={"local": str(tmp_path), "split": "train"})
     cfg.update(max_seq_len=8, global_train_batch_size=10, max_duration="1_000tok")
