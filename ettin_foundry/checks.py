@@ -265,7 +265,17 @@ def _check_sharding(cfg: dict[str, Any], world_size: int, cuda: bool) -> None:
                        "there is none", "Set model.init_device=cpu")
 
 
+def _fetch_tokenizer(name: str, dataset: dict[str, Any]) -> None:
+    """The host builds the tokenizer before the loader, so that of a remote set must be here by now."""
+    if dataset.get("remote") and Path(name) == Path(dataset["local"], "tokenizer") and not Path(name).exists():
+        from ettin_foundry.remote import fetch_tokenizer
+
+        fetch_tokenizer(Path(dataset["local"]), dataset["remote"])
+
+
 def _check_files(cfg: dict[str, Any]) -> None:
+    for _, block in _loaders(cfg):
+        _fetch_tokenizer(cfg["tokenizer"]["name"], block["dataset"])
     name = cfg["tokenizer"]["name"]
     # a hub id has at most one slash; with more, or below a folder that exists here, a folder is meant
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and Path(name).parent.is_dir())
@@ -274,7 +284,7 @@ def _check_files(cfg: dict[str, Any]) -> None:
                                 "the data; if the data lies elsewhere, set variables.data=...")
     for key, block in _loaders(cfg):
         folder = Path(block["dataset"]["local"]) / block["dataset"].get("split", "")
-        if not (folder / "manifest.json").is_file():
+        if not block["dataset"].get("remote") and not (folder / "manifest.json").is_file():
             raise FileNotFoundError(f"{key}.dataset: {block['dataset']} given; {str(folder)!r} holds no converted split. "
                                     "Run data_prep/convert.py, or set variables.data=... to where its output lies")
 

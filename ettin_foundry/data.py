@@ -4,7 +4,8 @@
 them into tensors with masks and labels, and a batch into flat microbatches, still on the CPU. Every step is a pure
 function of (data, seed, row number), so there is no state but the number of rows consumed, which the host counts, and
 resuming on another number of ranks or workers gives the same global batches. Streaming's own iteration is not used: no
-shared memory, lock file or background thread of ours.
+shared memory, and no lock file or background thread as long as the shards lie here unpacked. Those of a remote or packed
+set are made ahead of need, because the order is known (remote.py).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,15 +25,19 @@ from composer.utils import dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ettin_foundry.batches import Collator, Row, count_samples, count_tokens, flatten, split_batch
+from ettin_foundry.keys import DATASET_KEYS
 from ettin_foundry.mds import MDSSet
+from ettin_foundry.mix_set import MixSet, open_set
 from ettin_foundry.objectives import TextVocab, check_objective
-from ettin_foundry.order import Order
+from ettin_foundry.order import ORDER_VERSION, Order
 from ettin_foundry.packing import SPECIALS_PER_PIECE
+from ettin_foundry.storage import join
 from ettin_foundry.tokenizer import check as check_tokenizer
 
 __all__ = ["FiniteRowDataset", "RowDataset", "build_ettin_loader", "clm_collator", "flatten", "mlm_collator",
            "mntp_collator", "split_batch"]
 
+_SPLIT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 DEFAULT_WINDOW = 16
 """Shards whose rows are mixed; with the usual 64 MB shards about half a billion tokens."""
 
@@ -48,7 +54,7 @@ class RowDataset(IterableDataset):
         batch_size: rows per batch of this rank; the DataLoader's batch_size must be the same.
     """
 
-    def __init__(self, data: MDSSet, order: Order, *, batch_size: int) -> None:
+    def __init__(self, data: MDSSet | MixSet, order: Order, *, batch_size: int) -> None:
         self.data, self.order, self.batch_size = data, order, batch_size
         self.start_row = 0
         self.world_size = dist.get_world_size()
@@ -71,6 +77,7 @@ class RowDataset(IterableDataset):
                 return
             step, tokens_before = first // global_batch_size, self.order.tokens_before(first)
             begin = first + rank * self.batch_size
+            self.data.prefetch(self.order.shards_ahead(begin))
             for number in range(begin, begin + self.batch_size):
                 yield self._row(number, step, tokens_before)
 
@@ -106,14 +113,15 @@ class RowDataset(IterableDataset):
                              "only the weights (load_weights_only: true) to start on new data")
         for key, mine in self._identity().items():
             if state.get(key) != mine:
-                where = "dataset (fingerprint of its manifest)" if key == "fingerprint" else key
+                where = {"fingerprint": "dataset (fingerprint of its manifest)",
+                         "order": "order (its version in this program)"}.get(key, key)
                 raise ValueError(f"train_loader.{where}: {mine!r} given, the checkpoint was trained with "
                                  f"{state.get(key)!r}; they must be equal, or rows would be skipped or repeated. Restore "
                                  "the setting, or load only the weights (load_weights_only: true) to start anew")
         self.start_row = rows
 
     def _identity(self) -> dict[str, Any]:
-        return {"fingerprint": self.data.fingerprint, "max_seq_len": self.order.max_seq_len,
+        return {"fingerprint": self.data.fingerprint, "order": ORDER_VERSION, "max_seq_len": self.order.max_seq_len,
                 "packing": self.order.packing, "shuffle": self.order.shuffle, "shuffle_seed": self.order.seed,
                 "shuffle_window": self.order.window}
 
@@ -162,7 +170,9 @@ def build_ettin_loader(
     Args:
         tokenizer: must be the one that the data was converted with.
         device_batch_size: rows per batch on this rank.
-        dataset: {local: folder made by data_prep/convert.py, split: train or validation}.
+        dataset: {local: folder made by data_prep/convert.py or `ettin mix`, split: train or validation}. With `remote`, a
+            folder or URL of such a set, `local` is where its files are kept as they are needed, at most `cache_limit` bytes
+            of shards for the split, such as 200gb. `on_bad_shard`: stop (if not given) or skip, see `mds.MDSSet`.
         objective: mlm, clm or mntp.
         max_seq_len: tokens of a row, T.
         mask_rate: share of tokens that mlm and mntp choose; 0 for clm.
@@ -188,6 +198,7 @@ def build_ettin_loader(
     check_tokenizer(tokenizer, data.tokenizer)
     _check_row_length(data, max_seq_len)
     order = Order(data, max_seq_len, packing=packing, shuffle=shuffle, seed=shuffle_seed, window=window)
+    data.check_room(order.shards_ahead(0))  # nowhere are they more
     rows = (RowDataset if shuffle else FiniteRowDataset)(data, order, batch_size=int(device_batch_size))
     settings = {"max_seq_len": max_seq_len, "mask_rate": mask_rate, "shuffle_seed": shuffle_seed}
     collate, batch_size = _collator(objective)(settings, tokenizer, rows.batch_size)
@@ -207,14 +218,17 @@ def _collator(objective: str) -> Callable[..., tuple[Any, int]]:
     return registry.collators.get(f"ettin_{objective}")
 
 
-def _open(dataset: Mapping[str, Any], max_open: int) -> MDSSet:
-    local, split = Path(dataset["local"]), dataset["split"]
+def _open(dataset: Mapping[str, Any], max_open: int) -> MDSSet | MixSet:
+    local, split, remote = Path(dataset["local"]), dataset["split"], dataset.get("remote")
+    options = {key: dataset[key] for key in ("cache_limit", "on_bad_shard") if dataset.get(key) is not None}
+    if remote is not None:
+        return open_set(local / split, max_open=max(32, max_open), remote=join(remote, split), **options)
     splits = sorted(folder.parent.name for folder in local.glob("*/manifest.json"))
     if split not in splits:
         what = f"its complete splits are: {', '.join(splits)}" if splits else "that folder holds no complete split"
         raise FileNotFoundError(f"dataset: local: {str(local)!r}, split: {split!r} given; {what}. A split is a folder "
                                 "with a manifest.json, made by data_prep/convert.py: run it, or correct the keys")
-    return MDSSet(local / split, max_open=max(32, max_open))
+    return open_set(local / split, max_open=max(32, max_open), **options)
 
 
 def _check_keys(dataset: Mapping[str, Any], unknown: Mapping[str, Any]) -> None:
@@ -223,10 +237,16 @@ def _check_keys(dataset: Mapping[str, Any], unknown: Mapping[str, Any]) -> None:
                  if parameter.kind is parameter.KEYWORD_ONLY]
         raise ValueError(f"ettin_text loader: unknown key {', '.join(map(repr, unknown))} given; valid keys are "
                          f"{', '.join(['name', *valid])}. Correct or remove it")
-    if not isinstance(dataset, Mapping) or set(dataset) != {"local", "split"}:
+    if not isinstance(dataset, Mapping) or not {"local", "split"} <= set(dataset) <= set(DATASET_KEYS):
         given = sorted(dataset) if isinstance(dataset, Mapping) else repr(dataset)
-        raise ValueError(f"dataset: {given} given; exactly the keys local (folder of the converted corpus) and split "
-                         "(train or validation) are needed. Correct the block")
+        raise ValueError(f"dataset: {given} given; the keys local (folder of the converted corpus) and split (train or "
+                         f"validation) are needed, and {', '.join(DATASET_KEYS[2:])} are possible. Correct the block")
+    for key in ("local", "split", "remote"):
+        if key in dataset and dataset[key] is not None and not (isinstance(dataset[key], str) and dataset[key]):
+            raise ValueError(f"dataset.{key}: {dataset[key]!r} given; a text is needed. Correct it")
+    if not _SPLIT.fullmatch(dataset["split"]):
+        raise ValueError(f"dataset.split: {dataset['split']!r} given; the name of a folder in dataset.local is needed, "
+                         "such as train. Correct it")
 
 
 def _check_numbers(**values: Any) -> None:
@@ -258,7 +278,7 @@ def _check_effects(**keys: Any) -> None:
                              "num_workers of at least 1. Remove it, or set num_workers")
 
 
-def _check_row_length(data: MDSSet, max_seq_len: int) -> None:
+def _check_row_length(data: MDSSet | MixSet, max_seq_len: int) -> None:
     if data.chunk_length + SPECIALS_PER_PIECE <= max_seq_len:
         return
     # chunk_length only bounds the chunks; the histograms tell

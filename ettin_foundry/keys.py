@@ -21,7 +21,7 @@ FIELDS = tuple(f.name for f in dataclasses.fields(EttinConfig) if f.name not in 
 MODEL_KEYS = ("size", "objective", "max_seq_len", "attn_impl", "init_device", *FIELDS)
 LOADER_KEYS = ("dataset", "objective", "max_seq_len", "mask_rate", "packing", "shuffle", "shuffle_seed", "shuffle_window",
                "num_workers", "prefetch_factor", "pin_memory", "persistent_workers", "timeout")
-DATASET_KEYS = ("local", "split")
+DATASET_KEYS = ("local", "split", "remote", "cache_limit", "on_bad_shard")
 _BY_HOST = ("disable_grad", "param_groups")  # of every optimizer, taken out by LLM-Foundry
 BLOCK_KEYS = {
     "optimizer": {"ettin_stable_adamw": ("lr", "betas", "eps", "weight_decay", "max_lr", *_BY_HOST)},

@@ -83,7 +83,7 @@ def test_valid_keys_mirror_the_signatures():
     ({"model.hidden": 3}, ["model.hidden: unknown key", "hidden_size"]),
     ({"train_loader.drop_last": True}, ["train_loader.drop_last: unknown key", "shuffle_window"]),
     ({"eval_loader.drop_last": True}, ["eval_loader.drop_last: unknown key"]),
-    ({"train_loader.dataset.remote": "s3://x"}, ["train_loader.dataset.remote: unknown key", "local, split"]),
+    ({"train_loader.dataset.remotes": "s3://x"}, ["train_loader.dataset.remotes: unknown key", "local, split, remote"]),
     ({"optimizer.foo": 1}, ["optimizer.foo: unknown key", "max_lr"]),
     ({"scheduler.t_cool": "1ba"}, ["scheduler.t_cool: unknown key", "t_warmup, t_decay"]),
     ({"callbacks.ettin_export": {"every": 3}}, ["callbacks.ettin_export.every: unknown key", "interval, folder"]),
@@ -189,6 +189,18 @@ def test_what_this_machine_cannot_do_is_refused(ready, changes, words):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         checks.check_machine(ready)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_remote_set_needs_nothing_here_and_its_tokenizer_is_fetched(ready, tmp_path):
+    for key in ("train_loader", "eval_loader"):
+        put(ready, f"{key}.dataset.local", "cache")
+    put(ready, "tokenizer.name", "cache/tokenizer")
+    with pytest.raises(FileNotFoundError, match="holds no converted split"):
+        checks.check_machine(ready)
+    for key in ("train_loader", "eval_loader"):
+        put(ready, f"{key}.dataset.remote", str(tmp_path / "data/nano"))
+    checks.check_machine(ready)
+    assert [path.name for path in (tmp_path / "cache/tokenizer").iterdir()] == ["x"]
 
 
 def test_batch_sizes_are_held_to_the_number_of_processes(ready, monkeypatch):

@@ -3,10 +3,12 @@
 import itertools
 import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from s3_server import S3Server
 
 from ettin_foundry.batches import count_samples, count_tokens
 from ettin_foundry.data import build_ettin_loader
@@ -32,6 +34,19 @@ def build(data_set, tokenizer):
                     "max_seq_len": T, "shuffle_window": 3, **keys}
         return build_ettin_loader(tokenizer, batch_size, **settings)
     return build
+
+
+@pytest.fixture
+def place(data_set, monkeypatch):
+    """An S3 server that holds the data set, and the set's URL there."""
+    with S3Server() as server:
+        for path in data_set.rglob("*"):
+            if path.is_file():
+                server.put(f"set/{path.relative_to(data_set)}", path.read_bytes())
+        for key, value in server.environment.items():
+            monkeypatch.setenv(key, value)
+        server.clear()
+        yield server, server.url("set")
 
 
 @pytest.fixture
@@ -190,6 +205,75 @@ def test_loader_that_lost_sight_of_the_other_ranks_stops(build, world):
         take(spec, 1)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_remote_data_gives_the_batches_of_local_data(build, place, tmp_path, workers):
+    local = build()
+    number = steps_of_an_epoch(local) + 5
+    server, url = place
+    remote = build(dataset={"local": str(tmp_path / "set"), "split": "train", "remote": url}, num_workers=workers)
+    assert_same(take(remote, number), take(local, number))
+    asked = Counter(request.path for request in server.requests if request.method == "GET" and ".mds" in request.path)
+    assert set(asked.values()) == {1} and len(asked) == local.dataloader.dataset.data.num_shards
+
+
+def test_shards_ahead_of_the_row_are_announced_with_every_batch(build, monkeypatch):
+    spec = build(num_workers=0)
+    rows = spec.dataloader.dataset
+    asked = []
+    monkeypatch.setattr(rows.data, "prefetch", asked.append)
+    rows.load_state_dict(rows.state_dict(5 * B, True))
+    take(spec, 3)
+    assert asked == [rows.order.shards_ahead(row) for row in (5 * B, 6 * B, 7 * B)]
+
+
+def test_evaluation_of_remote_data(build, data_set, tmp_path):
+    keys = {"shuffle": False, "shuffle_window": None}
+    remote = build(dataset={"local": str(tmp_path / "set"), "split": "train", "remote": str(data_set)}, **keys)
+    for _ in range(2):
+        assert_same(take(remote, 10**6), take(build(**keys), 10**6))
+
+
+def test_limit_below_the_windows_is_refused_when_the_loader_is_built(build, data_set, tmp_path):
+    dataset = {"local": str(tmp_path / "set"), "split": "train", "remote": str(data_set), "cache_limit": "40kb"}
+    with pytest.raises(ValueError, match="dataset.cache_limit: 40960 bytes given; 5 shards .*train_loader.shuffle_window"):
+        build(dataset=dataset)
+    local, remote = build(), build(dataset={**dataset, "cache_limit": "90kb"})
+    assert_same(take(remote, 20), take(local, 20))
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "unpacked"])
+def test_skipped_shard_leaves_shapes_and_clocks_as_they_were(build, data_set, tmp_path, packing):
+    keys = {"packing": packing, "objective": "clm", "mask_rate": 0}
+    spoilt = shutil.copytree(data_set, tmp_path / "set")
+    path = sorted((spoilt / "train").glob("*.mds"))[1]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    dataset = {"local": str(spoilt), "split": "train"}
+    good = build(**keys)
+    number = steps_of_an_epoch(good) + 3
+    with pytest.raises(ValueError, match=f"{path.name}: xxh64 is"):
+        take(build(dataset=dataset, **keys), number)
+    skipping = build(dataset={**dataset, "on_bad_shard": "skip"}, **keys)
+    replaced = 0
+    for mine, other in zip(take(skipping, number), take(good, number), strict=True):
+        assert torch.equal(mine["sequence_id"], other["sequence_id"])
+        assert {**mine, **dict.fromkeys(TENSORS)} == {**other, **dict.fromkeys(TENSORS)}  # clock, step, objective
+        assert count_tokens(mine)["total"] == count_tokens(other)["total"] and count_samples(mine) == count_samples(other)
+        replaced += int((mine["input_ids"] != other["input_ids"]).any(dim=1).sum())
+    order, shards = good.dataloader.dataset.order, good.dataloader.dataset.data
+    bad = [shard["raw"]["basename"] for shard in shards.manifest["shards"]].index(path.name)
+    assert replaced == sum(order.row(row)[1] == bad for row in range(number * B))
+    assert path.name in (spoilt / "train" / "substitutions.jsonl").read_text()
+
+
+def test_checkpoint_of_another_version_of_the_order_is_refused(build):
+    state = build().dataloader.dataset.state_dict(8, True)
+    for older in ({**state, "order": 1}, {key: value for key, value in state.items() if key != "order"}):
+        with pytest.raises(ValueError, match=r"train_loader.order \(its version in this program\): \d+ given"):
+            build().dataloader.dataset.load_state_dict(older)
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"packing": False}, "train_loader.packing: False given, the checkpoint was trained with True"),
     ({"shuffle_seed": 22}, "train_loader.shuffle_seed: 22 given.* with 21"),
@@ -246,8 +330,10 @@ def test_loader_leaves_the_global_generators_alone(build, workers):
 
 @pytest.mark.parametrize(("keys", "message"), [
     ({"max_seq_length": 64}, "unknown key 'max_seq_length' given; valid keys are name, dataset, objective, max_seq_len"),
-    ({"dataset": {"local": "x", "split": "train", "remote": "y"}}, "dataset: .*'remote'.* exactly the keys local"),
-    ({"dataset": {"local": "x"}}, "dataset: .* exactly the keys local"),
+    ({"dataset": {"local": "x", "split": "train", "remotes": "y"}}, "dataset: .*'remotes'.*; the keys local .* cache_limit"),
+    ({"dataset": {"local": "x"}}, "dataset: .*; the keys local .* and split .* are needed"),
+    ({"dataset": {"local": "x", "split": "../train"}}, "dataset.split: '../train' given; the name of a folder"),
+    ({"dataset": {"local": "x", "split": "train", "remote": 3}}, "dataset.remote: 3 given; a text is needed"),
     ({"objective": "rtd"}, "objective: 'rtd' given; it must be one of mlm, clm, mntp"),
     ({"objective": "clm"}, "mask_rate: 0.3 given with objective: clm.* must be 0"),
     ({"mask_rate": 0.0}, "mask_rate: 0.0 given with objective: mlm"),
@@ -272,6 +358,8 @@ def test_missing_folder_and_split_are_named_with_what_is_there(build, data_set, 
         build(dataset={"local": str(tmp_path / "nowhere"), "split": "train"})
     with pytest.raises(FileNotFoundError, match="split: 'test' given; its complete splits are: train, validation"):
         build(dataset={"local": str(data_set), "split": "test"})
+    with pytest.raises(FileNotFoundError, match="dataset.remote: .*set/test/manifest.json is missing.*dataset.split"):
+        build(dataset={"local": str(tmp_path / "cache"), "split": "test", "remote": str(data_set)})
 
 
 def test_data_of_another_tokenizer_is_refused_naming_both(data_set):

@@ -1,0 +1,133 @@
+"""Splits written by hand, byte by byte, from the description of the format: independent of the package's writer.
+
+    documents = random_documents(rng, 20)
+    folder = write_split(tmp_path / "train", [[("s", documents[:9])], ...])
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from ettin_foundry.manifest import COLUMNS
+from ettin_foundry.packing import pack_lengths, piece_counts
+
+VOCAB_SIZE = 512
+CHUNK_LENGTH = 62
+NAMES = ["doc", "last", "part", "source", "tokens"]
+CONFIG: dict[str, Any] = {
+    "version": 2, "format": "mds", "compression": None, "hashes": ["xxh64"], "size_limit": 1 << 26, "column_names": NAMES,
+    "column_encodings": ["str", "int", "int", "str", "ndarray:uint16"], "column_sizes": [None, 8, 8, None, None]}
+
+Document = tuple[str, np.ndarray]
+
+
+def random_documents(rng: np.random.Generator, number: int, *, longest: int = 200, vocab_size: int = VOCAB_SIZE,
+                     prefix: str = "d\u00e9") -> list[Document]:
+    """Ids and token arrays of 1 to `longest` tokens, lengths spread over the orders of magnitude."""
+    lengths = np.exp(rng.uniform(0, np.log(longest), number)).astype(int)
+    return [(f"{prefix}{i}", rng.integers(0, vocab_size, length, dtype=np.uint16)) for i, length in enumerate(lengths)]
+
+
+def cut(documents: Sequence[Document], chunk_length: int) -> list[dict[str, Any]]:
+    """Chunks of documents as dictionaries of all columns but the source."""
+    return [{"doc": name, "part": at // chunk_length, "last": int(at + chunk_length >= len(tokens)),
+             "tokens": tokens[at:at + chunk_length]}
+            for name, tokens in documents for at in range(0, len(tokens), chunk_length)]
+
+
+def array_bytes(tokens: np.ndarray) -> bytes:
+    wide = len(tokens) > 255
+    return bytes([1 << 2 | wide]) + len(tokens).to_bytes(1 + wide, "little") + tokens.astype("<u2").tobytes()
+
+
+def sample_bytes(chunk: dict[str, Any], source: str) -> bytes:
+    doc, name, array = chunk["doc"].encode(), source.encode(), array_bytes(chunk["tokens"])
+    return (struct.pack("<III", len(doc), len(name), len(array)) + doc + struct.pack("<qq", chunk["last"], chunk["part"])
+            + name + array)
+
+
+def shard_bytes(samples: Sequence[bytes], config: Any = None) -> bytes:
+    header = json.dumps(CONFIG if config is None else config, sort_keys=True).encode()
+    begin = 4 + 4 * (len(samples) + 1) + len(header)
+    offsets = begin + np.cumsum([0, *map(len, samples)])
+    return struct.pack("<I", len(samples)) + offsets.astype("<u4").tobytes() + header + b"".join(samples)
+
+
+def file_entry(name: str, data: bytes) -> dict[str, Any]:
+    return {"basename": name, "bytes": len(data), "xxh64": xxhash.xxh64(data).hexdigest()}
+
+
+def array_file(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    return buffer.getvalue()
+
+
+def write_split(folder: Path, shards: Sequence[tuple[str, Sequence[Document]]], *, chunk_length: int = CHUNK_LENGTH,
+                vocab_size: int = VOCAB_SIZE, compress: Callable[[bytes], bytes] | None = None) -> Path:
+    """Writes a split of (source, documents) per shard; `compress` makes it a zstd set.
+
+    Returns:
+        The folder.
+    """
+    folder.mkdir(parents=True)
+    entries, histograms = [], []
+    for number, (source, documents) in enumerate(shards):
+        chunks = cut(documents, chunk_length)
+        name = f"shard.{number:05}.000.mds"
+        data = shard_bytes([sample_bytes(chunk, source) for chunk in chunks],
+                           {**CONFIG, "compression": "zstd" if compress else None})
+        histogram = np.bincount([len(chunk["tokens"]) for chunk in chunks], minlength=chunk_length + 1)
+        packed = compress(data) if compress else None
+        (folder / (name + ".zstd" if packed else name)).write_bytes(packed or data)
+        entries.append({
+            "raw": file_entry(name, data), "zip": file_entry(name + ".zstd", packed) if packed else None,
+            "samples": len(chunks), "tokens": sum(len(chunk["tokens"]) for chunk in chunks),
+            "documents": len(documents), "source": source,
+            "rows": {str(chunk_length + 2): pack_lengths(piece_counts(histogram), chunk_length + 2).num_rows}})
+        histograms.append(histogram)
+    lengths = array_file(np.array(histograms, "<u4"))
+    (folder / "lengths.npy").write_bytes(lengths)
+    totals = {key: sum(entry[key] for entry in entries) for key in ("documents", "samples", "tokens")}
+    manifest = {"format": "ettin-mds", "version": 1, "split": folder.name, "chunk_length": chunk_length,
+                "compression": "zstd" if compress else None, "tokenizer": {"name": "none", "vocab_size": vocab_size},
+                "columns": COLUMNS, "options": {}, "code_version": "0", "lengths": file_entry("lengths.npy", lengths),
+                "sources": {}, "shards": entries, "totals": totals}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    index = {"version": 2, "shards": [
+        {**CONFIG, "compression": "zstd" if compress else None, "samples": entry["samples"],
+         **{key: entry[kind] and {"basename": entry[kind]["basename"], "bytes": entry[kind]["bytes"],
+                                  "hashes": {"xxh64": entry[kind]["xxh64"]}}
+            for key, kind in (("raw_data", "raw"), ("zip_data", "zip"))}} for entry in entries]}
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the manifest."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def seal(folder: Path) -> None:
+    """Makes the manifest's sizes and hashes those of the files, so that what is tested is the check behind them."""
+    def entry(item: dict[str, Any] | None) -> None:
+        if item and (folder / item["basename"]).exists():
+            item.update(file_entry(item["basename"], (folder / item["basename"]).read_bytes()))
+
+    def change(manifest: dict[str, Any]) -> None:
+        entry(manifest["lengths"])
+        for shard in manifest["shards"]:
+            entry(shard["raw"])
+            entry(shard["zip"])
+
+    edit(folder, change)
