@@ -1,7 +1,8 @@
 """The command `ettin`: convert text, run the demo, move models to and from Hugging Face, try them on a prompt.
 
-Training is not here: it is the host's `composer train.py` or `llmfoundry train`. Everything heavy is imported inside the
-command that needs it, so that `ettin --help` answers at once. Bad input ends with one line on stderr and exit code 1.
+Commands for data sets are in cli_data.py. Training is not here: it is the host's `composer train.py` or `llmfoundry
+train`. Everything heavy is imported inside the command that needs it, so that `ettin --help` answers at once. Bad input
+ends with one line on stderr and exit code 1.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from ettin_foundry import cli_data
 
 __all__ = ["app", "main"]
 
@@ -118,6 +121,9 @@ def fill_mask(source: Source, texts: Annotated[list[str], typer.Argument(help="T
         print(text)
         for token, probability in best:
             print(f"  {probability:7.2%}  {token!r}")
+
+
+cli_data.add_commands(app)
 
 
 @dataclasses.dataclass

@@ -1,0 +1,132 @@
+"""Converted sets for the tests of verify, repair, show and the data card, and ways to damage a copy of one."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from converting import options, write_corpus
+
+from ettin_foundry.convert import convert
+from ettin_foundry.mds import MDSSet
+from ettin_foundry.set_card import picture
+
+SOURCES = ("wiki", "code")
+UNIT = 6_000  # bytes of input: two units a source
+TABLES = ("manifest.json", "index.json", "lengths.npy")
+SHARD = "2kb"  # several shards a unit, documents going on from one into the next
+_DRAWN: dict[str, bytes] = {}
+
+
+def draw_once(lengths: dict[str, np.ndarray]) -> bytes:
+    """`set_card.picture`, a pure function that takes most of a repair's time at this size."""
+    key = str({split: counts.tolist() for split, counts in lengths.items()})
+    if key not in _DRAWN:
+        _DRAWN[key] = picture(lengths)
+    return _DRAWN[key]
+
+
+@functools.lru_cache(maxsize=4)
+def whole_set(tokenizer_dir: Path, compression: str | None = None) -> Path:
+    """Two sources, train and validation, several units and shards of each; lies in pytest's folder. Not to be changed."""
+    folder = Path(tempfile.mkdtemp(dir=tokenizer_dir.parent))
+    for number, name in enumerate(SOURCES):
+        write_corpus(folder / "texts" / name, files=2, documents=25, seed=number, longest=250)
+    convert(options(folder / "set", [folder / "texts" / name for name in SOURCES], tokenizer_dir, validation=0.2,
+                    unit_size=UNIT, shard_size=SHARD, compression=compression, licence="cc-by-4.0"))
+    return folder / "set"
+
+
+def copy_set(tokenizer_dir: Path, folder: Path, *, compression: str | None = None, records: bool = True,
+             card: bool = True) -> Path:
+    """A private copy, to be spoilt; without its plan and records, or its data card, if asked."""
+    out = folder / "set"
+    shutil.copytree(whole_set(tokenizer_dir, compression), out)
+    if not records:
+        shutil.rmtree(out / "units")
+        (out / "plan.json").unlink()
+    if not card:
+        (out / "README.md").unlink()
+        (out / "lengths.svg").unlink()
+    return out
+
+
+def flip(path: Path, at: int, bit: int = 0) -> None:
+    """One bit of a file; `at` may count from the end."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def edit(path: Path, change: Callable[[dict], object]) -> None:
+    """Changes a JSON file, keeping its layout as far as Python's writer does."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content, indent=1))
+
+
+def shards_of(split: Path) -> list[Path]:
+    """Shard files in the order of the manifest."""
+    manifest = json.loads((split / "manifest.json").read_text())
+    return [split / (shard["zip"] or shard["raw"])["basename"] for shard in manifest["shards"]]
+
+
+@functools.lru_cache(maxsize=8)
+def whole_samples(tokenizer_dir: Path, split: str, compression: str | None = None) -> dict[str, list[dict]]:
+    """`samples_of` a whole set."""
+    return samples_of(whole_set(tokenizer_dir, compression) / split)
+
+
+def samples_of(split: Path) -> dict[str, list[dict]]:
+    """Raw shard name -> all samples in it, read sample by sample; packed shards are expanded elsewhere."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = MDSSet(shutil.copytree(split, Path(folder) / "copy"))
+        return {entry["raw"]["basename"]: [data.sample(shard, index) for index in range(entry["samples"])]
+                for shard, entry in enumerate(data.manifest["shards"])}
+
+
+def histogram(lengths: list[int], chunk_length: int) -> np.ndarray:
+    """Chunks of each length, counted one by one."""
+    counts = [0] * (chunk_length + 1)
+    for length in lengths:
+        counts[length] += 1
+    return np.array(counts)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Relative name -> content of every file."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def in_use(folder: Path) -> dict[str, bytes]:
+    """`contents` without quarantine/."""
+    return {name: data for name, data in contents(folder).items() if not name.startswith("quarantine/")}
+
+
+def nothing_lost(before: dict[str, bytes], folder: Path) -> bool:
+    """Every content that was there is still there, under whatever name."""
+    return not Counter(before.values()) - Counter(contents(folder).values())
+
+
+def missing_lines(folder: Path) -> list[dict]:
+    """What repair noted as lost."""
+    return [json.loads(line) for line in (folder / "quarantine" / "missing.jsonl").read_text().splitlines()]
+
+
+def expected_cuts(stored: dict[str, list[dict]], name: str) -> list[dict]:
+    """Documents of a shard of which other parts lie elsewhere, and what they lack without it."""
+    cut, parts = [], {}
+    for samples in stored.values():
+        for s in samples:
+            parts.setdefault((s["source"], s["doc"]), set()).add(s["part"])
+    for key in dict.fromkeys((s["source"], s["doc"]) for s in stored[name]):
+        mine = {s["part"] for s in stored[name] if (s["source"], s["doc"]) == key}
+        if mine != parts[key]:
+            cut.append({"doc": key[1], "lost": "beginning" if 0 in mine else "end" if max(parts[key]) in mine else "middle"})
+    return sorted(cut, key=str)
