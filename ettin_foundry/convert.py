@@ -1,145 +1,128 @@
-"""Text to a data set: read, split by document, tokenize, cut into chunks, write; all or nothing.
+"""Text to a data set: plan the units, run them, put them together. Restartable, on one machine or many.
 
-Everything is written into a hidden folder beside the wanted one and moved into place when it is complete, so that a
-folder of that name is a whole data set at any moment, also when the process is killed. Readers are in sources.py,
-shards in split_writer.py, the tokenizer in tokenizer.py. One process; the same input gives the same bytes.
+Interrupted at any moment and started again, a conversion does only what is not done yet and ends with the same bytes
+(units.py says why). `--task-index` does one share of the units on one machine of many; `ettin finalize` then puts the
+shares together. Readers are in readers.py, the work on a unit in unit_worker.py, worker processes in pool.py.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
+import functools
 import logging
 import os
 import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
-from streaming.base.util import bytes_to_int
 
 from ettin_foundry import tokenizer as tokenizers
-from ettin_foundry.manifest import MAX_CHUNK_LENGTH
-from ettin_foundry.packing import SPECIALS_PER_PIECE
-from ettin_foundry.progress import Progress
-from ettin_foundry.sources import Document, Meter, Source, find_source, read_source
-from ettin_foundry.split_writer import SourceCounts, SplitWriter
+from ettin_foundry.convert_options import ConvertOptions, make_parser, options_from
+from ettin_foundry.decontamination import index_sources
+from ettin_foundry.duplicates import merge
+from ettin_foundry.finalize import done_units, finalize, read_plan
+from ettin_foundry.manifest import MANIFEST
+from ettin_foundry.pool import run_tasks
+from ettin_foundry.progress import Board, Progress
+from ettin_foundry.readers import LongDocument, read_parts
+from ettin_foundry.sources import Meter, Source, find_source, plan_parts
+from ettin_foundry.storage import Storage, open_storage
+from ettin_foundry.unit_hashes import HashUnit, drops_name, hashes_name
+from ettin_foundry.unit_worker import NGRAMS, ConvertUnit, TokenizerSpec
+from ettin_foundry.units import PLAN, Plan, Unit, add_sources, make_plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 __all__ = ["ConvertOptions", "Summary", "convert", "main"]
 
 log = logging.getLogger(__name__)
 
-_BATCH_BYTES = 1 << 20  # text tokenized at a time: enough for the tokenizer's threads, little enough to hold
-_BATCH_DOCUMENTS = 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertOptions:
-    """What to convert, and how.
-
-    Raises:
-        ValueError: an option out of range, or two that contradict each other; the message names them.
-    """
-
-    sources: Sequence[str]
-    """Files, folders, Hugging Face dataset ids or `python-stdlib`, each optionally as NAME=SOURCE."""
-    out: str | os.PathLike[str]
-    """Folder of the data set; must not exist, or be empty."""
-    tokenizer: str | os.PathLike[str] | None = None
-    """Folder or Hugging Face id."""
-    train_tokenizer: int | None = None
-    """Entries of a tokenizer to train on the corpus, instead of `tokenizer`."""
-    chunk_length: int = 1024 - SPECIALS_PER_PIECE
-    """Most tokens in a chunk, BOS and EOS not counted; the row length of training minus 2."""
-    validation: float = 0.005
-    """Share of the documents that goes to validation, chosen by a hash of the text; 0 writes no validation split."""
-    text_field: str = "text"
-    id_field: str | None = None
-    shard_size: int | str = "64mb"
-    limit_bytes: int | None = None
-    """Stop each source after so many UTF-8 bytes of text."""
-    seed: int = 0
-    """Of the split's hash: another seed chooses other validation documents."""
-    licence: str | None = None
-    """Licence of files and folders, for the manifest."""
-    progress: bool | None = None
-    """Live progress line; None shows it on a terminal only."""
-
-    def __post_init__(self) -> None:
-        if not self.sources or isinstance(self.sources, str):
-            raise ValueError(f"sources: {self.sources!r} given; a list of at least one source is needed")
-        if (self.tokenizer is None) == (self.train_tokenizer is None):
-            raise ValueError(f"--tokenizer {self.tokenizer} and --train-tokenizer {self.train_tokenizer} given; "
-                             "exactly one of the two is needed")
-        try:
-            bytes_to_int(self.shard_size)
-        except ValueError as error:
-            raise ValueError(f"--shard-size: {self.shard_size!r} given; a number of bytes such as 64mb is needed") from error
-        if not 1 <= self.chunk_length <= MAX_CHUNK_LENGTH:
-            raise ValueError(f"--chunk-length: {self.chunk_length} given; 1 to {MAX_CHUNK_LENGTH} tokens are possible. "
-                             f"Use the row length of training minus {SPECIALS_PER_PIECE}")
-        if not 0.0 <= self.validation < 1.0:
-            raise ValueError(f"--validation: {self.validation} given; a share of at least 0 and below 1 is needed")
-        if self.limit_bytes is not None and self.limit_bytes < 1:
-            raise ValueError(f"--limit-bytes: {self.limit_bytes} given; at least 1 is needed. Leave it out for all")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed: {self.seed} given; 0 to 2**63 - 1 is possible")
-
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written. Counts of both splits together, per source; `bytes` are UTF-8 bytes of text."""
+    """What a conversion did.
 
-    out: Path
-    sources: dict[str, SourceCounts]
+    Attributes:
+        out: the set. sources: name -> counts of both splits together, as a manifest states them; empty for one task of
+        an array. validation_documents: documents of the validation split. seconds: of this call. units: done by this
+        call, of all. tokens_done: tokenized by this call.
+    """
+
+    out: str
+    sources: Mapping[str, Mapping[str, Any]]
     validation_documents: int
     seconds: float
+    units: tuple[int, int]
+    tokens_done: int
 
     @property
     def tokens(self) -> int:
-        return sum(counts.tokens for counts in self.sources.values())
+        return sum(counts["tokens"] for counts in self.sources.values())
 
     def __str__(self) -> str:
+        done, of = self.units
+        speed = f"{self.seconds:.1f} s, {self.tokens_done / max(self.seconds, 1e-9):,.0f} tokens/s"
+        if not self.sources:
+            return (f"{self.out}: {done} of {of} units done by this task; {speed}. When all tasks are done: "
+                    f"ettin finalize {self.out}")
         per_source = "; ".join(
-            f"{name}: {c.documents:,} documents, {c.tokens:,} tokens, {c.bytes / 1e6:,.1f} MB"
-            + "".join(f", {n:,} dropped ({reason})" for reason, n in c.dropped.items())
+            f"{name}: {c['documents']:,} documents, {c['tokens']:,} tokens, {c['bytes'] / 1e6:,.1f} MB"
+            + "".join(f", {n:,} dropped ({reason})" for reason, n in c["dropped"].items())
             for name, c in self.sources.items())
-        return (f"{self.out}: {per_source}; {self.validation_documents:,} documents for validation; "
-                f"{self.seconds:.1f} s, {self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
+        earlier = f"; {of - done} of {of} units were done before" if done < of else ""
+        return f"{self.out}: {per_source}; {self.validation_documents:,} documents for validation{earlier}; {speed}"
 
 
 def convert(options: ConvertOptions) -> Summary:
-    """Converts a corpus into OUT/tokenizer, OUT/train and OUT/validation.
+    """Converts a corpus into OUT/tokenizer, OUT/train and OUT/validation, or goes on with doing so.
 
     Raises:
-        FileNotFoundError, ValueError: the input cannot be converted; names file and record. FileExistsError: OUT holds
-            something. Nothing is left in OUT in either case.
+        FileNotFoundError, ValueError: the input cannot be converted, or OUT was begun with other options; names file and
+            record, or the option and both values. Finished units stay. FileExistsError: OUT holds something else.
     """
     begin = time.perf_counter()
-    out = Path(options.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"--out {out}: it exists and is not an empty folder; nothing is ever written over. Name "
-                              "another folder, or remove this one")
+    storage = open_storage(options.out)
+    plan = read_plan(storage)
+    if plan is None:
+        _check_empty(storage, options)
     sources = _find_sources(options)
-    loaded = None if options.tokenizer is None else tokenizers.load(options.tokenizer)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        partial.mkdir()
-        tok = loaded or _train_tokenizer(sources, options)
-        tok = tokenizers.with_template(tok, "encoder")
-        tokenizers.save(tok, partial / "tokenizer")
-        summary = _write_splits(sources, tok, partial, options)
-        os.replace(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return dataclasses.replace(summary, out=out, seconds=time.perf_counter() - begin)
+    tok = _tokenizer(options, storage, plan, sources)
+    fingerprint = tokenizers.fingerprint(tok)
+    spec = TokenizerSpec(fingerprint["name"], tok.backend_tokenizer.to_str(), tuple(sorted(tokenizers.forbidden_ids(tok))),
+                         fingerprint["vocab_size"], options.engine)
+    wanted = _plan(options, plan, sources, fingerprint, storage)
+    done = {} if plan is None else done_units(storage, wanted)
+    if plan is None:
+        _save_tokenizer(tok, storage)  # before the plan: where there is a plan, there is a tokenizer
+    if wanted != plan:
+        storage.write_bytes(PLAN, wanted.to_bytes())
+    todo = [unit for unit in wanted.units if unit.number not in done]
+    if options.task_index is not None:
+        todo = [unit for unit in todo if unit.number % int(options.num_tasks or 1) == options.task_index]
+    job = ConvertUnit(out=os.fspath(options.out), options=wanted.options, tokenizer=spec, filters=options.filters,
+                      sources={source.name: source for source in sources})
+    tokens = _run(job, todo, wanted, options, storage)
+    seconds = time.perf_counter() - begin
+    if options.task_index is not None:
+        return Summary(storage.url, {}, 0, seconds, (len(todo), len(wanted.units)), tokens)
+    manifests = finalize(options.out)
+    return _summary(storage, manifests, time.perf_counter() - begin, (len(todo), len(wanted.units)), tokens)
+
+
+def _check_empty(storage: Storage, options: ConvertOptions) -> None:
+    found = [name for name, _ in storage.list() if not name.startswith("tokenizer/")]
+    if found:
+        raise FileExistsError(f"--out {storage.url}: it holds {found[0]} and no {PLAN}, so no conversion was begun there; "
+                              "nothing is ever written over. Name another folder, or remove this one")
+    if options.append:
+        raise FileNotFoundError(f"--append: given, but {storage.url} holds no set; a finished one is needed. Leave --append "
+                                "out to start one")
 
 
 def _find_sources(options: ConvertOptions) -> list[Source]:
@@ -151,147 +134,197 @@ def _find_sources(options: ConvertOptions) -> list[Source]:
     return sources
 
 
-def _documents(source: Source, meter: Meter, options: ConvertOptions) -> Iterator[tuple[Document, bytes]]:
-    """A source's documents up to `limit_bytes`, each with its text in UTF-8.
-
-    Raises:
-        ValueError: the source holds no document at all.
-    """
-    num_bytes = 0
-    for document in read_source(source, meter, text_field=options.text_field, id_field=options.id_field):
-        encoded = document.text.encode()
-        yield document, encoded
-        num_bytes += len(encoded)
-        if options.limit_bytes is not None and num_bytes >= options.limit_bytes:
-            return
-    if not num_bytes:
-        raise ValueError(f"{source.location}: the corpus is empty, no document in it has any text; at least one is "
-                         "needed. Name another source")
-
-
-def _is_validation(encoded: bytes, options: ConvertOptions) -> bool:
-    """By the text alone, so that copies of a document are on one side, wherever they come from."""
-    return xxhash.xxh64_intdigest(encoded, seed=options.seed) < options.validation * 2**64
+def _tokenizer(options: ConvertOptions, storage: Storage, plan: Plan | None,
+               sources: Sequence[Source]) -> PreTrainedTokenizerFast:
+    """The tokenizer: the given one, the set's own, or one trained now."""
+    if options.tokenizer is not None:
+        tok = tokenizers.load(options.tokenizer)
+    elif plan is None:
+        tok = _train(sources, options)
+    else:
+        folder = storage.scratch() / f"tokenizer.{uuid.uuid4().hex[:8]}"
+        for name, size in storage.list("tokenizer/"):
+            storage.get_file(name, folder / Path(name).name, num_bytes=size)
+        tok = tokenizers.load(folder)
+        tok.name_or_path = plan.tokenizer["name"]
+        shutil.rmtree(folder)
+    return tokenizers.with_template(tok, "encoder")
 
 
-def _train_tokenizer(sources: list[Source], options: ConvertOptions) -> Any:
+def _save_tokenizer(tok: PreTrainedTokenizerFast, storage: Storage) -> None:
+    folder = storage.scratch() / f"tokenizer.{uuid.uuid4().hex[:8]}"
+    tokenizers.save(tok, folder)
+    for path in sorted(folder.iterdir()):
+        storage.put_file(path, f"tokenizer/{path.name}")
+    shutil.rmtree(folder)
+
+
+def _train(sources: Sequence[Source], options: ConvertOptions) -> Any:
     """Trains on the documents of the training split only: validation text must be as new to it as to the model."""
-    assert options.train_tokenizer is not None
     meter = Meter()
-    with Progress("tokenizer", meter, sum(s.num_bytes for s in sources), show=options.progress) as progress:
+    with Progress("tokenizer", meter, sum(source.num_bytes for source in sources), show=options.progress) as progress:
 
         def texts() -> Iterator[str]:
             for source in sources:
-                for document, encoded in _documents(source, meter, options):
-                    progress.update(documents=1, num_bytes=len(encoded))
-                    if not _is_validation(encoded, options):
-                        yield document.text
+                for pieces, num_bytes, digest in _texts(source, meter, options):
+                    progress.update(documents=1, num_bytes=num_bytes)
+                    if digest >= options.validation * 2**64:
+                        yield from pieces()
 
-        return tokenizers.train_bpe(texts(), options.train_tokenizer)
+        return tokenizers.train_bpe(texts(), int(options.train_tokenizer or 0))
 
 
-def _write_splits(sources: list[Source], tok: Any, folder: Path, options: ConvertOptions) -> Summary:
-    names = ("train", "validation") if options.validation else ("train",)
-    writers = {name: SplitWriter(folder / name, name, chunk_length=options.chunk_length, shard_size=options.shard_size)
-               for name in names}
-    meter = Meter()
+def _texts(source: Source, meter: Meter,
+           options: ConvertOptions) -> Iterator[tuple[Callable[[], Iterable[str]], int, int]]:
+    """Each document's text in pieces, its UTF-8 bytes, and the hash that decides its split."""
+    total = 0
+    for parts in plan_parts(source, 1 << 62):
+        for document in read_parts(source, parts, meter, text_field=options.text_field, id_field=options.id_field):
+            pieces = document.pieces if isinstance(document, LongDocument) else functools.partial(iter, [document.text])
+            digest, num_bytes = xxhash.xxh64(seed=options.seed), 0
+            for piece in pieces():
+                encoded = piece.encode()
+                digest.update(encoded)
+                num_bytes += len(encoded)
+            yield pieces, num_bytes, digest.intdigest()
+            total += num_bytes
+            if options.limit_bytes is not None and total >= options.limit_bytes:
+                return
+
+
+def _record(options: ConvertOptions, storage: Storage) -> dict[str, Any]:
+    """The options that shape the data; evaluation texts are among them, so their n-grams are collected first."""
+    if not options.filters.decontaminate:
+        return options.record()
+    ngrams = index_sources(options.filters.decontaminate, text_field=options.filters.decontaminate_field)
+    if not storage.exists(NGRAMS):
+        path = storage.scratch() / f"ngrams.{uuid.uuid4().hex[:8]}"
+        ngrams.save(path)
+        storage.put_file(path, NGRAMS)
+    return {**options.record(), "filters": options.filters.record(ngrams=ngrams)}
+
+
+def _plan(options: ConvertOptions, plan: Plan | None, sources: Sequence[Source], fingerprint: Mapping[str, Any],
+          storage: Storage) -> Plan:
+    """What is to be done; an earlier plan must agree with it in all that shapes the data.
+
+    Raises:
+        ValueError: it does not; names what differs, and both values.
+    """
+    record = _record(options, storage)
+    if plan is None:
+        return make_plan(sources, options=record, tokenizer=fingerprint)
+    _check_options(plan, record, fingerprint, options, storage)
+    names = [source.name for source in sources]
+    if options.append:
+        prefix = [name for name in plan.sources if name not in names]
+        if list(plan.sources)[:len(prefix)] != prefix:
+            raise ValueError(f"--append: {', '.join(names)} given, but {storage.url} has its sources in the order "
+                             f"{', '.join(plan.sources)}; only the last ones can be added again. Name new sources")
+        if not set(names) & set(plan.sources) and not storage.exists(f"train/{MANIFEST}"):
+            raise ValueError(f"--append: {storage.url} is not finished; a finished set is needed. Run the conversion of "
+                             f"{', '.join(plan.sources)} again first, without --append")
+        kept = tuple(unit for unit in plan.units if unit.source in prefix)
+        before = Plan(plan.options, plan.tokenizer, {name: plan.sources[name] for name in prefix}, kept)
+        wanted = add_sources(before, sources)
+    else:
+        if names != list(plan.sources):
+            raise ValueError(f"sources: {', '.join(names)} given, but {storage.url} was begun with "
+                             f"{', '.join(plan.sources)}; they must be the same. Use --append with the new sources alone, "
+                             "or another --out")
+        wanted = add_sources(Plan(plan.options, plan.tokenizer), sources)
+    _check_inputs(plan, wanted, storage)
+    return wanted
+
+
+def _check_options(plan: Plan, record: Mapping[str, Any], fingerprint: Mapping[str, Any], options: ConvertOptions,
+                   storage: Storage) -> None:
+    differing = [f"{key} ({plan.options.get(key)!r} then, {value!r} now)" for key, value in record.items()
+                 if plan.options.get(key) != value and not (options.append and key == "train_tokenizer")]
+    differing += [f"tokenizer {key} ({plan.tokenizer.get(key)} then, {fingerprint[key]} now)"
+                  for key in ("vocab_size", "special_ids", "vocab_sha256", "probe_sha256")
+                  if plan.tokenizer.get(key) != fingerprint[key]]
+    if differing:
+        raise ValueError(f"--out {storage.url}: it was begun with other options: {'; '.join(differing)}. The options of a "
+                         "set never change: give the same ones to go on, or another --out")
+
+
+def _check_inputs(plan: Plan, wanted: Plan, storage: Storage) -> None:
+    """Inputs may have changed only where no finished unit was read."""
+    finished = {int(Path(name).stem) for name, _ in storage.list("units/") if Path(name).stem.isdigit()}
+    for number in sorted(finished):
+        then = plan.units[number] if number < len(plan.units) else None
+        now = wanted.units[number] if number < len(wanted.units) else None
+        if then != now:
+            what = now if then is None else then
+            changed = [part.file for part, size in zip(then.parts, then.sizes)
+                       if now is None or (part, size) not in zip(now.parts, now.sizes)] if then else []
+            raise ValueError(f"{what.label if what else number}: the input was changed after it was converted"
+                             f"{' (' + changed[0] + ')' if changed else ''}; finished units keep their input. Restore the "
+                             "files as they were, or convert into another --out")
+
+
+def _run(job: ConvertUnit, todo: Sequence[Unit], plan: Plan, options: ConvertOptions, storage: Storage) -> int:
+    """Does the units; tokens written."""
+    if not todo:
+        return 0
+    workers = min(options.workers or len(os.sched_getaffinity(0)), len(todo))
+    if options.filters.deduplicate:
+        unhashed = [unit for unit in plan.units if not storage.exists(hashes_name(unit.number))]
+        for _ in _execute(HashUnit(job.out, job.options, job.sources), unhashed, "hashes", workers, options):
+            pass
+        _find_duplicates(plan, storage)
+    tokens = 0
+    for _, result in _execute(job, todo, "documents", workers, options):
+        tokens += result["tokens"]
+    return tokens
+
+
+def _execute(job: Callable[..., Any], units: Sequence[Unit], title: str, workers: int,
+             options: ConvertOptions) -> Iterator[tuple[Unit, Any]]:
+    with Board(title, sum(unit.num_bytes for unit in units), workers, show=options.progress) as board:
+        if options.executor == "ray":
+            from ettin_foundry.ray_pool import run_tasks_ray
+
+            yield from run_tasks_ray(job, units, workers=workers, board=board, address=options.ray_address)
+        else:
+            yield from run_tasks(job, units, workers=workers, board=board)
+
+
+def _find_duplicates(plan: Plan, storage: Storage) -> None:
+    """From the hashes of all units, which documents of each unit repeat earlier ones."""
+    folder = storage.scratch() / f"duplicates.{uuid.uuid4().hex[:8]}"
     try:
-        encoder = tokenizers.PlainEncoder(tok)
-        with Progress("documents", meter, sum(s.num_bytes for s in sources), show=options.progress) as progress:
-            for source in sources:
-                counts = {name: writer.begin_source(source.name, SourceCounts(source.licence, source.revision))
-                          for name, writer in writers.items()}
-                for batch in _batches(_documents(source, meter, options)):
-                    tokens = encoder([document.text for document, _ in batch])
-                    for (document, encoded), ids in zip(batch, tokens):
-                        split = "validation" if _is_validation(encoded, options) else "train"
-                        if document.text.isspace() or not len(ids):
-                            counts[split].dropped["empty"] = counts[split].dropped.get("empty", 0) + 1
-                        else:
-                            writers[split].write(document.id, ids, num_bytes=len(encoded))
-                    progress.update(documents=len(batch), tokens=sum(map(len, tokens)),
-                                    num_bytes=sum(len(encoded) for _, encoded in batch))
-        _check_sides(writers, options)
-        for writer in writers.values():
-            writer.finish()
-    except BaseException:
-        for writer in writers.values():
-            writer.abort()
-        raise
-    block, record = tokenizers.fingerprint(tok), _record(options)
-    for writer in writers.values():  # last: until here neither split looks complete
-        writer.write_manifest(block, record)
-    return Summary(folder, _add_up(writers), writers["validation"].num_documents if options.validation else 0, 0.0)
+        files = [folder / "hashes" / f"{unit.number:05d}.npy" for unit in plan.units]
+        for unit, path in zip(plan.units, files):
+            storage.get_file(hashes_name(unit.number), path, num_bytes=storage.size(hashes_name(unit.number)))
+        merge(files, folder / "drops")
+        for unit, path in zip(plan.units, files):
+            storage.put_file(folder / "drops" / path.name, drops_name(unit.number))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _batches(documents: Iterator[tuple[Document, bytes]]) -> Iterator[list[tuple[Document, bytes]]]:
-    batch: list[tuple[Document, bytes]] = []
-    num_bytes = 0
-    for item in documents:
-        batch.append(item)
-        num_bytes += len(item[1])
-        if num_bytes >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, num_bytes = [], 0
-    if batch:
-        yield batch
-
-
-def _check_sides(writers: dict[str, SplitWriter], options: ConvertOptions) -> None:
-    total = sum(writer.num_documents for writer in writers.values())
-    for name, writer in writers.items():
-        if not writer.num_documents:
-            raise ValueError(f"--validation: {options.validation} given; of {total} documents none fell to {name}, and "
-                             "both sides need one. Give more text, another share (say 0.1 for a hundred documents), "
-                             "or 0 for no validation split")
-
-
-def _record(options: ConvertOptions) -> dict[str, Any]:
-    """The options that shaped the data, without places on this machine."""
-    keys = ("train_tokenizer", "validation", "text_field", "id_field", "shard_size", "limit_bytes", "seed")
-    return {key: getattr(options, key) for key in keys}
-
-
-def _add_up(writers: dict[str, SplitWriter]) -> dict[str, SourceCounts]:
-    totals: dict[str, SourceCounts] = {}
-    for writer in writers.values():
-        for name, counts in writer.sources.items():
-            total = totals.setdefault(name, SourceCounts(counts.licence, counts.revision))
+def _summary(storage: Storage, manifests: Mapping[str, dict[str, Any]], seconds: float, units: tuple[int, int],
+             tokens: int) -> Summary:
+    totals: dict[str, dict[str, Any]] = {}
+    for manifest in manifests.values():
+        for name, counts in manifest["sources"].items():
+            total = totals.setdefault(name, {"documents": 0, "chunks": 0, "tokens": 0, "bytes": 0, "dropped": {}})
             for key in ("documents", "chunks", "tokens", "bytes"):
-                setattr(total, key, getattr(total, key) + getattr(counts, key))
-            for reason, number in counts.dropped.items():
-                total.dropped[reason] = total.dropped.get(reason, 0) + number
-    return totals
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="convert", description="Turn text into a data set (MDS with a manifest).")
-    parser.add_argument("sources", nargs="+", metavar="[NAME=]SOURCE", help="a .jsonl, .json, .txt or .parquet file "
-                        "(plain, .gz, .zst), a folder of them, a Hugging Face dataset id (owner/name[:config]), or "
-                        "python-stdlib")
-    parser.add_argument("--out", required=True, help="folder of the data set; must not exist, or be empty")
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--tokenizer", help="folder or Hugging Face id")
-    which.add_argument("--train-tokenizer", type=int, metavar="ENTRIES", help="train one on the corpus, e.g. 8192")
-    defaults = {f.name: f.default for f in dataclasses.fields(ConvertOptions)}
-    helps: dict[str, tuple[type, str]] = {
-        "chunk_length": (int, "tokens per chunk at most: row length of training minus 2"),
-        "validation": (float, "share of the documents, by a hash of their text"),
-        "text_field": (str, "key or column of the text"), "id_field": (str, "key or column of a document's id"),
-        "shard_size": (str, "bytes per shard"), "limit_bytes": (int, "stop each source after so much text"),
-        "seed": (int, "of the validation split"), "licence": (str, "licence of files, for the manifest")}
-    for name, (kind, text) in helps.items():
-        shown = "" if defaults[name] is None else f" (default {defaults[name]})"
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=defaults[name], help=text + shown)
-    return parser
+                total[key] += counts[key]
+            for reason, number in counts["dropped"].items():
+                total["dropped"][reason] = total["dropped"].get(reason, 0) + number
+    validation = manifests["validation"]["totals"]["documents"] if "validation" in manifests else 0
+    return Summary(storage.url, totals, validation, seconds, units, tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, or 1 after one line that says what is wrong with the input."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        summary = convert(ConvertOptions(**vars(arguments)))
+        summary = convert(options_from(arguments))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -36,9 +36,9 @@ def test_the_commands_are_found():
 
 @pytest.mark.parametrize("line", CONVERTING, ids=range(len(CONVERTING)))
 def test_every_convert_command_has_known_options(line):
-    from ettin_foundry import convert
+    from ettin_foundry.convert_options import make_parser
 
-    known = set(re.findall(r"--[a-z-]+", convert._parser().format_help()))
+    known = set(re.findall(r"--[a-z-]+", make_parser().format_help()))
     assert {word for word in shlex.split(line) if word.startswith("--")} <= known
 
 

@@ -1,0 +1,65 @@
+"""The pass over a unit that comes first when duplicates are dropped: a hash of every document, in reading order.
+
+From the hashes of all units duplicates.py finds which documents repeat earlier ones; unit_worker.py leaves those out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ettin_foundry.duplicates import Hasher, hash_text, read_drops, write_hashes
+from ettin_foundry.progress import Tick
+from ettin_foundry.readers import LongDocument
+from ettin_foundry.sources import Meter, Source
+from ettin_foundry.storage import Storage, open_storage
+from ettin_foundry.unit_io import Ticker, documents_of, local_copy
+from ettin_foundry.units import Unit
+
+__all__ = ["HashUnit", "drops_name", "hashes_name", "load_drops"]
+
+
+def hashes_name(unit: int) -> str:
+    """Hashes of all documents of a unit, relative to the set's folder."""
+    return f"work/hashes/{unit:05d}.npy"
+
+
+def drops_name(unit: int) -> str:
+    """Ordinals of a unit's documents that repeat earlier ones."""
+    return f"work/drops/{unit:05d}.npy"
+
+
+def load_drops(storage: Storage, unit: Unit) -> np.ndarray:
+    """(K,) uint64: increasing ordinals of the unit's documents to drop."""
+    return read_drops(local_copy(storage, drops_name(unit.number)))
+
+
+@dataclass(frozen=True)
+class HashUnit:
+    """Picklable; called with a unit. Attributes as of `unit_worker.ConvertUnit`."""
+
+    out: str
+    options: Mapping[str, Any]
+    sources: Mapping[str, Source]
+
+    def __call__(self, unit: Unit, report: Callable[[Tick], None]) -> None:
+        storage, meter = open_storage(self.out), Meter()
+        ticker = Ticker(report, meter, unit)
+        hashes = bytearray()
+        for document in documents_of(unit, self.sources[unit.source], self.options, meter):
+            if isinstance(document, LongDocument):
+                hasher = Hasher()
+                for piece in document.pieces():
+                    hasher.update(piece)
+                hashes += hasher.digest()
+            else:
+                hashes += hash_text(document.text)
+            ticker.add(documents=1, tokens=0, text_bytes=0)
+        path = storage.scratch() / f"hashes.{unit.number:05d}.{os.getpid()}.npy"
+        write_hashes(path, hashes)
+        storage.put_file(path, hashes_name(unit.number))
+        ticker.flush()

@@ -1,0 +1,67 @@
+"""Small corpora and conversions of them, for the tests of convert.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from conftest import CHUNK_LENGTH, make_documents
+
+from ettin_foundry.convert import ConvertOptions, Summary, convert
+from ettin_foundry.mds import MDSSet
+
+UNIT = 3_000  # bytes: several units for every corpus here
+
+
+def options(out: Path | str, sources: list[Path | str], tokenizer: Path | None, **more: object) -> ConvertOptions:
+    """Small shards and units; one worker, in this process."""
+    defaults = {"chunk_length": CHUNK_LENGTH, "validation": 0.0, "shard_size": "8kb", "progress": False, "workers": 1,
+                "unit_size": UNIT}
+    return ConvertOptions(sources=[str(source) for source in sources], out=out, tokenizer=tokenizer,
+                          **{**defaults, **more})  # type: ignore[arg-type]
+
+
+def run(out: Path | str, sources: list[Path | str], tokenizer: Path | None, **more: object) -> Summary:
+    """Converts with `options`."""
+    return convert(options(out, sources, tokenizer, **more))
+
+
+def write_corpus(folder: Path, *, files: int = 3, documents: int = 40, seed: int = 0, longest: int = 60) -> list[str]:
+    """Writes .jsonl files with ids file-number; the texts in order."""
+    folder.mkdir(parents=True)
+    texts = []
+    for file in range(files):
+        found = make_documents(documents, seed=1000 * seed + file, longest=longest)
+        lines = [json.dumps({"id": f"{file}-{i}", "text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(found)]
+        (folder / f"{file}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        texts += found
+    return texts
+
+
+def stored(split: Path) -> dict[str, np.ndarray]:
+    """Document id -> its tokens, put together again from chunks found in order."""
+    data, parts = MDSSet(split), {}
+    data.verify()
+    open_document = None
+    for shard in range(data.num_shards):
+        for index in range(int(data.samples[shard])):
+            sample = data.sample(shard, index)
+            pieces = parts.setdefault(sample["doc"], [])
+            assert sample["part"] == len(pieces) and (open_document in (None, sample["doc"]))
+            assert 0 < len(sample["tokens"]) <= data.chunk_length
+            assert sample["source"] == data.sources[shard]
+            open_document = None if sample["last"] else sample["doc"]
+            pieces.append(sample["tokens"])
+    assert open_document is None
+    return {name: np.concatenate(pieces) for name, pieces in parts.items()}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Relative name -> content of every file, hidden ones too."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def is_finished(out: Path) -> bool:
+    """Whether a reader would take anything in OUT for a set."""
+    return bool(list(out.rglob("manifest.json")))
