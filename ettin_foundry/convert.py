@@ -23,18 +23,18 @@ import xxhash
 
 from ettin_foundry import tokenizer as tokenizers
 from ettin_foundry.convert_options import ConvertOptions, make_parser, options_from
-from ettin_foundry.decontamination import index_sources
+from ettin_foundry.convert_plan import check_given, check_place, find_sources, plan_conversion
+from ettin_foundry.decontamination import NgramIndex, index_sources
 from ettin_foundry.duplicates import merge
 from ettin_foundry.finalize import done_units, finalize, read_plan
-from ettin_foundry.manifest import MANIFEST
-from ettin_foundry.pool import run_tasks
+from ettin_foundry.pool import WorkerDeath, run_tasks
 from ettin_foundry.progress import Board, Progress
 from ettin_foundry.readers import LongDocument, read_parts
-from ettin_foundry.sources import Meter, Source, find_source, plan_parts
-from ettin_foundry.storage import Storage, open_storage
+from ettin_foundry.sources import Meter, Source, plan_parts
+from ettin_foundry.storage import Storage, is_url, open_storage
 from ettin_foundry.unit_hashes import HashUnit, drops_name, hashes_name
 from ettin_foundry.unit_worker import NGRAMS, ConvertUnit, TokenizerSpec
-from ettin_foundry.units import PLAN, Plan, Unit, add_sources, make_plan
+from ettin_foundry.units import PLAN, Plan, Unit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -90,48 +90,50 @@ def convert(options: ConvertOptions) -> Summary:
     storage = open_storage(options.out)
     plan = read_plan(storage)
     if plan is None:
-        _check_empty(storage, options)
-    sources = _find_sources(options)
+        check_place(storage, options)
+    sources = find_sources(options, plan)
     tok = _tokenizer(options, storage, plan, sources)
     fingerprint = tokenizers.fingerprint(tok)
-    spec = TokenizerSpec(fingerprint["name"], tok.backend_tokenizer.to_str(), tuple(sorted(tokenizers.forbidden_ids(tok))),
-                         fingerprint["vocab_size"], options.engine)
-    wanted = _plan(options, plan, sources, fingerprint, storage)
-    done = {} if plan is None else done_units(storage, wanted)
-    if plan is None:
-        _save_tokenizer(tok, storage)  # before the plan: where there is a plan, there is a tokenizer
-    if wanted != plan:
-        storage.write_bytes(PLAN, wanted.to_bytes())
+    record, ngrams = _record(options)
+    wanted = plan_conversion(options, plan, sources, record=record, fingerprint=fingerprint, storage=storage)
+    done = done_units(storage, wanted)
     todo = [unit for unit in wanted.units if unit.number not in done]
+    check_given(todo, wanted, sources, storage)
+    _begin(storage, plan, wanted, tok, ngrams)
     if options.task_index is not None:
         todo = [unit for unit in todo if unit.number % int(options.num_tasks or 1) == options.task_index]
-    job = ConvertUnit(out=os.fspath(options.out), options=wanted.options, tokenizer=spec, filters=options.filters,
-                      sources={source.name: source for source in sources})
+    spec = TokenizerSpec(fingerprint["name"], tok.backend_tokenizer.to_str(), tuple(sorted(tokenizers.forbidden_ids(tok))),
+                         fingerprint["vocab_size"], options.engine)
+    out = os.fspath(options.out)
+    job = ConvertUnit(out=out if is_url(out) else os.path.abspath(out), options=wanted.options, tokenizer=spec,
+                      filters=options.filters, sources={source.name: source for source in sources}, base_key=wanted.base_key)
     tokens = _run(job, todo, wanted, options, storage)
-    seconds = time.perf_counter() - begin
+    units = (len(todo), len(wanted.units))
     if options.task_index is not None:
-        return Summary(storage.url, {}, 0, seconds, (len(todo), len(wanted.units)), tokens)
+        return Summary(storage.url, {}, 0, time.perf_counter() - begin, units, tokens)
     manifests = finalize(options.out)
-    return _summary(storage, manifests, time.perf_counter() - begin, (len(todo), len(wanted.units)), tokens)
+    return _summary(storage, manifests, time.perf_counter() - begin, units, tokens)
 
 
-def _check_empty(storage: Storage, options: ConvertOptions) -> None:
-    found = [name for name, _ in storage.list() if not name.startswith("tokenizer/")]
-    if found:
-        raise FileExistsError(f"--out {storage.url}: it holds {found[0]} and no {PLAN}, so no conversion was begun there; "
-                              "nothing is ever written over. Name another folder, or remove this one")
-    if options.append:
-        raise FileNotFoundError(f"--append: given, but {storage.url} holds no set; a finished one is needed. Leave --append "
-                                "out to start one")
+def _begin(storage: Storage, plan: Plan | None, wanted: Plan, tok: PreTrainedTokenizerFast,
+           ngrams: NgramIndex | None) -> None:
+    """Writes what all units need, and the plan last: where there is a plan, there is a tokenizer.
 
-
-def _find_sources(options: ConvertOptions) -> list[Source]:
-    sources = [find_source(text, licence=options.licence) for text in options.sources]
-    names = [source.name for source in sources]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"sources: {', '.join(sorted(twice))} is the name of more than one source; each needs a name "
-                         "of its own in the manifest. Write NAME=SOURCE")
-    return sources
+    Raises:
+        ValueError: another conversion into the same place has begun meanwhile.
+    """
+    if wanted == plan:
+        return
+    if plan is None or dict(plan.tokenizer) != dict(wanted.tokenizer):
+        _save_tokenizer(tok, storage)
+    if ngrams is not None:
+        path = storage.scratch() / f"ngrams.{uuid.uuid4().hex[:8]}"
+        ngrams.save(path)
+        storage.put_file(path, NGRAMS)
+    if read_plan(storage) not in (plan, wanted):
+        raise ValueError(f"--out {storage.url}: another conversion has changed {PLAN} just now; two at a time must be the "
+                         "same. Wait for the other one, then start this one again")
+    storage.write_bytes(PLAN, wanted.to_bytes())
 
 
 def _tokenizer(options: ConvertOptions, storage: Storage, plan: Plan | None,
@@ -192,76 +194,12 @@ def _texts(source: Source, meter: Meter,
                 return
 
 
-def _record(options: ConvertOptions, storage: Storage) -> dict[str, Any]:
-    """The options that shape the data; evaluation texts are among them, so their n-grams are collected first."""
+def _record(options: ConvertOptions) -> tuple[dict[str, Any], NgramIndex | None]:
+    """The options that shape the data, and the n-grams of evaluation texts, which are among them."""
     if not options.filters.decontaminate:
-        return options.record()
+        return options.record(), None
     ngrams = index_sources(options.filters.decontaminate, text_field=options.filters.decontaminate_field)
-    if not storage.exists(NGRAMS):
-        path = storage.scratch() / f"ngrams.{uuid.uuid4().hex[:8]}"
-        ngrams.save(path)
-        storage.put_file(path, NGRAMS)
-    return {**options.record(), "filters": options.filters.record(ngrams=ngrams)}
-
-
-def _plan(options: ConvertOptions, plan: Plan | None, sources: Sequence[Source], fingerprint: Mapping[str, Any],
-          storage: Storage) -> Plan:
-    """What is to be done; an earlier plan must agree with it in all that shapes the data.
-
-    Raises:
-        ValueError: it does not; names what differs, and both values.
-    """
-    record = _record(options, storage)
-    if plan is None:
-        return make_plan(sources, options=record, tokenizer=fingerprint)
-    _check_options(plan, record, fingerprint, options, storage)
-    names = [source.name for source in sources]
-    if options.append:
-        prefix = [name for name in plan.sources if name not in names]
-        if list(plan.sources)[:len(prefix)] != prefix:
-            raise ValueError(f"--append: {', '.join(names)} given, but {storage.url} has its sources in the order "
-                             f"{', '.join(plan.sources)}; only the last ones can be added again. Name new sources")
-        if not set(names) & set(plan.sources) and not storage.exists(f"train/{MANIFEST}"):
-            raise ValueError(f"--append: {storage.url} is not finished; a finished set is needed. Run the conversion of "
-                             f"{', '.join(plan.sources)} again first, without --append")
-        kept = tuple(unit for unit in plan.units if unit.source in prefix)
-        before = Plan(plan.options, plan.tokenizer, {name: plan.sources[name] for name in prefix}, kept)
-        wanted = add_sources(before, sources)
-    else:
-        if names != list(plan.sources):
-            raise ValueError(f"sources: {', '.join(names)} given, but {storage.url} was begun with "
-                             f"{', '.join(plan.sources)}; they must be the same. Use --append with the new sources alone, "
-                             "or another --out")
-        wanted = add_sources(Plan(plan.options, plan.tokenizer), sources)
-    _check_inputs(plan, wanted, storage)
-    return wanted
-
-
-def _check_options(plan: Plan, record: Mapping[str, Any], fingerprint: Mapping[str, Any], options: ConvertOptions,
-                   storage: Storage) -> None:
-    differing = [f"{key} ({plan.options.get(key)!r} then, {value!r} now)" for key, value in record.items()
-                 if plan.options.get(key) != value and not (options.append and key == "train_tokenizer")]
-    differing += [f"tokenizer {key} ({plan.tokenizer.get(key)} then, {fingerprint[key]} now)"
-                  for key in ("vocab_size", "special_ids", "vocab_sha256", "probe_sha256")
-                  if plan.tokenizer.get(key) != fingerprint[key]]
-    if differing:
-        raise ValueError(f"--out {storage.url}: it was begun with other options: {'; '.join(differing)}. The options of a "
-                         "set never change: give the same ones to go on, or another --out")
-
-
-def _check_inputs(plan: Plan, wanted: Plan, storage: Storage) -> None:
-    """Inputs may have changed only where no finished unit was read."""
-    finished = {int(Path(name).stem) for name, _ in storage.list("units/") if Path(name).stem.isdigit()}
-    for number in sorted(finished):
-        then = plan.units[number] if number < len(plan.units) else None
-        now = wanted.units[number] if number < len(wanted.units) else None
-        if then != now:
-            what = now if then is None else then
-            changed = [part.file for part, size in zip(then.parts, then.sizes)
-                       if now is None or (part, size) not in zip(now.parts, now.sizes)] if then else []
-            raise ValueError(f"{what.label if what else number}: the input was changed after it was converted"
-                             f"{' (' + changed[0] + ')' if changed else ''}; finished units keep their input. Restore the "
-                             "files as they were, or convert into another --out")
+    return {**options.record(), "filters": options.filters.record(ngrams=ngrams)}, ngrams
 
 
 def _run(job: ConvertUnit, todo: Sequence[Unit], plan: Plan, options: ConvertOptions, storage: Storage) -> int:
@@ -270,8 +208,11 @@ def _run(job: ConvertUnit, todo: Sequence[Unit], plan: Plan, options: ConvertOpt
         return 0
     workers = min(options.workers or len(os.sched_getaffinity(0)), len(todo))
     if options.filters.deduplicate:
-        unhashed = [unit for unit in plan.units if not storage.exists(hashes_name(unit.number))]
-        for _ in _execute(HashUnit(job.out, job.options, job.sources), unhashed, "hashes", workers, options):
+        known = {name for name, _ in storage.list("work/hashes/")}
+        unhashed = [unit for unit in plan.units if hashes_name(unit, plan.base_key) not in known]
+        check_given(unhashed, plan, list(job.sources.values()), storage)
+        hashing = HashUnit(job.out, job.options, job.sources, plan.base_key)
+        for _ in _execute(hashing, unhashed, "hashes", workers, options):
             pass
         _find_duplicates(plan, storage)
     tokens = 0
@@ -297,10 +238,10 @@ def _find_duplicates(plan: Plan, storage: Storage) -> None:
     try:
         files = [folder / "hashes" / f"{unit.number:05d}.npy" for unit in plan.units]
         for unit, path in zip(plan.units, files):
-            storage.get_file(hashes_name(unit.number), path, num_bytes=storage.size(hashes_name(unit.number)))
+            storage.get_file(hashes_name(unit, plan.base_key), path)
         merge(files, folder / "drops")
         for unit, path in zip(plan.units, files):
-            storage.put_file(folder / "drops" / path.name, drops_name(unit.number))
+            storage.put_file(folder / "drops" / path.name, drops_name(unit, plan.base_key))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -320,13 +261,16 @@ def _summary(storage: Storage, manifests: Mapping[str, dict[str, Any]], seconds:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, or 1 after one line that says what is wrong with the input."""
+    """The command line; returns the exit status: 0, 1 after one line that says what is wrong, 130 if interrupted."""
     arguments = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         summary = convert(options_from(arguments))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, WorkerDeath) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: finished units are kept; the same command goes on\n")
+        return 130
     sys.stdout.write(f"{summary}\n")
     return 0

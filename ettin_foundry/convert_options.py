@@ -77,8 +77,13 @@ class ConvertOptions:
         if len(given) == 2 or (not given and not self.append):
             raise ValueError(f"--tokenizer {self.tokenizer} and --train-tokenizer {self.train_tokenizer} given; "
                              "exactly one of the two is needed (neither with --append)")
-        for key in ("shard_size", "unit_size"):
-            parse_size("--" + key.replace("_", "-"), getattr(self, key))
+        if self.append and self.train_tokenizer is not None:
+            raise ValueError(f"--train-tokenizer: {self.train_tokenizer} given with --append, where it has no effect: a "
+                             "set keeps its tokenizer. Leave it out")
+        parse_size("--unit-size", self.unit_size)
+        most = 2**31 - 1 if self.compression else 2**32 - 1  # offsets in a shard are uint32; the zstd package takes an int
+        if parse_size("--shard-size", self.shard_size) > most:
+            raise ValueError(f"--shard-size: {self.shard_size} given; at most {most} bytes are possible, 64mb is usual")
         if not 1 <= self.chunk_length <= MAX_CHUNK_LENGTH:
             raise ValueError(f"--chunk-length: {self.chunk_length} given; 1 to {MAX_CHUNK_LENGTH} tokens are possible. "
                              f"Use the row length of training minus {SPECIALS_PER_PIECE}")

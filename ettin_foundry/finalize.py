@@ -21,7 +21,7 @@ import xxhash
 
 from ettin_foundry.manifest import COLUMNS, FORMAT, MANIFEST, VERSION, refuse
 from ettin_foundry.storage import Storage, join, open_storage
-from ettin_foundry.units import PLAN, Plan, record_name
+from ettin_foundry.units import PLAN, Plan, record_key, record_name
 from ettin_foundry.version import __version__
 
 __all__ = ["add_up", "done_units", "finalize", "read_plan", "read_record", "write_split"]
@@ -50,9 +50,9 @@ def read_record(storage: Storage, plan: Plan, unit: int) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise refuse(where, f"is no completion record ({error!r:.200})", "one written by convert.py is needed",
                      "Remove it and run the same conversion again") from None
-    if key != plan.units[unit].key:
+    if key != (needed := record_key(plan.base_key, plan.units[unit])):
         raise refuse(where, f"is of another unit than {plan.units[unit].label} (key {key})",
-                     f"key {plan.units[unit].key} is needed", "Remove it and run the same conversion again")
+                     f"key {needed} is needed", "Remove it and run the same conversion again")
     return record
 
 
@@ -123,15 +123,17 @@ def write_split(storage: Storage, split: str, *, chunk_length: int, tokenizer: M
     Returns:
         The manifest.
     """
-    manifest = _write_tables(storage, split, chunk_length=chunk_length, tokenizer=tokenizer, options=options,
-                             sources=sources, shards=shards, compression=compression)
-    _write_manifest(storage, split, manifest)
+    manifest, files = _describe(split, chunk_length=chunk_length, tokenizer=tokenizer, options=options, sources=sources,
+                                shards=shards, compression=compression)
+    for name, data in files.items():
+        storage.write_bytes(name, data)
     return manifest
 
 
-def _write_tables(storage: Storage, split: str, *, chunk_length: int, tokenizer: Mapping[str, Any],
-                  options: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]],
-                  shards: Sequence[Mapping[str, Any]], compression: str | None) -> dict[str, Any]:
+def _describe(split: str, *, chunk_length: int, tokenizer: Mapping[str, Any], options: Mapping[str, Any],
+              sources: Mapping[str, Mapping[str, Any]], shards: Sequence[Mapping[str, Any]],
+              compression: str | None) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The manifest, and name -> content of the three files, manifest.json last."""
     table = np.zeros((len(shards), chunk_length + 1), "<u4")
     for row, shard in zip(table, shards):
         row[:len(shard["lengths"])] = shard["lengths"]
@@ -140,9 +142,7 @@ def _write_tables(storage: Storage, split: str, *, chunk_length: int, tokenizer:
     lengths = buffer.getvalue()
     entries = [{key: value for key, value in shard.items() if key != "lengths"} for shard in shards]
     index = {"version": 2, "shards": [_index_entry(entry, compression, options.get("shard_size")) for entry in entries]}
-    storage.write_bytes(f"{split}/lengths.npy", lengths)
-    storage.write_bytes(f"{split}/index.json", json.dumps(index, sort_keys=True).encode())
-    return {
+    manifest = {
         "format": FORMAT, "version": VERSION, "split": split, "chunk_length": chunk_length, "compression": compression,
         "tokenizer": dict(tokenizer), "columns": COLUMNS, "options": dict(options), "code_version": __version__,
         "lengths": {"basename": "lengths.npy", "bytes": len(lengths), "xxh64": xxhash.xxh64(lengths).hexdigest()},
@@ -151,13 +151,15 @@ def _write_tables(storage: Storage, split: str, *, chunk_length: int, tokenizer:
                    "samples": sum(entry["samples"] for entry in entries),
                    "tokens": sum(entry["tokens"] for entry in entries)},
     }
+    return manifest, {f"{split}/lengths.npy": lengths, f"{split}/index.json": json.dumps(index, sort_keys=True).encode(),
+                      f"{split}/{MANIFEST}": _manifest_bytes(manifest)}
 
 
-def _write_manifest(storage: Storage, split: str, manifest: Mapping[str, Any]) -> None:
+def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
     """One shard a line: a manifest of 70,000 shards is still read by people and by `diff`."""
     head = json.dumps({key: value for key, value in manifest.items() if key != "shards"}, indent=1)
     shards = ",\n".join("  " + json.dumps(entry) for entry in manifest["shards"])
-    storage.write_bytes(f"{split}/{MANIFEST}", f'{head[:-2]},\n "shards": [\n{shards}\n ]\n}}\n'.encode())
+    return f'{head[:-2]},\n "shards": [\n{shards}\n ]\n}}\n'.encode()
 
 
 def _index_entry(entry: Mapping[str, Any], compression: str | None, size_limit: int | None) -> dict[str, Any]:
@@ -181,8 +183,11 @@ def _check_content(plan: Plan, records: Sequence[Mapping[str, Any]], storage: St
         read[record["source"]] += record["read"]
     for name, documents in read.items():
         if not documents:
-            raise ValueError(f"{name}: the corpus is empty, it holds no document; at least one is needed. Name another "
-                             f"source and another --out (or remove {storage.url})")
+            for unit in plan.units:  # so that the source can be mended, or left out, later
+                if unit.source == name:
+                    storage.delete(record_name(unit.number))
+            raise ValueError(f"{name}: the corpus is empty, it holds no document; at least one is needed. Put "
+                             f"text into it, or leave it out (with another --out, unless it is appended)")
     validation = plan.options["validation"]
     sides = {split: sum(record["splits"][split]["documents"] for record in records)
              for split in (("train", "validation") if validation else ("train",))}
@@ -197,14 +202,23 @@ def _check_content(plan: Plan, records: Sequence[Mapping[str, Any]], storage: St
 
 
 def _write_splits(storage: Storage, plan: Plan, records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    manifests = {}
+    """All splits: the tables of each, then the manifests, so that until then none looks complete.
+
+    A set that grows loses its old manifests first: between old and new tables it says that it is unfinished.
+    """
+    manifests, files = {}, {}
     for split in ("train", "validation") if plan.options["validation"] else ("train",):
         shards = [entry for record in records for entry in record["splits"][split]["shards"]]
-        manifests[split] = _write_tables(
-            storage, split, chunk_length=plan.options["chunk_length"], tokenizer=plan.tokenizer, options=plan.options,
+        manifests[split], found = _describe(
+            split, chunk_length=plan.options["chunk_length"], tokenizer=plan.tokenizer, options=plan.options,
             sources=add_up(plan, records, split), shards=shards, compression=plan.options["compression"])
-    for split, manifest in manifests.items():  # last: until here neither split looks complete
-        _write_manifest(storage, split, manifest)
+        files |= found
+    last = [f"{split}/{MANIFEST}" for split in manifests]
+    if any(storage.exists(name) and storage.read_bytes(name) != files[name] for name in last):
+        for name in last:
+            storage.delete(name)
+    for name in [*(name for name in files if name not in last), *last]:
+        storage.write_bytes(name, files[name])
     return manifests
 
 

@@ -28,7 +28,7 @@ from typing import Any, Protocol, TypeVar
 from ettin_foundry.pool_worker import HEADER, ONE_CORE
 from ettin_foundry.progress import Board, Tick, plain
 
-__all__ = ["Report", "Task", "WorkerTraceback", "check_counts", "death_error", "raise_sent", "repeat_record",
+__all__ = ["Report", "Task", "WorkerDeath", "WorkerTraceback", "check_counts", "death_error", "raise_sent", "repeat_record",
            "run_tasks"]
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,10 @@ serve(int(sys.argv[1]), parent=int(sys.argv[2]))
 """
 _LOOK_SECONDS = 0.5
 _GRACE_SECONDS = 3.0
+
+
+class WorkerDeath(RuntimeError):
+    """A task has killed too many workers; the text is for people."""
 
 
 class Task(Protocol):
@@ -322,9 +326,9 @@ def raise_sent(pickled: bytes | None, name: str, message: str, trace: str, *, wh
     raise error from WorkerTraceback(f"in {where}:\n{trace}")
 
 
-def death_error(label: str, where: str, how: str, deaths: int) -> RuntimeError:
+def death_error(label: str, where: str, how: str, deaths: int) -> WorkerDeath:
     """What to raise when a task has killed too many workers."""
-    return RuntimeError(f"task {label}: {deaths} workers died in it, the last of {how} in {plain(where)}, so it is given "
+    return WorkerDeath(f"task {label}: {deaths} workers died in it, the last of {how} in {plain(where)}, so it is given "
                         "up. SIGKILL mostly means that memory ran out: take fewer workers, or look at that file. "
                         "Finished tasks are kept; the same command goes on from there")
 

@@ -76,16 +76,24 @@ def _run(ray: Any, work: Any, tasks: list[Any], workers: int, board: Board, addr
 
 
 def _connect(ray: Any, workers: int, address: str | None) -> None:
-    own = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
+    if address is None:
+        try:
+            ray.init(address="local", num_cpus=workers, include_dashboard=False, object_store_memory=_STORE_BYTES,
+                     logging_level=logging.WARNING)
+        except Exception as error:  # a bare Exception where it takes too long
+            raise ConnectionError(f"--executor: ray given, but Ray could not be started on this machine ({error}); local "
+                                  "and ray are possible. Try again when the machine is less busy, give --ray-address, or "
+                                  "leave the option out") from error
+        return
     try:
-        host, _, port = str(address).removeprefix("ray://").rpartition(":")
+        host, _, port = address.removeprefix("ray://").rpartition(":")
         if host and port.isdecimal():  # else Ray would try for minutes
             socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-        ray.init(address=address or "local", logging_level=logging.WARNING, **({} if address else own))
+        ray.init(address=address, logging_level=logging.WARNING)
     except (OSError, OverflowError, RuntimeError, ValueError) as error:
-        raise ConnectionError(f"--ray-address: {address or 'none'} given, and no Ray cluster answers there ({error}); "
-                              "HOST:PORT of a cluster's head, or auto on one of its machines, is possible. Leave it out to "
-                              "start Ray on this machine") from error
+        raise ConnectionError(f"--ray-address: {address} given, and no Ray cluster answers there ({error}); HOST:PORT of a "
+                              "cluster's head, or auto on one of its machines, is possible. Leave it out to start Ray on "
+                              "this machine") from error
 
 
 class _RayRun:
@@ -217,6 +225,8 @@ def run_try(setup: bytes, task: bytes, key: tuple[int, int], mailbox: Any) -> tu
 
     def send(kind: str, *content: Any) -> None:
         last[:] = [mailbox.put.remote(key, kind, *content)]
+        if kind != "log":  # where a worker was is wanted most when it dies the next moment
+            ray.wait(last, timeout=_GRACE_SECONDS)
 
     send("begin", f"{os.getpid()} on {socket.gethostname()}")
     try:

@@ -18,24 +18,25 @@ from ettin_foundry.readers import LongDocument
 from ettin_foundry.sources import Meter, Source
 from ettin_foundry.storage import Storage, open_storage
 from ettin_foundry.unit_io import Ticker, documents_of, local_copy
-from ettin_foundry.units import Unit
+from ettin_foundry.units import Unit, record_key
 
 __all__ = ["HashUnit", "drops_name", "hashes_name", "load_drops"]
 
 
-def hashes_name(unit: int) -> str:
-    """Hashes of all documents of a unit, relative to the set's folder."""
-    return f"work/hashes/{unit:05d}.npy"
+def hashes_name(unit: Unit, base_key: str) -> str:
+    """Hashes of all documents of a unit, relative to the set's folder; of another input or option they have another name."""
+    return f"work/hashes/{unit.number:05d}.{record_key(base_key, unit)}.npy"
 
 
-def drops_name(unit: int) -> str:
+def drops_name(unit: Unit, base_key: str) -> str:
     """Ordinals of a unit's documents that repeat earlier ones."""
-    return f"work/drops/{unit:05d}.npy"
+    return f"work/drops/{unit.number:05d}.{record_key(base_key, unit)}.npy"
 
 
-def load_drops(storage: Storage, unit: Unit) -> np.ndarray:
-    """(K,) uint64: increasing ordinals of the unit's documents to drop."""
-    return read_drops(local_copy(storage, drops_name(unit.number)))
+def load_drops(storage: Storage, unit: Unit, base_key: str) -> tuple[np.ndarray, int]:
+    """(K,) uint64, increasing ordinals of the unit's documents to drop; and of how many documents."""
+    hashes = np.load(local_copy(storage, hashes_name(unit, base_key)), mmap_mode="r", allow_pickle=False)
+    return read_drops(local_copy(storage, drops_name(unit, base_key))), len(hashes)
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class HashUnit:
     out: str
     options: Mapping[str, Any]
     sources: Mapping[str, Source]
+    base_key: str
 
     def __call__(self, unit: Unit, report: Callable[[Tick], None]) -> None:
         storage, meter = open_storage(self.out), Meter()
@@ -61,5 +63,5 @@ class HashUnit:
             ticker.add(documents=1, tokens=0, text_bytes=0)
         path = storage.scratch() / f"hashes.{unit.number:05d}.{os.getpid()}.npy"
         write_hashes(path, hashes)
-        storage.put_file(path, hashes_name(unit.number))
+        storage.put_file(path, hashes_name(unit, self.base_key))
         ticker.flush()

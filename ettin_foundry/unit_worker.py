@@ -31,7 +31,7 @@ from ettin_foundry.storage import Storage, open_storage
 from ettin_foundry.text_encoder import Engine, TextEncoder
 from ettin_foundry.unit_hashes import load_drops
 from ettin_foundry.unit_io import Ticker, ahead, documents_of, local_copy
-from ettin_foundry.units import Unit, record_name
+from ettin_foundry.units import Unit, record_key, record_name
 
 __all__ = ["NGRAMS", "ConvertUnit", "TokenizerSpec"]
 
@@ -108,6 +108,7 @@ class ConvertUnit:
         sources: name -> source, as found on this machine.
         tokenizer: what tokenizes.
         filters: which documents are kept.
+        base_key: the plan's.
     """
 
     out: str
@@ -115,6 +116,7 @@ class ConvertUnit:
     sources: Mapping[str, Source]
     tokenizer: TokenizerSpec
     filters: FilterOptions
+    base_key: str
 
     def __call__(self, unit: Unit, report: Report) -> dict[str, Any]:
         """Does the unit and writes its record.
@@ -142,7 +144,9 @@ class _Conversion:
         self.counts = {split: _Counts() for split in job.splits}
         self.encoder = _encoder(job.tokenizer)
         self.chain = _filters(job.filters, job.out)
-        self.drops = load_drops(self.storage, unit) if job.filters.deduplicate else None
+        self.chain.take_reports()  # of a unit that failed in this process
+        self.drops, self.hashed = load_drops(self.storage, unit, job.base_key) if job.filters.deduplicate else (None, 0)
+        self.skipped = {split: _Counts() for split in job.splits}  # by the reading thread, which shares nothing it writes
         self.threshold = job.options["validation"] * 2**64
         self.read = 0
 
@@ -178,10 +182,10 @@ class _Conversion:
             if isinstance(document, LongDocument):
                 for split, batch in open_batches.items():  # documents keep their order
                     if batch.texts:
-                        yield self._filtered(batch)
+                        yield batch
                     open_batches[split], waiting[split] = _Texts(split, [], [], []), 0
                 if self._is_duplicate(ordinal):
-                    self.counts["train"].drop(DUPLICATE)
+                    self.skipped["train"].drop(DUPLICATE)
                 else:
                     yield document
                 continue
@@ -189,10 +193,10 @@ class _Conversion:
             encoded = text.encode()
             split = self._split(xxhash.xxh64_intdigest(encoded, seed=self.job.options["seed"]))
             if not text or text.isspace():
-                self.counts[split].drop("empty")
+                self.skipped[split].drop("empty")
                 continue
             if self._is_duplicate(ordinal):
-                self.counts[split].drop(DUPLICATE)
+                self.skipped[split].drop(DUPLICATE)
                 continue
             batch = open_batches[split]
             batch.texts.append(text)
@@ -200,9 +204,9 @@ class _Conversion:
             batch.sizes.append(len(encoded))
             waiting[split] += len(encoded)
             if waiting[split] >= _BATCH_BYTES or len(batch.texts) >= _BATCH_DOCUMENTS:
-                yield self._filtered(batch)
+                yield batch
                 open_batches[split], waiting[split] = _Texts(split, [], [], []), 0
-        yield from (self._filtered(batch) for batch in open_batches.values() if batch.texts)
+        yield from (batch for batch in open_batches.values() if batch.texts)
 
     def _split(self, digest: int) -> str:
         """By the text alone, so that copies of a document are on one side, wherever they come from."""
@@ -227,6 +231,7 @@ class _Conversion:
                       list(itertools.compress(batch.sizes, keep)))
 
     def _write(self, batch: _Texts) -> None:
+        batch = self._filtered(batch)
         if not batch.texts:
             return
         tokens, lengths = self.encoder.encode(batch.texts)
@@ -292,6 +297,8 @@ class _Conversion:
         """
         splits = {}
         for split, counts in self.counts.items():
+            for reason, number in self.skipped[split].dropped.items():
+                counts.drop(reason, number)
             held = sum(entry["tokens"] for entry in shards[split]), sum(entry["documents"] for entry in shards[split])
             if held != (counts.tokens, counts.documents):
                 raise RuntimeError(f"{self.unit.label}: shards of {split} hold (tokens, documents) {held}, "
@@ -299,8 +306,11 @@ class _Conversion:
             splits[split] = {"documents": counts.documents, "chunks": sum(entry["samples"] for entry in shards[split]),
                              "tokens": counts.tokens, "bytes": counts.bytes,
                              "dropped": dict(sorted(counts.dropped.items())), "shards": shards[split]}
+        if self.drops is not None and self.read != self.hashed:
+            raise ValueError(f"{self.unit.label}: {self.read} documents read, {self.hashed} when copies were looked for; "
+                             "the input was changed meanwhile. Restore it, or convert into another --out")
         kept = sum(counts.documents + sum(counts.dropped.values()) for counts in self.counts.values())
         if kept != self.read:
             raise RuntimeError(f"{self.unit.label}: {self.read} documents read, {kept} written or dropped")
-        return {"unit": self.unit.number, "key": self.unit.key, "source": self.unit.source, "read": self.read,
-                "splits": splits}
+        return {"unit": self.unit.number, "key": record_key(self.job.base_key, self.unit),
+                "source": self.unit.source, "read": self.read, "splits": splits}

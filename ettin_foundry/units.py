@@ -8,6 +8,7 @@ start: an option that differs is refused by name. Reading text is readers.py's w
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ import xxhash
 from ettin_foundry.manifest import refuse
 from ettin_foundry.sources import Part, Source, plan_parts
 
-__all__ = ["PLAN", "Plan", "Unit", "add_sources", "make_plan", "parse_size", "record_name"]
+__all__ = ["PLAN", "Plan", "Unit", "add_sources", "make_plan", "parse_size", "record_key", "record_name"]
 
 PLAN = "plan.json"
 _FORMAT, _VERSION = "ettin-plan", 1
@@ -51,7 +52,7 @@ class Unit:
 
     @property
     def key(self) -> str:
-        """Hash of what the unit is; a completion record holds it, so that it counts for no other unit."""
+        """Hash of what the unit reads."""
         return xxhash.xxh64(json.dumps(self.to_json(), separators=(",", ":")).encode()).hexdigest()
 
     @property
@@ -62,6 +63,11 @@ class Unit:
 
     def to_json(self) -> dict[str, Any]:
         return {"source": self.source, "parts": [[*part, size] for part, size in zip(self.parts, self.sizes)]}
+
+
+def record_key(base_key: str, unit: Unit) -> str:
+    """What a completion record must hold to count for this unit of this plan."""
+    return xxhash.xxh64(f"{base_key}{unit.key}".encode()).hexdigest()
 
 
 def record_name(unit: int) -> str:
@@ -84,6 +90,12 @@ class Plan:
     tokenizer: Mapping[str, Any]
     sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     units: Sequence[Unit] = ()
+
+    @functools.cached_property
+    def base_key(self) -> str:
+        """Hash of all but the sources: what a unit's output depends on besides the unit."""
+        tokenizer = {key: value for key, value in self.tokenizer.items() if key != "name"}
+        return xxhash.xxh64(json.dumps([dict(self.options), tokenizer], sort_keys=True).encode()).hexdigest()
 
     def to_bytes(self) -> bytes:
         """plan.json: one unit a line, so that people can read it and tools can compare it."""

@@ -12,6 +12,7 @@ from s3_server import S3Server
 from ettin_foundry.convert import main
 from ettin_foundry.filters import FilterOptions
 from ettin_foundry.finalize import finalize
+from ettin_foundry.mds import MDSSet
 from ettin_foundry.storage import LocalStorage
 
 FILTERS = FilterOptions(deduplicate=True, min_characters=5)
@@ -302,3 +303,133 @@ def test_sets_on_s3_are_the_local_ones_also_when_requests_fail(tmp_path: Path, c
         run(server.url("out/set"), [server.url("in/texts")], tokenizer_dir, **SETTINGS)
         found = {key.removeprefix("out/set/"): server.get(key) for key in server.keys("out/set/")}
     assert found == whole
+
+
+def test_input_may_change_between_looking_for_copies_and_converting(tmp_path: Path, tokenizer_dir: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashes of the old input must not decide which documents of the new one are dropped."""
+    folder = tmp_path / "in"
+    write_corpus(folder, files=2, documents=30)
+    lines = (folder / "0.jsonl").read_text().splitlines(keepends=True)
+    (folder / "1.jsonl").write_text("".join(lines[5:20]))
+    with monkeypatch.context() as patch:
+        patch.setattr("ettin_foundry.convert.ConvertUnit.__call__", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            run(tmp_path / "set", [folder], tokenizer_dir, **SETTINGS)
+    assert list((tmp_path / "set" / "work" / "hashes").iterdir())
+    (folder / "0.jsonl").write_text("".join(lines[1:]))
+    run(tmp_path / "set", [folder], tokenizer_dir, **SETTINGS)
+    run(tmp_path / "fresh", [folder], tokenizer_dir, **SETTINGS)
+    for split in ("train", "validation"):
+        found, expected = stored(tmp_path / "set" / split), stored(tmp_path / "fresh" / split)
+        assert list(found) == list(expected) and all((found[name] == expected[name]).all() for name in found)
+
+
+@pytest.mark.parametrize("operation", range(1, 7))
+def test_killed_before_the_plan_with_evaluation_texts_goes_on(tmp_path: Path, tokenizer_dir: Path, operation: int,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(tmp_path / "in", files=1, documents=10)
+    (tmp_path / "test.txt").write_text(" ".join(f"w{i}" for i in range(40)))
+    filters = FilterOptions(decontaminate=(str(tmp_path / "test.txt"),))
+    with monkeypatch.context() as patch:
+        kill_at(operation, patch)
+        with pytest.raises(Killed):
+            run(tmp_path / "set", [tmp_path / "in"], tokenizer_dir, filters=filters)
+    run(tmp_path / "set", [tmp_path / "in"], tokenizer_dir, filters=filters)
+    assert stored(tmp_path / "set" / "train")
+
+
+def test_growing_set_is_never_half_old_and_half_new(tmp_path: Path, corpus_folder: Path, tokenizer_dir: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at every write of an append: what has a manifest is whole, and the command goes on."""
+    write_corpus(tmp_path / "more", files=1, documents=20, seed=5)
+    run(tmp_path / "both", [corpus_folder, tmp_path / "more"], tokenizer_dir, validation=0.2)
+    out, states, operation = tmp_path / "set", set(), 0
+    run(out, [corpus_folder], tokenizer_dir, validation=0.2)
+    while True:
+        operation += 1
+        with monkeypatch.context() as patch:
+            kill_at(2 + operation // 2, patch)
+            try:
+                run(out, [tmp_path / "more"], tokenizer_dir, append=True, validation=0.2)
+                break
+            except Killed:
+                manifests = sorted(out.rglob("manifest.json"))
+                states.add(len(manifests))
+                for manifest in manifests:
+                    MDSSet(manifest.parent).verify()
+    assert states >= {0, 2} and files_of(out) == files_of(tmp_path / "both")
+
+
+def test_unfinished_append_is_finished_before_another(tmp_path: Path, corpus_folder: Path, tokenizer_dir: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "set"
+    for name in ("b", "c"):
+        write_corpus(tmp_path / name, files=3, seed=ord(name))
+    run(out, [corpus_folder], tokenizer_dir)
+    with monkeypatch.context() as patch:
+        kill_at(5, patch)
+        with pytest.raises(Killed):
+            run(out, [tmp_path / "b"], tokenizer_dir, append=True)
+    with pytest.raises(ValueError, match=r"not finished: \d of its units are not done, the first is unit \d+ \(b: .*"
+                                         "Run the conversion of texts, b again first, without --append"):
+        run(out, [tmp_path / "c"], tokenizer_dir, append=True)
+    run(out, [corpus_folder, tmp_path / "b"], tokenizer_dir)
+    run(out, [tmp_path / "c"], tokenizer_dir, append=True)
+    run(tmp_path / "all", [corpus_folder, tmp_path / "b", tmp_path / "c"], tokenizer_dir)
+    assert files_of(out) == files_of(tmp_path / "all")
+
+
+@pytest.mark.parametrize("content, message", [(b"\n\n", "bad: the corpus is empty"), (b'{"body": 1}\n', "without text")])
+def test_bad_append_can_be_left_out_again(tmp_path: Path, corpus_folder: Path, tokenizer_dir: Path, content: bytes,
+                                          message: str) -> None:
+    write_corpus(tmp_path / "good")
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    out = tmp_path / "set"
+    run(out, [corpus_folder], tokenizer_dir)
+    with pytest.raises(ValueError, match=message):
+        run(out, [tmp_path / "bad.jsonl"], tokenizer_dir, append=True)
+    run(out, [tmp_path / "good"], tokenizer_dir, append=True)
+    run(tmp_path / "both", [corpus_folder, tmp_path / "good"], tokenizer_dir)
+    found, expected = files_of(out), files_of(tmp_path / "both")
+    assert {name for name in found.keys() - expected.keys()} <= {name for name in found if "shard." in name}
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_options_may_be_corrected_until_a_unit_is_finished(tmp_path: Path, tokenizer_dir: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "kalo mi"}\n')
+    with pytest.raises(ValueError, match="--text-field"):
+        run(tmp_path / "set", [tmp_path / "a.jsonl"], tokenizer_dir)
+    run(tmp_path / "set", [tmp_path / "a.jsonl"], tokenizer_dir, text_field="body")
+    run(tmp_path / "new", [tmp_path / "a.jsonl"], tokenizer_dir, text_field="body")
+    assert files_of(tmp_path / "set") == files_of(tmp_path / "new")
+
+
+def test_another_licence_over_a_finished_set_is_refused(tmp_path: Path, corpus_folder: Path, tokenizer_dir: Path) -> None:
+    run(tmp_path / "set", [corpus_folder], tokenizer_dir, licence="mit")
+    with pytest.raises(ValueError, match=r"licence of texts \('mit' then, 'gpl-3.0' now\)"):
+        run(tmp_path / "set", [corpus_folder], tokenizer_dir, licence="gpl-3.0")
+
+
+def test_set_inside_its_source_is_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
+    write_corpus(tmp_path / "in")
+    with pytest.raises(ValueError, match="lies in the source .*in, whose files are all read"):
+        run(tmp_path / "in" / "out", [tmp_path / "in"], tokenizer_dir)
+    assert not (tmp_path / "in" / "out").exists()
+
+
+def test_reports_of_long_and_short_documents_are_in_one_order(tmp_path: Path, tokenizer_dir: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    words = " ".join(f"w{i}" for i in range(40))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(30):
+        (folder / f"{i:02}.txt").write_text(f"{words} " * (1 + 20 * (i % 3 == 1)))
+    (tmp_path / "test.txt").write_text(words)
+    monkeypatch.setattr("ettin_foundry.documents.LONG_BYTES", 600)
+    monkeypatch.setattr("ettin_foundry.unit_worker._BATCH_DOCUMENTS", 2)
+    filters = FilterOptions(decontaminate=(str(tmp_path / "test.txt"),))
+    for name in ("a", "b"):
+        run(tmp_path / name, [folder], tokenizer_dir, filters=filters, unit_size="1mb")
+    reports = [(tmp_path / name / "contamination.jsonl").read_text() for name in ("a", "b")]
+    assert reports[0] == reports[1] and reports[0].count("\n") == 30

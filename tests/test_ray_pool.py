@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +19,7 @@ from pathlib import Path
 
 import pool_jobs
 import pytest
+from converting import files_of, run, write_corpus
 from pool_jobs import Job
 
 from ettin_foundry.pool import WorkerTraceback
@@ -33,12 +39,22 @@ def ray_processes() -> list[str]:
     return [line for line in found if not line.startswith("Z") and os.environ["RAY_TMPDIR"] in line]
 
 
+def own_workers() -> list[int]:
+    """Ray's processes that have a task, and are of this test's Ray: there may be others on the machine."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if re.match(rb"ray::.*attempt", (folder / "cmdline").read_bytes()):
+                if os.environ["RAY_TMPDIR"].encode() in (folder / "environ").read_bytes():
+                    found.append(int(folder.name))
+    return found
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _small_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _small_ray() -> Iterator[None]:
     """A folder of its own for Ray's files, short because they hold sockets, and nothing that calls home."""
     patch = pytest.MonkeyPatch()
-    folder = Path("/tmp") / f"ray-{os.getpid()}"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))
     for name, value in {"RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled",
                         "RAY_DEDUP_LOGS": "0"}.items():
         patch.setenv(name, value)
@@ -49,7 +65,7 @@ def _small_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     while ray_processes() and time.monotonic() < end:
         time.sleep(0.05)
     assert ray_processes() == []
-    subprocess.run(["rm", "-rf", str(folder)], check=True)
+    shutil.rmtree(folder)
     patch.undo()
 
 
@@ -105,6 +121,32 @@ def test_errors_logs_and_hopeless_tasks_are_as_in_a_local_pool(tmp_path: Path, c
     assert ray.is_initialized() and not board.alive
 
 
+@pytest.mark.usefixtures("cluster")
+def test_conversion_on_ray_with_a_killed_worker_writes_the_bytes_of_one_process(tmp_path: Path, tokenizer_dir: Path,
+                                                                                caplog: pytest.LogCaptureFixture) -> None:
+    write_corpus(tmp_path / "texts", files=6, documents=2_000)
+    settings = {"validation": 0.2, "unit_size": "64kb", "engine": "tokenizers"}
+    run(tmp_path / "one", [tmp_path / "texts"], tokenizer_dir, **settings)
+    over = threading.Event()
+
+    def kill() -> None:
+        """Workers that have a task, one after the other until one of them died in the middle of it."""
+        while not over.is_set() and "died" not in caplog.text:
+            if found := own_workers():
+                os.kill(found[0], signal.SIGKILL)
+                over.wait(1.0)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        run(tmp_path / "ray", [tmp_path / "texts"], tokenizer_dir, executor="ray", workers=2, **settings)
+    finally:
+        over.set()
+        killer.join()
+    assert "died (WorkerCrashedError" in caplog.text and "begins again, try 2 of 3" in caplog.text
+    assert files_of(tmp_path / "ray") == files_of(tmp_path / "one")
+
+
 def test_no_cluster_at_the_address_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with socket.socket() as closed:
@@ -117,6 +159,6 @@ def test_no_cluster_at_the_address_is_said_at_once(monkeypatch: pytest.MonkeyPat
 
 
 def test_missing_ray_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"--executor: ray given.*pip install 'ettin-foundry\[ray\]'"):
         run_tasks_ray(pool_jobs.square, jobs(1), workers=1, board=Board("", 0, 1))
