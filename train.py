@@ -98,11 +98,11 @@ def main(argv: list[str]) -> int:
             print(plan.report(plain), flush=True)
         try:
             checks.check_machine(plain)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             if not dry_run:
                 raise
             print(f"not on this machine: {error}", flush=True)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     if not dry_run:
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> int:
         ettin_foundry.register()
         try:
             train(config)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             # raised by ours: bad data, tokenizer or checkpoint, said in full; from elsewhere the traceback matters
             raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
             if raised_in.parent != Path(ettin_foundry.__file__).parent:

@@ -171,11 +171,16 @@ class MDSSet(SplitFacts):
         if self._files.cache_limit is not None and not self._open.keys() <= set(shards):
             for shard in self._open.keys() - set(shards):
                 del self._open[shard]
-        self._files.prefetch(shards)
+        self._files.prefetch([shard for shard in shards if shard not in self._bad])
 
     def check_room(self, shards: Collection[int]) -> None:
         """Refuses a cache limit too small for so many shards at a time; see `ShardFiles.check_room`."""
         self._files.check_room(shards)
+
+    @property
+    def files(self) -> ShardFiles:
+        """Where its files are and what room they may take."""
+        return self._files
 
     def check_shard(self, shard: int) -> int:
         """Checks all that can be known of one shard, without keeping anything; may run in several threads.

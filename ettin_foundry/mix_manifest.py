@@ -20,7 +20,7 @@ import xxhash
 
 from ettin_foundry.manifest import MANIFEST, MAX_CHUNK_LENGTH, read_json, refuse
 from ettin_foundry.shard_rows import raw_draws
-from ettin_foundry.storage import is_url
+from ettin_foundry.storage import is_url, open_storage
 
 __all__ = ["MIX_FORMAT", "MIX_VERSION", "REBUILD", "Entries", "Part", "chunk_permutation", "expand_entries", "name_word",
            "place_of_set", "read_mix"]
@@ -75,8 +75,9 @@ def place_of_set(local: Path, remote: str | None, path: str) -> str:
     """
     if is_url(path):
         return path
-    if remote is None:
-        return os.path.normpath(os.path.join(os.path.realpath(local.parent), path))
+    if remote is None or not is_url(remote):
+        split = local if remote is None else open_storage(remote).local_path() or local
+        return os.path.normpath(os.path.join(os.path.realpath(split.parent), path))
     parts = urlsplit(remote)
     joined = posixpath.normpath(posixpath.join(parts.path.rstrip("/"), "..", path))
     return parts._replace(path=joined).geturl()

@@ -62,12 +62,12 @@ def _fetch_mix(path: Path, remote: str) -> None:
     if not storage.exists(MANIFEST):
         return
     head = storage.read_range(MANIFEST, 0, min(100, storage.size(MANIFEST)))
-    if f'"{MIX_FORMAT}"'.encode() not in head:  # the format is the first key that is written
-        return
-    data = storage.read_bytes(MANIFEST)
+    is_mix = f'"{MIX_FORMAT}"'.encode() in head  # the format is the first key that is written
     if not os.path.lexists(path):
-        open_storage(path.parent).write_bytes(MANIFEST, data)
-    elif not path.is_file() or path.read_bytes() != data:
+        if is_mix:
+            open_storage(path.parent).write_bytes(MANIFEST, storage.read_bytes(MANIFEST))
+    elif not path.is_file() or is_mix and path.read_bytes() != storage.read_bytes(MANIFEST) \
+            or not is_mix and f'"{MIX_FORMAT}"'.encode() in path.read_bytes()[:100]:
         raise ValueError(f"dataset.local: {str(path.parent)!r} holds another set than dataset.remote {remote!r} (their "
                          "manifests differ); both must be the same. Name another folder, or empty this one")
 
@@ -107,6 +107,7 @@ class MixSet(SplitFacts):
         self._sets = [self._open_set(entry, remote, keys) for entry, keys in zip(self.manifest["sets"], arguments)]
         self._check_ranges()
         self.fetches = any(data.fetches for data in self._sets)
+        self._cache_limit = parse_bytes("dataset.cache_limit", cache_limit)
         if cache_limit is not None:
             self._limit(parse_bytes("dataset.cache_limit", cache_limit) or 0, remote, arguments)
         self._samples = self._gather([data.samples for data in self._sets],
@@ -177,9 +178,25 @@ class MixSet(SplitFacts):
             data.prefetch(stored)
 
     def check_room(self, shards: Sequence[int]) -> None:
-        """Refuses a cache limit too small for these shards at a time; see `mds.MDSSet.check_room`."""
-        for data, stored in self._by_set(shards):
-            data.check_room(stored)
+        """Shares a cache limit out by what each set needs at a time, the rest by its size.
+
+        Raises:
+            ValueError: the limit is too small for these shards at a time; names the bytes needed.
+        """
+        limits = {id(data): data.files.cache_limit for data in self._sets if data.files.cache_limit is not None}
+        if not limits:
+            return
+        total = self._cache_limit or 0
+        needs = {id(data): data.files.room_needed(len(stored)) for data, stored in self._by_set(shards)
+                 if id(data) in limits}
+        if (need := sum(needs.values())) > total:
+            raise ValueError(f"dataset.cache_limit: {total} bytes given; the sets of this mixture have {len(set(shards))} "
+                             f"shards in use at a time, which take up to {need} bytes. Raise it, or lower "
+                             "train_loader.shuffle_window")
+        for data in self._sets:
+            if id(data) in limits:
+                share = (total - need) * limits[id(data)] // sum(limits.values())
+                data.files.set_limit(needs.get(id(data), 0) + share)
 
     def check_shard(self, shard: int) -> int:
         """Checks a shard in full, see `mds.MDSSet.check_shard`; a part also that its chunks have the stated lengths.

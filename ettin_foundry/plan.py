@@ -88,7 +88,13 @@ def run_plan(cfg: dict[str, Any]) -> Plan:
     config, loader = model_config(cfg), cfg["train_loader"]
     length, rows, packing = cfg["max_seq_len"], cfg["global_train_batch_size"], loader.get("packing", True)
     folder = Path(loader["dataset"]["local"]) / loader["dataset"].get("split", "train")
-    facts = data_facts(open_set(folder), config, length, packing=packing) if (folder / MANIFEST).is_file() else None
+    facts = None
+    if (folder / MANIFEST).is_file():
+        try:
+            facts = data_facts(open_set(folder), config, length, packing=packing)
+        except OSError:
+            if not loader["dataset"].get("remote"):
+                raise  # else the loader fetches what is missing
     data = facts or DataFacts(length, 1, 1, config.attended_pairs(length))
     if cfg["model"]["objective"] == "clm":
         targets = data.num_tokens - data.num_chunks  # every token but the first of each document

@@ -87,14 +87,19 @@ class ShardFiles:
         Raises:
             ValueError: naming the bytes needed.
         """
-        if self.cache_limit is None:
-            return
+        if self.cache_limit is not None and (need := self.room_needed(len(set(shards)))) > self.cache_limit:
+            raise ValueError(f"dataset.cache_limit: {self.cache_limit} bytes given; {len(set(shards))} shards are in use at "
+                             f"a time, which take up to {need} bytes. Raise it, or lower train_loader.shuffle_window")
+
+    def room_needed(self, number: int) -> int:
+        """Most bytes that so many shards take, with what making one of them takes besides."""
         sizes = sorted((shard["raw"]["bytes"] for shard in self._shards), reverse=True)
-        number = len(set(shards))
-        need = sum(sizes[:number]) + max(self._bytes_to_make(shard) - shard["raw"]["bytes"] for shard in self._shards)
-        if need > self.cache_limit:
-            raise ValueError(f"dataset.cache_limit: {self.cache_limit} bytes given; {number} shards are in use at a time, "
-                             f"which take up to {need} bytes. Raise it, or lower train_loader.shuffle_window")
+        return sum(sizes[:number]) + max(self._bytes_to_make(shard) - shard["raw"]["bytes"] for shard in self._shards)
+
+    def set_limit(self, limit: int) -> None:
+        """Another cache limit for this process; all processes of a node must be given the same."""
+        assert self._room is not None
+        self.cache_limit = self._room.limit = limit
 
     def read_remote(self, name: str, num_bytes: int) -> bytes:
         """A file of the remote split, not kept.
@@ -270,6 +275,7 @@ class _Ahead:
         self._changed = threading.Condition()
         self._wanted: tuple[int, ...] = ()
         self._running = False
+        self._failed: set[int] = set()  # for good: who needs the shard tries once more
 
     def want(self, shards: tuple[int, ...]) -> None:
         if shards == self._wanted:
@@ -283,10 +289,9 @@ class _Ahead:
                 threading.Thread(target=self._run, name="ettin-shards-ahead", daemon=True).start()
 
     def _run(self) -> None:
-        failed: set[int] = set()
         while True:
             wanted = self._wanted
-            done = self._go_through(wanted, failed)
+            done = self._go_through(wanted)
             with self._changed:
                 if self._wanted is wanted:
                     if done:
@@ -294,14 +299,14 @@ class _Ahead:
                         return
                     self._changed.wait(_IDLE)
 
-    def _go_through(self, wanted: tuple[int, ...], failed: set[int]) -> bool:
+    def _go_through(self, wanted: tuple[int, ...]) -> bool:
         for shard in wanted:
             if self._wanted is not wanted:
                 return False
             try:
-                if shard not in failed and not self._files.make_ahead(shard, wanted):
+                if shard not in self._failed and not self._files.make_ahead(shard, wanted):
                     return False
             except Exception as error:  # only a hint: who needs the shard meets the error and stops, or goes on
                 log.warning("Shard %d could not be fetched ahead of need: %s", shard, error)
-                failed.add(shard)
+                self._failed.add(shard)
         return True

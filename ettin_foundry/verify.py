@@ -5,7 +5,8 @@ manifest's totals; files that nothing names; the tokenizer against its fingerpri
 completion records, where these are kept; every small file against the sha256 in the data card. What a person may rightly
 have changed (the card's own text) or has still to finish (an appended source) is a note, not a problem. Nothing is
 written into the set; repair.py mends. (A mixture is opened as a loader opens it: packed shards of which it takes a part are
-expanded beside themselves.) One split by itself is split_check.py's work.
+expanded beside themselves, and of sets at URLs the small files are fetched into it.) One split by itself is split_check.py's
+work.
 """
 
 from __future__ import annotations

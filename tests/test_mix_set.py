@@ -158,6 +158,11 @@ def test_cache_limit_is_shared_out_among_the_sets_that_fetch(sets, cloud, tmp_pa
     assert limits[1] is None and sum(limit or 0 for limit in limits) in (99_999, 100_000)
     assert limits[0] > limits[2] > 10_000
     data.check_room(range(4))
+    shards = list(range(0, data.num_shards, 2))
+    data.check_room(shards)  # every set gets what it needs at a time, whatever its share of the bytes is
+    for one, stored in data._by_set(shards):
+        assert one.files.cache_limit is None or one.files.cache_limit >= one.files.room_needed(len(stored))
+    assert sum(one.files.cache_limit or 0 for one in data._sets) <= 100_000
     with pytest.raises(ValueError, match="dataset.cache_limit"):
         open_set(tmp_path / "mix" / "train", cache_limit=30_000).check_room(range(data.num_shards))
     build(sets, "near")
