@@ -122,17 +122,21 @@ class Chunker:
     Args:
         tokenizer_json: the content of a tokenizer.json.
         chunk_length: most tokens in a chunk.
+        window: share of `chunk_length` in which the best place is looked for: the tenth of the module's description.
+            With 0 a chunk is as long as characters allow, and what remains at the end may be short.
 
     Raises:
-        ValueError: not a tokenizer.json, or `chunk_length` is not 1 to 65,535.
+        ValueError: not a tokenizer.json, or an argument is out of range.
     """
 
-    def __init__(self, tokenizer_json: str, chunk_length: int) -> None:
+    def __init__(self, tokenizer_json: str, chunk_length: int, window: float = 0.1) -> None:
         if not 1 <= chunk_length <= MAX_CHUNK_LENGTH:
             raise ValueError(f"--chunk-length: {chunk_length} given; 1 to {MAX_CHUNK_LENGTH} tokens are possible. Use the "
                              "row length of training minus 2")
-        self.chunk_length = chunk_length
-        self._tenth = chunk_length // 10
+        if not 0 <= window <= 0.5:
+            raise ValueError(f"--cut-window: {window} given; 0 (cut as late as possible) to 0.5 is possible. 0.1 is usual")
+        self.chunk_length, self.window = chunk_length, window
+        self._tenth = int(chunk_length * window + 1e-9)
         self._after, self._begins, self._rows = _tables(token_bytes(tokenizer_json))
 
     def cuts(self, tokens: np.ndarray) -> list[int]:
@@ -152,7 +156,7 @@ class Chunker:
         length, limit, tenth = len(tokens), self.chunk_length, self._tenth
         begin = 0
         while (left := length - begin) > limit:
-            high = limit if 10 * left >= 11 * limit else left // 2 + tenth // 2
+            high = limit if left >= limit * (1 + self.window) - 1e-6 else left // 2 + tenth // 2
             begin = self._best(tokens, begin, begin + high - tenth, begin + high)
             yield begin
         yield length

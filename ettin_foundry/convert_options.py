@@ -39,6 +39,8 @@ class ConvertOptions:
     """Entries of a tokenizer to train on the corpus, instead of `tokenizer`."""
     chunk_length: int = 1024 - SPECIALS_PER_PIECE
     """Most tokens in a chunk, BOS and EOS not counted; the row length of training minus 2."""
+    cut_window: float = 0.1
+    """Share of `chunk_length` within which a chunk may end early, at a paragraph or sentence end; 0 never does."""
     validation: float = 0.005
     """Share of the documents that goes to validation, chosen by a hash of the text; 0 writes no validation split."""
     text_field: str = "text"
@@ -87,6 +89,9 @@ class ConvertOptions:
         if not 1 <= self.chunk_length <= MAX_CHUNK_LENGTH:
             raise ValueError(f"--chunk-length: {self.chunk_length} given; 1 to {MAX_CHUNK_LENGTH} tokens are possible. "
                              f"Use the row length of training minus {SPECIALS_PER_PIECE}")
+        if not 0.0 <= self.cut_window <= 0.5:
+            raise ValueError(f"--cut-window: {self.cut_window} given; a share from 0 (cut as late as possible) to 0.5 is "
+                             "possible. 0.1 is usual")
         if not 0.0 <= self.validation < 1.0:
             raise ValueError(f"--validation: {self.validation} given; a share of at least 0 and below 1 is needed")
         if self.limit_bytes is not None and self.limit_bytes < 1:
@@ -123,8 +128,8 @@ class ConvertOptions:
 
     def record(self) -> dict[str, Any]:
         """The options that shape the data, without places on this machine."""
-        keys = ("train_tokenizer", "chunk_length", "validation", "text_field", "id_field", "compression", "limit_bytes",
-                "seed")
+        keys = ("train_tokenizer", "chunk_length", "cut_window", "validation", "text_field", "id_field", "compression",
+                "limit_bytes", "seed")
         return {**{key: getattr(self, key) for key in keys},
                 "shard_size": parse_size("--shard-size", self.shard_size),
                 "unit_size": parse_size("--unit-size", self.unit_size), "filters": self.filters.record()}
@@ -132,6 +137,7 @@ class ConvertOptions:
 
 _HELP: dict[str, tuple[type, str]] = {
     "chunk_length": (int, "tokens per chunk at most: row length of training minus 2"),
+    "cut_window": (float, "share of a chunk to find a paragraph or sentence end in; 0: as late as possible"),
     "validation": (float, "share of the documents, by a hash of their text"),
     "text_field": (str, "key or column of the text"), "id_field": (str, "key or column of a document's id"),
     "shard_size": (str, "bytes per shard"), "unit_size": (str, "input bytes per unit of work"),

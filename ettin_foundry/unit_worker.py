@@ -83,8 +83,8 @@ def _encoder(spec: TokenizerSpec) -> TextEncoder:
 
 
 @functools.lru_cache(maxsize=1)
-def _chunker(spec: TokenizerSpec, chunk_length: int) -> Chunker:
-    return Chunker(spec.json, chunk_length)
+def _chunker(spec: TokenizerSpec, chunk_length: int, cut_window: float) -> Chunker:
+    return Chunker(spec.json, chunk_length, cut_window)
 
 
 @functools.lru_cache(maxsize=1)
@@ -155,7 +155,8 @@ class _Conversion:
         scratch = self.storage.scratch()
         self.writers = {split: ShardGroupWriter(
             scratch, stem=f"shard.{self.unit.number:05d}", source=self.unit.source,
-            chunker=_chunker(self.job.tokenizer, options["chunk_length"]), shard_bytes=options["shard_size"],
+            chunker=_chunker(self.job.tokenizer, options["chunk_length"], options["cut_window"]),
+            shard_bytes=options["shard_size"],
             compression=options["compression"], place=functools.partial(_place, self.storage, split))
             for split in self.job.splits}
         try:

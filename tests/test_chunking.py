@@ -351,3 +351,19 @@ def test_what_is_no_tokenizer_is_refused(content: str) -> None:
 def test_impossible_chunk_length_is_refused(trained: Tokenizer, limit: int) -> None:
     with pytest.raises(ValueError, match=f"--chunk-length: {limit} given; 1 to 65535 tokens are possible. Use "):
         Chunker(trained.to_str(), limit)
+
+
+@pytest.mark.parametrize("limit", [7, 40, 333])
+def test_without_a_window_chunks_are_as_long_as_characters_allow(trained: Tokenizer, limit: int) -> None:
+    """Reference: the latest border of characters at or before the limit, found by decoding."""
+    text = " ".join(make_documents(20, seed=4)) + "\u4f60\u597d\U0001f600 e\u0301" * 50
+    tokens = encode(trained, text)
+    pieces = token_bytes(trained.to_str())
+    expected, begin = [], 0
+    while len(tokens) - begin > limit:
+        end = begin + limit
+        while pieces[int(tokens[end])][0] & 0xC0 == 0x80:  # the next token continues a character
+            end -= 1
+        expected.append(end)
+        begin = end
+    assert Chunker(trained.to_str(), limit, 0.0).cuts(tokens) == [*expected, len(tokens)]

@@ -291,6 +291,7 @@ BAD_CALLS: dict[str, tuple[list[str], str]] = {
     "same name": (["{tmp}/good.txt", "{tmp}/empty/../good.txt"], "good is the name of more than one .*NAME=SOURCE"),
     "no id": (["{tmp}/good.jsonl", "--id-field", "nr"], r"good\.jsonl line 1 \(byte .*\): its 'nr' is None"),
     "chunk length": (["{tmp}/good.txt", "--chunk-length", "70000"], "--chunk-length: 70000 given; 1 to 65535"),
+    "cut window": (["{tmp}/good.txt", "--cut-window", "0.6"], "--cut-window: 0.6 given; a share from 0"),
     "validation": (["{tmp}/good.txt", "--validation", "1"], "--validation: 1.0 given; .*below 1"),
     "one document": (["{tmp}/good.txt", "--validation", "0.5"], "--validation: 0.5 given; of 1 documents none fell to"),
     "limit": (["{tmp}/good.txt", "--limit-bytes", "0"], "--limit-bytes: 0 given"),

@@ -170,6 +170,7 @@ def test_append_needs_a_finished_set(tmp_path: Path, corpus_folder: Path, tokeni
 
 OTHERS: dict[str, tuple[object, str]] = {
     "chunk_length": (40, r"chunk_length \(62 then, 40 now\)"),
+    "cut_window": (0.0, r"cut_window \(0\.1 then, 0\.0 now\)"),
     "validation": (0.3, r"validation \(0\.0 then, 0\.3 now\)"),
     "text_field": ("body", r"text_field \('text' then, 'body' now\)"),
     "id_field": ("id", r"id_field \(None then, 'id' now\)"),
