@@ -61,9 +61,6 @@ class FilterOptions:
 
     def __post_init__(self) -> None:
         self._check_lengths()
-        for key in ("predicates", "decontaminate"):  # hashable, for caches
-            if isinstance(getattr(self, key), list):
-                object.__setattr__(self, key, tuple(getattr(self, key)))
         for option, values in (("--filter", self.predicates), ("--decontaminate", self.decontaminate)):
             if isinstance(values, str) or not all(isinstance(value, str) and value for value in values):
                 raise ValueError(f"{option}: {values!r:.200} given; a list of names is needed. Name each in its own option")
@@ -77,6 +74,8 @@ class FilterOptions:
                              "has no effect; evaluation texts are needed. Name them, or leave it out")
         for name in self.predicates:
             _load_predicate(name)
+        for key in ("predicates", "decontaminate"):  # hashable, for caches
+            object.__setattr__(self, key, tuple(getattr(self, key)))
 
     def _check_lengths(self) -> None:
         for option, value, least in (("--min-characters", self.min_characters, 2),
