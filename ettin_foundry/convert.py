@@ -23,7 +23,7 @@ import xxhash
 
 from ettin_foundry import tokenizer as tokenizers
 from ettin_foundry.convert_options import ConvertOptions, make_parser, options_from
-from ettin_foundry.convert_plan import check_given, check_place, find_sources, plan_conversion
+from ettin_foundry.convert_plan import check_given, check_place, find_sources, finished_units, plan_conversion
 from ettin_foundry.decontamination import NgramIndex, index_sources
 from ettin_foundry.duplicates import merge
 from ettin_foundry.finalize import done_units, finalize, read_plan
@@ -138,10 +138,13 @@ def _begin(storage: Storage, plan: Plan | None, wanted: Plan, tok: PreTrainedTok
 
 def _tokenizer(options: ConvertOptions, storage: Storage, plan: Plan | None,
                sources: Sequence[Source]) -> PreTrainedTokenizerFast:
-    """The tokenizer: the given one, the set's own, or one trained now."""
+    """The tokenizer: the given one, the set's own, or one trained now.
+
+    Until a unit is finished, options and inputs may still change, and with them what a trained one is trained on.
+    """
     if options.tokenizer is not None:
         tok = tokenizers.load(options.tokenizer)
-    elif plan is None:
+    elif plan is None or not (options.append or finished_units(storage)):
         tok = _train(sources, options)
     else:
         folder = storage.scratch() / f"tokenizer.{uuid.uuid4().hex[:8]}"

@@ -21,7 +21,7 @@ import xxhash
 
 from ettin_foundry.manifest import COLUMNS, FORMAT, MANIFEST, VERSION, refuse
 from ettin_foundry.storage import Storage, join, open_storage
-from ettin_foundry.units import PLAN, Plan, record_key, record_name
+from ettin_foundry.units import PLAN, Plan, record_key, record_name, reports_name
 from ettin_foundry.version import __version__
 
 __all__ = ["add_up", "done_units", "finalize", "read_plan", "read_record", "write_split"]
@@ -239,7 +239,7 @@ def add_up(plan: Plan, records: Sequence[Mapping[str, Any]], split: str) -> dict
 def _write_reports(storage: Storage, plan: Plan) -> None:
     """The units' findings of evaluation text, in one file."""
     if plan.options["filters"].get("decontaminate"):
-        found = [storage.read_bytes(name) for name, _ in storage.list("work/contamination/")]
+        found = [storage.read_bytes(reports_name(unit.number)) for unit in plan.units]
         storage.write_bytes("contamination.jsonl", b"".join(found))
 
 

@@ -31,7 +31,7 @@ from ettin_foundry.storage import Storage, open_storage
 from ettin_foundry.text_encoder import Engine, TextEncoder
 from ettin_foundry.unit_hashes import load_drops
 from ettin_foundry.unit_io import Ticker, ahead, documents_of, local_copy
-from ettin_foundry.units import Unit, record_key, record_name
+from ettin_foundry.units import Unit, record_key, record_name, reports_name
 
 __all__ = ["NGRAMS", "ConvertUnit", "TokenizerSpec"]
 
@@ -288,7 +288,7 @@ class _Conversion:
     def _write_reports(self) -> None:
         if self.job.filters.decontaminate:
             lines = "".join(json.dumps({"source": self.unit.source, **hit}) + "\n" for hit in self.chain.take_reports())
-            self.storage.write_bytes(f"work/contamination/{self.unit.number:05d}.jsonl", lines.encode())
+            self.storage.write_bytes(reports_name(self.unit.number), lines.encode())
 
     def _record(self, shards: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         """The completion record.

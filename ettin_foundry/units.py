@@ -20,7 +20,8 @@ import xxhash
 from ettin_foundry.manifest import refuse
 from ettin_foundry.sources import Part, Source, plan_parts
 
-__all__ = ["PLAN", "Plan", "Unit", "add_sources", "make_plan", "parse_size", "record_key", "record_name"]
+__all__ = ["PLAN", "Plan", "Unit", "add_sources", "make_plan", "parse_size", "record_key", "record_name",
+           "reports_name"]
 
 PLAN = "plan.json"
 _FORMAT, _VERSION = "ettin-plan", 1
@@ -73,6 +74,11 @@ def record_key(base_key: str, unit: Unit) -> str:
 def record_name(unit: int) -> str:
     """The completion record of a unit, relative to the set's folder."""
     return f"units/{unit:05d}.json"
+
+
+def reports_name(unit: int) -> str:
+    """What a unit found of evaluation texts, relative to the set's folder."""
+    return f"work/contamination/{unit:05d}.jsonl"
 
 
 @dataclass(frozen=True)

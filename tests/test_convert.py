@@ -6,42 +6,19 @@ import gzip
 import json
 import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow
 import pytest
-import zstandard
 from conftest import make_documents
 from converting import files_of, is_finished, run, stored, write_corpus
-from pyarrow import parquet
+from text_files import PACKERS, TEXTS, content
 from transformers import AutoTokenizer
 
 from ettin_foundry import tokenizer as tokenizers
 from ettin_foundry.convert import ConvertOptions, main
 from ettin_foundry.filters import FilterOptions
 from ettin_foundry.mds import MDSSet
-
-TEXTS = ["One text.", "Zwei \u00dc\u00dfe \U0001f600\nlines\r\n", "  three  ", "four \u2028 \u0000 five"]
-
-
-def records(texts: list[str]) -> list[dict]:
-    return [{"id": f"id-{i}", "text": text, "other": i} for i, text in enumerate(texts)]
-
-
-def content(kind: str, texts: list[str]) -> bytes:
-    if kind == ".jsonl":
-        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records(texts)).encode()
-    if kind == ".json":
-        return json.dumps(records(texts), ensure_ascii=False).encode()
-    sink = pyarrow.BufferOutputStream()
-    parquet.write_table(pyarrow.Table.from_pylist(records(texts)), sink, row_group_size=2)
-    return sink.getvalue().to_pybytes()
-
-
-PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress,
-                                                ".zst": lambda data: zstandard.ZstdCompressor().compress(data)}
 
 
 def test_set_holds_exactly_the_tokens_of_the_corpus(data_set: Path, tokenizer_dir: Path, documents: list[str]) -> None:

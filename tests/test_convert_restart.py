@@ -406,6 +406,19 @@ def test_options_may_be_corrected_until_a_unit_is_finished(tmp_path: Path, token
     assert files_of(tmp_path / "set") == files_of(tmp_path / "new")
 
 
+def test_trained_tokenizer_follows_options_corrected_before_a_unit_is_finished(tmp_path: Path, corpus_folder: Path,
+                                                                               tokenizer_dir: Path,
+                                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("ettin_foundry.convert.ConvertUnit.__call__", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            run(tmp_path / "set", [corpus_folder], None, train_tokenizer=400, validation=0.1)
+    assert (tmp_path / "set" / "plan.json").exists()
+    for name in ("set", "new"):
+        run(tmp_path / name, [corpus_folder], None, train_tokenizer=450, validation=0.3)
+    assert files_of(tmp_path / "set") == files_of(tmp_path / "new")
+
+
 def test_another_licence_over_a_finished_set_is_refused(tmp_path: Path, corpus_folder: Path, tokenizer_dir: Path) -> None:
     run(tmp_path / "set", [corpus_folder], tokenizer_dir, licence="mit")
     with pytest.raises(ValueError, match=r"licence of texts \('mit' then, 'gpl-3.0' now\)"):
