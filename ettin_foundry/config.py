@@ -11,10 +11,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["SIZES", "OBJECTIVES", "EttinConfig", "Size"]
+__all__ = ["MASKED_OBJECTIVES", "OBJECTIVES", "SIZES", "EttinConfig", "Size"]
 
-OBJECTIVES = ("mlm", "clm", "mntp")
-"""`clm` trains a decoder (causal attention); `mlm` and `mntp` train an encoder (bidirectional attention)."""
+OBJECTIVES = ("mlm", "clm", "mntp", "mdlm")
+"""`clm` trains a decoder (causal attention); the others train an encoder (bidirectional attention)."""
+
+MASKED_OBJECTIVES = ("mlm", "mntp")
+"""Those that choose tokens at a given mask rate. `mdlm` draws a rate for each row, `clm` masks nothing."""
 
 
 @dataclass(frozen=True)
