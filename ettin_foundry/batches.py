@@ -28,6 +28,7 @@ class Row(NamedTuple):
     number: int  # of the row in its epoch; with seed and epoch it seeds the row's masks
     step: int
     tokens_before: int  # real tokens of the stream before the global batch
+    place: int  # of the row in the global batch
     chunks: Sequence[np.ndarray]  # P arrays (L,) uint16, no special ids
     ends_document: np.ndarray  # (P,) bool
 

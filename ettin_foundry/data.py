@@ -79,18 +79,18 @@ class RowDataset(IterableDataset):
             begin = first + rank * self.batch_size
             self.data.prefetch(self.order.shards_ahead(begin))
             for number in range(begin, begin + self.batch_size):
-                yield self._row(number, step, tokens_before)
+                yield self._row(number, step, tokens_before, number - first)
 
     def _is_past_end(self, number: int) -> bool:
         return False
 
-    def _row(self, number: int, step: int, tokens_before: int) -> Row:
-        place = number % self.order.rows_per_epoch
+    def _row(self, number: int, step: int, tokens_before: int, place: int) -> Row:
+        of_epoch = number % self.order.rows_per_epoch
         if self._is_past_end(number):
-            return Row(0, place, step, tokens_before, (), np.zeros(0, bool))
+            return Row(0, of_epoch, step, tokens_before, place, (), np.zeros(0, bool))
         epoch, shard, samples = self.order.row(number)
         chunks = [self.data.chunk(shard, sample) for sample in samples]
-        return Row(epoch, place, step, tokens_before, chunks, self.data.last(shard)[list(samples)])
+        return Row(epoch, of_epoch, step, tokens_before, place, chunks, self.data.last(shard)[list(samples)])
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """What a checkpoint holds of the data: where the stream is, and what it is a stream of.
