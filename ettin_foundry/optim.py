@@ -1,13 +1,12 @@
 """StableAdamW as Ettin used it, and its learning-rate schedules on the token clock.
 
 The optimizer is torch-optimi's (the library the reference trained with); `StableAdamW` here only closes its traps: weight
-decay on norms and biases, a wrong kernel choice on CPU, and sharded parameters. The schedules are pure functions of time,
-wrapped as Composer schedulers; that batch k gets exactly f(tokens before batch k) is the work of `callbacks.Clock`.
+decay on norms and biases, a wrong kernel choice on CPU, and sharded parameters. The schedules are pure functions of time
+(`lr_schedules.py`), wrapped as Composer schedulers; that batch k gets exactly f(tokens before batch k) is the work of `callbacks.Clock`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +18,8 @@ from optimi import StableAdamW as OptimiStableAdamW
 from optimi.utils import HAS_TRITON, debias_beta
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from ettin_foundry.lr_schedules import one_minus_sqrt, warmup_stable_decay
 
 __all__ = [
     "OneMinusSqrt",
@@ -214,28 +215,6 @@ def fsdp2_gradient_factor(model: nn.Module) -> float:
     ones = torch.ones(dist.get_world_size(group), device=device)
     dist.reduce_scatter_tensor(result, ones, op=dist.ReduceOp.AVG, group=group)
     return 1.0 / round(result.item())  # an average of ones may come out a rounding error beside 1
-
-
-def warmup_stable_decay(t: float, *, warmup: float, decay: float, total: float, alpha_f: float) -> float:
-    """Factor on the peak lr at time t: linear from 1e-10 to 1, flat, then linear to `alpha_f` over the last `decay`.
-
-    All times in one unit. Past `total` it stays at alpha_f. Source: ModernBERT's src/scheduler.py, lines 81-131, which
-    divides by zero at t >= total when decay is 0; here that is flat.
-    """
-    if t < warmup:
-        return 1e-10 + (1 - 1e-10) * (t / warmup)
-    if decay == 0 or t < total - decay:
-        return 1.0
-    return 1.0 - min(1.0, (t - (total - decay)) / decay) * (1.0 - alpha_f)
-
-
-def one_minus_sqrt(t: float, *, decay: float, total: float, alpha_f: float) -> float:
-    """Factor on the peak lr at time t: flat, then alpha_f + (1 - alpha_f)(1 - sqrt(x)) over the last `decay`.
-
-    x runs from 0 to 1 in that stretch. All times in one unit. Source: ModernBERT's src/scheduler.py, lines 258-289.
-    """
-    x = min(1.0, max(0.0, (t - (total - decay)) / decay))
-    return alpha_f + (1.0 - alpha_f) * (1.0 - math.sqrt(x))
 
 
 class _Schedule(ComposerScheduler):
