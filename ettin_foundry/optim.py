@@ -2,7 +2,8 @@
 
 The optimizer is torch-optimi's (the library the reference trained with); `StableAdamW` here only closes its traps: weight
 decay on norms and biases, a wrong kernel choice on CPU, and sharded parameters. The schedules are pure functions of time
-(`lr_schedules.py`), wrapped as Composer schedulers; that batch k gets exactly f(tokens before batch k) is the work of `callbacks.Clock`.
+(`lr_schedules.py`), wrapped as Composer schedulers; that batch k gets exactly f(tokens before batch k) is the work of
+`callbacks.Clock`.
 """
 
 from __future__ import annotations
