@@ -40,9 +40,6 @@ class Documents:
         self.cu_seqlens = cu_seqlens
         self.max_seqlen = max_seqlen
         self.position_ids = position_ids
-        # theta -> (cos, sin) of every token, fp32. Here, and not an argument of the blocks, because FSDP2's mixed precision
-        # casts every tensor among a block's arguments to bf16, and bf16 loses the angle at 8k
-        self.angles: dict[float, tuple[Tensor, Tensor]] = {}
         self._cache: dict[object, Tensor | list[int]] = {}  # masks are the same in every layer of one forward
 
     def cached(self, key: object, make: Callable[[], Tensor | list[int]]) -> Tensor | list[int]:

@@ -7,6 +7,7 @@ generation and mask filling for samples stand here too: small, without a key-val
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -18,8 +19,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from ettin_foundry.attention import select_backend
-from ettin_foundry.config import OBJECTIVES, EttinConfig
+from ettin_foundry.config import EttinConfig
 from ettin_foundry.model import Block, Ettin, TargetLoss, init_parameters
+from ettin_foundry.schedules import ObjectiveSchedule
 
 __all__ = ["EttinModel", "TargetAccuracy", "TargetCrossEntropy", "TargetPerplexity"]
 
@@ -73,7 +75,8 @@ class EttinModel(ComposerModel):
     Args:
         tokenizer: the host's tokenizer, used for samples and export and to check the vocabulary; None in tools.
         size: a name in `config.SIZES`.
-        objective: `mlm` or `mntp` (encoder), `clm` (decoder). Attention is causal exactly for `clm`.
+        objective: `mlm`, `mntp` or `mdlm` (encoder), `clm` (decoder), or a schedule of them (schedules.py), whose last one
+            decides what the model is. Attention is causal exactly for rows of `clm`, whatever the model is.
         max_seq_len: longest document in tokens; becomes `max_position_embeddings`.
         attn_impl: `auto`, `flash` or `reference`.
         init_device: read by the host; `cpu`, `meta` or `mixed`.
@@ -84,16 +87,15 @@ class EttinModel(ComposerModel):
             implementation that this machine cannot run; each message names the key and what is allowed.
     """
 
-    def __init__(self, tokenizer: Any = None, *, size: str, objective: str, max_seq_len: int, attn_impl: str = "auto",
+    def __init__(self, tokenizer: Any = None, *, size: str, objective: Any, max_seq_len: int, attn_impl: str = "auto",
                  init_device: str = "cpu", **overrides: Any) -> None:
         super().__init__()
         del init_device  # acted on by the host, which builds this under its own device context
-        if objective not in OBJECTIVES:
-            raise ValueError(f"model.objective: {objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
+        schedule = ObjectiveSchedule.parse(objective, key="model.objective")
         for key, instead in (("causal", "objective"), ("max_position_embeddings", "max_seq_len")):
             if key in overrides:
                 raise ValueError(f"model.{key}: not a key of its own, it follows from model.{instead}; remove it")
-        config = EttinConfig.for_size(size, causal=objective == "clm", max_position_embeddings=max_seq_len, **overrides)
+        config = EttinConfig.for_size(size, causal=schedule.final == "clm", max_position_embeddings=max_seq_len, **overrides)
         if tokenizer is not None and len(tokenizer) > config.vocab_size:
             raise ValueError(f"model.vocab_size: {config.vocab_size} given, but the tokenizer "
                              f"{getattr(tokenizer, 'name_or_path', '')!r} has {len(tokenizer)} entries. Set "
@@ -101,9 +103,11 @@ class EttinModel(ComposerModel):
         if attn_impl != "auto":  # a wish that can never be met here is refused before any work
             select_backend(attn_impl, "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
         self.tokenizer = tokenizer
-        self.objective = objective
+        self.schedule, self.objective = schedule, schedule.final
         self.config = config
-        self.model = Ettin(config, attn_impl)
+        # an explicit window belongs to rows of clm, also where the model ends as an encoder
+        window = -1 if config.causal else overrides.get("window_left", -1)
+        self.model = Ettin(config, attn_impl, dataclasses.replace(config, causal=not config.causal, window_left=window))
         # read by Composer from the ComposerModel's direct children: what to shard, what to recompute, how to draw
         self.model.fsdp_wrap_fn = lambda module: isinstance(module, Block)  # type: ignore[assignment]
         self.model.activation_checkpointing_fn = lambda module: isinstance(module, Block)  # type: ignore[assignment]
@@ -120,18 +124,20 @@ class EttinModel(ComposerModel):
         if "cu_seqlens" not in batch:
             raise ValueError("the batch has no cu_seqlens: pass it through ettin_foundry.data.split_batch (or flatten) "
                              "before the model, as the trainer does")
-        if batch["objective"] != self.objective:
-            raise ValueError(f"model.objective is {self.objective!r}, but the batch carries labels for "
+        if self.training and not set(batch["objective"].split("+")) <= set(self.schedule.objectives):
+            raise ValueError(f"model.objective is {self.schedule}, but the batch carries labels for "
                              f"{batch['objective']!r}. Set the objective of the loader and of model to the same value")
         out = self.model(batch["input_ids"], batch["position_ids"], batch["cu_seqlens"], batch["max_seqlen"],
-                         batch["target_positions"], batch["target_labels"], count=count)
+                         batch["target_positions"], batch["target_labels"], count=count,
+                         causal=(batch["num_causal_documents"], batch["num_causal_tokens"]),
+                         target_weights=batch.get("target_weights"))
         assert isinstance(out, TargetLoss)
         # max(1, n): a microbatch without any target has a loss of 0, not 0 / 0
-        return {"loss": out.nll / max(1, batch["num_targets"]), "nll": out.nll, "correct": out.correct,
-                "num_targets": batch["num_targets"]}
+        return {"loss": out.nll / max(1, batch["num_loss_tokens"]), "nll": out.nll, "correct": out.correct,
+                "num_targets": batch["num_targets"], "num_loss_tokens": batch["num_loss_tokens"]}
 
     def loss(self, outputs: Mapping[str, Any], batch: Any) -> Tensor:
-        """Mean over the microbatch's targets; the host weights microbatches by their targets."""
+        """Mean over the microbatch's targets; the host weights microbatches by what they were divided by."""
         return outputs["loss"]
 
     def eval_forward(self, batch: Any, outputs: Any = None) -> dict[str, Any]:
@@ -144,17 +150,24 @@ class EttinModel(ComposerModel):
 
     def update_metric(self, batch: Any, outputs: Any, metric: Metric) -> None:
         assert isinstance(metric, _TargetMetric)
-        metric.update(outputs["correct"] if isinstance(metric, TargetAccuracy) else outputs["nll"],
-                      outputs["num_targets"])
+        if isinstance(metric, TargetAccuracy):
+            metric.update(outputs["correct"], outputs["num_targets"])
+        else:
+            metric.update(outputs["nll"], outputs["num_loss_tokens"])
 
     def flops_per_batch(self, batch: Mapping[str, Any]) -> int:
         """Useful floating-point operations of a step on this (B, T) batch; the host divides by the peak for MFU."""
-        sequence_id = batch["sequence_id"]
+        sequence_id = batch["sequence_id"].cpu()
+        causal = batch["causal"].cpu() if "causal" in batch else torch.full((len(sequence_id),), batch["objective"] == "clm")
         rows = torch.arange(sequence_id.shape[0]).unsqueeze(1) * (sequence_id.shape[1] + 1)
-        lengths = np.bincount((sequence_id + rows)[sequence_id >= 0].cpu().numpy())
-        lengths, counts = np.unique(lengths[lengths > 0], return_counts=True)
-        pairs = sum(int(n) * self.config.attended_pairs(int(length)) for length, n in zip(lengths, counts))
-        return self.config.flops(int((lengths * counts).sum()), int((batch["labels"] != -100).sum()), pairs)
+        tokens, pairs = 0, 0
+        for kind in (False, True):
+            real = (sequence_id >= 0) & (causal == kind)[:, None]
+            lengths = np.bincount((sequence_id + rows)[real].numpy())
+            lengths, counts = np.unique(lengths[lengths > 0], return_counts=True)
+            tokens += int((lengths * counts).sum())
+            pairs += sum(int(n) * self.model.kinds[kind].attended_pairs(int(length)) for length, n in zip(lengths, counts))
+        return self.config.flops(tokens, int((batch["labels"] != -100).sum()), pairs)
 
     @property
     def n_total_params(self) -> int:

@@ -11,13 +11,16 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["MASKED_OBJECTIVES", "OBJECTIVES", "SIZES", "EttinConfig", "Size"]
+__all__ = ["CONTRASTIVE", "MASKED_OBJECTIVES", "OBJECTIVES", "SIZES", "EttinConfig", "Size"]
 
 OBJECTIVES = ("mlm", "clm", "mntp", "mdlm")
 """`clm` trains a decoder (causal attention); the others train an encoder (bidirectional attention)."""
 
 MASKED_OBJECTIVES = ("mlm", "mntp")
 """Those that choose tokens at a given mask rate. `mdlm` draws a rate for each row, `clm` masks nothing."""
+
+CONTRASTIVE = "simcse"
+"""What the loader is told for whole texts without targets (contrastive.py); no objective of language modelling."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,10 @@ class EttinConfig:
         """The name of this shape in `SIZES`, or None for another shape."""
         row = Size(self.num_hidden_layers, self.hidden_size, self.intermediate_size, self.num_attention_heads)
         return next((name for name, size in SIZES.items() if size == row), None)
+
+    def of_kind(self, causal: bool) -> EttinConfig:
+        """This shape as a decoder or an encoder, the window to the left being that kind's usual one."""
+        return self if causal == self.causal else dataclasses.replace(self, causal=causal, window_left=-1)
 
     @property
     def head_dim(self) -> int:

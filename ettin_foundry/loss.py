@@ -23,22 +23,24 @@ _SLICE_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 
 
 @torch.compiler.disable  # the number of slices depends on the batch; tracing the loop would recompile for each
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
-    """Sum over targets of -log softmax(hidden @ weight.T + bias)[label].
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
+                         target_weights: Tensor | None = None) -> Tensor:
+    """Sum over targets of -log softmax(hidden @ weight.T + bias)[label], each times its weight if there are any.
 
     Args:
         hidden: (n, C) states at the targets; n may be 0, the result is then 0 with zero gradients.
-        weight: (V, C). bias: (V,). labels: (n,) int64 in [0, V).
+        weight: (V, C). bias: (V,). labels: (n,) int64 in [0, V). target_weights: (n,) fp32, 1 each if None.
 
     Returns:
         scalar fp32, in nats. Softmax and sums are in fp32 or wider; products in the autocast dtype when autocast is on.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad or bias.requires_grad):
-        return _LinearCrossEntropy.apply(hidden, weight, bias, labels)  # type: ignore[return-value]
+        return _LinearCrossEntropy.apply(hidden, weight, bias, labels, target_weights)  # type: ignore[return-value]
     total = hidden.new_zeros((), dtype=torch.float32)
     with torch.no_grad(), _in_compute_dtype(hidden, weight, bias) as (hidden, weight, bias):
-        for logits, index, _ in _slices(hidden, weight, bias, labels):
-            total += _losses(logits, index).sum()
+        for logits, index, part in _slices(hidden, weight, bias, labels):
+            losses = _losses(logits, index)
+            total += (losses if target_weights is None else losses * target_weights[part]).sum()
     return total
 
 
@@ -104,7 +106,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients of the sum are computed in forward and scaled in backward (the loss is a scalar)."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:  # type: ignore
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,  # type: ignore
+                target_weights: Tensor | None) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden)
         # sums over slices are never narrower than fp32, also where FSDP hands out the weights in bf16
@@ -114,6 +117,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with _in_compute_dtype(hidden, weight, bias) as (hidden_c, weight_c, bias_c):
             for logits, index, part in _slices(hidden_c, weight_c, bias_c, labels):
                 losses, gradient = step(logits, index)
+                if target_weights is not None:
+                    losses = losses * target_weights[part]
+                    gradient.mul_(target_weights[part, None])
                 total += losses.sum()
                 grad_hidden[part] = gradient @ weight_c
                 if weight_c.dtype == wide:
@@ -128,4 +134,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total: Tensor):  # type: ignore
         # out of place: with retain_graph a second backward must find the same gradients
-        return (*((g * grad_total).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)), None)
+        return (*((g * grad_total).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)), None, None)

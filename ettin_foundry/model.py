@@ -1,7 +1,7 @@
 """The Ettin transformer in plain torch: one stream of tokens in, hidden states or a loss out.
 
-Encoder and decoder are the same modules with the same parameters; `config.causal` changes the windows given to attention
-and nothing else. The order of operations is the reference's (bert24 src/bert_layers/model.py, layers.py): token embedding,
+Encoder and decoder are the same modules with the same parameters; causal or not changes the windows given to attention and
+nothing else, so one model can run streams of either kind, or of both, from call to call. The order of operations is the reference's (bert24 src/bert_layers/model.py, layers.py): token embedding,
 norm, pre-norm blocks whose first attention has no norm of its own, final norm; then dense, GELU, norm, and the embedding
 matrix as output with a bias of its own.
 
@@ -12,6 +12,7 @@ dimension, V vocabulary.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from ettin_foundry.attention import Backend, Documents, attention, select_backen
 from ettin_foundry.config import EttinConfig
 from ettin_foundry.loss import count_correct, linear_cross_entropy
 
-__all__ = ["Block", "Ettin", "TargetLoss", "Trunk", "init_parameters", "rotary"]
+__all__ = ["Block", "Ettin", "Stream", "TargetLoss", "Trunk", "init_parameters", "rotary"]
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +32,39 @@ class TargetLoss(NamedTuple):
     """Sums over the targets of one stream; divide by their number for means."""
 
     nll: Tensor
-    """scalar fp32, in nats, differentiable."""
+    """scalar fp32, in nats, differentiable; weighted where the targets have weights."""
     correct: Tensor | None
     """scalar int64: targets whose label is the most probable entry; None unless asked for."""
+
+
+class Part(NamedTuple):
+    """A run of whole documents of the stream in which attention is all causal or all bidirectional."""
+
+    documents: Documents
+    tokens: slice
+    causal: bool
+
+
+class Stream:
+    """What every block needs to know of the flat stream besides its hidden states.
+
+    Args:
+        position_ids: (N,) int64. cu_seqlens: (D + 1,) int32. max_seqlen: longest document.
+        causal: (documents, tokens) at the begin that see the past only; the rest sees both sides.
+    """
+
+    def __init__(self, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: tuple[int, int]) -> None:
+        documents, tokens = causal
+        # theta -> (cos, sin) of every token, fp32. Here, and not an argument of the blocks, because FSDP2's mixed precision
+        # casts every tensor among a block's arguments to bf16, and bf16 loses the angle at 8k
+        self.angles: dict[float, tuple[Tensor, Tensor]] = {}
+        self.position_ids = position_ids
+        if tokens in (0, position_ids.shape[0]):
+            self.parts = [Part(Documents(cu_seqlens, max_seqlen, position_ids), slice(None), tokens > 0)]
+        else:
+            first = Documents(cu_seqlens[:documents + 1], max_seqlen, position_ids[:tokens])
+            rest = Documents(cu_seqlens[documents:] - tokens, max_seqlen, position_ids[tokens:])
+            self.parts = [Part(first, slice(0, tokens), True), Part(rest, slice(tokens, None), False)]
 
 
 def _drawn(module: nn.Linear | nn.Embedding, config: EttinConfig, std: float) -> Any:
@@ -76,21 +107,29 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: EttinConfig, layer: int) -> None:
+    """Attention of either kind; which one, a part of the stream says.
+
+    Args:
+        windows: {causal: (left, right)} of local layers.
+    """
+
+    def __init__(self, config: EttinConfig, layer: int, windows: Mapping[bool, tuple[int, int]]) -> None:
         super().__init__()
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         is_global = config.is_global(layer)
-        self.window_size = ((-1, 0) if config.causal else (-1, -1)) if is_global else config.local_window
+        self.windows = {True: (-1, 0), False: (-1, -1)} if is_global else dict(windows)
         self.theta = config.global_rope_theta if is_global else config.local_rope_theta
         self.Wqkv = _linear(config, config.hidden_size, 3 * config.hidden_size, config.initializer_range)
         self.Wo = _linear(config, config.hidden_size, config.hidden_size, _out_std(config))
         self.dropout = config.attn_out_dropout
 
-    def forward(self, x: Tensor, documents: Documents, backend: str) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream, backend: str) -> Tensor:
         qkv = self.Wqkv(x).view(-1, 3 * self.num_heads, self.head_dim)
         qk, v = qkv.split((2 * self.num_heads, self.num_heads), dim=1)
-        q, k = _rotate(qk, *documents.angles[self.theta]).chunk(2, dim=1)          # (N, H, K) each
-        out = attention(q, k, v, documents, self.window_size, backend)
+        q, k = _rotate(qk, *stream.angles[self.theta]).chunk(2, dim=1)          # (N, H, K) each
+        outs = [attention(q[part.tokens], k[part.tokens], v[part.tokens], part.documents, self.windows[part.causal], backend)
+                for part in stream.parts]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return F.dropout(self.Wo(out.reshape(-1, self.num_heads * self.head_dim)), self.dropout, self.training)
 
 
@@ -108,36 +147,35 @@ class GLU(nn.Module):
 class Block(nn.Module):
     """One pre-norm layer. The first has no attention norm: its input is the embedding norm's output already."""
 
-    def __init__(self, config: EttinConfig, layer: int) -> None:
+    def __init__(self, config: EttinConfig, layer: int, windows: Mapping[bool, tuple[int, int]]) -> None:
         super().__init__()
         self.attn_norm = (nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False) if layer
                           else nn.Identity())
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config, layer, windows)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
         self.mlp = GLU(config)
 
-    def forward(self, x: Tensor, documents: Documents, backend: str) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), documents, backend)
+    def forward(self, x: Tensor, stream: Stream, backend: str) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), stream, backend)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Trunk(nn.Module):
     """Embeddings, blocks, final norm."""
 
-    def __init__(self, config: EttinConfig) -> None:
+    def __init__(self, config: EttinConfig, windows: Mapping[bool, tuple[int, int]]) -> None:
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, i, windows) for i in range(config.num_hidden_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
 
-    def forward(self, input_ids: Tensor, documents: Documents, backend: str) -> Tensor:
-        thetas = {self.config.global_rope_theta, self.config.local_rope_theta}
-        for theta in sorted(thetas):
-            documents.angles[theta] = rotary(documents.position_ids, theta, self.config.head_dim)
+    def forward(self, input_ids: Tensor, stream: Stream, backend: str) -> Tensor:
+        for theta in sorted({self.config.global_rope_theta, self.config.local_rope_theta}):
+            stream.angles[theta] = rotary(stream.position_ids, theta, self.config.head_dim)
         x = self.embeddings(input_ids)
         for block in self.layers:
-            x = block(x, documents, backend)
+            x = block(x, stream, backend)
         return self.final_norm(x)
 
 
@@ -163,13 +201,17 @@ class Ettin(nn.Module):
     Args:
         config: the shape. On `torch.device("meta")` nothing is drawn; call `init_parameters` on materialised modules.
         attn_impl: `auto`, `flash` or `reference` (see `attention.select_backend`).
+        twin: this shape as the other kind, for streams of that kind: the same parameters under the other mask;
+            `config.of_kind` unless given.
     """
 
-    def __init__(self, config: EttinConfig, attn_impl: str = "auto") -> None:
+    def __init__(self, config: EttinConfig, attn_impl: str = "auto", twin: EttinConfig | None = None) -> None:
         super().__init__()
         self.config = config
         self.attn_impl = attn_impl
-        self.trunk = Trunk(config)
+        twin = twin or config.of_kind(not config.causal)
+        self.kinds: dict[bool, EttinConfig] = {config.causal: config, twin.causal: twin}
+        self.trunk = Trunk(config, {kind: own.local_window for kind, own in self.kinds.items()})
         self.head = Head(config)
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self._backends: dict[tuple[str, torch.dtype], Backend] = {}
@@ -185,8 +227,8 @@ class Ettin(nn.Module):
         return self._backends[device_type, dtype]
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-                target_positions: Tensor | None = None, target_labels: Tensor | None = None,
-                count: bool = False) -> Tensor | TargetLoss:
+                target_positions: Tensor | None = None, target_labels: Tensor | None = None, count: bool = False, *,
+                causal: tuple[int, int] | None = None, target_weights: Tensor | None = None) -> Tensor | TargetLoss:
         """Hidden states, or the loss at the targets.
 
         The loss is computed in here, not by the caller, because under FSDP the output matrix is whole only inside this
@@ -197,6 +239,9 @@ class Ettin(nn.Module):
             cu_seqlens: (D + 1,) int32 borders of documents. max_seqlen: longest document.
             target_positions: (n,) int64 places in the stream. target_labels: (n,) int64 what they must predict.
             count: also count correct predictions (a second projection; for evaluation).
+            causal: (documents, tokens) at the begin of the stream that see the past only, the rest being bidirectional;
+                all or none, as the config says, unless given.
+            target_weights: (n,) fp32, what each target weighs in the sum; 1 unless given.
 
         Returns:
             (N, C) hidden states without targets, else a `TargetLoss`.
@@ -204,14 +249,16 @@ class Ettin(nn.Module):
         device = input_ids.device.type
         dtype = (torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device)
                  else self.trunk.embeddings.tok_embeddings.weight.dtype)
-        documents = Documents(cu_seqlens, max_seqlen, position_ids)
-        hidden = self.trunk(input_ids, documents, self.backend(device, dtype).name)
+        if causal is None:
+            causal = (cu_seqlens.shape[0] - 1, input_ids.shape[0]) if self.config.causal else (0, 0)
+        stream = Stream(position_ids, cu_seqlens, max_seqlen, causal)
+        hidden = self.trunk(input_ids, stream, self.backend(device, dtype).name)
         if target_positions is None:
             return hidden
         assert target_labels is not None
         targets = self.head(hidden.index_select(0, target_positions))
         output = (targets, self.trunk.embeddings.tok_embeddings.weight, self.output_bias, target_labels)
-        return TargetLoss(linear_cross_entropy(*output), count_correct(*output) if count else None)
+        return TargetLoss(linear_cross_entropy(*output, target_weights), count_correct(*output) if count else None)
 
     def predict(self, hidden: Tensor) -> Tensor:
         """(n, C) hidden states to (n, V) logits."""

@@ -30,9 +30,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ettin_foundry.config import OBJECTIVES
+from ettin_foundry.config import CONTRASTIVE, MASKED_OBJECTIVES, OBJECTIVES
 
-__all__ = ["MaskRate", "ObjectiveSchedule", "parse_tokens"]
+__all__ = ["MaskRate", "ObjectiveSchedule", "check_together", "parse_tokens"]
 
 _TIME = re.compile(r"([0-9._]+(?:e[+-]?[0-9]+)?)(tok|dur)", re.IGNORECASE)
 Shares = tuple[tuple[str, float], ...]
@@ -161,6 +161,8 @@ class ObjectiveSchedule:
             ValueError: an unknown objective or key, shares that do not sum to 1, or segments with a gap, an overlap, or
                 past the end of the run; it names the key and both values.
         """
+        if value == CONTRASTIVE:
+            return cls([_Block(0, None, ((CONTRASTIVE, 1.0),))])
         if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
             return cls([_Block(0, None, _shares(key, value))])
         blocks = []
@@ -186,6 +188,11 @@ class ObjectiveSchedule:
             return dict(block.value)
         place = (tokens - block.begin) % block.cycle[-1][0]
         return dict(next(shares for end, shares in block.cycle if place < end))
+
+    @property
+    def masks(self) -> bool:
+        """Whether some objective needs a mask rate."""
+        return any(name in MASKED_OBJECTIVES for name in self.objectives)
 
     @property
     def is_constant(self) -> bool:
@@ -350,3 +357,20 @@ def _describe(plain: Any) -> str:
             what = _describe(segment.get("objective", segment.get("rate")))
         parts.append(what + (f" until {segment['until']:,}" if "until" in segment else ""))
     return ", then ".join(parts)
+
+
+def check_together(objective: ObjectiveSchedule, mask_rate: MaskRate, key: str = "") -> None:
+    """Refuses a mask rate that nothing would use, and objectives that lack one.
+
+    Args:
+        key: what stands before `mask_rate` in messages, such as `train_loader.`.
+
+    Raises:
+        ValueError: naming both values.
+    """
+    if not objective.masks and not mask_rate.is_zero:
+        raise ValueError(f"{key}mask_rate: {mask_rate} given with objective: {objective}, which has no use for it; it must "
+                         f"be 0 or absent. Remove mask_rate, or use {' or '.join(MASKED_OBJECTIVES)}")
+    if objective.masks and mask_rate.is_zero:
+        raise ValueError(f"{key}mask_rate: {mask_rate} given with objective: {objective}; it must be above 0 and at most 1, "
+                         "the share of tokens to predict. Set mask_rate (the recipes use 0.3, in the decay phase 0.15)")

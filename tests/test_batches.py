@@ -13,7 +13,10 @@ from ettin_foundry.tokenizer import load
 
 T, B = 64, 4
 TENSORS = ("input_ids", "labels", "sequence_id")
-OBJECTIVES = pytest.mark.parametrize(("objective", "rate"), [("mlm", 0.3), ("clm", 0.0), ("mntp", 0.15)])
+MIXED = {"mntp": 0.5, "clm": 0.3, "mdlm": 0.2}
+OBJECTIVES = pytest.mark.parametrize(
+    ("objective", "rate"), [("mlm", 0.3), ("clm", 0.0), ("mntp", 0.15), ("mdlm", 0.0), (MIXED, 0.15)],
+    ids=["mlm", "clm", "mntp", "mdlm", "mixed"])
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +37,18 @@ def take(spec, number):
 
 
 def flat_by_loops(batch):
-    """The flat stream from its definition, token by token."""
-    flat = {"input_ids": [], "position_ids": [], "target_positions": [], "target_labels": []}
-    bounds, rows = [0], 0
-    for ids, labels, numbers in zip(*(batch[key].tolist() for key in TENSORS)):
+    """The flat stream from its definition, token by token; rows of clm first."""
+    flat = {"input_ids": [], "position_ids": [], "target_positions": [], "target_labels": [], "target_weights": []}
+    bounds, rows, loss_tokens, causal_documents, causal_tokens = [0], 0, 0, 0, 0
+    causal = batch["causal"].tolist() if "causal" in batch else [batch["objective"] == "clm"] * len(batch["labels"])
+    weights = batch["row_weight"].tolist() if "row_weight" in batch else [1.0] * len(causal)
+    columns = list(zip(*(batch[key].tolist() for key in TENSORS), causal, weights, range(len(causal))))
+    for ids, labels, numbers, sees_past, weight, row in sorted(columns, key=lambda column: not column[3]):
         rows += numbers[0] >= 0
+        loss_tokens += (batch["loss_tokens"][row].item() if "loss_tokens" in batch else
+                        sum(label != -100 for label, number in zip(labels, numbers) if number >= 0))
+        causal_documents += (max(numbers) + 1) * sees_past
+        causal_tokens += sum(number >= 0 for number in numbers) * sees_past
         for t, number in enumerate(numbers):
             if number < 0:
                 continue
@@ -47,20 +57,25 @@ def flat_by_loops(batch):
             if labels[t] != -100:
                 flat["target_positions"].append(len(flat["input_ids"]))
                 flat["target_labels"].append(labels[t])
+                flat["target_weights"].append(weight)
             flat["position_ids"].append(len(flat["input_ids"]) - bounds[-1])
             flat["input_ids"].append(ids[t])
     if flat["input_ids"]:
         bounds.append(len(flat["input_ids"]))
     lengths = [end - begin for begin, end in zip(bounds, bounds[1:])]
-    return {**flat, "cu_seqlens": bounds, "max_seqlen": max(lengths, default=0), "num_rows": rows,
+    if "row_weight" not in batch:
+        flat.pop("target_weights")
+    return {**flat, "num_loss_tokens": loss_tokens, "num_causal_documents": causal_documents,
+            "num_causal_tokens": causal_tokens, "mask_rate": batch["mask_rate"], "ids_hash": batch["ids_hash"], "cu_seqlens": bounds, "max_seqlen": max(lengths, default=0), "num_rows": rows,
             "num_tokens": len(flat["input_ids"]), "num_targets": len(flat["target_labels"]),
             **{key: batch[key] for key in ("objective", "step", "tokens_before")}}
 
 
 def with_empty_rows(batch, rows):
     batch = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-    for key, empty in (("input_ids", 0), ("labels", -100), ("sequence_id", -1)):
-        batch[key][rows] = empty
+    for key, empty in (("input_ids", 0), ("labels", -100), ("sequence_id", -1), ("causal", False), ("loss_tokens", 0)):
+        if key in batch:
+            batch[key][rows] = empty
     return batch
 
 
@@ -73,10 +88,10 @@ def test_flat_stream_equals_loops_over_tokens(build, objective, rate, empty):
         assert flat.keys() == expected.keys()
         for key, value in flat.items():
             if isinstance(value, torch.Tensor):
-                assert value.dtype == (torch.int32 if key == "cu_seqlens" else torch.int64)
+                assert value.dtype == {"cu_seqlens": torch.int32, "target_weights": torch.float32}.get(key, torch.int64)
                 assert value.tolist() == expected[key], key
             else:
-                assert type(value) in (int, str) and value == expected[key], key
+                assert type(value) in (int, str, float) and value == expected[key], key
         assert flat["cu_seqlens"][-1] == flat["num_tokens"] and flat["cu_seqlens"][0] == 0
 
 
@@ -113,7 +128,8 @@ def stream_of(parts):
 def test_the_same_batch_split_again_and_again_gives_the_same_stream(build, objective, rate):
     """As the host does when it searches a microbatch that fits: 8 rows run out of memory, then 4, 2, 1 are tried."""
     two = take(build(objective=objective, mask_rate=rate), 2)
-    batch = {key: torch.cat([each[key] for each in two]) if key in TENSORS else value for key, value in two[0].items()}
+    batch = {key: torch.cat([each[key] for each in two]) if isinstance(value, torch.Tensor) else value
+             for key, value in two[0].items()}
     batch = with_empty_rows(batch, [5])
     before = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     splits = {size: split_batch(batch, size) for size in (8, 4, 2, 1)}
@@ -127,6 +143,73 @@ def test_the_same_batch_split_again_and_again_gives_the_same_stream(build, objec
     assert batch.keys() == before.keys()
     for key, value in before.items():
         assert torch.equal(batch[key], value) if isinstance(value, torch.Tensor) else batch[key] == value, key
+
+
+def test_rows_of_a_mixture_are_those_of_the_single_objectives(build):
+    """A row of a mixture has the inputs and labels that it has in a run of its objective alone, at this mask rate."""
+    mixed = take(build(objective={"mntp": 0.6, "clm": 0.4}, mask_rate=0.15), 40)
+    alone = {name: take(build(objective=name, mask_rate=rate), 40) for name, rate in (("mntp", 0.15), ("clm", 0.0))}
+    causal = []
+    for at, batch in enumerate(mixed):
+        assert batch["objective"] == "mntp+clm" and batch["mask_rate"] == 0.15
+        assert batch["ids_hash"] == alone["mntp"][at]["ids_hash"] == alone["clm"][at]["ids_hash"]
+        for row, sees_past in enumerate(batch["causal"].tolist()):
+            single = alone["clm" if sees_past else "mntp"][at]
+            assert all(torch.equal(batch[key][row], single[key][row]) for key in TENSORS)
+            assert batch["row_weight"][row].item() == pytest.approx(1.0 if sees_past else 1 / 0.15, rel=1e-7)  # fp32
+            ids, labels = alone["clm"][at]["input_ids"][row], batch["labels"][row]
+            text = int(((batch["sequence_id"][row] >= 0) & (ids < 507)).sum())  # 512 entries, the last 5 special
+            assert batch["loss_tokens"][row].item() == (int((labels != -100).sum()) if sees_past else text)
+        causal += batch["causal"].tolist()
+    assert abs(sum(causal) - 0.4 * len(causal)) <= 5 * np.sqrt(len(causal) * 0.24)  # five deviations
+    again = take(build(objective={"mntp": 0.6, "clm": 0.4}, mask_rate=0.15), 40)
+    assert all(torch.equal(a["causal"], b["causal"]) for a, b in zip(mixed, again))
+
+
+def test_mdlm_masks_each_row_at_a_rate_of_its_own_and_weighs_by_its_inverse(build):
+    rates, kept, batches = [], [], take(build(objective="mdlm", mask_rate=0.0), 100)
+    plain = take(build(objective="clm", mask_rate=0.0), 100)
+    for batch, unmasked in zip(batches, plain):
+        for row in range(B):
+            ids, labels = batch["input_ids"][row], batch["labels"][row]
+            text = (unmasked["sequence_id"][row] >= 0) & (unmasked["input_ids"][row] < 507)
+            chosen = labels != -100
+            rate = 1 / batch["row_weight"][row].item()
+            assert torch.equal(labels[chosen], unmasked["input_ids"][row][chosen])
+            assert torch.equal(ids[~chosen], unmasked["input_ids"][row][~chosen]) and not (chosen & ~text).any()
+            assert len(set(ids[chosen].tolist())) <= 1 and batch["loss_tokens"][row] == text.sum()
+            rates.append(rate)
+            kept.append((int(chosen.sum()) - rate * int(text.sum())) / np.sqrt(max(rate * (1 - rate) * int(text.sum()), 1e-9)))
+    assert min(rates) >= 1e-3 * (1 - 1e-6) and max(rates) <= 1
+    quarters = np.histogram(rates, bins=4, range=(0, 1))[0]
+    assert (np.abs(quarters - 100) <= 5 * np.sqrt(400 * 0.25 * 0.75)).all()  # uniform, within five deviations
+    assert abs(np.mean(kept)) < 5 / np.sqrt(400) and 0.8 < np.std(kept) < 1.2  # binomial at the row's rate
+
+
+def test_schedules_act_at_the_tokens_before_a_batch(build):
+    spec = build(objective=[{"until": 2000, "objective": "clm"}, {"objective": "mlm"}],
+                 mask_rate=[{"until": 4000, "from": 0.5, "to": 0.1}, {"rate": 0.1}])
+    seen = set()
+    for batch in take(spec, 40):
+        tokens = batch["tokens_before"]
+        assert batch["objective"] == ("clm" if tokens < 2000 else "mlm")
+        expected = 0.0 if tokens < 2000 else 0.5 - 0.4 * min(tokens, 4000) / 4000
+        assert batch["mask_rate"] == pytest.approx(expected, rel=1e-12)  # float64
+        seen.add((tokens < 2000, tokens < 4000))
+    assert len(seen) == 3
+
+
+def test_the_hash_tells_rows_and_their_places(build):
+    batch, other = take(build(), 2)
+    assert 0 <= batch["ids_hash"] < 2**48 and batch["ids_hash"] != other["ids_hash"]
+    from ettin_foundry.batches import hash_row
+    clm = take(build(objective="clm", mask_rate=0.0), 1)[0]
+    ids = clm["input_ids"].numpy()
+    assert clm["ids_hash"] == batch["ids_hash"] == sum(hash_row(row, at) for at, row in enumerate(ids)) % 2**48
+    changed = ids.copy()
+    changed[1, 5] += 1
+    for rows in (changed, ids[[1, 0, 2, 3]]):
+        assert sum(hash_row(row, at) for at, row in enumerate(rows)) % 2**48 != clm["ids_hash"]
 
 
 def test_split_batch_refuses_a_part_of_a_row(build):

@@ -28,6 +28,23 @@ def test_value_and_gradients_equal_cross_entropy_on_dense_logits(n, monkeypatch)
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)  # fp32 sums over up to 1,000 targets
 
 
+def test_weights_scale_each_target_in_value_and_gradient(monkeypatch):
+    monkeypatch.setitem(module._SLICE_ELEMENTS, "cpu", 1)
+    h, w, b, labels = inputs(600)
+    weights = torch.rand(600, generator=torch.Generator().manual_seed(9)) * 5
+    grads = []
+    for function in (linear_cross_entropy,
+                     lambda h, w, b, y, t: (F.cross_entropy((h @ w.T + b).double(), y, reduction="none") * t.double()).sum()):
+        leaves = [x.clone().requires_grad_() for x in (h, w, b)]
+        loss = function(*leaves, labels, weights)
+        loss.backward()
+        grads.append([loss.detach().float(), *(x.grad for x in leaves)])
+    for ours, theirs in zip(*grads):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=5e-5)  # fp32 sums over 600 targets of weight up to 5
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(h, w, b, labels, weights), grads[0][0], rtol=1e-6, atol=0)
+
+
 def test_without_gradients_the_value_is_the_same():
     h, w, b, labels = inputs(300)
     with torch.no_grad():

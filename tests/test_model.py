@@ -101,11 +101,10 @@ def test_local_layers_reach_exactly_their_window(causal, window_left, reach):
     layer = model.trunk.layers[1].attn
     x = torch.randn(300, 128, generator=torch.Generator().manual_seed(2), requires_grad=True)
     _, positions, cu_seqlens, longest = stream([300])
-    from ettin_foundry.attention import Documents
-    from ettin_foundry.model import rotary
-    documents = Documents(cu_seqlens, longest, positions)
-    documents.angles[layer.theta] = rotary(positions, layer.theta, 64)
-    layer(x, documents, "reference")[150].sum().backward()
+    from ettin_foundry.model import Stream, rotary
+    place = Stream(positions, cu_seqlens, longest, (1, 300) if causal else (0, 0))
+    place.angles[layer.theta] = rotary(positions, layer.theta, 64)
+    layer(x, place, "reference")[150].sum().backward()
     touched = x.grad.abs().sum(1).nonzero()[:, 0]
     assert (touched.min().item(), touched.max().item()) == (150 - reach[0], 150 + reach[1])
 

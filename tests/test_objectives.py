@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from memory_set import SPECIALS, UNREAL, VOCAB_SIZE
 
-from ettin_foundry.objectives import TextVocab, check_objective, make_inputs, row_generator
+from ettin_foundry.objectives import TextVocab, make_inputs, row_generator
+from ettin_foundry.schedules import MaskRate, ObjectiveSchedule, check_together
 
 CLS, SEP, PAD, MASK = (SPECIALS[name] for name in ("cls", "sep", "pad", "mask"))
 T = 256
@@ -53,7 +54,7 @@ def test_tokenizer_without_mask_token_is_refused():
 def test_clm_labels_are_the_next_token_of_the_same_document(seed, vocab):
     ids, sequence_id, ends_document = make_row(seed)
     before = ids.copy()
-    input_ids, labels = make_inputs("clm", ids, sequence_id, ends_document, mask_rate=0, vocab=vocab,
+    input_ids, labels, *_ = make_inputs("clm", ids, sequence_id, ends_document, mask_rate=0, vocab=vocab,
                                     rng=row_generator(0, 0, 0))
     for t in range(T):
         expected = -100
@@ -68,7 +69,7 @@ def test_clm_labels_are_the_next_token_of_the_same_document(seed, vocab):
 def test_clm_predicts_the_end_of_finished_documents_only(vocab):
     ids, sequence_id, _ = make_row(0, lengths=[3, 2], length=12)
     for ends, expected in (([True, True], [4, 8]), ([True, False], [4]), ([False, False], [])):
-        _, labels = make_inputs("clm", ids, sequence_id, np.array(ends), mask_rate=0, vocab=vocab,
+        _, labels, *_ = make_inputs("clm", ids, sequence_id, np.array(ends), mask_rate=0, vocab=vocab,
                                 rng=row_generator(0, 0, 0))
         eos = {3: labels[3], 7: labels[7]}
         assert [t + 1 for t, label in eos.items() if label == SEP] == [place for place in expected]
@@ -78,7 +79,7 @@ def test_clm_predicts_the_end_of_finished_documents_only(vocab):
 def test_mlm_labels_are_the_tokens_that_were_there(seed, vocab):
     ids, sequence_id, ends_document = make_row(seed)
     before = ids.copy()
-    input_ids, labels = make_inputs("mlm", ids, sequence_id, ends_document, mask_rate=0.3, vocab=vocab,
+    input_ids, labels, *_ = make_inputs("mlm", ids, sequence_id, ends_document, mask_rate=0.3, vocab=vocab,
                                     rng=row_generator(0, 0, seed))
     assert (labels != -100).any()
     for t in range(T):
@@ -93,7 +94,7 @@ def test_mntp_labels_are_those_of_mlm_one_place_earlier(seed, vocab):
     ids, sequence_id, ends_document = make_row(seed)
     inputs, labels = {}, {}
     for objective in ("mlm", "mntp"):
-        inputs[objective], labels[objective] = make_inputs(
+        inputs[objective], labels[objective], *_ = make_inputs(
             objective, ids, sequence_id, ends_document, mask_rate=0.3, vocab=vocab, rng=row_generator(0, 0, seed))
     np.testing.assert_array_equal(inputs["mlm"], inputs["mntp"])
     for t in range(T):
@@ -107,7 +108,7 @@ def draws(objective, vocab, rate, rows):
     columns = []
     for row in range(rows):
         ids, sequence_id, ends = make_row(row, lengths=[T - 2])
-        input_ids, labels = make_inputs(objective, ids, sequence_id, ends, mask_rate=rate, vocab=vocab,
+        input_ids, labels, *_ = make_inputs(objective, ids, sequence_id, ends, mask_rate=rate, vocab=vocab,
                                         rng=row_generator(7, 0, row))
         chosen = np.roll(labels, 1) != -100 if objective == "mntp" else labels != -100
         columns.append((ids, input_ids, chosen, ~np.isin(ids, [CLS, SEP, PAD, MASK])))
@@ -150,7 +151,7 @@ def test_specials_are_never_chosen_even_inside_a_chunk(objective, vocab):
     ids[10:200:5] = MASK
     ids[11:200:5] = SEP
     for row in range(50):
-        input_ids, labels = make_inputs(objective, ids, sequence_id, ends, mask_rate=1.0, vocab=vocab,
+        input_ids, labels, *_ = make_inputs(objective, ids, sequence_id, ends, mask_rate=1.0, vocab=vocab,
                                         rng=row_generator(1, 0, row))
         assert not np.isin(labels, [CLS, SEP, PAD, MASK]).any()
         special = vocab.is_special[ids]
@@ -163,7 +164,7 @@ def test_a_row_with_a_text_token_has_a_target_spread_evenly(objective, vocab):
     shift = 1 if objective == "mntp" else 0
     chosen = []
     for row in range(1200):
-        _, labels = make_inputs(objective, ids, sequence_id, ends, mask_rate=1e-9, vocab=vocab,
+        _, labels, *_ = make_inputs(objective, ids, sequence_id, ends, mask_rate=1e-9, vocab=vocab,
                                 rng=row_generator(1, 0, row))
         [target] = np.flatnonzero(labels != -100)
         chosen.append(target + shift)
@@ -175,7 +176,7 @@ def test_a_row_with_a_text_token_has_a_target_spread_evenly(objective, vocab):
 @pytest.mark.parametrize(("objective", "rate"), [("mlm", 0.3), ("mntp", 0.3), ("clm", 0)])
 def test_a_row_without_text_has_no_target_and_no_error(objective, rate, vocab):
     empty = np.full(16, PAD), np.full(16, -1), np.zeros(0, bool)
-    input_ids, labels = make_inputs(objective, *empty, mask_rate=rate, vocab=vocab, rng=row_generator(0, 0, 0))
+    input_ids, labels, *_ = make_inputs(objective, *empty, mask_rate=rate, vocab=vocab, rng=row_generator(0, 0, 0))
     assert (labels == -100).all() and (input_ids == PAD).all()
 
 
@@ -184,7 +185,7 @@ def test_masks_follow_from_seed_epoch_and_row_alone(objective, vocab):
     row = make_row(5)
 
     def masks(*key):
-        return np.stack(make_inputs(objective, *row, mask_rate=0.3, vocab=vocab, rng=row_generator(*key)))
+        return np.stack(make_inputs(objective, *row, mask_rate=0.3, vocab=vocab, rng=row_generator(*key))[:2])
 
     np.random.seed(1)
     state = np.random.get_state()[1].copy()
@@ -196,10 +197,11 @@ def test_masks_follow_from_seed_epoch_and_row_alone(objective, vocab):
 
 
 @pytest.mark.parametrize(("objective", "rate", "message"), [
-    ("clm", 0.3, "mask_rate: 0.3 given with objective: clm"), ("mlm", 0, "mask_rate: 0 given with objective: mlm"),
-    ("mntp", 1.5, "mask_rate: 1.5 given with objective: mntp.*at most 1"), ("mlm", -0.1, "mask_rate: -0.1"),
-    ("mlm", float("nan"), "mask_rate: nan"), ("mlm", "0.3", "mask_rate: '0.3' given; a number"),
+    ("clm", 0.3, "mask_rate: 0.3 given with objective: clm"), ("mlm", 0, "mask_rate: 0.0 given with objective: mlm"),
+    ("mdlm", 0.3, "mask_rate: 0.3 given with objective: mdlm"),
+    ("mntp", 1.5, "mask_rate: 1.5 given; a share.*up to 1"), ("mlm", -0.1, "mask_rate: -0.1"),
+    ("mlm", float("nan"), "mask_rate: nan"), ("mlm", "0.3", "mask_rate: '0.3' given; a share"),
     ("rtd", 0.3, "objective: 'rtd' given; it must be one of mlm, clm, mntp")])
 def test_unfitting_objective_and_mask_rate_are_refused(objective, rate, message):
     with pytest.raises(ValueError, match=message):
-        check_objective(objective, rate)
+        check_together(ObjectiveSchedule.parse(objective), MaskRate.parse(rate))
