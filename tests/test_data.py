@@ -80,7 +80,7 @@ def test_batch_contract(build, tokenizer, objective, rate, packing):
     spec = build(objective=objective, mask_rate=rate, packing=packing)
     assert spec.dataloader.batch_size == B
     for step, batch in enumerate(take(spec, 8)):
-        assert list(batch) == [*TENSORS, "objective", "step", "tokens_before"]
+        assert list(batch) == [*TENSORS, "objective", "mask_rate", "step", "tokens_before", "ids_hash"]
         for key in TENSORS:
             assert batch[key].shape == (B, T) and batch[key].dtype == torch.int64
         assert (batch["objective"], batch["step"]) == (objective, step) and type(batch["tokens_before"]) is int
@@ -129,7 +129,7 @@ def test_masks_are_drawn_by_seed_epoch_and_row_of_the_epoch(build, data_set, tok
     for step, (batch, twin) in enumerate(zip(take(spec, number), take(plain, number))):
         for at, row in enumerate(range(step * B, step * B + B)):
             epoch, shard, samples = order.row(row)
-            input_ids, labels = make_inputs(
+            input_ids, labels, *_ = make_inputs(
                 objective, twin["input_ids"][at].numpy(), twin["sequence_id"][at].numpy(),
                 data.last(shard)[list(samples)], mask_rate=rate, vocab=vocab,
                 rng=row_generator(21, row // order.rows_per_epoch, row % order.rows_per_epoch))
@@ -190,10 +190,11 @@ def test_two_ranks_together_read_what_one_rank_reads_also_after_resume(build, wo
             if start:
                 half.dataloader.dataset.load_state_dict(state)
             halves.append(take(half, number - start))
-        for first, second in zip(*halves):  # the batch's scalars are those of the global batch, on every rank
-            assert {**first, **dict.fromkeys(TENSORS)} == {**second, **dict.fromkeys(TENSORS)}
-        together = [{**first, **{key: torch.cat([first[key], second[key]]) for key in TENSORS}}
-                    for first, second in zip(*halves)]
+        own = dict.fromkeys((*TENSORS, "ids_hash"))
+        for first, second in zip(*halves):  # the batch's other scalars are those of the global batch, on every rank
+            assert {**first, **own} == {**second, **own}
+        together = [{**first, **{key: torch.cat([first[key], second[key]]) for key in TENSORS},
+                     "ids_hash": (first["ids_hash"] + second["ids_hash"]) % 2**48} for first, second in zip(*halves)]
         assert_same(together, whole[start:])
 
 
@@ -258,7 +259,8 @@ def test_skipped_shard_leaves_shapes_and_clocks_as_they_were(build, data_set, tm
     replaced = 0
     for mine, other in zip(take(skipping, number), take(good, number), strict=True):
         assert torch.equal(mine["sequence_id"], other["sequence_id"])
-        assert {**mine, **dict.fromkeys(TENSORS)} == {**other, **dict.fromkeys(TENSORS)}  # clock, step, objective
+        own = dict.fromkeys((*TENSORS, "ids_hash"))
+        assert {**mine, **own} == {**other, **own}  # clock, step, objective
         assert count_tokens(mine)["total"] == count_tokens(other)["total"] and count_samples(mine) == count_samples(other)
         replaced += int((mine["input_ids"] != other["input_ids"]).any(dim=1).sum())
     order, shards = good.dataloader.dataset.order, good.dataloader.dataset.data
@@ -337,7 +339,7 @@ def test_loader_leaves_the_global_generators_alone(build, workers):
     ({"objective": "rtd"}, "objective: 'rtd' given; it must be one of mlm, clm, mntp"),
     ({"objective": "clm"}, "mask_rate: 0.3 given with objective: clm.* must be 0"),
     ({"mask_rate": 0.0}, "mask_rate: 0.0 given with objective: mlm"),
-    ({"objective": "mntp", "mask_rate": 1.01}, "mask_rate: 1.01 given with objective: mntp"),
+    ({"objective": "mntp", "mask_rate": 1.01}, "mask_rate: 1.01 given; a share of the tokens above 0 and"),
     ({"max_seq_len": 63}, "max_seq_len: 63 given.*chunk of 62 tokens.*at most 61.*Raise max_seq_len"),
     ({"max_seq_len": 2}, "max_seq_len: 2 given; .*at least 3"), ({"max_seq_len": "64"}, "max_seq_len: '64' given"),
     ({"max_seq_len": 64.0}, "max_seq_len: 64.0 given; a whole number"), ({"timeout": -1}, "timeout: -1 given; a number"),

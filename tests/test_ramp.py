@@ -79,11 +79,11 @@ def changed(**keys):
     (changed(tokens="0tok"), {}, "batch_size_warmup.tokens: '0tok' given; more than 0"),
     (changed(tokens="1ba"), {}, "batch_size_warmup.tokens: '1ba' given"),
     (changed(tokens="0.1dur"), {}, "batch_size_warmup.tokens: '0.1dur' given, a share of a run"),
-    (changed(), {"total": 10**9}, "batch_size_warmup.tokens: '50_000_000_000tok' given, max_duration is 1,000,000,000 tokens"),
+    (changed(), {"total": 10**9}, "tokens: .50_000_000_000tok. given, max_duration is 1,000,000,000 tokens"),
     (changed(min_size=300), {}, "min_size: 300 given, global_train_batch_size is 2816; a smaller number that divides"),
     (changed(min_size=2816), {}, "min_size: 2816 given, global_train_batch_size is 2816; a smaller number"),
     (changed(), {"world_size": 3}, "min_size: 352 given on 3 processes; a multiple"),
-    (changed(), {"world_size": 8, "microbatch": 88}, "device_train_microbatch_size: 88 given, .*min_size is 352, which is 44"),
+    (changed(), {"world_size": 8, "microbatch": 88}, "microbatch_size: 88 given, .*min_size is 352, which is 44"),
     (changed(), {"microbatch": "auto"}, "device_train_microbatch_size: 'auto' given with train_loader.batch_size_warmup")],
     ids=str)
 def test_a_warm_up_that_cannot_be_carried_out_is_refused_naming_both_values(warmup, machine, message):
