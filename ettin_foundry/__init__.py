@@ -16,12 +16,17 @@ __all__ = ["REGISTRY", "__version__", "register"]
 
 # registry of LLM-Foundry -> name in YAML -> module:attribute
 REGISTRY: dict[str, dict[str, str]] = {
-    "models": {"ettin": "ettin_foundry.composer_model:EttinModel"},
+    "models": {
+        "ettin": "ettin_foundry.composer_model:EttinModel",
+        "ettin_contrastive": "ettin_foundry.contrastive:EttinContrastive",
+    },
     "dataloaders": {"ettin_text": "ettin_foundry.data:build_ettin_loader"},
     "collators": {
         "ettin_mlm": "ettin_foundry.data:mlm_collator",
         "ettin_clm": "ettin_foundry.data:clm_collator",
         "ettin_mntp": "ettin_foundry.data:mntp_collator",
+        "ettin_mdlm": "ettin_foundry.data:mdlm_collator",
+        "ettin_scheduled": "ettin_foundry.data:scheduled_collator",
     },
     "optimizers": {"ettin_stable_adamw": "ettin_foundry.optim:StableAdamW"},
     "schedulers": {

@@ -14,10 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ettin_foundry.config import OBJECTIVES, EttinConfig
-from ettin_foundry.keys import FIELDS, check_host_only, check_inert, check_keys
+from ettin_foundry.config import CONTRASTIVE, MASKED_OBJECTIVES, OBJECTIVES, EttinConfig
+from ettin_foundry.keys import FIELDS, MODEL_KEYS, check_host_only, check_inert, check_keys
+from ettin_foundry.ramp import check_warmup
+from ettin_foundry.schedules import MaskRate, ObjectiveSchedule, check_together
 
-__all__ = ["check_config", "check_machine", "check_settings", "model_config", "parse_time"]
+__all__ = ["check_config", "check_machine", "check_settings", "model_config", "objective_schedule", "parse_time",
+           "total_tokens"]
 
 _NEEDED = ("model", "tokenizer", "optimizer", "scheduler", "train_loader", "max_duration", "max_seq_len",
            "global_train_batch_size", "device_train_microbatch_size")
@@ -47,18 +50,36 @@ def parse_time(key: str, value: Any) -> tuple[float, str]:
                        "Write it like 8_500_000_000tok, 3000ba or 0.2dur") from None
 
 
+def total_tokens(cfg: dict[str, Any]) -> int | None:
+    """Tokens of the run, which a `dur` in a schedule is a share of; None when max_duration is not in tokens."""
+    amount, unit = parse_time("max_duration", cfg["max_duration"])
+    return round(amount) if unit == "tok" else None
+
+
+def objective_schedule(cfg: dict[str, Any]) -> ObjectiveSchedule:
+    """The objective of a config's model over the run's tokens.
+
+    Raises:
+        ValueError: an unknown objective, or a schedule with a gap, an overlap, or past the end of the run.
+    """
+    value = cfg["model"].get("objective")
+    if value is None:
+        raise _refusal("model.objective", value, f"one of {', '.join(OBJECTIVES)} is needed",
+                       "clm makes a decoder, the others an encoder")
+    total = None if isinstance(value, str) else total_tokens(cfg)  # a name alone needs no clock
+    return ObjectiveSchedule.parse(value, total=total, key="model.objective")
+
+
 def model_config(cfg: dict[str, Any]) -> EttinConfig:
-    """The shape that a config's model block asks for.
+    """The shape that a config's model block asks for; under a schedule, that of the objective it ends with.
 
     Raises:
         ValueError: an unknown size or objective, or a field out of range; it names the key.
     """
     model = cfg["model"]
-    if model.get("objective") not in OBJECTIVES:
-        raise _refusal("model.objective", model.get("objective"), f"one of {', '.join(OBJECTIVES)} is needed",
-                       "clm makes a decoder, mlm and mntp an encoder")
     fields = {key: value for key, value in model.items() if key in FIELDS}
-    return EttinConfig.for_size(model.get("size"), causal=model["objective"] == "clm",
+    causal = model.get("causal", objective_schedule(cfg).final == "clm")  # a key of ettin_contrastive only
+    return EttinConfig.for_size(model.get("size"), causal=causal,
                                 max_position_embeddings=cfg["max_seq_len"], **fields)
 
 
@@ -86,13 +107,16 @@ def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def _is_ours(cfg: dict[str, Any]) -> bool:
     blocks = [cfg.get("model"), *(block for _, block in _loaders(cfg))]
-    return any(isinstance(b, dict) and b.get("name") in ("ettin", "ettin_text") for b in blocks)
+    return any(isinstance(b, dict) and b.get("name") in (*MODEL_KEYS, "ettin_text") for b in blocks)
 
 
 # ------------------------------------------------------------------ settings
 
 
 def _check_presence(cfg: dict[str, Any]) -> None:
+    if set(str(cfg.get("run_name") or "")) & set("{}[]"):
+        raise _refusal("run_name", cfg["run_name"], "a name is needed, and the host reads brackets as placeholders",
+                       "A schedule of objectives is no name: set variables.label=... (nano.yaml), or run_name=...")
     for key in _NEEDED:
         if cfg.get(key) is None:
             raise ValueError(f"{key}: not given; every run needs it. Start from a complete recipe in yamls/")
@@ -110,14 +134,15 @@ def _check_presence(cfg: dict[str, Any]) -> None:
 
 
 def _check_pairing(cfg: dict[str, Any]) -> None:
-    ours = cfg["model"]["name"] == "ettin"
+    name = cfg["model"]["name"]
+    ours = name in MODEL_KEYS
     for key, block in _loaders(cfg):
         if ours and block.get("name") != "ettin_text":
-            raise _refusal(f"{key}.name", block.get("name"), "model.name: ettin reads batches of ettin_text only",
+            raise _refusal(f"{key}.name", block.get("name"), f"model.name: {name} reads batches of ettin_text only",
                            f"Set {key}.name=ettin_text on data made by data_prep/convert.py")
         if not ours and block.get("name") == "ettin_text":
-            raise _refusal(f"{key}.name", "ettin_text", f"its batches are for model.name: ettin, not "
-                           f"{cfg['model']['name']!r}", "Use name: text for other models: the shards are plain MDS")
+            raise _refusal(f"{key}.name", "ettin_text", f"its batches are for model.name: {' or '.join(MODEL_KEYS)}, not "
+                           f"{name!r}", "Use name: text for other models: the shards are plain MDS")
 
 
 def _check_blocks(cfg: dict[str, Any]) -> None:
@@ -134,19 +159,84 @@ def _check_blocks(cfg: dict[str, Any]) -> None:
 
 
 def _check_objectives(cfg: dict[str, Any]) -> None:
-    objective = cfg["model"]["objective"]
+    schedule = objective_schedule(cfg)
+    if not schedule.is_constant and total_tokens(cfg) is None:
+        raise _refusal("max_duration", cfg["max_duration"], "an objective that changes is a schedule on the token clock, "
+                       "which needs the run's length in tokens", "Give max_duration in tok")
     for key, block in _loaders(cfg):
-        if block.get("objective") != objective:
-            raise _refusal(f"{key}.objective", block.get("objective"), f"model.objective is {objective!r} and must be "
-                           "the same", "Set it once: variables.objective=...")
-        rate = block.get("mask_rate", 0.0)
-        if objective == "clm" and rate != 0:
-            raise _refusal(f"{key}.mask_rate", rate, "clm masks nothing: only 0.0 is possible",
-                           "Set variables.mask_rate=0.0 and variables.eval_mask_rate=0.0, or another objective")
-        if objective != "clm" and not (isinstance(rate, (int, float)) and 0 < rate <= 1):
-            raise _refusal(f"{key}.mask_rate", rate, f"{objective} needs a share above 0 and up to 1",
-                           "The recipes train with 0.3 and 0.15")
+        if key == "train_loader":
+            if block.get("objective") != cfg["model"]["objective"]:
+                raise _refusal(f"{key}.objective", block.get("objective"), f"model.objective is "
+                               f"{cfg['model']['objective']!r} and must be the same", "Set it once: variables.objective=...")
+            rate = MaskRate.parse(block.get("mask_rate", 0.0), total=total_tokens(cfg), key=f"{key}.mask_rate")
+            check_together(schedule, rate, f"{key}.")
+        else:
+            _evaluated(cfg, key, block)
         _check_loader_role(key, block)
+
+
+def _evaluated(cfg: dict[str, Any], key: str, block: dict[str, Any]) -> tuple[str, ...]:
+    """The objectives that an evaluation loader asks for: a name, a list of names, or all of a schedule."""
+    value = block.get("objective")
+    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+        if len(set(value)) < len(value):
+            raise _refusal(f"{key}.objective", value, "a name stands in it twice", "Name each objective once")
+        parts = [ObjectiveSchedule.parse(name, key=f"{key}.objective") for name in value]
+    else:
+        parts = [ObjectiveSchedule.parse(value, total=total_tokens(cfg), key=f"{key}.objective")]
+    names = tuple(dict.fromkeys(name for part in parts for name in part.objectives))
+    rate = block.get("mask_rate", 0.0)
+    if isinstance(rate, list):
+        raise _refusal(f"{key}.mask_rate", rate, "an evaluation has one rate, or its losses could not be compared",
+                       "Give a number, such as 0.15")
+    # as many names, of which one may mask: the rate is for those that do
+    check_together(ObjectiveSchedule.parse({name: 1 / len(names) for name in names} if len(names) > 1 else names[0]),
+                   MaskRate.parse(rate, key=f"{key}.mask_rate"), f"{key}.")
+    return names
+
+
+def _resolve_schedules(cfg: dict[str, Any]) -> None:
+    """Writes schedules in tokens, since model and loader do not know the run's length, and a loader for each evaluation."""
+    total = total_tokens(cfg)
+    cfg["model"] = {**cfg["model"], "objective": objective_schedule(cfg).plain()}
+    train = cfg["train_loader"] = {**cfg["train_loader"], "objective": cfg["model"]["objective"]}
+    if "mask_rate" in train:
+        train["mask_rate"] = MaskRate.parse(train["mask_rate"], total=total, key="train_loader.mask_rate").plain()
+    if warmup := train.get("batch_size_warmup"):
+        train["batch_size_warmup"] = {**warmup, "tokens": check_warmup(warmup, cfg["global_train_batch_size"], total=total)}
+    evals = []
+    for key, block in list(_loaders(cfg))[1:]:
+        names = _evaluated(cfg, key, block)
+        if len(names) == 1:
+            evals.append({**block, "objective": names[0]})
+            continue
+        label = f"{block['label']}/" if block.get("label") else ""
+        for name in names:
+            own = {**block, "objective": name, "label": label + name}
+            evals.append(own if name in MASKED_OBJECTIVES else {k: v for k, v in own.items() if k != "mask_rate"})
+    if len(evals) == 1 and "label" not in evals[0]:
+        cfg["eval_loader"] = evals[0]
+    elif evals:  # the host takes a label from a list only, and hands it on from a dict
+        cfg.pop("eval_loader", None)
+        cfg["eval_loaders"] = evals
+
+
+def _check_contrastive(cfg: dict[str, Any]) -> None:
+    """simcse goes with ettin_contrastive, one text a row, and nothing else."""
+    model = cfg["model"]
+    contrastive = model["name"] == "ettin_contrastive"
+    for key, block in (("model", model), *_loaders(cfg)):
+        if (block.get("objective") == CONTRASTIVE) is not contrastive:
+            raise _refusal(f"{key}.objective", block.get("objective"), f"model.name is {model['name']!r}, and {CONTRASTIVE} "
+                           "goes with ettin_contrastive only", "Start from yamls/phases/contrastive.yaml, which sets all three")
+        if contrastive and key != "model" and block.get("packing", True) is not False:
+            raise _refusal(f"{key}.packing", block.get("packing", True), f"{CONTRASTIVE} compares texts, one a row",
+                           "Set variables.packing=false")
+    if contrastive and any(True for key, _ in _loaders(cfg) if key != "train_loader"):
+        rows = cfg.get("device_eval_batch_size", cfg["device_train_microbatch_size"])
+        if not isinstance(rows, int) or rows < 2:
+            raise _refusal("device_eval_batch_size", rows, "at least 2 rows are needed: the negatives of a text are the others "
+                           "of its batch", "Raise it")
 
 
 def _check_loader_role(key: str, block: dict[str, Any]) -> None:
@@ -231,7 +321,7 @@ def check_settings(cfg: dict[str, Any]) -> None:
         return
     _check_presence(cfg)
     _check_pairing(cfg)
-    for check in (_check_blocks, _check_objectives, _check_times, check_host_only, check_inert, _check_amounts,
+    for check in (_check_blocks, _check_contrastive, _check_objectives, _check_times, check_host_only, check_inert, _check_amounts,
                   _check_weighting, _check_start):
         check(cfg)
 
@@ -251,6 +341,17 @@ def _check_batch(cfg: dict[str, Any], world_size: int, cuda: bool) -> None:
     elif not isinstance(micro, int) or not 1 <= micro <= rows // world_size:
         raise _refusal("device_train_microbatch_size", micro, f"1 to {rows // world_size} is possible: "
                        f"global_train_batch_size is {rows} on {world_size} process(es)", "Lower it")
+    if (warmup := cfg["train_loader"].get("batch_size_warmup")) is not None:
+        check_warmup(warmup, rows, world_size=world_size, microbatch=micro, total=total_tokens(cfg))
+
+
+def _check_negatives(cfg: dict[str, Any], world_size: int) -> None:
+    """The negatives of a text are the other rows of a microbatch, so a smaller one would be another loss."""
+    rows, micro = cfg["global_train_batch_size"], cfg["device_train_microbatch_size"]
+    if cfg["model"]["name"] == "ettin_contrastive" and (micro != rows // world_size or micro < 2):
+        raise _refusal("device_train_microbatch_size", micro, f"it must be the {rows // world_size} rows that a process has "
+                       f"(global_train_batch_size is {rows} on {world_size} process(es)), and at least 2: a text is told apart "
+                       f"from the others of its microbatch", "Set both; if the rows do not fit, use more processes")
 
 
 def _check_sharding(cfg: dict[str, Any], world_size: int, cuda: bool) -> None:
@@ -304,6 +405,7 @@ def check_machine(cfg: dict[str, Any]) -> None:
     if not cuda and (precision := cfg.get("precision", "amp_bf16")) != "fp32":
         raise _refusal("precision", precision, "there is no GPU, and a CPU trains in fp32 only", "Set precision=fp32")
     _check_batch(cfg, world_size, cuda)
+    _check_negatives(cfg, world_size)
     _check_sharding(cfg, world_size, cuda)
 
 
@@ -349,8 +451,7 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     check_settings(cfg)
     check_machine(cfg)
     _guard_checkpoints(cfg)
-    if "label" in (cfg.get("eval_loader") or {}):  # the host takes a label from a list only, and hands it on from a dict
-        cfg["eval_loaders"] = [cfg.pop("eval_loader")]
+    _resolve_schedules(cfg)
     if cfg.get("fsdp_config"):
         # the host's default would hand blocks a bf16 residual stream; this trains the same numbers as DDP does
         cfg["fsdp_config"] = {"mixed_precision": "FULL", **cfg["fsdp_config"]}

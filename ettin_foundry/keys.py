@@ -18,9 +18,11 @@ __all__ = ["BLOCK_KEYS", "CALLBACK_KEYS", "DATASET_KEYS", "LOADER_KEYS", "MODEL_
 _DERIVED = ("causal", "max_position_embeddings")  # follow from objective and max_seq_len
 FIELDS = tuple(f.name for f in dataclasses.fields(EttinConfig) if f.name not in _DERIVED)
 
-MODEL_KEYS = ("size", "objective", "max_seq_len", "attn_impl", "init_device", *FIELDS)
+_MODEL = ("size", "objective", "max_seq_len", "attn_impl", "init_device", *FIELDS)
+MODEL_KEYS = {"ettin": _MODEL, "ettin_contrastive": (*_MODEL, "scale", "pooling", "causal")}
 LOADER_KEYS = ("dataset", "objective", "max_seq_len", "mask_rate", "packing", "shuffle", "shuffle_seed", "shuffle_window",
-               "num_workers", "prefetch_factor", "pin_memory", "persistent_workers", "timeout")
+               "batch_size_warmup", "num_workers", "prefetch_factor", "pin_memory", "persistent_workers", "timeout")
+_TRAINING_ONLY = ("batch_size_warmup",)
 DATASET_KEYS = ("local", "split", "remote", "cache_limit", "on_bad_shard")
 _BY_HOST = ("disable_grad", "param_groups")  # of every optimizer, taken out by LLM-Foundry
 BLOCK_KEYS = {
@@ -65,9 +67,10 @@ def check_keys(cfg: dict[str, Any], loaders: list[tuple[str, dict[str, Any]]]) -
     Raises:
         ValueError: naming the key and the valid ones.
     """
-    _check("model", cfg["model"], ("name", *MODEL_KEYS))
+    _check("model", cfg["model"], ("name", *MODEL_KEYS[cfg["model"]["name"]]))
     for key, block in loaders:
-        _check(key, block, ("name", *LOADER_KEYS) if key == "train_loader" else ("name", *LOADER_KEYS, "label"))
+        others = LOADER_KEYS if key == "train_loader" else (*(k for k in LOADER_KEYS if k not in _TRAINING_ONLY), "label")
+        _check(key, block, ("name", *others))
         if isinstance(block.get("dataset"), dict):
             _check(f"{key}.dataset", block["dataset"], DATASET_KEYS)
     for key, classes in BLOCK_KEYS.items():
@@ -89,7 +92,7 @@ def check_host_only(cfg: dict[str, Any]) -> None:
         for key in keys:
             name = key.removeprefix("callbacks.")
             if name in callbacks if key != name else cfg.get(key):
-                raise ValueError(f"{key}: given; it does not work with model.name: ettin. Use {instead}")
+                raise ValueError(f"{key}: given; it does not work with model.name: {cfg['model']['name']}. Use {instead}")
 
 
 def check_inert(cfg: dict[str, Any]) -> None:
