@@ -175,3 +175,26 @@ def test_schedules_that_cannot_be_are_refused_before_work(overrides, words, data
         checks.check_settings(OmegaConf.to_container(config, resolve=True))
     for word in words:
         assert word in str(error.value)
+
+
+OPTIONS = {"biphasic": ("mlm", ("clm", "mlm")), "alternating": ("clm", ("clm", "mlm")), "mixture": ("mntp", ("mntp", "clm")),
+           "mask-steps": ("mlm", ("mlm",)), "mdlm": ("mdlm", ("mdlm", "mlm"))}
+
+
+@pytest.mark.parametrize("recipe", ["ettin-enc-400m", "nano"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_each_option_of_objectives_is_a_valid_run_that_evaluates_what_it_trains(option, recipe):
+    from ettin_foundry import checks
+    from ettin_foundry.recipes import resolved
+
+    files = [str(nano_run.ROOT / "yamls" / name) for name in (f"{recipe}.yaml", f"options/{option}.yaml")]
+    cfg = resolved(files)
+    checks.check_settings(cfg)
+    final, evaluated = OPTIONS[option]
+    assert checks.objective_schedule(cfg).final == final
+    assert checks.model_config(cfg).causal == (final == "clm")
+    checks._resolve_schedules(cfg)
+    found = [block["objective"] for block in cfg.get("eval_loaders") or [cfg["eval_loader"]]]
+    assert tuple(found) == evaluated
+    assert all(("mask_rate" in block) == (block["objective"] == "mlm" or block["objective"] == "mntp")
+               for block in cfg.get("eval_loaders") or [])
