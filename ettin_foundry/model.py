@@ -1,9 +1,9 @@
 """The Ettin transformer in plain torch: one stream of tokens in, hidden states or a loss out.
 
 Encoder and decoder are the same modules with the same parameters; causal or not changes the windows given to attention and
-nothing else, so one model can run streams of either kind, or of both, from call to call. The order of operations is the reference's (bert24 src/bert_layers/model.py, layers.py): token embedding,
-norm, pre-norm blocks whose first attention has no norm of its own, final norm; then dense, GELU, norm, and the embedding
-matrix as output with a bias of its own.
+nothing else, so one model can run streams of either kind, or of both. The order of operations is the reference's (bert24
+src/bert_layers/model.py, layers.py): token embedding, norm, pre-norm blocks whose first attention has no norm of its own,
+final norm; then dense, GELU, norm, and the embedding matrix as output with a bias of its own.
 
 No Composer, no Hugging Face here. Shapes: N tokens of the flat stream, n targets, C hidden, I GLU width, H heads, K head
 dimension, V vocabulary.

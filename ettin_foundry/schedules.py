@@ -101,8 +101,8 @@ def _segments(key: str, value: Any, total: int | None) -> list[tuple[int, int | 
         raise ValueError(f"{key}: an empty list given; at least one segment is needed. Remove the key or fill the list")
     end = segments[-1][1]
     if end is not None and total is not None and end < total:
-        raise ValueError(f"{key}[{len(segments) - 1}].until: {segments[-1][2]['until']!r} ({end:,} tokens) given, but the run "
-                         f"has {total:,} tokens; what follows would have no value. Leave `until` out of the last segment")
+        raise ValueError(f"{key}[{len(segments) - 1}].until: {segments[-1][2]['until']!r} ({end:,} tokens) given, but the "
+                         f"run has {total:,} tokens; what follows would have no value. Leave `until` out of the last segment")
     return segments
 
 
@@ -170,7 +170,7 @@ class ObjectiveSchedule:
             where = f"{key}[{i}]"
             _check_segment_keys(where, segment, ("until", "objective", "cycle"))
             if ("cycle" in segment) == ("objective" in segment):
-                raise ValueError(f"{where}: {dict(segment)} given; a segment has either objective or cycle. Give one of them")
+                raise ValueError(f"{where}: {dict(segment)} given; a segment has either objective or cycle. Give one")
             if "cycle" in segment:
                 blocks.append(_Block(begin, end, None, _cycle(f"{where}.cycle", segment["cycle"], total)))
             else:
@@ -337,8 +337,8 @@ class MaskRate:
 
 def _check_rate(key: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ValueError(f"{key}: {value!r} given; a share of the tokens above 0 and up to 1 is needed. The recipes use 0.3, "
-                         "and 0.15 in decay")
+        raise ValueError(f"{key}: {value!r} given; a share of the tokens above 0 and up to 1 is needed. The recipes use "
+                         "0.3, and 0.15 in decay")
 
 
 def _describe(plain: Any) -> str:

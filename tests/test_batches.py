@@ -66,7 +66,8 @@ def flat_by_loops(batch):
     if "row_weight" not in batch:
         flat.pop("target_weights")
     return {**flat, "num_loss_tokens": loss_tokens, "num_causal_documents": causal_documents,
-            "num_causal_tokens": causal_tokens, "mask_rate": batch["mask_rate"], "ids_hash": batch["ids_hash"], "cu_seqlens": bounds, "max_seqlen": max(lengths, default=0), "num_rows": rows,
+            "num_causal_tokens": causal_tokens, "mask_rate": batch["mask_rate"], "ids_hash": batch["ids_hash"],
+            "cu_seqlens": bounds, "max_seqlen": max(lengths, default=0), "num_rows": rows,
             "num_tokens": len(flat["input_ids"]), "num_targets": len(flat["target_labels"]),
             **{key: batch[key] for key in ("objective", "step", "tokens_before")}}
 
@@ -179,7 +180,8 @@ def test_mdlm_masks_each_row_at_a_rate_of_its_own_and_weighs_by_its_inverse(buil
             assert torch.equal(ids[~chosen], unmasked["input_ids"][row][~chosen]) and not (chosen & ~text).any()
             assert len(set(ids[chosen].tolist())) <= 1 and batch["loss_tokens"][row] == text.sum()
             rates.append(rate)
-            kept.append((int(chosen.sum()) - rate * int(text.sum())) / np.sqrt(max(rate * (1 - rate) * int(text.sum()), 1e-9)))
+            n = int(text.sum())
+            kept.append((int(chosen.sum()) - rate * n) / np.sqrt(max(rate * (1 - rate) * n, 1e-9)))
     assert min(rates) >= 1e-3 * (1 - 1e-6) and max(rates) <= 1
     quarters = np.histogram(rates, bins=4, range=(0, 1))[0]
     assert (np.abs(quarters - 100) <= 5 * np.sqrt(400 * 0.25 * 0.75)).all()  # uniform, within five deviations

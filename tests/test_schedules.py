@@ -71,7 +71,8 @@ def test_plain_data_reads_back_as_the_same_schedule(value):
 
 
 @pytest.mark.parametrize(("value", "words"), [
-    ([{"until": 500, "objective": "clm"}, {"until": 400, "objective": "mlm"}], ["[1].until: 400", "begins at 500", "overlap"]),
+    ([{"until": 500, "objective": "clm"}, {"until": 400, "objective": "mlm"}],
+     ["[1].until: 400", "begins at 500", "overlap"]),
     ([{"until": 500, "objective": "clm"}, {"until": 500, "objective": "mlm"}, {"objective": "clm"}], ["[1]", "500"]),
     ([{"until": 500, "objective": "clm"}, {"until": "0.9dur", "objective": "mlm"}], ["0.9dur", "900", "1,000", "no value"]),
     ([{"until": 500, "objective": "clm"}, {"until": 1001, "objective": "mlm"}], ["1001", "past the end", "1,000"]),
@@ -81,7 +82,8 @@ def test_plain_data_reads_back_as_the_same_schedule(value):
     ([{"until": 10, "objektive": "clm"}, {"objective": "mlm"}], ["objektive: unknown key"]),
     ([{"until": 10}, {"objective": "mlm"}], ["either objective or cycle"]),
     ([], ["empty list"]), (["clm", "mlm"], ["[0]: 'clm'", "segment"]),
-    ({"clm": 0.5, "mlm": 0.6}, ["sum to 1.1"]), ({"clm": 0.5, "rtd": 0.5}, ["objective.rtd"]), ({"clm": -1, "mlm": 2}, ["-1"]),
+    ({"clm": 0.5, "mlm": 0.6}, ["sum to 1.1"]), ({"clm": 0.5, "rtd": 0.5}, ["objective.rtd"]),
+    ({"clm": -1, "mlm": 2}, ["-1"]),
     ([{"cycle": [{"tokens": 5, "objective": "clm"}]}], ["at least two blocks"]),
     ([{"cycle": [{"tokens": 0, "objective": "clm"}, {"tokens": 5, "objective": "mlm"}]}], ["[0].tokens: 0"]),
     (None, ["None given"]), (7, ["7 given"]),

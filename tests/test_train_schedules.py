@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from ettin_foundry.composer_model import EttinModel
 
 SWITCH = "variables.objective=[{until: 1500, objective: clm}, {objective: mlm}]"
-BIPHASIC = [SWITCH, "variables.label=biphasic", "variables.warmup=400tok", "variables.mask_rate=0.3", "variables.eval_mask_rate=0.15", "max_duration=4000tok"]
+BIPHASIC = [SWITCH, "variables.label=biphasic", "variables.warmup=400tok", "variables.mask_rate=0.3",
+            "variables.eval_mask_rate=0.15", "max_duration=4000tok"]
 CLM = [*nano_run.CLM, "variables.warmup=400tok", "max_duration=4000tok"]
 MIXTURE = ["variables.objective={mntp: 0.5, clm: 0.5}", "variables.label=mixture", "variables.mask_rate=0.15"]
 
@@ -68,8 +69,8 @@ def test_all_objectives_read_the_same_rows(data_set, capture, tmp_path):
     hashes = {}
     for name, overrides in (("mlm", []), ("both", BIPHASIC), ("mixture", MIXTURE),
                             ("mdlm", ["variables.objective=mdlm", "variables.mask_rate=0.0"])):
-        run(data_set, tmp_path / name, *overrides, "variables.warmup=400tok", "max_duration=4000tok", "~save_folder", "~save_interval", "~autoresume",
-            "~save_overwrite").close()
+        run(data_set, tmp_path / name, *overrides, "variables.warmup=400tok", "max_duration=4000tok", "~save_folder",
+            "~save_interval", "~autoresume", "~save_overwrite").close()
         hashes[name] = [(batch["step"], batch["tokens_before"], batch["ids_hash"]) for batch in capture.batches]
         assert all(0 < loss < 20 for loss in capture.losses)
     assert len(hashes["mlm"]) > 5 and all(each == hashes["mlm"] for each in hashes.values())
@@ -149,7 +150,8 @@ def test_both_objectives_are_evaluated_and_named(data_set, capture, tmp_path):
                 for number in range(int(batch["sequence_id"][row].max()) + 1):
                     here = batch["sequence_id"][row] == number
                     ids, labels = batch["input_ids"][row][here], batch["labels"][row][here]
-                    hidden = twin.model(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
+                    ends = torch.tensor([0, len(ids)], dtype=torch.int32)
+                    hidden = twin.model(ids, torch.arange(len(ids)), ends, len(ids))
                     nll += F.cross_entropy(twin.model.predict(hidden).double(), labels, reduction="sum").item()
                     count += int((labels != -100).sum())
     assert found["eval/clm"]["TargetCrossEntropy"] == pytest.approx(nll / count, rel=1e-5)  # fp32 against float64
@@ -159,16 +161,19 @@ def test_both_objectives_are_evaluated_and_named(data_set, capture, tmp_path):
 @pytest.mark.parametrize(("overrides", "words"), [
     ([SWITCH, "max_duration=4000tok"], ["run_name", "variables.label"]),
     ([SWITCH, "variables.label=x", "variables.mask_rate=0.3", "max_duration=8ba"], ["max_duration", "8ba", "in tok"]),
-    (["variables.objective=[{until: 0.5dur, objective: clm}, {until: 0.9dur, objective: mlm}]", "variables.label=x", "variables.warmup=1tok",
+    (["variables.objective=[{until: 0.5dur, objective: clm}, {until: 0.9dur, objective: mlm}]", "variables.label=x",
+      "variables.warmup=1tok",
       "max_duration=4000tok"],
      ["model.objective[1].until", "0.9dur", "4,000"]),
     (["variables.objective=mdlm"], ["train_loader.mask_rate: 0.3", "mdlm"]),
-    (["variables.mask_rate=[{rate: 0.3}]", "variables.warmup=1tok", "max_duration=4000tok"], ["eval_loader.mask_rate", "one rate"]),
+    (["variables.mask_rate=[{rate: 0.3}]", "variables.warmup=1tok", "max_duration=4000tok"],
+     ["eval_loader.mask_rate", "one rate"]),
     (["train_loader.objective=clm"], ["train_loader.objective", "'clm'", "'mlm'"]),
 ])
 def test_schedules_that_cannot_be_are_refused_before_work(overrides, words, data_set, tmp_path):
-    from ettin_foundry import checks
     from omegaconf import OmegaConf
+
+    from ettin_foundry import checks
 
     config = nano_run.configure(data_set, tmp_path, *overrides, evaluate=True)
     with pytest.raises(ValueError) as error:
