@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ettin_foundry import cli_data
+from ettin_foundry import cli_data, cli_plan, cli_suite
 
 __all__ = ["app", "main"]
 
@@ -124,6 +124,8 @@ def fill_mask(source: Source, texts: Annotated[list[str], typer.Argument(help="T
 
 
 cli_data.add_commands(app)
+cli_suite.add_commands(app)
+cli_plan.add_commands(app)
 
 
 @dataclasses.dataclass

@@ -1,0 +1,187 @@
+"""Plans of one run or of a chain of runs, as text and as plain data.
+
+A chain is a list of runs that are planned one by one and summed: a suite's stages, or the phases of one model. What each
+starts from plays no part here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ettin_foundry import plan_cost
+from ettin_foundry.plan import Plan, aligned, lines, plan_with, split_facts
+from ettin_foundry.plan_cost import NO_PRICES, Cost, Prices
+from ettin_foundry.plan_course import Course
+from ettin_foundry.plan_memory import SLACK_GIB
+
+__all__ = ["PlannedRun", "as_json", "plan_chain", "text"]
+
+DEFAULT_GPUS = "4xH100"  # the original's
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run and what it takes."""
+
+    name: str
+    cfg: dict[str, Any]
+    plan: Plan
+    cost: Cost
+    along: Course
+
+
+def _needed(name: str, cfg: dict[str, Any]) -> None:
+    """What a plan reads must be there; whether the run would start is for train.py --dry-run to say."""
+    for key in ("model", "train_loader", "optimizer", "scheduler"):
+        if not isinstance(cfg.get(key), dict) or not isinstance(cfg[key].get("name"), str):
+            raise ValueError(f"{name}: {key}: {cfg.get(key)!r} given; a block with a name is needed. See yamls/nano.yaml")
+    for key in ("max_duration", "max_seq_len", "global_train_batch_size", "device_train_microbatch_size"):
+        if cfg.get(key) is None:
+            raise ValueError(f"{name}: {key}: not given; every run needs it. Start from a complete recipe in yamls/")
+
+
+def plan_chain(stages: Sequence[tuple[str, dict[str, Any]]], *, gpus: str | None = None, mfu: float | None = None,
+               prices: Prices = NO_PRICES) -> list[PlannedRun]:
+    """Plans of runs, in order.
+
+    Args:
+        stages: (name, config): plain containers, interpolations resolved, as `recipes.resolved` gives them.
+        gpus: such as `4xH100`; None: that, or one CPU process for runs in fp32.
+        mfu: share of the peak to assume, 6 operations per parameter and token; None: the original's.
+
+    Raises:
+        ValueError: what no run could be planned with; it names the stage or the key.
+    """
+    found = []
+    for name, cfg in stages:
+        _needed(name, cfg)
+        machine = plan_cost.parse_gpus(gpus) if gpus is not None else (
+            plan_cost.CPU if cfg.get("precision") == "fp32" else plan_cost.parse_gpus(DEFAULT_GPUS))
+        plan, data, along = plan_with(cfg, split_facts(cfg))
+        found.append(PlannedRun(name, cfg, plan, plan_cost.cost(cfg, plan, data, along, machine, mfu=mfu, prices=prices),
+                                along))
+    return found
+
+
+def _memory_lines(cost: Cost) -> list[tuple[str, str]]:
+    memory, gpu = cost.memory, cost.machine.gpu
+    parts = [("parameters", memory.parameters), ("gradients", memory.gradients), ("moments", memory.moments),
+             ("copies", memory.copies), ("activations", memory.activations), ("loss", memory.loss)]
+    fit = ""
+    if gpu is not None and cost.largest_microbatch is not None:
+        fit = (f"; {cost.largest_microbatch:,} rows would fit with {SLACK_GIB:g} GiB to spare" if cost.fits else
+               f"; DOES NOT FIT, {cost.largest_microbatch:,} rows would with {SLACK_GIB:g} GiB to spare")
+    where = "in the process" if gpu is None else f"of {gpu.gib:g} on each GPU"
+    return [("memory", f"{memory.total / _GIB:.1f} GiB {where}: "
+             + ", ".join(f"{name} {n / _GIB:.2f}" for name, n in parts if n)),
+            ("microbatch", f"{cost.microbatch:,} rows, {cost.microbatch_tokens:,} tokens, {cost.microbatches:,} a step, "
+             f"{'flash' if cost.flash else 'reference'} attention{fit}")]
+
+
+def _time_lines(run: PlannedRun) -> list[tuple[str, str]]:
+    plan, cost, prices = run.plan, run.cost, run.cost.prices
+    if cost.hours is None or cost.mfu is None or cost.mfu_useful is None:
+        why = ("no GPU is planned for; give --gpus and --mfu" if cost.machine.gpu is None else
+               f"the original has no hours for {plan.size} in {run.cfg.get('precision', 'amp_bf16')}; give --mfu")
+        return [("hours", f"not known: {why}")]
+    assert cost.kwh is not None and cost.machine.gpu is not None
+    rate = plan.num_tokens / (cost.hours * 3600 * cost.machine.count)
+    found = [("hours", f"{cost.hours:,.1f} on {cost.machine}, {cost.hours * cost.machine.count:,.1f} GPU hours"),
+             ("speed", f"{rate:,.0f} tokens/s a GPU: MFU {cost.mfu:.1%} counting 6 per parameter and token "
+              f"({'as given' if cost.mfu_given else 'as the original'}), {cost.mfu_useful:.1%} counting useful work"),
+             ("energy", f"{cost.kwh:,.1f} kWh, GPUs at their limit of {cost.machine.gpu.watts:g} W, PUE {prices.pue:g}")]
+    costs = [f"{cost.money:,.2f} for GPUs at {prices.gpu_hour:g} an hour" if cost.money is not None else "",
+             f"{cost.money_energy:,.2f} for energy at {prices.kwh:g} a kWh" if cost.money_energy is not None else ""]
+    if any(costs):
+        found.append(("money", ", ".join(filter(None, costs))))
+    return found
+
+
+def _storage(cost: Cost) -> str:
+    if not cost.checkpoints:
+        return "nothing is saved"
+    return f"{cost.checkpoints:,} checkpoints of {_bytes(cost.checkpoint_bytes)}, {_bytes(cost.storage)} in all"
+
+
+def _bytes(number: float) -> str:
+    for unit in ("kB", "MB", "GB"):
+        number /= 1000
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+    return f"{number / 1000:.3g} TB"
+
+
+def text(runs: Sequence[PlannedRun]) -> str:
+    """One fact a line for one run, one line a stage and their sums for several."""
+    if len(runs) > 1:
+        return _table(runs)
+    [run] = runs
+    plan = run.plan
+    rows = [*lines(run.cfg, plan)]
+    rows.insert(4, ("targets", f"{plan.targets_per_token:.4f} a token"))
+    rows[-1] = ("work", rows[-1][1] + f"; 6 per parameter and token: {plan.flops_6n:.4g}")
+    return aligned([*rows, *_memory_lines(run.cost), *_time_lines(run), ("storage", _storage(run.cost))])
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    return None if any(value is None for value in values) else sum(value for value in values if value is not None)
+
+
+def totals(runs: Sequence[PlannedRun]) -> dict[str, float | None]:
+    """Sums over a chain; None where a stage has no figure."""
+    costs = [run.cost for run in runs]
+    return {"num_tokens": sum(run.plan.num_tokens for run in runs), "num_steps": sum(run.plan.num_steps for run in runs),
+            "flops": sum(run.plan.flops for run in runs), "hours": _sum([c.hours for c in costs]),
+            "gpu_hours": _sum([None if c.hours is None else c.hours * c.machine.count for c in costs]),
+            "kwh": _sum([c.kwh for c in costs]), "money": _sum([c.money for c in costs]),
+            "money_energy": _sum([c.money_energy for c in costs]),
+            "checkpoints": sum(c.checkpoints for c in costs), "storage_bytes": sum(c.storage for c in costs)}
+
+
+def _table(runs: Sequence[PlannedRun]) -> str:
+    """Columns aligned; a column without a figure in any stage is left out."""
+    head = ["stage", "model", "objective", "tokens", "steps", "rows", "length", "GiB", "hours", "MFU 6N", "kWh", "money",
+            "energy money", "checkpoints", "storage"]
+    rows = [[run.name, f"{run.plan.size} {'decoder' if run.plan.causal else 'encoder'}", run.plan.objective,
+             f"{run.plan.num_tokens / 1e9:,.4g}B", f"{run.plan.num_steps:,}", f"{run.plan.rows_per_step:,}",
+             f"{run.plan.max_seq_len:,}", f"{run.cost.memory.total / _GIB:.1f}" + ("" if run.cost.fits else "!"),
+             _number(run.cost.hours, ",.1f"), _number(run.cost.mfu, ".1%"), _number(run.cost.kwh, ",.1f"),
+             _number(run.cost.money, ",.0f"), _number(run.cost.money_energy, ",.0f"), f"{run.cost.checkpoints:,}",
+             _bytes(run.cost.storage) if run.cost.checkpoints else "-"] for run in runs]
+    total = totals(runs)
+    rows.append(["total", "", "", f"{(total['num_tokens'] or 0) / 1e9:,.4g}B", f"{total['num_steps']:,}", "", "", "",
+                 _number(total["hours"], ",.1f"), "", _number(total["kwh"], ",.1f"), _number(total["money"], ",.0f"),
+                 _number(total["money_energy"], ",.0f"), f"{total['checkpoints']:,}", _bytes(total["storage_bytes"] or 0)])
+    kept = [i for i in range(len(head)) if i < 8 or any(row[i] not in ("-", "") for row in rows)]
+    widths = {i: max(len(row[i]) for row in [head, *rows]) for i in kept}
+    table = "\n".join("  ".join(row[i].ljust(widths[i]) if i < 3 else row[i].rjust(widths[i]) for i in kept).rstrip()
+                      for row in [head, *rows])
+    machines = " and ".join(dict.fromkeys(str(run.cost.machine) for run in runs))
+    notes = [f"on {machines}; GiB: of one device at the peak of a step"]
+    if any(not run.plan.measured for run in runs):
+        notes.append("some data is not there yet: full rows, longest documents")
+    if not all(run.cost.fits for run in runs):
+        notes.append("! does not fit; `ettin plan` of that run alone says what would")
+    return "\n".join([table, *notes])
+
+
+def as_json(runs: Sequence[PlannedRun]) -> dict[str, Any]:
+    """Everything that `text` shows, as plain data: bytes, hours, kWh, operations and tokens."""
+    stages = []
+    for run in runs:
+        memory = dataclasses.asdict(run.cost.memory)
+        facts = {field.name: getattr(run.cost, field.name) for field in dataclasses.fields(run.cost)
+                 if field.name not in ("machine", "prices", "memory")}
+        stages.append({"name": run.name, **dataclasses.asdict(run.plan), "fill": run.plan.fill, "flops": run.plan.flops,
+                       "flops_6n": run.plan.flops_6n, "gpus": str(run.cost.machine), **facts, "fits": run.cost.fits,
+                       "memory_bytes": {**memory, "total": run.cost.memory.total}, "storage_bytes": run.cost.storage})
+    return {"stages": stages, "totals": totals(runs), "prices": dataclasses.asdict(runs[0].cost.prices)}
