@@ -36,23 +36,26 @@ def plan(recipe: Annotated[list[str], typer.Argument(metavar="RECIPE [OVERLAY | 
     from ettin_foundry.plan_cost import Prices
 
     prices = Prices(price, kwh_price, pue)
-    runs = plan_report.plan_chain(_stages(recipe), gpus=gpus, mfu=mfu, prices=prices)
+    stages, sources = _stages(recipe)
+    runs = plan_report.plan_chain(stages, gpus=gpus, mfu=mfu, prices=prices)
     if picture is not None:
         from ettin_foundry.plan_picture import draw
 
-        draw(runs, picture)
+        draw(runs, picture, sources)
     print(json.dumps(plan_report.as_json(runs), indent=1) if as_json else plan_report.text(runs))
     if picture is not None and not as_json:
         print(f"wrote {picture}")
 
 
-def _stages(recipe: list[str]) -> list[tuple[str, dict[str, Any]]]:
-    """(name, config) of the run that the arguments ask for, or of each stage of a suite file."""
+def _stages(recipe: list[str]) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, str | None]]:
+    """(name, config) of the run that the arguments ask for, or of each stage of a suite file; and what each starts from."""
     from ettin_foundry import recipes
 
     if recipe[0].endswith((".yaml", ".yml")) and {"stages", "extends"} & set(recipes.read(recipe[0])):
         from ettin_foundry import suite
 
-        return [(stage.name, stage.config()) for stage in suite.load(recipe[0], recipe[1:]).stages]
+        stages = suite.load(recipe[0], recipe[1:]).stages
+        return [(stage.name, stage.config()) for stage in stages], {stage.name: stage.source for stage in stages}
     cfg = recipes.resolved(recipe)
-    return [(cfg.get("run_name") or recipe[0], cfg)]
+    name = cfg.get("run_name") or recipe[0]
+    return [(name, cfg)], {name: None}

@@ -9,6 +9,7 @@ default.
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from ettin_foundry.plan_memory import SLACK_GIB, Memory, Step, step_memory
 from ettin_foundry.ramp import check_warmup
 
 __all__ = ["CPU", "GPUS", "NO_PRICES", "ORIGINAL_GPUS", "ORIGINAL_HOURS", "ORIGINAL_TOKENS", "Cost", "Gpu", "Machine",
-           "Prices", "cost", "num_checkpoints", "original_mfu", "parse_gpus"]
+           "Prices", "cost", "default_machine", "num_checkpoints", "original_mfu", "parse_gpus"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Machine:
     name: str
 
     def __str__(self) -> str:
-        return f"{self.count}x {self.name}" if self.gpu else "one CPU process"
+        return f"{self.count}x {self.name.upper()}" if self.gpu else "one CPU process"
 
 
 CPU = Machine(1, None, "cpu")
@@ -162,37 +163,49 @@ def fullest_tokens(data: DataFacts, rows: int, max_seq_len: int, *, packing: boo
     return min(rows * max_seq_len, math.ceil(rows * mean + 6 * math.sqrt(rows * variance)))
 
 
-def _step(cfg: dict[str, Any], data: DataFacts, along: Course, machine: Machine, rows: int) -> Step:
-    """The microbatch of `rows` rows that takes most memory."""
-    precision, sharding = cfg.get("precision", "amp_bf16"), cfg.get("fsdp_config") or {}
-    half, on_gpu = precision.startswith("amp_"), machine.gpu is not None
-    tokens = fullest_tokens(data, rows, cfg["max_seq_len"], packing=cfg["train_loader"].get("packing", True))
-    targets = min(tokens, math.ceil(tokens * along.most_predicted(data.text_share, data.first_share)))
-    contrastive = CONTRASTIVE in along.objectives
-    causal = {bool(cfg["model"].get("causal")) if contrastive else name == "clm" for name in along.objectives}
-    steps = [Step(kinds(cfg)[kind], tokens * (2 if contrastive else 1), targets, on_gpu=on_gpu, half=half,
-                  flash=on_gpu and half and cfg["model"].get("attn_impl", "auto") != "reference",
-                  mean_document=data.num_tokens / data.num_chunks, longest_document=cfg["max_seq_len"], ranks=machine.count,
-                  sharded=bool(sharding) and machine.count > 1,
-                  recompute=bool(sharding.get("activation_checkpointing")) and machine.count > 1,
-                  accumulates=rows < cfg["global_train_batch_size"] // machine.count, averages=_averages(cfg))
-             for kind in sorted(causal)]
-    return max(steps, key=lambda step: step_memory(step).total)
+class _Steps:
+    """The microbatches of a run on a machine, by their rows."""
+
+    def __init__(self, cfg: dict[str, Any], data: DataFacts, along: Course, machine: Machine) -> None:
+        contrastive = CONTRASTIVE in along.objectives
+        causal = {bool(cfg["model"].get("causal")) if contrastive else name == "clm" for name in along.objectives}
+        self._shapes = [kinds(cfg)[kind] for kind in sorted(causal)]
+        self._cfg, self._data, self._machine = cfg, data, machine
+        self._views = 2 if contrastive else 1
+        self._targets = along.most_predicted(data.text_share, data.first_share)
+
+    def of(self, rows: int) -> Step:
+        """The fullest microbatch of `rows` rows, of the kind that takes most memory."""
+        cfg, data, machine = self._cfg, self._data, self._machine
+        sharding = (cfg.get("fsdp_config") or {}) if machine.count > 1 else {}
+        half, on_gpu = cfg.get("precision", "amp_bf16").startswith("amp_"), machine.gpu is not None
+        tokens = fullest_tokens(data, rows, cfg["max_seq_len"], packing=cfg["train_loader"].get("packing", True))
+        steps = [Step(shape, tokens * self._views, min(tokens, math.ceil(tokens * self._targets)), on_gpu=on_gpu, half=half,
+                      flash=on_gpu and half and cfg["model"].get("attn_impl", "auto") != "reference",
+                      mean_document=data.num_tokens / data.num_chunks, longest_document=cfg["max_seq_len"],
+                      ranks=machine.count, sharded=bool(sharding), recompute=bool(sharding.get("activation_checkpointing")),
+                      accumulates=rows < cfg["global_train_batch_size"] // machine.count, averages=_averages(cfg))
+                 for shape in self._shapes]
+        return max(steps, key=lambda step: step_memory(step).total)
+
+    def largest(self) -> int | None:
+        """Rows of the largest microbatch that fits into the GPU; 0 if none does, None on a CPU."""
+        if self._machine.gpu is None:
+            return None
+        room = (self._machine.gpu.gib - SLACK_GIB) * 2**30
+        sizes = range(1, self._cfg["global_train_batch_size"] // self._machine.count + 1)
+        return bisect.bisect_right(sizes, room, key=lambda rows: step_memory(self.of(rows)).total)
 
 
-def _largest(cfg: dict[str, Any], data: DataFacts, along: Course, machine: Machine) -> int | None:
-    """The largest microbatch, in rows, that fits into the GPU; 0 if none does, None on a CPU."""
-    if machine.gpu is None:
-        return None
-    room = (machine.gpu.gib - SLACK_GIB) * 2**30
-    low, high = 0, cfg["global_train_batch_size"] // machine.count
-    while low < high:
-        middle = (low + high + 1) // 2
-        if step_memory(_step(cfg, data, along, machine, middle)).total <= room:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def default_machine(cfg: dict[str, Any]) -> Machine:
+    """The original's 4x H100, or the most of them that the batch can be divided over; one CPU process for fp32."""
+    if cfg.get("precision") == "fp32":
+        return CPU
+    rows, micro = cfg["global_train_batch_size"], cfg["device_train_microbatch_size"]
+    for count in (ORIGINAL_GPUS, 2):
+        if isinstance(rows, int) and rows % count == 0 and (not isinstance(micro, int) or micro * count <= rows):
+            return Machine(count, GPUS["h100"], "h100")
+    return Machine(1, GPUS["h100"], "h100")
 
 
 def _check_batch(cfg: dict[str, Any], machine: Machine) -> None:
@@ -245,11 +258,12 @@ def cost(cfg: dict[str, Any], plan: Plan, data: DataFacts, along: Course, machin
     if mfu is not None and (machine.gpu is None or not 0 < mfu <= 1):
         raise ValueError(f"--mfu: {mfu} given; a share above 0 and up to 1 of a GPU's peak is needed, and GPUs to plan for "
                          f"({machine} here). Correct it, or add --gpus")
-    largest = _largest(cfg, data, along, machine)
+    steps = _Steps(cfg, data, along, machine)
+    largest = steps.largest()
     micro = cfg["device_train_microbatch_size"]
     if micro == "auto":
         micro = max(1, largest or 0)
-    step = _step(cfg, data, along, machine, micro)
+    step = steps.of(micro)
     hours = kwh = useful = None
     given = mfu is not None
     if machine.gpu is not None:

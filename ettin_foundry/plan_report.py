@@ -17,9 +17,7 @@ from ettin_foundry.plan_cost import NO_PRICES, Cost, Prices
 from ettin_foundry.plan_course import Course
 from ettin_foundry.plan_memory import SLACK_GIB
 
-__all__ = ["PlannedRun", "as_json", "plan_chain", "text"]
-
-DEFAULT_GPUS = "4xH100"  # the original's
+__all__ = ["PlannedRun", "as_json", "plan_chain", "short_count", "text", "totals"]
 
 _GIB = 2**30
 
@@ -51,7 +49,7 @@ def plan_chain(stages: Sequence[tuple[str, dict[str, Any]]], *, gpus: str | None
 
     Args:
         stages: (name, config): plain containers, interpolations resolved, as `recipes.resolved` gives them.
-        gpus: such as `4xH100`; None: that, or one CPU process for runs in fp32.
+        gpus: such as `4xH100`; None: as `plan_cost.default_machine` says.
         mfu: share of the peak to assume, 6 operations per parameter and token; None: the original's.
 
     Raises:
@@ -60,8 +58,7 @@ def plan_chain(stages: Sequence[tuple[str, dict[str, Any]]], *, gpus: str | None
     found = []
     for name, cfg in stages:
         _needed(name, cfg)
-        machine = plan_cost.parse_gpus(gpus) if gpus is not None else (
-            plan_cost.CPU if cfg.get("precision") == "fp32" else plan_cost.parse_gpus(DEFAULT_GPUS))
+        machine = plan_cost.default_machine(cfg) if gpus is None else plan_cost.parse_gpus(gpus)
         plan, data, along = plan_with(cfg, split_facts(cfg))
         found.append(PlannedRun(name, cfg, plan, plan_cost.cost(cfg, plan, data, along, machine, mfu=mfu, prices=prices),
                                 along))
@@ -91,10 +88,10 @@ def _time_lines(run: PlannedRun) -> list[tuple[str, str]]:
         return [("hours", f"not known: {why}")]
     assert cost.kwh is not None and cost.machine.gpu is not None
     rate = plan.num_tokens / (cost.hours * 3600 * cost.machine.count)
-    found = [("hours", f"{cost.hours:,.1f} on {cost.machine}, {cost.hours * cost.machine.count:,.1f} GPU hours"),
+    found = [("hours", f"{_amount(cost.hours)} on {cost.machine}, {_amount(cost.hours * cost.machine.count)} GPU hours"),
              ("speed", f"{rate:,.0f} tokens/s a GPU: MFU {cost.mfu:.1%} counting 6 per parameter and token "
               f"({'as given' if cost.mfu_given else 'as the original'}), {cost.mfu_useful:.1%} counting useful work"),
-             ("energy", f"{cost.kwh:,.1f} kWh, GPUs at their limit of {cost.machine.gpu.watts:g} W, PUE {prices.pue:g}")]
+             ("energy", f"{_amount(cost.kwh)} kWh, GPUs at their limit of {cost.machine.gpu.watts:g} W, PUE {prices.pue:g}")]
     costs = [f"{cost.money:,.2f} for GPUs at {prices.gpu_hour:g} an hour" if cost.money is not None else "",
              f"{cost.money_energy:,.2f} for energy at {prices.kwh:g} a kWh" if cost.money_energy is not None else ""]
     if any(costs):
@@ -128,6 +125,18 @@ def text(runs: Sequence[PlannedRun]) -> str:
     return aligned([*rows, *_memory_lines(run.cost), *_time_lines(run), ("storage", _storage(run.cost))])
 
 
+def short_count(number: float) -> str:
+    """1_700_002_529_280 as 1.7T."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size * 0.99995:
+            return f"{number / size:.4g}{unit}"
+    return f"{number:.0f}"
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.2g}"
+
+
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
@@ -152,13 +161,14 @@ def _table(runs: Sequence[PlannedRun]) -> str:
     head = ["stage", "model", "objective", "tokens", "steps", "rows", "length", "GiB", "hours", "MFU 6N", "kWh", "money",
             "energy money", "checkpoints", "storage"]
     rows = [[run.name, f"{run.plan.size} {'decoder' if run.plan.causal else 'encoder'}", run.plan.objective,
-             f"{run.plan.num_tokens / 1e9:,.4g}B", f"{run.plan.num_steps:,}", f"{run.plan.rows_per_step:,}",
+             short_count(run.plan.num_tokens), f"{run.plan.num_steps:,}", f"{run.plan.rows_per_step:,}",
              f"{run.plan.max_seq_len:,}", f"{run.cost.memory.total / _GIB:.1f}" + ("" if run.cost.fits else "!"),
-             _number(run.cost.hours, ",.1f"), _number(run.cost.mfu, ".1%"), _number(run.cost.kwh, ",.1f"),
+             "-" if run.cost.hours is None else _amount(run.cost.hours), _number(run.cost.mfu, ".1%"),
+             "-" if run.cost.kwh is None else _amount(run.cost.kwh),
              _number(run.cost.money, ",.0f"), _number(run.cost.money_energy, ",.0f"), f"{run.cost.checkpoints:,}",
              _bytes(run.cost.storage) if run.cost.checkpoints else "-"] for run in runs]
     total = totals(runs)
-    rows.append(["total", "", "", f"{(total['num_tokens'] or 0) / 1e9:,.4g}B", f"{total['num_steps']:,}", "", "", "",
+    rows.append(["total", "", "", short_count(total["num_tokens"] or 0), f"{total['num_steps']:,}", "", "", "",
                  _number(total["hours"], ",.1f"), "", _number(total["kwh"], ",.1f"), _number(total["money"], ",.0f"),
                  _number(total["money_energy"], ",.0f"), f"{total['checkpoints']:,}", _bytes(total["storage_bytes"] or 0)])
     kept = [i for i in range(len(head)) if i < 8 or any(row[i] not in ("-", "") for row in rows)]
