@@ -102,7 +102,7 @@ def _segments(key: str, value: Any, total: int | None) -> list[tuple[int, int | 
     end = segments[-1][1]
     if end is not None and total is not None and end < total:
         raise ValueError(f"{key}[{len(segments) - 1}].until: {segments[-1][2]['until']!r} ({end:,} tokens) given, but the "
-                         f"run has {total:,} tokens; what follows would have no value. Leave `until` out of the last segment")
+                         f"run has {total:,} tokens; what follows would have no value. Leave the last `until` out")
     return segments
 
 

@@ -109,6 +109,20 @@ def test_local_layers_reach_exactly_their_window(causal, window_left, reach):
     assert (touched.min().item(), touched.max().item()) == (150 - reach[0], 150 + reach[1])
 
 
+def test_both_kinds_in_one_stream_have_borders_of_their_own():
+    """Flash kernels read the borders, so each part's begin at 0 and end at its number of tokens."""
+    from ettin_foundry.model import Stream
+
+    _, positions, cu_seqlens, longest = stream([3, 5, 2, 7])
+    first, rest = Stream(positions, cu_seqlens, longest, (2, 8)).parts
+    assert (first.documents.cu_seqlens.tolist(), rest.documents.cu_seqlens.tolist()) == ([0, 3, 8], [0, 2, 9])
+    assert (first.causal, rest.causal) == (True, False)
+    assert torch.equal(torch.cat([part.documents.position_ids for part in (first, rest)]), positions)
+    for causal, documents in ((True, (4, 17)), (False, (0, 0))):
+        [whole] = Stream(positions, cu_seqlens, longest, documents).parts
+        assert whole.causal is causal and torch.equal(whole.documents.cu_seqlens, cu_seqlens)
+
+
 def test_initialisation_follows_the_role_of_each_matrix():
     torch.manual_seed(0)
     config = EttinConfig.for_size("17m", causal=False)
