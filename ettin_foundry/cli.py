@@ -8,6 +8,7 @@ ends with one line on stderr and exit code 1.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import sys
@@ -17,7 +18,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ettin_foundry import cli_data, cli_plan, cli_suite
+from ettin_foundry import cli_data, cli_lint, cli_plan, cli_suite
+from ettin_foundry.config import CONTRASTIVE
 
 __all__ = ["app", "main"]
 
@@ -58,6 +60,8 @@ def export(checkpoint: Annotated[Path, typer.Argument(help="Composer .pt file, o
            field: Annotated[list[str] | None, typer.Option(help="name=value of the config, if the checkpoint does not say; "
                                                                 "may be repeated.")] = None,
            licence: Annotated[str | None, typer.Option("--license", help="The weights' licence, for the card.")] = None,
+           sentence_transformers: Annotated[bool, typer.Option("--sentence-transformers", help="Write a sentence-transformers "
+                                            "folder instead: the trunk and its pooling, no head.")] = False,
            overwrite: Overwrite = False) -> None:
     from ettin_foundry.hf import export_model
 
@@ -66,8 +70,18 @@ def export(checkpoint: Annotated[Path, typer.Argument(help="Composer .pt file, o
     lineage = list(model.lineage)
     tokens = model.tokens + sum(entry.get("tokens") or 0 for entry in lineage)
     facts = {"tokens": tokens or None, "lineage": lineage, "license": licence}
-    folder = export_model(model.state, model.config, _tokenizer_name(tokenizer, model.tokenizer, checkpoint), out,
-                          objective=model.objective, facts=facts, overwrite=overwrite)
+    name = _tokenizer_name(tokenizer, model.tokenizer, checkpoint)
+    if sentence_transformers:
+        from ettin_foundry.sentence_export import export_sentence_model
+
+        folder = export_sentence_model(model.state, model.config, name, out, objective=model.objective,
+                                       pooling=model.pooling, facts=facts, overwrite=overwrite)
+    elif model.objective == CONTRASTIVE:
+        raise ValueError(f"{checkpoint}: is of the contrastive stage ({CONTRASTIVE}), after which the prediction head no longer "
+                         "fits its trunk; pass --sentence-transformers, or a checkpoint from before")
+    else:
+        folder = export_model(model.state, model.config, name, out, objective=model.objective, facts=facts,
+                              overwrite=overwrite)
     print(f"wrote {folder}: {model.config.num_parameters:,} parameters, {model.objective}")
 
 
@@ -126,6 +140,7 @@ def fill_mask(source: Source, texts: Annotated[list[str], typer.Argument(help="T
 cli_data.add_commands(app)
 cli_suite.add_commands(app)
 cli_plan.add_commands(app)
+cli_lint.add_commands(app)
 
 
 @dataclasses.dataclass
@@ -136,6 +151,7 @@ class _Model:
     tokenizer: str | None
     tokens: int = 0
     lineage: Sequence[dict[str, Any]] = ()
+    pooling: str = "mean"
 
 
 def _read_folder(folder: Path, objective: str | None) -> _Model:
@@ -164,7 +180,7 @@ def _read_checkpoint(path: Path, *, size: str | None = None, objective: str | No
         if given:
             raise ValueError(f"{', '.join(given)}: given, but {path} carries its own config, which is used; leave it out")
         return _Model(state, EttinConfig(**record["config"]), record["objective"], record.get("tokenizer"),
-                      int(record.get("tokens") or 0), tuple(record.get("lineage") or ()))
+                      int(record.get("tokens") or 0), tuple(record.get("lineage") or ()), _pooling(record))
     overrides = dict(_parse_field(entry) for entry in fields)
     missing = [name for name, value in (("--size", size), ("--objective", objective)) if not value]
     missing += [f"--field {name}=..." for name in _NEEDED if name not in overrides]
@@ -178,6 +194,11 @@ def _read_checkpoint(path: Path, *, size: str | None = None, objective: str | No
     overrides.setdefault("vocab_size", embedding.shape[0])
     config = EttinConfig.for_size(str(size), causal=objective == "clm", **overrides)
     return _Model(state, config, str(objective), None)
+
+
+def _pooling(record: dict[str, Any]) -> str:
+    """That of the contrastive stage; other trunks are given the mean."""
+    return json.loads(record.get("run_config") or "{}").get("model", {}).get("pooling", "mean")
 
 
 def _parse_field(entry: str) -> tuple[str, int | float]:
