@@ -34,12 +34,16 @@ REGISTRY: dict[str, dict[str, str]] = {
         "one_minus_sqrt": "ettin_foundry.optim:OneMinusSqrt",
     },
     "callbacks": {
-        "ettin_cross": "ettin_foundry.callbacks:CrossObjective",
+        "ettin_phase": "ettin_foundry.phases:EnterPhase",
+        "ettin_cross": "ettin_foundry.phases:CrossObjective",
         "ettin_export": "ettin_foundry.callbacks:ExportHF",
         "ettin_samples": "ettin_foundry.callbacks:LogSamples",
         "ettin_monitor": "ettin_foundry.callbacks:DataMonitor",
     },
-    "callbacks_with_config": {"ettin_clock": "ettin_foundry.callbacks:Clock"},
+    "callbacks_with_config": {
+        "ettin_clock": "ettin_foundry.clock:Clock",
+        "ettin_steps": "ettin_foundry.step_log:StepLog",
+    },
     "config_transforms": {"ettin_checks": "ettin_foundry.checks:check_config"},
 }
 

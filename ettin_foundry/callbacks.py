@@ -1,13 +1,12 @@
-"""Callbacks that a recipe asks for by name: continuation across objectives, exports, samples, figures of the data.
+"""Callbacks that a recipe asks for by name: exports, samples, figures of the data.
 
-Composer keeps callback state under the class name: one of each per run. `Clock`, which every run has, is in clock.py.
+Composer keeps callback state under the class name: one of each per run. `Clock`, which every run has, is in clock.py; what
+starts from another run's checkpoint in phases.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,93 +15,13 @@ from composer.core import Callback, Event, State, Time, TimeUnit
 from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist, format_name_with_dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from ettin_foundry import checkpoint
 from ettin_foundry.clock import Clock
 
-__all__ = ["Clock", "CrossObjective", "DataMonitor", "ExportHF", "LogSamples"]
+__all__ = ["DataMonitor", "ExportHF", "LogSamples"]
 
 log = logging.getLogger(__name__)
-
-
-class CrossObjective(Callback):
-    """Continues from the weights of the other kind of model: an encoder from a decoder, or a decoder from an encoder.
-
-    Head, output bias and tied matrix come along; clock, optimizer and data start anew. Nothing happens when autoresume has
-    already loaded a checkpoint of this very run.
-
-    Args:
-        source: a Composer checkpoint (file, sharded folder or save folder), or a Hugging Face folder.
-
-    Raises:
-        ValueError: another size or vocabulary, missing or unknown tensors, or a `load_path` besides.
-    """
-
-    def __init__(self, source: str):
-        self.source = source
-        self._resumed = False
-
-    def after_load(self, state: State, logger: Logger) -> None:
-        if self._resumed and state.timestamp.batch > 0:
-            log.info("resuming this run: weights of %s are not loaded again", self.source)
-            return
-        if state.load_path is not None:
-            raise ValueError(f"load_path: {state.load_path} was loaded, and callbacks.ettin_cross.source is {self.source}; "
-                             "only one can give the weights. Remove one of them")
-        weights, origin = _read_source(self.source)
-        options = StateDictOptions(full_state_dict=True, cpu_offload=False, strict=True)
-        _check_fit(self.source, weights, get_model_state_dict(state.model))
-        named: dict[str, Any] = {f"model.{name}": tensor for name, tensor in weights.items()}
-        set_model_state_dict(state.model, named, options=options)
-        config = getattr(state.model, "config", None)
-        for key, old in (origin.get("config") or {}).items():
-            new = getattr(config, key, old)
-            if new != old:
-                log.info("model.%s: %s in %s, %s from here on", key, old, self.source, new)
-        log.info("weights of %s (%s, %s tokens) loaded; clock and optimizer start anew", self.source,
-                 origin.get("objective") or "objective unknown", origin.get("tokens"))
-        clock = next((c for c in state.callbacks if isinstance(c, Clock)), None)
-        if clock is not None:
-            path = Path(self.source)
-            clock.lineage = (*origin.get("lineage", ()), {"source": f"{path.parent.name}/{path.name}", **{
-                key: origin.get(key) for key in ("objective", "tokens")}})
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"source": self.source}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._resumed = True
-
-
-def _read_source(source: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(weights under our names, what is known of their run). Every rank reads: mapped from the file, not copied."""
-    if (Path(source) / "config.json").is_file():
-        from ettin_foundry import hf
-
-        weights, config, objective = hf.import_folder(source)
-        return weights, {"config": dataclasses.asdict(config), "objective": objective}
-    return checkpoint.load_model_state(source)
-
-
-def _check_fit(source: str, weights: Mapping[str, torch.Tensor], current: Mapping[str, Any]) -> None:
-    """Names and shapes must be the model's; `current` is its state dict, possibly sharded (shapes are then global)."""
-    own = {name.removeprefix("model."): tuple(value.shape) for name, value in current.items() if name.startswith("model.")}
-    embedding = "trunk.embeddings.tok_embeddings.weight"
-    if embedding in weights and embedding in own:
-        for key, old, new in zip(("vocab_size", "hidden_size"), weights[embedding].shape, own[embedding]):
-            if old != new:
-                raise ValueError(f"callbacks.ettin_cross.source: {source} has {key} {old}, this run's model has {new}; "
-                                 "they must be equal. Choose a model of the same size and tokenizer")
-    missing, unknown = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
-    if missing or unknown:
-        raise ValueError(f"callbacks.ettin_cross.source: {source} lacks {len(missing)} tensor(s) {missing[:3]} and has "
-                         f"{len(unknown)} that this run's model has not {unknown[:3]}; all must match. Choose a model of "
-                         "the same size")
-    for name, shape in own.items():
-        if tuple(weights[name].shape) != shape:
-            raise ValueError(f"callbacks.ettin_cross.source: {source} has {name} of shape {tuple(weights[name].shape)}, "
-                             f"this run's model {shape}; they must be equal. Choose a model of the same size")
 
 
 def _interval(key: str, value: str) -> Any:

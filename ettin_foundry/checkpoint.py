@@ -33,6 +33,7 @@ from ettin_foundry.pickle_scan import ALLOWED_METADATA_GLOBALS, Slice, refuse, s
 
 __all__ = [
     "Head",
+    "decode_record",
     "install_validation",
     "is_complete",
     "load_checkpoint",
@@ -185,7 +186,8 @@ def read_head(path: str | Path) -> Head:
     else:
         state = load_checkpoint(path).get("state", {})
         has_moments = bool(state.get("optimizers"))
-    return Head(path, _record(state), dict((state.get("dataset_state") or {}).get("train") or {}), has_moments)
+    return Head(path, decode_record(state.get("callbacks", {}).get("Clock", {})),
+                dict((state.get("dataset_state") or {}).get("train") or {}), has_moments)
 
 
 def load_model_state(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -212,14 +214,13 @@ def load_model_state(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
                if name.startswith("model.")}
     if not weights:
         raise ValueError(f"{path}: no tensor named model.* in it; a checkpoint that Composer's Trainer saved is needed")
-    return weights, _record(state)
+    return weights, decode_record(state.get("callbacks", {}).get("Clock", {}))
 
 
-def _record(state: Mapping[str, Any]) -> dict[str, Any]:
+def decode_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """Clock's entry, with what stands in it as JSON text read (nested lists would not survive a sharded checkpoint)."""
-    record = dict(state.get("callbacks", {}).get("Clock", {}))
     texts = [key for key in ("objective_schedule", "tokenizer_fingerprint") if key in record]
-    return record | {key: json.loads(record[key]) for key in texts}
+    return {**record, **{key: json.loads(record[key]) for key in texts}}
 
 
 def _load_sharded(folder: Path, wanted: Callable[[tuple[Any, ...]], bool]) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from ettin_foundry.config import CONTRASTIVE, MASKED_OBJECTIVES, OBJECTIVES, Ett
 from ettin_foundry.keys import FIELDS, MODEL_KEYS, check_host_only, check_inert, check_keys
 from ettin_foundry.ramp import check_warmup
 from ettin_foundry.schedules import MaskRate, ObjectiveSchedule, check_together
+from ettin_foundry.starts import check_start, config_text, guard
 
-__all__ = ["check_config", "check_machine", "check_settings", "model_config", "objective_schedule", "parse_time",
-           "total_tokens"]
+__all__ = ["check_config", "check_files", "check_machine", "check_settings", "model_config", "objective_schedule",
+           "parse_time", "total_tokens"]
 
 _NEEDED = ("model", "tokenizer", "optimizer", "scheduler", "train_loader", "max_duration", "max_seq_len",
            "global_train_batch_size", "device_train_microbatch_size")
@@ -294,20 +295,6 @@ def _check_weighting(cfg: dict[str, Any]) -> None:
                        "targets", "Remove it, or unpack as well (yamls/phases/original.yaml)")
 
 
-def _check_start(cfg: dict[str, Any]) -> None:
-    cross = (cfg.get("callbacks") or {}).get("ettin_cross")
-    if cross is not None and cfg.get("load_path"):
-        raise _refusal("load_path", cfg["load_path"], "callbacks.ettin_cross already takes the weights from "
-                       f"{cross.get('source')!r}", "Remove one of the two")
-    if "ettin_cross" in (cfg.get("callbacks") or {}) and not (cross or {}).get("source"):
-        raise ValueError("callbacks.ettin_cross.source: not given; a checkpoint or Hugging Face folder of the other "
-                         "model is needed. Add variables.cross_source=... to the command line")
-    for key in ("run_name", "save_folder"):
-        if cfg.get("autoresume") and not (cfg.get(key) or (key == "run_name" and os.environ.get("RUN_NAME"))):
-            raise ValueError(f"autoresume: True given without {key}; it looks for this run's checkpoints in save_folder. "
-                             f"Set {key}, or autoresume=false")
-
-
 def check_settings(cfg: dict[str, Any]) -> None:
     """Refuses what no machine could run as written; reads no file and no device.
 
@@ -322,7 +309,7 @@ def check_settings(cfg: dict[str, Any]) -> None:
     _check_presence(cfg)
     _check_pairing(cfg)
     for check in (_check_blocks, _check_contrastive, _check_objectives, _check_times, check_host_only, check_inert, _check_amounts,
-                  _check_weighting, _check_start):
+                  _check_weighting, check_start):
         check(cfg)
 
 
@@ -374,7 +361,12 @@ def _fetch_tokenizer(name: str, dataset: dict[str, Any]) -> None:
         fetch_tokenizer(Path(dataset["local"]), dataset["remote"])
 
 
-def _check_files(cfg: dict[str, Any]) -> None:
+def check_files(cfg: dict[str, Any]) -> None:
+    """Refuses a run whose tokenizer or data is not here; looks at the loaders' folders only.
+
+    Raises:
+        FileNotFoundError: naming the key and the folder.
+    """
     for _, block in _loaders(cfg):
         _fetch_tokenizer(cfg["tokenizer"]["name"], block["dataset"])
     name = cfg["tokenizer"]["name"]
@@ -401,35 +393,12 @@ def check_machine(cfg: dict[str, Any]) -> None:
     import torch
 
     world_size, cuda = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
-    _check_files(cfg)
+    check_files(cfg)
     if not cuda and (precision := cfg.get("precision", "amp_bf16")) != "fp32":
         raise _refusal("precision", precision, "there is no GPU, and a CPU trains in fp32 only", "Set precision=fp32")
     _check_batch(cfg, world_size, cuda)
     _check_negatives(cfg, world_size)
     _check_sharding(cfg, world_size, cuda)
-
-
-def _guard_checkpoints(cfg: dict[str, Any]) -> None:
-    """Scans what will be loaded, and mends the link that autoresume follows."""
-    from ettin_foundry import checkpoint  # imports torch
-
-    checkpoint.install_validation()  # also for files that the host downloads
-    folder = (cfg.get("save_folder") or "").replace("{run_name}", cfg.get("run_name") or os.environ.get("RUN_NAME", ""))
-    resumed = None
-    if cfg.get("autoresume") and "://" not in folder:
-        sharded = (cfg.get("fsdp_config") or {}).get("state_dict_type") == "sharded"
-        rank = int(os.environ.get("RANK", "0"))
-        latest = cfg.get("save_latest_filename") or ("latest-sharded-rank{rank}" if sharded else "latest-rank{rank}.pt")
-        latest = latest.replace("{rank}", str(rank if sharded else 0))
-        if "{" not in folder + latest and (sharded or rank == 0):
-            checkpoint.repair_latest(folder, latest=latest)
-        resumed = checkpoint.newest_complete(folder)
-    path = cfg.get("load_path")
-    if path and resumed is None and "://" not in path and "{" not in path:
-        if not Path(path).exists():
-            raise FileNotFoundError(f"load_path: {path!r} given; no such file. Give a checkpoint of the phase before, such "
-                                    "as runs/NAME/latest-rank0.pt")
-        checkpoint.scan_pickle(path)
 
 
 def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -448,12 +417,14 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     if not _is_ours(cfg):
         return cfg
     cfg = {key: value for key, value in cfg.items() if value is not None}
+    clock = (cfg.get("callbacks") or {}).get("ettin_clock") or {"run_config": config_text(cfg)}
     check_settings(cfg)
     check_machine(cfg)
-    _guard_checkpoints(cfg)
+    cfg |= guard(cfg)
     _resolve_schedules(cfg)
     if cfg.get("fsdp_config"):
         # the host's default would hand blocks a bf16 residual stream; this trains the same numbers as DDP does
         cfg["fsdp_config"] = {"mixed_precision": "FULL", **cfg["fsdp_config"]}
-    cfg["callbacks"] = {"ettin_clock": {}, **(cfg.get("callbacks") or {})}
+    others = {name: block for name, block in (cfg.get("callbacks") or {}).items() if name != "ettin_clock"}
+    cfg["callbacks"] = {"ettin_clock": clock, **others}
     return cfg

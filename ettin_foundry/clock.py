@@ -7,8 +7,12 @@ recipe asks for by name are in callbacks.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import logging
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +21,13 @@ from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist, ensure_tuple, format_name_with_dist, is_tar
 from llmfoundry.interfaces import CallbackWithConfig
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ettin_foundry import checkpoint
+from ettin_foundry.config import EttinConfig
 from ettin_foundry.optim import StableAdamW, fsdp2_gradient_factor
+from ettin_foundry.starts import check_resume, config_hash, config_text
 
 __all__ = ["Clock"]
 
@@ -41,20 +48,25 @@ class Clock(CallbackWithConfig):
       the step: Composer 0.32.1 restores no generator when it resumes mid-epoch with a dataset that has state.
     - Before loading: checkpoints are scanned (checkpoint.py) and a broken `latest` link is repaired.
     - After loading at token 0 (a new phase), lr, max_lr, weight decay, betas and eps are the recipe's; Composer would keep
-      the checkpoint's. After loading in the middle of a run, a recipe that differs is refused.
+      the checkpoint's. After loading in the middle of a run, a recipe that differs is refused, as is another run's folder.
     - Gradients under FSDP2 on gloo are averaged (see `optim.fsdp2_gradient_factor`).
+    - Initial weights, drawn and not loaded, are written to `<save_folder>/initial/step0.pt`, which autoresume never sees.
+    - Every checkpoint says what it is: model, objective, tokenizer, tokens, where the weights came from, the config.
 
     Args:
         train_config: the run's config, given by LLM-Foundry.
+        run_config: the same as the user's files say it, as canonical JSON, given by the checks; by default made of
+            train_config.
     """
 
-    def __init__(self, train_config: Mapping[str, Any]):
+    def __init__(self, train_config: Mapping[str, Any], run_config: str | None = None):
         super().__init__(dict(train_config))
         self._run = train_config
+        self._run_config = run_config or config_text(train_config)
         self._state: State | None = None
         self._model: Any = None
         self._given: list[dict[str, Any]] = []
-        self._loaded: dict[str, Any] | None = None
+        self.loaded: dict[str, Any] | None = None
         self._gradient_factor = 1.0
         # a tuple: torch's sharded checkpoints flatten lists of dicts into keys, which must then be there on loading
         self.lineage: tuple[dict[str, Any], ...] = ()
@@ -78,8 +90,8 @@ class Clock(CallbackWithConfig):
         self._given = [_settings(group) for optimizer in state.optimizers for group in optimizer.param_groups]
 
     def after_load(self, state: State, logger: Logger) -> None:
-        if self._loaded is not None:
-            self._check_loaded(self._loaded, new_phase=state.timestamp.batch == 0)
+        if self.loaded is not None:
+            self._check_loaded(state, self.loaded)
         groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
         if state.timestamp.batch == 0:
             for group, given in zip(groups, self._given):
@@ -87,32 +99,25 @@ class Clock(CallbackWithConfig):
                 group["lr"] = given.get("initial_lr", group["lr"])
             for scheduler in state.schedulers:
                 scheduler.base_lrs = [group["initial_lr"] for group in groups]
-            if self._loaded is not None:
-                past = {"objective": self._loaded.get("objective"), "tokens": self._loaded.get("tokens")}
-                self.lineage = (*self.lineage, past)
             return
         for group, given in zip(groups, self._given):
             for key, value in given.items():
                 if group.get(key) != value:
                     raise ValueError(f"optimizer.{_SETTINGS[key]}: {value} in the config, {group.get(key)} in the "
                                      f"checkpoint that this run resumes (batch {state.timestamp.batch.value}); in the "
-                                     "middle of a run only the same is allowed. Restore the value, or start a new phase "
-                                     "(load_path with state/timestamp in load_ignore_keys)")
+                                     "middle of a run only the same is allowed. Restore the value, or enter a new phase "
+                                     "with callbacks.ettin_phase")
 
-    def _check_loaded(self, loaded: dict[str, Any], new_phase: bool) -> None:
-        """Refuses a checkpoint of another kind of model, and mid-run a changed model function."""
-        now, then = self._describe(), loaded
-        old, new = then.get("objective"), now["objective"]
-        if old is not None and new != old and (not new_phase or "clm" in (old, new)):
-            raise ValueError(f"load_path: the checkpoint's objective is {old}, this run's is {new}; only the same is "
-                             "allowed. Give the checkpoint as callbacks.ettin_cross.source instead")
-        for key, value in (now["config"] or {}).items():
-            old = (then.get("config") or {}).get(key, value)
-            if old != value and not new_phase:
-                raise ValueError(f"model.{key}: {value} in the config, {old} in the checkpoint that this run resumes; with "
-                                 "another value the model would compute something else. Restore it, or start a new phase")
-            if old != value:
-                log.info("model.%s: %s in the loaded checkpoint, %s from here on", key, old, value)
+    def _check_loaded(self, state: State, loaded: dict[str, Any]) -> None:
+        """Refuses another objective, and in the middle of a run all that would make it another run."""
+        now = checkpoint.decode_record(self.state_dict())
+        if state.timestamp.batch > 0:
+            own = state.load_path != self._run.get("load_path")  # then autoresume has found it
+            check_resume(loaded, now, place=f"{state.load_path}, batch {state.timestamp.batch.value}", own=own)
+        elif loaded.get("objective") not in (None, now["objective"]):
+            raise ValueError(f"load_path: the checkpoint's objective is {loaded['objective']}, this run's is "
+                             f"{now['objective']}; only the same is allowed. Give the checkpoint as "
+                             "callbacks.ettin_cross.source instead")
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if any(isinstance(module, FullyShardedDataParallel) for module in state.model.modules()) and any(
@@ -122,6 +127,25 @@ class Clock(CallbackWithConfig):
         self._gradient_factor = fsdp2_gradient_factor(state.model)
         if self._gradient_factor != 1.0:
             log.info("this backend sums FSDP2's gradients; they are multiplied by %s", self._gradient_factor)
+        self._write_initial(state)
+
+    def _write_initial(self, state: State) -> None:
+        """The weights before the first step, once, as `hf.weights_checkpoint` lays them out; every rank gathers."""
+        folder, config = self._run.get("save_folder"), getattr(self._model, "config", None)
+        drawn = state.load_path is None and not self.lineage and state.timestamp.batch == 0
+        if not drawn or not folder or "://" in folder or not isinstance(config, EttinConfig):
+            return
+        from ettin_foundry.hf import weights_checkpoint
+
+        weights = get_model_state_dict(state.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if dist.get_global_rank() == 0:
+            path = Path(format_name_with_dist(folder, state.run_name)) / "initial" / "step0.pt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = weights_checkpoint({name.removeprefix("model."): value for name, value in weights.items()}, config,
+                                         objective=self._model.objective)
+            content["state"]["callbacks"]["Clock"] = self.state_dict()
+            torch.save(content, path.with_suffix(".partial"))
+            os.replace(path.with_suffix(".partial"), path)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         self._check_position(state)
@@ -156,19 +180,36 @@ class Clock(CallbackWithConfig):
             if part.requires_grad:
                 part.register_hook(lambda gradient: gradient * self._gradient_factor)
 
-    def _describe(self) -> dict[str, Any]:
-        config = getattr(self._model, "config", None)
-        plain = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else None
-        return {"config": plain, "size": getattr(config, "size", None), "objective": getattr(self._model, "objective", None),
-                "tokenizer": getattr(getattr(self._model, "tokenizer", None), "name_or_path", None)}
+    @functools.cached_property
+    def _tokenizer(self) -> dict[str, Any]:
+        """Name and fingerprint; reading a vocabulary takes a moment, so once."""
+        from ettin_foundry.tokenizer import fingerprint
+
+        tokens = getattr(self._model, "tokenizer", None)
+        return {"tokenizer": getattr(tokens, "name_or_path", None),
+                "tokenizer_fingerprint": json.dumps(None if tokens is None else fingerprint(tokens))}
 
     def state_dict(self) -> dict[str, Any]:
-        """What makes a checkpoint readable by itself: plain data only."""
-        tokens = 0 if self._state is None else self._state.timestamp.token.value
-        return {**self._describe(), "tokens": tokens, "lineage": self.lineage}
+        """What makes a checkpoint readable by itself: plain data only, nested lists as JSON text.
+
+        config, size, objective (what the model ends as), objective_schedule, tokenizer (its name) and its fingerprint;
+        tokens and batch of this run; run_name, phase, run_config (`starts.config_text`) and run_hash, its sha256; lineage,
+        oldest first: what the weights were started from.
+        """
+        config = getattr(self._model, "config", None)
+        plain = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else None
+        schedule, time = getattr(self._model, "schedule", None), None if self._state is None else self._state.timestamp
+        return {
+            "config": plain, "size": getattr(config, "size", None), "objective": getattr(self._model, "objective", None),
+            "objective_schedule": json.dumps(None if schedule is None else schedule.plain()), **self._tokenizer,
+            "tokens": 0 if time is None else time.token.value, "batch": 0 if time is None else time.batch.value,
+            "run_name": None if self._state is None else self._state.run_name,
+            "phase": (self._run.get("variables") or {}).get("phase"), "run_config": self._run_config,
+            "run_hash": config_hash(self._run_config), "lineage": self.lineage,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._loaded = dict(state)
+        self.loaded = checkpoint.decode_record(state)
         self.lineage = tuple(state.get("lineage", ()))
 
 

@@ -30,8 +30,9 @@ BLOCK_KEYS = {
     "scheduler": {"warmup_stable_decay": ("t_warmup", "t_decay", "t_max", "alpha_f"),
                   "one_minus_sqrt": ("t_decay", "t_max", "alpha_f")},
 }
-CALLBACK_KEYS = {"ettin_clock": (), "ettin_cross": ("source",), "ettin_export": ("interval", "folder"), "ettin_monitor": (),
-                 "ettin_samples": ("interval", "prompts", "max_new_tokens", "top_k")}
+CALLBACK_KEYS = {"ettin_clock": ("run_config",), "ettin_cross": ("source", "accept"), "ettin_monitor": (),
+                 "ettin_phase": ("source", "accept", "keep"), "ettin_export": ("interval", "folder"),
+                 "ettin_samples": ("interval", "prompts", "max_new_tokens", "top_k"), "ettin_steps": ("folder",)}
 
 # Features of the host that act on a HuggingFaceModel, on Streaming's datasets or around our checks: what we have instead
 _HOST_ONLY = {

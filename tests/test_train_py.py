@@ -20,7 +20,7 @@ def test_a_block_that_changes_its_name_keeps_nothing_of_the_old_one():
     over = {"scheduler": {"name": "one_minus_sqrt", "alpha_f": 0.5}, "optimizer": {"lr": 2}}
     assert TRAIN.merge(base, over) == {"scheduler": {"name": "one_minus_sqrt", "alpha_f": 0.5},
                                        "optimizer": {"name": "a", "lr": 2}}
-    assert "t_warmup" not in TRAIN.configure([NANO, EXTEND, "load_path=x"])["scheduler"]
+    assert "t_warmup" not in TRAIN.configure([NANO, EXTEND, "variables.source=x"])["scheduler"]
 
 
 def test_a_block_of_the_same_name_or_of_none_is_merged():
@@ -47,7 +47,7 @@ def test_later_files_win_and_the_command_line_wins_over_files(tmp_path):
     (["nano.yaml"], ["nano.yaml: no such file", "yamls/nano.yaml"]),
     ([NANO, "yamls/phases/typo.yaml"], ["typo.yaml: no such file", "yamls/phases/extend.yaml"]),
     ([NANO, "variables.gloabl_batch=4"], ["variables.gloabl_batch", "no such variable", "global_batch"]),
-    ([NANO, EXTEND], ["load_path: no value given", "load_path=..."]),
+    ([NANO, EXTEND], ["variables.source: no value given", "variables.source=..."]),
     ([NANO, "seed=${variables.sede}"], ["nano.yaml", "variables.sede"]),
     ([NANO, "seed=${oc.env:HOME}"], ["nano.yaml", "oc.env"]),
     ([NANO, "max_duration=1ep"], ["max_duration: '1ep' given", "epochs", "tok"]),
