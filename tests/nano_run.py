@@ -38,6 +38,8 @@ def configure(data: Path, out: Path, *overrides: str, evaluate: bool = False) ->
     """nano.yaml with `SMALL` and the overrides; `~key` removes a key. Its evaluation is removed unless asked for."""
     wanted = [*SMALL, *([] if evaluate else NO_EVALUATION), f"variables.data={data}", f"variables.save_root={out}",
               *overrides]
+    if "~save_folder" in wanted and not any(each.startswith("callbacks.ettin_steps") for each in wanted):
+        wanted.append("~callbacks.ettin_steps")  # it has nowhere to write
     config = program().configure([str(ROOT / "yamls" / "nano.yaml"), *(w for w in wanted if not w.startswith("~"))])
     for key in (w[1:] for w in wanted if w.startswith("~")):
         *path, last = key.split(".")
@@ -76,6 +78,8 @@ def register_capture() -> type:
         def after_train_batch(self, state: Any, logger: Any) -> None:
             if not Capture.gradients:
                 for name, p in state.model.named_parameters():
+                    if p.grad is None:  # a head that the contrastive stage leaves alone
+                        continue
                     own = name.replace("_checkpoint_wrapped_module.", "").replace("module.", "")
                     Capture.gradients[own] = (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
 
@@ -111,8 +115,9 @@ def main(argv: list[str]) -> None:
     for name, version, extra in (("ddp", "1", []), ("fsdp2", "2", ["fsdp_config.activation_checkpointing=true"])):
         os.environ["FSDP_VERSION"] = version
         for objective, clm in (("mlm", []), ("clm", CLM)):
-            trainer = run(data, out / f"{name}-{objective}", *overrides, *clm, "callbacks.capture={}", *extra,
-                          evaluate=True)
+            folder = out / f"{name}-{objective}"
+            trainer = run(data, folder, *overrides, *clm, "callbacks.capture={}", *extra,
+                          f"callbacks.ettin_steps.folder={folder}", evaluate=True)
             torch.save({"losses": capture.losses, "gradients": capture.gradients, "lrs": capture.lrs,
                         "tokens": capture.tokens, "batches": capture.batches, "metrics": metrics(trainer)},
                        out / f"{name}-{objective}-rank{rank}.pt")

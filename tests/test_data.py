@@ -198,6 +198,69 @@ def test_two_ranks_together_read_what_one_rank_reads_also_after_resume(build, wo
         assert_same(together, whole[start:])
 
 
+WARMUP = {"min_size": 4, "tokens": 4000}  # 4, 8, 12 rows, then 16
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "unpacked"])
+def test_batch_sizes_go_up_without_changing_the_stream(build, packing):
+    plain, rising = (build(16, packing=packing, **keys) for keys in ({}, {"batch_size_warmup": WARMUP}))
+    assert rising.dataloader.batch_size == 16  # what the host is told
+    batches = take(rising, 30)
+    sizes = [len(batch["input_ids"]) for batch in batches]
+    turn = sizes.count(4)
+    assert sizes == sorted(sizes) and [sizes.count(size) for size in (4, 8, 12)] == [turn] * 3 and sizes[-1] == 16
+    tokens = [count_tokens(batch)["total"] for batch in batches]
+    assert abs(sum(tokens[:3 * turn]) - WARMUP["tokens"]) < 0.6 * sum(tokens[:3 * turn]) / turn  # whole steps, mean lengths
+    assert [batch["tokens_before"] for batch in batches] == np.cumsum([0, *tokens[:-1]]).tolist()
+    assert [batch["step"] for batch in batches] == list(range(30))
+    same = take(plain, -(-sum(sizes) // 16))
+    for key in TENSORS:
+        rows = torch.cat([batch[key] for batch in batches])
+        assert torch.equal(rows, torch.cat([batch[key] for batch in same])[:len(rows)])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_warm_up_resumed_at_any_step_on_any_ranks_equals_one_rank_never_stopped(build, world, workers):
+    keys = {"batch_size_warmup": WARMUP, "num_workers": workers}
+    one = build(16, batch_size_warmup=WARMUP)
+    whole = take(one, 26)
+    rows = np.cumsum([0, *(len(batch["input_ids"]) for batch in whole)]).tolist()
+    for step, ranks in ((0, 2), (1, 4), (9, 2), (13, 4), (20, 2)) if not workers else ((9, 2),):
+        state, parts = one.dataloader.dataset.state_dict(rows[step], True), []
+        for rank in range(ranks):
+            world(ranks, rank)
+            part = build(16 // ranks, **keys)
+            part.dataloader.dataset.load_state_dict(state)
+            parts.append(take(part, 5))
+        for batch, *shares in zip(whole[step:step + 5], *parts):
+            assert all(torch.equal(torch.cat([share[key] for share in shares]), batch[key]) for key in TENSORS)
+            assert {(share["step"], share["tokens_before"]) for share in shares} == {(batch["step"], batch["tokens_before"])}
+            assert sum(share["ids_hash"] for share in shares) % 2**48 == batch["ids_hash"]
+
+
+@pytest.mark.parametrize(("before", "after", "message"), [
+    (WARMUP, None, "batch_size_warmup: None given, .* with '4 to 16 rows, [0-9]+ steps of each size'"),
+    (None, WARMUP, "batch_size_warmup: '4 to 16 rows, [0-9]+ steps of each size' given, .* with None"),
+    (WARMUP, {**WARMUP, "min_size": 8}, "batch_size_warmup: '8 to 16 rows, .*' given, .* with '4 to 16 rows"),
+    (WARMUP, {**WARMUP, "tokens": 9000}, "batch_size_warmup: '4 to 16 rows, .*' given, .* with '4 to 16 rows")], ids=str)
+def test_checkpoint_of_another_warm_up_is_refused_naming_both(build, before, after, message):
+    state = build(16, batch_size_warmup=before).dataloader.dataset.state_dict(16, True)
+    with pytest.raises(ValueError, match=message):
+        build(16, batch_size_warmup=after).dataloader.dataset.load_state_dict(state)
+
+
+def test_a_row_that_no_step_begins_with_is_refused(build):
+    state = build(4).dataloader.dataset.state_dict(12, True)
+    with pytest.raises(ValueError, match="global_train_batch_size: 8 rows given, .* row 12 .* with rows 8 and 16"):
+        build(8).dataloader.dataset.load_state_dict(state)
+
+
+def test_warm_up_that_the_ranks_cannot_share_is_refused(build, world):
+    world(8, 0)
+    with pytest.raises(ValueError, match="batch_size_warmup.min_size: 4 given on 8 processes"):
+        build(2, batch_size_warmup=WARMUP)
+
+
 def test_loader_that_lost_sight_of_the_other_ranks_stops(build, world):
     world(2, 1)
     spec = build()
@@ -349,7 +412,11 @@ def test_loader_leaves_the_global_generators_alone(build, workers):
     ({"shuffle": False}, "shuffle_window: 3 given with shuffle: false, where it has no effect"),
     ({"prefetch_factor": 2}, "prefetch_factor: 2 given with num_workers: 0"),
     ({"persistent_workers": True}, "persistent_workers: True given with num_workers: 0"),
-    ({"timeout": 5}, "timeout: 5 given with num_workers: 0")], ids=str)
+    ({"timeout": 5}, "timeout: 5 given with num_workers: 0"),
+    ({"shuffle": False, "shuffle_window": None, "batch_size_warmup": {"min_size": 2, "tokens": 500}},
+     "batch_size_warmup: .* given with shuffle: false, where it has no effect"),
+    ({"batch_size_warmup": {"min_size": 3, "tokens": 500}}, "min_size: 3 given, global_train_batch_size is 4"),
+    ({"batch_size_warmup": {"min_size": 2, "tokens": "0.1dur"}}, "tokens: '0.1dur' given, a share of a run")], ids=str)
 def test_settings_that_are_wrong_or_without_effect_are_refused(build, keys, message):
     with pytest.raises(ValueError, match=message):
         build(**keys)

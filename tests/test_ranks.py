@@ -17,6 +17,8 @@ import nano_run
 import pytest
 import torch
 
+from ettin_foundry.steps import compare_steps, read_steps
+
 SETTINGS = ["model.vocab_size=512", "model.attn_out_dropout=0.0",  # dropout draws differ by rank, as they should
             "max_duration=3ba", "eval_interval=3ba", "device_eval_batch_size=16",
             "~save_folder", "~save_interval", "~autoresume", "~save_overwrite"]
@@ -46,7 +48,8 @@ def two_ranks(data_set, tmp_path_factory):
 def test_two_ranks_equal_one(kind, objective, two_ranks, data_set, tmp_path):
     capture = nano_run.register_capture()
     clm = nano_run.CLM if objective == "clm" else []
-    trainer = nano_run.run(data_set, tmp_path, *SETTINGS, *clm, "callbacks.capture={}", evaluate=True)
+    trainer = nano_run.run(data_set, tmp_path, *SETTINGS, *clm, "callbacks.capture={}",
+                           f"callbacks.ettin_steps.folder={tmp_path}", evaluate=True)
     metrics = nano_run.metrics(trainer)
     trainer.close()
     ranks = [torch.load(two_ranks / f"{kind}-{objective}-rank{r}.pt") for r in (0, 1)]
@@ -56,6 +59,8 @@ def test_two_ranks_equal_one(kind, objective, two_ranks, data_set, tmp_path):
             together = torch.cat([rank["batches"][step][key] for rank in ranks])
             assert torch.equal(together, alone[key]), f"rows of step {step}"
         assert {rank["batches"][step]["tokens_before"] for rank in ranks} == {alone["tokens_before"]}
+    assert compare_steps(tmp_path, two_ranks / f"{kind}-{objective}") is None  # rank 0 wrote the hash of all ranks' rows
+    assert len(read_steps(tmp_path)) == 3
     for rank in ranks:
         assert rank["lrs"] == capture.lrs and rank["tokens"] == capture.tokens
         assert rank["gradients"].keys() == capture.gradients.keys()
