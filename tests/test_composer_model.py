@@ -59,23 +59,62 @@ def naive_logits(model, ids):
         return model.model.predict(hidden)
 
 
-@pytest.mark.parametrize("objective", ["mlm", "clm"])
+@pytest.mark.parametrize("objective", ["mlm", "clm", "mlm+clm"])
 def test_flops_of_a_batch_are_those_of_a_loop_over_its_documents(objective):
-    model = model_of(objective, local_attention=8)
+    model = model_of({"mlm": 0.5, "clm": 0.5} if "+" in objective else objective, local_attention=8)
     batch = batch_of(objective)
+    sees_past = [objective == "clm"] * 4
+    if "+" in objective:
+        sees_past = [False, True, True, False]
+        batch["causal"] = torch.tensor(sees_past)
     config = model.config
     tokens = targets = pairs = 0
-    for labels, numbers in zip(batch["labels"].tolist(), batch["sequence_id"].tolist()):
+    for labels, numbers, causal in zip(batch["labels"].tolist(), batch["sequence_id"].tolist(), sees_past):
         tokens += sum(number >= 0 for number in numbers)
         targets += sum(label != -100 for label in labels)
         for number in sorted(set(numbers) - {-1}):
             length = numbers.count(number)
             for layer in range(config.num_hidden_layers):
-                left, right = (length, length) if layer % 3 == 0 else (config.window_left, 4)
-                right = 0 if objective == "clm" else right
+                left, right = (length, length) if layer % 3 == 0 else (3 if causal else 4, 4)
+                right = 0 if causal else right
                 pairs += sum(i - left <= j <= i + right for i in range(length) for j in range(length))
     assert (tokens, targets > 10) == (87, True)
     assert model.flops_per_batch(batch) == config.flops(tokens, targets, pairs)
+
+
+@pytest.mark.parametrize(("given", "reach"), [({}, 63), ({"window_left": 64}, 64)], ids=["usual", "original"])
+@pytest.mark.parametrize("last", ["clm", "mlm"])
+def test_rows_of_clm_have_the_decoders_window_whatever_the_model_ends_as(last, given, reach):
+    first = "mlm" if last == "clm" else "clm"
+    schedule = [{"until": 10, "objective": first}, {"objective": last}]
+    model = EttinModel(size="nano", objective=schedule, max_seq_len=512, **given)
+    windows = model.model.trunk.layers[1].attn.windows
+    assert windows == {True: (reach, 0), False: (64, 64)}
+    assert model.model.trunk.layers[0].attn.windows == {True: (-1, 0), False: (-1, -1)}
+    assert model.config.window_left == (reach if last == "clm" else 64)
+
+
+def test_the_loss_of_mdlm_is_divided_by_the_tokens_that_could_be_masked():
+    """The bound on -log p a token: each nll weighs 1 / rate, and the divisor is the row's text, also in the metric."""
+    model = model_of("mdlm").eval()
+    batch = batch_of("mdlm")
+    weights, texts = [2.0, 1.25, 10.0, 1.0], [31, 38, 6, 0]
+    batch |= {"row_weight": torch.tensor(weights), "loss_tokens": torch.tensor(texts)}
+    total = 0.0
+    for row in range(4):
+        for number in range(int(batch["sequence_id"][row].max()) + 1):
+            here = batch["sequence_id"][row] == number
+            logits = naive_logits(model, batch["input_ids"][row][here].tolist()).double()
+            nll = nn.functional.cross_entropy(logits, batch["labels"][row][here], ignore_index=-100, reduction="sum")
+            total += weights[row] * nll.item()
+    flat = flatten(batch)
+    with torch.no_grad():
+        outputs = model.eval_forward(flat)
+    metric = model.get_metrics(is_train=False)["TargetCrossEntropy"]
+    model.update_metric(flat, outputs, metric)
+    for found in (model.loss(outputs, flat), metric.compute()):
+        assert found.item() == pytest.approx(total / sum(texts), rel=1e-5)  # fp32 against float64
+    assert flat["num_targets"] != sum(texts)
 
 
 def test_flops_of_a_batch_without_any_token_are_zero():
