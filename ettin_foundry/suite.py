@@ -19,6 +19,7 @@ Reading and checking only; running is in suite_run.py, the report in suite_repor
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 import shlex
@@ -69,6 +70,10 @@ class Stage:
         Raises:
             ValueError, FileNotFoundError: as `recipes.configure`, with the stage's name before the message.
         """
+        return copy.deepcopy(self._config)
+
+    @functools.cached_property
+    def _config(self) -> dict[str, Any]:
         return self._resolved(self.arguments)
 
     def _resolved(self, args: Sequence[str]) -> dict[str, Any]:
