@@ -239,8 +239,8 @@ def num_checkpoints(cfg: dict[str, Any], plan: Plan) -> int:
 
 
 def _averages(cfg: dict[str, Any]) -> int:
-    """Copies of the weights that algorithms keep."""
-    return sum("ema" in name or "swa" in name for name in cfg.get("algorithms") or {})
+    """Copies of the weights that averaging keeps, in memory and in checkpoints."""
+    return 1 if "ema" in (cfg.get("algorithms") or {}) else 0
 
 
 def cost(cfg: dict[str, Any], plan: Plan, data: DataFacts, along: Course, machine: Machine, *, mfu: float | None = None,
