@@ -18,6 +18,7 @@ from composer.utils import create_interval_scheduler, dist, format_name_with_dis
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ettin_foundry.clock import Clock
+from ettin_foundry.config import CONTRASTIVE
 
 __all__ = ["DataMonitor", "ExportHF", "LogSamples"]
 
@@ -33,7 +34,8 @@ def _interval(key: str, value: str) -> Any:
 
 
 class ExportHF(Callback):
-    """Writes Hugging Face folders `<folder>/ba<batch>` at an interval and at the end of training.
+    """Writes Hugging Face folders `<folder>/ba<batch>` at an interval and at the end of training; of the contrastive stage
+    sentence-transformers folders.
 
     Args:
         interval: a time in ba, tok or sp.
@@ -75,14 +77,18 @@ class ExportHF(Callback):
             raise failed[0]
 
     def _export(self, state: State, weights: dict[str, Any]) -> None:
-        from ettin_foundry import hf
+        from ettin_foundry import hf, sentence_export
 
         lineage = next((c.lineage for c in state.callbacks if isinstance(c, Clock)), ())
         past = sum(entry.get("tokens") or 0 for entry in lineage)
         folder = Path(format_name_with_dist(self.folder, state.run_name)) / f"ba{self._last_batch}"
-        hf.export_model({name.removeprefix("model."): value for name, value in weights.items()}, self._model.config,
-                        self._model.tokenizer, folder, objective=self._model.objective, overwrite=True,
-                        facts={"tokens": past + state.timestamp.token.value, "lineage": list(lineage)})
+        facts = {"tokens": past + state.timestamp.token.value, "lineage": list(lineage)}
+        options: dict[str, Any] = {"objective": self._model.objective, "overwrite": True, "facts": facts}
+        if self._model.objective == CONTRASTIVE:
+            sentence_export.export_sentence_model(weights, self._model.config, self._model.tokenizer, folder,
+                                                  pooling=self._model.pooling, **options)
+        else:
+            hf.export_model(weights, self._model.config, self._model.tokenizer, folder, **options)
         log.info("wrote %s", folder)
 
 

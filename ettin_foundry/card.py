@@ -10,11 +10,11 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ettin_foundry.config import EttinConfig
+from ettin_foundry.config import CONTRASTIVE, EttinConfig
 from ettin_foundry.hf_config import export_notes
 from ettin_foundry.version import __version__
 
-__all__ = ["FACTS", "MNTP_NOTE", "card"]
+__all__ = ["CITATION", "FACTS", "MNTP_NOTE", "card", "data_table", "lowest_transformers", "training_table"]
 
 FACTS = {
     "phase": "pretrain, extend, decay or cross",
@@ -37,6 +37,7 @@ _TRAINED_BY = {
     "mlm": "masked language modelling (mlm): of the chosen tokens 80% become the mask, 10% a random token, 10% stay",
     "mntp": "masked next-token prediction (mntp): a masked token is predicted at the position before it",
     "clm": "next-token prediction (clm)",
+    CONTRASTIVE: "contrastive (unsupervised SimCSE): a text's two embeddings under dropout are told apart from other texts'",
 }
 
 _LOAD_ENCODER = '''\
@@ -64,7 +65,7 @@ output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 '''
 
-_CITATION = '''\
+CITATION = '''\
 @inproceedings{weller2026ettin,
   title     = {Seq vs Seq: An Open Suite of Paired Encoders and Decoders},
   author    = {Weller, Orion and Ricci, Kathryn and Marone, Marc and Chaffin, Antoine and Lawrie, Dawn
@@ -100,11 +101,11 @@ def card(config: EttinConfig, *, objective: str, name: str, facts: Mapping[str, 
              "here, the other way round in its twin.\n"]
     if objective == "mntp":
         parts.append(f"> **Mind the position:** {MNTP_NOTE}.\n")
-    parts += ["## Load\n", _load(config, objective, mask_token), "## Training\n", _training(config, objective, facts)]
+    parts += ["## Load\n", _load(config, objective, mask_token), "## Training\n", training_table(config, objective, facts)]
     if "data" in facts:
-        parts += ["## Data\n", _data(facts["data"])]
+        parts += ["## Data\n", data_table(facts["data"])]
     parts += ["## Held to transformers\n", _parity(config, facts), "## Limits\n", _limits(config),
-              "## Citation\n", f"```bibtex\n{_CITATION}```\n"]
+              "## Citation\n", f"```bibtex\n{CITATION}```\n"]
     return "\n".join(parts)
 
 
@@ -123,15 +124,23 @@ def _front_matter(config: EttinConfig, facts: Mapping[str, Any]) -> str:
 
 
 def _load(config: EttinConfig, objective: str, mask_token: str) -> str:
+    needed = f"Needs transformers {lowest_transformers(config)} or newer, and no remote code.\n\n"
     if config.causal:
-        lowest = "4.56" if config.local_rope_theta == config.global_rope_theta else "5.0"
-        return f"Needs transformers {lowest} or newer, and no remote code.\n\n```python\n{_LOAD_DECODER}```\n"
+        return f"{needed}```python\n{_LOAD_DECODER}```\n"
     shift, why = (" - 1", "  # one before the mask: see above") if objective == "mntp" else ("", "")
     code = _LOAD_ENCODER.format(mask_token=mask_token, shift=shift, why=why)
-    return f"Needs transformers 4.48 or newer, and no remote code.\n\n```python\n{code}```\n"
+    return f"{needed}```python\n{code}```\n"
 
 
-def _training(config: EttinConfig, objective: str, facts: Mapping[str, Any]) -> str:
+def lowest_transformers(config: EttinConfig) -> str:
+    """The oldest version that computes this model's function."""
+    if not config.causal:
+        return "4.48"
+    return "4.56" if config.local_rope_theta == config.global_rope_theta else "5.0"
+
+
+def training_table(config: EttinConfig, objective: str, facts: Mapping[str, Any]) -> str:
+    """What the model is and how it was trained, as a table; arguments as for `card`."""
     local_layers = sum(kind == "sliding_attention" for kind in config.layer_types)
     left, right = config.local_window
     rows = {
@@ -156,7 +165,8 @@ def _lineage(lineage: Iterable[Mapping[str, Any]]) -> str:
                           for entry in lineage)
 
 
-def _data(sources: Iterable[Mapping[str, Any]]) -> str:
+def data_table(sources: Iterable[Mapping[str, Any]]) -> str:
+    """The fact `data` as a table."""
     rows = [(str(s.get("name", "?")), f"{s['tokens']:,}" if s.get("tokens") is not None else "not recorded",
              str(s.get("licence") or "not recorded")) for s in sources]
     return _table(("source", "tokens", "licence"), rows)

@@ -229,15 +229,18 @@ def _check_contrastive(cfg: dict[str, Any]) -> None:
     for key, block in (("model", model), *_loaders(cfg)):
         if (block.get("objective") == CONTRASTIVE) is not contrastive:
             raise _refusal(f"{key}.objective", block.get("objective"), f"model.name is {model['name']!r}, and {CONTRASTIVE} "
-                           "goes with ettin_contrastive only", "Start from yamls/phases/contrastive.yaml, which sets all three")
+                           "goes with ettin_contrastive only", "Start from yamls/phases/contrastive.yaml")
         if contrastive and key != "model" and block.get("packing", True) is not False:
             raise _refusal(f"{key}.packing", block.get("packing", True), f"{CONTRASTIVE} compares texts, one a row",
                            "Set variables.packing=false")
+    if contrastive and "ettin_samples" in (cfg.get("callbacks") or {}):
+        raise ValueError("callbacks.ettin_samples: given with model.name: ettin_contrastive, which predicts no tokens. "
+                         "Remove it")
     if contrastive and any(True for key, _ in _loaders(cfg) if key != "train_loader"):
         rows = cfg.get("device_eval_batch_size", cfg["device_train_microbatch_size"])
         if not isinstance(rows, int) or rows < 2:
-            raise _refusal("device_eval_batch_size", rows, "at least 2 rows are needed: the negatives of a text are the others "
-                           "of its batch", "Raise it")
+            raise _refusal("device_eval_batch_size", rows, "at least 2 rows are needed: the negatives of a text are the "
+                           "others of its batch", "Raise it")
 
 
 def _check_loader_role(key: str, block: dict[str, Any]) -> None:
@@ -308,8 +311,8 @@ def check_settings(cfg: dict[str, Any]) -> None:
         return
     _check_presence(cfg)
     _check_pairing(cfg)
-    for check in (_check_blocks, _check_contrastive, _check_objectives, _check_times, check_host_only, check_inert, _check_amounts,
-                  _check_weighting, check_start):
+    for check in (_check_blocks, _check_contrastive, _check_objectives, _check_times, check_host_only, check_inert,
+                  _check_amounts, _check_weighting, check_start):
         check(cfg)
 
 
@@ -337,8 +340,8 @@ def _check_negatives(cfg: dict[str, Any], world_size: int) -> None:
     rows, micro = cfg["global_train_batch_size"], cfg["device_train_microbatch_size"]
     if cfg["model"]["name"] == "ettin_contrastive" and (micro != rows // world_size or micro < 2):
         raise _refusal("device_train_microbatch_size", micro, f"it must be the {rows // world_size} rows that a process has "
-                       f"(global_train_batch_size is {rows} on {world_size} process(es)), and at least 2: a text is told apart "
-                       f"from the others of its microbatch", "Set both; if the rows do not fit, use more processes")
+                       f"(global_train_batch_size is {rows} on {world_size} process(es)), and at least 2: a text is told "
+                       "apart from the others of its microbatch", "Set both; if the rows do not fit, use more processes")
 
 
 def _check_sharding(cfg: dict[str, Any], world_size: int, cuda: bool) -> None:

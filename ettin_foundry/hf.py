@@ -8,7 +8,8 @@ config.json carries the keys of both generations of transformers (4.x: `global_r
 `rope_parameters`, `layer_types`), because each generation silently falls back to a default of its own when its keys are
 missing. What no key of transformers can say stands under `ettin_foundry`, so that an import gives the config back whole.
 
-The card's text is in card.py; safe reading of Composer checkpoints in checkpoint.py. A folder holds one weights file:
+The card's text is in card.py; safe reading of Composer checkpoints in checkpoint.py; folders of embedding models are
+written by sentence_export.py. A folder holds one weights file:
 transformers splits files above 5 GB, and the largest Ettin model has 4.1 GB in fp32.
 """
 
@@ -17,8 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
-import shutil
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,9 +29,11 @@ from torch import Tensor
 from ettin_foundry.card import MNTP_NOTE, card
 from ettin_foundry.config import OBJECTIVES, EttinConfig
 from ettin_foundry.hf_config import config_json, read_config
+from ettin_foundry.model_folder import WEIGHTS, check_target, differing_tensors, new_folder, write_json
 from ettin_foundry.version import __version__
 
-__all__ = ["config_json", "export_model", "from_hf", "import_folder", "load_tokenizer", "tensor_table", "to_hf"]
+__all__ = ["config_json", "export_model", "from_hf", "import_folder", "load_tokenizer", "plain_state", "tensor_table",
+           "to_hf", "write_files"]
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +83,10 @@ def tensor_table(config: EttinConfig) -> list[TensorRow]:
 
 
 def to_hf(state: Mapping[str, Tensor], config: EttinConfig) -> dict[str, Tensor]:
-    """Our parameters under transformers' names: fp32 copies on the CPU, contiguous, sharing no memory.
+    """Our parameters under transformers' names: fp32 on the CPU, contiguous.
+
+    What is so already is not copied, only cut: the result may share memory with `state`, for instance with a file that is
+    mapped. Write it out, do not change it.
 
     Args:
         state: parameters as `model.Ettin.state_dict()` names them.
@@ -98,11 +103,11 @@ def to_hf(state: Mapping[str, Tensor], config: EttinConfig) -> dict[str, Tensor]
             raise ValueError(f"{row.name}: a sharded tensor given; a whole one is needed. Gather the state first, with "
                              "torch.distributed.checkpoint.state_dict and full_state_dict=True")
         _check_shape(row.name, tensor, row.shape)
-        if not torch.isfinite(tensor).all():
+        if not all(math.isfinite(bound) for bound in tensor.aminmax()):  # NaN is passed on; needs no memory of its own
             raise ValueError(f"{row.name}: has NaN or infinite values, so the run has diverged; export an earlier "
                              "checkpoint")
         for name, part in zip(row.hf_names, tensor.chunk(len(row.hf_names))):
-            out[name] = torch.empty(part.shape, dtype=torch.float32).copy_(part)
+            out[name] = part.to(device="cpu", dtype=torch.float32).contiguous()
     return out
 
 
@@ -172,58 +177,26 @@ def export_model(model: Any, config: EttinConfig, tokenizer: Any, folder: str | 
     if objective not in OBJECTIVES or (objective == "clm") != config.causal:
         raise ValueError(f"objective: {objective!r} given for {'a decoder' if config.causal else 'an encoder'}; "
                          f"{'only clm' if config.causal else 'mlm or mntp'} is possible. Pass what the model was trained on")
-    _check_target(folder, overwrite)
+    check_target(folder, overwrite)
     if tokenizer is None:
         raise ValueError("tokenizer: none given; a model cannot be used without one. Pass the training set's tokenizer "
                          "folder (OUT/tokenizer of data_prep/convert.py)")
     tokenizer = load_tokenizer(tokenizer, config)
-    weights = to_hf(_plain_state(model), config)
+    weights = to_hf(plain_state(model), config)
     written = config_json(config, objective=objective, special_ids=special_ids(tokenizer), tokens=facts.get("tokens"),
                           lineage=facts.get("lineage") or ())
     if objective == "mntp":
         log.warning("%s: %s", folder, MNTP_NOTE)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)  # a leftover of a killed process that had our number
-    partial.mkdir()
-    try:
-        _write(partial, written, weights, tokenizer)
+    with new_folder(folder) as partial:
+        write_files(partial, written, weights, tokenizer)
         (partial / "README.md").write_text(card(config, objective=objective, name=folder.name, facts=facts,
                                                 mask_token=tokenizer.mask_token), encoding="utf-8")
         _verify(partial, weights, config, objective)
-        _put_in_place(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def _check_target(folder: Path, overwrite: bool) -> None:
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise ValueError(f"{folder}: is a link or a file; the name of a new folder is needed")
-    if folder.exists() and any(folder.iterdir()):
-        if not overwrite:
-            raise ValueError(f"{folder}: exists and is not empty; choose another name, or pass overwrite "
-                             "(ettin export --overwrite) to replace it")
-        if not (folder / "config.json").is_file() or any(entry.is_dir() for entry in folder.iterdir()):
-            raise ValueError(f"{folder}: is not an exported model (it lacks config.json or holds folders), so it is not "
-                             "overwritten; choose another name or delete it yourself")
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    """Renames `partial` to `folder`; an earlier export steps aside first, and goes once the new one stands."""
-    earlier = partial.with_name(partial.name.replace(".partial-", ".earlier-"))
-    if folder.exists():
-        folder.rename(earlier)
-    try:
-        partial.rename(folder)
-    except OSError:
-        if earlier.exists():
-            earlier.rename(folder)
-        raise
-    shutil.rmtree(earlier, ignore_errors=True)
-
-
-def _plain_state(model: Any) -> dict[str, Tensor]:
+def plain_state(model: Any) -> dict[str, Tensor]:
+    """Parameters under our names: of an `EttinModel`, an `Ettin`, or a state dict of either."""
     state = model if isinstance(model, Mapping) else model.state_dict()
     prefixed = any(name.startswith("model.") for name in state)  # the ComposerModel holds the Ettin as `.model`
     return {name.removeprefix("model."): tensor for name, tensor in state.items()} if prefixed else dict(state)
@@ -248,34 +221,29 @@ def load_tokenizer(tokenizer: Any, config: EttinConfig) -> Any:
     return copy
 
 
-def _write(folder: Path, config: dict[str, Any], weights: dict[str, Tensor], tokenizer: Any) -> None:
+def write_files(folder: Path, config: dict[str, Any], weights: dict[str, Tensor], tokenizer: Any) -> None:
+    """Config, weights and tokenizer, and the generation config of a decoder with its head."""
     from safetensors.torch import save_file
 
-    _write_json(folder / "config.json", config)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", config)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     tokenizer.save_pretrained(str(folder))
     # one class that every version of transformers has, whatever class read the training tokenizer
     kept = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    _write_json(folder / "tokenizer_config.json", {**kept, "tokenizer_class": "PreTrainedTokenizerFast",
-                                                   "model_max_length": tokenizer.model_max_length,
-                                                   "model_input_names": tokenizer.model_input_names,
-                                                   "padding_side": tokenizer.padding_side})
-    if config["model_type"] == "modernbert-decoder":  # without these ids `generate` never stops
-        _write_json(folder / "generation_config.json", {k: config[k] for k in
-                                                        ("bos_token_id", "eos_token_id", "pad_token_id")})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", {**kept, "tokenizer_class": "PreTrainedTokenizerFast",
+                                                  "model_max_length": tokenizer.model_max_length,
+                                                  "model_input_names": tokenizer.model_input_names,
+                                                  "padding_side": tokenizer.padding_side})
+    if config["architectures"] == ["ModernBertDecoderForCausalLM"]:  # without these ids `generate` never stops
+        write_json(folder / "generation_config.json", {k: config[k] for k in
+                                                       ("bos_token_id", "eos_token_id", "pad_token_id")})
 
 
 def _verify(folder: Path, weights: dict[str, Tensor], config: EttinConfig, objective: str) -> None:
-    """Reads the folder back and compares: the disk's word is taken for nothing."""
-    stored = _read_weights(folder)
-    differing = [n for n in weights if n not in stored or not torch.equal(weights[n], stored[n])]
-    _, read, read_objective = import_folder(folder)
-    if differing or len(stored) != len(weights) or (read, read_objective) != (config, objective):
-        what = f"tensors {', '.join(differing[:4])}" if differing else f"config {read} instead of {config}"
+    """Reads the folder back and compares bit by bit: the disk's word is taken for nothing."""
+    differing, read = differing_tensors(folder, weights), read_config(folder / "config.json")
+    if differing or read != (config, objective):
+        what = f"tensors {', '.join(differing[:4])}" if differing else f"config {read[0]} instead of {config}"
         raise ValueError(f"{folder}: what was written does not read back the same ({what}). Check the disk, then export "
                          "again")
 

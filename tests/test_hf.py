@@ -165,15 +165,21 @@ def test_out_and_in_is_bit_equal(objective, changes, tokenizer, tmp_path):
 
 def test_half_precision_weights_come_out_as_exact_fp32(encoder):
     half = {f"model.{name}": t.bfloat16() for name, t in encoder.state_dict().items()}
-    out = to_hf(hf._plain_state(half), encoder.config)
+    out = to_hf(hf.plain_state(half), encoder.config)
     assert all(t.dtype == torch.float32 and t.is_contiguous() for t in out.values())
     assert torch.equal(out["head.dense.weight"], half["model.head.dense.weight"].float())
 
 
-def test_export_shares_no_memory_with_the_model(decoder):
+def test_only_what_must_change_is_copied(decoder):
+    """An export of a mapped checkpoint must not hold the weights twice."""
     out = to_hf(decoder.state_dict(), decoder.config)
-    pointers = {t.untyped_storage().data_ptr() for t in (*out.values(), *decoder.state_dict().values())}
-    assert len(pointers) == len(out) + len(decoder.state_dict())
+    own = {t.untyped_storage().data_ptr() for t in decoder.state_dict().values()}
+    assert {t.untyped_storage().data_ptr() for t in out.values()} == own and all(t.is_contiguous() for t in out.values())
+    query, _, value = decoder.state_dict()["trunk.layers.1.attn.Wqkv.weight"].chunk(3)
+    assert torch.equal(out["model.layers.1.attn.q_proj.weight"], query)
+    assert torch.equal(out["model.layers.1.attn.v_proj.weight"], value)
+    turned = to_hf({name: t.t().contiguous().t() for name, t in decoder.state_dict().items()}, decoder.config)
+    assert all(t.is_contiguous() and torch.equal(t, out[name]) for name, t in turned.items())
 
 
 def test_weights_file_says_pt_and_has_no_tied_matrix(exported):
@@ -269,12 +275,12 @@ def test_failed_export_leaves_nothing_behind(encoder, tokenizer, tmp_path, monke
 
 
 def test_altered_file_does_not_pass_the_check_after_writing(encoder, tokenizer, tmp_path, monkeypatch):
-    write = hf._write
+    write = hf.write_files
 
     def bad_disk(folder, config, weights, tok):
         write(folder, config, {**weights, "decoder.bias": weights["decoder.bias"] + 1}, tok)
 
-    monkeypatch.setattr(hf, "_write", bad_disk)
+    monkeypatch.setattr(hf, "write_files", bad_disk)
     with pytest.raises(ValueError, match="does not read back the same.*decoder.bias"):
         export_model(encoder, encoder.config, tokenizer, tmp_path / "m", objective="mlm")
     assert not list(tmp_path.iterdir())
