@@ -71,6 +71,7 @@ def export_order(cfg: Mapping[str, Any], stream: RowStream, out: str | os.PathLi
                          "first that is not written. Correct them")
     out, phase = Path(out), (cfg.get("variables") or {}).get("phase") or "pretrain"
     prefix, interval = _PREFIXES.get(phase, phase), cfg.get("save_interval") or "1000ba"  # the host's default
+    _clock(stream, interval)  # refuses another kind of interval before anything is written
     _prepare(out, {"format": "ettin-order", "version": 1, "phase": phase, "save_interval": interval, "steps": [first, last],
                    "batches": str(stream.ramp), "special_ids": special_ids(stream), **stream.identity()})
     files = written = 0
@@ -92,14 +93,7 @@ def parts_of(stream: RowStream, interval: Any, first: int, last: int) -> Iterato
     Raises:
         ValueError: the interval is not in tok, ba or sp.
     """
-    amount, unit = parse_time("save_interval", interval)
-    clocks: dict[str, tuple[Callable[[int], int], int]] = {  # unit -> (its count before a step, the most of one step)
-        "tok": (stream.tokens_before, stream.ramp.max_size * stream.max_seq_len),
-        "ba": (lambda step: step, 1), "sp": (stream.ramp.first_row, stream.ramp.max_size)}
-    if unit not in clocks or amount < 1:
-        raise ValueError(f"save_interval: {interval!r} given; folders are what lies between two checkpoints, and only in "
-                         "tok, ba and sp do these follow from the data. Give the interval in one of them")
-    clock, most = clocks[unit]
+    clock, most, amount = _clock(stream, interval)
 
     def passed(step: int) -> int:
         return int(clock(step) // amount)
@@ -119,6 +113,18 @@ def parts_of(stream: RowStream, interval: Any, first: int, last: int) -> Iterato
         if end < last and passed(end) > passed(begin):
             number += 1
         begin = end
+
+
+def _clock(stream: RowStream, interval: Any) -> tuple[Callable[[int], int], int, float]:
+    """(what the interval's clock shows before a step, the most that one step adds, the interval)."""
+    amount, unit = parse_time("save_interval", interval)
+    clocks: dict[str, tuple[Callable[[int], int], int]] = {
+        "tok": (stream.tokens_before, stream.ramp.max_size * stream.max_seq_len),
+        "ba": (lambda step: step, 1), "sp": (stream.ramp.first_row, stream.ramp.max_size)}
+    if unit not in clocks or amount < 1:
+        raise ValueError(f"save_interval: {interval!r} given; folders are what lies between two checkpoints, and only in "
+                         "tok, ba and sp do these follow from the data. Give the interval in one of them")
+    return *clocks[unit], amount
 
 
 def _prepare(out: Path, order: Mapping[str, Any]) -> None:

@@ -8,25 +8,9 @@ import pytest
 from ettin_foundry.step_log import StepLog
 from ettin_foundry.steps import STEPS, compare_steps, read_steps
 
-WARMUP = ["train_loader.batch_size_warmup={min_size: 2, tokens: 1400}", "variables.packed.microbatch.pretrain=2",
-          "max_duration=3000tok", "save_interval=3ba", "variables.warmup=2000tok", "model.vocab_size=512"]
 
-
-@pytest.fixture(scope="module")
-def capture():
-    return nano_run.register_capture()
-
-
-@pytest.fixture(scope="module")
-def whole(data_set, capture, tmp_path_factory):
-    """(folder, what the capture saw) of an encoder's run that nothing interrupts."""
-    out = tmp_path_factory.mktemp("whole")
-    nano_run.run(data_set, out, *WARMUP, "callbacks.capture={}").close()
-    return next(out.iterdir()), {key: list(getattr(capture, key)) for key in ("losses", "lrs", "tokens", "batches")}
-
-
-def test_each_line_says_what_its_step_read_and_gave(whole):
-    folder, seen = whole
+def test_each_line_says_what_its_step_read_and_gave(rising_run):
+    folder, seen = rising_run
     steps = read_steps(folder)
     rows = [2, 2, 4, 4, 6, 6, *[8] * (len(steps) - 6)]
     assert [entry["rows"] for entry in steps] == [len(batch["input_ids"]) for batch in seen["batches"]] == rows
@@ -41,7 +25,7 @@ def test_each_line_says_what_its_step_read_and_gave(whole):
         assert lr == pytest.approx(3e-3 * min(1.0, 1e-10 + (1 - 1e-10) * before / 2000), rel=1e-9)
 
 
-def test_warm_up_killed_twice_equals_never_killed_also_with_workers(whole, data_set, capture, tmp_path):
+def test_warm_up_killed_twice_equals_never_killed_also_with_workers(rising_run, data_set, tmp_path):
     from composer import Callback
     from llmfoundry import registry
 
@@ -53,9 +37,10 @@ def test_warm_up_killed_twice_equals_never_killed_also_with_workers(whole, data_
                 raise KeyboardInterrupt
 
     registry.callbacks.register("kill", func=Kill)
+    capture = nano_run.register_capture()
     seen = {key: [] for key in ("losses", "lrs", "tokens")}
     for workers, Kill.at in ((0, 5), (2, 8), (0, -1)):  # resumed from the checkpoints of batch 3 and batch 6
-        arguments = [data_set, tmp_path, *WARMUP, "callbacks.capture={}", "callbacks.kill={}",
+        arguments = [data_set, tmp_path, *nano_run.RISING, "callbacks.capture={}", "callbacks.kill={}",
                      f"train_loader.num_workers={workers}"]
         if Kill.at >= 0:
             with pytest.raises(KeyboardInterrupt):
@@ -67,20 +52,20 @@ def test_warm_up_killed_twice_equals_never_killed_also_with_workers(whole, data_
         again = capture.batches[0]["step"]
         for key, values in seen.items():
             values[again:] = getattr(capture, key)[:len(capture.losses)]
-    folder, expected = whole
+    folder, expected = rising_run
     assert seen == {key: expected[key] for key in seen}
     alike = [[{**entry, "seconds": 0} for entry in read_steps(place)] for place in (folder, next(tmp_path.iterdir()))]
     assert alike[0] == alike[1]
 
 
-def test_the_pair_read_identical_documents_at_every_step_and_the_log_tells_the_objectives(whole, data_set, tmp_path):
-    overrides = [*WARMUP, "max_duration=2000tok", "loggers.inmemory={}", "variables.label=biphasic",
+def test_the_pair_read_identical_documents_at_every_step_and_the_log_tells_the_objectives(rising_run, data_set, tmp_path):
+    overrides = [*nano_run.RISING, "max_duration=2000tok", "loggers.inmemory={}", "variables.label=biphasic",
                  "variables.objective=[{until: 1000tok, objective: clm}, {objective: mlm}]"]
     trainer = nano_run.run(data_set, tmp_path, *overrides)
     trainer.close()
     steps = read_steps(next(tmp_path.iterdir()))
     logged = trainer.logger.destinations[-1].data
-    first = shutil.copytree(whole[0], tmp_path / "first", ignore=lambda _, names: set(names) - {STEPS})
+    first = shutil.copytree(rising_run[0], tmp_path / "first", ignore=lambda _, names: set(names) - {STEPS})
     (first / STEPS).write_text("".join(f"{line}\n" for line in (first / STEPS).read_text().splitlines()[:len(steps)]))
     assert len(steps) > 5 and compare_steps(first, next(p for p in tmp_path.iterdir() if p != first)) is None
     turn = [entry["objective"] for entry in steps].index("mlm")
