@@ -40,6 +40,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "ettin_samples": "ettin_foundry.callbacks:LogSamples",
         "ettin_monitor": "ettin_foundry.callbacks:DataMonitor",
     },
+    "algorithms": {"ema": "ettin_foundry.ema:EMA"},
     "callbacks_with_config": {
         "ettin_clock": "ettin_foundry.clock:Clock",
         "ettin_steps": "ettin_foundry.step_log:StepLog",

@@ -18,7 +18,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from ettin_foundry.pickle_scan import ALLOWED_METADATA_GLOBALS, Slice, refuse, s
 
 __all__ = [
     "Head",
+    "complete_checkpoints",
     "decode_record",
     "install_validation",
     "is_complete",
@@ -182,39 +183,65 @@ def read_head(path: str | Path) -> Head:
                                  "again, or give an earlier one")
         state = _load_sharded(path, lambda keys: keys[:3] == ("state", "callbacks", "Clock") or keys[1:2] == (
             "dataset_state",)).get("state", {})
-        has_moments = any("optimizers" in keys[:2] for keys in (metadata.planner_data or {}).values())
+        every = [keys[keys[0] == "state":] for keys in (metadata.planner_data or {}).values()]
+        has_moments = any(keys[:1] == ("optimizers",) and keys[2:3] == ("state",) for keys in every)
     else:
         state = load_checkpoint(path).get("state", {})
-        has_moments = bool(state.get("optimizers"))
+        has_moments = any((optimizer or {}).get("state") for optimizer in (state.get("optimizers") or {}).values())
     return Head(path, decode_record(state.get("callbacks", {}).get("Clock", {})),
                 dict((state.get("dataset_state") or {}).get("train") or {}), has_moments)
 
 
-def load_model_state(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_model_state(path: str | Path, *, ema: bool = False,
+                     names: Collection[str] | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The weights in a Composer checkpoint, and what `clock.Clock` wrote about the run.
 
     Args:
         path: a `.pt` file, the folder of a sharded checkpoint, or a save folder (then its newest complete checkpoint).
             With torch.distributed started, every rank must call it for a sharded one.
+        ema: the averages that the algorithm `ema` kept (ema.py) instead of the weights that were trained.
+        names: only these tensors, in our names; the others are not read.
 
     Returns:
         ({name without the `model.` prefix: tensor on the CPU}, what `Clock.state_dict` names); the second is empty for a
         checkpoint of a run without Clock.
 
     Raises:
-        FileNotFoundError, ValueError: as `scan_pickle`, or there is no model in the checkpoint.
+        FileNotFoundError, ValueError: as `scan_pickle`, or there is no model (or average) in the checkpoint.
     """
     path = locate(path)
     if path.is_dir():
-        state = _load_sharded(path, lambda keys: keys[:2] == ("state", "model") or keys[:3] == (
-            "state", "callbacks", "Clock")).get("state", {})
+        def wanted(keys: tuple[Any, ...]) -> bool:
+            if keys[:2] == ("state", "model"):
+                return names is None or str(keys[2]).removeprefix("model.") in names
+            return keys[:3] == ("state", "callbacks", "Clock")
+
+        state = _load_sharded(path, wanted).get("state", {})
     else:
         state = load_checkpoint(path).get("state", {})
     weights = {name.removeprefix("model."): value for name, value in state.get("model", {}).items()
                if name.startswith("model.")}
     if not weights:
         raise ValueError(f"{path}: no tensor named model.* in it; a checkpoint that Composer's Trainer saved is needed")
-    return weights, decode_record(state.get("callbacks", {}).get("Clock", {}))
+    weights = _trained_or_averaged(path, weights, state, ema)
+    kept = weights if names is None else {name: weights[name] for name in names if name in weights}
+    return kept, decode_record(state.get("callbacks", {}).get("Clock", {}))
+
+
+def _trained_or_averaged(path: Path, weights: dict[str, torch.Tensor], state: Mapping[str, Any],
+                         ema: bool) -> dict[str, torch.Tensor]:
+    """The algorithm's entry says which of the two is in state/model; the other one is in the entry.
+
+    Ours (ema.py) leaves the trained weights in state/model. Composer's own puts the averages there before it saves.
+    """
+    entry = dict(state.get("algorithms") or ()).get("EMA") or {}
+    if ema and not entry.get("ema_started"):
+        why = "the run's ema_start had not come yet" if entry else "the run had no algorithms.ema"
+        raise ValueError(f"{path}: holds no averaged weights ({why}). Leave --ema out, or give another checkpoint")
+    if entry.get("ema_started") and ema != entry["ema_weights_active"]:
+        stored = entry["ema_model"]["named_parameters_dict"]  # under DDP, Composer's own has `module.` before the name
+        return {**weights, **{name.removeprefix("module.").removeprefix("model."): t for name, t in stored.items()}}
+    return weights
 
 
 def decode_record(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,8 +275,8 @@ def is_complete(path: Path) -> bool:
     return path.is_file() and zipfile.is_zipfile(path)
 
 
-def newest_complete(save_folder: str | Path) -> Path | None:
-    """The checkpoint with the highest batch number (`ba123` in its name), then the latest time, that is complete.
+def complete_checkpoints(save_folder: str | Path) -> list[Path]:
+    """The complete checkpoints of a save folder by batch number (`ba123` in the name), then by time; the newest is last.
 
     Reads no pickle. Links are not followed: what they point to is looked at under its own name.
     """
@@ -260,7 +287,12 @@ def newest_complete(save_folder: str | Path) -> Path | None:
             continue
         batch = re.search(r"ba(\d+)", path.name)
         found.append((int(batch[1]) if batch else -1, path.stat().st_mtime_ns, path))
-    return max(found)[2] if found else None
+    return [path for _, _, path in sorted(found)]
+
+
+def newest_complete(save_folder: str | Path) -> Path | None:
+    """The last of `complete_checkpoints`, if there is one."""
+    return next(reversed(complete_checkpoints(save_folder)), None)
 
 
 def repair_latest(save_folder: str | Path, *, latest: str = "latest-rank0.pt") -> Path | None:

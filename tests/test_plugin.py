@@ -25,7 +25,7 @@ def test_entry_points_mirror_the_registry_table():
 
 
 def test_every_registered_name_resolves_to_what_the_host_expects():
-    from composer import Algorithm, Callback, ComposerModel  # noqa: F401
+    from composer import Algorithm, Callback, ComposerModel
     from composer.optim import ComposerScheduler
     from llmfoundry import registry
     from llmfoundry.interfaces import CallbackWithConfig
@@ -34,7 +34,7 @@ def test_every_registered_name_resolves_to_what_the_host_expects():
     ettin_foundry.register()
     ettin_foundry.register()  # calling it twice is harmless
     bases = {"models": ComposerModel, "optimizers": Optimizer, "schedulers": ComposerScheduler, "callbacks": Callback,
-             "callbacks_with_config": CallbackWithConfig}
+             "callbacks_with_config": CallbackWithConfig, "algorithms": Algorithm}
     for group, names in ettin_foundry.REGISTRY.items():
         for name in names:
             found = getattr(registry, group).get(name)
