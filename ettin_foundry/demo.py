@@ -89,13 +89,15 @@ def _stages(out: Path, data: Path, short: bool) -> list[Stage]:
               f"save_interval={pretrain}tok", f"eval_interval={pretrain // 4}tok", "loggers.inmemory={}",
               f"max_duration={pretrain}tok"]
     decoder = ["variables.objective=clm", "variables.mask_rate=0.0", "variables.decay_mask_rate=0.0",
-               "variables.cross_objective=clm"]
-    crossed = [*common[:4], f"variables.cross_tokens={cross}tok", f"variables.cross_warmup={cross // 16}tok",
-               f"variables.cross_decay={cross // 5}tok", f"variables.cross_save_interval={cross}tok",
-               f"eval_interval={cross // 4}tok", "loggers.inmemory={}", f"max_duration={cross}tok"]
+               "variables.cross_objective=clm", "variables.source_objective=mlm"]
+    # theta is the source's: here crossing follows pretraining, not extend and decay
+    crossed = [*common[:4], "variables.rope_theta=10000.0", f"variables.cross_tokens={cross}tok",
+               f"variables.cross_warmup={cross // 16}tok", f"variables.cross_decay={cross // 5}tok",
+               f"variables.cross_save_interval={cross}tok", f"eval_interval={cross // 4}tok", "loggers.inmemory={}",
+               f"max_duration={cross}tok"]
 
     def source(name: str) -> str:
-        return f"variables.cross_source={out / 'runs' / name / 'latest-rank0.pt'}"
+        return f"variables.source={out / 'runs' / name}"
 
     return [
         Stage("encoder", "mlm", [*common, "run_name=encoder"]),
@@ -139,8 +141,9 @@ def _train(stage: Stage, recipes: Path, out: Path) -> None:
     model: Any = trainer.state.model
     loader: Any = trainer.state.train_dataloader
     stage.rows = loader.dataset.state_dict(int(trainer.state.timestamp.sample), True)
-    stage.metrics = {name: float(metric.compute()) for metrics in trainer.state.eval_metrics.values()
-                     for name, metric in metrics.items()}
+    evals = trainer.state.eval_metrics  # crossed stages are evaluated under the source's objective too
+    own = evals[f"eval/{stage.objective}"] if len(evals) > 1 else evals["eval"]
+    stage.metrics = {name: float(metric.compute()) for name, metric in own.items()}
     if model.config.causal:
         stage.samples = [f"{p}{c}" for p, c in zip(PROMPTS, model.generate(PROMPTS, max_new_tokens=24))]
     else:
