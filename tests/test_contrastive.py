@@ -293,8 +293,9 @@ def configure(data, out, source, *overrides):
         str(nano_run.ROOT / "yamls/nano.yaml"), str(nano_run.ROOT / "yamls/phases/contrastive.yaml"), *small,
         f"variables.contrastive_data={data}", f"variables.save_root={out}", f"variables.source={source}",
         f"variables.vocab_size={VOCAB}", "variables.rope_theta=10000.0", "variables.packed.max_seq_len.contrastive=64",
-        "variables.packed.global_batch.contrastive=16", "variables.packed.microbatch.contrastive=16",
-        "variables.eval_batch.contrastive=16", "optimizer.lr=3.0e-3", "eval_interval=8ba", *overrides])
+        "variables.packed.global_batch.contrastive=8", "variables.packed.microbatch.contrastive=8",
+        "variables.eval_batch.contrastive=16", "optimizer.lr=3.0e-3", "eval_interval=8ba", "eval_subset_num_batches=2",
+        f"callbacks.ettin_export={{interval: 100ba, folder: {out}/exports}}", *overrides])
     for name in ("speed_monitor", "runtime_estimator", "scheduled_gc"):
         config.callbacks.pop(name)
     config.callbacks.capture = {}
@@ -332,6 +333,9 @@ def test_a_short_run_spreads_texts_resumes_bit_for_bit_and_can_be_exported(data_
     for name, tensor in state.items():
         untouched = name.startswith("head.") or name == "output_bias"
         assert torch.equal(tensor, before[name]) is untouched, name
+    written = json.loads((tmp_path / "exports/ba8/config.json").read_text())["ettin_foundry"]
+    assert (written["objective"], written["pooling"], written["lineage"][0]["objective"]) == ("simcse", "mean", "mlm")
+    assert (tmp_path / "exports/ba8/modules.json").is_file()
 
     (folder / "latest-rank0.pt").unlink()
     (folder / "ep0-ba8-rank0.pt").unlink()  # killed after batch 4
