@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import importlib
 import inspect
+import json
 import pickle
 import subprocess
 import sys
@@ -13,9 +15,10 @@ import torch
 from composer import Callback
 from omegaconf import OmegaConf as om
 
-from ettin_foundry import REGISTRY, callbacks, checks, keys, optim
+from ettin_foundry import REGISTRY, checks, keys, optim
 from ettin_foundry.composer_model import EttinModel
 from ettin_foundry.config import EttinConfig
+from ettin_foundry.contrastive import EttinContrastive
 from ettin_foundry.data import build_ettin_loader
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +58,9 @@ def test_valid_keys_mirror_the_signatures():
         return {p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD}
 
     fields = {f.name for f in dataclasses.fields(EttinConfig)} - {"causal", "max_position_embeddings"}
-    assert set(keys.MODEL_KEYS) == (named(EttinModel) - {"tokenizer"}) | fields
+    for name, kind in (("ettin", EttinModel), ("ettin_contrastive", EttinContrastive)):
+        assert set(keys.MODEL_KEYS[name]) == (named(kind) - {"tokenizer"}) | fields
+    assert set(keys.MODEL_KEYS) == set(REGISTRY["models"])
     assert set(keys.LOADER_KEYS) == named(build_ettin_loader) - {"tokenizer", "device_batch_size"}
     assert set(keys.BLOCK_KEYS["optimizer"]) == set(REGISTRY["optimizers"])
     assert set(keys.BLOCK_KEYS["optimizer"]["ettin_stable_adamw"]) == (
@@ -65,9 +70,13 @@ def test_valid_keys_mirror_the_signatures():
     assert set(keys.BLOCK_KEYS["scheduler"]["one_minus_sqrt"]) == named(optim.OneMinusSqrt)
     assert set(keys.CALLBACK_KEYS) == {*REGISTRY["callbacks"], *REGISTRY["callbacks_with_config"]}
     for name, target in {**REGISTRY["callbacks"], **REGISTRY["callbacks_with_config"]}.items():
-        kind = getattr(callbacks, target.split(":")[1])
+        module, attribute = target.split(":")
+        kind = getattr(importlib.import_module(module), attribute)
         takes = set() if kind.__init__ is Callback.__init__ else named(kind) - {"train_config"}
         assert set(keys.CALLBACK_KEYS[name]) == takes, name
+    for name, target in REGISTRY["algorithms"].items():
+        module, attribute = target.split(":")
+        assert set(keys.ALGORITHM_KEYS[name]) == named(getattr(importlib.import_module(module), attribute))
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -83,6 +92,7 @@ def test_valid_keys_mirror_the_signatures():
     ({"model.hidden": 3}, ["model.hidden: unknown key", "hidden_size"]),
     ({"train_loader.drop_last": True}, ["train_loader.drop_last: unknown key", "shuffle_window"]),
     ({"eval_loader.drop_last": True}, ["eval_loader.drop_last: unknown key"]),
+    ({"eval_loader.batch_size_warmup": None}, ["eval_loader.batch_size_warmup: unknown key"]),
     ({"train_loader.dataset.remotes": "s3://x"}, ["train_loader.dataset.remotes: unknown key", "local, split, remote"]),
     ({"optimizer.foo": 1}, ["optimizer.foo: unknown key", "max_lr"]),
     ({"scheduler.t_cool": "1ba"}, ["scheduler.t_cool: unknown key", "t_warmup, t_decay"]),
@@ -135,7 +145,16 @@ def test_valid_keys_mirror_the_signatures():
     ({"load_strict_model_weights": False}, ["load_strict_model_weights", "load_path"]),
     ({"accumulate_train_batch_on_tokens": False}, ["accumulate_train_batch_on_tokens: False", "original.yaml"]),
     ({"callbacks.ettin_cross": {"source": "a"}, "load_path": "b"}, ["load_path: 'b'", "ettin_cross", "'a'"]),
-    ({"callbacks.ettin_cross": {}}, ["ettin_cross.source", "cross_source"]),
+    ({"callbacks.ettin_phase": {"source": "a"}, "load_path": "b"}, ["load_path: 'b'", "ettin_phase", "'a'"]),
+    ({"callbacks.ettin_cross": {}}, ["ettin_cross.source", "variables.source"]),
+    ({"callbacks.ettin_phase": {"source": ""}}, ["ettin_phase.source", "variables.source"]),
+    ({"callbacks.ettin_phase": {"source": "a"}, "callbacks.ettin_cross": {"source": "b"}}, ["'a'", "'b'", "only one"]),
+    ({"callbacks.ettin_phase": {"source": "a", "keep": "moments"}}, ["ettin_phase.keep: 'moments'", "weights"]),
+    ({"callbacks.ettin_phase": {"source": "a", "accept": "objective"}}, ["accept: 'objective'", "list"]),
+    ({"callbacks.ettin_phase": {"source": "a", "accept": ["hidden_size"]}}, ["accept: 'hidden_size'", "cannot be loaded"]),
+    ({"callbacks.ettin_cross": {"source": "a", "accept": ["objective"]}}, ["accept: 'objective'", "global_rope_theta"]),
+    ({"callbacks.ettin_cross": {"source": "a", "accept": ["theta"]}}, ["accept: 'theta'", "global_rope_theta", "tokenizer"]),
+    ({"load_path": "x", "load_ignore_keys": ["state/timestamp"]}, ["load_ignore_keys: ['state/timestamp']", "ettin_phase"]),
     ({"run_name": ...}, ["autoresume", "run_name"]),
     ({"save_folder": ..., "save_interval": ..., "save_overwrite": ...}, ["autoresume", "save_folder"]),
 ])
@@ -153,7 +172,8 @@ def test_a_setting_that_cannot_be_meant_is_refused(cfg, changes, words, monkeypa
     {}, {"eval_loader": None, "eval_interval": None, "eval_subset_num_batches": None},
     {"eval_loader": ..., "eval_interval": 0, "eval_subset_num_batches": -1}, {"eval_interval": 0},
     {"accumulate_train_batch_on_tokens": False, "train_loader.packing": False},
-    {"max_duration": "500ba", "scheduler.t_warmup": "0.1dur"}, {"load_path": "x", "load_ignore_keys": ["rng"]},
+    {"max_duration": "500ba", "scheduler.t_warmup": "0.1dur"}, {"load_path": "x", "load_weights_only": True},
+    {"callbacks.ettin_phase": {"source": "a", "accept": ["global_rope_theta", "objective"], "keep": "weights"}},
     {"scheduler.t_decay": "1e5tok", "scheduler.alpha_f": 0.0}, {"algorithms": {"gradient_clipping": {}}},
     {"loggers": {"wandb": {"name": "1ep"}}, "metadata": {"a": "1ep"}},
 ])
@@ -176,6 +196,8 @@ def test_a_list_of_eval_loaders_is_checked_under_both_of_the_hosts_names(cfg):
     ({"precision": ...}, ["precision: 'amp_bf16'", "fp32"]),  # the host's default
     ({"device_train_microbatch_size": "auto"}, ["device_train_microbatch_size: 'auto'", "CPU"]),
     ({"device_train_microbatch_size": 33}, ["device_train_microbatch_size: 33", "1 to 32"]),
+    ({"train_loader.batch_size_warmup": {"min_size": 8, "tokens": "9000tok"}}, ["microbatch_size: 16", "min_size is 8"]),
+    ({"train_loader.batch_size_warmup": {"min_size": 16, "tokens": "2dur"}}, ["tokens: '2dur'", "4,000,000 tokens"]),
     ({"fsdp_config": {"state_dict_type": "full"}}, ["fsdp_config", "one process"]),
     ({"model.init_device": "meta"}, ["model.init_device: 'meta'", "GPU", "init_device=cpu"]),
     ({"tokenizer.name": "data/nano/tokeniser"}, ["tokenizer.name: 'data/nano/tokeniser'", "no such folder"]),
@@ -212,6 +234,11 @@ def test_batch_sizes_are_held_to_the_number_of_processes(ready, monkeypatch):
         checks.check_machine(ready)
     ready.update(device_train_microbatch_size=8, fsdp_config={})
     checks.check_machine(ready)
+    put(ready, "train_loader.batch_size_warmup", {"min_size": 16, "tokens": "0.25dur"})
+    with pytest.raises(ValueError, match="device_train_microbatch_size: 8 given, .*min_size is 16, which is 4 rows"):
+        checks.check_machine(ready)
+    ready.update(device_train_microbatch_size=4)
+    assert checks.check_config(ready)["train_loader"]["batch_size_warmup"] == {"min_size": 16, "tokens": 1_000_000}
 
 
 def test_a_hub_tokenizer_is_not_taken_for_a_folder(ready):
@@ -223,8 +250,10 @@ def test_the_transform_adds_the_clock_first_and_drops_nulls(ready):
     before = copy.deepcopy(ready) | {"load_path": None}
     after = checks.check_config(copy.deepcopy(before))
     assert next(iter(after["callbacks"])) == "ettin_clock" and "load_path" not in after
-    assert after["callbacks"].pop("ettin_clock") == {}
+    said = json.loads(after["callbacks"].pop("ettin_clock")["run_config"])
     before.pop("load_path")
+    default = before["device_eval_batch_size"]  # what the host would fill in, so it may as well be absent
+    assert {**said, "device_eval_batch_size": default} == before  # what the files say, before anything was added
     assert after == before
     assert checks.check_config(checks.check_config(copy.deepcopy(ready))) == checks.check_config(copy.deepcopy(ready))
 

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf as om
 from ettin_foundry import checks, optim
 from ettin_foundry.composer_model import EttinModel
 from ettin_foundry.config import SIZES
+from ettin_foundry.contrastive import EttinContrastive
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = importlib.util.spec_from_file_location("train_program", ROOT / "train.py")
@@ -28,7 +29,8 @@ ORIGINAL = json.loads((ROOT / "tests/original_recipe.json").read_text())
 RECIPES = sorted((ROOT / "yamls").glob("*.yaml"))
 PHASES = sorted((ROOT / "yamls/phases").glob("*.yaml"))
 ETTIN = [path for path in RECIPES if path.stem != "nano"]
-GIVEN = {"extend": ["load_path=x.pt"], "decay": ["load_path=x.pt"], "cross": ["variables.cross_source=x.pt"]}
+GIVEN = {**{phase: ["variables.source=x.pt"] for phase in ("extend", "decay", "cross")},
+         "contrastive": ["variables.source=x.pt", "variables.contrastive_data=sentences"]}
 LONG = ("extend", "decay", "cross")
 
 # fact -> (phases in which it differs, why); one line for each fact that is not the original's
@@ -88,7 +90,7 @@ def facts_of(cfg):
         "mlm_probability_eval": cfg["eval_loader"]["mask_rate"], "has_eval_loader": "eval_loader" in cfg,
         "save_interval_tokens": tokens(cfg["save_interval"]), "precision": cfg["precision"],
         "sequence_packing": loader["packing"], "autoresume": cfg["autoresume"],
-        "load_path_set": "load_path" in cfg or "ettin_cross" in cfg["callbacks"],
+        "load_path_set": not cfg["callbacks"].keys().isdisjoint({"ettin_phase", "ettin_cross"}),
         "global_rope_theta": cfg["model"]["global_rope_theta"], "local_rope_theta": cfg["model"]["local_rope_theta"],
         "objective": cfg["model"]["objective"].upper(), "window_left": checks.model_config(cfg).window_left,
         "accumulate_train_batch_on_tokens": cfg["accumulate_train_batch_on_tokens"],
@@ -108,18 +110,21 @@ def facts_of_original(run):
 def test_every_file_is_found():
     expected = {f"ettin-{side}-{size}" for side in ("enc", "dec") for size in SIZES if size != "nano"} | {"nano"}
     assert {path.stem for path in RECIPES} == expected and len(RECIPES) == 13
-    assert [path.stem for path in PHASES] == ["cross", "decay", "extend", "original"]
-    assert len(list((ROOT / "yamls").rglob("*.y*ml"))) == 17
+    assert [path.stem for path in PHASES] == ["contrastive", "cross", "decay", "extend", "original"]
+    files = list((ROOT / "yamls").rglob("*.*"))
+    assert {path.suffix for path in files} == {".yaml"}
+    assert {path.parent.name for path in files} == {"yamls", "phases", "options", "suite"}
 
 
-@pytest.mark.parametrize("phases", [(), ("extend",), ("decay",), ("cross",), ("original",), ("extend", "original"),
-                                    ("decay", "original"), ("cross", "original")], ids="+".join)
+@pytest.mark.parametrize("phases", [(), ("extend",), ("decay",), ("cross",), ("contrastive",), ("original",),
+                                    ("extend", "original"), ("decay", "original"), ("cross", "original")], ids="+".join)
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_it_resolves_passes_the_checks_and_builds_on_meta(path, phases):
     cfg = resolved(path, *phases)
     checks.check_settings(cfg)
+    kind = {"ettin": EttinModel, "ettin_contrastive": EttinContrastive}[cfg["model"]["name"]]
     with torch.device("meta"):
-        model = EttinModel(**{k: v for k, v in cfg["model"].items() if k != "name"})
+        model = kind(**{k: v for k, v in cfg["model"].items() if k != "name"})
     count = sum(p.numel() for p in model.parameters())
     assert count == ORIGINAL["parameters"].get(cfg["model"]["size"], model.config.num_parameters)
     assert model.config.max_position_embeddings == cfg["max_seq_len"]
@@ -140,7 +145,8 @@ def test_nano_and_all_recipes_cross_to_what_their_name_says(path):
 
 def test_nano_becomes_a_decoder_in_every_phase_by_two_keys():
     for phases in ((), ("extend",), ("decay",), ("cross",)):
-        cfg = resolved(ROOT / "yamls/nano.yaml", *phases, args=("variables.objective=clm", "variables.mask_rate=0.0"))
+        cfg = resolved(ROOT / "yamls/nano.yaml", *phases, args=(
+            "variables.objective=clm", "variables.mask_rate=0.0", *(["variables.source_objective=mlm"] * ("cross" in phases))))
         checks.check_settings(cfg)
         assert checks.model_config(cfg).causal
 
@@ -211,12 +217,13 @@ def test_packed_batches_hold_the_originals_tokens_and_microbatches_follow_the_ru
 
 
 PAIR_KEYS = {"variables.objective", "variables.mask_rate", "variables.eval_mask_rate", "variables.decay_mask_rate",
-             "variables.cross_objective", "run_name"}
+             "variables.cross_objective", "variables.source_objective", "run_name"}
 SIZE_KEYS = {"variables.size", "variables.peak_lr", "variables.decay_lr", "variables.weight_decay", "variables.warmup",
              "variables.extend_tokens", "variables.decay_tokens", "variables.cross_tokens", "variables.cross_warmup",
-             "variables.cross_decay", "variables.cross_save_interval", "run_name",
+             "variables.cross_decay", "variables.cross_save_interval", "variables.batch_size_warmup.pretrain", "run_name",
              *(f"variables.{layout}.microbatch.{phase}" for layout in ("packed", "original")
-               for phase in ("pretrain", *LONG))}
+               for phase in ("pretrain", *LONG)),
+             *(f"variables.{layout}.warmup_batch.pretrain" for layout in ("packed", "original"))}
 
 
 def differing(a, b):
@@ -235,11 +242,33 @@ def test_sizes_differ_only_in_what_belongs_to_a_size(path):
     assert differing(path, path.with_stem(re.sub("[^-]+$", "17m", path.stem))) <= SIZE_KEYS
 
 
+WARMUP_BILLIONS = {"17m": 125, "32m": 100, "68m": 75, "150m": 50, "400m": 10, "1b": 3}  # in the original's files
+
+
+@pytest.mark.parametrize("phases", [(), ("cross",), ("original",), ("cross", "original")], ids="+".join)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_batch_size_warmup_acts_with_its_overlay_and_divides_on_up_to_four_gpus(path, phases):
+    assert "batch_size_warmup" not in resolved(path, *phases)["train_loader"]
+    cfg = resolved(path, *phases, args=(str(ROOT / "yamls/options/batch-size-warmup.yaml"),))
+    checks.check_settings(cfg)
+    warmup, total, size = cfg["train_loader"]["batch_size_warmup"], cfg["global_train_batch_size"], cfg["model"]["size"]
+    if size != "nano":
+        assert tokens(warmup["tokens"]) == (10 if "cross" in phases else WARMUP_BILLIONS[size]) * 10**9
+        for gpus in (1, 2, 4):
+            checks.check_warmup(warmup, total, world_size=gpus, microbatch=cfg["device_train_microbatch_size"],
+                                total=tokens(cfg["max_duration"]))
+        # an eighth, or the next smaller size that a microbatch divides on four GPUs
+        fits = [rows for rows in range(1, total // 8 + 1)
+                if total % rows == 0 and rows % (4 * cfg["device_train_microbatch_size"]) == 0]
+        assert warmup["min_size"] == max(fits)
+
+
 @pytest.mark.parametrize("path", PHASES, ids=lambda path: path.stem)
 def test_an_overlay_names_no_size_and_no_objective(path):
     values = raw(path)
     assert not [v for v in values.values() if v in (*SIZES, "mlm", "clm", "mntp")]
-    assert not [key for key in values if key.endswith(("size", "local")) or key.startswith("run_name")]
+    own = [key for key, value in values.items() if not str(value).startswith("${")]
+    assert not [key for key in own if key.endswith(("size", "local")) or key.startswith("run_name")]
 
 
 @pytest.mark.parametrize("path", ETTIN, ids=lambda path: path.stem)
@@ -277,6 +306,17 @@ def test_token_counts_in_overlay_comments_are_right(phase, key, billions):
         expected = least if "1b" in path.stem else most
         amount = tokens(resolved(path)["variables"][key]) / 1e9
         assert f"{amount:.1f}".removesuffix(".0") + "B" == expected and expected in text
+
+
+def test_numbers_in_the_contrastive_overlay_are_right():
+    text = " ".join((ROOT / "yamls/phases/contrastive.yaml").read_text().replace("#", "").split())
+    for path in RECIPES:
+        cfg = resolved(path, "contrastive")
+        model = cfg["model"]
+        assert f"{int(cfg['max_duration'].removesuffix('ba')):,} steps of {cfg['global_train_batch_size']} texts of up to " \
+               f"{cfg['max_seq_len']} tokens" in text and f"--chunk-length {cfg['max_seq_len'] - 2}" in text
+        assert f"dropout {model['attn_out_dropout']}, cosines times {model['scale']:g}, mean over the tokens" in text
+        assert (model["pooling"], model["causal"], cfg["optimizer"]["lr"]) == ("mean", False, 3e-5)  # LLM2Vec's
 
 
 def test_every_launch_line_names_files_that_exist():
