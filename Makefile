@@ -5,10 +5,17 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 PARITY_VERSIONS := 4.57.6 5.23.0
 
-.PHONY: demo test lint parity bench gpu wheels-gpu clean
+.PHONY: demo suite test lint parity bench gpu wheels-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ettin demo --out runs/demo $(DEMO_ARGS)
+
+# the whole suite at nano: three phases for encoder and decoder, both crosses, a biphasic run, and the report
+suite: $(VENV)/.installed data/nano/train/manifest.json
+	$(BIN)/ettin suite yamls/suite/nano.yaml $(SUITE_ARGS)
+
+data/nano/train/manifest.json: | $(VENV)/.installed
+	$(BIN)/python data_prep/convert.py python-stdlib --out data/nano --train-tokenizer 8192 --chunk-length 254 --validation 0.03
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

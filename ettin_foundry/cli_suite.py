@@ -28,8 +28,8 @@ def add_commands(app: typer.Typer) -> None:
 def suite(file: Annotated[Path, typer.Argument(metavar="FILE", help="Suite file, such as yamls/suite/ettin-150m.yaml.")],
           settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the file, such as "
                                                                "scale=0.01 or root=runs/mine.")] = None,
-          list_: Annotated[bool, typer.Option("--list", help="Print each stage, what it starts from and its exact command; "
-                                              "train nothing.")] = False,
+          list_: Annotated[bool, typer.Option("--list", help="Check all, print each stage, what it starts from and its "
+                                              "exact command; train nothing.")] = False,
           json_: Annotated[bool, typer.Option("--json", help="With --list: as JSON.")] = False,
           stage: Annotated[list[str] | None, typer.Option(help="Run this stage only; may be repeated. No export, no "
                                                           "report.")] = None,
@@ -48,12 +48,13 @@ def suite(file: Annotated[Path, typer.Argument(metavar="FILE", help="Suite file,
         if wrong:
             raise ValueError(text)
     found = load(file, [*(settings or []), *([f"command={command}"] if command is not None else [])])
+    from ettin_foundry.suite_process import signals
+    from ettin_foundry.suite_run import StageFailed, check_suite, run_suite
+
     if list_:
+        check_suite(found, allow_unfair=allow_unfair)
         _list(found, json_)
         return
-    from ettin_foundry.suite_process import signals
-    from ettin_foundry.suite_run import StageFailed, run_suite
-
     try:
         with signals():
             run_suite(found, only=stage or [], report_only=report, allow_unfair=allow_unfair)
