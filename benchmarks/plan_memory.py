@@ -82,14 +82,15 @@ def main() -> None:
         return
     from streams import machine, results_path
 
-    results, lines = [], ["| size | objective | tokens a microbatch | planned MB | measured MB | planned / measured | measured "
-                          "with glibc's default |", "|---|---|---|---|---|---|---|"]
+    results = []
+    lines = ["| size | objective | tokens a microbatch | planned MB | measured MB | planned / measured | measured with "
+             "glibc's default |", "|---|---|---|---|---|---|---|"]
     for case in CASES:
         result, default = run(case, give_back=True), run(case, give_back=False)
         results.append({"case": case, **result, "measured_default": default["measured"]})
         planned, measured = result["planned"] / 1e6, result["measured"] / 1e6
-        lines.append(f"| {case[0]} | {case[1]} | {case[2]:,} | {planned:,.0f} | {measured:,.0f} | {planned / measured:.3f} | "
-                     f"{default['measured'] / 1e6:,.0f} |")
+        lines.append(f"| {case[0]} | {case[1]} | {case[2]:,} | {planned:,.0f} | {measured:,.0f} | "
+                     f"{planned / measured:.3f} | {default['measured'] / 1e6:,.0f} |")
         print(lines[-1], flush=True)
     facts = {**machine("cpu"), "threads": 1}
     path = results_path("plan-memory", args.out)

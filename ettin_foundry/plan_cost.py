@@ -131,6 +131,8 @@ class Cost:
     checkpoints: int
     checkpoint_bytes: int
     """Of each."""
+    initial_bytes: int
+    """Of the weights before the first step, which a run writes that starts from none."""
 
     @property
     def fits(self) -> bool:
@@ -138,8 +140,8 @@ class Cost:
 
     @property
     def storage(self) -> int:
-        """Bytes of all checkpoints that are kept."""
-        return self.checkpoints * self.checkpoint_bytes
+        """Bytes of all that is kept."""
+        return self.checkpoints * self.checkpoint_bytes + self.initial_bytes
 
 
 def original_mfu(size: str, parameters: int) -> float | None:
@@ -238,6 +240,11 @@ def num_checkpoints(cfg: dict[str, Any], plan: Plan) -> int:
     return number if kept < 0 else min(number, kept)
 
 
+def _starts_from_nothing(cfg: dict[str, Any]) -> bool:
+    callbacks = cfg.get("callbacks") or {}
+    return not cfg.get("load_path") and not any((callbacks.get(name) or {}).get("source") for name in callbacks)
+
+
 def _averages(cfg: dict[str, Any]) -> int:
     """Copies of the weights that averaging keeps, in memory and in checkpoints."""
     return 1 if "ema" in (cfg.get("algorithms") or {}) else 0
@@ -281,4 +288,5 @@ def cost(cfg: dict[str, Any], plan: Plan, data: DataFacts, along: Course, machin
         money=None if hours is None or prices.gpu_hour is None else hours * machine.count * prices.gpu_hour,
         money_energy=None if kwh is None or prices.kwh is None else kwh * prices.kwh,
         checkpoints=num_checkpoints(cfg, plan),
-        checkpoint_bytes=weights * ((1 if cfg.get("save_weights_only") else 3) + _averages(cfg)))
+        checkpoint_bytes=weights * ((1 if cfg.get("save_weights_only") else 3) + _averages(cfg)),
+        initial_bytes=weights if _starts_from_nothing(cfg) and "://" not in cfg.get("save_folder", "://") else 0)

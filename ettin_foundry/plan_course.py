@@ -44,6 +44,7 @@ class Course:
 
     pieces: Sequence[Piece]
     schedule: ObjectiveSchedule
+    mask_rate: MaskRate
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -109,7 +110,7 @@ def course(cfg: dict[str, Any], num_tokens: int) -> Course:
     begins = sorted(joints)
     pieces = [Piece(begin, end, objective.at(begin), rate.at(begin), rate.at(end - 1))
               for begin, end in zip(begins, [*begins[1:], num_tokens])]
-    return Course(pieces, objective)
+    return Course(pieces, objective, rate)
 
 
 def _lr_function(cfg: dict[str, Any]) -> tuple[Any, dict[str, float], float] | None:

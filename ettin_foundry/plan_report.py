@@ -102,7 +102,8 @@ def _time_lines(run: PlannedRun) -> list[tuple[str, str]]:
 def _storage(cost: Cost) -> str:
     if not cost.checkpoints:
         return "nothing is saved"
-    return f"{cost.checkpoints:,} checkpoints of {_bytes(cost.checkpoint_bytes)}, {_bytes(cost.storage)} in all"
+    initial = " and the initial weights" if cost.initial_bytes else ""
+    return f"{cost.checkpoints:,} checkpoints of {_bytes(cost.checkpoint_bytes)}{initial}, {_bytes(cost.storage)} in all"
 
 
 def _bytes(number: float) -> str:
@@ -120,7 +121,8 @@ def text(runs: Sequence[PlannedRun]) -> str:
     [run] = runs
     plan = run.plan
     rows = [*lines(run.cfg, plan)]
-    rows.insert(4, ("targets", f"{plan.targets_per_token:.4f} a token"))
+    rate = f", mask rate {run.along.mask_rate}" if run.along.schedule.masks else ""
+    rows.insert(4, ("targets", f"{plan.targets_per_token:.4f} a token{rate}"))
     rows[-1] = ("work", rows[-1][1] + f"; 6 per parameter and token: {plan.flops_6n:.4g}")
     return aligned([*rows, *_memory_lines(run.cost), *_time_lines(run), ("storage", _storage(run.cost))])
 
