@@ -483,6 +483,8 @@ def test_the_originals_findings_say_from_what_to_what():
     theta = {where: values[:2] for (key, where), values in found.items() if key == "model.local_rope_theta"}
     for size in ("32m", "68m", "400m"):  # up, down, and up again
         assert theta[f"dec {size} decay"] == (160_000, 10_000) and theta[f"enc {size} cross"] == (10_000, 160_000)
+    for where, words in (("dec 32m decay", "goes back"), ("enc 32m cross", "goes back"), ("enc 17m decay", "leaves global")):
+        assert words in found["model.local_rope_theta", where][2]
     assert theta["enc 17m decay"] == theta["enc 17m cross"] == (10_000, 160_000)
     assert theta["enc and dec 17m decay"] == (160_000, 10_000)
     assert theta["dec decay"] == ("160000: 150m 1b", "10000: 17m 32m 68m 400m")
