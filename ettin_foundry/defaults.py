@@ -41,5 +41,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "one_minus_sqrt": {"t_decay": "1dur", "t_max": "1dur", "alpha_f": 0.0},
     "ettin_phase": {"accept": [], "keep": "all"},
     "ettin_cross": {"accept": []},
+    "ema": {"ema_start": "0dur", "update_interval": "1ba"},  # half_life: 1000ba, unless smoothing is given
 }
 """Of our blocks, by the name of their class; a key whose default is None is absent by default."""

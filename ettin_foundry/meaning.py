@@ -65,7 +65,9 @@ def read_meaning(name: str, cfg: Mapping[str, Any]) -> Meaning:
         run = {**HOST_DEFAULTS, **cfg, "model": _model(cfg["model"], config, objective)}
         run["train_loader"] = _loader(cfg["train_loader"], amount if unit == "tok" else None)
         run["optimizer"], run["scheduler"] = _optimizer(cfg["optimizer"]), _scheduler(cfg["scheduler"])
-        run["callbacks"] = _callbacks(cfg.get("callbacks") or {})
+        run["callbacks"] = {"ettin_clock": {}, **_named(cfg.get("callbacks") or {})}  # checks.py gives it to every run
+        if cfg.get("algorithms"):
+            run["algorithms"] = _named(cfg["algorithms"])
         # the host's own default is another, but checks.py sets this one, and data parallelism does not narrow either
         run["fsdp_config"] = {"mixed_precision": "FULL", **(cfg.get("fsdp_config") or {})}
         run["tokenizer"] = _tokenizer(cfg.get("tokenizer") or {}, cfg["train_loader"])
@@ -155,9 +157,12 @@ def _scheduler(block: Mapping[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def _callbacks(blocks: Mapping[str, Any]) -> dict[str, Any]:
+def _named(blocks: Mapping[str, Any]) -> dict[str, Any]:
+    """Callbacks or algorithms, whose name is their key."""
     filled = {name: _filled(block or {}, name) for name, block in blocks.items()}
-    return {"ettin_clock": {}, **filled}  # checks.py gives it to every run
+    if "ema" in filled and "smoothing" not in filled["ema"]:
+        filled["ema"].setdefault("half_life", "1000ba")
+    return filled
 
 
 def _tokenizer(block: Mapping[str, Any], loader: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,14 +55,14 @@ def verdicts(report):
 def test_defaults_are_those_of_the_signatures():
     from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS, TrainConfig
 
-    from ettin_foundry import composer_model, contrastive, data, optim, phases
+    from ettin_foundry import composer_model, contrastive, data, ema, optim, phases
 
     plain = {field.name: field.default for field in dataclasses.fields(TrainConfig) if field.default not in (None, "???")}
     assert defaults.HOST_DEFAULTS == plain and defaults.HOST_KEYS == TRAIN_CONFIG_KEYS
     classes = {"ettin": composer_model.EttinModel, "ettin_contrastive": contrastive.EttinContrastive,
                "ettin_text": data.build_ettin_loader, "ettin_stable_adamw": optim.StableAdamW,
                "warmup_stable_decay": optim.WarmupStableDecay, "one_minus_sqrt": optim.OneMinusSqrt,
-               "ettin_phase": phases.EnterPhase, "ettin_cross": phases.CrossObjective}
+               "ettin_phase": phases.EnterPhase, "ettin_cross": phases.CrossObjective, "ema": ema.EMA}
     assert defaults.DEFAULTS.keys() == classes.keys()
     for name, target in classes.items():
         given = {p.name: p.default for p in inspect.signature(target).parameters.values()
@@ -99,6 +99,7 @@ def test_defaults_are_those_of_the_signatures():
     ({"callbacks.ettin_clock": {}}, {}),
     ({"callbacks.ettin_phase": {"source": "x"}}, {"callbacks.ettin_phase": {"source": "x", "accept": [], "keep": "all"}}),
     ({"eval_loader.label": "eval"}, {}),
+    ({"algorithms.ema": {}}, {"algorithms.ema": {"half_life": "1000ba", "ema_start": "0tok", "update_interval": "1ba"}}),
     ({"eval_subset_num_batches": 16, "device_eval_batch_size": 16}, {"device_eval_batch_size": ...}),
 ], ids=str)
 def test_two_spellings_of_one_thing_are_no_difference(a, b):
@@ -232,8 +233,8 @@ def odd_value(key):
         return {"local_attention": 64, "norm_eps": 1e-6, "attn_out_dropout": 0.2}.get(last, 5)
     if last in ("t_max", "save_interval"):
         return "0.9dur"
-    is_block = last in ("fsdp_config", "tp_config", "compile_config") or key.startswith("callbacks.")
-    return {"alpha_f": 0.5}.get(last, {"given": 1} if is_block else "odd")
+    is_block = last in ("fsdp_config", "tp_config", "compile_config") or key.startswith(("callbacks.", "algorithms."))
+    return {"alpha_f": 0.5, "algorithms": {"given": {}}}.get(last, {"given": 1} if is_block else "odd")
 
 
 # ------------------------------------------------------------------ rules
@@ -381,6 +382,10 @@ SECOND = changed(NANO, {"run_name": "second", "callbacks.ettin_phase": {"source"
     ({}, {"model.objective": "clm", "callbacks.ettin_phase": ..., "callbacks.ettin_cross": {"source": "x"}}, {}),
     ({"tokenizer.name": "org/one"}, {"tokenizer.name": "org/two"}, {"tokenizer.name": ("org/one", "org/two")}),
     ({}, {"train_loader.dataset.local": "data/b", "tokenizer.name": "data/b/tokenizer"}, {}),  # unknown, not here
+    # the contrastive stage reads short texts at a learning rate of its own
+    ({"scheduler.t_decay": "1dur", "scheduler.t_warmup": "0tok"},
+     {"model.name": "ettin_contrastive", "model.objective": "simcse", "max_seq_len": 128, "optimizer.lr": 3e-5,
+      "callbacks.ettin_phase": ..., "callbacks.ettin_cross": {"source": "x"}}, {}),
     # what a phase is for
     ({}, {"train_loader.mask_rate": 0.15, "global_train_batch_size": 8, "seed": 5, "model.attn_out_dropout": 0.3}, {}),
 ], ids=str)
