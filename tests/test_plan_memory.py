@@ -52,7 +52,7 @@ def counted(config, objective, tokens, *, half, flash, monkeypatch):
 @pytest.mark.parametrize("size", ["nano", "17m"])
 def test_saved_tensors_are_planned_to_the_byte(size, objective, half, flash, monkeypatch):
     config = EttinConfig.for_size(size, causal=objective == "clm", vocab_size=VOCAB_SIZE, local_rope_theta=9_000.0)
-    for tokens in (500, 1024):  # 500 is no multiple of the reference path's blocks of 64 and 63
+    for tokens in (260, 512):  # 260 is no multiple of the reference path's blocks of 64 and 63
         measured, targets = counted(config, objective, tokens, half=half, flash=flash, monkeypatch=monkeypatch)
         step = Step(config, tokens, targets, flash=flash, on_gpu=False, half=half)
         assert sum(saved_bytes(step).values()) == measured

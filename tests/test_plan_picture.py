@@ -9,8 +9,9 @@ import matplotlib.figure
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from plan_suites import planned_150m
 
-from ettin_foundry import plan_picture, recipes, suite
+from ettin_foundry import plan_picture, recipes
 from ettin_foundry.plan_report import plan_chain
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,9 +94,7 @@ def test_the_curves_of_a_run_are_those_of_its_recipe(drawn):
 
 
 def test_a_suite_is_drawn_chain_by_chain(drawn):
-    stages = suite.load(ROOT / "yamls/suite/ettin-150m.yaml").stages
-    runs = plan_chain([(stage.name, stage.config()) for stage in stages])
-    panels = drawn(runs, {stage.name: stage.source for stage in stages}, write=True)
+    panels = drawn(*planned_150m(), write=True)
     names = [text.get_text() for text in panels[0].texts]
     assert names == ["encoder-pretrain", "encoder-extend", "encoder-decay", "decoder-from-encoder",
                      "decoder-pretrain", "decoder-extend", "decoder-decay", "encoder-from-decoder"]

@@ -1,13 +1,15 @@
 """`ettin plan` as people see it: lines of a run, the table of a suite, JSON, and one line for bad input."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from plan_suites import planned_150m
 
-from ettin_foundry import cli, plan_report, recipes, suite
+from ettin_foundry import cli, plan_report, recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 ENC, DECAY = ROOT / "yamls/ettin-enc-150m.yaml", ROOT / "yamls/phases/decay.yaml"
@@ -41,32 +43,37 @@ def test_a_run_that_does_not_fit_says_what_would(capsys):
     assert "DOES NOT FIT, 2" in out and "rows would with 2 GiB to spare" in out
 
 
-def test_every_stage_of_a_suite_and_their_sums(capsys, tmp_path):
-    picture = tmp_path / "plan.png"
-    code, out, _ = plan(capsys, ROOT / "yamls/suite/ettin-150m.yaml", "--price", "2", "--picture", picture)
-    assert code == 0 and picture.stat().st_size > 10_000
-    stages = suite.load(ROOT / "yamls/suite/ettin-150m.yaml").stages
-    rows = [line.split() for line in out.splitlines()]
-    assert [row[0] for row in rows[1:len(stages) + 1]] == [stage.name for stage in stages]
-    head, total = rows[0], next(row for row in rows if row[0] == "total")
-    assert total[1] == "4.1T"
+def test_every_stage_of_a_suite_and_their_sums():
+    runs, _ = planned_150m()
+    rows = [line.split() for line in plan_report.text(runs).splitlines()]
+    assert [row[0] for row in rows[1:len(runs) + 1]] == [run.name for run in runs]
+    total = rows[len(runs) + 1]
     # 2.05T tokens for each of the two members at the original's 470 hours for 2T
-    assert float(total[3].replace(",", "")) == pytest.approx(2 * 2.05 / 2 * 470, rel=0.01)
-    assert float(total[5].replace(",", "")) == pytest.approx(4 * 2 * float(total[3].replace(",", "")), rel=1e-3)
-    assert "money" in head and "energy" not in head  # a column without any figure is left out
+    assert total[:2] == ["total", "4.1T"] and float(total[3]) == pytest.approx(2 * 2.05 / 2 * 470, rel=0.01)
+    assert float(total[4].replace(",", "")) == pytest.approx(4 * 0.7 * float(total[3]), rel=1e-3)
+    # 2 x (200 + 30 + 6 + 5) checkpoints of three fp32 tensors a weight, and two runs' first weights
+    weights = 4 * 149_655_232
+    assert total[5] == "482" and float(total[6]) * 1e9 == pytest.approx(weights * (3 * 482 + 2), rel=1e-3)
+    assert "money" not in rows[0]  # a column without any figure is left out
 
 
-def test_json_holds_the_same_and_sums_up(capsys):
-    code, out, _ = plan(capsys, ROOT / "yamls/suite/nano.yaml", "--json", "--gpus", "1xH100", "--mfu", "0.05",
-                        "--kwh-price", "0.5")
+def test_a_suite_file_is_planned_stage_by_stage_and_as_json(capsys, tmp_path):
+    file, picture = tmp_path / "suite.yaml", tmp_path / "pictures/plan.svg"
+    nano = ROOT / "yamls/nano.yaml"
+    file.write_text(f"name: pair\nroot: runs/pair\nscale: 0.5\nstages:\n  one: {{yaml: [{nano}]}}\n"
+                    f"  two: {{yaml: [{nano}, {ROOT / 'yamls/options/decoder.yaml'}]}}\n")
+    code, out, _ = plan(capsys, file, "scale=0.25", "--json", "--gpus", "1xH100", "--mfu", "0.05", "--kwh-price", "0.5",
+                        "--picture", picture)
     found = json.loads(out)
-    assert code == 0 and len(found["stages"]) == len(suite.load(ROOT / "yamls/suite/nano.yaml").stages)
+    assert code == 0 and [stage["name"] for stage in found["stages"]] == ["one", "two"]
+    assert found["stages"][0]["num_steps"] == math.ceil(1e6 / 8192)  # a quarter of nano's 4M tokens
     for key in ("num_tokens", "num_steps", "hours", "kwh", "money_energy", "checkpoints", "storage_bytes"):
         assert found["totals"][key] == pytest.approx(sum(stage[key] for stage in found["stages"]), rel=1e-12)
     assert found["totals"]["money"] is None and found["prices"]["kwh"] == 0.5
     memory = found["stages"][0]["memory_bytes"]
     resident = memory["parameters"] + memory["gradients"] + memory["moments"] + memory["copies"]
     assert memory["total"] == resident + max(memory["activations"] + memory["loss"], memory["update"])
+    assert "<svg" in picture.read_text()
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -78,6 +85,7 @@ def test_json_holds_the_same_and_sums_up(capsys):
     ([ENC, "~/no.yaml"], "error: ~/no.yaml: no such file"),
     ([ENC, "optimizer=null"], "optimizer: None given; a block with a name is needed"),
     ([ROOT / "yamls/suite/nano.yaml", "scale=0"], "scale: 0 given"),
+    ([ENC, "--pue", "0.5"], "error: --pue: 0.5 given"),
 ])
 def test_bad_input_is_one_line(capsys, arguments, message):
     code, out, err = plan(capsys, *arguments)
