@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ettin_foundry.config import CONTRASTIVE, MASKED_OBJECTIVES, OBJECTIVES, EttinConfig
+from ettin_foundry.defaults import HOST_KEYS
 from ettin_foundry.keys import FIELDS, MODEL_KEYS, check_host_only, check_inert, check_keys
 from ettin_foundry.ramp import check_warmup
 from ettin_foundry.schedules import MaskRate, ObjectiveSchedule, check_together
@@ -127,10 +128,8 @@ def _check_presence(cfg: dict[str, Any]) -> None:
     for key, value in _walk({k: v for k, v in cfg.items() if k != "variables"}):
         if value == "???":
             raise ValueError(f"{key}: no value given. Add {key}=... to the command line")
-    from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
-
-    if unknown := sorted(set(cfg) - TRAIN_CONFIG_KEYS):
-        raise ValueError(f"{unknown[0]}: unknown key; LLM-Foundry takes {', '.join(sorted(TRAIN_CONFIG_KEYS))}. "
+    if unknown := sorted(set(cfg) - HOST_KEYS):
+        raise ValueError(f"{unknown[0]}: unknown key; LLM-Foundry takes {', '.join(sorted(HOST_KEYS))}. "
                          "Values of your own belong under variables")
 
 
