@@ -17,6 +17,7 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist, format_name_with_dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from ettin_foundry.checkpoint import decode_record
 from ettin_foundry.clock import Clock
 from ettin_foundry.config import CONTRASTIVE
 
@@ -34,8 +35,11 @@ def _interval(key: str, value: str) -> Any:
 
 
 class ExportHF(Callback):
-    """Writes Hugging Face folders `<folder>/ba<batch>` at an interval and at the end of training; of the contrastive stage
+    """Writes Hugging Face folders of the trained weights at an interval and at the end of training; of the contrastive stage
     sentence-transformers folders.
+
+    They are named as `ettin export --every` names them (`revisions.revision_name`): step1000, ext1000, decay1000 by the
+    phase, ba1000 where the config names none. A run whose weights are drawn, not loaded, writes step0 before its first step.
 
     Args:
         interval: a time in ba, tok or sp.
@@ -49,10 +53,14 @@ class ExportHF(Callback):
         self.folder = folder
         self._due = _interval("callbacks.ettin_export.interval", interval)
         self._model: Any = None
-        self._last_batch = 0
+        self._last_batch = -1
 
     def init(self, state: State, logger: Logger) -> None:
         self._model = state.model
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch == 0 and state.load_path is None and not self._record(state).get("lineage"):
+            self._write(state)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         if self._due(state, Event.BATCH_CHECKPOINT):
@@ -76,13 +84,17 @@ class ExportHF(Callback):
         if failed[0] is not None:
             raise failed[0]
 
+    def _record(self, state: State) -> dict[str, Any]:
+        return next((decode_record(c.state_dict()) for c in state.callbacks if isinstance(c, Clock)), {})
+
     def _export(self, state: State, weights: dict[str, Any]) -> None:
         from ettin_foundry import hf, sentence_export
+        from ettin_foundry.revisions import facts_of, revision_name
 
-        lineage = next((c.lineage for c in state.callbacks if isinstance(c, Clock)), ())
-        past = sum(entry.get("tokens") or 0 for entry in lineage)
-        folder = Path(format_name_with_dist(self.folder, state.run_name)) / f"ba{self._last_batch}"
-        facts = {"tokens": past + state.timestamp.token.value, "lineage": list(lineage)}
+        record = self._record(state)
+        name = "step0" if self._last_batch == 0 else revision_name(record.get("phase"), self._last_batch)
+        folder = Path(format_name_with_dist(self.folder, state.run_name)) / name
+        facts = facts_of(record) if record else {"tokens": state.timestamp.token.value}
         options: dict[str, Any] = {"objective": self._model.objective, "overwrite": True, "facts": facts}
         if self._model.objective == CONTRASTIVE:
             sentence_export.export_sentence_model(weights, self._model.config, self._model.tokenizer, folder,

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ettin_foundry.config import CONTRASTIVE, EttinConfig
+from ettin_foundry.config import CONTRASTIVE, MASKED_OBJECTIVES, EttinConfig
 from ettin_foundry.hf_config import export_notes
 from ettin_foundry.version import __version__
 
@@ -19,12 +19,15 @@ __all__ = ["CITATION", "FACTS", "MNTP_NOTE", "card", "data_table", "lowest_trans
 FACTS = {
     "phase": "pretrain, extend, decay or cross",
     "tokens": "real tokens trained on, all phases together",
+    "checkpoint": "mapping with run_name, batch and run_hash: which checkpoint this was",
+    "objective_schedule": "text: the objectives in the course of training, where they change or are mixed",
     "mask_rate": "share of tokens that were masked, in [0, 1]",
     "license": "identifier of the weights' licence, as the Hub spells it",
     "language": "list of language codes",
     "data": "list of {name, tokens, licence}: the training corpus",
     "base_model": "name of the model this one was continued from",
-    "lineage": "list of mappings, oldest first: where the weights come from",
+    "lineage": "list of mappings, oldest first: where the weights come from; an entry with merged_from lists what they are "
+               "the mean of, one with averaged says how they were averaged while training",
     "parity": "text or mapping: measured difference to transformers",
 }
 """What `card` can be told, all optional."""
@@ -37,6 +40,8 @@ _TRAINED_BY = {
     "mlm": "masked language modelling (mlm): of the chosen tokens 80% become the mask, 10% a random token, 10% stay",
     "mntp": "masked next-token prediction (mntp): a masked token is predicted at the position before it",
     "clm": "next-token prediction (clm)",
+    "mdlm": "masked diffusion (mdlm): each text has a mask rate of its own, drawn from 0 to 1, all chosen tokens become the "
+            "mask, and a target weighs one over that rate; a masked token is predicted at its own position",
     CONTRASTIVE: "contrastive (unsupervised SimCSE): a text's two embeddings under dropout are told apart from other texts'",
 }
 
@@ -82,7 +87,7 @@ def card(config: EttinConfig, *, objective: str, name: str, facts: Mapping[str, 
     """The text of README.md.
 
     Args:
-        objective: `mlm`, `mntp` or `clm`. name: the model's title.
+        objective: `mlm`, `mntp`, `mdlm` or `clm`. name: the model's title.
         facts: see `FACTS`; unknown names are refused, missing ones leave their line out.
 
     Raises:
@@ -143,9 +148,11 @@ def training_table(config: EttinConfig, objective: str, facts: Mapping[str, Any]
     """What the model is and how it was trained, as a table; arguments as for `card`."""
     local_layers = sum(kind == "sliding_attention" for kind in config.layer_types)
     left, right = config.local_window
+    lineage = [dict(entry) for entry in facts.get("lineage", ())]
     rows = {
         "objective": _TRAINED_BY[objective],
-        "mask rate": f"{facts['mask_rate']:g}" if facts.get("mask_rate") and objective != "clm" else None,
+        "objectives in training": facts.get("objective_schedule"),
+        "mask rate": f"{facts['mask_rate']:g}" if facts.get("mask_rate") and objective in MASKED_OBJECTIVES else None,
         "phase": facts.get("phase"),
         "tokens seen": f"{facts['tokens']:,}" if "tokens" in facts else None,
         "context": f"{config.max_position_embeddings:,} tokens",
@@ -155,14 +162,28 @@ def training_table(config: EttinConfig, objective: str, facts: Mapping[str, Any]
                         + (f" and {right} ahead" if right else ""),
         "rotary base": f"{config.global_rope_theta:,.0f} in global layers, {config.local_rope_theta:,.0f} in local ones",
         "dropout": f"{config.attn_out_dropout:g} on the output of attention, in training only",
-        "continued from": _lineage(facts.get("lineage", ())) or facts.get("base_model"),
+        "checkpoint": _checkpoint(facts["checkpoint"]) if "checkpoint" in facts else None,
+        "continued from": _continued(lineage) or facts.get("base_model"),
+        "merged from": _merged(lineage),
+        "averaged": "; ".join(str(entry["averaged"]) for entry in lineage if "averaged" in entry) or None,
     }
     return _table(("", ""), [(key, str(value)) for key, value in rows.items() if value is not None])
 
 
-def _lineage(lineage: Iterable[Mapping[str, Any]]) -> str:
+def _checkpoint(checkpoint: Mapping[str, Any]) -> str:
+    return f"batch {checkpoint['batch']:,} of {checkpoint['run_name']}, whose resolved config has the sha256 " + str(
+        checkpoint["run_hash"])
+
+
+def _continued(lineage: Iterable[Mapping[str, Any]]) -> str:
     return "; then ".join(", ".join(f"{key} {value}" for key, value in entry.items() if value is not None)
-                          for entry in lineage)
+                          for entry in lineage if not {"merged_from", "averaged"} & entry.keys())
+
+
+def _merged(lineage: Iterable[Mapping[str, Any]]) -> str | None:
+    lists = [entry["merged_from"] for entry in lineage if "merged_from" in entry]
+    return "; then ".join(", ".join(f"{part['source']} (weight {part['weight']:.4g}, {part.get('tokens') or 0:,} tokens)"
+                                    for part in parts) for parts in lists) or None
 
 
 def data_table(sources: Iterable[Mapping[str, Any]]) -> str:

@@ -204,7 +204,7 @@ def load_model_state(path: str | Path, *, ema: bool = False,
 
     Returns:
         ({name without the `model.` prefix: tensor on the CPU}, what `Clock.state_dict` names); the second is empty for a
-        checkpoint of a run without Clock.
+        checkpoint of a run without Clock. With ema, `averaged` in it names the algorithm's settings.
 
     Raises:
         FileNotFoundError, ValueError: as `scan_pickle`, or there is no model (or average) in the checkpoint.
@@ -221,11 +221,13 @@ def load_model_state(path: str | Path, *, ema: bool = False,
         state = load_checkpoint(path).get("state", {})
     weights = {name.removeprefix("model."): value for name, value in state.get("model", {}).items()
                if name.startswith("model.")}
-    if not weights:
+    if not weights and names is None:
         raise ValueError(f"{path}: no tensor named model.* in it; a checkpoint that Composer's Trainer saved is needed")
     weights = _trained_or_averaged(path, weights, state, ema)
-    kept = weights if names is None else {name: weights[name] for name in names if name in weights}
-    return kept, decode_record(state.get("callbacks", {}).get("Clock", {}))
+    record = decode_record(state.get("callbacks", {}).get("Clock", {}))
+    if ema:
+        record["averaged"] = str(dict(state["algorithms"])["EMA"].get("repr"))
+    return weights if names is None else {name: weights[name] for name in names if name in weights}, record
 
 
 def _trained_or_averaged(path: Path, weights: dict[str, torch.Tensor], state: Mapping[str, Any],

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ettin_foundry import cli_data, cli_lint, cli_plan, cli_suite
+from ettin_foundry import cli_data, cli_lint, cli_merge, cli_order, cli_plan, cli_suite
 from ettin_foundry.config import CONTRASTIVE
 
 __all__ = ["app", "main"]
@@ -31,7 +30,7 @@ _NEEDED = ("max_position_embeddings", "global_rope_theta", "local_rope_theta")
 
 Source = Annotated[Path, typer.Argument(help="Hugging Face folder, Composer .pt file, or folder of checkpoints.")]
 TokenizerOption = Annotated[str | None, typer.Option("--tokenizer", help="Tokenizer folder, if the model names none.")]
-ObjectiveOption = Annotated[str | None, typer.Option("--objective", help="mlm, mntp or clm, if the model does not say.")]
+ObjectiveOption = Annotated[str | None, typer.Option("--objective", help="mlm, mntp or mdlm, if the model does not say.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of this name.")]
 
 
@@ -52,65 +51,86 @@ def demo(out: Annotated[Path, typer.Option(help="Where everything goes.")] = Pat
     run_demo(out, short=short, recipes=recipes)
 
 
-@app.command(help="Write a Composer checkpoint as a Hugging Face folder.")
-def export(checkpoint: Annotated[Path, typer.Argument(help="Composer .pt file, or folder of checkpoints.")],
-           out: Annotated[Path, typer.Argument(help="Folder to write.")],
-           tokenizer: TokenizerOption = None, objective: ObjectiveOption = None,
+@app.command(help="Write a Composer checkpoint as a Hugging Face folder; with --every, one folder for each checkpoint of "
+             "save folders, named step1000, ext1000, decay1000.")
+def export(paths: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT OUT", help="Composer .pt file, or folder of "
+                                                       "checkpoints; folder to write. With --every, several save folders.")],
+           every: Annotated[bool, typer.Option("--every", help="Every checkpoint; whole folders are left.")] = False,
+           tags: Annotated[bool, typer.Option("--tags", help="With --every: list the revisions in OUT/tags.json.")] = False,
+           ema: Annotated[bool, typer.Option("--ema", help="The averages of algorithms.ema instead.")] = False,
+           tokenizer: TokenizerOption = None,
+           objective: Annotated[str | None, typer.Option(help="mlm, mntp, mdlm or clm: if the checkpoint does not say, or "
+                                                         "another one that its run was trained on.")] = None,
            size: Annotated[str | None, typer.Option(help="nano to 1b, if the checkpoint does not say.")] = None,
            field: Annotated[list[str] | None, typer.Option(help="name=value of the config, if the checkpoint does not say; "
                                                                 "may be repeated.")] = None,
            licence: Annotated[str | None, typer.Option("--license", help="The weights' licence, for the card.")] = None,
-           sentence_transformers: Annotated[bool, typer.Option("--sentence-transformers", help="Write a sentence-transformers "
-                                            "folder instead: the trunk and its pooling, no head.")] = False,
+           sentence_transformers: Annotated[bool, typer.Option("--sentence-transformers", help="Write a folder of that "
+                                                               "library: the trunk and its pooling, no head.")] = False,
            overwrite: Overwrite = False) -> None:
-    from ettin_foundry.hf import export_model
+    *sources, out = paths
+    if not sources or (len(sources) > 1 and not every):
+        raise typer.BadParameter("a checkpoint and the folder to write are needed (several save folders with --every)",
+                                 param_hint="CHECKPOINT OUT")
+    if tags and not every:
+        raise ValueError("--tags: given without --every, where there is one revision. Leave it out")
+    if sentence_transformers and every:
+        raise ValueError("--sentence-transformers: given with --every, which writes language models. Export checkpoints "
+                         "of the contrastive stage one by one")
+
+    def write(source: Path, folder: Path) -> _Model:
+        model = _read_checkpoint(source, size=size, objective=objective, fields=field or [], ema=ema)
+        name = _tokenizer_name(tokenizer, model.tokenizer, source)
+        _export(source, model, name, folder, {**model.facts, "license": licence}, sentence_transformers, overwrite)
+        return model
 
     _log_to_stderr()
-    model = _read_checkpoint(checkpoint, size=size, objective=objective, fields=field or [])
-    lineage = list(model.lineage)
-    tokens = model.tokens + sum(entry.get("tokens") or 0 for entry in lineage)
-    facts = {"tokens": tokens or None, "lineage": lineage, "license": licence}
-    name = _tokenizer_name(tokenizer, model.tokenizer, checkpoint)
+    if not every:
+        model = write(sources[0], out)
+        print(f"wrote {out}: {model.config.num_parameters:,} parameters, {model.objective}")
+        return
+    from ettin_foundry.revisions import chosen_objective, export_every, find_revisions
+
+    found = find_revisions(sources, averaged=ema)
+    kinds = {revision.name: chosen_objective(revision.path, revision.record, objective)[0] for revision in found}
+    for revision in found:
+        _refuse_contrastive(revision.path, kinds[revision.name])
+    print(export_every(found, out, lambda revision, folder: write(revision.path, folder), kinds, averaged=ema, tags=tags,
+                       overwrite=overwrite))
+
+
+def _export(source: Path, model: _Model, tokenizer: str, folder: Path, facts: dict[str, Any], sentence_transformers: bool,
+            overwrite: bool) -> None:
+    from ettin_foundry.hf import export_model
+
     if sentence_transformers:
         from ettin_foundry.sentence_export import export_sentence_model
 
-        folder = export_sentence_model(model.state, model.config, name, out, objective=model.objective,
-                                       pooling=model.pooling, facts=facts, overwrite=overwrite)
-    elif model.objective == CONTRASTIVE:
-        raise ValueError(f"{checkpoint}: is of the contrastive stage ({CONTRASTIVE}), after which the prediction head no longer "
-                         "fits its trunk; pass --sentence-transformers, or a checkpoint from before")
+        export_sentence_model(model.state, model.config, tokenizer, folder, objective=model.objective, pooling=model.pooling,
+                              facts=facts, overwrite=overwrite)
     else:
-        folder = export_model(model.state, model.config, name, out, objective=model.objective, facts=facts,
-                              overwrite=overwrite)
-    print(f"wrote {folder}: {model.config.num_parameters:,} parameters, {model.objective}")
+        _refuse_contrastive(source, model.objective)
+        export_model(model.state, model.config, tokenizer, folder, objective=model.objective, facts=facts,
+                     overwrite=overwrite)
+
+
+def _refuse_contrastive(source: Path, objective: str) -> None:
+    if objective == CONTRASTIVE:
+        raise ValueError(f"{source}: is of the contrastive stage ({CONTRASTIVE}), after which the prediction head no "
+                         "longer fits its trunk; pass --sentence-transformers, or a checkpoint from before")
 
 
 @app.command("import", help="Turn a Hugging Face folder into a weights file for load_path (with load_weights_only).")
 def import_(folder: Annotated[Path, typer.Argument(help="Hugging Face folder of an Ettin or ModernBERT model.")],
             out: Annotated[Path, typer.Argument(help="The .pt file to write.")],
             objective: ObjectiveOption = None, overwrite: Overwrite = False) -> None:
-    import torch
-
-    from ettin_foundry.checkpoint import load_model_state
     from ettin_foundry.hf import weights_checkpoint
+    from ettin_foundry.weights_file import check_weights_file, save_weights
 
     _log_to_stderr()
-    if out.suffix != ".pt":
-        raise ValueError(f"{out}: the name of the file to write must end in .pt, as the host expects of checkpoints")
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out}: exists; choose another name, or pass --overwrite to replace it")
+    check_weights_file(out, overwrite)
     model = _read_folder(folder, objective)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.stem}.partial-{os.getpid()}.pt")
-    try:
-        torch.save(weights_checkpoint(model.state, model.config, objective=model.objective, tokenizer=model.tokenizer),
-                   partial)
-        stored, _ = load_model_state(partial)
-        if stored.keys() != model.state.keys() or any(not torch.equal(stored[n], t) for n, t in model.state.items()):
-            raise ValueError(f"{out}: what was written does not read back the same. Check the disk, then import again")
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_weights(out, weights_checkpoint(model.state, model.config, objective=model.objective, tokenizer=model.tokenizer))
     print(f"wrote {out}: {model.config.num_parameters:,} parameters, {model.objective}")
 
 
@@ -141,6 +161,8 @@ cli_data.add_commands(app)
 cli_suite.add_commands(app)
 cli_plan.add_commands(app)
 cli_lint.add_commands(app)
+cli_order.add_commands(app)
+cli_merge.add_commands(app)
 
 
 @dataclasses.dataclass
@@ -149,8 +171,7 @@ class _Model:
     config: Any
     objective: str
     tokenizer: str | None
-    tokens: int = 0
-    lineage: Sequence[dict[str, Any]] = ()
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     pooling: str = "mean"
 
 
@@ -158,10 +179,10 @@ def _read_folder(folder: Path, objective: str | None) -> _Model:
     from ettin_foundry.hf import import_folder
 
     state, config, stated = import_folder(folder)
-    if stated is None and objective not in ("mlm", "mntp"):
+    if stated is None and objective not in ("mlm", "mntp", "mdlm"):
         raise ValueError(f"--objective: {objective!r} given, and {folder / 'config.json'} does not say how this encoder "
-                         "predicts; mlm and mntp are possible. Official Ettin encoders are mlm, those made from decoders "
-                         "(ettin-enc-from-dec) mntp")
+                         "predicts; mlm, mntp and mdlm are possible. Official Ettin encoders are mlm, those made from "
+                         "decoders (ettin-enc-from-dec) mntp")
     if stated and objective not in (None, stated):
         raise ValueError(f"--objective: {objective!r} given, but {folder / 'config.json'} says {stated!r}; leave it out")
     tokenizer = str(folder) if (folder / "tokenizer.json").is_file() else None
@@ -169,18 +190,19 @@ def _read_folder(folder: Path, objective: str | None) -> _Model:
 
 
 def _read_checkpoint(path: Path, *, size: str | None = None, objective: str | None = None,
-                     fields: Sequence[str] = ()) -> _Model:
+                     fields: Sequence[str] = (), ema: bool = False) -> _Model:
     """A Composer checkpoint and its config: from the checkpoint itself, or else from the options."""
     from ettin_foundry.checkpoint import load_model_state
     from ettin_foundry.config import EttinConfig
 
-    state, record = load_model_state(path)
-    if record:
-        given = [name for name, value in (("--size", size), ("--objective", objective), ("--field", fields)) if value]
-        if given:
+    state, record = load_model_state(path, ema=ema)
+    if record.get("config"):
+        from ettin_foundry.revisions import chosen_objective, facts_of
+
+        if given := [name for name, value in (("--size", size), ("--field", fields)) if value]:
             raise ValueError(f"{', '.join(given)}: given, but {path} carries its own config, which is used; leave it out")
-        return _Model(state, EttinConfig(**record["config"]), record["objective"], record.get("tokenizer"),
-                      int(record.get("tokens") or 0), tuple(record.get("lineage") or ()), _pooling(record))
+        chosen, config = chosen_objective(path, record, objective)
+        return _Model(state, config, chosen, record.get("tokenizer"), facts_of(record), _pooling(record))
     overrides = dict(_parse_field(entry) for entry in fields)
     missing = [name for name, value in (("--size", size), ("--objective", objective)) if not value]
     missing += [f"--field {name}=..." for name in _NEEDED if name not in overrides]

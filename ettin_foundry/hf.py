@@ -160,7 +160,7 @@ def export_model(model: Any, config: EttinConfig, tokenizer: Any, folder: str | 
     Args:
         model: an `EttinModel`, an `Ettin`, or a state dict with or without the prefix `model.`.
         tokenizer: a fast tokenizer of transformers, or the name of a folder that holds one.
-        objective: `mlm`, `mntp` or `clm`; what the head was last trained on.
+        objective: `mlm`, `mntp`, `mdlm` or `clm`; what the head was last trained on.
         facts: what the card shall say, see `card.card`; `tokens` and `lineage` also go into config.json.
         overwrite: replace an earlier export of this name.
 
@@ -176,7 +176,8 @@ def export_model(model: Any, config: EttinConfig, tokenizer: Any, folder: str | 
     folder, facts = Path(folder), dict(facts or {})
     if objective not in OBJECTIVES or (objective == "clm") != config.causal:
         raise ValueError(f"objective: {objective!r} given for {'a decoder' if config.causal else 'an encoder'}; "
-                         f"{'only clm' if config.causal else 'mlm or mntp'} is possible. Pass what the model was trained on")
+                         f"{'only clm' if config.causal else 'mlm, mntp or mdlm'} is possible. Pass what the model was "
+                         "trained on")
     check_target(folder, overwrite)
     if tokenizer is None:
         raise ValueError("tokenizer: none given; a model cannot be used without one. Pass the training set's tokenizer "
@@ -184,7 +185,7 @@ def export_model(model: Any, config: EttinConfig, tokenizer: Any, folder: str | 
     tokenizer = load_tokenizer(tokenizer, config)
     weights = to_hf(plain_state(model), config)
     written = config_json(config, objective=objective, special_ids=special_ids(tokenizer), tokens=facts.get("tokens"),
-                          lineage=facts.get("lineage") or ())
+                          lineage=facts.get("lineage") or (), checkpoint=facts.get("checkpoint"))
     if objective == "mntp":
         log.warning("%s: %s", folder, MNTP_NOTE)
     with new_folder(folder) as partial:
@@ -253,7 +254,7 @@ def import_folder(folder: str | Path) -> tuple[dict[str, Tensor], EttinConfig, s
 
     Returns:
         (parameters under our names in fp32, config, objective). The objective is None for an encoder that does not say
-        (mlm and mntp encoders look alike); a decoder's is always `clm`.
+        (encoders look alike); a decoder's is always `clm`.
 
     Raises:
         FileNotFoundError: no such folder, config or safetensors file. Pickled weights (`pytorch_model.bin`) are refused.

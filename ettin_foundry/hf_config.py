@@ -53,7 +53,8 @@ def export_notes(config: EttinConfig) -> list[str]:
 
 
 def config_json(config: EttinConfig, *, objective: str, special_ids: Mapping[str, int | None], tokens: int | None = None,
-                lineage: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]:
+                lineage: Iterable[Mapping[str, Any]] = (),
+                checkpoint: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The content of config.json for both generations of transformers, and for TEI, which needs the flat keys.
 
     An encoder gets no `sliding_window` (5.x doubles it into `local_attention`). A decoder that sees w tokens back gets
@@ -62,6 +63,7 @@ def config_json(config: EttinConfig, *, objective: str, special_ids: Mapping[str
     Args:
         special_ids: cls (also BOS), sep (also EOS) and pad, as `tokenizer.special_ids` gives them.
         tokens: real tokens that the model was trained on. lineage: the models it was continued from, oldest first.
+        checkpoint: run_name, phase, batch and run_hash of the checkpoint that this was.
     """
     for note in export_notes(config):
         log.warning("%s", note)
@@ -86,6 +88,7 @@ def config_json(config: EttinConfig, *, objective: str, special_ids: Mapping[str
             "version": __version__, "objective": objective, "window_left": config.window_left,
             "local_attention": config.local_attention, "attn_out_dropout": config.attn_out_dropout,
             "tokens": tokens, "lineage": [dict(entry) for entry in lineage],
+            **({"checkpoint": dict(checkpoint)} if checkpoint else {}),
         },
     }
     if config.causal:
@@ -134,7 +137,7 @@ def read_config(path: Path) -> tuple[EttinConfig, str | None]:
                          "imported")
     objective = ours.get("objective", "clm" if causal else None)
     if objective is not None and (objective not in OBJECTIVES or (objective == "clm") != causal):
-        raise ValueError(f"{path}: ettin_foundry.objective is {objective!r}; {'clm' if causal else 'mlm or mntp'} is "
+        raise ValueError(f"{path}: ettin_foundry.objective is {objective!r}; {'clm' if causal else 'mlm, mntp or mdlm'} is "
                          f"possible for {model_type}. Correct the key")
     return config, objective
 

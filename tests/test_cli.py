@@ -116,7 +116,7 @@ def test_encoder_that_does_not_say_how_it_predicts_must_be_told(encoder, tokeniz
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"ettin_foundry"', '"other"'))
     code, _, err = run(capsys, "import", folder, tmp_path / "w.pt")
-    assert code == 1 and "mlm and mntp are possible" in err and not (tmp_path / "w.pt").exists()
+    assert code == 1 and "mlm, mntp and mdlm are possible" in err and not (tmp_path / "w.pt").exists()
     assert run(capsys, "import", folder, tmp_path / "w.pt", "--objective", "mntp")[0] == 0
     assert torch.load(tmp_path / "w.pt", weights_only=True)["state"]["callbacks"]["Clock"]["objective"] == "mntp"
 

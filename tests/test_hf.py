@@ -146,7 +146,7 @@ def test_padded_batch_in_transformers_equals_documents_alone(exported, encoder):
 
 
 @pytest.mark.parametrize("objective, changes", [
-    ("mlm", {}), ("mntp", {"global_rope_theta": 160_000.0, "local_rope_theta": 160_000.0}),
+    ("mlm", {}), ("mdlm", {}), ("mntp", {"global_rope_theta": 160_000.0, "local_rope_theta": 160_000.0}),
     ("mlm", {"local_attention": 64, "attn_out_dropout": 0.0, "max_position_embeddings": 7999, "norm_eps": 1e-6}),
     ("clm", {}), ("clm", {"window_left": 64, "attn_out_dropout": 0.25}), ("clm", {"local_attention": 32}),
     ("clm", {"local_rope_theta": 50_000.0, "global_attn_every_n_layers": 2}),
@@ -307,7 +307,7 @@ def test_only_an_earlier_export_is_overwritten_and_only_when_asked(encoder, toke
 
 
 def test_export_refuses_contradictions(encoder, decoder, tokenizer, tmp_path):
-    for model, objective in ((encoder, "clm"), (decoder, "mlm"), (decoder, "mntp"), (encoder, "rtd")):
+    for model, objective in ((encoder, "clm"), (decoder, "mlm"), (decoder, "mntp"), (decoder, "mdlm"), (encoder, "rtd")):
         with pytest.raises(ValueError, match=f"objective: '{objective}' given"):
             export_model(model, model.config, tokenizer, tmp_path / "m", objective=objective)
     small = dataclasses.replace(encoder.config, vocab_size=299)
