@@ -51,6 +51,7 @@ class Clock(CallbackWithConfig):
       the checkpoint's. After loading in the middle of a run, a recipe that differs is refused, as is another run's folder.
     - Gradients under FSDP2 on gloo are averaged (see `optim.fsdp2_gradient_factor`).
     - Initial weights, drawn and not loaded, are written to `<save_folder>/initial/step0.pt`, which autoresume never sees.
+    - What this package logs is shown at the run's python_log_level.
     - Every checkpoint says what it is: model, objective, tokenizer, tokens, where the weights came from, the config.
 
     Args:
@@ -63,6 +64,9 @@ class Clock(CallbackWithConfig):
         super().__init__(dict(train_config))
         self._run = train_config
         self._run_config = run_config or config_text(train_config)
+        level = getattr(logging, str(train_config.get("python_log_level")).upper(), logging.WARNING)
+        if level < logging.WARNING:  # the host lets its own modules speak, and no others
+            logging.getLogger("ettin_foundry").setLevel(level)
         self._state: State | None = None
         self._model: Any = None
         self._given: list[dict[str, Any]] = []
@@ -165,9 +169,9 @@ class Clock(CallbackWithConfig):
             stream, clock = int(batch["tokens_before"]), state.timestamp.token.value
             if stream != clock:
                 raise ValueError(f"train_loader: its next batch comes after {stream} tokens of the stream, but the trainer "
-                                 f"has counted {clock} at batch {state.timestamp.batch.value}; they must be equal. Load "
-                                 "time and data position together (state/timestamp and state/dataset_state, both or neither "
-                                 "in load_ignore_keys), with the same data and global batch")
+                                 f"has counted {clock} at batch {state.timestamp.batch.value}; they must be equal. Resume a "
+                                 "whole checkpoint with the same data and global batch, or enter it with "
+                                 "callbacks.ettin_phase, which starts both anew")
 
     def before_backward(self, state: State, logger: Logger) -> None:
         """Scales gradients at their source, so that accumulation, clipping and the optimizer all see averages."""

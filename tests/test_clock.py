@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from types import SimpleNamespace
 
@@ -185,6 +186,20 @@ def test_gradients_are_scaled_at_the_loss_whatever_its_form():
         loss.mul_(0.5)  # as Composer weights a microbatch, in place
         loss.backward()
         assert x.grad == 1.0 and loss == 4.0
+
+
+def test_what_the_package_says_is_shown_at_the_level_of_the_run():
+    """LLM-Foundry sets the level of its own loggers only, and the root's hides what is merely said."""
+    package = logging.getLogger("ettin_foundry")
+    before = package.level
+    try:
+        package.setLevel(logging.NOTSET)
+        Clock({"python_log_level": "error"})
+        assert package.level == logging.NOTSET
+        Clock({"python_log_level": "info"})
+        assert package.level == logging.INFO and logging.getLogger("ettin_foundry.phases").isEnabledFor(logging.INFO)
+    finally:
+        package.setLevel(before)
 
 
 def test_a_checkpoint_says_what_it_holds(whole):

@@ -270,7 +270,7 @@ def test_every_checkpoint_says_where_its_weights_came_from_and_by_which_config(c
         assert record["tokenizer_fingerprint"] == tokenizer.fingerprint(tokenizer.load(str(data_set / "tokenizer")))
         assert head.has_moments and head.data["rows"] == 8 * len(run["seen"])
     first, second = record["lineage"]
-    newest = checkpoint.newest_complete(done["extend"]["folder"])
+    newest = checkpoint.locate(done["extend"]["folder"])
     assert (second["source"], second["objective"], second["tokens"], second["phase"], second["accepted"]) == (
         f"{newest.parent.name}/{newest.name}", "mlm", done["extend"]["tokens"], "extend", None)
     assert second["run_hash"] == checkpoint.read_head(newest).record["run_hash"]
@@ -286,7 +286,7 @@ def test_initial_weights_are_kept_where_they_were_drawn_and_nowhere_else(chain):
     assert all(torch.equal(value, first[f"model.{name}"]) for name, value in weights.items())
     assert (record["tokens"], record["batch"], record["objective"], record["phase"]) == (0, 0, "mlm", "pretrain")
     assert not (done["extend"]["folder"] / "initial").exists()
-    assert "step0" not in checkpoint.newest_complete(done["pretrain"]["folder"]).name
+    assert "step0" not in checkpoint.locate(done["pretrain"]["folder"]).name
 
 
 @pytest.fixture(scope="module")
