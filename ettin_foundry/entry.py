@@ -71,6 +71,9 @@ def read_source(key: str, source: str) -> Source:
         FileNotFoundError, ValueError: missing, partial, pickled with code, or without a record; it names the key.
     """
     path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{key}: {source!r} given; no such file or folder. Give a checkpoint, a save folder such as "
+                                "runs/NAME, or a Hugging Face folder that was downloaded")
     try:
         if (path / "config.json").is_file():
             return _read_folder(path)
@@ -204,7 +207,7 @@ def prepare(cfg: Mapping[str, Any], name: str) -> dict[str, Any]:
         return {} if crossing else _loading(block, given)
     source = read_source(f"{key}.source", given)
     if not crossing:
-        _check_loadable(key, block, source, sharded)
+        _check_loadable(key, block, source, sharded, cfg["optimizer"]["name"])
     accept = block.get("accept", [])
     found = compare(key, source, _target(cfg), accept, crossing=crossing)
     if crossing:
@@ -228,7 +231,7 @@ def _loading(block: Mapping[str, Any], path: str) -> dict[str, Any]:
     return {"load_path": path, "load_ignore_keys": [*ANEW, *(() if "://" in path else (_CALLBACKS,))]}
 
 
-def _check_loadable(key: str, block: Mapping[str, Any], source: Source, sharded: bool) -> None:
+def _check_loadable(key: str, block: Mapping[str, Any], source: Source, sharded: bool, optimizer: str) -> None:
     path, weights_only = source.path, block.get("keep") == "weights"
     if source.is_folder:
         raise ValueError(f"{key}.source: {path} is a Hugging Face folder, which holds no optimizer moments. Give the run's "
@@ -237,6 +240,10 @@ def _check_loadable(key: str, block: Mapping[str, Any], source: Source, sharded:
     if not source.has_moments and not weights_only:
         raise ValueError(f"{key}.source: {path} holds no optimizer moments. Give a whole checkpoint, or set "
                          f"{key}.keep=weights to start the optimizer anew")
+    before = json.loads(source.record.get("run_config") or "{}").get("optimizer", {}).get("name", optimizer)
+    if before != optimizer and not weights_only:
+        raise ValueError(f"{key}.source: {path} holds moments of {before}, and this run's optimizer.name is {optimizer}; "
+                         f"they are of no use to it. Take the same optimizer, or set {key}.keep=weights to start it anew")
     if path.is_dir() != sharded:
         raise ValueError(f"{key}.source: {path} is {'a sharded checkpoint' if path.is_dir() else 'one file'}, and this "
                          f"run's fsdp_config.state_dict_type is {'sharded' if sharded else 'not sharded'}; the host loads a "

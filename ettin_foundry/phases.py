@@ -91,6 +91,9 @@ class EnterPhase(_Start):
         if state.load_path is None:
             raise ValueError(f"{self.key}.source: {self.source} was not loaded; the config transform ettin_checks tells the "
                              "host to, so run it through train.py or llmfoundry train")
+        if self.keep == "all" and not any(optimizer.state for optimizer in state.optimizers):
+            raise ValueError(f"{self.key}.source: {self.source} gave no moments to {type(state.optimizers[0]).__name__}. "
+                             f"Take the optimizer that it was trained with, or set {self.key}.keep=weights to start it anew")
         clock = next(c for c in state.callbacks if isinstance(c, Clock))
         if "://" in state.load_path:
             record = clock.loaded or {}

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -370,7 +372,7 @@ def ettin(objective, **kwargs):
     return EttinModel(**{"size": "nano", "objective": objective, "max_seq_len": 64, "vocab_size": 512, **kwargs})
 
 
-def crossing(model, source, *, start=CrossObjective, accept=(), **kwargs):
+def crossing(model, source, *, start: Callable = CrossObjective, accept=(), **kwargs):
     clock, cross = Clock({}), start(str(source), accept)
     run = Trainer(model=model, device="cpu", callbacks=[cross, clock], run_name="cross", progress_bar=False,
                   optimizers=StableAdamW(model.parameters(), PEAK), **kwargs)
@@ -479,8 +481,12 @@ def test_what_was_built_is_compared_again(decoder, tokens):
     assert clock.lineage[-1]["accepted"] == "global_rope_theta 10000.0 -> 160000.0"
     with pytest.raises(ValueError, match="was not loaded"):
         crossing(ettin("clm", tokenizer=tokens), decoder[1], start=EnterPhase)
-    run, clock, _ = crossing(ettin("clm", tokenizer=tokens), decoder[1], start=EnterPhase, load_path=str(decoder[1]),
-                             load_weights_only=True)  # as keep: weights tells the host
+    with pytest.raises(ValueError, match="gave no moments to StableAdamW.*keep=weights"):  # the source had another optimizer
+        crossing(ettin("clm", tokenizer=tokens), decoder[1], start=EnterPhase, load_path=str(decoder[1]),
+                 load_ignore_keys=[*entry.ANEW, "state/callbacks"])
+    weights = functools.partial(EnterPhase, keep="weights")
+    run, clock, _ = crossing(ettin("clm", tokenizer=tokens), decoder[1], start=weights, load_path=str(decoder[1]),
+                             load_weights_only=True)
     assert all(torch.equal(a, b) for a, b in zip(decoder[0].parameters(), run.state.model.parameters()))
     assert not run.state.optimizers[0].state and clock.lineage[-1]["source"].endswith("ep0-ba7-rank0.pt")
     with pytest.raises(ValueError, match=r"1 tensor\(s\) that are not this run's.*output_bias"):
@@ -595,7 +601,7 @@ def partial(kind, path, folder, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "says"), [
-    ("missing", "none.pt.*no such checkpoint"), ("half a file", "half.pt.*not a whole archive"),
+    ("missing", "none.pt.*no such file or folder"), ("half a file", "half.pt.*not a whole archive"),
     ("save folder of half a file", "no complete checkpoint"), ("shard cut short", "missing or cut short"),
     ("without a record", "foreign.pt does not say what model it holds"),
     ("folder without weights", "no model.safetensors"), ("folder cut short", "not a whole safetensors file"),
@@ -630,6 +636,7 @@ def pretrained(chain):
     ({"model__objective": [{"until": "0.5dur", "objective": "clm"}, {"objective": "mlm"}]}, ["starts with clm"]),
     ({"model__hidden_size": 192, "model__num_attention_heads": 3}, ["hidden_size 128 (here 192)"]),
     ({"fsdp_config": {"state_dict_type": "sharded"}}, ["one file", "state_dict_type is sharded", "full"]),
+    ({"optimizer": {"name": "decoupled_adamw", "lr": 1e-3}}, ["ettin_stable_adamw", "decoupled_adamw", "keep=weights"]),
 ])
 def test_a_phase_that_cannot_go_on_is_refused_with_both_values(changes, words, phase_cfg, pretrained):
     with pytest.raises(ValueError) as error:
