@@ -10,6 +10,7 @@ import bisect
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,8 +147,9 @@ def next_batch(checkpoint: str | os.PathLike[str], location: str | os.PathLike[s
 
 def view_step(stream: RowStream, step: int, *, rows: int | None = None) -> StepView:
     """A step's counts and hash, and the documents of its first `rows` rows (all if not given)."""
-    ids = special_ids(stream)
-    read, first = stream.rows_of(step), stream.ramp.first_row(step)
+    ids, first = special_ids(stream), stream.ramp.first_row(step)
+    _open_shards(stream, first)
+    read = stream.rows_of(step)
     ids_hash, tokens, filler = 0, 0, np.empty(stream.max_seq_len, np.int64)
     sequence_id = np.empty_like(filler)
     for row in read:
@@ -162,6 +164,19 @@ def view_step(stream: RowStream, step: int, *, rows: int | None = None) -> StepV
             pieces.append(Piece(row.place, len(chunk) + SPECIALS_PER_PIECE, stored["doc"], stored["part"],
                                 bool(stored["last"]), stored["source"], chunk))
     return StepView(step, read[0].epoch, len(read), tokens, read[0].tokens_before, ids_hash % HASH_MODULUS, pieces)
+
+
+def _open_shards(stream: RowStream, row: int) -> None:
+    """Opens the shards that the rows around `row` are drawn from, several at a time: all of a shard is hashed and checked
+    when it is opened, which would take most of the time of looking at one step, and does not hold Python's lock.
+    """
+    if stream.data.fetches:
+        return  # rows_of has them fetched in the background
+    shards = stream.order.shards_ahead(row)[:stream.order.shards_at_once]
+    stream.data.prefetch(shards)  # so that none is closed before it is used
+    stream.data.lengths(shards[0])
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(stream.data.sample_lengths, shards))
 
 
 def special_ids(stream: RowStream) -> dict[str, int]:

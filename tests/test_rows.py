@@ -15,7 +15,8 @@ def test_a_row_is_its_pieces_between_bos_and_eos_and_the_rest_is_left_alone():
 
 def test_the_hash_of_a_row_hangs_on_its_ids_its_padding_and_its_place():
     ids = np.arange(64, dtype=np.int64) * 700
-    digest = hashlib.blake2b(b"".join(int(i).to_bytes(8, "little") for i in ids), digest_size=6, salt=(3).to_bytes(8, "little"))
+    content = b"".join(int(i).to_bytes(8, "little") for i in ids)
+    digest = hashlib.blake2b(content, digest_size=6, salt=(3).to_bytes(8, "little"))
     assert hash_row(ids, 3) == int.from_bytes(digest.digest(), "little") < HASH_MODULUS
     others = [hash_row(ids, 4), hash_row(ids[::-1], 3), hash_row(ids[:-1], 3), hash_row(np.append(ids, 0), 3)]
     assert len({hash_row(ids, 3), *others}) == 5
