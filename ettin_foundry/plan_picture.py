@@ -205,7 +205,7 @@ def _mark(panels: Sequence[Any], chains: Sequence[Sequence[_Place]]) -> None:
         axes.set_xlim(0, last.left + last.width)
         axes.set_xticks(ticks, labels if axes is panels[-1] else [""] * len(labels))
         axes.tick_params(axis="x", length=2)
-    panels[-1].set_xlabel("tokens so far, of the model's whole way (widths: square root of a run's tokens)" if several
+    panels[-1].set_xlabel("tokens so far on the model's way (widths: square root of a run's tokens)" if several
                           else "tokens")
 
 

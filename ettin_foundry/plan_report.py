@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ettin_foundry import plan_cost
+from ettin_foundry.checks import check_settings
+from ettin_foundry.keys import MODEL_KEYS
 from ettin_foundry.plan import Plan, aligned, lines, plan_with, split_facts
 from ettin_foundry.plan_cost import NO_PRICES, Cost, Prices
 from ettin_foundry.plan_course import Course
@@ -33,16 +35,6 @@ class PlannedRun:
     along: Course
 
 
-def _needed(name: str, cfg: dict[str, Any]) -> None:
-    """What a plan reads must be there; whether the run would start is for train.py --dry-run to say."""
-    for key in ("model", "train_loader", "optimizer", "scheduler"):
-        if not isinstance(cfg.get(key), dict) or not isinstance(cfg[key].get("name"), str):
-            raise ValueError(f"{name}: {key}: {cfg.get(key)!r} given; a block with a name is needed. See yamls/nano.yaml")
-    for key in ("max_duration", "max_seq_len", "global_train_batch_size", "device_train_microbatch_size"):
-        if cfg.get(key) is None:
-            raise ValueError(f"{name}: {key}: not given; every run needs it. Start from a complete recipe in yamls/")
-
-
 def plan_chain(stages: Sequence[tuple[str, dict[str, Any]]], *, gpus: str | None = None, mfu: float | None = None,
                prices: Prices = NO_PRICES) -> list[PlannedRun]:
     """Plans of runs, in order.
@@ -53,16 +45,27 @@ def plan_chain(stages: Sequence[tuple[str, dict[str, Any]]], *, gpus: str | None
         mfu: share of the peak to assume, 6 operations per parameter and token; None: the original's.
 
     Raises:
-        ValueError: what no run could be planned with; it names the stage or the key.
+        ValueError: what `checks.check_settings` refuses, and a batch that the GPUs cannot divide; it names the key, and of
+            several runs the first that has it.
     """
     found = []
     for name, cfg in stages:
-        _needed(name, cfg)
-        machine = plan_cost.default_machine(cfg) if gpus is None else plan_cost.parse_gpus(gpus)
-        plan, data, along = plan_with(cfg, split_facts(cfg))
-        found.append(PlannedRun(name, cfg, plan, plan_cost.cost(cfg, plan, data, along, machine, mfu=mfu, prices=prices),
-                                along))
+        try:
+            found.append(_planned(name, cfg, gpus, mfu, prices))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}" if len(stages) > 1 else str(error)) from error
     return found
+
+
+def _planned(name: str, cfg: dict[str, Any], gpus: str | None, mfu: float | None, prices: Prices) -> PlannedRun:
+    if (model := (cfg.get("model") or {}).get("name")) not in MODEL_KEYS:
+        raise ValueError(f"model.name: {model!r} given; only {' and '.join(MODEL_KEYS)} can be planned. Start from a recipe "
+                         "in yamls/")
+    check_settings(cfg)
+    machine = plan_cost.default_machine(cfg) if gpus is None else plan_cost.parse_gpus(gpus)
+    plan, data, along = plan_with(cfg, split_facts(cfg))
+    cost = plan_cost.cost(cfg, plan, data, along, machine, mfu=mfu, prices=prices)
+    return PlannedRun(name, cfg, plan, cost, along)
 
 
 def _memory_lines(cost: Cost) -> list[tuple[str, str]]:

@@ -83,8 +83,11 @@ def test_a_suite_file_is_planned_stage_by_stage_and_as_json(capsys, tmp_path):
     ([ENC, "max_duration=3ep"], "error: max_duration: '3ep' given"),
     ([ENC, "variables.mask_rate=1.5"], "error: train_loader.mask_rate: 1.5 given"),
     ([ENC, "~/no.yaml"], "error: ~/no.yaml: no such file"),
-    ([ENC, "optimizer=null"], "optimizer: None given; a block with a name is needed"),
+    ([ENC, "optimizer=null"], "error: optimizer: not given; every run needs it"),
+    ([ENC, "save_intervall=1000ba"], "error: save_intervall: unknown key"),
+    ([ENC, "model.name=mpt_causal_lm"], "error: model.name: 'mpt_causal_lm' given; only ettin"),
     ([ROOT / "yamls/suite/nano.yaml", "scale=0"], "scale: 0 given"),
+    ([ROOT / "yamls/suite/ettin-150m.yaml", "--gpus", "3xH100"], "error: encoder-pretrain: global_train_batch_size: 2816"),
     ([ENC, "--pue", "0.5"], "error: --pue: 0.5 given"),
 ])
 def test_bad_input_is_one_line(capsys, arguments, message):
