@@ -40,10 +40,9 @@ class Gpu:
 
 GPUS = {
     "h100": Gpu(1.979e15 / 2, 79.1, 700), "h100-pcie": Gpu(1.513e15 / 2, 79.1, 350), "h200": Gpu(1.979e15 / 2, 139.8, 700),
-    "b200": Gpu(2.25e15, 178.0, 1000),  # NVIDIA's HGX B200 data sheet: 4.5e15 with sparsity, 1,000 W
     "a100": Gpu(312e12, 79.1, 400), "a100-40gb": Gpu(312e12, 39.4, 400), "a10": Gpu(125e12, 22.0, 150),
 }
-"""h100, h200, b200 and a100 are SXM modules."""
+"""h100, h200 and a100 are SXM modules."""
 
 # Ettin's repository, pretraining/README.md: hours for 2T tokens, all phases, on 4x H100
 ORIGINAL_HOURS = {"17m": 141, "32m": 212, "68m": 300, "150m": 470, "400m": 950, "1b": 2170}
