@@ -65,7 +65,7 @@ def export_sentence_model(model: Any, config: EttinConfig, tokenizer: Any, folde
     whole = hf.to_hf(hf.plain_state(model), config)
     weights = {name.removeprefix("model."): tensor for name, tensor in whole.items() if name.startswith("model.")}
     written = config_json(config, objective=objective, special_ids=special_ids(tokenizer), tokens=facts.get("tokens"),
-                          lineage=facts.get("lineage") or ())
+                          lineage=facts.get("lineage") or (), checkpoint=facts.get("checkpoint"))
     written["architectures"] = ["ModernBertDecoderModel" if config.causal else "ModernBertModel"]
     written["ettin_foundry"] = {**written["ettin_foundry"], "pooling": pooling}
     with new_folder(folder) as partial:

@@ -13,6 +13,7 @@ import parity
 import pytest
 import torch
 from composer.loggers import InMemoryLogger
+from omegaconf import OmegaConf as om
 
 import ettin_foundry
 from ettin_foundry import checks, recipes
@@ -261,6 +262,15 @@ def test_a_microbatch_that_is_not_the_device_batch_is_refused(rows, micro, proce
         checks._check_negatives(whole, processes)
 
 
+def test_the_machine_check_asks_for_it(data_set, source, tmp_path):
+    config = configure(data_set, tmp_path, source, "variables.packed.microbatch.contrastive=4")
+    cfg: Any = om.to_container(config, resolve=True)
+    with pytest.raises(ValueError, match="device_train_microbatch_size: 4 given; it must be the 8 rows"):
+        checks.check_machine(cfg)
+    cfg["device_train_microbatch_size"] = 8
+    checks.check_machine(cfg)
+
+
 def test_the_overlay_fits_every_kind_of_recipe():
     for name, vocabulary, causal in (("nano", 8192, False), ("ettin-enc-150m", 50368, False), ("ettin-dec-1b", 50368, True)):
         cfg = recipe(name, f"model.causal={str(causal).lower()}")
@@ -333,9 +343,9 @@ def test_a_short_run_spreads_texts_resumes_bit_for_bit_and_can_be_exported(data_
     for name, tensor in state.items():
         untouched = name.startswith("head.") or name == "output_bias"
         assert torch.equal(tensor, before[name]) is untouched, name
-    written = json.loads((tmp_path / "exports/ba8/config.json").read_text())["ettin_foundry"]
+    written = json.loads((tmp_path / "exports/contrastive8/config.json").read_text())["ettin_foundry"]
     assert (written["objective"], written["pooling"], written["lineage"][0]["objective"]) == ("simcse", "mean", "mlm")
-    assert (tmp_path / "exports/ba8/modules.json").is_file()
+    assert (tmp_path / "exports/contrastive8/modules.json").is_file()
 
     (folder / "latest-rank0.pt").unlink()
     (folder / "ep0-ba8-rank0.pt").unlink()  # killed after batch 4
