@@ -573,6 +573,24 @@ def test_an_encoder_that_does_not_say_how_it_predicts_is_refused_where_that_matt
     prepared(cross_cfg, "ettin_cross", place, model__objective="clm", train_loader__mask_rate=0.0)
 
 
+def test_a_folder_of_the_published_kind_is_crossed_as_it_is(decoder, folder, tokens, tokenizer_dir, tmp_path):
+    """Keys and values of an official decoder's config.json, at nano's shape: nothing of ours in it."""
+    shutil.copytree(folder, tmp_path / "official")
+    config = {"architectures": ["ModernBertDecoderForCausalLM"], "model_type": "modernbert-decoder", "hidden_size": 128,
+              "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 512,
+              "max_position_embeddings": 7999, "global_rope_theta": 160000.0, "local_rope_theta": 160000.0,
+              "local_attention": 128, "sliding_window": 64, "decoder_bias": True,
+              "tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "official" / "config.json").write_text(json.dumps(config))
+    cfg = config_of("cross", f"variables.tokenizer={tokenizer_dir}")  # theta as the overlay says
+    assert prepared(cfg, "ettin_cross", tmp_path / "official") == {}
+    encoder = ettin("mntp", tokenizer=tokens, global_rope_theta=160000.0, local_rope_theta=160000.0)
+    run, clock, _ = crossing(encoder, tmp_path / "official")
+    assert all(torch.equal(a, b) for a, b in zip(decoder[0].parameters(), run.state.model.parameters()))
+    assert clock.lineage == ({"source": f"{tmp_path.name}/official", "objective": "clm", "tokens": None, "phase": None,
+                              "run_hash": None, "accepted": None},)
+
+
 def partial(kind, path, folder, tmp_path):
     """A source of which a part is missing."""
     if kind == "missing":
