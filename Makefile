@@ -17,8 +17,9 @@ suite: $(VENV)/.installed data/nano/train/manifest.json
 data/nano/train/manifest.json: | $(VENV)/.installed
 	$(BIN)/python data_prep/convert.py python-stdlib --out data/nano --train-tokenizer 8192 --chunk-length 254 --validation 0.03
 
+# one process a core; a file's tests stay together, for they share fixtures
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

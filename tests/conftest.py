@@ -16,7 +16,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a forked loader worker must not inherit its threads
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported: more threads only fight on small machines
+# before torch is imported: more threads only fight on small machines, and two pytest processes have a core each
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 SEED = 20251
