@@ -108,12 +108,14 @@ def test_valid_keys_mirror_the_signatures():
     ({"max_seq_len": 128}, ["model.max_seq_len: 256", "128"]),
     ({"tokenizer.kwargs.model_max_length": 128}, ["model_max_length: 128", "256"]),
     ({"train_loader.objective": "mntp"}, ["train_loader.objective: 'mntp'", "'mlm'", "variables.objective"]),
-    ({"eval_loader.objective": "clm"}, ["eval_loader.objective: 'clm'", "'mlm'"]),
+    ({"eval_loader.objective": "clm"}, ["eval_loader.mask_rate: 0.3", "objective: clm", "eval_mask_rate"]),
+    ({"eval_loader.objective": ["mlm", "mlm"]}, ["eval_loader.objective: ['mlm', 'mlm']", "twice"]),
+    ({"eval_loader.objective": ["mlm", "rtd"]}, ["eval_loader.objective: 'rtd'", "clm, mntp"]),
     ({"train_loader.mask_rate": 0.0}, ["train_loader.mask_rate: 0.0", "above 0"]),
     ({"train_loader.mask_rate": ...}, ["train_loader.mask_rate", "above 0"]),
     ({"eval_loader.mask_rate": 1.5}, ["eval_loader.mask_rate: 1.5", "up to 1"]),
     ({"model.objective": "clm", "train_loader.objective": "clm", "eval_loader.objective": "clm"},
-     ["train_loader.mask_rate: 0.3", "clm", "mask_rate=0.0"]),
+     ["train_loader.mask_rate: 0.3", "clm", "variables.mask_rate"]),
     ({"train_loader.shuffle": False}, ["train_loader.shuffle: False", "endless"]),
     ({"eval_loader.shuffle": True}, ["eval_loader.shuffle: True", "finite"]),
     ({"eval_loader.shuffle": ...}, ["eval_loader.shuffle: True"]),
@@ -187,8 +189,8 @@ def test_a_list_of_eval_loaders_is_checked_under_both_of_the_hosts_names(cfg):
     block = cfg.pop("eval_loader") | {"label": "validation"}
     for key in ("eval_loader", "eval_loaders"):
         checks.check_settings({**cfg, key: [block]})
-        with pytest.raises(ValueError, match=r"eval_loader\[1\].objective: 'clm' given"):
-            checks.check_settings({**cfg, key: [block, {**block, "objective": "clm"}]})
+        with pytest.raises(ValueError, match=r"eval_loader\[1\].objective: 'rtd' given"):
+            checks.check_settings({**cfg, key: [block, {**block, "objective": "rtd"}]})
 
 
 @pytest.mark.parametrize("changes, words", [
