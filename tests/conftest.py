@@ -53,6 +53,15 @@ def _seeded() -> None:
         sys.modules["torch"].manual_seed(SEED)
 
 
+@pytest.fixture
+def no_process_group() -> None:
+    """A run in this process leaves the host's process group of one behind; a test that begins its own needs none."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def documents() -> list[str]:
     """The 200 texts of `corpus`, in its order."""

@@ -198,7 +198,7 @@ def test_every_size_ends_with_a_global_layer():
         assert config.size == name
 
 
-def test_fsdp2_draws_meta_parameters_by_role_and_never_rounds_the_angles(monkeypatch):
+def test_fsdp2_draws_meta_parameters_by_role_and_never_rounds_the_angles(monkeypatch, no_process_group):
     """One process over gloo: parameters start on `meta`, are sharded, materialised and drawn; blocks compute in bf16."""
     import socket
 

@@ -160,7 +160,7 @@ def work(rank, port):
     dist.destroy_process_group()
 
 
-def test_ddp_and_fsdp2_equal_one_rank_and_resume_bitwise():
+def test_ddp_and_fsdp2_equal_one_rank_and_resume_bitwise(no_process_group):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
