@@ -238,7 +238,7 @@ def _trained_or_averaged(path: Path, weights: dict[str, torch.Tensor], state: Ma
     """
     entry = dict(state.get("algorithms") or ()).get("EMA") or {}
     if ema and not entry.get("ema_started"):
-        why = "the run's ema_start had not come yet" if entry else "the run had no algorithms.ema"
+        why = "the run's ema_start had not come yet" if entry else "it has no state of algorithms.ema"
         raise ValueError(f"{path}: holds no averaged weights ({why}). Leave --ema out, or give another checkpoint")
     if entry.get("ema_started") and ema != entry["ema_weights_active"]:
         stored = entry["ema_model"]["named_parameters_dict"]  # under DDP, Composer's own has `module.` before the name

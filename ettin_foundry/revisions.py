@@ -236,7 +236,8 @@ def _write_tags(out: Path, revisions: Sequence[Revision]) -> None:
     tags = []
     for revision in revisions:
         written = _read_identity(out / revision.name)
-        tags.append({"tag": revision.name, **{key: written[key] for key in ("objective", "tokens")}, **revision.identity})
+        tags.append({"tag": revision.name, "objective": written["objective"], "tokens": written["tokens"] or 0,
+                     **revision.identity})
     partial = out / f".{TAGS}.partial-{os.getpid()}"
     write_json(partial, {"tags": tags})
     partial.replace(out / TAGS)

@@ -191,7 +191,7 @@ def test_a_checkpoint_without_averages_says_why(averaged, tmp_path):
     with pytest.raises(ValueError, match="ep0-ba4.*ema_start had not come"):
         checkpoint.load_model_state(tmp_path / "late" / "ep0-ba4-rank0.pt", ema=True)
     fit(None, folder=tmp_path / "none", duration="23tok")
-    with pytest.raises(ValueError, match="no algorithms.ema.*Leave --ema out"):
+    with pytest.raises(ValueError, match="no state of algorithms.ema.*Leave --ema out"):
         checkpoint.load_model_state(tmp_path / "none", ema=True)
 
 

@@ -93,7 +93,7 @@ def test_every_checkpoint_of_a_chain_becomes_a_folder(chain, tmp_path, capsys):
     assert "| tokens seen | 130 |" in card and "| phase | extend |" in card
     assert f"| checkpoint | batch 3 of extend, whose resolved config has the sha256 {'a' * 64} |" in card
     tags = json.loads((tmp_path / "out" / "tags.json").read_text())["tags"]
-    assert [tag["tag"] for tag in tags] == order
+    assert [tag["tag"] for tag in tags] == order and tags[0]["tokens"] == 0
     assert tags[-1] == {"tag": "cross1", "objective": "clm", "tokens": 110, "run_name": "cross", "phase": "cross",
                         "batch": 1, "run_hash": "a" * 64}
 
