@@ -17,7 +17,7 @@ from ettin_foundry.version import __version__
 __all__ = ["CITATION", "FACTS", "MNTP_NOTE", "card", "data_table", "lowest_transformers", "training_table"]
 
 FACTS = {
-    "phase": "pretrain, extend, decay or cross",
+    "phase": "pretrain, extend, decay, cross or contrastive",
     "tokens": "real tokens trained on, all phases together",
     "checkpoint": "mapping with run_name, batch and run_hash: which checkpoint this was",
     "objective_schedule": "text: the objectives in the course of training, where they change or are mixed",

@@ -3,8 +3,10 @@
 References are written here, text by text and pair by pair, and the loss is also held to sentence-transformers' own.
 """
 
+import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import nano_run
@@ -21,6 +23,7 @@ from ettin_foundry.batches import flatten
 from ettin_foundry.checkpoint import load_model_state
 from ettin_foundry.config import EttinConfig
 from ettin_foundry.contrastive import Alignment, ContrastiveLoss, EttinContrastive, Uniformity, contrastive_loss
+from ettin_foundry.entry import Source, Target, compare
 from ettin_foundry.hf import weights_checkpoint
 from ettin_foundry.model import Ettin
 
@@ -280,6 +283,18 @@ def test_the_overlay_fits_every_kind_of_recipe():
         assert (cfg["model"]["scale"], cfg["model"]["pooling"], cfg["optimizer"]["weight_decay"]) == (20, "mean", 0)
         assert (cfg["global_train_batch_size"], cfg["device_train_microbatch_size"], cfg["max_seq_len"]) == (128, 128, 128)
         assert (cfg["max_duration"], cfg["optimizer"]["lr"], cfg["train_loader"]["packing"]) == ("1000ba", 3e-5, False)
+
+
+def test_the_source_may_have_any_objective_also_one_that_it_does_not_say():
+    def compared(causal, objective, starts_with):
+        was, now = (dataclasses.asdict(EttinConfig.for_size("nano", causal=kind)) for kind in (causal, False))
+        source = Source(Path("official"), {"config": was, "objective": objective}, has_moments=False, is_folder=True)
+        return compare("callbacks.ettin_cross", source, Target(now, (starts_with,), None), [], crossing=True)
+
+    for causal, objective in ((False, None), (False, "mlm"), (False, "mntp"), (True, "clm")):
+        assert compared(causal, objective, "simcse") == {}
+    with pytest.raises(ValueError, match="does not say whether this encoder predicts masks as mlm or mntp"):
+        compared(False, None, "mlm")  # there it matters
 
 
 # ------------------------------------------------------------------ through the trainer
