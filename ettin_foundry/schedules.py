@@ -337,8 +337,8 @@ class MaskRate:
 
 def _check_rate(key: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ValueError(f"{key}: {value!r} given; a share of the tokens above 0 and up to 1 is needed. The recipes use "
-                         "0.3, and 0.15 in decay")
+        raise ValueError(f"{key}: {value!r} given; a share of the tokens above 0 and up to 1 is needed. The recipes "
+                         "use 0.3, and 0.15 in decay")
 
 
 def _describe(plain: Any) -> str:
