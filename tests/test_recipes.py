@@ -145,8 +145,9 @@ def test_nano_and_all_recipes_cross_to_what_their_name_says(path):
 
 def test_nano_becomes_a_decoder_in_every_phase_by_two_keys():
     for phases in ((), ("extend",), ("decay",), ("cross",)):
-        crossed = ["variables.source_objective=mlm"] * ("cross" in phases)
-        cfg = resolved(ROOT / "yamls/nano.yaml", *phases, args=("variables.objective=clm", "variables.mask_rate=0.0", *crossed))
+        keys = ["variables.objective=clm", "variables.mask_rate=0.0"]
+        keys += ["variables.source_objective=mlm"] * ("cross" in phases)
+        cfg = resolved(ROOT / "yamls/nano.yaml", *phases, args=tuple(keys))
         checks.check_settings(cfg)
         assert checks.model_config(cfg).causal
 
