@@ -370,8 +370,8 @@ def check_together(objective: ObjectiveSchedule, mask_rate: MaskRate, key: str =
     """
     if not objective.masks and not mask_rate.is_zero:
         raise ValueError(f"{key}mask_rate: {mask_rate} given with objective: {objective}, which has no use for it; it must "
-                         f"be 0 or absent. Set it to 0 (variables.mask_rate and variables.eval_mask_rate in the recipes), or "
-                         f"train {' or '.join(MASKED_OBJECTIVES)}")
+                         f"be 0 or absent. Set it to 0 (variables.mask_rate and variables.eval_mask_rate in the recipes), "
+                         f"or train {' or '.join(MASKED_OBJECTIVES)}")
     if objective.masks and mask_rate.is_zero:
         raise ValueError(f"{key}mask_rate: {mask_rate} given with objective: {objective}; it must be above 0 and at most 1, "
                          "the share of tokens to predict. Set mask_rate (the recipes use 0.3, in the decay phase 0.15)")
