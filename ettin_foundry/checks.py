@@ -9,16 +9,14 @@ optimizer, the data's files, the tokenizer against the data) is not repeated her
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ettin_foundry.config import CONTRASTIVE, MASKED_OBJECTIVES, OBJECTIVES, EttinConfig
+from ettin_foundry.check_objectives import check_contrastive, check_negatives, check_objectives, resolve_schedules
 from ettin_foundry.defaults import HOST_KEYS
-from ettin_foundry.keys import FIELDS, MODEL_KEYS, check_host_only, check_inert, check_keys
+from ettin_foundry.keys import MODEL_KEYS, check_host_only, check_inert, check_keys
 from ettin_foundry.ramp import check_warmup
-from ettin_foundry.schedules import MaskRate, ObjectiveSchedule, check_together
+from ettin_foundry.run_config import TIME, loaders, model_config, objective_schedule, parse_time, refusal, total_tokens, walk
 from ettin_foundry.starts import check_start, config_text, guard
 
 __all__ = ["check_config", "check_files", "check_machine", "check_settings", "model_config", "objective_schedule",
@@ -27,88 +25,11 @@ __all__ = ["check_config", "check_files", "check_machine", "check_settings", "mo
 _NEEDED = ("model", "tokenizer", "optimizer", "scheduler", "train_loader", "max_duration", "max_seq_len",
            "global_train_batch_size", "device_train_microbatch_size")
 _BLOCKS = ("model", "tokenizer", "optimizer", "scheduler", "train_loader")
-_TIME = re.compile(r"([0-9._]+(?:e[+-]?[0-9]+)?)(tok|ba|dur|ep|sp|sec|iter)", re.IGNORECASE)
 _NO_RUN_TIMES = ("variables", "loggers", "metadata", "run_name")  # holds text that only looks like a time
 
 
-def _refusal(key: str, given: Any, allowed: str, advice: str) -> ValueError:
-    return ValueError(f"{key}: {given!r} given; {allowed}. {advice}")
-
-
-def parse_time(key: str, value: Any) -> tuple[float, str]:
-    """A time such as `3_000_000_000tok` as (number, unit).
-
-    Raises:
-        ValueError: not a time, or one in epochs; it names `key`.
-    """
-    match = _TIME.fullmatch(value) if isinstance(value, str) else None
-    if (isinstance(value, int) and not isinstance(value, bool)) or (match and match[2].lower() == "ep"):
-        raise _refusal(key, value, "it means epochs, and our loader is endless: its one epoch never ends",
-                       "Give tokens or batches, such as 8_500_000_000tok or 3000ba")
-    try:
-        return float(match[1]), match[2].lower()  # type: ignore[index]
-    except (TypeError, ValueError):
-        raise _refusal(key, value, "a number with its unit is needed: tok, ba or dur",
-                       "Write it like 8_500_000_000tok, 3000ba or 0.2dur") from None
-
-
-def total_tokens(cfg: dict[str, Any]) -> int | None:
-    """Tokens of the run, which a `dur` in a schedule is a share of; None when max_duration is not in tokens."""
-    amount, unit = parse_time("max_duration", cfg["max_duration"])
-    return round(amount) if unit == "tok" else None
-
-
-def objective_schedule(cfg: dict[str, Any]) -> ObjectiveSchedule:
-    """The objective of a config's model over the run's tokens.
-
-    Raises:
-        ValueError: an unknown objective, or a schedule with a gap, an overlap, or past the end of the run.
-    """
-    value = cfg["model"].get("objective")
-    if value is None:
-        raise _refusal("model.objective", value, f"one of {', '.join(OBJECTIVES)} is needed",
-                       "clm makes a decoder, the others an encoder")
-    total = None if isinstance(value, str) else total_tokens(cfg)  # a name alone needs no clock
-    return ObjectiveSchedule.parse(value, total=total, key="model.objective")
-
-
-def model_config(cfg: dict[str, Any]) -> EttinConfig:
-    """The shape that a config's model block asks for; under a schedule, that of the objective it ends with.
-
-    Raises:
-        ValueError: an unknown size or objective, or a field out of range; it names the key.
-    """
-    model = cfg["model"]
-    fields = {key: value for key, value in model.items() if key in FIELDS}
-    causal = model.get("causal", objective_schedule(cfg).final == "clm")  # a key of ettin_contrastive only
-    return EttinConfig.for_size(model.get("size"), causal=causal,
-                                max_position_embeddings=cfg["max_seq_len"], **fields)
-
-
-def _loaders(cfg: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(key, block) of every loader, the training loader first."""
-    yield "train_loader", cfg.get("train_loader") or {}
-    evals = cfg.get("eval_loaders") or cfg.get("eval_loader") or []  # the host renames a list to eval_loaders
-    if isinstance(evals, dict):
-        yield "eval_loader", evals
-    else:
-        yield from ((f"eval_loader[{i}]", block) for i, block in enumerate(evals))
-
-
-def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield from _walk(item, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield from _walk(item, f"{key}[{i}]")
-    else:
-        yield key, value
-
-
 def _is_ours(cfg: dict[str, Any]) -> bool:
-    blocks = [cfg.get("model"), *(block for _, block in _loaders(cfg))]
+    blocks = [cfg.get("model"), *(block for _, block in loaders(cfg))]
     return any(isinstance(b, dict) and b.get("name") in (*MODEL_KEYS, "ettin_text") for b in blocks)
 
 
@@ -117,15 +38,15 @@ def _is_ours(cfg: dict[str, Any]) -> bool:
 
 def _check_presence(cfg: dict[str, Any]) -> None:
     if set(str(cfg.get("run_name") or "")) & set("{}[]"):
-        raise _refusal("run_name", cfg["run_name"], "a name is needed, and the host reads brackets as placeholders",
-                       "A schedule of objectives is no name: set variables.label=... (nano.yaml), or run_name=...")
+        raise refusal("run_name", cfg["run_name"], "a name is needed, and the host reads brackets as placeholders",
+                      "A schedule of objectives is no name: set variables.label=... (nano.yaml), or run_name=...")
     for key in _NEEDED:
         if cfg.get(key) is None:
             raise ValueError(f"{key}: not given; every run needs it. Start from a complete recipe in yamls/")
     for key in _BLOCKS:
         if not isinstance(cfg[key], dict) or not isinstance(cfg[key].get("name"), str):
-            raise _refusal(key, cfg[key], "a block with a name is needed", "See yamls/nano.yaml for one of each")
-    for key, value in _walk({k: v for k, v in cfg.items() if k != "variables"}):
+            raise refusal(key, cfg[key], "a block with a name is needed", "See yamls/nano.yaml for one of each")
+    for key, value in walk({k: v for k, v in cfg.items() if k != "variables"}):
         if value == "???":
             raise ValueError(f"{key}: no value given. Add {key}=... to the command line")
     if unknown := sorted(set(cfg) - HOST_KEYS):
@@ -136,132 +57,53 @@ def _check_presence(cfg: dict[str, Any]) -> None:
 def _check_pairing(cfg: dict[str, Any]) -> None:
     name = cfg["model"]["name"]
     ours = name in MODEL_KEYS
-    for key, block in _loaders(cfg):
+    for key, block in loaders(cfg):
         if ours and block.get("name") != "ettin_text":
-            raise _refusal(f"{key}.name", block.get("name"), f"model.name: {name} reads batches of ettin_text only",
-                           f"Set {key}.name=ettin_text on data made by data_prep/convert.py")
+            raise refusal(f"{key}.name", block.get("name"), f"model.name: {name} reads batches of ettin_text only",
+                          f"Set {key}.name=ettin_text on data made by data_prep/convert.py")
         if not ours and block.get("name") == "ettin_text":
-            raise _refusal(f"{key}.name", "ettin_text", f"its batches are for model.name: {' or '.join(MODEL_KEYS)}, not "
-                           f"{name!r}", "Use name: text for other models: the shards are plain MDS")
+            raise refusal(f"{key}.name", "ettin_text", f"its batches are for model.name: {' or '.join(MODEL_KEYS)}, not "
+                          f"{name!r}", "Use name: text for other models: the shards are plain MDS")
 
 
 def _check_blocks(cfg: dict[str, Any]) -> None:
-    check_keys(cfg, list(_loaders(cfg)))
-    for key, block in (("model", cfg["model"]), *_loaders(cfg)):
+    check_keys(cfg, list(loaders(cfg)))
+    for key, block in (("model", cfg["model"]), *loaders(cfg)):
         if block.get("max_seq_len") != cfg["max_seq_len"]:
-            raise _refusal(f"{key}.max_seq_len", block.get("max_seq_len"), f"max_seq_len is {cfg['max_seq_len']!r} and "
-                           "must be the same everywhere", "Set it once: variables.max_seq_len=...")
+            raise refusal(f"{key}.max_seq_len", block.get("max_seq_len"), f"max_seq_len is {cfg['max_seq_len']!r} and "
+                          "must be the same everywhere", "Set it once: variables.max_seq_len=...")
     longest = (cfg["tokenizer"].get("kwargs") or {}).get("model_max_length", cfg["max_seq_len"])
     if longest < cfg["max_seq_len"]:
-        raise _refusal("tokenizer.kwargs.model_max_length", longest, f"at least max_seq_len ({cfg['max_seq_len']}) is "
-                       "needed", "Set it once: variables.max_seq_len=...")
+        raise refusal("tokenizer.kwargs.model_max_length", longest, f"at least max_seq_len ({cfg['max_seq_len']}) is "
+                      "needed", "Set it once: variables.max_seq_len=...")
     model_config(cfg)
 
 
-def _check_objectives(cfg: dict[str, Any]) -> None:
-    schedule = objective_schedule(cfg)
-    if not schedule.is_constant and total_tokens(cfg) is None:
-        raise _refusal("max_duration", cfg["max_duration"], "an objective that changes is a schedule on the token clock, "
-                       "which needs the run's length in tokens", "Give max_duration in tok")
-    for key, block in _loaders(cfg):
-        if key == "train_loader":
-            if block.get("objective") != cfg["model"]["objective"]:
-                raise _refusal(f"{key}.objective", block.get("objective"), f"model.objective is "
-                               f"{cfg['model']['objective']!r} and must be the same", "Set it once: variables.objective=...")
-            rate = MaskRate.parse(block.get("mask_rate", 0.0), total=total_tokens(cfg), key=f"{key}.mask_rate")
-            check_together(schedule, rate, f"{key}.")
-        else:
-            _evaluated(cfg, key, block)
+def _check_loader_roles(cfg: dict[str, Any]) -> None:
+    for key, block in loaders(cfg):
         _check_loader_role(key, block)
-
-
-def _evaluated(cfg: dict[str, Any], key: str, block: dict[str, Any]) -> tuple[str, ...]:
-    """The objectives that an evaluation loader asks for: a name, a list of names, or all of a schedule."""
-    value = block.get("objective")
-    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
-        if len(set(value)) < len(value):
-            raise _refusal(f"{key}.objective", value, "a name stands in it twice", "Name each objective once")
-        parts = [ObjectiveSchedule.parse(name, key=f"{key}.objective") for name in value]
-    else:
-        parts = [ObjectiveSchedule.parse(value, total=total_tokens(cfg), key=f"{key}.objective")]
-    names = tuple(dict.fromkeys(name for part in parts for name in part.objectives))
-    rate = block.get("mask_rate", 0.0)
-    if isinstance(rate, list):
-        raise _refusal(f"{key}.mask_rate", rate, "an evaluation has one rate, or its losses could not be compared",
-                       "Give a number, such as 0.15")
-    # as many names, of which one may mask: the rate is for those that do
-    check_together(ObjectiveSchedule.parse({name: 1 / len(names) for name in names} if len(names) > 1 else names[0]),
-                   MaskRate.parse(rate, key=f"{key}.mask_rate"), f"{key}.")
-    return names
-
-
-def _resolve_schedules(cfg: dict[str, Any]) -> None:
-    """Writes schedules in tokens, since model and loader do not know the run's length, and a loader for each evaluation."""
-    total = total_tokens(cfg)
-    cfg["model"] = {**cfg["model"], "objective": objective_schedule(cfg).plain()}
-    train = cfg["train_loader"] = {**cfg["train_loader"], "objective": cfg["model"]["objective"]}
-    if "mask_rate" in train:
-        train["mask_rate"] = MaskRate.parse(train["mask_rate"], total=total, key="train_loader.mask_rate").plain()
-    if warmup := train.get("batch_size_warmup"):
-        train["batch_size_warmup"] = {**warmup, "tokens": check_warmup(warmup, cfg["global_train_batch_size"], total=total)}
-    evals = []
-    for key, block in list(_loaders(cfg))[1:]:
-        names = _evaluated(cfg, key, block)
-        if len(names) == 1:
-            evals.append({**block, "objective": names[0]})
-            continue
-        label = f"{block['label']}/" if block.get("label") else ""
-        for name in names:
-            own = {**block, "objective": name, "label": label + name}
-            evals.append(own if name in MASKED_OBJECTIVES else {k: v for k, v in own.items() if k != "mask_rate"})
-    if len(evals) == 1 and "label" not in evals[0]:
-        cfg["eval_loader"] = evals[0]
-    elif evals:  # the host takes a label from a list only, and hands it on from a dict
-        cfg.pop("eval_loader", None)
-        cfg["eval_loaders"] = evals
-
-
-def _check_contrastive(cfg: dict[str, Any]) -> None:
-    """simcse goes with ettin_contrastive, one text a row, and nothing else."""
-    model = cfg["model"]
-    contrastive = model["name"] == "ettin_contrastive"
-    for key, block in (("model", model), *_loaders(cfg)):
-        if (block.get("objective") == CONTRASTIVE) is not contrastive:
-            raise _refusal(f"{key}.objective", block.get("objective"), f"model.name is {model['name']!r}, and {CONTRASTIVE} "
-                           "goes with ettin_contrastive only", "Start from yamls/phases/contrastive.yaml")
-        if contrastive and key != "model" and block.get("packing", True) is not False:
-            raise _refusal(f"{key}.packing", block.get("packing", True), f"{CONTRASTIVE} compares texts, one a row",
-                           "Set variables.packing=false")
-    if contrastive and "ettin_samples" in (cfg.get("callbacks") or {}):
-        raise ValueError("callbacks.ettin_samples: given with model.name: ettin_contrastive, which predicts no tokens. "
-                         "Remove it")
-    if contrastive and any(True for key, _ in _loaders(cfg) if key != "train_loader"):
-        rows = cfg.get("device_eval_batch_size", cfg["device_train_microbatch_size"])
-        if not isinstance(rows, int) or rows < 2:
-            raise _refusal("device_eval_batch_size", rows, "at least 2 rows are needed: the negatives of a text are the "
-                           "others of its batch", "Raise it")
 
 
 def _check_loader_role(key: str, block: dict[str, Any]) -> None:
     if not isinstance(block.get("dataset"), dict) or not block["dataset"].get("local"):
-        raise _refusal(f"{key}.dataset", block.get("dataset"), "{local: folder, split: name} is needed",
-                       "local is the folder that data_prep/convert.py wrote")
+        raise refusal(f"{key}.dataset", block.get("dataset"), "{local: folder, split: name} is needed",
+                      "local is the folder that data_prep/convert.py wrote")
     endless = key == "train_loader"
     if block.get("shuffle", True) is not endless:
-        raise _refusal(f"{key}.shuffle", block.get("shuffle", True), "shuffle: true is an endless stream for training, "
-                       "shuffle: false a finite one for evaluation", f"Set {key}.shuffle={str(endless).lower()}")
+        raise refusal(f"{key}.shuffle", block.get("shuffle", True), "shuffle: true is an endless stream for training, "
+                      "shuffle: false a finite one for evaluation", f"Set {key}.shuffle={str(endless).lower()}")
 
 
 def _check_times(cfg: dict[str, Any]) -> None:
     total, unit = parse_time("max_duration", cfg["max_duration"])
     if unit not in ("tok", "ba"):
-        raise _refusal("max_duration", cfg["max_duration"], "only tok and ba are possible", "Give it in tokens")
-    for key, value in _walk({k: v for k, v in cfg.items() if k not in _NO_RUN_TIMES}):
-        if isinstance(value, str) and (match := _TIME.fullmatch(value)) and match[2].lower() == "ep":
+        raise refusal("max_duration", cfg["max_duration"], "only tok and ba are possible", "Give it in tokens")
+    for key, value in walk({k: v for k, v in cfg.items() if k not in _NO_RUN_TIMES}):
+        if isinstance(value, str) and (match := TIME.fullmatch(value)) and match[2].lower() == "ep":
             parse_time(key, value)
     if cfg.get("save_folder") and cfg.get("save_interval") is not None:
         parse_time("save_interval", cfg["save_interval"])
-    if any(True for key, _ in _loaders(cfg) if key != "train_loader"):
+    if any(True for key, _ in loaders(cfg) if key != "train_loader"):
         interval = cfg.get("eval_interval", 1)  # 1, an epoch, is the host's default
         if interval != 0:
             parse_time("eval_interval", interval)
@@ -270,31 +112,31 @@ def _check_times(cfg: dict[str, Any]) -> None:
         if name in cfg["scheduler"]:
             value, its_unit = parse_time(f"scheduler.{name}", cfg["scheduler"][name])
             if its_unit not in ("dur", unit) and value:
-                raise _refusal(f"scheduler.{name}", cfg["scheduler"][name], f"max_duration ({cfg['max_duration']}) is in "
-                               f"{unit}", f"Give both in {unit}, or this one in dur")
+                raise refusal(f"scheduler.{name}", cfg["scheduler"][name], f"max_duration ({cfg['max_duration']}) is in "
+                              f"{unit}", f"Give both in {unit}, or this one in dur")
             spent += value if its_unit == "dur" else value / total
             if name == "t_decay" and value == 0 and "alpha_f" in cfg["scheduler"]:
-                raise _refusal("scheduler.alpha_f", cfg["scheduler"]["alpha_f"], "it is the end of a decay, and t_decay "
-                               "is 0", "Remove it or give t_decay")
+                raise refusal("scheduler.alpha_f", cfg["scheduler"]["alpha_f"], "it is the end of a decay, and t_decay "
+                              "is 0", "Remove it or give t_decay")
     if spent > 1 + 1e-12:  # shares such as 0.3dur + 0.7dur may sum to a hair above 1
-        raise _refusal("scheduler", {k: v for k, v in cfg["scheduler"].items() if k != "name"}, "warm-up and decay must "
-                       f"fit into max_duration ({cfg['max_duration']})", "Shorten them or lengthen the run")
+        raise refusal("scheduler", {k: v for k, v in cfg["scheduler"].items() if k != "name"}, "warm-up and decay must "
+                      f"fit into max_duration ({cfg['max_duration']})", "Shorten them or lengthen the run")
 
 
 def _check_amounts(cfg: dict[str, Any]) -> None:
     rows = cfg["global_train_batch_size"]
     if not isinstance(rows, int) or rows < 1:
-        raise _refusal("global_train_batch_size", rows, "a whole number of at least 1 row is needed", "Correct it")
+        raise refusal("global_train_batch_size", rows, "a whole number of at least 1 row is needed", "Correct it")
     if cfg.get("train_subset_num_batches", -1) != -1:
-        raise _refusal("train_subset_num_batches", cfg["train_subset_num_batches"], "an endless loader has no subset",
-                       "Use max_duration")
+        raise refusal("train_subset_num_batches", cfg["train_subset_num_batches"], "an endless loader has no subset",
+                      "Use max_duration")
 
 
 def _check_weighting(cfg: dict[str, Any]) -> None:
-    packed = [key for key, block in _loaders(cfg) if block.get("packing", True)]
+    packed = [key for key, block in loaders(cfg) if block.get("packing", True)]
     if cfg.get("accumulate_train_batch_on_tokens", True) is False and "train_loader" in packed:
-        raise _refusal("accumulate_train_batch_on_tokens", False, "with packing, microbatches must be weighted by their "
-                       "targets", "Remove it, or unpack as well (yamls/phases/original.yaml)")
+        raise refusal("accumulate_train_batch_on_tokens", False, "with packing, microbatches must be weighted by their "
+                      "targets", "Remove it, or unpack as well (yamls/phases/original.yaml)")
 
 
 def check_settings(cfg: dict[str, Any]) -> None:
@@ -310,8 +152,8 @@ def check_settings(cfg: dict[str, Any]) -> None:
         return
     _check_presence(cfg)
     _check_pairing(cfg)
-    for check in (_check_blocks, _check_contrastive, _check_objectives, _check_times, check_host_only, check_inert,
-                  _check_amounts, _check_weighting, check_start):
+    for check in (_check_blocks, check_contrastive, check_objectives, _check_loader_roles, _check_times, check_host_only,
+                  check_inert, _check_amounts, _check_weighting, check_start):
         check(cfg)
 
 
@@ -321,38 +163,29 @@ def check_settings(cfg: dict[str, Any]) -> None:
 def _check_batch(cfg: dict[str, Any], world_size: int, cuda: bool) -> None:
     rows, micro = cfg["global_train_batch_size"], cfg["device_train_microbatch_size"]
     if not isinstance(rows, int) or rows < 1 or rows % world_size:
-        raise _refusal("global_train_batch_size", rows, f"a multiple of the number of processes ({world_size}) is needed",
-                       "Change it or the number of processes")
+        raise refusal("global_train_batch_size", rows, f"a multiple of the number of processes ({world_size}) is needed",
+                      "Change it or the number of processes")
     if micro == "auto":
         if not cuda:
-            raise _refusal("device_train_microbatch_size", micro, "a CPU cannot find it by running out of memory",
-                           "Give a number of rows")
+            raise refusal("device_train_microbatch_size", micro, "a CPU cannot find it by running out of memory",
+                          "Give a number of rows")
     elif not isinstance(micro, int) or not 1 <= micro <= rows // world_size:
-        raise _refusal("device_train_microbatch_size", micro, f"1 to {rows // world_size} is possible: "
-                       f"global_train_batch_size is {rows} on {world_size} process(es)", "Lower it")
+        raise refusal("device_train_microbatch_size", micro, f"1 to {rows // world_size} is possible: "
+                      f"global_train_batch_size is {rows} on {world_size} process(es)", "Lower it")
     if (warmup := cfg["train_loader"].get("batch_size_warmup")) is not None:
         check_warmup(warmup, rows, world_size=world_size, microbatch=micro, total=total_tokens(cfg))
 
 
-def _check_negatives(cfg: dict[str, Any], world_size: int) -> None:
-    """The negatives of a text are the other rows of a microbatch, so a smaller one would be another loss."""
-    rows, micro = cfg["global_train_batch_size"], cfg["device_train_microbatch_size"]
-    if cfg["model"]["name"] == "ettin_contrastive" and (micro != rows // world_size or micro < 2):
-        raise _refusal("device_train_microbatch_size", micro, f"it must be the {rows // world_size} rows that a process has "
-                       f"(global_train_batch_size is {rows} on {world_size} process(es)), and at least 2: a text is told "
-                       "apart from the others of its microbatch", "Set both; if the rows do not fit, use more processes")
-
-
 def _check_sharding(cfg: dict[str, Any], world_size: int, cuda: bool) -> None:
     if cfg.get("fsdp_config") and world_size == 1:
-        raise _refusal("fsdp_config", cfg["fsdp_config"], "one process has nothing to shard, so it would do nothing",
-                       "Remove it, or start several processes")
+        raise refusal("fsdp_config", cfg["fsdp_config"], "one process has nothing to shard, so it would do nothing",
+                      "Remove it, or start several processes")
     if cfg.get("fsdp_config") and os.environ.get("FSDP_VERSION") != "2":
-        raise _refusal("fsdp_config", cfg["fsdp_config"], "the host would shard with FSDP1, which cuts tensors into flat "
-                       "pieces that ettin_stable_adamw cannot use", "Set the environment variable FSDP_VERSION=2")
+        raise refusal("fsdp_config", cfg["fsdp_config"], "the host would shard with FSDP1, which cuts tensors into flat "
+                      "pieces that ettin_stable_adamw cannot use", "Set the environment variable FSDP_VERSION=2")
     if cfg["model"].get("init_device", "cpu") != "cpu" and not cuda:
-        raise _refusal("model.init_device", cfg["model"]["init_device"], "the host fills such parameters on a GPU, and "
-                       "there is none", "Set model.init_device=cpu")
+        raise refusal("model.init_device", cfg["model"]["init_device"], "the host fills such parameters on a GPU, and "
+                      "there is none", "Set model.init_device=cpu")
 
 
 def _fetch_tokenizer(name: str, dataset: dict[str, Any]) -> None:
@@ -369,7 +202,7 @@ def check_files(cfg: dict[str, Any]) -> None:
     Raises:
         FileNotFoundError: naming the key and the folder.
     """
-    for _, block in _loaders(cfg):
+    for _, block in loaders(cfg):
         _fetch_tokenizer(cfg["tokenizer"]["name"], block["dataset"])
     name = cfg["tokenizer"]["name"]
     # a hub id has at most one slash; with more, or below a folder that exists here, a folder is meant
@@ -377,7 +210,7 @@ def check_files(cfg: dict[str, Any]) -> None:
     if is_path and not Path(name).is_dir():
         raise FileNotFoundError(f"tokenizer.name: {name!r} given; no such folder. data_prep/convert.py makes one beside "
                                 "the data; if the data lies elsewhere, set variables.data=...")
-    for key, block in _loaders(cfg):
+    for key, block in loaders(cfg):
         folder = Path(block["dataset"]["local"]) / block["dataset"].get("split", "")
         if not block["dataset"].get("remote") and not (folder / "manifest.json").is_file():
             raise FileNotFoundError(f"{key}.dataset: {block['dataset']} given; {str(folder)!r} holds no converted split. "
@@ -397,9 +230,9 @@ def check_machine(cfg: dict[str, Any]) -> None:
     world_size, cuda = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
     check_files(cfg)
     if not cuda and (precision := cfg.get("precision", "amp_bf16")) != "fp32":
-        raise _refusal("precision", precision, "there is no GPU, and a CPU trains in fp32 only", "Set precision=fp32")
+        raise refusal("precision", precision, "there is no GPU, and a CPU trains in fp32 only", "Set precision=fp32")
     _check_batch(cfg, world_size, cuda)
-    _check_negatives(cfg, world_size)
+    check_negatives(cfg, world_size)
     _check_sharding(cfg, world_size, cuda)
 
 
@@ -423,7 +256,7 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     check_settings(cfg)
     check_machine(cfg)
     cfg |= guard(cfg)
-    _resolve_schedules(cfg)
+    resolve_schedules(cfg)
     if cfg.get("fsdp_config"):
         # the host's default would hand blocks a bf16 residual stream; this trains the same numbers as DDP does
         cfg["fsdp_config"] = {"mixed_precision": "FULL", **cfg["fsdp_config"]}

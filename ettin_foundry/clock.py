@@ -141,7 +141,7 @@ class Clock(CallbackWithConfig):
             return
         from ettin_foundry.hf import weights_checkpoint
 
-        weights = get_model_state_dict(state.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        weights: Any = get_model_state_dict(state.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if dist.get_global_rank() == 0:
             path = Path(format_name_with_dist(folder, state.run_name)) / "initial" / "step0.pt"
             path.parent.mkdir(parents=True, exist_ok=True)

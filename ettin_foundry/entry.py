@@ -252,7 +252,7 @@ def _check_loadable(key: str, block: Mapping[str, Any], source: Source, sharded:
 
 
 def _target(cfg: Mapping[str, Any]) -> Target:
-    from ettin_foundry.checks import model_config, objective_schedule
+    from ettin_foundry.run_config import model_config, objective_schedule
 
     return Target(dataclasses.asdict(model_config(dict(cfg))), tuple(objective_schedule(dict(cfg)).at(0)),
                   tokenizer.fingerprint(tokenizer.load(cfg["tokenizer"]["name"])))

@@ -23,12 +23,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ettin_foundry.checks import parse_time
 from ettin_foundry.lint import lint_pair
 from ettin_foundry.lint_chain import lint_chain
 from ettin_foundry.lint_report import ABSENT, UNFAIR, Difference, Report, shown
 from ettin_foundry.meaning import read_meaning
 from ettin_foundry.recipes import merge
+from ettin_foundry.run_config import parse_time
 
 __all__ = ["SettingsRun", "lint_file", "read_settings"]
 

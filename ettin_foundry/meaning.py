@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ettin_foundry.checks import model_config, objective_schedule, parse_time
 from ettin_foundry.config import EttinConfig
 from ettin_foundry.defaults import DEFAULTS, HOST_DEFAULTS
 from ettin_foundry.manifest import MANIFEST, SplitFacts, read_json, read_manifest
 from ettin_foundry.mix_manifest import MIX_FORMAT
 from ettin_foundry.rows import DEFAULT_WINDOW
+from ettin_foundry.run_config import model_config, objective_schedule, parse_time
 from ettin_foundry.schedules import MaskRate, ObjectiveSchedule
 
 __all__ = ["Data", "Meaning", "data_of", "read_meaning"]

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from ettin_foundry.checks import parse_time
 from ettin_foundry.order_view import length_of_run, row_tokens, special_ids
 from ettin_foundry.rows import RowStream
+from ettin_foundry.run_config import parse_time
 
 __all__ = ["ORDER_FILE", "Part", "export_order", "parts_of"]
 

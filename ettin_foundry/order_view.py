@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ettin_foundry.checks import parse_time, total_tokens
 from ettin_foundry.manifest import MANIFEST
 from ettin_foundry.packing import SPECIALS_PER_PIECE
 from ettin_foundry.ramp import check_warmup
 from ettin_foundry.rows import HASH_MODULUS, STREAM_KEYS, Row, RowStream, fill_row, hash_row, open_stream
+from ettin_foundry.run_config import parse_time, total_tokens
 from ettin_foundry.storage import is_url
 
 if TYPE_CHECKING:

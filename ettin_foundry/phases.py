@@ -115,7 +115,7 @@ class EnterPhase(_Start):
 
 def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What the two configs say differently about training, as `key old -> new`."""
-    from ettin_foundry.checks import _walk as walk
+    from ettin_foundry.run_config import walk
 
     if "run_config" in then:
         old, new = (dict(walk(json.loads(record["run_config"]))) for record in (then, now))

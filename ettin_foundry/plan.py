@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from ettin_foundry.checks import model_config, parse_time, total_tokens
 from ettin_foundry.config import CONTRASTIVE, EttinConfig
 from ettin_foundry.keys import MODEL_KEYS
 from ettin_foundry.manifest import MANIFEST
@@ -23,6 +22,7 @@ from ettin_foundry.mds import MDSSet
 from ettin_foundry.mix_set import MixSet, open_set
 from ettin_foundry.plan_course import Course, course
 from ettin_foundry.ramp import BatchRamp
+from ettin_foundry.run_config import model_config, parse_time, total_tokens
 from ettin_foundry.schedules import parse_tokens
 
 __all__ = ["DataFacts", "Plan", "aligned", "batch_ramp", "data_facts", "kinds", "lines", "plan_with", "report", "run_plan",

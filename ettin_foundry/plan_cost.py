@@ -15,12 +15,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ettin_foundry.checks import parse_time
 from ettin_foundry.config import CONTRASTIVE
 from ettin_foundry.plan import DataFacts, Plan, kinds
 from ettin_foundry.plan_course import Course
 from ettin_foundry.plan_memory import SLACK_GIB, Memory, Step, step_memory
 from ettin_foundry.ramp import check_warmup
+from ettin_foundry.run_config import parse_time
 
 __all__ = ["CPU", "GPUS", "NO_PRICES", "ORIGINAL_GPUS", "ORIGINAL_HOURS", "ORIGINAL_TOKENS", "Cost", "Gpu", "Machine",
            "Prices", "cost", "default_machine", "num_checkpoints", "original_mfu", "parse_gpus"]

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ettin_foundry.checks import objective_schedule, parse_time, total_tokens
 from ettin_foundry.config import CONTRASTIVE, MASKED_OBJECTIVES
 from ettin_foundry.lr_schedules import one_minus_sqrt, warmup_stable_decay
 from ettin_foundry.objectives import LEAST_RATE
+from ettin_foundry.run_config import objective_schedule, parse_time, total_tokens
 from ettin_foundry.schedules import MaskRate, ObjectiveSchedule
 
 __all__ = ["MDLM_RATE", "Course", "Piece", "course", "learning_rates", "lr_joints", "predicted_share"]

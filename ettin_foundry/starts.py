@@ -160,7 +160,7 @@ def guard(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 def _describe(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """What Clock will say of the run that a config describes."""
-    from ettin_foundry.checks import model_config, objective_schedule
+    from ettin_foundry.run_config import model_config, objective_schedule
 
     cfg = dict(cfg)
     schedule = objective_schedule(cfg)
@@ -236,7 +236,7 @@ def _at(config: Any, key: str) -> Any:
 
 def _mask_rate(config: dict[str, Any]) -> Any:
     """Plain data in tokens; None without a loader of ours."""
-    from ettin_foundry.checks import total_tokens
+    from ettin_foundry.run_config import total_tokens
 
     value = _at(config, "train_loader.mask_rate")
     if value is None:

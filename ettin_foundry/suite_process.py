@@ -143,15 +143,15 @@ def _watch(process: subprocess.Popen[bytes], stage: Stage, title: str) -> None:
 
     console = Console(stderr=True)
     amount, unit = parse_time("max_duration", stage.config()["max_duration"])
-    steps, told = _Steps(stage.folder / STEPS), time.monotonic()
+    steps, told, said = _Steps(stage.folder / STEPS), time.monotonic(), ""
     with console.status(f"{title}: starting") if console.is_terminal else contextlib.nullcontext() as status:
         while process.poll() is None:
             time.sleep(_POLL_SECONDS)
             line = f"{title}: {steps.line(amount, unit)}"
             if status is not None:
                 status.update(line)
-            elif time.monotonic() - told >= _TOLD_SECONDS:
-                told = time.monotonic()
+            elif line != said and time.monotonic() - told >= _TOLD_SECONDS:
+                told, said = time.monotonic(), line
                 say(line)
 
 

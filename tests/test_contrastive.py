@@ -18,7 +18,7 @@ from composer.loggers import InMemoryLogger
 from omegaconf import OmegaConf as om
 
 import ettin_foundry
-from ettin_foundry import checks, recipes
+from ettin_foundry import check_objectives, checks, recipes
 from ettin_foundry.batches import flatten
 from ettin_foundry.checkpoint import load_model_state
 from ettin_foundry.config import EttinConfig
@@ -258,11 +258,11 @@ def test_a_microbatch_that_is_not_the_device_batch_is_refused(rows, micro, proce
            "device_train_microbatch_size": micro}
     with pytest.raises(ValueError, match=words):
         checks._check_batch(cfg, processes, cuda=True)
-        checks._check_negatives(cfg, processes)
+        check_objectives.check_negatives(cfg, processes)
     if isinstance(micro, int):
-        checks._check_negatives({**cfg, "model": {"name": "ettin"}}, processes)  # a language model accumulates
+        check_objectives.check_negatives({**cfg, "model": {"name": "ettin"}}, processes)  # a language model accumulates
         whole = {**cfg, "global_train_batch_size": 64 * processes, "device_train_microbatch_size": 64}
-        checks._check_negatives(whole, processes)
+        check_objectives.check_negatives(whole, processes)
 
 
 def test_the_machine_check_asks_for_it(data_set, source, tmp_path):

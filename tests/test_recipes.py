@@ -14,7 +14,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf as om
 
-from ettin_foundry import checks, optim
+from ettin_foundry import checks, optim, run_config
 from ettin_foundry.composer_model import EttinModel
 from ettin_foundry.config import SIZES
 from ettin_foundry.contrastive import EttinContrastive
@@ -65,7 +65,7 @@ def resolved(path, *phases, args=()):
 
 @functools.cache
 def raw(path):
-    return dict(checks._walk(om.to_container(om.load(path))))
+    return dict(run_config.walk(om.to_container(om.load(path))))
 
 
 def tokens(value, total=None):

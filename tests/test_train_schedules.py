@@ -189,7 +189,7 @@ OPTIONS = {"biphasic": ("mlm", ("clm", "mlm")), "alternating": ("clm", ("clm", "
 @pytest.mark.parametrize("recipe", ["ettin-enc-400m", "nano"])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_each_option_of_objectives_is_a_valid_run_that_evaluates_what_it_trains(option, recipe):
-    from ettin_foundry import checks
+    from ettin_foundry import check_objectives, checks
     from ettin_foundry.recipes import resolved
 
     files = [str(nano_run.ROOT / "yamls" / name) for name in (f"{recipe}.yaml", f"options/{option}.yaml")]
@@ -198,7 +198,7 @@ def test_each_option_of_objectives_is_a_valid_run_that_evaluates_what_it_trains(
     final, evaluated = OPTIONS[option]
     assert checks.objective_schedule(cfg).final == final
     assert checks.model_config(cfg).causal == (final == "clm")
-    checks._resolve_schedules(cfg)
+    check_objectives.resolve_schedules(cfg)
     found = [block["objective"] for block in cfg.get("eval_loaders") or [cfg["eval_loader"]]]
     assert tuple(found) == evaluated
     assert all(("mask_rate" in block) == (block["objective"] == "mlm" or block["objective"] == "mntp")
