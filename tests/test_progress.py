@@ -186,6 +186,8 @@ def test_a_terminal_keeps_every_warning_above_the_picture() -> None:
     near, far = pty.openpty()
     fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 132, 0, 0))
     environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    for name in ("COLUMNS", "LINES"):  # would win over the size of the terminal
+        environment.pop(name, None)
     process = subprocess.Popen([sys.executable, "-c", PROGRAM], stderr=far, stdin=far, env=environment)
     os.close(far)
     data = b""
