@@ -25,90 +25,16 @@ In YAML (times in `tok`, or in `dur`, a share of max_duration; the last segment 
 from __future__ import annotations
 
 import bisect
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ettin_foundry.config import CONTRASTIVE, MASKED_OBJECTIVES, OBJECTIVES
+from ettin_foundry.segments import Block, check_segment_keys, parse_tokens, segments_of
 
 __all__ = ["MaskRate", "ObjectiveSchedule", "check_together", "parse_tokens"]
 
-_TIME = re.compile(r"([0-9._]+(?:e[+-]?[0-9]+)?)(tok|dur)", re.IGNORECASE)
 Shares = tuple[tuple[str, float], ...]
 """(objective, share of the rows), in the order given; the shares sum to 1."""
-
-
-def parse_tokens(key: str, value: Any, total: int | None) -> int:
-    """A time such as `3_000_000_000tok`, `0.25dur` or a plain number of tokens, in tokens.
-
-    Args:
-        key: what it is called in messages.
-        total: tokens of the run, which `dur` is a share of; None when max_duration is not in tokens.
-
-    Raises:
-        ValueError: another unit, no number, below 0, or a share without a total.
-    """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    match = _TIME.fullmatch(value) if isinstance(value, str) else None
-    try:
-        number = float(match[1])  # type: ignore[index]
-    except (TypeError, ValueError):
-        raise ValueError(f"{key}: {value!r} given; tokens or a share of the run are needed. Write it like "
-                         "8_500_000_000tok or 0.25dur") from None
-    assert match is not None
-    if match[2].lower() == "tok":
-        return round(number)
-    if total is None:
-        raise ValueError(f"{key}: {value!r} given, a share of a run whose max_duration is not in tokens; only tok is "
-                         "possible here. Give max_duration in tok, or this in tok")
-    return round(number * total)
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A stretch of the token clock, and what holds in it: an objective's shares, or a rate at its begin and end."""
-
-    begin: int
-    end: int | None
-    value: Any
-    cycle: tuple[tuple[int, Shares], ...] = ()
-    """(end of the block within a turn, shares), when the stretch repeats a list of blocks."""
-
-
-def _segments(key: str, value: Any, total: int | None) -> list[tuple[int, int | None, Mapping[str, Any]]]:
-    """(begin, end, segment) of a list of segments: without gap or overlap, up to the end of the run."""
-    segments, begin = [], 0
-    for i, segment in enumerate(value):
-        if not isinstance(segment, Mapping):
-            raise ValueError(f"{key}[{i}]: {segment!r} given; a segment is a block of keys such as {{until: 0.25dur, ...}}. "
-                             "Correct it")
-        last = i == len(value) - 1
-        if "until" not in segment and not last:
-            raise ValueError(f"{key}[{i}].until: not given; only the last segment may leave it out. Say when this one ends")
-        end = parse_tokens(f"{key}[{i}].until", segment["until"], total) if "until" in segment else total
-        if end is not None and end <= begin:
-            raise ValueError(f"{key}[{i}].until: {segment.get('until', end)!r} ({end:,} tokens) given, but the segment "
-                             f"begins at {begin:,} tokens; segments may not overlap, and each needs some tokens. Put them "
-                             "in order")
-        if end is not None and total is not None and end > total:
-            raise ValueError(f"{key}[{i}].until: {segment['until']!r} ({end:,} tokens) given, past the end of the run "
-                             f"({total:,} tokens). Shorten it or lengthen max_duration")
-        segments.append((begin, end, segment))
-        begin = end if end is not None else begin
-    if not segments:
-        raise ValueError(f"{key}: an empty list given; at least one segment is needed. Remove the key or fill the list")
-    end = segments[-1][1]
-    if end is not None and total is not None and end < total:
-        raise ValueError(f"{key}[{len(segments) - 1}].until: {segments[-1][2]['until']!r} ({end:,} tokens) given, but the "
-                         f"run has {total:,} tokens; what follows would have no value. Leave the last `until` out")
-    return segments
-
-
-def _check_segment_keys(key: str, segment: Mapping[str, Any], allowed: Sequence[str]) -> None:
-    if unknown := sorted(set(segment) - set(allowed)):
-        raise ValueError(f"{key}.{unknown[0]}: unknown key; a segment takes {', '.join(allowed)}. Correct or remove it")
 
 
 def _shares(key: str, value: Any) -> Shares:
@@ -142,7 +68,7 @@ class ObjectiveSchedule:
         final: what the model is trained on at the end, and exported as; of a mixture, the first named.
     """
 
-    def __init__(self, blocks: Sequence[_Block]) -> None:
+    def __init__(self, blocks: Sequence[Block]) -> None:
         self._blocks = tuple(blocks)
         self._begins = [block.begin for block in self._blocks]
         every = [name for block in self._blocks for shares in self._all_shares(block) for name, _ in shares]
@@ -162,23 +88,23 @@ class ObjectiveSchedule:
                 past the end of the run; it names the key and both values.
         """
         if value == CONTRASTIVE:
-            return cls([_Block(0, None, ((CONTRASTIVE, 1.0),))])
+            return cls([Block(0, None, ((CONTRASTIVE, 1.0),))])
         if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
-            return cls([_Block(0, None, _shares(key, value))])
+            return cls([Block(0, None, _shares(key, value))])
         blocks = []
-        for i, (begin, end, segment) in enumerate(_segments(key, value, total)):
+        for i, (begin, end, segment) in enumerate(segments_of(key, value, total)):
             where = f"{key}[{i}]"
-            _check_segment_keys(where, segment, ("until", "objective", "cycle"))
+            check_segment_keys(where, segment, ("until", "objective", "cycle"))
             if ("cycle" in segment) == ("objective" in segment):
                 raise ValueError(f"{where}: {dict(segment)} given; a segment has either objective or cycle. Give one")
             if "cycle" in segment:
-                blocks.append(_Block(begin, end, None, _cycle(f"{where}.cycle", segment["cycle"], total)))
+                blocks.append(Block(begin, end, None, _cycle(f"{where}.cycle", segment["cycle"], total)))
             else:
-                blocks.append(_Block(begin, end, _shares(f"{where}.objective", segment["objective"])))
+                blocks.append(Block(begin, end, _shares(f"{where}.objective", segment["objective"])))
         return cls(blocks)
 
     @staticmethod
-    def _all_shares(block: _Block) -> list[Shares]:
+    def _all_shares(block: Block) -> list[Shares]:
         return [shares for _, shares in block.cycle] if block.cycle else [block.value]
 
     def at(self, tokens: int) -> dict[str, float]:
@@ -258,7 +184,7 @@ def _cycle(key: str, value: Any, total: int | None) -> tuple[tuple[int, Shares],
 class MaskRate:
     """The share of tokens that mlm and mntp choose, at each token of a run: a constant, steps, or linear stretches."""
 
-    def __init__(self, blocks: Sequence[_Block]) -> None:
+    def __init__(self, blocks: Sequence[Block]) -> None:
         self._blocks = tuple(blocks)
         self._begins = [block.begin for block in self._blocks]
 
@@ -273,11 +199,11 @@ class MaskRate:
         if not isinstance(value, Sequence) or isinstance(value, str):
             if value != 0 or isinstance(value, bool):
                 _check_rate(key, value)
-            return cls([_Block(0, None, (float(value), float(value)))])
+            return cls([Block(0, None, (float(value), float(value)))])
         blocks = []
-        for i, (begin, end, segment) in enumerate(_segments(key, value, total)):
+        for i, (begin, end, segment) in enumerate(segments_of(key, value, total)):
             where = f"{key}[{i}]"
-            _check_segment_keys(where, segment, ("until", "rate", "from", "to"))
+            check_segment_keys(where, segment, ("until", "rate", "from", "to"))
             given = set(segment) - {"until"}
             if given == {"rate"}:
                 _check_rate(f"{where}.rate", segment["rate"])
@@ -291,7 +217,7 @@ class MaskRate:
                 pair = (float(segment["from"]), float(segment["to"]))
             else:
                 raise ValueError(f"{where}: {dict(segment)} given; a segment has either rate, or from and to. Correct it")
-            blocks.append(_Block(begin, end, pair))
+            blocks.append(Block(begin, end, pair))
         return cls(blocks)
 
     def at(self, tokens: int) -> float:
