@@ -45,11 +45,15 @@ class Course:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Means of up to 25 values around each, fewer at the ends, so that lines can be told apart and do not lag."""
+    """Means of up to 25 values around each, so that lines can be told apart and do not lag.
+
+    At the begin, where losses fall fast, of fewer on both sides; at the end of those before it only, for the last value
+    alone would look like a jump.
+    """
     half = min(12, len(values) // 16)
     sums = [0.0, *itertools.accumulate(values)]
-    widths = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
-    return [(sums[i + w + 1] - sums[i - w]) / (2 * w + 1) for i, w in enumerate(widths)]
+    spans = [(i - min(half, i), min(i + min(half, i) + 1, len(values))) for i in range(len(values))]
+    return [(sums[end] - sums[begin]) / (end - begin) for begin, end in spans]
 
 
 def _unit(tokens: int) -> tuple[float, str]:

@@ -57,7 +57,8 @@ def test_every_stage_of_a_suite_and_their_sums():
     assert "money" not in rows[0]  # a column without any figure is left out
 
 
-def test_a_suite_file_is_planned_stage_by_stage_and_as_json(capsys, tmp_path):
+def test_a_suite_file_is_planned_stage_by_stage_and_as_json(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there is no data/nano, whatever a user made in the clone
     file, picture = tmp_path / "suite.yaml", tmp_path / "pictures/plan.svg"
     nano = ROOT / "yamls/nano.yaml"
     file.write_text(f"name: pair\nroot: runs/pair\nscale: 0.5\nstages:\n  one: {{yaml: [{nano}]}}\n"

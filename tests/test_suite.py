@@ -31,6 +31,7 @@ from ettin_foundry.evaluate import evaluate
 from ettin_foundry.hf import import_folder, weights_checkpoint
 from ettin_foundry.lint import lint_chain, lint_pair
 from ettin_foundry.suite import Stage, Suite, load
+from ettin_foundry.suite_picture import _smooth
 from ettin_foundry.suite_process import Stopped, _reason, _Steps, signals
 from ettin_foundry.suite_run import StageFailed, inspect, run_suite
 
@@ -520,6 +521,13 @@ def test_progress_is_read_from_a_log_that_grows_and_is_cut(tmp_path: Path) -> No
 def test_the_reason_is_the_last_error_or_the_end_of_the_log(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "log").write_text("error: of an earlier process\n" + text)
     assert _reason(tmp_path / "log", 29) == "\n".join(f"  {line}" for line in expected.split("|"))
+
+
+def test_smoothed_losses_begin_where_the_run_begins_and_do_not_end_in_its_last_value() -> None:
+    values = [9.0 - 0.01 * step for step in range(199)] + [0.0]
+    smooth = _smooth(values)
+    assert smooth[0] == 9.0 and smooth[100] == pytest.approx(sum(values[88:113]) / 25)
+    assert smooth[-1] == pytest.approx(sum(values[-13:]) / 13)
 
 
 # ------------------------------------------------------------------ the report
