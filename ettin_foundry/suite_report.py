@@ -15,6 +15,7 @@ from ettin_foundry import checkpoint
 from ettin_foundry.config import MASKED_OBJECTIVES, EttinConfig
 from ettin_foundry.evaluate import evaluate
 from ettin_foundry.hf import export_model
+from ettin_foundry.revisions import facts_of
 from ettin_foundry.schedules import ObjectiveSchedule
 from ettin_foundry.steps import read_steps
 from ettin_foundry.suite import Stage, Suite
@@ -97,8 +98,7 @@ def _make_model(suite: Suite, name: str, stage: Stage) -> dict[str, Any]:
     state, record = checkpoint.load_model_state(stage.folder)
     chain = [{"stage": each.name, "objective": _objective(inspect(each).record), "tokens": inspect(each).tokens}
              for each in suite.chain(stage)]
-    lineage = list(record.get("lineage") or ())
-    facts = {"tokens": record["tokens"] + sum(entry.get("tokens") or 0 for entry in lineage), "lineage": lineage}
+    facts = facts_of(record)
     folder = export_model(state, EttinConfig(**record["config"]), record["tokenizer"], suite.root / "models" / name,
                           objective=record["objective"], facts=facts, overwrite=True)
     say(f"{name}: wrote {folder}")

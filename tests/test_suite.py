@@ -551,6 +551,8 @@ def test_the_report_says_what_the_exported_folders_are(small: Small, data_set: P
         weights, config, stated = import_folder(root / "models" / name)
         assert stated == objective and config.causal == (objective == "clm")
         assert all(torch.equal(weights[key], value) for key, value in _weights(config).items())
+        told = json.loads((root / "models" / name / "config.json").read_text())["ettin_foundry"]
+        assert told["checkpoint"]["run_name"] == f"small-{name}-extend"  # as `ettin export` says it
         assert [(part["stage"], part["tokens"]) for part in model["chain"]] == [
             (f"{name}-pretrain", 4000), (f"{name}-extend", 4000)]
         found = evaluate(root / "models" / name, data_set, ["clm", "mlm"], mask_rate=0.15, max_batches=1)
