@@ -46,10 +46,10 @@ bench: $(VENV)/.installed .parity/4.57.6/.installed
 # The two below use the system's python3: the machine with the GPU has torch, and needs no network and no environment.
 GPU_SITE := build/gpu-site
 gpu:
-	$(PYTHON) -m pytest -m gpu tests/test_gpu.py -rs -k "not trainer"
+	$(PYTHON) -m pytest -m gpu tests/model/test_gpu.py -rs -k "not trainer"
 	if ls .wheels/*.whl >/dev/null 2>&1; then \
 	  { test -d $(GPU_SITE) || $(PYTHON) benchmarks/wheels_gpu.py --unpack $(GPU_SITE); } && \
-	  PYTHONPATH=$(CURDIR)/$(GPU_SITE):$(CURDIR) $(PYTHON) -m pytest -m gpu tests/test_gpu.py -rs -k trainer; \
+	  PYTHONPATH=$(CURDIR)/$(GPU_SITE):$(CURDIR) $(PYTHON) -m pytest -m gpu tests/model/test_gpu.py -rs -k trainer; \
 	else echo "no .wheels/: the Trainer's test is left out (make wheels-gpu)"; fi
 	$(PYTHON) benchmarks/train_step.py
 

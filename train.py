@@ -3,7 +3,7 @@
     composer train.py recipe.yaml [overlay.yaml ...] [key=value ...] [--dry-run]
 
 Later files win over earlier ones, and key=value wins over files. `--dry-run` stops before any work. What protects a run
-is not here but in `ettin_foundry.checks`, which stock `llmfoundry train` reaches too.
+is not here but in `ettin_foundry.training.checks`, which stock `llmfoundry train` reaches too.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 from omegaconf import OmegaConf as om
 
 import ettin_foundry
-from ettin_foundry import checks, plan
-from ettin_foundry.recipes import configure, merge, read
+from ettin_foundry.tools import plan
+from ettin_foundry.training import checks
+from ettin_foundry.training.recipes import configure, merge, read
 
 __all__ = ["configure", "main", "merge", "read"]
 

@@ -4,7 +4,7 @@
 
 The text is the running Python's standard library as .jsonl, with varied copies of it up to the size asked (corpora.py); the
 tokenizer is Ettin's (ETTIN_TOKENIZER, or ../shared/data/ettin-tokenizer). Contenders:
-  ours, 1 worker       ettin_foundry.convert.convert, which data_prep/convert.py calls, on one core
+  ours, 1 worker       ettin_foundry.corpus.convert.convert, which data_prep/convert.py calls, on one core
   ours, 2 workers      the same on two cores
   convert_text_to_mds  LLM-Foundry's, one process, on one core; each document a .txt file, since it reads nothing else
   convert_dataset_json LLM-Foundry's, on one core, the same .jsonl
@@ -50,7 +50,7 @@ SCALING = (OURS, TWO, BARE, BARE_TWICE)
 def ours(request: dict[str, Any]) -> Callable[[], dict[str, Any]]:
     from transformers import AutoTokenizer  # noqa: F401  # as LLM-Foundry's modules do when they are imported
 
-    from ettin_foundry.convert import ConvertOptions, convert
+    from ettin_foundry.corpus.convert import ConvertOptions, convert
 
     options = ConvertOptions(sources=[request["jsonl"]], out=request["out"], tokenizer=request["tokenizer"],
                              chunk_length=ROW_LENGTH - 2, workers=CORES.get(request["contender"], 1),

@@ -48,8 +48,8 @@ def our_step(args: argparse.Namespace, objective: str) -> Any:
     import torch
     from streams import flat_stream
 
-    from ettin_foundry.config import EttinConfig
-    from ettin_foundry.model import Ettin
+    from ettin_foundry.model.config import EttinConfig
+    from ettin_foundry.model.transformer import Ettin
 
     torch.manual_seed(args.seed)
     config = EttinConfig.for_size(args.size, causal=objective == "clm", max_position_embeddings=args.row_length,
@@ -66,7 +66,7 @@ def our_step(args: argparse.Namespace, objective: str) -> Any:
 
 def hf_model(size: str, objective: str, row_length: int, *, sparse: bool, attention: str = "sdpa") -> Any:
     """transformers' model with the shape of ours."""
-    from ettin_foundry.config import SIZES
+    from ettin_foundry.model.config import SIZES
 
     shape = {**vars(SIZES[size]), "vocab_size": VOCAB_SIZE, "max_position_embeddings": row_length,
              "local_attention": 128, "pad_token_id": 0, "attn_implementation": attention}

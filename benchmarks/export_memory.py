@@ -24,11 +24,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch  # noqa: E402
 from conftest import SEED, VOCAB_SIZE, make_documents  # noqa: E402
 
-from ettin_foundry.config import EttinConfig  # noqa: E402
-from ettin_foundry.hf import tensor_table, weights_checkpoint  # noqa: E402
-from ettin_foundry.tokenizer import save, train_bpe  # noqa: E402
+from ettin_foundry.data.tokenizer import save, train_bpe  # noqa: E402
+from ettin_foundry.model.config import EttinConfig  # noqa: E402
+from ettin_foundry.model.weights import tensor_table, weights_checkpoint  # noqa: E402
 
-_IMPORTS = "import torch, transformers, safetensors.torch, ettin_foundry.hf, ettin_foundry.checkpoint"
+_IMPORTS = "import torch, transformers, safetensors.torch, ettin_foundry.model.weights, ettin_foundry.training.checkpoints"
 _COMMAND = "import sys; from ettin_foundry import cli; cli.main(sys.argv[1:])"
 
 

@@ -24,7 +24,7 @@ from conftest import SEED, VOCAB_SIZE, make_documents  # noqa: E402
 from killing import Killer, scenarios, write_mixed_corpus  # noqa: E402
 from warm_python import shared  # noqa: E402
 
-from ettin_foundry.tokenizer import save, train_bpe  # noqa: E402
+from ettin_foundry.data.tokenizer import save, train_bpe  # noqa: E402
 
 
 def main() -> int:

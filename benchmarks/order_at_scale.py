@@ -33,9 +33,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ettin_foundry.mds import MDSSet  # noqa: E402
-from ettin_foundry.order import Order  # noqa: E402
-from ettin_foundry.packing import SPECIALS_PER_PIECE, pack_lengths, piece_counts  # noqa: E402
+from ettin_foundry.data.mds import MDSSet  # noqa: E402
+from ettin_foundry.data.order import Order  # noqa: E402
+from ettin_foundry.data.packing import SPECIALS_PER_PIECE, pack_lengths, piece_counts  # noqa: E402
 
 PLACES = (0.0, 0.5, 0.99)
 
@@ -62,7 +62,7 @@ class SimulatedSet:
 
 def stdlib_histogram(chunk_length: int) -> np.ndarray:
     """(chunk_length + 1,) chunks of each length in the standard library's files."""
-    from ettin_foundry.stdlib_text import read_module, stdlib_facts
+    from ettin_foundry.corpus.stdlib_text import read_module, stdlib_facts
 
     root, files, _ = stdlib_facts()
     counts = np.zeros(chunk_length + 1, np.int64)

@@ -16,9 +16,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from streams import results_path  # noqa: E402
 
-from ettin_foundry.plan_cost import ORIGINAL_HOURS, ORIGINAL_TOKENS  # noqa: E402
-from ettin_foundry.plan_report import PlannedRun, plan_chain, totals  # noqa: E402
-from ettin_foundry.recipes import resolved  # noqa: E402
+from ettin_foundry.tools.plan_cost import ORIGINAL_HOURS, ORIGINAL_TOKENS  # noqa: E402
+from ettin_foundry.tools.plan_report import PlannedRun, plan_chain, totals  # noqa: E402
+from ettin_foundry.training.recipes import resolved  # noqa: E402
 
 
 def chain(size: str, member: str) -> list[PlannedRun]:

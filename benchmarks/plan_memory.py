@@ -35,10 +35,10 @@ def measure(size: str, objective: str, tokens: int) -> dict[str, Any]:
     import torch
     from streams import flat_stream, synthetic_documents
 
-    from ettin_foundry.config import EttinConfig
-    from ettin_foundry.model import Ettin
-    from ettin_foundry.optim import StableAdamW
-    from ettin_foundry.plan_memory import Step, step_memory
+    from ettin_foundry.model.config import EttinConfig
+    from ettin_foundry.model.transformer import Ettin
+    from ettin_foundry.tools.plan_memory import Step, step_memory
+    from ettin_foundry.training.optimizer import StableAdamW
 
     torch.manual_seed(0)
     torch.set_num_threads(1)

@@ -54,7 +54,7 @@ def stored_documents(folder: str, num_tokens: int, longest: int) -> list[np.ndar
     Raises:
         ValueError: the set holds fewer tokens than asked for.
     """
-    from ettin_foundry.mds import MDSSet
+    from ettin_foundry.data.mds import MDSSet
 
     data = MDSSet(Path(folder) / "train")
     special = data.manifest["tokenizer"]["special_ids"]
@@ -82,7 +82,7 @@ def _targets(documents: list[np.ndarray], objective: str, seed: int) -> list[np.
 
 
 def flat_stream(documents: list[np.ndarray], objective: str, mask_id: int, *, seed: int) -> dict[str, Any]:
-    """What `ettin_foundry.model.Ettin` takes, on the CPU.
+    """What `ettin_foundry.model.transformer.Ettin` takes, on the CPU.
 
     Returns:
         input_ids, position_ids (N,), cu_seqlens (D + 1,) int32, max_seqlen, target_positions, target_labels (n,),

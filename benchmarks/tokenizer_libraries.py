@@ -224,7 +224,7 @@ class Remote:
 
 def vocabularies(folder: Path) -> dict[str, str]:
     """Name and path of each tokenizer.json that equality is tried with; Ettin's first where it is here."""
-    from ettin_foundry.tokenizer import train_bpe
+    from ettin_foundry.data.tokenizer import train_bpe
 
     ettin = ettin_tokenizer()
     found = {"Ettin's, 50,368": str(ettin / "tokenizer.json")} if ettin else {}

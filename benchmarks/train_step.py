@@ -34,8 +34,8 @@ import torch  # noqa: E402
 from cpu_vs_transformers import VOCAB_SIZE, hf_model  # noqa: E402
 from streams import flat_stream, machine, padded_batch, results_path, synthetic_documents  # noqa: E402
 
-from ettin_foundry.config import EttinConfig  # noqa: E402
-from ettin_foundry.model import Ettin  # noqa: E402
+from ettin_foundry.model.config import EttinConfig  # noqa: E402
+from ettin_foundry.model.transformer import Ettin  # noqa: E402
 
 PEAK_FLOPS = 989e12  # H100 and H200 SXM, dense bf16
 STEP_TOKENS = 131_072

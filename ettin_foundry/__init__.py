@@ -17,35 +17,35 @@ __all__ = ["REGISTRY", "__version__", "register"]
 # registry of LLM-Foundry -> name in YAML -> module:attribute
 REGISTRY: dict[str, dict[str, str]] = {
     "models": {
-        "ettin": "ettin_foundry.composer_model:EttinModel",
-        "ettin_contrastive": "ettin_foundry.contrastive:EttinContrastive",
+        "ettin": "ettin_foundry.model.composer:EttinModel",
+        "ettin_contrastive": "ettin_foundry.training.contrastive:EttinContrastive",
     },
-    "dataloaders": {"ettin_text": "ettin_foundry.data:build_ettin_loader"},
+    "dataloaders": {"ettin_text": "ettin_foundry.data.loader:build_ettin_loader"},
     "collators": {
-        "ettin_mlm": "ettin_foundry.data:mlm_collator",
-        "ettin_clm": "ettin_foundry.data:clm_collator",
-        "ettin_mntp": "ettin_foundry.data:mntp_collator",
-        "ettin_mdlm": "ettin_foundry.data:mdlm_collator",
-        "ettin_scheduled": "ettin_foundry.data:scheduled_collator",
+        "ettin_mlm": "ettin_foundry.data.loader:mlm_collator",
+        "ettin_clm": "ettin_foundry.data.loader:clm_collator",
+        "ettin_mntp": "ettin_foundry.data.loader:mntp_collator",
+        "ettin_mdlm": "ettin_foundry.data.loader:mdlm_collator",
+        "ettin_scheduled": "ettin_foundry.data.loader:scheduled_collator",
     },
-    "optimizers": {"ettin_stable_adamw": "ettin_foundry.optim:StableAdamW"},
+    "optimizers": {"ettin_stable_adamw": "ettin_foundry.training.optimizer:StableAdamW"},
     "schedulers": {
-        "warmup_stable_decay": "ettin_foundry.optim:WarmupStableDecay",
-        "one_minus_sqrt": "ettin_foundry.optim:OneMinusSqrt",
+        "warmup_stable_decay": "ettin_foundry.training.optimizer:WarmupStableDecay",
+        "one_minus_sqrt": "ettin_foundry.training.optimizer:OneMinusSqrt",
     },
     "callbacks": {
-        "ettin_phase": "ettin_foundry.phases:EnterPhase",
-        "ettin_cross": "ettin_foundry.phases:CrossObjective",
-        "ettin_export": "ettin_foundry.callbacks:ExportHF",
-        "ettin_samples": "ettin_foundry.callbacks:LogSamples",
-        "ettin_monitor": "ettin_foundry.callbacks:DataMonitor",
+        "ettin_phase": "ettin_foundry.training.start:EnterPhase",
+        "ettin_cross": "ettin_foundry.training.start:CrossObjective",
+        "ettin_export": "ettin_foundry.hub.export:ExportHF",
+        "ettin_samples": "ettin_foundry.training.callbacks:LogSamples",
+        "ettin_monitor": "ettin_foundry.training.callbacks:DataMonitor",
     },
-    "algorithms": {"ema": "ettin_foundry.ema:EMA"},
+    "algorithms": {"ema": "ettin_foundry.training.ema:EMA"},
     "callbacks_with_config": {
-        "ettin_clock": "ettin_foundry.clock:Clock",
-        "ettin_steps": "ettin_foundry.step_log:StepLog",
+        "ettin_clock": "ettin_foundry.training.clock:Clock",
+        "ettin_steps": "ettin_foundry.training.step_log:StepLog",
     },
-    "config_transforms": {"ettin_checks": "ettin_foundry.checks:check_config"},
+    "config_transforms": {"ettin_checks": "ettin_foundry.training.checks:check_config"},
 }
 
 

@@ -89,7 +89,7 @@ task() {
 finalize() {
     local root="$1" python="$2" out="$3"
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-    exec srun --ntasks=1 "$python" -m ettin_foundry.cli finalize "$out"
+    exec srun --ntasks=1 "$python" -m ettin_foundry.cli.main finalize "$out"
 }
 
 case "${1:-}" in

@@ -50,7 +50,7 @@ submit() {
     read -ra options <<< "${SUBMIT_OPTIONS:-}"
     # one line a stage: name, what it starts from or -, folder; every setting is checked before anything is submitted
     local listed
-    listed="$(cd "$root" && "$python" -m ettin_foundry.cli suite "$@" --list --json | "$python" -c '
+    listed="$(cd "$root" && "$python" -m ettin_foundry.cli.main suite "$@" --list --json | "$python" -c '
 import json, sys
 for stage in json.load(sys.stdin)["stages"]:
     print(stage["name"], stage["from"] or "-", stage["folder"], sep="\t")')"
@@ -84,7 +84,7 @@ stage() {
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 40000))
     export MASTER_ADDR MASTER_PORT
     started="$(mktemp)"
-    "$python" -m ettin_foundry.cli suite "$@" --stage "$name" \
+    "$python" -m ettin_foundry.cli.main suite "$@" --stage "$name" \
         --command "srun --ntasks-per-node=1 --cpus-per-task=${SLURM_CPUS_PER_TASK:-1} bash launch/suite.slurm.sh node $python" &
     child=$!
     # shellcheck disable=SC2064 # the values of now
@@ -121,7 +121,7 @@ report() {
     shift 2
     cd "$root"
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-    exec srun --ntasks=1 --nodes=1 "$python" -m ettin_foundry.cli suite "$@" --report
+    exec srun --ntasks=1 --nodes=1 "$python" -m ettin_foundry.cli.main suite "$@" --report
 }
 
 case "${1:-}" in

@@ -18,8 +18,8 @@ import numpy as np
 import zstd
 from hand_made import CONFIG, NAMES, array_file, edit, seal, shard_bytes
 
-from ettin_foundry.mds import MDSSet
-from ettin_foundry.shard_format import scan_shard
+from ettin_foundry.data.mds import MDSSet
+from ettin_foundry.data.shards import scan_shard
 
 SHARD, ZIP = "shard.00000.000.mds", "shard.00000.000.mds.zstd"
 

@@ -18,7 +18,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a forked loader worker must not inherit its threads
 # before torch is imported: more threads only fight on small machines, and two pytest processes have a core each
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), *(str(p) for p in (ROOT / "tests").iterdir() if p.is_dir())]
 
 SEED = 20251
 CHUNK_LENGTH = 62
@@ -81,7 +82,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Pa
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved tokenizer of 512 entries, special tokens last, trained on text of the same kind as `corpus`."""
-    from ettin_foundry.tokenizer import save, train_bpe
+    from ettin_foundry.data.tokenizer import save, train_bpe
 
     folder = tmp_path_factory.mktemp("vocabulary") / "tokenizer"
     save(train_bpe(make_documents(300, seed=SEED + 1), VOCAB_SIZE), folder)
@@ -91,7 +92,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def data_set(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_dir: Path) -> Path:
     """`corpus` converted: train/ and validation/ with chunks of at most 62 tokens in several shards, and tokenizer/."""
-    from ettin_foundry.convert import ConvertOptions, convert
+    from ettin_foundry.corpus.convert import ConvertOptions, convert
 
     out = tmp_path_factory.mktemp("data") / "set"
     convert(ConvertOptions(sources=[str(corpus)], out=out, tokenizer=tokenizer_dir, chunk_length=CHUNK_LENGTH,
@@ -115,7 +116,7 @@ def rising_run(tmp_path_factory: pytest.TempPathFactory, data_set: Path) -> tupl
 @pytest.fixture(scope="session")
 def ettin_tokenizer_dir() -> Path:
     """The real Ettin vocabulary, which is large data kept outside the repository."""
-    beside = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "ettin-tokenizer"
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data" / "ettin-tokenizer"
     folder = Path(os.environ.get("ETTIN_TOKENIZER", beside))
     if not folder.is_dir():
         pytest.skip("the Ettin tokenizer is not here: set ETTIN_TOKENIZER to a folder of it to run this test")

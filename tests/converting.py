@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from conftest import CHUNK_LENGTH, make_documents
 
-from ettin_foundry.convert import ConvertOptions, Summary, convert
-from ettin_foundry.mds import MDSSet
+from ettin_foundry.corpus.convert import ConvertOptions, Summary, convert
+from ettin_foundry.data.mds import MDSSet
 
 UNIT = 3_000  # bytes: several units for every corpus here
 

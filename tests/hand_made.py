@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ettin_foundry.manifest import COLUMNS
-from ettin_foundry.packing import pack_lengths, piece_counts
+from ettin_foundry.data.manifest import COLUMNS
+from ettin_foundry.data.packing import pack_lengths, piece_counts
 
 VOCAB_SIZE = 512
 CHUNK_LENGTH = 62

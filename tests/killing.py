@@ -29,7 +29,7 @@ from warm_python import Program, WarmPython
 
 ROOT = Path(__file__).resolve().parent.parent
 CONVERT = [str(ROOT / "data_prep" / "convert.py")]
-FINALIZE = ["-m", "ettin_foundry.cli", "finalize"]
+FINALIZE = ["-m", "ettin_foundry.cli.main", "finalize"]
 FLAGS = ["--chunk-length", str(CHUNK_LENGTH), "--validation", "0.1", "--shard-size", "8kb", "--unit-size", "2kb"]
 
 

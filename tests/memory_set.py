@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from ettin_foundry.packing import pack_lengths, piece_counts
+from ettin_foundry.data.packing import pack_lengths, piece_counts
 
 VOCAB_SIZE = 120
 SPECIALS = {"cls": 115, "sep": 116, "pad": 117, "mask": 118}

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from ettin_foundry.config import EttinConfig
-from ettin_foundry.hf import export_model, import_folder
-from ettin_foundry.model import Ettin
+from ettin_foundry.model.config import EttinConfig
+from ettin_foundry.model.transformer import Ettin
+from ettin_foundry.model.weights import export_model, import_folder
 
 LENGTHS = (16, 200, 1500)
 TOLERANCE = 1e-4  # the two sum in different orders; fp32 at logits of 15 resolves 1e-6, a dozen layers add up
@@ -84,7 +84,7 @@ def control_models(model: Ettin) -> list[Ettin]:
 
 def tiny_tokenizer() -> Any:
     """A byte-level tokenizer that fits the vocabulary of the cases."""
-    from ettin_foundry.tokenizer import train_bpe
+    from ettin_foundry.data.tokenizer import train_bpe
 
     return train_bpe(["def add(a, b):\n    return a + b  # the sum of two numbers, and then some more text\n"], 300)
 
@@ -122,7 +122,7 @@ def sentence_difference(model: Ettin, tokenizer: Any, folder: Path) -> float:
     when a weight has another name there. What sentence-transformers computes, for versions that it does not support too."""
     from transformers import AutoModel
 
-    from ettin_foundry.sentence_export import export_sentence_model
+    from ettin_foundry.hub.sentence_export import export_sentence_model
 
     path = folder.with_name(f"{folder.name}-texts")
     export_sentence_model(model, model.config, tokenizer, path, objective="simcse")

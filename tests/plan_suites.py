@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from ettin_foundry import suite
-from ettin_foundry.plan_report import PlannedRun, plan_chain
+from ettin_foundry.tools import suite
+from ettin_foundry.tools.plan_report import PlannedRun, plan_chain
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from ettin_foundry.pool import Report
-from ettin_foundry.progress import Tick
+from ettin_foundry.corpus.executors import Report
+from ettin_foundry.corpus.progress import Tick
 
 log = logging.getLogger("pool_jobs")
 

@@ -19,9 +19,9 @@ import zstd
 from hand_made import CHUNK_LENGTH, random_documents, write_split
 from s3_server import S3Server
 
-from ettin_foundry import shard_files
-from ettin_foundry.mds import MDSSet
-from ettin_foundry.order import Order
+from ettin_foundry.data import shard_files
+from ettin_foundry.data.mds import MDSSet
+from ettin_foundry.data.order import Order
 
 SOURCES = "aabaabaaab"
 KINDS = pytest.mark.parametrize("kind", ["plain", "packed"])
@@ -50,7 +50,7 @@ def fresh(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """The server with nothing asked yet, known to this process, whose waits are short."""
     for key, value in server.environment.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr("ettin_foundry.storage_remote.FIRST_DELAY", 0.0)
+    monkeypatch.setattr("ettin_foundry.data.storage_remote.FIRST_DELAY", 0.0)
     monkeypatch.setattr(shard_files, "_IDLE", 0.02)
     monkeypatch.setattr(shard_files, "_POLL", 0.01)
     server.clear()

@@ -94,10 +94,10 @@ class S3Server:
         """Makes this process talk to the server, without waiting between tries; children get `environment` by it too."""
         for name, value in self.environment.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr("ettin_foundry.storage_remote.FIRST_DELAY", 0.0)
+        monkeypatch.setattr("ettin_foundry.data.storage_remote.FIRST_DELAY", 0.0)
         if block_bytes:
-            monkeypatch.setattr("ettin_foundry.storage_remote.BLOCK_BYTES", block_bytes)
-            monkeypatch.setattr("ettin_foundry.storage.BLOCK_BYTES", block_bytes)
+            monkeypatch.setattr("ettin_foundry.data.storage_remote.BLOCK_BYTES", block_bytes)
+            monkeypatch.setattr("ettin_foundry.data.storage.BLOCK_BYTES", block_bytes)
 
     def empty(self) -> None:
         """Back to one empty bucket, no faults, no requests: between tests that share a server."""

@@ -13,9 +13,9 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from ettin_foundry import documents, jsonl
-from ettin_foundry.readers import Document, LongDocument, read_source
-from ettin_foundry.sources import Meter, find_source
+from ettin_foundry.corpus import documents, jsonl
+from ettin_foundry.corpus.readers import Document, LongDocument, read_source
+from ettin_foundry.corpus.sources import Meter, find_source
 
 TEXTS = ["One text.", "Zwei \u00dc\u00dfe \U0001f600\nlines\r\n", "  three  ", "four \u2028 \u0000 five", "\ufeffsix"]
 

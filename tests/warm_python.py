@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("ettin_foundry.convert", "ettin_foundry.cli_data", "ettin_foundry.finalize", "ettin_foundry.set_card",
+MODULES = ("ettin_foundry.corpus.convert", "ettin_foundry.cli.data", "ettin_foundry.corpus.finalize", "ettin_foundry.corpus.card",  # noqa: E501
            "transformers.tokenization_utils_fast", "transformers.models.auto.tokenization_auto", "matplotlib.figure",
            "matplotlib.backends.backend_svg", "typer")
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from converting import options, write_corpus
 
-from ettin_foundry.convert import convert
-from ettin_foundry.mds import MDSSet
-from ettin_foundry.set_card import picture
+from ettin_foundry.corpus.card import picture
+from ettin_foundry.corpus.convert import convert
+from ettin_foundry.data.mds import MDSSet
 
 SOURCES = ("wiki", "code")
 UNIT = 6_000  # bytes of input: two units a source

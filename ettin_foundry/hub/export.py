@@ -1,0 +1,92 @@
+"""Exports in the course of a run: Hugging Face folders of its weights."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from composer.core import Callback, Event, State
+from composer.loggers import Logger
+from composer.utils import dist, format_name_with_dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from ettin_foundry.model.config import CONTRASTIVE
+from ettin_foundry.training.callbacks import interval_passed
+from ettin_foundry.training.checkpoints import decode_record
+from ettin_foundry.training.clock import Clock
+
+__all__ = ["ExportHF"]
+
+log = logging.getLogger(__name__)
+
+
+class ExportHF(Callback):
+    """Writes Hugging Face folders of the trained weights at an interval and at the end of training; of the contrastive stage
+    sentence-transformers folders.
+
+    They are named as `ettin export --every` names them (`revisions.revision_name`): step1000, ext1000, decay1000 by the
+    phase, ba1000 where the config names none. A run whose weights are drawn, not loaded, writes step0 before its first step.
+
+    Args:
+        interval: a time in ba, tok or sp.
+        folder: a local folder; `{run_name}` is filled in.
+    """
+
+    def __init__(self, interval: str, folder: str):
+        if "://" in folder:
+            raise ValueError(f"callbacks.ettin_export.folder: {folder!r} given; only a local folder is written. Upload it "
+                             "after training, for instance with huggingface-cli")
+        self.folder = folder
+        self._due = interval_passed("callbacks.ettin_export.interval", interval)
+        self._model: Any = None
+        self._last_batch = -1
+
+    def init(self, state: State, logger: Logger) -> None:
+        self._model = state.model
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch == 0 and state.load_path is None and not self._record(state).get("lineage"):
+            self._write(state)
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        if self._due(state, Event.BATCH_CHECKPOINT):
+            self._write(state)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch.value != self._last_batch:
+            self._write(state)
+
+    def _write(self, state: State) -> None:
+        """Every rank gathers, rank 0 writes; what fails there is raised on every rank, so that none waits for it."""
+        failed: list[Exception | None] = [None]
+        self._last_batch = state.timestamp.batch.value
+        weights = get_model_state_dict(state.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if dist.get_global_rank() == 0:
+            try:
+                self._export(state, weights)
+            except Exception as error:
+                failed = [error]
+        dist.broadcast_object_list(failed)
+        if failed[0] is not None:
+            raise failed[0]
+
+    def _record(self, state: State) -> dict[str, Any]:
+        return next((decode_record(c.state_dict()) for c in state.callbacks if isinstance(c, Clock)), {})
+
+    def _export(self, state: State, weights: dict[str, Any]) -> None:
+        from ettin_foundry.hub import sentence_export
+        from ettin_foundry.hub.revisions import facts_of, revision_name
+        from ettin_foundry.model import weights as hf
+
+        record = self._record(state)
+        name = "step0" if self._last_batch == 0 else revision_name(record.get("phase"), self._last_batch)
+        folder = Path(format_name_with_dist(self.folder, state.run_name)) / name
+        facts = facts_of(record) if record else {"tokens": state.timestamp.token.value}
+        options: dict[str, Any] = {"objective": self._model.objective, "overwrite": True, "facts": facts}
+        if self._model.objective == CONTRASTIVE:
+            sentence_export.export_sentence_model(weights, self._model.config, self._model.tokenizer, folder,
+                                                  pooling=self._model.pooling, **options)
+        else:
+            hf.export_model(weights, self._model.config, self._model.tokenizer, folder, **options)
+        log.info("wrote %s", folder)

@@ -1,0 +1,94 @@
+"""Callbacks that a recipe asks for by name: samples, figures of the data.
+
+Composer keeps callback state under the class name: one of each per run. `Clock`, which every run has, is in clock.py; what
+starts from another run's checkpoint in phases.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from composer.core import Callback, Event, State, Time, TimeUnit
+from composer.core.precision import get_precision_context
+from composer.loggers import Logger
+from composer.utils import create_interval_scheduler, dist
+
+__all__ = ["DataMonitor", "LogSamples", "interval_passed"]
+
+log = logging.getLogger(__name__)
+
+
+def interval_passed(key: str, value: str) -> Any:
+    """Composer's function of (state, event) that says when an interval has passed."""
+    time = Time.from_input(value, TimeUnit.EPOCH)
+    if time.unit not in (TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE) or time.value < 1:
+        raise ValueError(f"{key}: {value!r} given; a time of at least 1 in ba, tok or sp is needed, such as 1000ba")
+    return create_interval_scheduler(value, include_end_of_training=False)
+
+
+class LogSamples(Callback):
+    """Logs what the model makes of a few prompts: continuations of a decoder, filled masks of an encoder.
+
+    Training is not touched: mode and random state are as before. Only rank 0 samples, so sharded models are refused.
+
+    Args:
+        interval: a time in ba, tok or sp.
+        prompts: texts; for encoders each with one mask token.
+        max_new_tokens: length of a continuation. top_k: candidates for a mask.
+    """
+
+    def __init__(self, interval: str, prompts: list[str], max_new_tokens: int = 32, top_k: int = 3):
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"callbacks.ettin_samples.prompts: {prompts!r} given; a list of at least one text is needed. "
+                             "Write it as a YAML list")
+        self.prompts, self.max_new_tokens, self.top_k = list(prompts), max_new_tokens, top_k
+        self._due = interval_passed("callbacks.ettin_samples.interval", interval)
+        self._model: Any = None
+
+    def init(self, state: State, logger: Logger) -> None:
+        self._model = state.model
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if state.fsdp_enabled:
+            raise ValueError("callbacks.ettin_samples: given with fsdp_config; one rank alone cannot run a sharded model. "
+                             "Use callbacks.ettin_export and sample from its folders")
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if not self._due(state, Event.BATCH_CHECKPOINT) or dist.get_global_rank() != 0:
+            return
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            with torch.random.fork_rng(), torch.no_grad(), get_precision_context(state.precision):
+                rows = list(zip(self.prompts, self._sample()))
+        finally:
+            self._model.train(was_training)
+        for prompt, text in rows:
+            log.info("batch %d: %r -> %s", state.timestamp.batch.value, prompt, text)
+        logger.log_table(["prompt", "output"], [list(row) for row in rows], name="samples")
+
+    def _sample(self) -> list[str]:
+        if self._model.objective == "clm":
+            return [repr(text) for text in self._model.generate(self.prompts, max_new_tokens=self.max_new_tokens)]
+        filled = self._model.fill_mask(self.prompts, top_k=self.top_k)
+        return [", ".join(f"{token!r} {share:.3f}" for token, share in candidates) for candidates in filled]
+
+
+class DataMonitor(Callback):
+    """Logs how full the batch is, of rank 0's share and while it is still on the CPU, so that nothing waits.
+
+    data/fill: real tokens over positions; data/targets and data/documents: counts; data/target_rate: targets over tokens.
+    """
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        sequence_id, labels = state.batch["sequence_id"], state.batch["labels"]
+        real = sequence_id >= 0
+        tokens, targets = int(real.sum()), int((labels != -100).sum())
+        logger.log_metrics({
+            "data/fill": tokens / max(1, real.numel()),
+            "data/documents": int((sequence_id.amax(dim=1) + 1).sum()),
+            "data/targets": targets,
+            "data/target_rate": targets / max(1, tokens),
+        })

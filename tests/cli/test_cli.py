@@ -1,0 +1,176 @@
+"""The command `ettin`: every command on a real file, and one clear line for bad input."""
+
+import dataclasses
+import subprocess
+import sys
+
+import parity
+import pytest
+import torch
+
+from ettin_foundry.cli import main as cli
+from ettin_foundry.model.config import EttinConfig
+from ettin_foundry.model.weights import export_model, import_folder, weights_checkpoint
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """(tokenizer, its folder)"""
+    folder = tmp_path_factory.mktemp("tokens")
+    tokenizer = parity.tiny_tokenizer()
+    tokenizer.save_pretrained(str(folder))
+    return tokenizer, folder
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return parity.random_model(EttinConfig.for_size("nano", causal=False, vocab_size=320))
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return parity.random_model(EttinConfig.for_size("nano", causal=True, vocab_size=320, window_left=64))
+
+
+def run(capsys, *arguments):
+    """(exit code, stdout, stderr) of `ettin arguments...`"""
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(a) for a in arguments])
+    return end.value.code or 0, *capsys.readouterr()
+
+
+def save(model, path, objective, tokenizer=None, **clock):
+    """A checkpoint in Composer's layout, with what the run's clock records about itself."""
+    content = weights_checkpoint(model.state_dict(), model.config, objective=objective, tokenizer=tokenizer)
+    content["state"]["callbacks"]["Clock"].update(clock)
+    torch.save(content, path)
+    return path
+
+
+def equal_states(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_help_is_fast_and_names_every_command():
+    """Heavy imports stay out of it: torch, transformers and the host alone take seconds."""
+    code = ("import sys; from ettin_foundry import cli\ntry:\n    cli.main(['--help'])\nexcept SystemExit: pass\n"
+            "print(sorted({'torch', 'transformers', 'composer', 'llmfoundry'} & set(sys.modules)))")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip().endswith("[]")
+    for command in ("export", "import", "convert", "demo", "generate", "fill-mask"):
+        assert f"\n  {command} " in out
+
+
+def test_checkpoint_to_folder_to_checkpoint_is_bit_equal(decoder, tokenizer, tmp_path, capsys):
+    source = save(decoder, tmp_path / "ba7.pt", "clm", str(tokenizer[1]), tokens=1000,
+                  lineage=({"objective": "mlm", "tokens": 234},))
+    code, out, err = run(capsys, "export", source, tmp_path / "hf", "--license", "mit")
+    assert code == 0 and "wrote" in out
+    state, config, objective = import_folder(tmp_path / "hf")
+    assert equal_states(state, decoder.state_dict()) and (config, objective) == (decoder.config, "clm")
+    text = (tmp_path / "hf" / "README.md").read_text()
+    assert "1,234" in text and "objective mlm, tokens 234" in text and 'license: "mit"' in text
+
+    code, out, err = run(capsys, "import", tmp_path / "hf", tmp_path / "back" / "weights.pt")
+    assert code == 0, err
+    assert [p.name for p in (tmp_path / "back").iterdir()] == ["weights.pt"]
+    content = torch.load(tmp_path / "back" / "weights.pt", weights_only=True)
+    assert equal_states(content["state"]["model"], {f"model.{n}": t for n, t in decoder.state_dict().items()})
+    assert EttinConfig(**content["state"]["callbacks"]["Clock"]["config"]) == decoder.config
+
+
+def test_imported_file_is_what_the_host_loads_as_weights(encoder, tokenizer, tmp_path, capsys):
+    """Composer's Trainer with load_path and load_weights_only, strict, ends up with these very weights."""
+    from composer import Trainer
+
+    from ettin_foundry.model.composer import EttinModel
+
+    export_model(encoder, encoder.config, tokenizer[0], tmp_path / "hf", objective="mlm")
+    assert run(capsys, "import", tmp_path / "hf", tmp_path / "w.pt")[0] == 0
+    model = EttinModel(tokenizer[0], size="nano", objective="mlm", max_seq_len=1024, vocab_size=320)
+    trainer = Trainer(model=model, load_path=str(tmp_path / "w.pt"), load_weights_only=True,
+                      load_strict_model_weights=True, device="cpu", auto_log_hparams=False, progress_bar=False)
+    assert equal_states(model.model.state_dict(), encoder.state_dict())
+    export_model(trainer.state.model, model.config, tokenizer[0], tmp_path / "again", objective="mlm")  # as callbacks do
+    assert equal_states(import_folder(tmp_path / "again")[0], encoder.state_dict())
+    trainer.close()
+
+
+def test_checkpoint_without_a_record_needs_its_config_told(encoder, tokenizer, tmp_path, capsys):
+    content = weights_checkpoint(encoder.state_dict(), encoder.config, objective="mlm")
+    del content["state"]["callbacks"]["Clock"]
+    torch.save(content, tmp_path / "old.pt")
+    code, _, err = run(capsys, "export", tmp_path / "old.pt", tmp_path / "hf", "--size", "nano")
+    assert code == 1 and "--objective, --field max_position_embeddings=..., --field global_rope_theta=..." in err
+    told = ["--size", "nano", "--objective", "mlm", "--field", "max_position_embeddings=512", "--field",
+            "global_rope_theta=160000", "--field", "local_rope_theta=10000.0", "--tokenizer", tokenizer[1]]
+    assert run(capsys, "export", tmp_path / "old.pt", tmp_path / "hf", *told)[0] == 0
+    want = dataclasses.replace(encoder.config, max_position_embeddings=512, global_rope_theta=160_000.0)
+    assert import_folder(tmp_path / "hf")[1] == want
+
+
+def test_encoder_that_does_not_say_how_it_predicts_must_be_told(encoder, tokenizer, tmp_path, capsys):
+    folder = export_model(encoder, encoder.config, tokenizer[0], tmp_path / "hf", objective="mlm")
+    code, _, err = run(capsys, "import", folder, tmp_path / "w.pt", "--objective", "mntp")
+    assert code == 1 and "says 'mlm'" in err
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"ettin_foundry"', '"other"'))
+    code, _, err = run(capsys, "import", folder, tmp_path / "w.pt")
+    assert code == 1 and "mlm, mntp and mdlm are possible" in err and not (tmp_path / "w.pt").exists()
+    assert run(capsys, "import", folder, tmp_path / "w.pt", "--objective", "mntp")[0] == 0
+    assert torch.load(tmp_path / "w.pt", weights_only=True)["state"]["callbacks"]["Clock"]["objective"] == "mntp"
+
+
+@pytest.mark.parametrize("from_checkpoint", [False, True], ids=["folder", "checkpoint"])
+def test_samples_are_the_models_own(from_checkpoint, encoder, decoder, tokenizer, tmp_path, capsys):
+    sources = []
+    for name, model, objective in (("enc", encoder, "mntp"), ("dec", decoder, "clm")):
+        sources.append(save(model, tmp_path / f"{name}.pt", objective, str(tokenizer[1])) if from_checkpoint else
+                       export_model(model, model.config, tokenizer[0], tmp_path / name, objective=objective))
+    code, out, err = run(capsys, "fill-mask", sources[0], "def [MASK](a):", "--top-k", "1")
+    assert code == 0, err
+    ids = tokenizer[0]("def [MASK](a):")["input_ids"]
+    place = ids.index(tokenizer[0].mask_token_id) - 1  # mntp: one before
+    best = parity.our_logits(encoder, torch.tensor(ids))[place].argmax()
+    assert out.splitlines()[0] == "def [MASK](a):" and repr(tokenizer[0].decode([int(best)])) in out
+
+    code, out, err = run(capsys, "generate", sources[1], "def add", "--max-new-tokens", "3")
+    assert code == 0, err
+    ids = [tokenizer[0].cls_token_id, *tokenizer[0].encode("def add", add_special_tokens=False)]
+    start = len(ids)
+    for _ in range(3):
+        ids.append(int(parity.our_logits(decoder, torch.tensor(ids))[-1].argmax()))
+    assert out == f"def add{tokenizer[0].decode(ids[start:])}\n"
+
+
+def test_bad_input_is_one_line_and_exit_code_1(encoder, tokenizer, tmp_path, capsys):
+    good = save(encoder, tmp_path / "good.pt", "mlm", str(tokenizer[1]))
+    folder = export_model(encoder, encoder.config, tokenizer[0], tmp_path / "hf", objective="mlm")
+    (tmp_path / "there.pt").write_bytes(b"x")
+    for arguments, words in (
+        (("export", tmp_path / "none.pt", tmp_path / "o"), "none.pt"),
+        (("export", tmp_path / "there.pt", tmp_path / "o"), "there.pt"),
+        (("export", good, tmp_path / "o", "--size", "17m"), "--size: given, but"),
+        (("export", good, folder), "exists and is not empty"),
+        (("import", tmp_path / "nothing", tmp_path / "o.pt"), "no such folder"),
+        (("import", folder, tmp_path / "there.pt"), "--overwrite"),
+        (("import", folder, tmp_path / "weights.bin"), "must end in .pt"),
+        (("generate", folder, "x"), "use fill_mask"),
+        (("demo", "--recipes", tmp_path, "--out", tmp_path / "o"), "nano.yaml"),
+        (("convert", tmp_path / "missing.jsonl", "--out", tmp_path / "o", "--tokenizer", tokenizer[1]), "missing.jsonl"),
+    ):
+        code, _, err = run(capsys, *arguments)
+        line = err.strip().splitlines()[-1]
+        assert code == 1 and line.startswith("error: ") and words in line, (arguments, err)
+    assert not (tmp_path / "o").exists() and not (tmp_path / "o.pt").exists()
+    assert (tmp_path / "there.pt").read_bytes() == b"x"
+
+
+def test_unknown_option_is_a_usage_error(tmp_path, capsys):
+    code, _, err = run(capsys, "export", tmp_path, tmp_path, "--colour", "red")
+    assert code == 2 and "--colour" in err
+
+
+def test_help_of_convert_is_the_converters_own(capsys):
+    code, out, _ = run(capsys, "convert", "--help")
+    assert code == 0 and "--train-tokenizer" in out

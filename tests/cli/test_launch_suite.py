@@ -1,0 +1,252 @@
+"""Suites on a cluster: the Slurm script rehearsed with stand-ins, the Kubernetes manifest and its schema, the Dockerfile."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from configparser import ConfigParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ettin_foundry import __version__
+from ettin_foundry.tools.suite import load
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "launch" / "suite.slurm.sh"
+TOOLS = Path(sys.executable).parent  # shellcheck and hadolint are wheels of the dev extra
+
+# Writes down what it is asked for; the job itself is started by the test.
+SBATCH = """#!/bin/bash
+here=$(dirname "$0"); id=$((100 + $(ls "$here" | grep -c ^sbatch.)))
+printf '%s\\n' "$@" > "$here/sbatch.$id"
+echo "$id;cluster"
+"""
+# Lists the stages as `ettin suite --list --json` does, runs the script's own little programs, and else says what it was
+# asked for; as a stage it leaves a checkpoint if told to, and ends when it is told to end.
+PYTHON = """#!/bin/bash
+here=$(dirname "$0")
+case " $* " in
+    *" --list "*)
+        printf '%s\\n' "$@" > "$here/list"
+        cat "$here/stages.json"
+        exit "$(cat "$here/list.rc" 2> /dev/null || echo 0)" ;;
+    " -c "*) exec {python} "$@" ;;
+esac
+printf '%s\\n' "$@" "PYTHONPATH=$PYTHONPATH" "MASTER=$MASTER_ADDR:$MASTER_PORT" "in $PWD" > "$here/ran"
+if [[ -e $here/wait ]]; then
+    trap 'echo ended > "$here/ended"; exit 143' TERM
+    if [[ -e $here/checkpoint ]]; then touch "$(cat "$here/checkpoint")/ep0-ba9-rank0.pt"; fi
+    touch "$here/up"
+    while :; do sleep 0.02; done
+fi
+exit "$(cat "$here/rc" 2> /dev/null || echo 0)"
+"""
+SRUN = """#!/bin/bash
+printf '%s\\n' "$@" > "$(dirname "$0")/srun.said"
+while [[ $1 == --* ]]; do shift; done
+exec "$@"
+"""
+SCONTROL = """#!/bin/bash
+printf '%s\\n' "$*" >> "$(dirname "$0")/scontrol.said"
+if [[ $1 == show ]]; then printf 'node7\\nnode8\\n'; fi
+"""
+STAGES = {"stages": [{"name": "encoder", "from": None, "folder": "runs/s/encoder"},
+                     {"name": "decoder", "from": None, "folder": "runs/s/decoder"},
+                     {"name": "crossed", "from": "encoder", "folder": "runs/s/crossed"}]}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder with the stand-ins, which are first in PATH; PYTHON is one of them."""
+    folder = tmp_path / "cluster bin"
+    folder.mkdir()
+    scripts = {"sbatch": SBATCH, "python-stand-in": PYTHON.replace("{python}", shlex.quote(sys.executable)), "srun": SRUN,
+               "scontrol": SCONTROL}
+    for name, text in scripts.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "stages.json").write_text(json.dumps(STAGES))
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHON", "python-stand-in")
+    for name in ("SLURM_JOB_ID", "SUBMIT_OPTIONS", "PYTHONPATH"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+def script(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", SCRIPT, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, **environment})
+
+
+def said(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+JOB = {"SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_CPUS_PER_TASK": "16"}
+
+
+# ------------------------------------------------------------------ Slurm
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.sh")), ids=lambda path: path.name)
+def test_scripts_are_clean_for_shellcheck(path: Path) -> None:
+    subprocess.run([TOOLS / "shellcheck", "--enable=check-unassigned-uppercase,quote-safe-variables", path], check=True)
+
+
+def test_every_stage_waits_for_the_one_it_starts_from_and_the_report_for_all(cluster: Path,
+                                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUBMIT_OPTIONS", "--partition=gpu --nodes=2")
+    given = ["my suite.yaml", "root=a b", "scale=0.1"]
+    done = script(*given)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert said(cluster / "list") == ["-m", "ettin_foundry.cli.main", "suite", *given, "--list", "--json"]
+    options = ["--partition=gpu", "--nodes=2", str(SCRIPT)]
+    common = [str(ROOT), "python-stand-in"]
+    held = ["--dependency=afterok:100", "--kill-on-invalid-dep=yes"]
+    assert said(cluster / "sbatch.100") == ["--parsable", "--job-name=ettin-encoder", *options, "stage", *common, "encoder",
+                                            "runs/s/encoder", *given]
+    assert said(cluster / "sbatch.101")[:2] == ["--parsable", "--job-name=ettin-decoder"]
+    assert said(cluster / "sbatch.102") == ["--parsable", *held, "--job-name=ettin-crossed", *options, "stage", *common,
+                                            "crossed", "runs/s/crossed", *given]
+    report = ["--parsable", "--dependency=afterok:100:101:102", "--kill-on-invalid-dep=yes", "--job-name=ettin-report",
+              *options[:2], "--nodes=1", str(SCRIPT), "report", *common, *given]
+    assert said(cluster / "sbatch.103") == report
+    assert done.stdout.splitlines()[:4] == [
+        "job 100: encoder", "job 101: decoder", "job 102: crossed, after job 100 (encoder)",
+        "job 103: report of my suite.yaml, after all of them"]
+
+
+def test_a_suite_that_is_refused_submits_nothing(cluster: Path) -> None:
+    (cluster / "list.rc").write_text("1")
+    assert script("suite.yaml").returncode != 0 and not list(cluster.glob("sbatch.*"))
+
+
+@pytest.mark.parametrize("arguments, environment, message", [
+    ([], {}, "SUITE.yaml: nothing given"), (["8"], {}, "SUITE.yaml: 8 given"),
+    (["suite.yaml"], {"SLURM_JOB_ID": "9"}, "run this with bash on the login node"),
+])
+def test_a_wrong_command_line_submits_nothing(cluster: Path, arguments: list[str], environment: dict[str, str],
+                                              message: str) -> None:
+    done = script(*arguments, **environment)
+    assert done.returncode == 2 and message in done.stderr and not list(cluster.glob("sbatch.*"))
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_stage_s_job_runs_that_stage_on_all_its_nodes_and_ends_as_it_ends(cluster: Path, code: int) -> None:
+    (cluster / "rc").write_text(str(code))
+    done = script("stage", ROOT, "python-stand-in", "crossed", "runs/s/crossed", "my suite.yaml", "root=a b", **JOB)
+    assert done.returncode == code
+    command = "srun --ntasks-per-node=1 --cpus-per-task=16 bash launch/suite.slurm.sh node python-stand-in"
+    assert said(cluster / "ran") == ["-m", "ettin_foundry.cli.main", "suite", "my suite.yaml", "root=a b", "--stage", "crossed",  # noqa: E501
+                                     "--command", command, f"PYTHONPATH={ROOT}", "MASTER=node7:20123", f"in {ROOT}"]
+
+
+def test_each_node_starts_its_share_of_the_processes(cluster: Path) -> None:
+    done = script("node", "python-stand-in", "a.yaml", "key=b c", SLURM_GPUS_ON_NODE="4", SLURM_NNODES="3", SLURM_NODEID="2",
+                  MASTER_ADDR="node7", MASTER_PORT="20123")
+    assert done.returncode == 0
+    assert said(cluster / "ran")[:-3] == [
+        "-m", "composer.cli", "-n", "4", "--world_size", "12", "--node_rank", "2", "--master_addr", "node7",
+        "--master_port", "20123", "train.py", "a.yaml", "key=b c"]
+
+
+def test_the_report_s_job_trains_nothing(cluster: Path) -> None:
+    assert script("report", ROOT, "python-stand-in", "suite.yaml", "scale=0.1", **JOB).returncode == 0
+    assert said(cluster / "ran")[:6] == ["-m", "ettin_foundry.cli.main", "suite", "suite.yaml", "scale=0.1", "--report"]
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_at_its_time_limit_a_job_is_requeued_only_if_it_got_anywhere(cluster: Path, tmp_path: Path, progress: bool) -> None:
+    folder = tmp_path / "runs of mine" / "encoder"
+    folder.mkdir(parents=True)
+    (folder / "ep0-ba1-rank0.pt").touch()  # of an earlier job
+    os.utime(folder / "ep0-ba1-rank0.pt", (1, 1))
+    (cluster / "wait").touch()
+    if progress:
+        (cluster / "checkpoint").write_text(str(folder))
+    job = subprocess.Popen(["bash", SCRIPT, "stage", ROOT, "python-stand-in", "encoder", folder, "suite.yaml"],
+                           env={**os.environ, **JOB}, stderr=subprocess.PIPE, text=True)
+    while not (cluster / "up").exists():
+        assert job.poll() is None, job.communicate()[1]
+        time.sleep(0.02)
+    time.sleep(0.1)  # the job's shell is in its wait by now
+    job.send_signal(signal.SIGUSR1)
+    error = job.communicate(timeout=20)[1]
+    assert (cluster / "ended").exists()  # the stage was told, and waited for
+    assert ("requeue 123" in said(cluster / "scontrol.said")) is progress
+    assert job.returncode == (0 if progress else 1) and ("no checkpoint in" in error) is not progress
+
+
+# ------------------------------------------------------------------ Kubernetes
+
+
+@pytest.fixture(scope="module")
+def manifest() -> dict[str, Any]:
+    documents = yaml.safe_load_all((ROOT / "launch" / "suite.k8s.yaml").read_text())
+    return {document["kind"]: document for document in documents}
+
+
+@pytest.mark.parametrize("version", ["1.31", "1.34"])
+def test_manifest_is_valid_for_kubernetes(manifest: dict[str, Any], version: str) -> None:
+    import kubernetes_validate
+
+    for document in manifest.values():
+        kubernetes_validate.validate(document, version, strict=True)
+
+
+def test_manifest_s_parts_fit_together_and_its_command_is_a_suite(manifest: dict[str, Any],
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    pod = manifest["Job"]["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
+    claimed = volumes["work"]["persistentVolumeClaim"]["claimName"]
+    assert claimed == manifest["PersistentVolumeClaim"]["metadata"]["name"]
+    rules = manifest["Job"]["spec"]["podFailurePolicy"]["rules"]
+    assert [rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule] == [container["name"]]
+    assert pod["restartPolicy"] == "Never"  # what a podFailurePolicy demands
+    assert container["image"].endswith(f":{__version__}")
+    monkeypatch.chdir(ROOT)
+    program, command, *arguments = container["args"]
+    suite = load(arguments[0], arguments[1:])
+    place = container["volumeMounts"][0]["mountPath"]
+    assert (program, command) == ("ettin", "suite")
+    config = suite.stage("encoder-decay").config()
+    for path in (config["save_folder"], config["train_loader"]["dataset"]["local"], config["tokenizer"]["name"],
+                 suite.evaluation.data if suite.evaluation else ""):
+        assert path.startswith(f"{place}/")
+
+
+# ------------------------------------------------------------------ Docker
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+
+
+def test_dockerfile_is_clean_for_hadolint() -> None:
+    subprocess.run([TOOLS / "hadolint", ROOT / "Dockerfile"], check=True)
+
+
+def test_dockerfile_s_versions_are_the_project_s() -> None:
+    bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
+    assert {base.split(":")[1].split("-")[0] for base in bases} == {importlib.metadata.version("torch").split("+")[0]}
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert setup["options.extras_require"]["gpu"].strip() in re.findall(r"flash-attn==\S+", DOCKERFILE)
+
+
+def test_dockerfile_copies_what_is_there_and_what_setup_needs() -> None:
+    copied = [path for line in re.findall(r"^COPY (?!--from)(.*)", DOCKERFILE, re.MULTILINE) for path in line.split()[:-1]]
+    assert all((ROOT / path).exists() for path in copied)
+    kept = {line[1:] for line in said(ROOT / ".dockerignore") if line.startswith("!")}
+    assert set(copied) == kept
+    assert {"setup.cfg", "pyproject.toml", "README.md", "LICENSE", "ettin_foundry", "train.py", "yamls"} <= kept

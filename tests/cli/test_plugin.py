@@ -1,0 +1,90 @@
+"""LLM-Foundry finds every name, by entry point and by `register()`, and the two tables agree."""
+
+import configparser
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nano_run
+
+import ettin_foundry
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_entry_points_mirror_the_registry_table():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    groups = {}
+    for group, lines in setup["options.entry_points"].items():
+        if group != "console_scripts":
+            pairs = (line.split(" = ") for line in lines.strip().splitlines())
+            groups[group.removeprefix("llmfoundry_")] = dict(pairs)
+    assert groups == ettin_foundry.REGISTRY
+
+
+def test_every_registered_name_resolves_to_what_the_host_expects():
+    from composer import Algorithm, Callback, ComposerModel
+    from composer.optim import ComposerScheduler
+    from llmfoundry import registry
+    from llmfoundry.interfaces import CallbackWithConfig
+    from torch.optim import Optimizer
+
+    ettin_foundry.register()
+    ettin_foundry.register()  # calling it twice is harmless
+    bases = {"models": ComposerModel, "optimizers": Optimizer, "schedulers": ComposerScheduler, "callbacks": Callback,
+             "callbacks_with_config": CallbackWithConfig, "algorithms": Algorithm}
+    for group, names in ettin_foundry.REGISTRY.items():
+        for name in names:
+            found = getattr(registry, group).get(name)
+            assert callable(found)
+            if group in bases:
+                assert issubclass(found, bases[group]), name
+
+
+STOCK = """
+import sys, catalogue, llmfoundry, ettin_foundry
+taken = {key[1:] for key in catalogue.REGISTRY if key[0] == "llmfoundry"}
+ours = {(group, name) for group, names in ettin_foundry.REGISTRY.items() for name in names}
+print("SHADOWED", sorted(taken & ours))
+from typer.testing import CliRunner
+from llmfoundry.cli.cli import app
+for group, name in sorted(ours):
+    found = CliRunner().invoke(app, ["registry", "find", group, name])
+    print("FOUND", name, found.exit_code, "ettin_foundry" in found.output)
+sys.argv = ["llmfoundry", "train", sys.argv[1]]
+app(standalone_mode=False)
+print("TRAINED")
+"""
+
+
+def test_stock_llmfoundry_finds_every_name_and_trains_with_them(data_set, tmp_path):
+    """In a fresh process, by entry points alone: nothing here calls register(), and no name hides one of the host's."""
+    from omegaconf import OmegaConf
+
+    config = nano_run.configure(data_set, tmp_path, "model.vocab_size=512", "max_duration=2ba")
+    OmegaConf.save(config, tmp_path / "run.yaml")
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", STOCK, str(tmp_path / "run.yaml")], capture_output=True, text=True,
+                          cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert "SHADOWED []" in lines and lines[-1] == "TRAINED"
+    found = {line.split()[1]: line.split()[2:] for line in lines if line.startswith("FOUND ")}
+    assert found == {name: ["0", "True"] for names in ettin_foundry.REGISTRY.values() for name in names}
+    assert list(tmp_path.rglob("latest-rank0.pt"))
+
+
+def test_importing_the_package_imports_neither_torch_nor_the_host():
+    code = "import sys, ettin_foundry; print([m for m in ('torch', 'llmfoundry', 'composer') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_core_modules_import_with_torch_and_numpy_only():
+    """The core also runs where LLM-Foundry is not installed, on newer torch."""
+    code = ("import sys; sys.modules.update(dict.fromkeys(('llmfoundry', 'composer', 'streaming', 'transformers')))\n"
+            "import ettin_foundry.model.transformer, ettin_foundry.model.loss, ettin_foundry.objectives.targets, ettin_foundry.data.packing\n"  # noqa: E501
+            "import ettin_foundry.data.order, ettin_foundry.model.config, ettin_foundry.data.batch")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

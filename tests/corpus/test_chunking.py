@@ -1,0 +1,369 @@
+"""Claims of chunking.py, against the same rule written on text: every place is tried, and looked at as a reader would."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import json.decoder
+import pickle
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_documents
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from ettin_foundry.corpus import chunking
+from ettin_foundry.corpus.chunking import Chunker, token_bytes
+
+ALPHABET = pre_tokenizers.ByteLevel.alphabet()
+MIXED = (
+    "He said: \"Stop! Now.\" (Really?) Then J. Smith left at 3.14 p.m. in the U.S. state.\n\n1. Item one.\n2. Item two\n"
+    "    def f(x):\n        return x  # why?\n\n\nAb\u4ed6\u8bf4\uff1a\u300c\u4f60\u597d\u3002\u300d\u7136\u540e\u8d70\u4e86"
+    "\u3002\u771f\u7684\uff1f\u662f\u3002\n\u0915\u0941\u091b \u0932\u094b\u0917\u0964 \u0914\u0930\u0964\n\r\n\r\n"
+    "\u00abBonjour.\u00bb Et \u201eHallo.\u201c Ja\u2026 so \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f600\U0001f600!"
+    " https://example.org/a.b?c=d\t\ttabs   \n   \n  end.  Two  spaces...\u3000\u6c49\u5b57\u00a0x\u2029y\u2028z\n")
+CJK_TERMINATORS = tuple("\u3002\uff61\uff01\uff1f")
+TERMINATORS = (*".!?\u2026\u037e\u061f\u06d4\u0964\u0965\u0589\u1362\u17d4\u104b\u0f0d", *CJK_TERMINATORS)
+SPECIAL = ".!?\u2026\u3002\uff1f\u0964\"'\u300d)\u00bb\u201c \t\n\n\r\u00a0\u3000"
+
+
+def byte_level(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def trained() -> Tokenizer:
+    """Byte-level BPE of 700 entries on prose, code and four scripts, with added tokens for runs of spaces as Ettin has."""
+    tokenizer = byte_level({}, [])
+    tokenizer.train_from_iterator([MIXED * 3, *make_documents(40)], trainers.BpeTrainer(
+        vocab_size=700, initial_alphabet=ALPHABET, show_progress=False))
+    tokenizer.add_tokens(["   ", "    "])
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def one_byte() -> Tokenizer:
+    """Every byte is a token, so that places in a text are places between tokens."""
+    return byte_level({character: number for number, character in enumerate(sorted(ALPHABET))}, [])
+
+
+def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.uint16)
+
+
+def is_closer(character: str) -> bool:
+    return character in "\"'" or unicodedata.category(character) in ("Pe", "Pf", "Pi")
+
+
+def ends_sentence(text: str) -> str:
+    """"" or the terminator with which `text` ends; closing quotes and brackets may follow it."""
+    while text and is_closer(text[-1]):
+        text = text[:-1]
+    if text[-1:] not in TERMINATORS:
+        return ""
+    return "" if text[-1] == "." and (text[-2:-1].isupper() or text[-2:-1].isdigit()) else text[-1]
+
+
+def rank(before: str, after: str, inside: bool) -> int:
+    """What a place between two texts is: 5 paragraph end, 4 sentence end, 3 line end, 2 before a space, 1 other, 0 none."""
+    if inside:
+        return 0
+    lines = "\n".join(before.translate({0x2028: "\n", 0x2029: "\n"}).split("\n")).split("\n")
+    if len(lines) > 2 and lines[-1] == "" and not lines[-2].strip():
+        return 5
+    if len(lines) > 1 and lines[-1] == "":
+        return 4 if ends_sentence(lines[-2].rstrip()) else 3
+    line = lines[-1]
+    if line.strip() and line != line.rstrip() and ends_sentence(line.rstrip()):
+        return 4
+    terminator, following = ends_sentence(line), after[:1]
+    if terminator and following.isspace():
+        return 4
+    if terminator in CJK_TERMINATORS and following not in TERMINATORS and not is_closer(following):
+        return 4
+    return 2 if following.isspace() else 1
+
+
+def cuts_by_reading(pieces: list[bytes], limit: int) -> list[int]:
+    """The rule of the module's docstring, every place of the tenth ranked on its own, on text."""
+    texts = [piece.decode("utf-8", "replace") for piece in pieces]
+    inside = [0x80 <= piece[0] < 0xC0 for piece in pieces]
+    ends, begin = [], 0
+    while len(pieces) - begin > limit:
+        left, tenth = len(pieces) - begin, limit // 10
+        high = begin + (limit if 10 * left >= 11 * limit else left // 2 + tenth // 2)
+        low = high - tenth
+        context = max(0, low - 1 - 16)  # what is further back is taken for a word
+        places = [(rank("x" + "".join(texts[context:place]), texts[place], inside[place]), place)
+                  for place in range(low, high + 1)]
+        best, place = max(places)
+        if not best:
+            place = max((place for place in range(begin + 1, low) if not inside[place]), default=high)
+        ends.append(place)
+        begin = place
+    return [*ends, len(pieces)]
+
+
+def check_same(tokenizer: Tokenizer, tokens: np.ndarray, limit: int) -> list[int]:
+    pieces = token_bytes(tokenizer.to_str())
+    ends = Chunker(tokenizer.to_str(), limit).cuts(tokens)
+    assert ends == cuts_by_reading([pieces[token] for token in tokens.tolist()], limit)
+    return ends
+
+
+@pytest.mark.parametrize("limit", [10, 37, 62, 200, 510])
+def test_cuts_are_those_of_the_rule_read_on_text(trained: Tokenizer, limit: int) -> None:
+    rng = np.random.default_rng(limit)
+    for _ in range(8):
+        parts = [*MIXED.split(" "), *make_documents(6, seed=int(rng.integers(1 << 30)))]
+        text = "".join(rng.choice(parts) + rng.choice([" ", " ", " ", ". ", "\n", "\n\n", "\u3002"]) for _ in range(300))
+        check_same(trained, encode(trained, text), limit)
+
+
+@pytest.mark.parametrize("limit", [11, 40, 110, 300])
+def test_cuts_are_those_of_the_rule_on_nothing_but_punctuation_and_spaces(trained: Tokenizer, limit: int) -> None:
+    rng = np.random.default_rng(limit)
+    for words in (0.0, 0.1, 0.5):
+        text = "".join(rng.choice(list("aB3\u6c49")) if rng.random() < words else rng.choice(list(SPECIAL))
+                       for _ in range(2500))
+        check_same(trained, encode(trained, text), limit)
+
+
+def test_cuts_are_those_of_the_rule_on_any_ids(trained: Tokenizer) -> None:
+    """Ids in an order that no text gives: characters end and begin anywhere."""
+    pieces = token_bytes(trained.to_str())
+    rng = np.random.default_rng(5)
+    inside = np.array([number for number, piece in enumerate(pieces) if piece and 0x80 <= piece[0] < 0xC0])
+    for share in (0.0, 0.5, 0.9, 0.99):
+        tokens = np.where(rng.random(3000) < share, rng.choice(inside, 3000), rng.integers(0, len(pieces), 3000))
+        for limit in (1, 2, 3, 15, 60, 333):
+            check_same(trained, tokens.astype(np.uint16), limit)
+
+
+@pytest.mark.parametrize("limit", [24, 62, 510, 1022])
+def test_cuts_are_those_of_the_rule_with_the_real_vocabulary(ettin_tokenizer_dir: Path, limit: int) -> None:
+    tokenizer = Tokenizer.from_file(str(ettin_tokenizer_dir / "tokenizer.json"))
+    code = Path(json.decoder.__file__).read_text(encoding="utf-8") + Path(argparse.__file__).read_text(encoding="utf-8")
+    ends = check_same(tokenizer, encode(tokenizer, code[:90_000] + MIXED * 20), limit)
+    assert len(ends) > 10
+
+
+CASES = {  # limit 40: a chunk ends after 36 to 40 bytes; the tail after that is longer than 4
+    "paragraph before sentence": ("x" * 30 + " line\n\n" + "Go. " + "y" * 40, "x" * 30 + " line\n\n"),
+    "latest paragraph": ("x" * 35 + "\n\n\n" + "y" * 40, "x" * 35 + "\n\n\n"),
+    "blank line of spaces": ("x" * 33 + "\n \t\n  " + "y" * 40, "x" * 33 + "\n \t\n"),
+    "blank line of CR LF": ("x" * 33 + "\r\n\r\n" + "y" * 40, "x" * 33 + "\r\n\r\n"),
+    "one CR LF is a line end": ("x" * 30 + "end.a\r\n " + "y" * 40, "x" * 30 + "end.a\r\n"),
+    "sentence before line": ("x" * 33 + "ye. a\n" + "y" * 40, "x" * 33 + "ye. "),
+    "sentence end with its newline": ("x" * 33 + "ye.\n  " + "y" * 40, "x" * 33 + "ye.\n"),
+    "latest sentence": ("x" * 30 + "go. Yes! Or " + "y" * 40, "x" * 30 + "go. Yes! "),
+    "closing quote and bracket": ("x" * 33 + "a.\") B" + "y" * 40, "x" * 33 + "a.\") "),
+    "full stop inside a word": ("x" * 33 + "a.py b" + "y" * 40, "x" * 33 + "a.py"),
+    "digit before the full stop": ("x" * 33 + " 1. a" + "y" * 40, "x" * 33 + " 1."),
+    "initial before the full stop": ("x" * 34 + " J. S" + "y" * 40, "x" * 34 + " J."),
+    "question mark after a capital": ("x" * 34 + " J? S" + "y" * 40, "x" * 34 + " J? "),
+    "line before word": ("x" * 36 + "\na b" + "y" * 40, "x" * 36 + "\n"),
+    "word before character": ("x" * 37 + " " + "y" * 40, "x" * 37),
+    "as late as possible": ("x" * 80, "x" * 40),
+    "not inside a character": ("x" * 39 + "\u00fc" + "y" * 40, "x" * 39),
+    "not inside an emoji": ("x" * 37 + "\U0001f600" + "y" * 40, "x" * 37),
+    "outside the tenth is no place": ("x" * 30 + ".\n\n" + "y" * 80, "x" * 30 + ".\n\n" + "y" * 7),
+    "first place of the tenth": ("x" * 34 + "\n\n" + "y" * 80, "x" * 34 + "\n\n"),
+    "one before the tenth": ("x" * 33 + "\n\n" + "y" * 80, "x" * 33 + "\n\n" + "y" * 5),
+}
+
+
+@pytest.mark.parametrize(("text", "first"), CASES.values(), ids=CASES)
+def test_first_chunk(one_byte: Tokenizer, text: str, first: str) -> None:
+    tokens = encode(one_byte, text)
+    assert len(tokens) == len(text.encode())
+    end = Chunker(one_byte.to_str(), 40).cuts(tokens)[0]
+    assert text.encode()[:end].decode() == first
+
+
+CJK = {
+    "after the terminator": ("\u3002\u6c49\u5b57", 1), "after its closer": ("\u3002\u300d\u6c49", 2),
+    "not between two terminators": ("\uff01\uff1f\u6c49", 2), "a space may follow": ("\uff1f \u6c49", 2),
+}
+
+
+@pytest.mark.parametrize(("text", "place"), CJK.values(), ids=CJK)
+def test_chinese_sentence_ends_need_no_space(text: str, place: int) -> None:
+    """Each character is a token here; bytes alone would show no terminator."""
+    characters = sorted(set("\u5927" + text))
+    tokenizer = Tokenizer(models.WordLevel({character: number for number, character in enumerate(characters)}, "\u5927"))
+    tokens = np.array([characters.index(character) for character in "\u5927" * 37 + text + "\u5927" * 40], np.uint16)
+    assert Chunker(tokenizer.to_str(), 40).cuts(tokens)[0] == 37 + place
+
+
+def test_terminator_split_into_bytes_is_not_seen_and_not_cut(one_byte: Tokenizer) -> None:
+    text = "\u3002" * 40  # 120 bytes: after 78 remain 42, less than 1.1 chunks; their middle is 21, the tenth 19 to 23
+    assert Chunker(one_byte.to_str(), 40).cuts(encode(one_byte, text)) == [39, 78, 99, 120]
+
+
+@pytest.mark.parametrize("limit", [20, 40, 62, 1022, 7997])
+def test_no_chunk_is_a_scrap(one_byte: Tokenizer, limit: int) -> None:
+    """Every length up to several chunks: no chunk above the limit, none below a tenth of it."""
+    chunker = Chunker(one_byte.to_str(), limit)
+    rng = np.random.default_rng(limit)
+    text = "".join(rng.choice(["word ", "end. ", "line\n", "para\n\n", "x"], 2 * limit))
+    tokens = encode(one_byte, text)
+    step = 1 if limit < 100 else limit // 37
+    for length in [*range(1, 4 * limit, step), limit, limit + 1, limit + limit // 10, limit + limit // 10 + 1]:
+        ends = chunker.cuts(tokens[:length])
+        counts = np.diff([0, *ends])
+        assert ends[-1] == length and counts.min() >= 1 and counts.max() <= limit
+        assert len(counts) == 1 or counts.min() >= limit / 10
+        if 10 * limit < 10 * length < 11 * limit:
+            assert len(counts) == 2 and abs(counts[0] - counts[1]) <= 2 * (limit // 20) + 2
+
+
+def test_tail_of_just_over_a_chunk_is_halved_at_the_best_place(one_byte: Tokenizer) -> None:
+    text = "x" * 50 + ". " + "y" * 53  # 105 bytes: middle 52, the tenth around it is 47 to 57
+    assert Chunker(one_byte.to_str(), 100).cuts(encode(one_byte, text)) == [52, 105]
+    assert Chunker(one_byte.to_str(), 100).cuts(encode(one_byte, "x" * 105)) == [57, 105]
+    assert Chunker(one_byte.to_str(), 100).cuts(encode(one_byte, "x" * 110)) == [100, 110]
+
+
+def test_documents_up_to_the_limit_are_one_chunk(trained: Tokenizer) -> None:
+    tokens = encode(trained, MIXED * 3)
+    for limit in (len(tokens), len(tokens) + 1, 65_535):
+        assert Chunker(trained.to_str(), limit).cuts(tokens) == [len(tokens)]
+    assert Chunker(trained.to_str(), 8).cuts(tokens[:1]) == [1]
+
+
+@pytest.mark.parametrize("limit", [12, 33, 62])
+def test_every_chunk_is_whole_text(trained: Tokenizer, limit: int) -> None:
+    text = "".join(MIXED[i:] for i in range(0, len(MIXED), 7))
+    tokens = encode(trained, text)
+    begin, found = 0, []
+    for end in Chunker(trained.to_str(), limit).cuts(tokens):
+        found.append(trained.decode(tokens[begin:end].tolist(), skip_special_tokens=False))
+        begin = end
+    assert "".join(found) == text and not any("\ufffd" in chunk for chunk in found)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_characters_longer_than_a_chunk_are_cut_and_it_ends(one_byte: Tokenizer, limit: int) -> None:
+    tokens = encode(one_byte, "\U0001f600" * 10 + "ab\u00fc")
+    ends = Chunker(one_byte.to_str(), limit).cuts(tokens)
+    counts = np.diff([0, *ends])
+    assert ends[-1] == len(tokens) == 44 and counts.min() >= 1 and counts.max() <= limit
+
+
+def test_characters_are_whole_also_where_tokens_straddle_them() -> None:
+    """A vocabulary whose tokens end one character and begin the next: the whole tenth may lie inside characters."""
+    tokens = ["a", "\u00e3", "\u0123", "\u0124", "\u0124\u00e3\u0123"]  # a, bytes e3 81 82, and 82 e3 81
+    tokenizer = byte_level({token: number for number, token in enumerate(tokens)}, []).to_str()
+    chunker = Chunker(tokenizer, 50)
+    kana = np.array([0] * 20 + [1, 2] + [4] * 39 + [3] + [0] * 60, np.uint16)  # a * 20, 40 kana, a * 60
+    assert b"".join(np.array(token_bytes(tokenizer), object)[kana]).decode() == "a" * 20 + "\u3042" * 40 + "a" * 60
+    assert chunker.cuts(kana) == [20, 70, 98, 122]  # back to the last place between characters
+    assert chunker.cuts(np.full(120, 4, np.uint16)) == [50, 100, 120]  # no such place at all
+
+
+def test_state_behind_any_text_is_one_of_few(trained: Tokenizer) -> None:
+    """Tables are uint8: 9 states and at most 247 rows. The machine allows far fewer, whatever the vocabulary."""
+    steps = [tuple(step) for step in chunking._STEPS.values()]
+    found, new = set(steps), set(steps)
+    while new:
+        new = {tuple(step[state] for state in word) for word in new for step in steps} - found
+        found |= new
+    assert len(found) + chunking._NUM_STATES < 256
+
+
+def test_bytes_of_byte_level_tokens(trained: Tokenizer) -> None:
+    """Added tokens stand in the text as they are, though their characters may mean bytes elsewhere."""
+    trained.add_tokens(["\u0120\u00e9"])
+    pieces = token_bytes(trained.to_str())
+    assert len(pieces) == trained.get_vocab_size()
+    for text in [*make_documents(10), MIXED, "".join(map(chr, range(1, 0x2000))), "a   b    c \u0120\u00e9 \u00e9"]:
+        assert b"".join(pieces[token] for token in encode(trained, text)).decode() == text
+
+
+def test_bytes_of_word_pieces_and_their_sentences() -> None:
+    words = ["[UNK]", "the", "cat", "sat", "##s", ".", "3", "14", "!", "\"", "na", "##ive"]
+    tokenizer = Tokenizer(models.WordPiece(vocab={word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    pieces = token_bytes(tokenizer.to_str())
+    assert [pieces[words.index(word)] for word in ("the", "##s", ".", "14")] == [b" the", b"s", b".", b" 14"]
+    tokens = encode(tokenizer, "the cats " * 12 + "sat. " + "the cats " * 20)
+    assert Chunker(tokenizer.to_str(), 40).cuts(tokens)[0] == 38  # 12 * 3 tokens, "sat", "."
+    tokens = encode(tokenizer, "the cats " * 12 + "3.14 " + "naive " * 20)
+    assert Chunker(tokenizer.to_str(), 40).cuts(tokens)[0] == 39  # "3.14" is no sentence end, "na|ive" no word end
+
+
+def test_bytes_of_unigram_pieces_with_byte_fallback() -> None:
+    vocab = [("<unk>", 0.0), *((f"<0x{byte:02X}>", -9.0) for byte in range(256)), ("\u2581the", -1.0), ("\u2581", -2.0),
+             (".", -2.0), ("a", -3.0), ("<0xZZ>", -3.0)]
+    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace()])
+    pieces = token_bytes(tokenizer.to_str())
+    assert pieces[1:257] == [bytes([byte]) for byte in range(256)]
+    assert pieces[257:] == [b" the", b" ", b".", b"a", b"<0xZZ>"]
+    tokens = encode(tokenizer, "the the. the \u6c49\u5b57\u6c49\u5b57")
+    assert b"".join(pieces[token] for token in tokens).decode() == " the the. the \u6c49\u5b57\u6c49\u5b57"
+    ends = Chunker(tokenizer.to_str(), 10).cuts(encode(tokenizer, "\u6c49" * 20))
+    assert [end % 3 for end in ends[:-1]] == [1] * (len(ends) - 1)  # the leading word mark, then 3 bytes a character
+
+
+def test_bytes_of_words_with_an_end_mark() -> None:
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "a</w>": 1, ".</w>": 2}, merges=[], end_of_word_suffix="</w>"))
+    assert token_bytes(tokenizer.to_str()) == [b"a", b"a ", b". "]
+    assert Chunker(tokenizer.to_str(), 20).cuts(np.array([0] * 17 + [1, 2, 0] + [0] * 20, np.uint16))[0] == 19
+
+
+def test_ids_without_a_token_are_words(trained: Tokenizer) -> None:
+    tokens = np.full(100, 65_535, np.uint16)
+    assert Chunker(trained.to_str(), 40).cuts(tokens) == [40, 80, 100]
+
+
+def test_pickled_chunker_cuts_alike(trained: Tokenizer) -> None:
+    tokens = encode(trained, MIXED * 4)
+    chunker = Chunker(trained.to_str(), 33)
+    assert pickle.loads(pickle.dumps(chunker)).cuts(tokens) == chunker.cuts(tokens)
+
+
+BAD = {"not JSON": "tokenizer.json", "no model": "{}", "no vocabulary": '{"model": {"type": "BPE"}}',
+       "a list": "[1]", "vocabulary of numbers": '{"model": {"vocab": [1, 2]}}',
+       "ids beyond uint16": '{"model": {"vocab": {"a": 65536}}}', "negative ids": '{"model": {"vocab": {"a": -1}}}',
+       "ids that are text": '{"model": {"vocab": {"a": "b"}}}', "lone surrogate": '{"model": {"vocab": {"\\ud800": 1}}}',
+       "added without id": '{"model": {"vocab": {"a": 1}}, "added_tokens": [{"content": "x"}]}',
+       "added without content": '{"model": {"vocab": {"a": 1}}, "added_tokens": [{"id": 1}]}',
+       "content is no text": '{"model": {"vocab": {"a": 1}}, "added_tokens": [{"id": 1, "content": 5}]}',
+       "id is a fraction": '{"model": {"vocab": {"a": 1.5}}}', "pieces are numbers": '{"model": {"vocab": [[1, 0.0]]}}'}
+
+
+@pytest.mark.parametrize("content", BAD.values(), ids=BAD)
+def test_what_is_no_tokenizer_is_refused(content: str) -> None:
+    with pytest.raises(ValueError, match="tokenizer.json: .* given, which cannot be read .*is needed. Save"):
+        Chunker(content, 100)
+
+
+@pytest.mark.parametrize("limit", [0, -1, 65_536])
+def test_impossible_chunk_length_is_refused(trained: Tokenizer, limit: int) -> None:
+    with pytest.raises(ValueError, match=f"--chunk-length: {limit} given; 1 to 65535 tokens are possible. Use "):
+        Chunker(trained.to_str(), limit)
+
+
+@pytest.mark.parametrize("limit", [7, 40, 333])
+def test_without_a_window_chunks_are_as_long_as_characters_allow(trained: Tokenizer, limit: int) -> None:
+    """Reference: the latest border of characters at or before the limit, found by decoding."""
+    text = " ".join(make_documents(20, seed=4)) + "\u4f60\u597d\U0001f600 e\u0301" * 50
+    tokens = encode(trained, text)
+    pieces = token_bytes(trained.to_str())
+    expected, begin = [], 0
+    while len(tokens) - begin > limit:
+        end = begin + limit
+        while pieces[int(tokens[end])][0] & 0xC0 == 0x80:  # the next token continues a character
+            end -= 1
+        expected.append(end)
+        begin = end
+    assert Chunker(trained.to_str(), limit, 0.0).cuts(tokens) == [*expected, len(tokens)]

@@ -1,0 +1,164 @@
+"""Ray for real, on this machine: a worker killed with -9, errors as they were, and nothing left running."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pool_jobs
+import pytest
+from converting import files_of, run, write_corpus
+from pool_jobs import Job
+
+from ettin_foundry.corpus.executors import WorkerTraceback
+from ettin_foundry.corpus.progress import Board, Tick
+from ettin_foundry.corpus.ray_pool import run_tasks_ray
+
+ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+
+
+def jobs(number: int, folder: Path | str = "", text: str = "") -> list[Job]:
+    return [Job(n, str(folder), text) for n in range(number)]
+
+
+def ray_processes() -> list[str]:
+    """Command lines of Ray's processes that descend from this one, or did before they were orphaned."""
+    found = subprocess.run(["ps", "-eo", "stat=,args="], capture_output=True, text=True).stdout.splitlines()
+    return [line for line in found if not line.startswith("Z") and os.environ["RAY_TMPDIR"] in line]
+
+
+def own_workers() -> list[int]:
+    """Ray's processes that have a task, and are of this test's Ray: there may be others on the machine."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if re.match(rb"ray::.*attempt", (folder / "cmdline").read_bytes()):
+                if os.environ["RAY_TMPDIR"].encode() in (folder / "environ").read_bytes():
+                    found.append(int(folder.name))
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_ray() -> Iterator[None]:
+    """A folder of its own for Ray's files, short because they hold sockets, and nothing that calls home."""
+    patch = pytest.MonkeyPatch()
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))
+    for name, value in {"RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled",
+                        "RAY_DEDUP_LOGS": "0"}.items():
+        patch.setenv(name, value)
+    patch.delenv("RAY_ADDRESS", raising=False)
+    yield
+    ray.shutdown()
+    end = time.monotonic() + 5
+    while ray_processes() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert ray_processes() == []
+    shutil.rmtree(folder)
+    patch.undo()
+
+
+def test_a_worker_killed_mid_way_costs_no_result_and_ray_is_stopped_at_the_end(tmp_path: Path,
+                                                                               caplog: pytest.LogCaptureFixture) -> None:
+    """Job 1 hangs in its first try until its process is killed from outside."""
+    board, killed, over = Board("test", 0, 2), [], threading.Event()
+
+    def kill() -> None:
+        while not killed and not over.is_set():
+            time.sleep(0.02)
+            killed.extend(int(path.suffix[1:]) for path in tmp_path.glob("hang.1.0.*"))
+        time.sleep(0.3)
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        found = list(run_tasks_ray(pool_jobs.standing_still, jobs(12, tmp_path), workers=2, board=board))
+    finally:
+        over.set()
+        killer.join()
+    assert sorted(found) == [(job, job.number ** 2) for job in jobs(12, tmp_path)]
+    assert board.total == Tick(12, 120, 1200, 12_000) and not board.alive
+    assert f"worker {killed[0]} on {socket.gethostname()} died (WorkerCrashedError" in caplog.text
+    assert "in file-1; its task job-1 begins again, try 2 of 3" in caplog.text
+    assert not ray.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def cluster(_small_ray: None) -> None:
+    """A Ray that somebody else started: it is used, and left running."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, logging_level="ERROR",
+             log_to_driver=False)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_errors_logs_and_hopeless_tasks_are_as_in_a_local_pool(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    board = Board("test", 0, 2)
+    with pytest.raises(FileNotFoundError, match="no such corpus") as raised:
+        list(run_tasks_ray(pool_jobs.raising, jobs(3, tmp_path)[::-2], workers=2, board=board))
+    assert raised.value.filename == "/data/corpus.jsonl"
+    assert isinstance(raised.value.__cause__, WorkerTraceback) and "job-2" in str(raised.value.__cause__)
+    assert list(tmp_path.glob("tidied.0.*"))  # the other one was ended, and could clean up
+    with pytest.raises(RuntimeError, match="task job-3: 2 workers died in it, the last of WorkerCrashedError .* in file-3"):
+        list(run_tasks_ray(pool_jobs.dying, jobs(4, tmp_path, "9"), workers=2, board=board, tries=2))
+    assert len(list(tmp_path.glob("try.3.*"))) == 2
+    (_, (_, _, environment)), = run_tasks_ray(pool_jobs.logging_and_modules, jobs(1), workers=2, board=board)
+    assert environment["RAYON_NUM_THREADS"] == "1"
+    assert "job 0\nsays so" in {record.getMessage() for record in caplog.records if record.name == "pool_jobs"}
+    assert ray.is_initialized() and not board.alive
+
+
+@pytest.mark.usefixtures("cluster")
+def test_conversion_on_ray_with_a_killed_worker_writes_the_bytes_of_one_process(tmp_path: Path, tokenizer_dir: Path,
+                                                                                caplog: pytest.LogCaptureFixture) -> None:
+    write_corpus(tmp_path / "texts", files=6, documents=2_000)
+    settings = {"validation": 0.2, "unit_size": "64kb", "engine": "tokenizers"}
+    run(tmp_path / "one", [tmp_path / "texts"], tokenizer_dir, **settings)
+    over = threading.Event()
+
+    def kill() -> None:
+        """Workers that have a task, one after the other until one of them died in the middle of it."""
+        while not over.is_set() and "died" not in caplog.text:
+            if found := own_workers():
+                os.kill(found[0], signal.SIGKILL)
+                over.wait(1.0)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        run(tmp_path / "ray", [tmp_path / "texts"], tokenizer_dir, executor="ray", workers=2, **settings)
+    finally:
+        over.set()
+        killer.join()
+    assert "died (WorkerCrashedError" in caplog.text and "begins again, try 2 of 3" in caplog.text
+    assert files_of(tmp_path / "ray") == files_of(tmp_path / "one")
+
+
+def test_no_cluster_at_the_address_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        begin = time.monotonic()
+        with pytest.raises(ConnectionError, match=f"--ray-address: {address} given.*HOST:PORT.*Leave it out"):
+            list(run_tasks_ray(pool_jobs.square, jobs(1), workers=1, board=Board("", 0, 1), address=address))
+        assert time.monotonic() - begin < 5
+
+
+def test_missing_ray_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"--executor: ray given.*pip install 'ettin-foundry\[ray\]'"):
+        run_tasks_ray(pool_jobs.square, jobs(1), workers=1, board=Board("", 0, 1))

@@ -1,0 +1,181 @@
+"""Finding a corpus and cutting it into parts: what is listed, in which order, and where the cuts fall."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from s3_server import S3Server
+from text_files import PACKERS, content, pair
+
+from ettin_foundry.corpus.readers import read_parts, read_source
+from ettin_foundry.corpus.sources import Meter, Part, Source, SourceFile, file_kind, find_source, part_bytes, plan_parts
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    with S3Server() as running:
+        running.connect(monkeypatch)
+        yield running
+
+
+def listed(*files: tuple[str, int]) -> Source:
+    return Source("x", "x", tuple(SourceFile(*file) for file in files), "/nowhere")
+
+
+def test_folder_is_listed_in_sorted_order_whatever_is_written_first(tmp_path: Path,
+                                                                    caplog: pytest.LogCaptureFixture) -> None:
+    names = ["b/z.txt", "b.txt", "a/2.txt.gz", "a/10.TXT", ".hidden/x.txt", "a/.x.txt", "README.md", "\u00fc.json"]
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * number)
+    source = find_source(str(tmp_path))
+    assert source.files == (("a/10.TXT", 3), ("a/2.txt.gz", 2), ("b.txt", 1), ("b/z.txt", 0), ("\u00fc.json", 7))
+    assert source.num_bytes == 13 and source.name == tmp_path.name and source.root == str(tmp_path)
+    assert "1 of 6 files are not read, the first is README.md" in caplog.text
+
+
+def test_names_licences_and_places(tmp_path: Path) -> None:
+    (tmp_path / "a=b.jsonl.gz").write_bytes(b"x")
+    (tmp_path / "c.txt").write_bytes(b"x")
+    path = str(tmp_path / "a=b.jsonl.gz")
+    assert find_source(path, licence="MIT") == Source("a=b", path, (SourceFile("a=b.jsonl.gz", 1),), str(tmp_path), "MIT")
+    assert find_source(f"one={path}").name == "one" and find_source(f"one={tmp_path}").name == "one"
+    assert find_source(f"file://{tmp_path}/c.txt").files == (("c.txt", 1),)
+    assert find_source(os.path.relpath(tmp_path / "c.txt")).name == "c"
+    (tmp_path / "c.txt.parquet").symlink_to(tmp_path / "c.txt")
+    assert find_source(str(tmp_path / "c.txt.parquet")).files == (("c.txt.parquet", 1),)  # read as what it is called
+
+
+def test_source_can_be_pickled(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    source = find_source(str(tmp_path))
+    assert source.sizes == {"a.txt": 1}
+    assert pickle.loads(pickle.dumps(source)) == source
+
+
+def test_kind_of_a_file_is_its_suffix() -> None:
+    assert [file_kind(name) for name in ("a.jsonl", "b/A.JSON.GZ", "a.b.txt.zst", "a.parquet", "a.csv", "a.gz", "a", ".txt",
+                                         "a.txt.bz2", "x.txt/a", "txt")] == \
+        [".jsonl", ".json", ".txt", ".parquet"] + [None] * 7
+
+
+BAD = {
+    "missing": ("{tmp}/nowhere.jsonl", FileNotFoundError, r"nowhere\.jsonl: no such file or folder; .*Correct the path"),
+    "unknown suffix": ("{tmp}/a.csv", ValueError, r"a\.csv: suffix \.csv is not read; \.jsonl, \.json, \.txt, \.parquet"),
+    "empty folder": ("{tmp}/empty", ValueError, "empty: the folder holds 0 files, none of them readable"),
+    "nothing readable": ("{tmp}", ValueError, r"holds 1 files, none of them readable; .*Put the corpus there"),
+    "offline dataset": ("owner/name", FileNotFoundError, "owner/name: no such file or folder, and the Hugging Face dataset"),
+    "empty": ("", ValueError, "source: an empty name given"),
+    "pipe": ("{tmp}/pipe", ValueError, "pipe: neither a file nor a folder.*Write it to a file"),
+    "scheme": ("nope://x/y", ValueError, "nope:// cannot be read here"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_source_is_one_clear_error(tmp_path: Path, case: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.csv").write_text("x")
+    if case == "pipe":
+        os.mkfifo(tmp_path / "pipe")
+    text, kind, message = BAD[case]
+    with pytest.raises(kind, match=message):
+        find_source(text.format(tmp=tmp_path))
+
+
+def test_file_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    with open(os.path.join(os.fsencode(tmp_path), b"a\xff.txt"), "wb"):
+        pass
+    for place in (str(tmp_path), os.fsdecode(os.path.join(os.fsencode(tmp_path), b"a\xff.txt"))):
+        with pytest.raises(ValueError, match=r"file name b'a\\xff\.txt' is not UTF-8; .*Rename the file"):
+            find_source(place)
+
+
+def test_small_neighbours_share_a_unit_and_large_files_are_cut() -> None:
+    source = listed(("a.txt", 40), ("b.jsonl", 50), ("c.jsonl", 20), ("d.jsonl", 150), ("e.jsonl", 151), ("f.jsonl.gz", 999),
+                    ("g.parquet", 301), ("h.json", 999), ("i.txt", 0), ("j.txt", 60), ("k.txt", 40), ("l.txt", 1))
+    assert plan_parts(source, 100) == [
+        (Part("a.txt"), Part("b.jsonl")), (Part("c.jsonl"),), (Part("d.jsonl"),),
+        (Part("e.jsonl", 0, 75),), (Part("e.jsonl", 75, 151),), (Part("f.jsonl.gz"),),
+        (Part("g.parquet", 0, 75),), (Part("g.parquet", 75, 150),), (Part("g.parquet", 150, 225),),
+        (Part("g.parquet", 225, 301),), (Part("h.json"),), (Part("i.txt"), Part("j.txt"), Part("k.txt")),
+        (Part("l.txt"),)]
+
+
+def test_every_byte_is_in_one_part() -> None:
+    rng = random.Random(3)
+    for _ in range(200):
+        names = [f"{i:02d}" + rng.choice([".jsonl", ".parquet", ".txt", ".jsonl.zst"]) for i in range(rng.randint(1, 12))]
+        source = listed(*((name, rng.choice([0, 1, 5, 50, 500, 5000])) for name in names))
+        units = plan_parts(source, rng.choice([1, 7, 100, 10**9]))
+        parts = [part for unit in units for part in unit]
+        assert all(units) and sum(part_bytes(source, part) for part in parts) == source.num_bytes
+        assert list(dict.fromkeys(part.file for part in parts)) == names
+        for name, size in source.files:
+            cuts = [(part.begin, size if part.end is None else part.end) for part in parts if part.file == name]
+            assert cuts[0][0] == 0 and cuts[-1][1] == size and all(a[1] == b[0] for a, b in zip(cuts, cuts[1:]))
+
+
+def test_unit_size_must_be_a_size() -> None:
+    with pytest.raises(ValueError, match="unit size: 0 bytes given; at least 1"):
+        plan_parts(listed(("a.txt", 1)), 0)
+
+
+def test_units_together_read_what_the_source_holds(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    for number in range(9):
+        lines = [json.dumps({"text": "x" * rng.randint(0, 60)}) for _ in range(rng.randint(0, 40))]
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(lines))
+    source = find_source(str(tmp_path))
+    whole = list(read_source(source, Meter()))
+    for unit_bytes in (1, 50, 333, 10**6):
+        meter, found = Meter(), []
+        for unit in plan_parts(source, unit_bytes):
+            found += read_parts(source, unit, meter)
+        assert found == whole and meter.position() == source.num_bytes
+    assert len({document.id for document in whole}) == len(whole)
+
+
+def test_bucket_is_a_corpus_like_a_folder(server: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = {"b.jsonl": b'{"text": "one"}\n{"text": "two"}\n', "a/c.txt": b"three", "x.csv": b"", ".h.txt": b"hidden"}
+    for name, data in content.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+        server.put(f"lang=en/{name}", data)
+    server.put("other.txt", b"four")
+    server.clear()
+    here, there = find_source(str(tmp_path)), find_source(server.url("lang=en"))
+    assert (there.files, there.name, there.root) == (here.files, "lang=en", "s3://corpus/lang=en")
+    assert len(server.requests) == 1 and "1 of 3 files are not read, the first is x.csv" in caplog.text
+    assert find_source(server.url("lang=en") + "/").files == here.files
+    assert list(read_source(there, Meter())) == list(read_source(here, Meter()))
+    one = find_source("one=" + server.url("lang=en/b.jsonl"), licence="MIT")
+    assert one == Source("one", server.url("lang=en/b.jsonl"), (SourceFile("b.jsonl", 32),), "s3://corpus/lang=en", "MIT")
+    assert find_source(server.url()).name == "corpus" and len(find_source(server.url()).files) == 3
+    for missing in ("nothing", "nothing.txt"):
+        with pytest.raises(FileNotFoundError, match=rf"s3://corpus/{missing}: nothing is there; .*Correct the URL"):
+            find_source(server.url(missing))
+
+
+def test_reading_from_a_bucket_survives_lost_connections(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every format, plain and compressed; and when the network stays away, that is said, not that the file is broken."""
+    server.connect(monkeypatch, block_bytes=300)
+    texts = [f"{random.Random(i).random()} \u00fc" for i in range(60)]
+    for kind in (".jsonl", ".json", ".parquet", ".txt"):
+        for packing, pack in PACKERS.items():
+            data = "".join(texts).encode() if kind == ".txt" else content(kind, texts)
+            server.put(f"in/a{kind}{packing}", pack(data))
+            source = find_source(server.url(f"in/a{kind}{packing}"))
+            server.fail(lambda request: (request.range or "").startswith("bytes=300-"), times=2)
+            server.cut(lambda request: request.range is not None, times=2, after=100)
+            assert "".join(pair(document)[1] for document in read_source(source, Meter())) == "".join(texts)
+            assert not any(fault.times for fault in server.faults)
+            server.fail(lambda request: (request.range or "").startswith("bytes=300-"), times=99)
+            with pytest.raises(ConnectionError, match="no answer after 5 tries"):
+                list(read_source(source, Meter()))
+            server.clear()

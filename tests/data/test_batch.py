@@ -1,0 +1,250 @@
+"""Claims of batches.py: flat microbatches equal loops over tokens, and the host's counts of them."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from composer.devices import DeviceCPU
+
+from ettin_foundry.data.batch import count_tokens, flatten, split_batch
+from ettin_foundry.data.loader import build_ettin_loader
+from ettin_foundry.data.tokenizer import load
+
+T, B = 64, 4
+TENSORS = ("input_ids", "labels", "sequence_id")
+MIXED = {"mntp": 0.5, "clm": 0.3, "mdlm": 0.2}
+OBJECTIVES = pytest.mark.parametrize(
+    ("objective", "rate"), [("mlm", 0.3), ("clm", 0.0), ("mntp", 0.15), ("mdlm", 0.0), (MIXED, 0.15)],
+    ids=["mlm", "clm", "mntp", "mdlm", "mixed"])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data_set):
+    return load(data_set / "tokenizer")
+
+
+@pytest.fixture
+def build(data_set, tokenizer):
+    def build(objective="mlm", mask_rate=0.3):
+        return build_ettin_loader(tokenizer, B, dataset={"local": str(data_set), "split": "train"},
+                                  objective=objective, mask_rate=mask_rate, max_seq_len=T)
+    return build
+
+
+def take(spec, number):
+    return list(itertools.islice(iter(spec.dataloader), number))
+
+
+def flat_by_loops(batch):
+    """The flat stream from its definition, token by token; rows of clm first."""
+    flat = {"input_ids": [], "position_ids": [], "target_positions": [], "target_labels": [], "target_weights": []}
+    bounds, rows, loss_tokens, causal_documents, causal_tokens = [0], 0, 0, 0, 0
+    causal = batch["causal"].tolist() if "causal" in batch else [batch["objective"] == "clm"] * len(batch["labels"])
+    weights = batch["row_weight"].tolist() if "row_weight" in batch else [1.0] * len(causal)
+    columns = list(zip(*(batch[key].tolist() for key in TENSORS), causal, weights, range(len(causal))))
+    for ids, labels, numbers, sees_past, weight, row in sorted(columns, key=lambda column: not column[3]):
+        rows += numbers[0] >= 0
+        loss_tokens += (batch["loss_tokens"][row].item() if "loss_tokens" in batch else
+                        sum(label != -100 for label, number in zip(labels, numbers) if number >= 0))
+        causal_documents += (max(numbers) + 1) * sees_past
+        causal_tokens += sum(number >= 0 for number in numbers) * sees_past
+        for t, number in enumerate(numbers):
+            if number < 0:
+                continue
+            if (t == 0 or number != numbers[t - 1]) and flat["input_ids"]:
+                bounds.append(len(flat["input_ids"]))
+            if labels[t] != -100:
+                flat["target_positions"].append(len(flat["input_ids"]))
+                flat["target_labels"].append(labels[t])
+                flat["target_weights"].append(weight)
+            flat["position_ids"].append(len(flat["input_ids"]) - bounds[-1])
+            flat["input_ids"].append(ids[t])
+    if flat["input_ids"]:
+        bounds.append(len(flat["input_ids"]))
+    lengths = [end - begin for begin, end in zip(bounds, bounds[1:])]
+    if "row_weight" not in batch:
+        flat.pop("target_weights")
+    return {**flat, "num_loss_tokens": loss_tokens, "num_causal_documents": causal_documents,
+            "num_causal_tokens": causal_tokens, "mask_rate": batch["mask_rate"], "ids_hash": batch["ids_hash"],
+            "cu_seqlens": bounds, "max_seqlen": max(lengths, default=0), "num_rows": rows,
+            "num_tokens": len(flat["input_ids"]), "num_targets": len(flat["target_labels"]),
+            **{key: batch[key] for key in ("objective", "step", "tokens_before")}}
+
+
+def with_empty_rows(batch, rows):
+    batch = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    for key, empty in (("input_ids", 0), ("labels", -100), ("sequence_id", -1), ("causal", False), ("loss_tokens", 0)):
+        if key in batch:
+            batch[key][rows] = empty
+    return batch
+
+
+@OBJECTIVES
+@pytest.mark.parametrize("empty", [[], [1], [2, 3], [0, 1, 2, 3]], ids=["full", "one empty", "half", "all empty"])
+def test_flat_stream_equals_loops_over_tokens(build, objective, rate, empty):
+    for batch in take(build(objective=objective, mask_rate=rate), 3):
+        batch = with_empty_rows(batch, empty)
+        flat, expected = flatten(batch), flat_by_loops(batch)
+        assert flat.keys() == expected.keys()
+        for key, value in flat.items():
+            if isinstance(value, torch.Tensor):
+                assert value.dtype == {"cu_seqlens": torch.int32, "target_weights": torch.float32}.get(key, torch.int64)
+                assert value.tolist() == expected[key], key
+            else:
+                assert type(value) in (int, str, float) and value == expected[key], key
+        assert flat["cu_seqlens"][-1] == flat["num_tokens"] and flat["cu_seqlens"][0] == 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 9])
+def test_microbatches_put_together_are_the_flat_batch(build, size):
+    for batch in take(build(), 3):
+        batch = with_empty_rows(batch, [2])
+        whole, parts = flatten(batch), split_batch(batch, size)
+        assert len(parts) == -(-B // size)
+        for key in ("input_ids", "position_ids", "target_labels"):
+            assert torch.equal(torch.cat([part[key] for part in parts]), whole[key])
+        for key in ("num_rows", "num_tokens", "num_targets"):
+            assert sum(part[key] for part in parts) == whole[key]
+        tokens = np.cumsum([0, *(part["num_tokens"] for part in parts)])
+        for key, each in (("target_positions", slice(None)), ("cu_seqlens", slice(1, None))):
+            moved = torch.cat([part[key][each] + int(before) for part, before in zip(parts, tokens)])
+            assert torch.equal(moved, whole[key][each])
+        assert max(part["max_seqlen"] for part in parts) == whole["max_seqlen"]
+
+
+def stream_of(parts):
+    """Microbatches one after the other as the documents, targets and scalars they hold, whatever the split."""
+    documents, targets, scalars = [], [], []
+    for part in parts:
+        bounds = part["cu_seqlens"].tolist()
+        before = sum(len(document) for document in documents)
+        documents += [part["input_ids"][a:b].tolist() for a, b in zip(bounds, bounds[1:])]
+        targets += zip((part["target_positions"] + before).tolist(), part["target_labels"].tolist())
+        scalars.append({key: part[key] for key in ("objective", "step", "tokens_before")})
+    return documents, targets, scalars[0], all(each == scalars[0] for each in scalars)
+
+
+@OBJECTIVES
+def test_the_same_batch_split_again_and_again_gives_the_same_stream(build, objective, rate):
+    """As the host does when it searches a microbatch that fits: 8 rows run out of memory, then 4, 2, 1 are tried."""
+    two = take(build(objective=objective, mask_rate=rate), 2)
+    batch = {key: torch.cat([each[key] for each in two]) if isinstance(value, torch.Tensor) else value
+             for key, value in two[0].items()}
+    batch = with_empty_rows(batch, [5])
+    before = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    splits = {size: split_batch(batch, size) for size in (8, 4, 2, 1)}
+    assert {size: len(parts) for size, parts in splits.items()} == {8: 1, 4: 2, 2: 4, 1: 8}
+    streams = [stream_of(parts) for parts in splits.values()]
+    expected = flat_by_loops(before)
+    documents, targets, _, alike = streams[0]
+    assert [token for document in documents for token in document] == expected["input_ids"]
+    assert targets == list(zip(expected["target_positions"], expected["target_labels"])) and alike
+    assert all(stream == streams[0] for stream in streams)
+    assert batch.keys() == before.keys()
+    for key, value in before.items():
+        assert torch.equal(batch[key], value) if isinstance(value, torch.Tensor) else batch[key] == value, key
+
+
+def test_rows_of_a_mixture_are_those_of_the_single_objectives(build):
+    """A row of a mixture has the inputs and labels that it has in a run of its objective alone, at this mask rate."""
+    mixed = take(build(objective={"mntp": 0.6, "clm": 0.4}, mask_rate=0.15), 40)
+    alone = {name: take(build(objective=name, mask_rate=rate), 40) for name, rate in (("mntp", 0.15), ("clm", 0.0))}
+    causal = []
+    for at, batch in enumerate(mixed):
+        assert batch["objective"] == "mntp+clm" and batch["mask_rate"] == 0.15
+        assert batch["ids_hash"] == alone["mntp"][at]["ids_hash"] == alone["clm"][at]["ids_hash"]
+        for row, sees_past in enumerate(batch["causal"].tolist()):
+            single = alone["clm" if sees_past else "mntp"][at]
+            assert all(torch.equal(batch[key][row], single[key][row]) for key in TENSORS)
+            assert batch["row_weight"][row].item() == pytest.approx(1.0 if sees_past else 1 / 0.15, rel=1e-7)  # fp32
+            ids, labels = alone["clm"][at]["input_ids"][row], batch["labels"][row]
+            text = int(((batch["sequence_id"][row] >= 0) & (ids < 507)).sum())  # 512 entries, the last 5 special
+            assert batch["loss_tokens"][row].item() == (int((labels != -100).sum()) if sees_past else text)
+        causal += batch["causal"].tolist()
+    assert abs(sum(causal) - 0.4 * len(causal)) <= 5 * np.sqrt(len(causal) * 0.24)  # five deviations
+    again = take(build(objective={"mntp": 0.6, "clm": 0.4}, mask_rate=0.15), 40)
+    assert all(torch.equal(a["causal"], b["causal"]) for a, b in zip(mixed, again))
+
+
+def test_mdlm_masks_each_row_at_a_rate_of_its_own_and_weighs_by_its_inverse(build):
+    rates, kept, batches = [], [], take(build(objective="mdlm", mask_rate=0.0), 100)
+    plain = take(build(objective="clm", mask_rate=0.0), 100)
+    for batch, unmasked in zip(batches, plain):
+        for row in range(B):
+            ids, labels = batch["input_ids"][row], batch["labels"][row]
+            text = (unmasked["sequence_id"][row] >= 0) & (unmasked["input_ids"][row] < 507)
+            chosen = labels != -100
+            rate = 1 / batch["row_weight"][row].item()
+            assert torch.equal(labels[chosen], unmasked["input_ids"][row][chosen])
+            assert torch.equal(ids[~chosen], unmasked["input_ids"][row][~chosen]) and not (chosen & ~text).any()
+            assert len(set(ids[chosen].tolist())) <= 1 and batch["loss_tokens"][row] == text.sum()
+            rates.append(rate)
+            n = int(text.sum())
+            kept.append((int(chosen.sum()) - rate * n) / np.sqrt(max(rate * (1 - rate) * n, 1e-9)))
+    assert min(rates) >= 1e-3 * (1 - 1e-6) and max(rates) <= 1
+    quarters = np.histogram(rates, bins=4, range=(0, 1))[0]
+    assert (np.abs(quarters - 100) <= 5 * np.sqrt(400 * 0.25 * 0.75)).all()  # uniform, within five deviations
+    assert abs(np.mean(kept)) < 5 / np.sqrt(400) and 0.8 < np.std(kept) < 1.2  # binomial at the row's rate
+
+
+def test_schedules_act_at_the_tokens_before_a_batch(build):
+    spec = build(objective=[{"until": 2000, "objective": "clm"}, {"objective": "mlm"}],
+                 mask_rate=[{"until": 4000, "from": 0.5, "to": 0.1}, {"rate": 0.1}])
+    seen = set()
+    for batch in take(spec, 40):
+        tokens = batch["tokens_before"]
+        assert batch["objective"] == ("clm" if tokens < 2000 else "mlm")
+        expected = 0.0 if tokens < 2000 else 0.5 - 0.4 * min(tokens, 4000) / 4000
+        assert batch["mask_rate"] == pytest.approx(expected, rel=1e-12)  # float64
+        seen.add((tokens < 2000, tokens < 4000))
+    assert len(seen) == 3
+
+
+def test_the_hash_tells_rows_and_their_places(build):
+    batch, other = take(build(), 2)
+    assert 0 <= batch["ids_hash"] < 2**48 and batch["ids_hash"] != other["ids_hash"]
+    from ettin_foundry.data.batch import hash_row
+    clm = take(build(objective="clm", mask_rate=0.0), 1)[0]
+    ids = clm["input_ids"].numpy()
+    assert clm["ids_hash"] == batch["ids_hash"] == sum(hash_row(row, at) for at, row in enumerate(ids)) % 2**48
+    changed = ids.copy()
+    changed[1, 5] += 1
+    for rows in (changed, ids[[1, 0, 2, 3]]):
+        assert sum(hash_row(row, at) for at, row in enumerate(rows)) % 2**48 != clm["ids_hash"]
+
+
+def test_split_batch_refuses_a_part_of_a_row(build):
+    [batch] = take(build(), 1)
+    for size in (0, 0.5):
+        with pytest.raises(ValueError, match=f"device_train_microbatch_size: {size} given"):
+            split_batch(batch, size)
+
+
+def test_host_counts_rows_tokens_and_targets_alike_before_and_after_the_split(build):
+    spec = build()
+    [batch] = take(spec, 1)
+    batch = with_empty_rows(batch, [3])
+    real, targets = int((batch["sequence_id"] >= 0).sum()), int((batch["labels"] != -100).sum())
+    for counted in ([batch], [flatten(batch)], spec.split_batch(batch, 1)):
+        assert sum(spec.get_num_samples_in_batch(part) for part in counted) == B - 1
+        assert sum(spec.get_num_tokens_in_batch(part) for part in counted) == real
+        found = sum(spec.get_num_tokens_in_batch(part, token_type="loss_generating") for part in counted)
+        assert found == pytest.approx(targets, abs=1e-5)  # an empty microbatch counts 1e-6
+
+
+def test_batch_without_targets_counts_above_zero_and_as_a_float(build):
+    [batch] = take(build(), 1)
+    for empty in (batch | {"labels": torch.full_like(batch["labels"], -100)}, with_empty_rows(batch, [0, 1, 2, 3])):
+        for form in (empty, flatten(empty)):
+            counts = count_tokens(form)
+            assert 0 < counts["loss_generating"] <= 1e-6 and type(counts["loss_generating"]) is float
+    full = count_tokens(batch)["loss_generating"]
+    assert type(full) is float  # all ranks reduce one dtype
+    assert torch.tensor(full) + torch.tensor(1e-6) == full  # and an empty rank changes no sum
+
+
+def test_host_moves_the_tensors_of_a_microbatch_and_keeps_its_scalars(build):
+    [flat] = split_batch(take(build(), 1)[0], B)
+    moved = DeviceCPU().batch_to_device(flat)
+    assert {key: type(value) for key, value in moved.items()} == {key: type(value) for key, value in flat.items()}

@@ -1,0 +1,97 @@
+"""Batch-size warm-up against a simulation that takes one step after the other."""
+
+import random
+
+import pytest
+
+from ettin_foundry.data.ramp import BatchRamp, check_warmup
+
+RECIPE = {"min_size": 352, "tokens": "50_000_000_000tok"}
+
+
+def simulate(smallest, largest, steps_each, number):
+    """(rows, first row) of the first steps, by keeping count."""
+    found, size, held, before = [], smallest, 0, 0
+    for _ in range(number):
+        found.append((size, before))
+        before += size
+        held += 1
+        if held == steps_each and size < largest:
+            size, held = size + smallest, 0
+    return found
+
+
+@pytest.mark.parametrize(("smallest", "largest", "steps_each"), [
+    (1, 1, 1), (4, 4, 1), (1, 2, 1), (2, 8, 1), (2, 8, 3), (3, 30, 7), (5, 25, 2), (352, 2816, 11), (1, 40, 1)])
+def test_every_step_and_every_row_equals_the_simulation(smallest, largest, steps_each):
+    ramp = BatchRamp(smallest, largest, steps_each)
+    steps = simulate(smallest, largest, steps_each, ramp.num_steps + 25)
+    borders = {first: step for step, (_, first) in enumerate(steps)}
+    for step, (rows, first) in enumerate(steps):
+        assert (ramp.rows(step), ramp.first_row(step), ramp.step_of(first)) == (rows, first, step)
+    last = steps[-1][1]
+    for row in range(last) if last < 2000 else random.Random(7).sample(range(last), 300):
+        assert ramp.step_at(row) == max(step for step, (_, first) in enumerate(steps) if first <= row)
+        if row not in borders:
+            with pytest.raises(ValueError, match=f"no step begins with row {row} of the stream"):
+                ramp.step_of(row)
+    assert steps[ramp.num_steps][0] == largest and (ramp.num_steps == 0 or steps[ramp.num_steps - 1][0] < largest)
+
+
+def test_rows_of_a_trillion_tokens_stay_exact():
+    ramp = BatchRamp(352, 2816, 40_000_007)
+    rng = random.Random(5)
+    for step in [0, ramp.num_steps - 1, ramp.num_steps, *(rng.randrange(10**12) for _ in range(300))]:
+        first = ramp.first_row(step)
+        assert ramp.first_row(step + 1) == first + ramp.rows(step) and ramp.step_of(first) == step
+        assert ramp.step_at(first + ramp.rows(step) - 1) == step
+
+
+@pytest.mark.parametrize(("warmup", "largest", "tokens_per_row"), [
+    (RECIPE, 2816, 1007.3), ({"min_size": 576, "tokens": 125_000_000_000}, 4608, 615.4),
+    ({"min_size": 4, "tokens": 3000}, 32, 51.0)], ids=["packed", "original", "nano"])
+def test_sizes_share_the_tokens_asked_for_in_proportion_to_themselves(warmup, largest, tokens_per_row):
+    ramp = BatchRamp.build(warmup, max_size=largest, tokens_per_row=tokens_per_row)
+    sizes = [rows for rows, _ in simulate(warmup["min_size"], largest, 1, largest // warmup["min_size"])][:-1]
+    spent = [sum(ramp.rows(step) for step in range(ramp.num_steps) if ramp.rows(step) == size) for size in sizes]
+    assert [rows / size for rows, size in zip(spent, sizes)] == [ramp.steps_per_size] * len(sizes)
+    asked, one_of_each = int(str(warmup["tokens"]).removesuffix("tok")), sum(sizes) * tokens_per_row
+    assert abs(sum(spent) * tokens_per_row - asked) <= one_of_each / 2  # whole steps: half a step of each size at most
+
+
+def test_a_warm_up_of_few_tokens_has_one_step_of_each_size_and_none_is_one_size():
+    assert BatchRamp.build({"min_size": 8, "tokens": "1tok"}, max_size=32, tokens_per_row=60.0) == BatchRamp(8, 32, 1)
+    assert BatchRamp.build(None, max_size=32, tokens_per_row=60.0) == BatchRamp(32, 32)
+    assert BatchRamp.build({"min_size": 8, "tokens": "0.5dur"}, max_size=32, tokens_per_row=10.0, total=96_000) == (
+        BatchRamp(8, 32, 100))
+
+
+def changed(**keys):
+    return {key: value for key, value in {**RECIPE, **keys}.items() if value is not None}
+
+
+@pytest.mark.parametrize(("warmup", "machine", "message"), [
+    (352, {}, "batch_size_warmup: 352 given; the keys min_size .* and tokens .* are needed"),
+    (changed(tokens=None), {}, "batch_size_warmup: .*'min_size': 352.* given; the keys"),
+    (changed(step=3), {}, "batch_size_warmup: .*'step': 3"),
+    (changed(min_size=0), {}, "batch_size_warmup.min_size: 0 given; a whole number"),
+    (changed(min_size=2.0), {}, "batch_size_warmup.min_size: 2.0 given"),
+    (changed(tokens="0tok"), {}, "batch_size_warmup.tokens: '0tok' given; more than 0"),
+    (changed(tokens="1ba"), {}, "batch_size_warmup.tokens: '1ba' given"),
+    (changed(tokens="0.1dur"), {}, "batch_size_warmup.tokens: '0.1dur' given, a share of a run"),
+    (changed(), {"total": 10**9}, "tokens: .50_000_000_000tok. given, max_duration is 1,000,000,000 tokens"),
+    (changed(min_size=300), {}, "min_size: 300 given, global_train_batch_size is 2816; a smaller number that divides"),
+    (changed(min_size=2816), {}, "min_size: 2816 given, global_train_batch_size is 2816; a smaller number"),
+    (changed(), {"world_size": 3}, "min_size: 352 given on 3 processes; a multiple"),
+    (changed(), {"world_size": 8, "microbatch": 88}, "microbatch_size: 88 given, .*min_size is 352, which is 44"),
+    (changed(), {"microbatch": "auto"}, "device_train_microbatch_size: 'auto' given with train_loader.batch_size_warmup")],
+    ids=str)
+def test_a_warm_up_that_cannot_be_carried_out_is_refused_naming_both_values(warmup, machine, message):
+    with pytest.raises(ValueError, match=message):
+        check_warmup(warmup, 2816, **machine)
+
+
+def test_a_warm_up_that_fits_passes():
+    assert check_warmup(RECIPE, 2816, world_size=8, microbatch=44) == 50_000_000_000
+    with pytest.raises(ValueError, match="the first must divide the last"):
+        BatchRamp(3, 8)

@@ -1,0 +1,78 @@
+"""One rank equals two ranks over gloo, with DDP and with FSDP2: rows exactly, the rest to 1e-6.
+
+The rest: gradients of the first step, losses, and the metrics of an evaluation in which a rank runs out of rows.
+
+The two ranks are two processes that each run nano_run.py once for both kinds and both objectives: a host process takes
+many seconds to import, so it is started once.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import nano_run
+import pytest
+import torch
+
+from ettin_foundry.training.steps import compare_steps, read_steps
+
+SETTINGS = ["model.vocab_size=512", "model.attn_out_dropout=0.0",  # dropout draws differ by rank, as they should
+            "max_duration=3ba", "eval_interval=3ba", "device_eval_batch_size=16",
+            "~save_folder", "~save_interval", "~autoresume", "~save_overwrite"]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(data_set, tmp_path_factory):
+    out = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(Path(nano_run.__file__)), str(out), f"variables.data={data_set}", *SETTINGS]
+    processes = []
+    for rank in (0, 1):
+        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+               "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "",
+               "OMP_NUM_THREADS": "1"}
+        log = open(out / f"log-{rank}.txt", "w")
+        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+    codes = [p.wait(timeout=240) for p in processes]
+    assert codes == [0, 0], (out / "log-0.txt").read_text()[-3000:] + (out / "log-1.txt").read_text()[-3000:]
+    return out
+
+
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_ranks_equal_one(kind, objective, two_ranks, data_set, tmp_path):
+    capture = nano_run.register_capture()
+    clm = nano_run.CLM if objective == "clm" else []
+    trainer = nano_run.run(data_set, tmp_path, *SETTINGS, *clm, "callbacks.capture={}",
+                           f"callbacks.ettin_steps.folder={tmp_path}", evaluate=True)
+    metrics = nano_run.metrics(trainer)
+    trainer.close()
+    ranks = [torch.load(two_ranks / f"{kind}-{objective}-rank{r}.pt") for r in (0, 1)]
+    assert len(capture.batches) == 3
+    for step, alone in enumerate(capture.batches):
+        for key in ("input_ids", "labels", "sequence_id"):
+            together = torch.cat([rank["batches"][step][key] for rank in ranks])
+            assert torch.equal(together, alone[key]), f"rows of step {step}"
+        assert {rank["batches"][step]["tokens_before"] for rank in ranks} == {alone["tokens_before"]}
+    assert compare_steps(tmp_path, two_ranks / f"{kind}-{objective}") is None  # rank 0 wrote the hash of all ranks' rows
+    assert len(read_steps(tmp_path)) == 3
+    for rank in ranks:
+        assert rank["lrs"] == capture.lrs and rank["tokens"] == capture.tokens
+        assert rank["gradients"].keys() == capture.gradients.keys()
+        for name, gradient in capture.gradients.items():
+            worst = (gradient - rank["gradients"][name]).abs().max()
+            assert worst <= 1e-6 * gradient.abs().max(), f"{name}: {worst}"
+    for mine, theirs in zip(capture.losses, ranks[0]["losses"], strict=True):
+        assert theirs == pytest.approx(mine, rel=1e-6)
+    manifest = json.loads((data_set / "validation" / "manifest.json").read_text())
+    rows = sum(shard["rows"]["64"] for shard in manifest["shards"])
+    # two full global batches of 2 x 16 rows; the last one fills a part of rank 0's rows and none of rank 1's
+    assert rows > 64 and 0 < rows % 32 < 16
+    assert metrics.keys() == {"TargetCrossEntropy", "TargetPerplexity", "TargetAccuracy"}
+    for rank in ranks:
+        assert rank["metrics"] == pytest.approx(metrics, rel=1e-6)

@@ -1,0 +1,216 @@
+"""Claims of composer_model.py: FLOPs, refusals and samples equal naive loops over documents and tokens."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from ettin_foundry.data.batch import flatten
+from ettin_foundry.data.tokenizer import load
+from ettin_foundry.model.composer import EttinModel
+
+VOCAB_SIZE = 512  # of the fixtures' tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_dir):
+    return load(tokenizer_dir)
+
+
+def model_of(objective, tokenizer=None, max_seq_len=64, **fields):
+    """nano with large random weights, so that every place of a text has a clear favourite of its own."""
+    torch.manual_seed(0)
+    model = EttinModel(tokenizer, size="nano", objective=objective, max_seq_len=max_seq_len,
+                       **{"vocab_size": VOCAB_SIZE, **fields})
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    nn.init.normal_(model.model.trunk.embeddings.tok_embeddings.weight, std=0.5)
+    return model
+
+
+def batch_of(objective, rows=((5, 12, 20), (40,), (1, 9), ()), width=40):
+    """(B, T) with documents of the given lengths in each row, then padding."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(VOCAB_SIZE, (len(rows), width), generator=generator)
+    labels, sequence_id = torch.full_like(ids, -100), torch.full_like(ids, -1)
+    for row, lengths in enumerate(rows):
+        begin = 0
+        for number, length in enumerate(lengths):
+            places = slice(begin, begin + length)
+            sequence_id[row, places] = number
+            if objective == "clm":
+                labels[row, begin:begin + length - 1] = ids[row, begin + 1:begin + length]
+            else:
+                chosen = torch.rand(length, generator=generator) < 0.3
+                labels[row, places][chosen] = ids[row, places][chosen]
+            begin += length
+    return {"input_ids": ids, "labels": labels, "sequence_id": sequence_id, "objective": objective, "step": 0,
+            "tokens_before": 0}
+
+
+def naive_logits(model, ids):
+    """(L, V) of one document by itself."""
+    length = len(ids)
+    with torch.no_grad():
+        hidden = model.eval().model(torch.tensor(ids), torch.arange(length),
+                                    torch.tensor([0, length], dtype=torch.int32), length)
+        return model.model.predict(hidden)
+
+
+@pytest.mark.parametrize("objective", ["mlm", "clm", "mlm+clm"])
+def test_flops_of_a_batch_are_those_of_a_loop_over_its_documents(objective):
+    model = model_of({"mlm": 0.5, "clm": 0.5} if "+" in objective else objective, local_attention=8)
+    batch = batch_of(objective)
+    sees_past = [objective == "clm"] * 4
+    if "+" in objective:
+        sees_past = [False, True, True, False]
+        batch["causal"] = torch.tensor(sees_past)
+    config = model.config
+    tokens = targets = pairs = 0
+    for labels, numbers, causal in zip(batch["labels"].tolist(), batch["sequence_id"].tolist(), sees_past):
+        tokens += sum(number >= 0 for number in numbers)
+        targets += sum(label != -100 for label in labels)
+        for number in sorted(set(numbers) - {-1}):
+            length = numbers.count(number)
+            for layer in range(config.num_hidden_layers):
+                left, right = (length, length) if layer % 3 == 0 else (3 if causal else 4, 4)
+                right = 0 if causal else right
+                pairs += sum(i - left <= j <= i + right for i in range(length) for j in range(length))
+    assert (tokens, targets > 10) == (87, True)
+    assert model.flops_per_batch(batch) == config.flops(tokens, targets, pairs)
+
+
+@pytest.mark.parametrize(("given", "reach"), [({}, 63), ({"window_left": 64}, 64)], ids=["usual", "original"])
+@pytest.mark.parametrize("last", ["clm", "mlm"])
+def test_rows_of_clm_have_the_decoders_window_whatever_the_model_ends_as(last, given, reach):
+    first = "mlm" if last == "clm" else "clm"
+    schedule = [{"until": 10, "objective": first}, {"objective": last}]
+    model = EttinModel(size="nano", objective=schedule, max_seq_len=512, **given)
+    windows = model.model.trunk.layers[1].attn.windows
+    assert windows == {True: (reach, 0), False: (64, 64)}
+    assert model.model.trunk.layers[0].attn.windows == {True: (-1, 0), False: (-1, -1)}
+    assert model.config.window_left == (reach if last == "clm" else 64)
+
+
+def test_the_loss_of_mdlm_is_divided_by_the_tokens_that_could_be_masked():
+    """The bound on -log p a token: each nll weighs 1 / rate, and the divisor is the row's text, also in the metric."""
+    model = model_of("mdlm").eval()
+    batch = batch_of("mdlm")
+    weights, texts = [2.0, 1.25, 10.0, 1.0], [31, 38, 6, 0]
+    batch |= {"row_weight": torch.tensor(weights), "loss_tokens": torch.tensor(texts)}
+    total = 0.0
+    for row in range(4):
+        for number in range(int(batch["sequence_id"][row].max()) + 1):
+            here = batch["sequence_id"][row] == number
+            logits = naive_logits(model, batch["input_ids"][row][here].tolist()).double()
+            nll = nn.functional.cross_entropy(logits, batch["labels"][row][here], ignore_index=-100, reduction="sum")
+            total += weights[row] * nll.item()
+    flat = flatten(batch)
+    with torch.no_grad():
+        outputs = model.eval_forward(flat)
+    metric = model.get_metrics(is_train=False)["TargetCrossEntropy"]
+    model.update_metric(flat, outputs, metric)
+    for found in (model.loss(outputs, flat), metric.compute()):
+        assert found.item() == pytest.approx(total / sum(texts), rel=1e-5)  # fp32 against float64
+    assert flat["num_targets"] != sum(texts)
+
+
+def test_flops_of_a_batch_without_any_token_are_zero():
+    assert model_of("mlm").flops_per_batch(batch_of("mlm", rows=((), ()))) == 0
+
+
+@pytest.mark.parametrize(("objective", "other"), [("mlm", "clm"), ("clm", "mlm"), ("mntp", "mlm")])
+def test_forward_refuses_a_batch_of_another_objective(objective, other):
+    model = model_of(objective)
+    with pytest.raises(ValueError, match=rf"model.objective is {objective},.*labels for '{other}'. Set the objective of"):
+        model(flatten(batch_of(other)))
+    assert model(flatten(batch_of(objective)))["loss"].isfinite()
+
+
+def test_forward_refuses_a_batch_that_was_not_flattened():
+    with pytest.raises(ValueError, match="the batch has no cu_seqlens: pass it through ettin_foundry.data.loader.split_batch"):  # noqa: E501
+        model_of("mlm")(batch_of("mlm"))
+
+
+def test_vocabulary_smaller_than_the_tokenizers_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="model.vocab_size: 511 given.*has 512 entries. Set .* to at least 512"):
+        EttinModel(tokenizer, size="nano", objective="mlm", max_seq_len=64, vocab_size=511)
+    EttinModel(tokenizer, size="nano", objective="mlm", max_seq_len=64, vocab_size=512)
+
+
+def test_samples_of_the_wrong_kind_of_model_are_refused(tokenizer):
+    for objective in ("mlm", "mntp"):
+        with pytest.raises(ValueError, match=f"generate needs a decoder, .* built for {objective}; use fill_mask"):
+            model_of(objective, tokenizer).generate(["x"])
+    with pytest.raises(ValueError, match="fill_mask needs an encoder, .* built for clm; use generate"):
+        model_of("clm", tokenizer).fill_mask(["[MASK]"])
+
+
+def test_samples_without_a_tokenizer_are_refused():
+    with pytest.raises(ValueError, match="without a tokenizer; pass one to EttinModel"):
+        model_of("clm").generate(["x"])
+    with pytest.raises(ValueError, match="without a tokenizer; pass one to EttinModel"):
+        model_of("mlm").fill_mask(["[MASK]"])
+
+
+def test_fill_mask_refuses_a_text_without_a_mask_and_one_that_is_too_long(tokenizer):
+    model = model_of("mlm", tokenizer, max_seq_len=16)
+    with pytest.raises(ValueError, match=r"'kalo' has no \[MASK\]; put one where"):
+        model.fill_mask(["[MASK]", "kalo"])
+    with pytest.raises(ValueError, match="has 17 tokens; this model takes at most 16"):
+        model.fill_mask(["[MASK]" * 15])
+    assert model.fill_mask(["[MASK]" * 14], top_k=1)
+
+
+@pytest.mark.parametrize(("objective", "before"), [("mlm", 0), ("mntp", 1)])
+def test_fill_mask_reads_an_mlm_model_at_the_mask_and_an_mntp_model_one_before(objective, before, tokenizer):
+    model = model_of(objective, tokenizer)
+    texts = ["kalo [MASK] mi ter", "[MASK] andre", "vol sta ge quo [MASK] hy [MASK]"]
+    found = model.fill_mask(texts, top_k=3)
+    for text, answer in zip(texts, found, strict=True):
+        ids = [tokenizer.cls_token_id, *tokenizer.encode(text, add_special_tokens=False), tokenizer.sep_token_id]
+        logits = naive_logits(model, ids)
+        at = ids.index(tokenizer.mask_token_id)
+        best = logits.softmax(-1).topk(3)
+        expected = [(tokenizer.decode([i]), p) for i, p in zip(best.indices[at - before].tolist(),
+                                                               best.values[at - before].tolist())]
+        assert best.indices[at].tolist() != best.indices[at - 1].tolist()  # else the places could not be told apart
+        assert [token for token, _ in answer] == [token for token, _ in expected]
+        # alone or beside others: fp32 sums in another order
+        assert [p for _, p in answer] == pytest.approx([p for _, p in expected], rel=1e-4)
+
+
+def continued(model, ids, eos, number):
+    """Greedy, the whole document again for every token. Returns the new ids and why it stopped."""
+    new = []
+    while len(new) < number:
+        if len(ids) + len(new) == model.config.max_position_embeddings:
+            return new, "context full"
+        token = int(naive_logits(model, ids + new)[-1].argmax())
+        if token == eos:
+            return new, "EOS"
+        new.append(token)
+    return new, "number"
+
+
+def test_greedy_generation_equals_a_loop_over_argmax(tokenizer):
+    prompts = ["kalo mi", "vol sta ge quo hy", "kalo " * 15, ""]
+    starts = [[tokenizer.bos_token_id, *tokenizer.encode(p, add_special_tokens=False)] for p in prompts]
+    model = model_of("clm", max_seq_len=len(starts[2]) + 5)
+    free = [continued(model, ids, None, 12)[0] for ids in starts]
+    # a random model never ends a document: let the token that only the first prompt's continuation has be the end
+    eos = next(token for token in free[0][2:] if all(token not in other for other in free[1:]))
+    model.tokenizer = SimpleNamespace(bos_token_id=tokenizer.bos_token_id, eos_token_id=eos,
+                                      encode=tokenizer.encode, decode=tokenizer.decode)
+    expected = [continued(model, ids, eos, 12) for ids in starts]
+    assert [why for _, why in expected] == ["EOS", "number", "context full", "number"]  # all three ways to stop
+    assert model.generate(prompts, max_new_tokens=12) == [tokenizer.decode(new) for new, _ in expected]
+
+
+def test_samples_leave_the_model_in_its_mode(tokenizer):
+    for training in (True, False):
+        model = model_of("clm", tokenizer).train(training)
+        model.generate(["kalo"], max_new_tokens=1)
+        assert model.training is training and model.model.training is training

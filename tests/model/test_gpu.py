@@ -1,0 +1,355 @@
+"""Claims about the GPU path: the flash kernels, torch.compile, bf16, and a step that never waits for the device.
+
+Needs a CUDA device, torch >= 2.11 (or flash-attn) and nothing else but numpy and pytest; the last two tests also need
+the host (see benchmarks/README.md). Run by `make gpu`, or `pytest -m gpu tests/test_gpu.py`. References are computed in
+float64 or fp32 by the naive formula, so that a mistake shared by two fast paths is seen.
+"""
+
+import copy
+import gc
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ettin_foundry.model.attention import Documents, attention, select_backend
+from ettin_foundry.model.config import EttinConfig
+from ettin_foundry.model.loss import linear_cross_entropy
+from ettin_foundry.model.transformer import Ettin
+
+DEVICE = torch.device("cuda")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch.cuda.is_available() is False"),
+]
+WINDOWS = {"encoder_global": (-1, -1), "encoder_local": (64, 64), "decoder_global": (-1, 0), "decoder_local": (63, 0),
+           "decoder_original": (64, 0)}
+LENGTHS = [1, 70, 200, 5, 64, 131, 300, 129]  # shorter than, equal to and beyond windows and kernel tiles
+VOCAB_SIZE = 512
+KINDS = {"encoder": "mlm", "decoder": "clm"}
+both_kinds = pytest.mark.parametrize("objective", KINDS.values(), ids=KINDS.keys())
+
+
+@pytest.fixture(autouse=True)
+def exact_fp32_products():
+    """fp32 references must not be made with TF32's 10 bits; another test may have allowed it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def bf16():
+    return torch.autocast(DEVICE.type, dtype=torch.bfloat16)
+
+
+def documents_of(lengths):
+    return Documents(torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int(), max(lengths),
+                     torch.cat([torch.arange(n, device=DEVICE) for n in lengths]))
+
+
+def batch_of(lengths, objective, seed=0, alphabet=64):
+    """A stream with something to learn: the next token is 3 x + 7 in nine cases of ten. Arguments of Ettin.forward."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, chosen = [], []
+    for n in lengths:
+        x = int(torch.randint(alphabet, (1,), generator=generator))
+        noise = torch.rand(n, generator=generator).tolist()
+        for i in range(n):
+            x = (3 * x + 7) % alphabet if noise[i] < 0.9 else (x + 11) % alphabet
+            ids.append(x)
+            chosen.append(i > 0 if objective == "clm" else noise[i] < 0.35)
+    ids, places = torch.tensor(ids), torch.tensor(chosen).nonzero()[:, 0]
+    inputs = ids.clone()
+    if objective != "clm":
+        inputs[places] = VOCAB_SIZE - 1
+    documents = documents_of(lengths)
+    return (inputs.to(DEVICE), documents.position_ids, documents.cu_seqlens, documents.max_seqlen,
+            (places - int(objective == "clm")).to(DEVICE), ids[places].to(DEVICE))
+
+
+def model_of(objective, attn_impl, dropout=0.0, like=None):
+    torch.manual_seed(0)
+    config = EttinConfig.for_size("nano", causal=objective == "clm", vocab_size=VOCAB_SIZE, attn_out_dropout=dropout)
+    model = Ettin(config, attn_impl).to(DEVICE)
+    if like is not None:
+        model.load_state_dict(like.state_dict())
+    return model
+
+
+def loss_and_gradients(model, batch):
+    model.zero_grad()
+    loss = model(*batch).nll / len(batch[-1])
+    loss.backward()
+    return loss.detach().float(), torch.cat([p.grad.float().flatten() for p in model.parameters()])
+
+
+def distance(x, y):
+    """Relative distance of two vectors in the 2-norm."""
+    return float((x - y).norm() / y.norm())
+
+
+def naive(q, k, v, documents, window):
+    """Softmax over all N keys in float64, invisible ones at minus infinity."""
+    left, right = (math.inf if w < 0 else w for w in window)
+    place = torch.arange(q.shape[0], device=q.device)
+    document = torch.searchsorted(documents.cu_seqlens, place.int(), right=True)
+    distance = place[None, :] - place[:, None]  # key - query
+    seen = (document[:, None] == document[None, :]) & (distance >= -left) & (distance <= right)
+    scores = torch.einsum("ihk,jhk->hij", q, k) * q.shape[2] ** -0.5
+    return torch.einsum("hij,jhk->ihk", scores.masked_fill(~seen, -math.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("path", ["flash", "reference"])
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
+def test_attention_in_bf16_equals_a_float64_softmax_forward_and_backward(window, path):
+    torch.manual_seed(0)
+    documents = documents_of(LENGTHS)
+    q, k, v, weight = (torch.randn(sum(LENGTHS), 2, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    rounded = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = naive(exact[0], exact[1], exact[2], documents, window)
+    expected.backward(weight.double())
+    backend = select_backend(path, "cuda", torch.bfloat16).name
+    out = attention(rounded[0], rounded[1], rounded[2], documents, window, backend)
+    out.backward(weight)
+    # bf16 keeps 8 bits: outputs and probabilities are off by 2^-9 each. A window off by one gives above 0.05 here
+    assert distance(out.detach().double(), expected.detach()) < 0.008
+    for name, x, y in zip("qkv", rounded, exact):
+        assert x.grad is not None
+        assert distance(x.grad.double(), y.grad) < 0.016, f"gradient of {name}"  # differences of such products
+
+
+@both_kinds
+def test_flash_model_in_bf16_is_as_close_to_fp32_as_the_reference_path_is(objective):
+    batch = batch_of(LENGTHS, objective)
+    exact = model_of(objective, "reference")
+    loss, gradient = loss_and_gradients(exact, batch)
+    with bf16():
+        reference_loss, reference_gradient = loss_and_gradients(model_of(objective, "reference", like=exact), batch)
+        flash = model_of(objective, "flash", like=exact)
+        flash_loss, flash_gradient = loss_and_gradients(flash, batch)
+        assert flash.backend(DEVICE.type, torch.bfloat16).name != "reference"
+    torch.testing.assert_close(flash_loss, loss, rtol=2e-3, atol=0)  # bf16 logits: 2^-9 relative
+    # both round at the same places but inside attention, so neither may be much worse than the other
+    assert distance(flash_gradient, gradient) < 1.5 * distance(reference_gradient, gradient) + 1e-3
+    assert distance(flash_gradient, gradient) < 0.05
+
+
+@both_kinds
+def test_packed_document_equals_document_alone_with_flash(objective):
+    model = model_of(objective, "flash").eval()
+    batch = batch_of(LENGTHS, objective)
+    starts = batch[2].tolist()
+    with torch.no_grad(), bf16():
+        packed = model(*batch[:4]).float()
+        for start, end in zip(starts, starts[1:]):
+            alone = documents_of([end - start])
+            hidden = model(batch[0][start:end], alone.position_ids, alone.cu_seqlens, alone.max_seqlen).float()
+            # same kernels, other tile borders: sums in another order. A leak between documents gives above 0.1
+            assert distance(packed[start:end], hidden) < 0.015
+
+
+def test_stream_of_causal_and_bidirectional_documents_equals_each_kind_alone_with_flash():
+    """One stream, causal documents first, against two models of one kind each with the same weights."""
+    model = model_of("mlm", "flash")
+    twin = model_of("clm", "flash", like=model)
+    ids, positions, cu_seqlens, longest, *_ = batch_of(LENGTHS, "mlm")
+    with torch.no_grad(), bf16():
+        first = len(LENGTHS) // 2
+        cut = sum(LENGTHS[:first])
+        both = model(ids, positions, cu_seqlens, longest, causal=(first, cut))
+        alone = torch.cat([
+            twin(ids[:cut], positions[:cut], cu_seqlens[:first + 1], longest),
+            model(ids[cut:], positions[cut:], cu_seqlens[first:] - cut, longest)])
+    assert distance(both.float(), alone.float()) < 0.015  # same kernels, other tile borders; a wrong mask gives above 0.1
+
+
+@both_kinds
+def test_stream_without_any_token_has_zero_loss_and_zero_gradients(objective):
+    model = model_of(objective, "flash")
+    none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    with bf16():
+        loss = model(none, none, torch.zeros(1, dtype=torch.int32, device=DEVICE), 0, none, none).nll
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("objective", "part"), [("mlm", "model"), ("clm", "blocks")])
+def test_compiled_equals_eager_for_every_shape_without_recompiling(objective, part, fresh_compiler):
+    model = model_of(objective, "flash")
+    compiled = model_of(objective, "flash", like=model)
+    for module in compiled.trunk.layers if part == "blocks" else [compiled]:
+        module.compile(dynamic=True)
+    shapes = [LENGTHS, LENGTHS[2:], [300, 40, *LENGTHS], [77, 311, 13, 512]]
+    with bf16():
+        for number, lengths in enumerate(shapes):
+            batch = batch_of(lengths, objective, seed=number)
+            with torch.compiler.set_stance("fail_on_recompile" if number >= 2 else "default"):
+                loss, gradient = loss_and_gradients(compiled, batch)
+            eager_loss, eager_gradient = loss_and_gradients(model, batch)
+            # fused kernels keep fp32 where eager rounds to bf16 between two operations
+            torch.testing.assert_close(loss, eager_loss, rtol=2e-3, atol=0)
+            assert distance(gradient, eager_gradient) < 0.03
+
+
+@both_kinds
+def test_hundred_steps_in_bf16_follow_the_fp32_curve(objective):
+    exact = model_of(objective, "reference")
+    curves = []
+    for model, precision in ((exact, None), (model_of(objective, "flash", like=exact), torch.bfloat16)):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98))
+        losses = []
+        for step in range(100):
+            with torch.autocast(DEVICE.type, dtype=precision, enabled=precision is not None):
+                batch = batch_of(LENGTHS, objective, seed=step)
+                loss = model(*batch).nll / len(batch[-1])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        curves.append(torch.stack(losses).cpu())
+    fp32, low = curves
+    assert fp32[-10:].mean() < fp32[0] - 2.0  # it does learn: from ln(512) = 6.2 to below ln(64) = 4.2
+    # rounding perturbs a step by parts in a hundred and training amplifies it a little; the curve falls by over 2 nats
+    assert float((low - fp32).abs().max()) < 0.15
+    assert abs(float((low - fp32)[-20:].mean())) < 0.04
+
+
+@pytest.mark.parametrize("attn_impl", ["flash", "reference"])
+@both_kinds
+def test_step_reads_nothing_back_from_the_device(objective, attn_impl):
+    model = model_of(objective, attn_impl, dropout=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    long = [*LENGTHS * 4, 512]  # above 3,072 tokens the embedding's backward takes its sorting path
+    batch = batch_of(long, objective)
+    for forbidden in (False, True):  # once to warm up: kernels are chosen and compiled with reads of their own
+        torch.cuda.set_sync_debug_mode("error" if forbidden else "default")
+        try:
+            with bf16():
+                loss = model(*batch).nll / len(batch[-1])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if forbidden:
+                with pytest.raises(RuntimeError):  # the guard itself works
+                    loss.item()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def plain_cross_entropy(hidden, weight, bias, labels):
+    return F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, reduction="sum")
+
+
+def test_lean_loss_equals_plain_cross_entropy_and_needs_less_memory():
+    torch.manual_seed(0)
+    n, width, vocab = 16_384, 256, 50_368
+    hidden, weight = torch.randn(n, width, device=DEVICE), torch.randn(vocab, width, device=DEVICE) * 0.05
+    bias, labels = torch.randn(vocab, device=DEVICE) * 0.1, torch.randint(vocab, (n,), device=DEVICE)
+    found, peaks = {}, {}
+    for name, function, enabled in (("exact", plain_cross_entropy, False), ("exact lean", linear_cross_entropy, False),
+                                    ("plain", plain_cross_entropy, True), ("lean", linear_cross_entropy, True)):
+        inputs = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        for measured in (False, True):  # the first call compiles the lean loss
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            for x in inputs:
+                x.grad = None
+            with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=enabled):
+                loss = function(inputs[0], inputs[1], inputs[2], labels)
+            (loss / n).backward()
+            if measured:
+                peaks[name] = torch.cuda.max_memory_allocated() - before
+        found[name] = [loss.detach(), *(x.grad for x in inputs)]
+    torch.testing.assert_close(found["exact lean"][0], found["exact"][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["lean"][0], found["exact"][0], rtol=1e-3, atol=0)  # bf16 logits, errors average
+    for lean, plain, exact in zip(found["exact lean"][1:], found["plain"][1:], found["exact"][1:]):
+        assert distance(lean, exact) < 1e-4  # fp32 sums over 16,384 targets or 50,368 entries in another order
+        assert distance(plain, exact) < 0.02
+    for lean, exact in zip(found["lean"][1:], found["exact"][1:]):
+        assert distance(lean, exact) < 0.02  # bf16 products
+    assert peaks["lean"] < peaks["plain"] / 3
+    assert peaks["exact lean"] < peaks["exact"] / 3
+
+
+def skip_without(*packages):
+    for package in packages:
+        pytest.importorskip(package, reason=f"{package} is not importable: see `make wheels-gpu`", exc_type=ImportError)
+
+
+@pytest.mark.filterwarnings("ignore:You are using weight_decay")  # high on purpose: it must show
+def test_trainers_triton_step_of_stable_adamw_equals_the_formula():
+    """Needs Composer and optimi; the formula in float64 is that of test_optimizer.py."""
+    skip_without("composer", "optimi")
+    from test_optimizer import BETAS, EPS, Formula
+
+    from ettin_foundry.training.optimizer import StableAdamW
+
+    # The kernel adds up the mean of a tensor in blocks of 128 elements by atomics, in no fixed order. Two blocks (255
+    # elements, so that the last is not full) give the same sum in both orders; with more, bitwise equality is chance
+    generator = torch.Generator().manual_seed(1)
+    own = [torch.randn(shape, generator=generator).to(DEVICE).requires_grad_() for shape in ((15, 17), (17,))]
+
+    def optimizer_of(params):
+        return StableAdamW(params, 0.01, betas=BETAS, eps=EPS, weight_decay=0.1, max_lr=0.02)
+
+    def take_step(optimizer, params, gradients):
+        for p, g in zip(params, gradients):
+            p.grad = g.to(DEVICE)
+        optimizer.step()
+
+    optimizer, formulas = optimizer_of(own), [Formula(p.detach().cpu(), 0.1, 0.02) for p in own]
+    for step in range(5):
+        scale = 30.0 if step == 3 else 1.0  # a spike, so that the clipping of the step must act
+        gradients = [scale * torch.randn(p.shape, generator=generator) for p in own]
+        for formula, g in zip(formulas, gradients):
+            formula.step(g, 0.01)
+        take_step(optimizer, own, gradients)
+    assert all(group["triton"] for group in optimizer.param_groups)
+    for formula, p in zip(formulas, own):
+        assert formula.clipped
+        # fp32 values of about 1, each rounded a few times in each of 5 steps; one step moves them by up to 0.01
+        torch.testing.assert_close(p.detach().cpu().double(), formula.p, rtol=0, atol=2e-6)
+
+    twins = [p.detach().clone().requires_grad_() for p in own]
+    resumed = optimizer_of(twins)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as from a file: no tensor is shared
+    gradients = [torch.randn(p.shape, generator=generator) for p in own]
+    take_step(optimizer, own, gradients)
+    take_step(resumed, twins, gradients)
+    assert all(group["triton"] for group in resumed.param_groups)
+    for p, twin in zip(own, twins):
+        assert torch.equal(p, twin)
+
+
+@both_kinds
+def test_trainer_runs_nano_on_the_gpu_in_bf16_with_flash(objective, tmp_path, request):
+    """Needs the host: skipped where Composer or LLM-Foundry is not importable."""
+    skip_without("composer", "llmfoundry", "streaming", "optimi")
+    import nano_run
+
+    capture = nano_run.register_capture()
+    kind = nano_run.CLM if objective == "clm" else []
+    trainer = nano_run.run(request.getfixturevalue("data_set"), tmp_path / "out", *kind, "model.vocab_size=512",
+                           "precision=amp_bf16", "model.attn_impl=flash", "callbacks.capture={}")
+    try:
+        losses = capture.losses
+        assert len(losses) == 8 and all(math.isfinite(x) for x in losses)
+        assert losses[-1] < losses[0]
+        model = trainer.state.model
+        model = getattr(model, "module", model).model
+        assert model.output_bias.is_cuda and model.backend("cuda", torch.bfloat16).name != "reference"
+    finally:
+        trainer.close()

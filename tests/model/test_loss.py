@@ -1,0 +1,100 @@
+"""The sliced loss equals torch's own cross-entropy on dense logits, in value and in every gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ettin_foundry.model.loss as module
+from ettin_foundry.model.loss import count_correct, linear_cross_entropy
+
+
+def inputs(n, hidden=32, vocab=307, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return (make(n, hidden), make(vocab, hidden) * 0.3, make(vocab), torch.randint(0, vocab, (n,), generator=generator))
+
+
+@pytest.mark.parametrize("n", [1, 255, 256, 257, 1000])
+def test_value_and_gradients_equal_cross_entropy_on_dense_logits(n, monkeypatch):
+    monkeypatch.setitem(module._SLICE_ELEMENTS, "cpu", 1)  # the smallest slices, so that n takes one or several
+    h, w, b, labels = inputs(n)
+    grads = []
+    for function in (linear_cross_entropy, lambda h, w, b, y: F.cross_entropy(h @ w.T + b, y, reduction="sum")):
+        leaves = [x.clone().requires_grad_() for x in (h, w, b)]
+        loss = function(*leaves, labels)
+        (loss * 0.37).backward()
+        grads.append([loss.detach(), *(x.grad for x in leaves)])
+    for ours, theirs in zip(*grads):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)  # fp32 sums over up to 1,000 targets
+
+
+def test_weights_scale_each_target_in_value_and_gradient(monkeypatch):
+    monkeypatch.setitem(module._SLICE_ELEMENTS, "cpu", 1)
+    h, w, b, labels = inputs(600)
+    weights = torch.rand(600, generator=torch.Generator().manual_seed(9)) * 5
+    grads = []
+    def naive(h, w, b, y, t):
+        return (F.cross_entropy((h @ w.T + b).double(), y, reduction="none") * t.double()).sum()
+
+    for function in (linear_cross_entropy, naive):
+        leaves = [x.clone().requires_grad_() for x in (h, w, b)]
+        loss = function(*leaves, labels, weights)
+        loss.backward()
+        grads.append([loss.detach().float(), *(x.grad for x in leaves)])
+    for ours, theirs in zip(*grads):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=5e-5)  # fp32 sums over 600 targets of weight up to 5
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(h, w, b, labels, weights), grads[0][0], rtol=1e-6, atol=0)
+
+
+def test_without_gradients_the_value_is_the_same():
+    h, w, b, labels = inputs(300)
+    with torch.no_grad():
+        quiet = linear_cross_entropy(h, w, b, labels)
+    loud = linear_cross_entropy(h.requires_grad_(), w, b, labels)
+    torch.testing.assert_close(quiet, loud.detach(), rtol=1e-6, atol=0)  # fp32, same sums in another order
+
+
+def test_no_target_gives_zero_loss_and_zero_gradients():
+    h, w, b, labels = inputs(0)
+    leaves = [x.requires_grad_() for x in (h, w, b)]
+    loss = linear_cross_entropy(*leaves, labels)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(x.grad is not None and x.grad.isfinite().all() and x.grad.abs().sum() == 0 for x in leaves)
+    assert count_correct(h, w, b, labels).item() == 0
+
+
+def test_backward_can_run_twice_when_the_graph_is_kept():
+    h, w, b, labels = inputs(10)
+    w.requires_grad_()
+    loss = linear_cross_entropy(h, w, b, labels)
+    (first,) = torch.autograd.grad(loss, w, torch.tensor(2.0), retain_graph=True)
+    (second,) = torch.autograd.grad(loss, w, torch.tensor(2.0))
+    assert torch.equal(first, second)
+
+
+def test_correct_counts_equal_argmax_of_dense_logits():
+    h, w, b, labels = inputs(500)
+    assert count_correct(h, w, b, labels).item() == ((h @ w.T + b).argmax(-1) == labels).sum().item()
+
+
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=["fp32_weights", "bf16_weights"])
+def test_under_autocast_products_are_bf16_and_sums_are_not(parameters, monkeypatch):
+    monkeypatch.setitem(module._SLICE_ELEMENTS, "cpu", 1)  # eight slices
+    h, w, b, labels = inputs(2048)
+    w, b = w.to(parameters), b.to(parameters)
+    exact = [x.double().requires_grad_() for x in (h, w, b)]
+    reference = F.cross_entropy(exact[0] @ exact[1].T + exact[2], labels, reduction="sum")
+    reference.backward()
+    leaves = [x.requires_grad_() for x in (h, w, b)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(*leaves, labels)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() != pytest.approx(reference.item(), rel=1e-7)  # it did round to bf16
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-3)  # 0.4% a logit at most, 2,048 of them
+    for ours, theirs in zip(leaves, exact):
+        assert ours.grad.dtype == ours.dtype
+        distance = (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        assert distance < 5e-3  # one rounding to bf16 is 0.2%; sums kept in bf16 over eight slices give more

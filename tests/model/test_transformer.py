@@ -1,0 +1,234 @@
+"""Claims about the model: isolation of documents, causality, windows, parameter counts, initialisation, no read-back."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ettin_foundry.model.config import SIZES, EttinConfig
+from ettin_foundry.model.transformer import Ettin
+
+PARAMETERS = {"17m": 16_913_600, "32m": 32_081_344, "68m": 68_457_664, "150m": 149_655_232, "400m": 395_881_664,
+              "1b": 1_031_314_112}  # paper Table 1 with the reference's head and output bias
+LENGTHS = [1, 200, 17, 64, 150]
+
+
+def build(causal=False, **overrides):
+    torch.manual_seed(0)
+    model = Ettin(EttinConfig.for_size("nano", causal=causal, vocab_size=320, **overrides)).eval()
+    with torch.no_grad():  # at the initial 0.02 every logit is near 0 and a mistake would hide under the tolerance
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.mul_(4)
+    return model
+
+
+def stream(lengths, seed=0):
+    ids = torch.randint(0, 320, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return ids, positions, torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths)
+
+
+def targets(lengths, causal, seed=1):
+    """(positions, labels) in the stream: next token for clm, every third token for mlm."""
+    ids, positions, cu_seqlens, _ = stream(lengths)
+    if causal:
+        places = torch.cat([torch.arange(s, e - 1) for s, e in zip(cu_seqlens[:-1], cu_seqlens[1:])])
+        return places, ids[places + 1]
+    places = torch.arange(0, len(ids), 3)
+    return places, torch.randint(0, 320, (len(places),), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+@pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])
+def test_parameter_counts_are_the_published_ones(size, causal):
+    with torch.device("meta"):
+        model = Ettin(EttinConfig.for_size(size, causal=causal))
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[size]
+    assert model.config.num_parameters == PARAMETERS[size]
+    assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["mlm", "clm"])
+def test_packed_document_equals_document_alone_in_logits_and_gradients(causal):
+    model = build(causal)
+    ids, positions, cu_seqlens, longest = stream(LENGTHS)
+    places, labels = targets(LENGTHS, causal)
+    packed = model.predict(model(ids, positions, cu_seqlens, longest))
+    for i, (start, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist())):
+        own = (places >= start) & (places < end)
+        alone_borders = torch.tensor([0, end - start], dtype=torch.int32)
+        alone_args = (ids[start:end], positions[start:end], alone_borders, end - start)
+        # fp32 sums of up to 320 terms of size 1 in another order
+        torch.testing.assert_close(packed[start:end], model.predict(model(*alone_args)), rtol=1e-5, atol=1e-5)
+        grads = []
+        for args, at, to in (((ids, positions, cu_seqlens, longest), places[own], labels[own]),
+                             (alone_args, places[own] - start, labels[own])):
+            model.zero_grad()
+            model(*args, at, to).nll.backward()
+            grads.append([p.grad.clone() for p in model.parameters()])
+        for packed_grad, alone_grad in zip(*grads):
+            scale = max(1.0, alone_grad.abs().max().item())
+            assert (packed_grad - alone_grad).abs().max().item() <= 1e-5 * scale, f"document {i}"
+
+
+def test_decoder_never_sees_the_future_bit_for_bit():
+    model = build(causal=True)
+    ids, positions, cu_seqlens, longest = stream([300])
+    before = model.predict(model(ids, positions, cu_seqlens, longest))
+    for changed in (1, 64, 150, 299):
+        other = ids.clone()
+        other[changed] = (other[changed] + 1) % 320
+        after = model.predict(model(other, positions, cu_seqlens, longest))
+        assert torch.equal(after[:changed], before[:changed])
+        assert not torch.equal(after[changed], before[changed])
+
+
+def test_encoder_sees_the_future():
+    model = build(causal=False)
+    ids, positions, cu_seqlens, longest = stream([40])
+    other = ids.clone()
+    other[39] = (other[39] + 1) % 320
+    assert not torch.equal(model(ids, positions, cu_seqlens, longest)[0], model(other, positions, cu_seqlens, longest)[0])
+
+
+@pytest.mark.parametrize(("causal", "window_left", "reach"),
+                         [(False, -1, (64, 64)), (True, -1, (63, 0)), (True, 64, (64, 0))],
+                         ids=["encoder", "decoder", "decoder_original"])
+def test_local_layers_reach_exactly_their_window(causal, window_left, reach):
+    """Gradient of one local layer's output at a token by its inputs: non-zero exactly inside the window."""
+    model = build(causal, window_left=window_left)
+    layer = model.trunk.layers[1].attn
+    x = torch.randn(300, 128, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    _, positions, cu_seqlens, longest = stream([300])
+    from ettin_foundry.model.transformer import Stream, rotary
+    place = Stream(positions, cu_seqlens, longest, (1, 300) if causal else (0, 0))
+    place.angles[layer.theta] = rotary(positions, layer.theta, 64)
+    layer(x, place, "reference")[150].sum().backward()
+    touched = x.grad.abs().sum(1).nonzero()[:, 0]
+    assert (touched.min().item(), touched.max().item()) == (150 - reach[0], 150 + reach[1])
+
+
+def test_both_kinds_in_one_stream_have_borders_of_their_own():
+    """Flash kernels read the borders, so each part's begin at 0 and end at its number of tokens."""
+    from ettin_foundry.model.transformer import Stream
+
+    _, positions, cu_seqlens, longest = stream([3, 5, 2, 7])
+    first, rest = Stream(positions, cu_seqlens, longest, (2, 8)).parts
+    assert (first.documents.cu_seqlens.tolist(), rest.documents.cu_seqlens.tolist()) == ([0, 3, 8], [0, 2, 9])
+    assert (first.causal, rest.causal) == (True, False)
+    assert torch.equal(torch.cat([part.documents.position_ids for part in (first, rest)]), positions)
+    for causal, documents in ((True, (4, 17)), (False, (0, 0))):
+        [whole] = Stream(positions, cu_seqlens, longest, documents).parts
+        assert whole.causal is causal and torch.equal(whole.documents.cu_seqlens, cu_seqlens)
+
+
+def test_initialisation_follows_the_role_of_each_matrix():
+    torch.manual_seed(0)
+    config = EttinConfig.for_size("17m", causal=False)
+    model = Ettin(config)
+    out_std = 0.02 / (2 * 7) ** 0.5
+    shrink = 0.8796  # deviation of a standard normal cut at +-2
+    for name, p in model.named_parameters():
+        if name == "output_bias":
+            assert p.abs().max() == 0
+        elif p.ndim == 1:
+            assert torch.equal(p, torch.ones_like(p))
+        else:
+            std = out_std if name.endswith("Wo.weight") else 0.02
+            assert p.abs().max() <= 2 * std
+            assert p.std().item() == pytest.approx(std * shrink, rel=0.02)  # 65,536 draws or more: 0.3% is one sigma
+
+
+def test_a_pair_of_one_seed_starts_from_the_same_weights():
+    pair = []
+    for causal in (False, True):
+        torch.manual_seed(7)
+        pair.append(Ettin(EttinConfig.for_size("nano", causal=causal)).state_dict())
+    assert pair[0].keys() == pair[1].keys()
+    assert all(torch.equal(pair[0][k], pair[1][k]) for k in pair[0])
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["mlm", "clm"])
+def test_forward_and_loss_read_nothing_back_from_the_device(causal):
+    """On `meta` there is no value to read: .item(), .tolist(), a branch on a tensor or a data-dependent shape raises."""
+    with torch.device("meta"):
+        model = Ettin(EttinConfig.for_size("nano", causal=causal)).train()
+    ids, positions, cu_seqlens, longest = stream(LENGTHS)
+    hidden = model(ids.to("meta"), positions.to("meta"), cu_seqlens.to("meta"), longest)
+    assert hidden.shape == (sum(LENGTHS), 128)
+    places, labels = targets(LENGTHS, causal)
+    out = model(ids.to("meta"), positions.to("meta"), cu_seqlens.to("meta"), longest, places.to("meta"),
+                labels.to("meta"), count=True)
+    out.nll.backward()
+    assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
+
+
+def test_flops_count_the_pairs_that_attention_visits():
+    for causal in (False, True):
+        config = EttinConfig.for_size("nano", causal=causal)
+        left, right = config.local_window
+        for length in (1, 2, 64, 65, 129, 300):
+            pairs = [(i, j) for i in range(length) for j in range(length)]
+            full = sum(j <= i or not causal for i, j in pairs)
+            local = sum(-left <= j - i <= right for i, j in pairs)
+            assert config.attended_pairs(length) == 2 * full + 2 * local  # nano: layers 0 and 3 global, 1 and 2 local
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    ({"vocab_sizee": 3}, "unknown key.*vocab_sizee.*valid keys are.*vocab_size"),
+    ({"hidden_size": 100}, "hidden_size: 100 given with num_attention_heads=2.*128"),
+    ({"local_attention": 127}, "local_attention: 127"),
+    ({"window_left": 63}, "window_left: 63 given for an encoder.*only 64"),
+    ({"attn_out_dropout": 1.0}, "attn_out_dropout: 1.0"),
+    ({"vocab_size": 0}, "vocab_size: 0"),
+    ({"local_rope_theta": -1.0}, "local_rope_theta"),
+])
+def test_bad_config_is_refused_by_name(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        EttinConfig.for_size("nano", causal=False, **overrides)
+    with pytest.raises(ValueError, match="model.size: 'big' is unknown; choose one of nano, 17m"):
+        EttinConfig.for_size("big", causal=False)
+
+
+def test_every_size_ends_with_a_global_layer():
+    for name, size in SIZES.items():
+        config = EttinConfig(**dataclasses.asdict(size), causal=False)
+        assert config.layer_types[0] == config.layer_types[-1] == "full_attention"
+        assert config.size == name
+
+
+def test_fsdp2_draws_meta_parameters_by_role_and_never_rounds_the_angles(monkeypatch, no_process_group):
+    """One process over gloo: parameters start on `meta`, are sharded, materialised and drawn; blocks compute in bf16."""
+    import socket
+
+    import torch.distributed as dist
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    import ettin_foundry.model.transformer as module
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    try:
+        with torch.device("meta"):
+            model = Ettin(EttinConfig.for_size("nano", causal=False, vocab_size=320))
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        for block in model.trunk.layers:
+            fully_shard(block, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        model.to_empty(device="cpu")
+        model.apply(module.init_parameters)
+        assert model.trunk.layers[2].mlp.Wi.weight.full_tensor().std().item() == pytest.approx(0.02 * 0.8796, rel=0.05)
+        assert model.output_bias.full_tensor().abs().max() == 0
+        seen = []
+        rotate = module._rotate
+        monkeypatch.setattr(module, "_rotate", lambda x, cos, sin: seen.append((x.dtype, cos.dtype)) or rotate(x, cos, sin))
+        ids, positions, cu_seqlens, longest = stream(LENGTHS)
+        places, labels = targets(LENGTHS, causal=False)
+        model(ids, positions, cu_seqlens, longest, places, labels).nll.backward()
+        assert seen == [(torch.bfloat16, torch.float32)] * 4
+        assert all(p.grad is not None for p in model.parameters())
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,168 @@
+"""Claims about `evaluate`: its losses are those of transformers in float64 on the same targets."""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import parity
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ettin_foundry.cli import main as cli
+from ettin_foundry.data.batch import Collator
+from ettin_foundry.data.mixture import open_set
+from ettin_foundry.data.stream import open_stream
+from ettin_foundry.data.tokenizer import load
+from ettin_foundry.model.config import EttinConfig
+from ettin_foundry.model.weights import export_model, weights_checkpoint
+from ettin_foundry.objectives.targets import TextVocab
+from ettin_foundry.tools.evaluate import evaluate
+
+LENGTH = 64
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> tuple[Path, Path]:
+    """(Composer checkpoint, Hugging Face folder) of one random encoder."""
+    config = EttinConfig.for_size("nano", causal=False, vocab_size=512, max_position_embeddings=LENGTH)
+    model, folder = parity.random_model(config), tmp_path_factory.mktemp("encoder")
+    content = weights_checkpoint(model.state_dict(), config, objective="mlm", tokenizer=str(tokenizer_dir))
+    torch.save(content, folder / "a.pt")
+    return folder / "a.pt", export_model(model, config, str(tokenizer_dir), folder / "hf", objective="mlm")
+
+
+@pytest.fixture(scope="module")
+def reference(encoder: tuple[Path, Path]) -> Any:
+    """transformers' model in float64."""
+    from transformers import AutoModelForMaskedLM
+
+    return AutoModelForMaskedLM.from_pretrained(encoder[1], attn_implementation="eager").double().eval()
+
+
+def logits_of(reference: Any, ids: list[int], causal: bool) -> torch.Tensor:
+    """(T, V) of one document, no longer than a window; causal: with masks that hide what follows, in every layer."""
+    hidden = torch.full((len(ids), len(ids)), -1e30, dtype=torch.float64).triu(1)[None, None]
+    mask = hidden if causal else torch.zeros_like(hidden)
+    reference.model._update_attention_mask = types.MethodType(lambda *_, **__: (mask, mask), reference.model)
+    with torch.no_grad():
+        return reference(input_ids=torch.tensor([ids])).logits[0]
+
+
+def summed(parts: list[tuple[torch.Tensor, list[int]]]) -> dict[str, float]:
+    """Naive dense cross-entropy over (logits, labels) of all documents."""
+    losses = torch.cat([F.cross_entropy(logits, torch.tensor(labels), reduction="none") for logits, labels in parts])
+    hits = torch.cat([logits.argmax(-1) == torch.tensor(labels) for logits, labels in parts])
+    loss = float(losses.mean())
+    return {"loss": loss, "accuracy": float(hits.double().mean()), "perplexity": math.exp(loss), "targets": len(losses)}
+
+
+def same(found: dict[str, float], expected: dict[str, float]) -> None:
+    assert found["targets"] == expected["targets"]
+    for key in ("loss", "accuracy", "perplexity"):  # ours sums in fp32 over 1,000 to 10,000 targets
+        assert found[key] == pytest.approx(expected[key], rel=2e-5), key
+
+
+def test_encoder_under_clm_is_transformers_with_causal_masks_on_every_chunk(
+        encoder: tuple[Path, Path], reference: Any, data_set: Path, tokenizer_dir: Path) -> None:
+    """Labels are made here from the stored chunks: the next token, and EOS only where the document ends."""
+    data, tokenizer = open_set(data_set / "validation"), load(tokenizer_dir)
+    parts = []
+    for shard in range(data.num_shards):
+        for sample, last in enumerate(data.last(shard)):
+            ids = [tokenizer.cls_token_id, *map(int, data.chunk(shard, sample)), tokenizer.sep_token_id]
+            labels = ids[1:] if last else ids[1:-1]
+            parts.append((logits_of(reference, ids, causal=True)[:len(labels)], labels))
+    same(evaluate(encoder[0], data_set, ["clm"])["clm"], summed(parts))
+
+
+def test_mlm_and_mntp_are_transformers_on_the_loader_s_own_masks(
+        encoder: tuple[Path, Path], reference: Any, data_set: Path, tokenizer_dir: Path) -> None:
+    """The masked positions are taken from the loader; what is right there, from the stored tokens; mntp reads one before."""
+    tokenizer = load(tokenizer_dir)
+    stream = open_stream(dataset={"local": str(data_set), "split": "validation"}, max_seq_len=LENGTH, shuffle=False,
+                         global_batch_size=256)
+    rows = [row for row in stream.rows_of(0) if row.chunks]
+    assert stream.num_steps == 1
+    plain = {name: Collator(name, TextVocab.from_tokenizer(tokenizer), max_seq_len=LENGTH, mask_rate=rate, seed=21)(rows)
+             for name, rate in (("clm", 0.0), ("mlm", 0.15))}
+    at, before = [], []
+    for row in range(len(rows)):
+        sequence_id, masked, labels = (plain["mlm"][key][row].numpy() for key in ("sequence_id", "input_ids", "labels"))
+        whole = plain["clm"]["input_ids"][row].numpy()
+        for piece in range(int(sequence_id.max()) + 1):
+            places = np.flatnonzero(sequence_id == piece)
+            logits = logits_of(reference, masked[places].tolist(), causal=False)
+            chosen = np.flatnonzero(labels[places] != -100)
+            if not len(chosen):
+                continue
+            right = whole[places][chosen].tolist()
+            at.append((logits[chosen], right))
+            before.append((logits[chosen - 1], right))
+    found = evaluate(encoder[1], data_set, ["mlm", "mntp"], mask_rate=0.15)
+    same(found["mlm"], summed(at))
+    same(found["mntp"], summed(before))
+
+
+def test_a_decoder_under_mlm_sees_both_sides(encoder: tuple[Path, Path], reference: Any, data_set: Path, tokenizer_dir: Path,
+                                             tmp_path: Path) -> None:
+    """The encoder's weights as a decoder's: no document is longer than either window, so the losses are the same."""
+    config = EttinConfig.for_size("nano", causal=True, vocab_size=512, max_position_embeddings=LENGTH)
+    state = parity.random_model(EttinConfig.for_size("nano", causal=False, vocab_size=512)).state_dict()
+    torch.save(weights_checkpoint(state, config, objective="clm", tokenizer=str(tokenizer_dir)), tmp_path / "d.pt")
+    assert evaluate(tmp_path / "d.pt", data_set, ["mlm", "clm"]) == evaluate(encoder[0], data_set, ["mlm", "clm"])
+
+
+def test_the_same_batches_every_time_and_only_the_first_when_asked(encoder: tuple[Path, Path], data_set: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, again = (evaluate(encoder[0], data_set, ["mlm"])["mlm"] for _ in range(2))
+    assert whole == again
+    monkeypatch.setattr("ettin_foundry.tools.evaluate._BATCH_TOKENS", 4 * LENGTH)
+    assert evaluate(encoder[0], data_set, ["mlm"])["mlm"]["targets"] == whole["targets"]  # in more batches, the last short
+    counts = [evaluate(encoder[0], data_set, ["mlm"], max_batches=number)["mlm"]["targets"] for number in (1, 2)]
+    assert 0 < counts[0] < counts[1] < whole["targets"]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"objectives": ["mlm", "nsp"]}, r"--objective: \['nsp'\] given; they are mlm, clm, mntp, mdlm"),
+    ({"objectives": []}, "--objective: "),
+    ({"max_batches": 0}, "--max-batches: 0 given; at least 1"),
+    ({"max_seq_len": 128}, "--max-seq-len: 128 given; the model was made for 3 to 64"),
+    ({"max_seq_len": 32}, "32"),
+    ({"split": "test"}, "its complete splits are: train, validation"),
+    ({"mask_rate": 1.5}, "mask_rate: 1.5 given"),
+])
+def test_bad_input_is_refused(encoder: tuple[Path, Path], data_set: Path, change: dict[str, Any], message: str) -> None:
+    arguments = {"objectives": ["mlm"], **change}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        evaluate(encoder[0], data_set, **arguments)
+
+
+def test_another_tokenizer_than_the_set_s_is_refused(encoder: tuple[Path, Path], data_set: Path, tmp_path: Path) -> None:
+    from ettin_foundry.data.tokenizer import save, train_bpe
+
+    save(train_bpe(["quite another text, of few words"], 270), tmp_path / "other")
+    content = torch.load(encoder[0], weights_only=True)
+    content["state"]["callbacks"]["Clock"]["tokenizer"] = str(tmp_path / "other")
+    torch.save(content, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match="the data set was made with"):
+        evaluate(tmp_path / "b.pt", data_set, ["mlm"])
+
+
+def test_the_command_prints_what_the_function_returns(encoder: tuple[Path, Path], data_set: Path,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["evaluate", str(encoder[1]), "--data", str(data_set), "--objective", "clm", "--json"])
+    assert not end.value.code
+    expected = evaluate(encoder[1], data_set, ["clm"])
+    assert json.loads(capsys.readouterr().out) == expected
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(encoder[1]), "--data", str(data_set), "--objective", "clm"])
+    assert capsys.readouterr().out.splitlines()[1].split() == [
+        "clm", f"{expected['clm']['loss']:.4f}", f"{expected['clm']['accuracy']:.4f}",
+        f"{expected['clm']['perplexity']:.4g}", f"{expected['clm']['targets']:,.0f}"]

@@ -1,0 +1,611 @@
+"""The linter: pairs and chains of ours are clean, every changed key is found, and so is what drifted in the original."""
+
+import copy
+import dataclasses
+import inspect
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_recipes
+
+from ettin_foundry.cli import main as cli
+from ettin_foundry.model.config import SIZES
+from ettin_foundry.tools.lint_settings import lint_file, read_settings
+from ettin_foundry.tools.meaning import read_meaning
+from ettin_foundry.tools.pair import lint_chain, lint_pair
+from ettin_foundry.training import defaults, keys, recipes
+
+ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = [size for size in SIZES if size != "nano"]
+NANO = recipes.resolved([str(ROOT / "yamls/nano.yaml")])
+PHASES = ("pretrain", "extend", "decay", "cross")
+
+
+def recipe(side, size, phase, *overlays):
+    phases = () if phase == "pretrain" else (phase,)
+    return test_recipes.resolved(ROOT / f"yamls/ettin-{side}-{size}.yaml", *phases, *overlays)
+
+
+def changed(cfg, changes):
+    """A copy with dotted keys set; the value `...` removes a key."""
+    cfg = copy.deepcopy(cfg)
+    for key, value in changes.items():
+        block = cfg
+        *above, last = key.split(".")
+        for name in above:
+            block = block.setdefault(name, {})
+        if value is ...:
+            del block[last]
+        else:
+            block[last] = value
+    return cfg
+
+
+def verdicts(report):
+    return {d.key: d.verdict for d in report.differences}
+
+
+# ------------------------------------------------------------------ what settings mean
+
+
+def test_defaults_are_those_of_the_signatures():
+    from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS, TrainConfig
+
+    from ettin_foundry.data import loader as data
+    from ettin_foundry.model import composer as composer_model
+    from ettin_foundry.training import contrastive, ema
+    from ettin_foundry.training import optimizer as optim
+    from ettin_foundry.training import start as phases
+
+    plain = {field.name: field.default for field in dataclasses.fields(TrainConfig) if field.default not in (None, "???")}
+    assert defaults.HOST_DEFAULTS == plain and defaults.HOST_KEYS == TRAIN_CONFIG_KEYS
+    classes = {"ettin": composer_model.EttinModel, "ettin_contrastive": contrastive.EttinContrastive,
+               "ettin_text": data.build_ettin_loader, "ettin_stable_adamw": optim.StableAdamW,
+               "warmup_stable_decay": optim.WarmupStableDecay, "one_minus_sqrt": optim.OneMinusSqrt,
+               "ettin_phase": phases.EnterPhase, "ettin_cross": phases.CrossObjective, "ema": ema.EMA}
+    assert defaults.DEFAULTS.keys() == classes.keys()
+    for name, target in classes.items():
+        given = {p.name: p.default for p in inspect.signature(target).parameters.values()
+                 if p.default not in (None, p.empty)}
+        assert defaults.DEFAULTS[name] == {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}, name
+
+
+@pytest.mark.parametrize("a, b", [
+    ({}, {"variables": {"anything": 1}}),
+    ({"max_duration": "4_000_000tok"}, {"max_duration": "4e6tok"}),
+    ({"scheduler.t_warmup": "200_000tok"}, {"scheduler.t_warmup": "0.05dur"}),
+    ({"scheduler.t_decay": "0tok"}, {"scheduler.t_decay": "0ba"}),
+    ({"scheduler.t_decay": "0tok"}, {"scheduler.t_decay": "0tok", "scheduler.alpha_f": 0.02}),
+    ({"scheduler.t_decay": "1_000_000tok"},
+     {"scheduler.t_decay": "0.25dur", "scheduler.alpha_f": 0, "scheduler.t_max": "1dur"}),
+    ({"save_interval": "1_000_000tok"}, {"save_interval": "0.25dur"}),
+    ({"model.global_rope_theta": 10000}, {"model.global_rope_theta": ...}),
+    ({"model.window_left": 64}, {"model.local_attention": 128}),
+    ({"model.attn_out_dropout": 0.1, "model.attn_impl": "auto"}, {"load_path": None}),
+    ({"model.size": "17m", "model.num_hidden_layers": 4, "model.hidden_size": 128, "model.intermediate_size": 192,
+      "model.num_attention_heads": 2}, {}),
+    ({"seed": 17}, {"seed": ...}),
+    ({"precision": "amp_bf16"}, {"precision": ...}),
+    ({}, {"accumulate_train_batch_on_tokens": ...}),
+    ({"optimizer.max_lr": 3e-3}, {"optimizer.betas": ..., "optimizer.eps": ...}),
+    ({"optimizer.weight_decay": 0}, {"optimizer.weight_decay": ...}),
+    ({"train_loader.shuffle_window": 16, "train_loader.shuffle_seed": 21}, {"train_loader.shuffle_seed": ...}),
+    ({"train_loader.dataset.remote": None}, {"train_loader.dataset.on_bad_shard": "stop"}),
+    ({"train_loader.mask_rate": 0.3}, {"train_loader.mask_rate": [{"rate": 0.3}]}),
+    ({"train_loader.mask_rate": [{"until": "2_000_000tok", "rate": 0.3}, {"rate": 0.1}]},
+     {"train_loader.mask_rate": [{"until": "0.5dur", "rate": 0.3}, {"until": "1dur", "rate": 0.1}]}),
+    ({"model.objective": [{"until": "1dur", "objective": "mlm"}]}, {}),
+    ({"fsdp_config": {"mixed_precision": "FULL"}}, {}),
+    ({"callbacks.ettin_clock": {}}, {}),
+    ({"callbacks.ettin_phase": {"source": "x"}}, {"callbacks.ettin_phase": {"source": "x", "accept": [], "keep": "all"}}),
+    ({"eval_loader.label": "eval"}, {}),
+    ({"algorithms.ema": {}}, {"algorithms.ema": {"half_life": "1000ba", "ema_start": "0tok", "update_interval": "1ba"}}),
+    ({"eval_subset_num_batches": 16, "device_eval_batch_size": 16}, {"device_eval_batch_size": ...}),
+], ids=str)
+def test_two_spellings_of_one_thing_are_no_difference(a, b):
+    report = lint_pair(changed(NANO, a), changed(NANO, b))
+    assert report.fair and not report.differences, str(report)
+
+
+def test_a_list_of_evaluations_is_what_the_checks_make_of_one_with_several_objectives():
+    block = {key: value for key, value in NANO["eval_loader"].items() if key != "mask_rate"}
+    one = {**NANO, "eval_loader": {**block, "objective": ["mlm", "clm"], "mask_rate": 0.3}}
+    split = [{**block, "objective": "clm", "label": "clm"}, {**block, "objective": "mlm", "mask_rate": 0.3, "label": "mlm"}]
+    several = {key: value for key, value in NANO.items() if key != "eval_loader"} | {"eval_loaders": split}
+    assert not lint_pair(one, several).differences
+    split[1]["mask_rate"] = 0.15
+    assert [(d.key, d.a, d.b) for d in lint_pair(one, several).unfair] == [("eval_loader.mask_rate", 0.3, 0.15)]
+
+
+def test_nothing_heavy_is_imported():
+    code = ("import sys, ettin_foundry.cli.lint, ettin_foundry.tools.lint_settings\n"
+            "sys.exit(any(m in sys.modules for m in ('torch', 'llmfoundry', 'composer', 'transformers')))")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# ------------------------------------------------------------------ our recipes
+
+# what a pair's members may differ in, written out; every other key of a recipe is held equal by the test below
+DEMANDED = {"model.objective", "train_loader.objective", "eval_loader.objective", "train_loader.mask_rate",
+            "eval_loader.mask_rate", "model.window_left", "run_name", "save_folder"}
+# keys of our recipes that cannot change what is learnt
+FREE = {"device_train_microbatch_size", "train_loader.num_workers", "eval_loader.num_workers",
+        "eval_interval", "progress_bar", "log_to_console", "console_log_interval", "python_log_level", "save_interval",
+        "save_overwrite", "autoresume", "callbacks.ettin_phase.accept", "callbacks.ettin_cross.accept"}
+WATCHERS = {"speed_monitor", "lr_monitor", "runtime_estimator", "scheduled_gc", "ettin_monitor", "ettin_steps"}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_pair_of_recipes_is_fair(phase):
+    for size in PUBLISHED:
+        for overlays in ((), ("original",)) if size == "400m" else ((),):
+            report = lint_pair(recipe("enc", size, phase, *overlays), recipe("dec", size, phase, *overlays))
+            found = verdicts(report)
+            assert report.fair and set(found) <= DEMANDED and set(found.values()) == {"objective"}, (size, str(report))
+            assert {"model.objective", "train_loader.mask_rate", "run_name"} <= set(found)
+
+
+@pytest.mark.parametrize("side, other", [("enc", "dec"), ("dec", "enc")])
+def test_every_chain_of_recipes_is_clean(side, other):
+    for size in PUBLISHED:
+        for overlays in ((), ("original",)) if size == "400m" else ((),):
+            chain = [(phase, recipe(side, size, phase, *overlays)) for phase in PHASES[:-1]]
+            report = lint_chain([*chain, ("cross", recipe(other, size, "cross", *overlays))])
+            assert str(report) == "fair chain: no difference", (size, str(report))
+
+
+def another(key, value):
+    """A value of the same kind that means something else."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value * 2 if value else 1
+    if key == "model.size":
+        return "32m" if value != "32m" else "17m"
+    if key.endswith("objective"):
+        return "mntp" if value != "mntp" else "mlm"
+    if match := re.fullmatch(r"([0-9_.]+)(tok|ba|dur)", value):
+        return "0.5dur" if match[2] == "dur" else f"{float(match[1]) * 3 or 7:.0f}{match[2]}"
+    return f"{value}-x"
+
+
+def leaves(value, *path):
+    """(path, value) of every leaf, list items included."""
+    if isinstance(value, (dict, list)) and value:
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, *path, name)
+    else:
+        yield path, value
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_changing_any_key_of_a_recipe_in_one_member_is_unfair_unless_it_is_declared(phase):
+    enc, dec = recipe("enc", "400m", phase), recipe("dec", "400m", phase)
+    declared, unfair = set(), set()
+    for path, value in leaves({key: block for key, block in dec.items() if key != "variables"}):
+        mutated = copy.deepcopy(dec)
+        block = mutated
+        for name in path[:-1]:
+            block = block[name]
+        if value in ({}, []):
+            del block[path[-1]]  # an empty block has nothing to change but itself
+        else:
+            block[path[-1]] = another(".".join(map(str, path)), value)
+        key = ".".join(name for name in path if isinstance(name, str))
+        found = lint_pair(enc, mutated)
+        (declared if found.fair else unfair).add(key)
+    names = {key for key in declared if key.startswith("callbacks.") and key.split(".")[1] in WATCHERS}
+    free = FREE | {"callbacks.ettin_phase.source", "callbacks.ettin_cross.source"}
+    assert declared - names - DEMANDED == free & (declared | unfair)
+    assert {"seed", "optimizer.lr", "optimizer.betas", "scheduler.name", "model.size", "train_loader.dataset.local",
+            "train_loader.shuffle_seed", "max_seq_len", "global_train_batch_size", "precision", "max_duration",
+            "device_eval_batch_size",  # so many batches are validated on
+            "model.local_rope_theta", "accumulate_train_batch_on_tokens", "tokenizer.name"} <= unfair
+
+
+def test_adding_any_key_that_a_recipe_lacks_to_one_member_is_unfair_unless_it_is_declared():
+    dec = recipe("dec", "400m", "pretrain")
+    free = {"save_filename", "save_latest_filename", "save_num_checkpoints_to_keep", "only_composer_checkpoint",
+            "dist_timeout", "max_split_size_mb", "expandable_segments", "cuda_load_lazy", "profiler", "log_config",
+            "loggers", "metadata", "flatten_metadata", "eval_first", "device_train_batch_size", "device_train_grad_accum",
+            "n_gpus", "train_loader.prefetch_factor", "train_loader.pin_memory", "train_loader.persistent_workers",
+            "train_loader.timeout", "train_loader.dataset.cache_limit", "model.attn_impl",
+            "scheduler.alpha_f"}  # the end of a decay, of which there is none
+    known = [*defaults.HOST_KEYS - {"variables", "eval_loaders"}, *(f"model.{key}" for key in keys.MODEL_KEYS["ettin"]),
+             *(f"train_loader.{key}" for key in keys.LOADER_KEYS),
+             *(f"train_loader.dataset.{key}" for key in keys.DATASET_KEYS),
+             *(f"optimizer.{key}" for key in keys.BLOCK_KEYS["optimizer"]["ettin_stable_adamw"]),
+             *(f"scheduler.{key}" for key in keys.BLOCK_KEYS["scheduler"]["warmup_stable_decay"]),
+             *(f"callbacks.{name}" for name in keys.CALLBACK_KEYS), "anything", "train_loader.anything",
+             "callbacks.anything", "algorithms.gradient_clipping", "fsdp_config.mixed_precision", "compile_config"]
+    given = set(read_meaning("dec", dec).cfg) | {".".join(map(str, path)) for path, _ in leaves(dec)}
+    watchers = {f"callbacks.ettin_{name}" for name in ("clock", "export", "monitor", "samples", "steps")}
+    known = [key for key in known if key not in ("model.hidden_size", "model.num_attention_heads")]  # only both together
+    fair = {key for key in known if key not in given and not any(k.startswith(f"{key}.") for k in given) and lint_pair(
+        dec, changed(dec, {key: odd_value(key)})).fair}
+    assert fair - watchers == free
+
+
+def odd_value(key):
+    """What no default is."""
+    last = key.rpartition(".")[2]
+    if last in {field.name for field in dataclasses.fields(read_meaning("a", NANO).config)} | {"max_lr", "shuffle_window"}:
+        return {"local_attention": 64, "norm_eps": 1e-6, "attn_out_dropout": 0.2}.get(last, 5)
+    if last in ("t_max", "save_interval"):
+        return "0.9dur"
+    is_block = last in ("fsdp_config", "tp_config", "compile_config") or key.startswith(("callbacks.", "algorithms."))
+    return {"alpha_f": 0.5, "algorithms": {"given": {}}}.get(last, {"given": 1} if is_block else "odd")
+
+
+# ------------------------------------------------------------------ rules
+
+MLM, CLM = NANO, changed(NANO, {"model.objective": "clm", "train_loader.objective": "clm", "eval_loader.objective": "clm",
+                                "train_loader.mask_rate": 0.0, "eval_loader.mask_rate": 0.0, "run_name": "b"})
+
+
+@pytest.mark.parametrize("a, b, expected", [
+    # mask rates: of a clm member there is none, of two that mask they are equal
+    ({}, {"model.objective": "mntp", "train_loader.objective": "mntp"},
+     {"model.objective": "objective", "train_loader.objective": "objective"}),
+    ({}, {"model.objective": "mntp", "train_loader.objective": "mntp", "train_loader.mask_rate": 0.15},
+     {"model.objective": "objective", "train_loader.objective": "objective", "train_loader.mask_rate": "unfair"}),
+    ({}, {"model.objective": "mdlm", "train_loader.objective": "mdlm", "train_loader.mask_rate": 0.0},
+     {"model.objective": "objective", "train_loader.objective": "objective", "train_loader.mask_rate": "objective"}),
+    # two runs of one objective, as for a comparison of seeds: nothing is demanded by it
+    ({}, {"seed": 5, "run_name": "b", "save_folder": "b"},
+     {"seed": "unfair", "run_name": "harmless", "save_folder": "harmless"}),
+    # a window that is neither 64 and 63 nor equal
+    ({}, {"model.local_attention": 64}, {"model.local_attention": "unfair", "model.window_left": "unfair"}),
+    ({}, {"model.objective": "clm", "train_loader.objective": "clm", "train_loader.mask_rate": 0.0, "model.window_left": 40},
+     {"model.objective": "objective", "train_loader.objective": "objective", "train_loader.mask_rate": "objective",
+      "model.window_left": "unfair"}),
+    # microbatches, as long as targets weigh the same
+    ({}, {"device_train_microbatch_size": 2}, {"device_train_microbatch_size": "harmless"}),
+    ({"accumulate_train_batch_on_tokens": False},
+     {"accumulate_train_batch_on_tokens": False, "device_train_microbatch_size": 2},
+     {"device_train_microbatch_size": "unfair"}),
+    # more rows are validated on
+    ({}, {"device_eval_batch_size": 8}, {"device_eval_batch_size": "harmless", "eval_subset_num_batches": "unfair"}),
+    # weights to begin with
+    ({"load_path": "a"}, {"load_path": "b"}, {"load_path": "harmless"}),
+    ({"load_path": "a"}, {}, {"load_path": "unfair"}),
+    ({"callbacks.ettin_phase": {"source": "a"}}, {"callbacks.ettin_phase": {"source": "b", "keep": "weights"}},
+     {"callbacks.ettin_phase.source": "harmless", "callbacks.ettin_phase.keep": "unfair"}),
+    ({"callbacks.ettin_phase": {"source": "a"}}, {}, {"callbacks.ettin_phase": "unfair"}),
+    # sharding moves tensors, precision changes them
+    ({}, {"fsdp_config": {"activation_checkpointing": True}}, {"fsdp_config.activation_checkpointing": "harmless"}),
+    ({}, {"fsdp_config": {"activation_checkpointing": True, "mixed_precision": "PURE"}},
+     {"fsdp_config.activation_checkpointing": "harmless", "fsdp_config.mixed_precision": "unfair"}),
+    ({}, {"loggers": {"wandb": {"project": "x", "name": "y"}}}, {"loggers": "harmless"}),
+    ({}, {"callbacks.early_stopper": {"patience": "3ba"}}, {"callbacks.early_stopper.patience": "unfair"}),
+    # validated on another task, though trained alike
+    ({}, {"eval_loader.objective": ["mlm", "clm"]}, {"eval_loader.objective": "unfair"}),
+    ({}, {"eval_loader": None}, {"eval_loader": "unfair", "eval_interval": "harmless", "eval_subset_num_batches": "unfair",
+                                 "device_eval_batch_size": "harmless", "eval_first": "harmless"}),
+    ({"seed": 1}, {"seed": True}, {"seed": "unfair"}),  # equal in Python only
+    ({}, {"train_loader.dataset.local": "data/other", "eval_loader.dataset.local": "data/other",
+          "tokenizer.name": "data/other/tokenizer"}, {"train_loader.dataset": "unfair", "eval_loader.dataset": "unfair"}),
+], ids=str)
+def test_a_difference_has_the_verdict_of_its_rule(a, b, expected):
+    report = lint_pair(changed(MLM, a), changed(MLM, b))
+    assert verdicts(report) == expected, str(report)
+    assert report.fair is ("unfair" not in expected.values())
+    assert all(d.reason for d in report.differences)
+
+
+def test_in_the_contrastive_stage_microbatches_are_part_of_the_loss():
+    a = changed(NANO, {"model.name": "ettin_contrastive", "model.objective": "simcse", "train_loader.objective": "simcse",
+                       "eval_loader.objective": "simcse", "train_loader.mask_rate": 0.0, "eval_loader.mask_rate": 0.0})
+    b = changed(a, {"device_train_microbatch_size": 2, "device_eval_batch_size": 2, "model.pooling": "mean"})
+    assert {d.key for d in lint_pair(a, b).unfair} == {"device_train_microbatch_size", "device_eval_batch_size",
+                                                       "eval_subset_num_batches"}
+    assert [(d.key, d.a) for d in lint_pair(a, changed(a, {"model.attn_out_dropout": 0.1})).unfair] == [
+        ("model.attn_out_dropout", 0.3)]
+
+
+def test_a_schedule_of_objectives_is_what_the_pair_compares_and_masks_like_the_other():
+    biphasic = [{"until": "0.25dur", "objective": "clm"}, {"until": "1dur", "objective": "mlm"}]
+    a = changed(MLM, {"model.objective": biphasic, "train_loader.objective": biphasic})
+    assert set(verdicts(lint_pair(a, MLM)).values()) == {"objective"}
+    assert [d.key for d in lint_pair(a, changed(MLM, {"train_loader.mask_rate": 0.15})).unfair] == ["train_loader.mask_rate"]
+    assert lint_pair(a, CLM).fair
+
+
+def test_sets_are_compared_by_content_where_they_are_here(data_set, tmp_path):
+    def on(folder):
+        return changed(NANO, {"train_loader.dataset.local": str(folder), "eval_loader.dataset.local": str(folder),
+                              "tokenizer.name": f"{folder}/tokenizer"})
+
+    twin = tmp_path / "twin"
+    for split in ("train", "validation"):
+        (twin / split).mkdir(parents=True)
+        shutil.copy(data_set / split / "manifest.json", twin / split)
+    report = lint_pair(on(data_set), on(twin))
+    assert report.fair and verdicts(report) == {"train_loader.dataset": "harmless", "eval_loader.dataset": "harmless"}
+    assert any("fingerprint" in note for note in report.notes)
+    manifest = json.loads((twin / "train/manifest.json").read_text())
+    manifest["shards"][0]["raw"]["xxh64"] = "0" * 16
+    (twin / "train/manifest.json").write_text(json.dumps(manifest))
+    assert [d.key for d in lint_pair(on(data_set), on(twin)).unfair] == ["train_loader.dataset"]
+    missing = lint_pair(on(data_set), on(tmp_path / "none"))
+    assert [d.key for d in missing.unfair] == ["train_loader.dataset", "eval_loader.dataset"]
+    assert "not both on this machine" in missing.unfair[0].reason
+    nowhere = on(tmp_path / "none")
+    assert "not on this machine" in lint_pair(nowhere, nowhere).notes[0]
+
+
+def test_a_config_that_cannot_be_read_is_named():
+    with pytest.raises(ValueError, match=r"^second: model\.size: '3b'"):
+        lint_pair(NANO, changed(NANO, {"model.size": "3b"}), names=("first", "second"))
+    with pytest.raises(ValueError, match="^second: cannot be read: .*max_duration"):
+        lint_pair(NANO, changed(NANO, {"max_duration": ...}), names=("first", "second"))
+
+
+# ------------------------------------------------------------------ chains
+
+FIRST = changed(NANO, {"run_name": "first"})
+SECOND = changed(NANO, {"run_name": "second", "callbacks.ettin_phase": {"source": "x"}, "max_duration": "1_000_000tok",
+                        "scheduler": {"name": "one_minus_sqrt", "alpha_f": 0.5}})
+
+
+@pytest.mark.parametrize("first, second, expected", [
+    ({}, {}, {}),
+    ({}, {"callbacks.ettin_phase": ...}, {"load_path": ("4_000_000tok", "absent")}),
+    ({}, {"callbacks.ettin_phase": ..., "load_path": "x"}, {"load_path": ("4_000_000tok", "1_000_000tok")}),
+    # learning rate: 3e-3 at the end of the first
+    ({}, {"optimizer.lr": 6e-3, "optimizer.max_lr": 3e-3}, {"optimizer.lr": (3e-3, 6e-3)}),
+    ({}, {"optimizer.lr": 1e-3, "optimizer.max_lr": 3e-3}, {"optimizer.lr": (3e-3, 1e-3)}),
+    ({"scheduler.t_decay": "0.5dur", "scheduler.alpha_f": 0.1}, {}, {"optimizer.lr": (3e-4, 3e-3)}),
+    ({"scheduler.t_decay": "0.5dur", "scheduler.alpha_f": 0.1, "scheduler.t_max": "5_000_000tok"}, {},
+     {"optimizer.lr": (3e-3 * (1 - 0.5 * 0.9), 3e-3)}),  # half of the decay is done
+    ({}, {"optimizer.lr": 6e-3, "optimizer.max_lr": 3e-3,
+          "scheduler": {"name": "warmup_stable_decay", "t_warmup": "0.1dur", "t_decay": "0tok"}}, {}),  # warms up from 0
+    ({"optimizer.lr": 1e-3}, {"callbacks.ettin_phase.keep": "weights"}, {"optimizer.lr": (1e-3, 3e-3)}),
+    ({"optimizer.lr": 9e-3}, {"callbacks.ettin_phase.keep": "weights"}, {}),  # a new optimizer may begin lower
+    # weight decay is relative to max_lr
+    ({"scheduler.t_decay": "1dur", "scheduler.alpha_f": 0.5, "scheduler.t_warmup": "0tok"}, {"optimizer.lr": 1.5e-3},
+     {"optimizer.max_lr": (3e-3, 1.5e-3)}),
+    ({"scheduler.t_decay": "1dur", "scheduler.alpha_f": 0.5, "scheduler.t_warmup": "0tok"},
+     {"optimizer.lr": 1.5e-3, "optimizer.max_lr": 3e-3}, {}),
+    ({}, {"optimizer.weight_decay": 1e-3}, {"optimizer.weight_decay": (3e-4, 1e-3)}),
+    # theta
+    ({}, {"model.global_rope_theta": 160000, "model.local_rope_theta": 160000}, {}),
+    ({}, {"model.global_rope_theta": 160000}, {}),  # ModernBERT's way
+    ({}, {"model.local_rope_theta": 160000}, {"model.local_rope_theta": (10000.0, 160000)}),
+    ({"model.global_rope_theta": 160000}, {}, {"model.global_rope_theta": (160000, 10000.0)}),
+    # shape, length, kind
+    ({}, {"max_seq_len": 128}, {"max_seq_len": (256, 128)}),
+    ({}, {"max_seq_len": 512}, {}),
+    ({}, {"model.size": "17m"}, {"model.size": ("nano", "17m")}),
+    ({}, {"model.vocab_size": 512}, {"model.vocab_size": (8192, 512)}),
+    ({}, {"model.local_attention": 64}, {"model.local_attention": (128, 64), "model.window_left": (64, 32)}),
+    ({}, {"model.objective": "clm"}, {"model.objective": ("mlm", "clm")}),
+    ({}, {"model.objective": "clm", "callbacks.ettin_phase": ..., "callbacks.ettin_cross": {"source": "x"}}, {}),
+    ({"tokenizer.name": "org/one"}, {"tokenizer.name": "org/two"}, {"tokenizer.name": ("org/one", "org/two")}),
+    ({}, {"train_loader.dataset.local": "data/b", "tokenizer.name": "data/b/tokenizer"}, {}),  # unknown, not here
+    # the contrastive stage reads short texts at a learning rate of its own
+    ({"scheduler.t_decay": "1dur", "scheduler.t_warmup": "0tok"},
+     {"model.name": "ettin_contrastive", "model.objective": "simcse", "max_seq_len": 128, "optimizer.lr": 3e-5,
+      "callbacks.ettin_phase": ..., "callbacks.ettin_cross": {"source": "x"}}, {}),
+    # what a phase is for
+    ({}, {"train_loader.mask_rate": 0.15, "global_train_batch_size": 8, "seed": 5, "model.attn_out_dropout": 0.3}, {}),
+], ids=str)
+def test_what_does_not_go_on_in_a_chain_is_found(first, second, expected):
+    report = lint_chain([("first", changed(FIRST, first)), ("second", changed(SECOND, second))])
+    found = {d.key: (d.a, d.b) for d in report.differences}
+    assert found.keys() == expected.keys(), str(report)
+    for key, values in expected.items():
+        assert found[key] == pytest.approx(values, rel=1e-9) if key == "optimizer.lr" else found[key] == values
+    assert report.fair is not bool(expected) and all(d.where == "second" for d in report.differences)
+
+
+@pytest.mark.parametrize("thetas, at", [((1e4, 16e4, 1e4), [2]), ((1e4, 16e4, 16e4), []), ((1e4, 16e4, 32e4), [2]),
+                                        ((1e4, 1e4, 16e4), []), ((1e4, 16e4, 1e4, 16e4), [2, 3])], ids=str)
+def test_theta_may_go_up_once(thetas, at):
+    runs = [(str(i), changed(SECOND if i else FIRST, {"model.global_rope_theta": theta, "model.local_rope_theta": theta,
+                                                      "scheduler": {"name": "warmup_stable_decay", "t_warmup": "0tok",
+                                                                    "t_decay": "0tok"}}))
+            for i, theta in enumerate(thetas)]
+    keys_found = ["model.global_rope_theta", "model.local_rope_theta"]
+    assert [(d.key, d.where) for d in lint_chain(runs).differences] == [(key, str(i)) for i in at for key in keys_found]
+
+
+def test_tokenizers_beside_the_data_are_compared_by_their_manifests(data_set, tmp_path):
+    def on(cfg, folder):
+        return changed(cfg, {"train_loader.dataset.local": str(folder), "tokenizer.name": f"{folder}/tokenizer"})
+
+    (tmp_path / "train").mkdir()
+    manifest = json.loads((data_set / "train/manifest.json").read_text())
+    (tmp_path / "train/manifest.json").write_text(json.dumps(manifest))
+    assert lint_chain([("a", on(FIRST, data_set)), ("b", on(SECOND, tmp_path))]).fair
+    manifest["tokenizer"]["vocab_size"] -= 1
+    (tmp_path / "train/manifest.json").write_text(json.dumps(manifest))
+    report = lint_chain([("a", on(FIRST, data_set)), ("b", on(SECOND, tmp_path))])
+    assert [d.key for d in report.unfair] == ["tokenizer.name"]
+
+
+def test_a_scheduler_of_the_host_is_said_to_be_left_out():
+    cosine = changed(SECOND, {"scheduler": {"name": "cosine_with_warmup", "t_warmup": "0tok", "alpha_f": 0.1}})
+    report = lint_chain([("first", FIRST), ("second", cosine)])
+    assert report.fair and "cosine_with_warmup" in str(report) and "not compared" in str(report)
+
+
+# ------------------------------------------------------------------ the original's 48 runs
+
+ORIGINAL = ROOT / "tests/original_settings.json"
+# Base of local layers in thousands, as configured; None: not given, and the global base (160 in these phases) is inherited
+LOCAL = {  #                       17m   32m   68m   150m  400m  1b
+    ("extend", "enc"): dict(zip(PUBLISHED, (10, None, None, None, None, None))),
+    ("extend", "dec"): dict(zip(PUBLISHED, (10, None, None, None, None, None))),
+    ("decay", "enc"): dict(zip(PUBLISHED, (160, 160, 160, 160, 160, 160))),
+    ("decay", "dec"): dict(zip(PUBLISHED, (10, 10, 10, None, 10, 160))),
+    ("cross", "enc"): dict(zip(PUBLISHED, (160,) * 6)),
+    ("cross", "dec"): dict(zip(PUBLISHED, (160,) * 6)),
+}
+NO_RESET = {"enc 1b extend", "dec 1b extend", "enc 400m decay"}
+NO_OVERRIDE = {"enc 400m decay"}
+BOTH = ("enc", "dec")
+
+
+def theta_drift():
+    """(key, where) of every finding about local theta, from the table alone."""
+    base = {place: {size: theta or 160 for size, theta in row.items()} for place, row in LOCAL.items()}
+    found = set()
+    for size in PUBLISHED:
+        for phase in ("extend", "decay", "cross"):
+            if base[phase, "enc"][size] != base[phase, "dec"][size]:
+                found.add(f"enc and dec {size} {phase}")
+        for side in BOTH:  # after extend, global layers keep their base, so local ones must too; cross makes the other side
+            steps = [("decay", side), ("cross", {"enc": "dec", "dec": "enc"}[side])]
+            before = base["extend", side][size]
+            for phase, of in steps:
+                if base[phase, of][size] != before:
+                    found.add(f"{of} {size} {phase}")
+                before = base[phase, of][size]
+    found |= {f"{side} {phase}" for (phase, side), row in base.items() if len(set(row.values())) > 1}
+    return {("model.local_rope_theta", where) for where in found}
+
+
+def test_the_originals_drift_and_missing_resets_are_found_and_nothing_else():
+    entered = {f"{side} {size} {phase}" for side in BOTH for size in PUBLISHED for phase in ("extend", "decay")}
+    decays = {where for where in entered if where.endswith("decay")}
+    warmed_up = {f"{side} {size} {phase}" for side in BOTH for size in PUBLISHED for phase in ("pretrain", "cross")}
+    expected = (theta_drift()
+                | {("load_path", where) for where in NO_RESET}
+                | {("reset_time", where) for where in entered - NO_RESET}  # with autoresume, at every start
+                | {("optimizer.lr", where) for where in decays}  # twice what is meant, with restart_override or without
+                | {("train_loader.batch_size_warmup_tokens", where) for where in warmed_up}  # read by the packer only
+                | {("reset_time", where) for where in ("enc and dec 400m decay", "enc extend", "dec extend", "enc decay")}
+                | {("restart_override", where) for where in ("enc and dec 400m decay", "enc decay")})
+    report = lint_file(ORIGINAL)
+    found = [(d.key, d.where) for d in report.differences]
+    assert len(found) == len(set(found)) and set(found) == expected
+    assert len(theta_drift()) == 4 + 8 + 3 and len(expected) == 81
+    assert not report.fair and "48 runs, 24 pairs of one size and phase, 12 chains of phases" in str(report)
+
+
+def test_the_originals_findings_say_from_what_to_what():
+    found = {(d.key, d.where): (d.a, d.b, d.reason) for d in lint_file(ORIGINAL).differences}
+    theta = {where: values[:2] for (key, where), values in found.items() if key == "model.local_rope_theta"}
+    for size in ("32m", "68m", "400m"):  # up, down, and up again
+        assert theta[f"dec {size} decay"] == (160_000, 10_000) and theta[f"enc {size} cross"] == (10_000, 160_000)
+    for where, words in (("dec 32m decay", "goes back"), ("enc 32m cross", "goes back"), ("enc 17m decay", "leaves global")):
+        assert words in found["model.local_rope_theta", where][2]
+    assert theta["enc 17m decay"] == theta["enc 17m cross"] == (10_000, 160_000)
+    assert theta["enc and dec 17m decay"] == (160_000, 10_000)
+    assert theta["dec decay"] == ("160000: 150m 1b", "10000: 17m 32m 68m 400m")
+    assert theta["enc extend"] == theta["dec extend"] == ("10000: 17m", "160000: 32m 68m 150m 400m 1b")
+    assert found["load_path", "dec 1b extend"][:2] == ("1_700_000_000_000tok", "83_333_000_000tok")
+    for size, peak in zip(PUBLISHED, (3e-3, 3e-3, 3e-3, 8e-4, 5e-4, 5e-4)):
+        for side in BOTH:
+            meant, acts, reason = found["optimizer.lr", f"{side} {size} decay"]
+            assert (meant, acts) == pytest.approx((peak / 2, peak), rel=1e-9) and "2 times" in reason
+            assert ("restart_override" in reason) is (f"{side} {size} decay" not in NO_OVERRIDE)
+    assert found["restart_override", "enc and dec 400m decay"][:2] == ("absent", True)
+
+
+def test_the_file_of_settings_is_the_originals():
+    """Against original_recipe.json, run by run, and against the table above."""
+    runs = {(run.size, run.side, run.phase): run.settings for run in read_settings(ORIGINAL)}
+    facts = {(run["size"], run["side"], run["phase"]): test_recipes.facts_of_original(run)
+             for run in test_recipes.ORIGINAL["runs"]}
+    assert runs.keys() == facts.keys() and len(runs) == 48
+    for place, settings in runs.items():
+        model, optimizer, scheduler = settings["model"], settings["optimizer"], settings["scheduler"]
+        mine = {key: settings.get(key) for key in ("max_seq_len", "global_train_batch_size", "device_train_microbatch_size",
+                                                   "seed", "precision", "accumulate_train_batch_on_tokens", "eval_interval")}
+        mine |= {key: settings["train_loader"][key] for key in ("shuffle", "shuffle_seed", "num_workers")}
+        mine |= {key: optimizer[key] for key in ("lr", "weight_decay", "betas", "eps")}
+        mine |= {key: model[key] for key in ("global_rope_theta", "local_rope_theta", "window_left")}
+        mine |= {f"{key}_tokens": int(scheduler[key][:-3]) if key in scheduler else None for key in ("t_warmup", "t_decay",
+                                                                                                   "t_max")}
+        mine |= {"name": scheduler["name"], "alpha_f": scheduler["alpha_f"], "objective": model["objective"].upper(),
+                 "max_duration_tokens": int(settings["max_duration"][:-3]),
+                 "save_interval_tokens": int(settings["save_interval"][:-3]),
+                 "autoresume": settings.get("autoresume", False),
+                 "load_path_set": "load_path" in settings, "has_eval_loader": "eval_loader" in settings,
+                 "sequence_packing": settings["train_loader"]["packing"],
+                 "mlm_probability_train_effective": settings["train_loader"]["mask_rate"],
+                 "mlm_probability_eval": settings.get("eval_loader", {}).get("mask_rate")}
+        assert mine == facts[place], place
+    raw = {(entry["phase"], entry["side"], entry["size"]): entry["settings"]
+           for entry in json.loads(ORIGINAL.read_text())["runs"]}
+    for (phase, side), row in LOCAL.items():
+        for size, theta in row.items():
+            assert raw[phase, side, size]["model"]["local_rope_theta"] == (None if theta is None else theta * 1000)
+    for (phase, side, size), settings in raw.items():
+        loaded, where = phase in ("extend", "decay", "cross"), f"{side} {size} {phase}"
+        assert settings.get("reset_time", False) is (loaded and where not in NO_RESET)
+        assert settings.get("restart_override", False) is (phase == "decay" and where not in NO_OVERRIDE)
+        assert settings.get("load_weights_only", False) is (phase == "cross")
+
+
+@pytest.mark.parametrize("content, words", [
+    ("[", "is not JSON"), ("{}", "holds no list `runs`"),
+    ('{"runs": [{"size": "17m", "side": "left", "phase": "decay"}]}', "left"),
+    ('{"runs": [{"size": "17m", "side": "enc", "phase": "decay"}]}', "settings are None"),
+    ('{"runs": [{"size": "17m", "side": "enc", "phase": "decay", "settings": {}}]}', "enc 17m decay"),
+    ('{"runs": [{"size": "17m", "side": "enc", "phase": "decay", "settings": {}},'
+     ' {"size": "17m", "side": "enc", "phase": "decay", "settings": {}}]}', "two runs"),
+])
+def test_a_file_that_holds_no_settings_is_refused(tmp_path, content, words):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        lint_file(tmp_path / "x.json")
+    with pytest.raises(FileNotFoundError, match="none.json"):
+        lint_file(tmp_path / "none.json")
+
+
+# ------------------------------------------------------------------ report and command
+
+
+def test_the_table_is_aligned_unfair_first_and_ends_with_the_verdict():
+    lines = str(lint_pair(MLM, changed(CLM, {"seed": 5, "callbacks.lr_monitor": ...}), names=("one", "two"))).splitlines()
+    head, rows = lines[0], [line for line in lines[1:-1] if not line.startswith("note:")]
+    assert head.split() == ["verdict", "key", "one", "two", "why"]
+    order = [row.split()[0] for row in rows]
+    assert order == sorted(order, key=["unfair", "harmless", "objective"].index) and order[:2] == ["unfair", "harmless"]
+    assert rows[0].split()[:4] == ["unfair", "seed", "21", "5"]
+    columns = [head.index(word) for word in ("key", "one", "two", "why")]
+    assert all(row[column - 1] == " " and row[column] != " " for row in rows for column in columns)
+    assert lines[-1].startswith("unfair pair: 1 unfair, ") and lines[-1].endswith("1 harmless; unfair: seed")
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["lint", *map(str, arguments)])
+    return end.value.code or 0, *capsys.readouterr()
+
+
+def test_the_command_takes_joined_files_and_keys_and_its_exit_code_is_the_verdict(capsys):
+    nano = f"{ROOT}/yamls/nano.yaml"
+    decoder = f"{nano}+variables.objective=clm+variables.mask_rate=0.0"
+    code, out, _ = run(capsys, nano, decoder)
+    assert code == 0 and out.splitlines()[-1].startswith("fair pair: ")
+    code, out, _ = run(capsys, nano, f"{decoder}+optimizer.eps=1e+5", "seed=3")
+    assert code == 1 and out.splitlines()[-1].endswith("unfair: optimizer.eps") and "100000" in out
+    extend = f"{nano}+{ROOT}/yamls/phases/extend.yaml+variables.source=x"
+    code, out, _ = run(capsys, "--chain", nano, extend, f"{ROOT}/yamls/nano.yaml+{ROOT}/yamls/phases/decay.yaml+"
+                       "variables.source=x")
+    assert code == 0 and out == "fair chain: no difference\n"
+    code, out, _ = run(capsys, "--chain", extend, nano)
+    assert code == 1 and "load_path" in out
+    code, out, _ = run(capsys, ORIGINAL)
+    assert code == 1 and out.splitlines()[-1].startswith("unfair suite: 81 unfair")
+
+
+@pytest.mark.parametrize("arguments, code, words", [
+    (("yamls/nano.yaml",), 2, "two runs are compared"), (("a.yaml", "b.yaml", "c.yaml"), 2, "--chain"), ((), 2, "A B"),
+    (("yamls/nano.yaml", "none.yaml"), 1, "error: none.yaml: none.yaml: no such file"), (("none.json",), 1, "none.json"),
+    (("yamls/nano.yaml", "yamls/nano.yaml+max_duration=1ep"), 1,
+     "error: yamls/nano.yaml+max_duration=1ep: max_duration: '1ep'"),
+])
+def test_a_wrong_command_line_and_a_refused_run_are_told_apart(capsys, monkeypatch, arguments, code, words):
+    monkeypatch.chdir(ROOT)
+    found, _, err = run(capsys, *arguments)
+    assert found == code and words in " ".join(err.split()), err

@@ -1,0 +1,567 @@
+"""Claims about suites: what a file means, what is refused before work, and how stages run, go on, fail and are stopped.
+
+Nothing is trained: the suites' command is a small program that leaves what a run leaves, a checkpoint and its steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import functools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import nano_run
+import parity
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from ettin_foundry.cli import main as cli
+from ettin_foundry.model.config import SIZES, EttinConfig
+from ettin_foundry.model.weights import import_folder, weights_checkpoint
+from ettin_foundry.tools.evaluate import evaluate
+from ettin_foundry.tools.pair import lint_chain, lint_pair
+from ettin_foundry.tools.suite import Stage, Suite, load
+from ettin_foundry.tools.suite_picture import _smooth
+from ettin_foundry.tools.suite_process import Stopped, _reason, _Steps, signals
+from ettin_foundry.tools.suite_run import StageFailed, inspect, run_suite
+from ettin_foundry.training import checks, recipes, starts
+
+ROOT = nano_run.ROOT
+STEPS = 8  # of each stage, of 500 tokens
+
+# Leaves a checkpoint prepared beside it and a log of steps in save_folder, or does what the file named as the stage says.
+PROGRAM = """
+import json, pathlib, shutil, subprocess, sys, time
+here = pathlib.Path(__file__).resolve().parents[1]
+folder = pathlib.Path(next(a for a in sys.argv if a.startswith("save_folder=")).split("=", 1)[1])
+plan = here / f"{folder.name}.plan"
+plan = plan.read_text() if plan.exists() else "finish"
+with (here / "called").open("a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+print("training", folder.name, flush=True)
+number = {"finish": 8, "other rows": 8}.get(plan, 4)
+with (folder / "steps.jsonl").open("w") as file:
+    for step in range(number):
+        file.write(json.dumps({"step": step, "tokens": 500 * step, "rows": 8, "objective": "mlm", "mask_rate": 0.3,
+                               "lr": 0.001, "loss": 6.0 - step / 8, "seconds": 0.5,
+                               "ids_hash": f"{step + (plan == 'other rows' and step == 5):012x}"}) + "\\n")
+if plan == "fail":
+    print("Traceback (most recent call last):\\n  File nowhere\\nRuntimeError: the disk is full\\n  really")
+    print("ERROR:composer.cli.launcher:Rank 0 crashed with exit code 7.")
+    sys.exit(7)
+if plan == "hang":
+    child = subprocess.Popen(["sleep", "600"])
+    (here / "hanging").write_text(str(child.pid))
+    time.sleep(600)
+kind = "half" if plan in ("half", "half and fail") else "whole"
+shutil.copy(here / f"{folder.name}.{kind}.pt", folder / f"ep0-ba{number}-rank0.pt")
+sys.exit(9 if plan == "half and fail" else 0)
+"""
+
+
+class Small:
+    """A suite of four stages in a folder, whose checkpoints are prepared."""
+
+    def __init__(self, folder: Path, data: Path, tokenizer: Path) -> None:
+        self.folder, self.tokenizer = folder, tokenizer
+        self.file, self.program = folder / "suite.yaml", folder / "program.py"
+        self.program.write_text(PROGRAM)
+        common = [f"variables.data={data}", *(f"variables.packed.{key}.{phase}={value}" for phase in ("pretrain", "extend")
+                   for key, value in (("max_seq_len", 64), ("global_batch", 8), ("microbatch", 8)))]
+        files = ("nano.yaml", "options/decoder.yaml", "phases/extend.yaml")
+        nano, decoder, extend = (str(ROOT / "yamls" / name) for name in files)
+        self.plain: dict[str, Any] = {
+            "name": "small", "root": "root", "command": shlex.join([sys.executable, str(self.program)]),
+            "overrides": [*common, "variables.vocab_size=512", "max_duration=4_000tok", "variables.warmup=500tok"],
+            "stages": {"encoder-pretrain": {"yaml": [nano], "pair": "pretrain"},
+                       "decoder-pretrain": {"yaml": [nano, decoder], "pair": "pretrain"},
+                       "encoder-extend": {"yaml": [nano, extend], "from": "encoder-pretrain", "pair": "extend"},
+                       "decoder-extend": {"yaml": [nano, decoder, extend], "from": "decoder-pretrain", "pair": "extend"}},
+            "exports": {"encoder": "encoder-extend", "decoder": "decoder-extend"},
+            "evaluation": {"data": str(data), "objectives": ["clm", "mlm"], "mask_rate": 0.15, "max_batches": 1}}
+
+    def suite(self, *overrides: str, prepare: bool = True, **keys: Any) -> Suite:
+        """Writes the file with these keys and reads it; prepares the checkpoints that its stages would leave."""
+        self.plain.update(keys)
+        self.file.write_text(OmegaConf.to_yaml(OmegaConf.create(self.plain)))
+        suite = load(self.file, overrides)
+        for stage in suite.stages if prepare else ():
+            self.prepare(stage)
+        return suite
+
+    def prepare(self, stage: Stage) -> None:
+        config = stage.config()
+        shape, objective = checks.model_config(config), config["model"]["objective"]
+        # whole models only where they will be exported
+        state = _weights(shape) if self.plain["exports"] else {"output_bias": torch.zeros(1)}
+        text = starts.config_text(config)
+        for kind, share in (("half", 2), ("whole", 1)):
+            content = weights_checkpoint(state, shape, objective=objective, tokenizer=str(self.tokenizer))
+            content["state"]["callbacks"]["Clock"].update({
+                "tokens": 500 * STEPS // share, "batch": STEPS // share, "run_name": config["run_name"], "run_config": text,
+                "run_hash": starts.config_hash(text), "objective_schedule": json.dumps(objective)})
+            torch.save(content, self.folder / f"{stage.name}.{kind}.pt")
+
+    def plan(self, stage: str, what: str) -> None:
+        (self.folder / f"{stage}.plan").write_text(what)
+
+    @property
+    def called(self) -> list[list[str]]:
+        """The arguments of each process that was started, in order."""
+        path = self.folder / "called"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    @property
+    def trained(self) -> list[str]:
+        return [Path(next(a for a in args if a.startswith("save_folder="))).name for args in self.called]
+
+
+_STATES: dict[bool, Any] = {}
+
+
+def _weights(shape: EttinConfig) -> Any:
+    if shape.causal not in _STATES:
+        _STATES[shape.causal] = parity.random_model(shape, seed=int(shape.causal)).state_dict()
+    return _STATES[shape.causal]
+
+
+_resolved = functools.lru_cache(maxsize=None)(recipes.resolved)
+
+
+@pytest.fixture
+def small(tmp_path: Path, data_set: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Small:
+    """The same command lines in every test, so that what they mean, a tenth of a second each, is read once."""
+    monkeypatch.setattr(recipes, "resolved", lambda args: copy.deepcopy(_resolved(tuple(args))))
+    folder = tmp_path / "a b"  # a space, so that quoting matters
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return Small(folder, data_set, tokenizer_dir)
+
+
+ALL = ["encoder-pretrain", "decoder-pretrain", "encoder-extend", "decoder-extend"]
+
+
+# ------------------------------------------------------------------ running
+
+
+def test_stages_run_in_order_with_the_listed_commands_and_a_second_call_trains_nothing(
+        small: Small, capfd: pytest.CaptureFixture[str]) -> None:
+    suite = small.suite(evaluation=None, exports={})
+    run_suite(suite)
+    assert small.trained == ALL
+    assert [[sys.executable, str(small.program), *args] for args in small.called] == [suite.words(s) for s in suite.stages]
+    log = (suite.stage("encoder-pretrain").folder / "suite.log").read_text()
+    assert log.strip().splitlines() == [f"$ {shlex.join(suite.words(suite.stages[0]))}", "training encoder-pretrain"]
+    capfd.readouterr()
+    run_suite(small.suite(prepare=False))
+    assert small.trained == ALL
+    assert "1/4 encoder-pretrain: finished, 4,000 tokens" in capfd.readouterr().err
+
+
+def test_a_stage_starts_from_the_folder_of_the_one_before(small: Small) -> None:
+    suite = small.suite(prepare=False)
+    config = suite.stage("decoder-extend").config()
+    assert config["callbacks"]["ettin_phase"]["source"] == "root/decoder-pretrain"
+    assert [stage.name for stage in suite.chain(suite.stage("decoder-extend"))] == ["decoder-pretrain", "decoder-extend"]
+
+
+def test_a_failed_stage_stops_the_chain_with_its_reason_and_the_same_command_goes_on(
+        small: Small, capfd: pytest.CaptureFixture[str]) -> None:
+    small.suite(evaluation=None, exports={})
+    small.plan("decoder-pretrain", "fail")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["suite", str(small.file)])
+    error = capfd.readouterr().err
+    assert end.value.code == 3 and "error: decoder-pretrain failed: exit code 7" in error
+    assert "RuntimeError: the disk is full\n    really" in error and "Traceback" not in error
+    assert small.trained == ALL[:2]
+    small.plan("decoder-pretrain", "finish")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["suite", str(small.file)])
+    assert not end.value.code and small.trained == [*ALL[:2], *ALL[1:]]
+
+
+def test_an_interrupted_stage_runs_again_and_finished_ones_do_not(small: Small) -> None:
+    suite = small.suite(evaluation=None, exports={})
+    small.plan("encoder-extend", "half and fail")
+    with pytest.raises(StageFailed, match="encoder-extend failed: exit code 9"):
+        run_suite(suite)
+    assert inspect(suite.stage("encoder-extend")).tokens == 2000
+    small.plan("encoder-extend", "finish")
+    run_suite(suite)
+    assert small.trained == [*ALL[:3], *ALL[2:]]
+    assert small.called[2] == small.called[3]
+
+
+def test_a_process_that_ends_well_without_its_tokens_has_failed(small: Small) -> None:
+    small.plan("encoder-pretrain", "half")
+    with pytest.raises(StageFailed, match="exit code 0, but its newest checkpoint has 2,000 tokens, and max_duration is 4"):
+        run_suite(small.suite())
+    assert small.trained == ALL[:1]
+
+
+def test_pairs_that_read_other_rows_stop_the_chain(small: Small) -> None:
+    small.plan("decoder-pretrain", "other rows")
+    with pytest.raises(ValueError, match="encoder-pretrain and decoder-pretrain did not read the same rows at step 5 "):
+        run_suite(small.suite())
+    assert small.trained == ALL[:2]
+
+
+def test_one_stage_runs_alone_after_the_one_it_starts_from(small: Small) -> None:
+    suite = small.suite()
+    with pytest.raises(ValueError, match="encoder-extend: starts from encoder-pretrain, which is not finished. Run that"):
+        run_suite(suite, only=["encoder-extend"])
+    run_suite(suite, only=["encoder-pretrain"])
+    run_suite(suite, only=["encoder-extend"])
+    assert small.trained == ["encoder-pretrain", "encoder-extend"]
+    assert not (small.folder / "root" / "report.json").exists()
+    with pytest.raises(ValueError, match=r"--report: given, but decoder-pretrain, decoder-extend not finished"):
+        run_suite(suite, report_only=True)
+    with pytest.raises(ValueError, match="--stage: 'decay' given; .* has encoder-pretrain, decoder-pretrain"):
+        run_suite(suite, only=["decay"])
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_told_to_end_it_ends_the_stage_and_all_that_it_started(
+        small: Small, capfd: pytest.CaptureFixture[str], signum: int, code: int) -> None:
+    small.suite()
+    small.plan("encoder-pretrain", "hang")
+    hanging = small.folder / "hanging"
+
+    def tell() -> None:
+        while not (hanging.exists() and hanging.read_text()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signum)
+
+    threading.Thread(target=tell).start()
+    with pytest.raises(SystemExit) as end:
+        cli.main(["suite", str(small.file)])
+    assert end.value.code == code and "stopped. The same command continues." in capfd.readouterr().err
+    state = subprocess.run(["ps", "-o", "stat=", "-p", hanging.read_text()], capture_output=True, text=True).stdout.strip()
+    assert state in ("", "Z")  # gone, or waiting only for its parent's parent to notice
+    assert small.trained == ALL[:1]
+
+
+def test_signals_are_as_before_afterwards() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped), signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_folder_in_which_another_process_trains_is_left_alone(small: Small) -> None:
+    suite = small.suite()
+    folder = suite.stage("encoder-pretrain").folder
+    folder.mkdir(parents=True)
+    with (folder / ".suite.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="encoder-pretrain: another process trains in "):
+            run_suite(suite)
+    assert small.called == []
+
+
+def test_the_stage_holds_the_lock_itself_so_that_it_outlives_us(small: Small) -> None:
+    """Killed without a chance to end its stage, the suite leaves it training; a second one must see that."""
+    suite = small.suite()
+    small.plan("encoder-pretrain", "hang")
+    code = ("import sys; from ettin_foundry.tools.suite import load; from ettin_foundry.tools.suite_process import run_process\n"  # noqa: E501
+            "suite = load(sys.argv[1]); run_process(suite.stages[0], suite.words(suite.stages[0]), 'x')")
+    parent = subprocess.Popen([sys.executable, "-c", code, str(small.file)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    child = None
+    try:
+        while not ((small.folder / "hanging").exists() and (small.folder / "hanging").read_text()):
+            assert parent.poll() is None
+            time.sleep(0.05)
+        child = int((small.folder / "hanging").read_text())
+        parent.kill()
+        parent.wait()
+        small.plan("encoder-pretrain", "finish")  # of a second process, if one were started
+        with pytest.raises(ValueError, match="encoder-pretrain: another process trains in "):
+            run_suite(suite)
+    finally:
+        parent.kill()
+        if child is not None:
+            os.killpg(os.getpgid(child), signal.SIGKILL)
+
+
+# ------------------------------------------------------------------ refused before anything starts
+
+
+def test_a_finished_stage_of_other_settings_is_refused_with_both_values(small: Small) -> None:
+    run_suite(small.suite(), only=["encoder-pretrain"])
+    other = small.suite(prepare=False, overrides=[*small.plain["overrides"], "variables.peak_lr=1.0e-3", "seed=5"])
+    with pytest.raises(ValueError) as error:
+        run_suite(other)
+    for text in ("stages.encoder-pretrain", "was trained with other settings", "optimizer.lr: 0.003 then, 0.001 now",
+                 "seed: 21 then, 5 now"):
+        assert text in str(error.value)
+    assert small.trained == ALL[:1]
+
+
+def test_a_finished_stage_that_only_logs_otherwise_is_finished(small: Small) -> None:
+    run_suite(small.suite(), only=["encoder-pretrain"])
+    again = small.suite(prepare=False, overrides=[*small.plain["overrides"], "console_log_interval=1ba"])
+    assert inspect(again.stage("encoder-pretrain")).finished
+
+
+def test_another_source_is_another_run(small: Small) -> None:
+    run_suite(small.suite(), only=["encoder-pretrain", "encoder-extend"])
+    small.plain["stages"]["first"] = small.plain["stages"].pop("encoder-pretrain")
+    stages = {"first": {"yaml": small.plain["stages"]["first"]["yaml"]},
+              "encoder-extend": {**small.plain["stages"]["encoder-extend"], "from": "first", "pair": None}}
+    changed = small.suite(prepare=False, stages=stages, exports={}, evaluation=None)
+    with pytest.raises(ValueError, match=r"ettin_phase.source: root/encoder-pretrain then, root/first now"):
+        inspect(changed.stage("encoder-extend"))
+
+
+def test_an_unfair_pair_is_refused_and_allowed_by_hand(small: Small) -> None:
+    small.plain["stages"]["decoder-pretrain"]["overrides"] = ["train_loader.shuffle_seed=22"]
+    suite = small.suite(exports={}, evaluation=None)
+    with pytest.raises(ValueError, match=r"(?s)could not be compared.*train_loader.shuffle_seed.*--allow-unfair"):
+        run_suite(suite)
+    assert small.called == []
+    run_suite(suite, allow_unfair=True)
+    report = json.loads((small.folder / "root" / "report.json").read_text())
+    assert report["allowed_unfair"] == ["pair pretrain: encoder-pretrain, decoder-pretrain"]
+    text = (small.folder / "root" / "report.md").read_text()
+    assert "Not a fair comparison" in text and "train_loader.shuffle_seed" in text
+
+
+@pytest.mark.parametrize("stage, override, message", [
+    ("decoder-extend", "optimizer.momentum=0.9", "stages.decoder-extend: optimizer.momentum: unknown key"),
+    ("encoder-extend", "variables.typo=1", "stages.encoder-extend: variables.typo: .* has no such variable"),
+    ("decoder-extend", "variables.data=nowhere", "stages.decoder-extend: .*nowhere"),
+])
+def test_a_late_stage_that_could_not_run_is_found_before_the_first_starts(
+        small: Small, stage: str, override: str, message: str) -> None:
+    small.plain["stages"][stage]["overrides"] = [override]
+    for member in ("encoder-extend", "decoder-extend"):  # alone they are no pair, which is not what is tested here
+        small.plain["stages"][member].pop("pair")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_suite(small.suite(prepare=False))
+    assert small.called == []
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"name": None}, "name: None given; a text is needed"),
+    ({"name": "a/b"}, "name: 'a/b'"),
+    ({"root": "s3://bucket/x"}, "root: 's3://bucket/x' given; .* local folder"),
+    ({"stage": {}}, "stage: unknown key; the keys are extends, name"),
+    ({"scale": 0}, "scale: 0 given; a number above 0"),
+    ({"scale": "tenth"}, "scale: 'tenth' given"),
+    ({"command": " "}, "command: ' ' given"),
+    ({"stages": {}}, "stages: {} given; at least one"),
+    ({"stages": {"a": {"yaml": ["x.yaml"], "after": "b"}}}, "stages.a.after: unknown key; the keys are yaml, overrides"),
+    ({"stages": {"a": {"yaml": ["x.yaml"], "from": "b"}, "b": {"yaml": ["x.yaml"]}}}, "stages.a.from: 'b' given; .* before"),
+    ({"stages": {"a": {"yaml": ["x.yaml"], "from": "a"}}}, "stages.a.from: 'a' given"),
+    ({"stages": {"models": {"yaml": ["x.yaml"]}}}, "stages.models: not a possible name"),
+    ({"stages": {"a": {"yaml": "x.yaml"}}}, "stages.a.yaml: 'x.yaml' given; a list"),
+    ({"stages": {"a": {"yaml": ["x.yaml"], "overrides": ["save_folder=x"]}}}, "stages.a.overrides: 'save_folder=x' given"),
+    ({"overrides": ["--dry-run"]}, "overrides: '--dry-run' given"),
+    ({"stages": {"a": {"yaml": ["x.yaml"], "pair": "p"}}}, "pair: 'p' given for one stage only"),
+    ({"exports": {"encoder": "x"}}, "exports.encoder: 'x' given; a stage is needed, one of encoder-pretrain"),
+    ({"exports": {}}, "evaluation: given without exports"),
+    ({"evaluation": {"data": "x", "objectives": ["nsp"]}}, "evaluation.objectives: 'nsp' given; they are mlm, clm"),
+    ({"evaluation": {"data": "x", "batches": 1}}, "evaluation.batches: unknown key"),
+    ({"evaluation": {"data": "x", "max_batches": 0}}, "evaluation.max_batches: 0 given"),
+    ({"evaluation": {"objectives": ["clm"]}}, "evaluation.data: None given"),
+    ({"extends": "suite.yaml"}, "extends: leads back to"),
+    ({"extends": "absent.yaml"}, "absent.yaml: no such file"),
+    ({"root": "${variables.place}"}, "variables"),
+])
+def test_a_file_that_means_nothing_is_refused_by_key(small: Small, change: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        small.suite(prepare=False, **change)
+
+
+def test_a_command_that_is_not_there_is_named(small: Small) -> None:
+    with pytest.raises(ValueError, match="command: 'no-such-program' cannot be started"):
+        run_suite(small.suite(command="no-such-program train.py"))
+
+
+# ------------------------------------------------------------------ what a file means
+
+
+def test_list_gives_every_stage_with_its_exact_command(small: Small, capsys: pytest.CaptureFixture[str]) -> None:
+    suite = small.suite(prepare=False)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["suite", str(small.file), "--list", "--json"])
+    listed = json.loads(capsys.readouterr().out)
+    assert not end.value.code and [entry["name"] for entry in listed["stages"]] == ALL
+    assert listed["stages"][2] == {"name": "encoder-extend", "from": "encoder-pretrain", "pair": "extend",
+                                   "folder": "root/encoder-extend", "max_duration": "4_000tok",
+                                   "command": suite.words(suite.stages[2])}
+    with pytest.raises(SystemExit):
+        cli.main(["suite", str(small.file), "--list", "--command", "composer -n 8 train.py"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[4] == "encoder-extend: 4_000tok from encoder-pretrain, pair extend"
+    assert shlex.split(lines[5])[:4] == ["composer", "-n", "8", "train.py"]
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--json"], "--json: given without --list"), (["--list", "--report"], "--list: given with --report"),
+    (["--report", "--stage", "a"], "--report: given with --stage"), (["--report", "--command", "x"], "--command: given"),
+    (["scale"], "scale: given; after the suite file only key=value"),
+])
+def test_options_that_would_do_nothing_are_refused(small: Small, capsys: pytest.CaptureFixture[str], options: list[str],
+                                                   message: str) -> None:
+    small.suite(prepare=False)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["suite", str(small.file), *options])
+    assert end.value.code == 1 and message in capsys.readouterr().err
+
+
+def test_scale_multiplies_every_time_in_tokens_and_nothing_else(small: Small) -> None:
+    def leaves(value: Any, key: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {key: value}
+        return {k: v for name, item in value.items() for k, v in leaves(item, f"{key}.{name}").items()}
+
+    whole, tenth = (leaves(small.suite(f"scale={scale}", prepare=False).stage("encoder-pretrain").config())
+                    for scale in (1, 0.1))
+    times = {key for key, value in whole.items() if str(value).endswith("tok") and not key.startswith(".variables")
+             and float(value[:-3]) > 0}
+    assert {".max_duration", ".save_interval", ".eval_interval", ".scheduler.t_warmup"} <= times
+    for key, value in whole.items():
+        if key in times:
+            assert float(tenth[key][:-3]) == pytest.approx(0.1 * float(value[:-3]), abs=0.5), key
+        else:
+            assert tenth[key] == value, key
+
+
+def test_a_schedule_in_tokens_cannot_be_scaled_and_one_in_shares_can(small: Small) -> None:
+    stage = {"yaml": [str(ROOT / "yamls/nano.yaml"), str(ROOT / "yamls/options/biphasic.yaml")]}
+    suite = small.suite("scale=0.5", prepare=False, stages={"b": stage}, exports={}, evaluation=None)
+    config = suite.stage("b").config()
+    checks.check_settings(config)
+    assert checks.objective_schedule(config).plain()[0]["until"] == 500  # a quarter of 2,000
+    listed = "variables.objective=[{until: 1000tok, objective: clm}, {objective: mlm}]"
+    suite = small.suite("scale=0.5", prepare=False, stages={"b": {**stage, "overrides": [listed]}})
+    with pytest.raises(ValueError, match=r"scale: 0.5 given, but model.objective holds times in tokens"):
+        suite.stage("b").config()
+
+
+@pytest.mark.parametrize("size", ["150m", "1b"])
+def test_the_suite_is_the_paper_s_and_fair(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    suite = load(f"yamls/suite/ettin-{size}.yaml")
+    configs = {stage.name: stage.config() for stage in suite.stages}
+    objectives = [configs[stage.name]["model"]["objective"] for stage in suite.stages]
+    assert objectives == ["mlm", "clm"] * 3 + ["clm", "mntp"]
+    third = 1 / 3 if size == "1b" else 1
+    budgets = [1.7e12] * 2 + [250e9 * third] * 2 + [50e9 * third] * 4
+    assert [float(c["max_duration"][:-3]) for c in configs.values()] == pytest.approx(budgets, rel=1e-4)
+    for config in configs.values():
+        checks.check_settings(config)
+    for members in suite.pairs().values():
+        assert lint_pair(*(configs[member.name] for member in members)).fair
+    for last in suite.stages[-2:]:
+        assert [stage.name.split("-")[-1] for stage in suite.chain(last)][:3] == ["pretrain", "extend", "decay"]
+        report = lint_chain([(stage.name, configs[stage.name]) for stage in suite.chain(last)])
+        assert report.fair, str(report)
+
+
+def test_every_size_has_a_suite_that_differs_in_its_recipes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    known = load("yamls/suite/ettin-150m.yaml").stages
+    for size in (name for name in SIZES if name != "nano"):
+        for stage, other in zip(known, load(f"yamls/suite/ettin-{size}.yaml").stages, strict=True):
+            assert [arg.replace("150m", size) for arg in stage.args] == list(other.args)
+            assert Path(other.args[0]).is_file() and f"-{size}.yaml" in other.args[0]
+
+
+def test_the_nano_suite_has_all_stages_and_is_fair(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ettin_foundry.tools.suite_run import check_suite
+
+    monkeypatch.chdir(ROOT)
+    suite = load("yamls/suite/nano.yaml")
+    assert [stage.name for stage in suite.stages] == [
+        "encoder-pretrain", "decoder-pretrain", "encoder-extend", "decoder-extend", "encoder-decay", "decoder-decay",
+        "decoder-from-encoder", "encoder-from-decoder", "biphasic"]
+    found = check_suite(suite)
+    assert sum(key.startswith("pair ") for key in found) == 4 and all(entry["fair"] for entry in found.values())
+
+
+# ------------------------------------------------------------------ what people see
+
+
+def test_progress_is_read_from_a_log_that_grows_and_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+
+    def line(step: int) -> str:
+        entry = {"step": step, "tokens": 1000 * step, "seconds": 0.5, "loss": 7 - step / 10, "objective": "mlm"}
+        return json.dumps(entry) + "\n"
+
+    path.write_text("".join(line(step) for step in range(30)))  # of an earlier process
+    steps = _Steps(path)
+    assert steps.line(100_000, "tok") == "starting"
+    path.write_text("".join(line(step) for step in range(10)))  # it resumes: cut off, then goes on
+    with path.open("a") as file:
+        file.write("".join(line(step) for step in range(10, 21)) + '{"step": 21, "tok')
+    # 2,000 tokens/s; 80,000 are left
+    assert steps.line(100_000, "tok") == " 20%, 20,000 tokens, 2,000 tokens/s, loss 5.000 (mlm), 0:40 left"
+    assert steps.line(40, "ba") == " 50%, 20,000 tokens, 2,000 tokens/s, loss 5.000 (mlm), 0:10 left"
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("loss 5\nerror: seed: 'a' given\nWaiting up to 30 seconds\n", "error: seed: 'a' given|Waiting up to 30 seconds"),
+    ("Traceback (most recent call last):\n  x\nValueError: first\nthen\ntorch.OutOfMemoryError: CUDA\n",
+     "torch.OutOfMemoryError: CUDA"),
+    ("one\n\ntwo\n", "one|two"), ("", "it is empty"),
+])
+def test_the_reason_is_the_last_error_or_the_end_of_the_log(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "log").write_text("error: of an earlier process\n" + text)
+    assert _reason(tmp_path / "log", 29) == "\n".join(f"  {line}" for line in expected.split("|"))
+
+
+def test_smoothed_losses_begin_where_the_run_begins_and_do_not_end_in_its_last_value() -> None:
+    values = [9.0 - 0.01 * step for step in range(199)] + [0.0]
+    smooth = _smooth(values)
+    assert smooth[0] == 9.0 and smooth[100] == pytest.approx(sum(values[88:113]) / 25)
+    assert smooth[-1] == pytest.approx(sum(values[-13:]) / 13)
+
+
+# ------------------------------------------------------------------ the report
+
+
+def test_the_report_says_what_the_exported_folders_are(small: Small, data_set: Path,
+                                                       capfd: pytest.CaptureFixture[str]) -> None:
+    suite = small.suite()
+    run_suite(suite)
+    root = small.folder / "root"
+    report = json.loads((root / "report.json").read_text())
+    assert report["pairs"]["extend"] == {"members": ["encoder-extend", "decoder-extend"], "steps_with_equal_rows": STEPS}
+    assert report["allowed_unfair"] == [] and report["training_seconds"] == 4 * STEPS * 0.5
+    first = report["stages"][0]
+    assert (first["tokens"], first["steps"], first["tokens_per_second"], first["first_loss"]) == (4000, STEPS, 1000, 6.0)
+    assert first["last_loss"] == pytest.approx(sum(6 - step / 8 for step in range(STEPS)) / STEPS, abs=1e-4)
+    text = (root / "report.md").read_text()
+    for name, objective in (("encoder", "mlm"), ("decoder", "clm")):
+        model = next(entry for entry in report["models"] if entry["model"] == name)
+        weights, config, stated = import_folder(root / "models" / name)
+        assert stated == objective and config.causal == (objective == "clm")
+        assert all(torch.equal(weights[key], value) for key, value in _weights(config).items())
+        told = json.loads((root / "models" / name / "config.json").read_text())["ettin_foundry"]
+        assert told["checkpoint"]["run_name"] == f"small-{name}-extend"  # as `ettin export` says it
+        assert [(part["stage"], part["tokens"]) for part in model["chain"]] == [
+            (f"{name}-pretrain", 4000), (f"{name}-extend", 4000)]
+        found = evaluate(root / "models" / name, data_set, ["clm", "mlm"], mask_rate=0.15, max_batches=1)
+        assert model["evaluation"] == found
+        cells = [f"{value['loss']:.3f} ({value['accuracy']:.1%})" for value in found.values()]
+        assert f"| {name} | {objective} | 4k + 4k | {' | '.join(cells)} |" in text
+    assert "| model | objective | tokens | clm: loss (accuracy) | mlm 15%: loss (accuracy) |" in text
+    assert (root / "losses.png").read_bytes()[:4] == b"\x89PNG"
+    said = capfd.readouterr()
+    assert "small: 4 stages, 16,000 tokens in 0:16 of training; 2 models in" in said.err
+    assert "encoder" in said.out and "4k + 4k" in said.out

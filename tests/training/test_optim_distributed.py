@@ -1,0 +1,167 @@
+"""StableAdamW over ranks: DDP and FSDP2 (gloo, 3 ranks) equal one rank in float64, in gradients and in parameters."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("composer")
+
+import torch.distributed as dist  # noqa: E402
+import torch.multiprocessing as mp  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.distributed.checkpoint.state_dict import (  # noqa: E402
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.fsdp import fully_shard  # noqa: E402
+from torch.distributed.tensor import DTensor, Replicate, Shard  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from test_optimizer import Formula  # noqa: E402
+
+from ettin_foundry.training import optimizer as optim  # noqa: E402
+
+RANKS, STEPS, LR, DECAY = 3, 5, 0.01, 0.1  # 3 ranks: 5 rows are cut 2 + 2 + 1, and 4 rows 2 + 2 + 0
+
+
+class HostReads(TorchDispatchMode):
+    """Counts floating-point values that the host reads from tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point():
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def model(dtype=torch.float32):
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 4, bias=False)).to(dtype)
+
+
+def batch(step, rank):
+    return torch.randn(2, 3, generator=torch.Generator().manual_seed(10 * step + rank)) * (20 if step == 2 else 1)
+
+
+def loss_of(network, x):
+    return network(x).square().mean()
+
+
+def train(rank, network, optimizer, factor, full, checked):
+    """`STEPS` steps beside the formula; `full` gives the whole tensor of a parameter or gradient."""
+    reference = model(torch.float64)
+    formulas = [Formula(p, DECAY, LR) for p in reference.parameters()]
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_of(network, batch(step, rank))
+        loss.register_hook(lambda gradient: gradient * factor)
+        loss.backward()
+        mean = torch.stack([loss_of(reference, batch(step, r).double()) for r in range(RANKS)]).mean()
+        expected = torch.autograd.grad(mean, list(reference.parameters()))
+        for p, g in zip(network.parameters(), expected):
+            # float32 against float64: rounding of gradients of the order of 1
+            torch.testing.assert_close(full(p.grad).double(), g, rtol=1e-4, atol=1e-5)
+        checked(optimizer.step)
+        with torch.no_grad():
+            for formula, p, g in zip(formulas, reference.parameters(), expected):
+                formula.step(g, LR)
+                p.copy_(formula.p)
+    assert any(formula.clipped for formula in formulas)
+    for p, formula in zip(network.parameters(), formulas):
+        # float32 against float64; an update is 0.01 where the moments' ratio is 1, and that ratio doubles rounding errors
+        torch.testing.assert_close(full(p).detach().double(), formula.p, rtol=1e-4, atol=2e-5)
+
+
+def sharded(rank):
+    network = model()
+    optimizer = optim.StableAdamW(network.parameters(), LR, weight_decay=DECAY)
+    names = {p: name for name, p in network.named_parameters()}
+    order = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    fully_shard(network, mesh=init_device_mesh("cpu", (RANKS,)))
+    for group, group_names in zip(optimizer.param_groups, order):  # as Composer does after it wraps a model
+        group["params"] = [network.get_parameter(name) for name in group_names]
+    return network, optimizer
+
+
+def fsdp2(rank):
+    network, optimizer = sharded(rank)
+    assert [p.to_local().shape[0] for p in network.parameters()][-1] == (2, 2, 0)[rank]
+    factor = optim.fsdp2_gradient_factor(network)
+    calls = []
+    original = dist.all_reduce
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    def checked(step):
+        calls.clear()
+        dist.all_reduce = counted
+        try:
+            with HostReads() as reads:
+                step()
+        finally:
+            dist.all_reduce = original
+        assert len(calls) == 1, len(calls)
+        assert reads.count == 0, reads.count
+
+    train(rank, network, optimizer, factor, lambda tensor: tensor.full_tensor(), checked)
+    for options in (StateDictOptions(), StateDictOptions(full_state_dict=True)):
+        other, resumed = sharded(rank)
+        saved = copy.deepcopy((get_model_state_dict(network, options=options),  # else they share the first one's tensors
+                               get_optimizer_state_dict(network, optimizer, options=options)))
+        set_model_state_dict(other, saved[0], options=options)
+        set_optimizer_state_dict(other, resumed, saved[1], options=options)
+        for one, own in ((network, optimizer), (other, resumed)):
+            own.zero_grad()
+            loss_of(one, batch(7, rank)).backward()
+            own.step()
+        for a, b in zip(network.parameters(), other.parameters()):
+            assert torch.equal(a.to_local(), b.to_local())
+        assert [int(g["step"]) for g in resumed.param_groups] == [int(g["step"]) for g in optimizer.param_groups]
+
+
+def ddp(rank):
+    network = DistributedDataParallel(model())
+    optimizer = optim.StableAdamW(network.parameters(), LR, weight_decay=DECAY)
+    assert optim.fsdp2_gradient_factor(network) == 1.0
+    train(rank, network, optimizer, 1.0, lambda tensor: tensor, lambda step: step())
+
+
+def replicas(rank):
+    """A dimension of replicas adds nothing: each holds the whole sum already."""
+    mesh = init_device_mesh("cpu", (RANKS, 1))
+    p = DTensor.from_local(torch.ones(4, 2), mesh, [Replicate(), Shard(0)])
+    values = [torch.tensor(2.0)]
+    optim._sum_over_shards([p], values)
+    assert values[0] == 2.0
+
+
+def work(rank, port):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    for case in (ddp, fsdp2, replicas):
+        case(rank)
+    dist.destroy_process_group()
+
+
+def test_ddp_and_fsdp2_equal_one_rank_and_resume_bitwise(no_process_group):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.start_processes(work, (port,), nprocs=RANKS, start_method="fork")  # no second import of torch

@@ -1,0 +1,330 @@
+"""The recipes: each one parses, resolves, passes the checks and builds, and says what the original's files say.
+
+`original_recipe.json` holds the numbers of the reference's 48 training files. Where a recipe differs, `DEVIATIONS` says
+from what and why; nothing else may differ, and a deviation that no longer exists fails too.
+"""
+
+import functools
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf as om
+
+from ettin_foundry.model.composer import EttinModel
+from ettin_foundry.model.config import SIZES
+from ettin_foundry.training import checks, run_config
+from ettin_foundry.training import optimizer as optim
+from ettin_foundry.training.contrastive import EttinContrastive
+
+ROOT = Path(__file__).resolve().parents[2]
+SPEC = importlib.util.spec_from_file_location("train_program", ROOT / "train.py")
+assert SPEC is not None and SPEC.loader is not None
+TRAIN = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(TRAIN)
+
+ORIGINAL = json.loads((ROOT / "tests/original_recipe.json").read_text())
+RECIPES = sorted((ROOT / "yamls").glob("*.yaml"))
+PHASES = sorted((ROOT / "yamls/phases").glob("*.yaml"))
+ETTIN = [path for path in RECIPES if path.stem != "nano"]
+GIVEN = {**{phase: ["variables.source=x.pt"] for phase in ("extend", "decay", "cross")},
+         "contrastive": ["variables.source=x.pt", "variables.contrastive_data=sentences"]}
+LONG = ("extend", "decay", "cross")
+
+# fact -> (phases in which it differs, why); one line for each fact that is not the original's
+DEVIATIONS = {
+    "sequence_packing": (("pretrain", *LONG), "rows are packed full with documents isolated, instead of 40% padding"),
+    "global_train_batch_size": (("pretrain", *LONG), "full rows: 2,816 of 1,024 and 1,024 of 8,192 hold the real tokens "
+                                "of the original's 4,608 part-filled ones"),
+    "device_train_microbatch_size": (("pretrain", *LONG), "follows from full rows; see the rule's own test"),
+    "max_seq_len": (LONG, "8,192 positions are what the model is said to serve; 7,999 is an accident of chunking at 8,000"),
+    "local_rope_theta": (("extend", "decay"), "160,000 for both of a pair; the original's drifted between sizes and "
+                         "phases by accident"),
+    "alpha_f": (("pretrain",), "the original sets 0.02 with t_decay 0, where it does nothing"),
+    "window_left": (("pretrain", *LONG), "decoders see 63 tokens back, as transformers computes it; encoders are equal"),
+    "accumulate_train_batch_on_tokens": (("pretrain", *LONG), "each target of a step weighs the same; the original "
+                                         "averaged means of microbatches"),
+    "has_eval_loader": (("cross",), "validation of its own objective, as in the other phases"),
+    "mlm_probability_eval": (("cross",), "follows from has_eval_loader"),
+    "autoresume": (("cross",), "a killed run continues in every phase"),
+    "eval_interval": (("pretrain", *LONG), "at each checkpoint; the original's interval of 10^32 batches left one "
+                      "evaluation, at the end"),
+}
+# facts that stay deviations under phases/original.yaml, which is about batches, not about those
+STAY = {"local_rope_theta", "alpha_f", "has_eval_loader", "mlm_probability_eval", "autoresume", "eval_interval"}
+
+
+@functools.cache  # parsing YAML is what these tests spend their time on; nobody changes the result
+def resolved(path, *phases, args=()):
+    files = [str(path), *(str(ROOT / f"yamls/phases/{phase}.yaml") for phase in phases)]
+    given = [arg for phase in phases for arg in GIVEN.get(phase, [])]
+    return om.to_container(TRAIN.configure([*files, *given, *args]), resolve=True)
+
+
+@functools.cache
+def raw(path):
+    return dict(run_config.walk(om.to_container(om.load(path))))
+
+
+def tokens(value, total=None):
+    number, unit = checks.parse_time("test", value)
+    return round(number * total) if unit == "dur" else int(number)
+
+
+def facts_of(cfg):
+    """A config in the words of original_recipe.json."""
+    scheduler, optimizer, loader = cfg["scheduler"], cfg["optimizer"], cfg["train_loader"]
+    total = tokens(cfg["max_duration"])
+    return {
+        "lr": optimizer["lr"], "weight_decay": optimizer["weight_decay"], "betas": optimizer["betas"],
+        "eps": optimizer["eps"], "name": scheduler["name"], "alpha_f": scheduler.get("alpha_f"),
+        "t_warmup_tokens": tokens(scheduler["t_warmup"]) if "t_warmup" in scheduler else None,
+        "t_decay_tokens": tokens(scheduler["t_decay"], total),
+        "t_max_tokens": tokens(scheduler.get("t_max", "1dur"), total), "max_duration_tokens": total,
+        "max_seq_len": cfg["max_seq_len"], "global_train_batch_size": cfg["global_train_batch_size"],
+        "device_train_microbatch_size": cfg["device_train_microbatch_size"], "shuffle": loader["shuffle"],
+        "shuffle_seed": loader["shuffle_seed"], "num_workers": loader["num_workers"], "seed": cfg["seed"],
+        "mlm_probability_train_effective": loader["mask_rate"],
+        "mlm_probability_eval": cfg["eval_loader"]["mask_rate"], "has_eval_loader": "eval_loader" in cfg,
+        "save_interval_tokens": tokens(cfg["save_interval"]), "precision": cfg["precision"],
+        "sequence_packing": loader["packing"], "autoresume": cfg["autoresume"],
+        "load_path_set": not cfg["callbacks"].keys().isdisjoint({"ettin_phase", "ettin_cross"}),
+        "global_rope_theta": cfg["model"]["global_rope_theta"], "local_rope_theta": cfg["model"]["local_rope_theta"],
+        "objective": cfg["model"]["objective"].upper(), "window_left": checks.model_config(cfg).window_left,
+        "accumulate_train_batch_on_tokens": cfg["accumulate_train_batch_on_tokens"],
+        "eval_interval": cfg["eval_interval"],
+    }
+
+
+def facts_of_original(run):
+    scheduler = {k: v for k, v in run["scheduler"].items() if k not in ("start_lr", "final_lr_reached")}
+    flat = {k: v for k, v in run.items() if k not in ("scheduler", "size", "side", "phase", "config")} | scheduler
+    # Constants of code, not of files: flash-attn's window (64, 0), Composer's weighting by samples, no evaluation, and
+    # an absent autoresume means none
+    constants = {"window_left": 64, "accumulate_train_batch_on_tokens": False, "eval_interval": f"{10**32 - 1}ba"}
+    return {**flat, **constants, "autoresume": bool(run["autoresume"])}
+
+
+def test_every_file_is_found():
+    expected = {f"ettin-{side}-{size}" for side in ("enc", "dec") for size in SIZES if size != "nano"} | {"nano"}
+    assert {path.stem for path in RECIPES} == expected and len(RECIPES) == 13
+    assert [path.stem for path in PHASES] == ["contrastive", "cross", "decay", "extend", "original"]
+    files = list((ROOT / "yamls").rglob("*.*"))
+    assert {path.name for path in files if path.suffix != ".yaml"} == {"README.md"}
+    assert {path.parent.name for path in files} == {"yamls", "phases", "options", "suite"}
+
+
+@pytest.mark.parametrize("phases", [(), ("extend",), ("decay",), ("cross",), ("contrastive",), ("original",),
+                                    ("extend", "original"), ("decay", "original"), ("cross", "original")], ids="+".join)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_it_resolves_passes_the_checks_and_builds_on_meta(path, phases):
+    cfg = resolved(path, *phases)
+    checks.check_settings(cfg)
+    kind = {"ettin": EttinModel, "ettin_contrastive": EttinContrastive}[cfg["model"]["name"]]
+    with torch.device("meta"):
+        model = kind(**{k: v for k, v in cfg["model"].items() if k != "name"})
+    count = sum(p.numel() for p in model.parameters())
+    assert count == ORIGINAL["parameters"].get(cfg["model"]["size"], model.config.num_parameters)
+    assert model.config.max_position_embeddings == cfg["max_seq_len"]
+
+
+@pytest.mark.parametrize("phase", LONG)
+@pytest.mark.parametrize("path", [RECIPES[0], ROOT / "yamls/nano.yaml"], ids=lambda path: path.stem)
+def test_the_original_overlay_may_stand_before_or_after_the_phase(path, phase):
+    assert resolved(path, phase, "original") == resolved(path, "original", phase)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_nano_and_all_recipes_cross_to_what_their_name_says(path):
+    cfg = resolved(path, "cross")
+    assert cfg["model"]["objective"] == ("clm" if "dec" in path.stem else "mntp")
+    assert cfg["callbacks"]["ettin_cross"] == {"source": "x.pt"}
+
+
+def test_nano_becomes_a_decoder_in_every_phase_by_two_keys():
+    for phases in ((), ("extend",), ("decay",), ("cross",)):
+        keys = ["variables.objective=clm", "variables.mask_rate=0.0"]
+        keys += ["variables.source_objective=mlm"] * ("cross" in phases)
+        cfg = resolved(ROOT / "yamls/nano.yaml", *phases, args=tuple(keys))
+        checks.check_settings(cfg)
+        assert checks.model_config(cfg).causal
+
+
+def path_of(run):
+    return ROOT / f"yamls/ettin-{run['side']}-{run['size']}.yaml"
+
+
+def test_the_original_file_holds_each_run_once():
+    assert len(ORIGINAL["runs"]) == 48 == len({(r["size"], r["side"], r["phase"]) for r in ORIGINAL["runs"]})
+
+
+@pytest.mark.parametrize("overlay", [(), ("original",)], ids=["recipe", "original"])
+@pytest.mark.parametrize("run", ORIGINAL["runs"], ids=lambda r: f"{r['side']}-{r['size']}-{r['phase']}")
+def test_every_number_is_the_originals_or_a_declared_deviation(run, overlay):
+    phases = () if run["phase"] == "pretrain" else (run["phase"],)
+    ours, theirs = facts_of(resolved(path_of(run), *phases, *overlay)), facts_of_original(run)
+    assert ours.keys() == theirs.keys()
+    allowed = {key for key, (where, _) in DEVIATIONS.items() if run["phase"] in where and (not overlay or key in STAY)}
+    different = {key: (ours[key], theirs[key]) for key in ours if ours[key] != theirs[key] and key not in allowed}
+    assert not different
+
+
+def test_every_declared_deviation_exists():
+    for key, (phases, _) in DEVIATIONS.items():
+        for phase in phases:
+            runs = [run for run in ORIGINAL["runs"] if run["phase"] == phase]
+            overlays = () if phase == "pretrain" else (phase,)
+            assert any(facts_of(resolved(path_of(run), *overlays))[key] != facts_of_original(run)[key] for run in runs)
+
+
+@pytest.mark.parametrize("run", ORIGINAL["runs"], ids=lambda r: f"{r['side']}-{r['size']}-{r['phase']}")
+def test_the_schedule_ends_at_the_originals_learning_rate(run):
+    cfg = resolved(path_of(run), *(() if run["phase"] == "pretrain" else (run["phase"],)))
+    facts = facts_of(cfg)
+    common = {"decay": facts["t_decay_tokens"], "total": facts["t_max_tokens"], "alpha_f": facts["alpha_f"] or 0.0}
+    end = facts["t_max_tokens"] - 1e-3  # within 1e-12 of the end of 50B tokens, before a division by a decay of 0
+    if facts["name"] == "one_minus_sqrt":
+        factor = optim.one_minus_sqrt(end, **common)
+    else:
+        factor = optim.warmup_stable_decay(end, warmup=facts["t_warmup_tokens"], **common)
+    assert facts["lr"] * factor == pytest.approx(run["scheduler"]["final_lr_reached"], rel=1e-5)  # sqrt at 1 - 1e-14
+    # weight decay is relative to the peak in the phases that keep the optimizer, and to the phase's lr in cross
+    peak = cfg["variables"]["peak_lr"]
+    assert cfg["optimizer"].get("max_lr", cfg["optimizer"]["lr"]) == (peak / 2 if run["phase"] == "cross" else peak)
+
+
+def test_constants_of_the_model_are_the_originals():
+    config = checks.model_config(resolved(RECIPES[0]))
+    assert {"attn_out_dropout_prob": config.attn_out_dropout, "norm_eps": config.norm_eps,
+            "global_attn_every_n_layers": config.global_attn_every_n_layers, "sliding_window": config.local_attention,
+            "vocab_size": config.vocab_size} == ORIGINAL["model"]
+
+
+@pytest.mark.parametrize("path", ETTIN, ids=lambda path: path.stem)
+def test_packed_batches_hold_the_originals_tokens_and_microbatches_follow_the_rule(path):
+    variables = resolved(path)["variables"]
+    packed, original = variables["packed"], variables["original"]
+    positions = packed["global_batch"]["pretrain"] * packed["max_seq_len"]["pretrain"]
+    assert 0.98 < ORIGINAL["tokens_per_step_pretrain"] / positions < 1
+    # the largest share of a device's 352 rows (8 GPUs) within 0.7 of the original's microbatch, whose rows were 0.6 full
+    rows = [n for n in range(1, 353) if 352 % n == 0 and n <= 0.7 * original["microbatch"]["pretrain"]]
+    assert packed["microbatch"]["pretrain"] == max(rows)
+    for phase in LONG:  # as many tokens as in pretraining, in a power of two of rows, which divides 128 (8 GPUs)
+        tokens_at_most = packed["microbatch"]["pretrain"] * packed["max_seq_len"]["pretrain"]
+        long_rows = [n for n in (1, 2, 4, 8, 16) if n * packed["max_seq_len"][phase] <= tokens_at_most]
+        assert packed["microbatch"][phase] == max(long_rows)
+
+
+PAIR_KEYS = {"variables.objective", "variables.mask_rate", "variables.eval_mask_rate", "variables.decay_mask_rate",
+             "variables.cross_objective", "variables.source_objective", "run_name"}
+SIZE_KEYS = {"variables.size", "variables.peak_lr", "variables.decay_lr", "variables.weight_decay", "variables.warmup",
+             "variables.extend_tokens", "variables.decay_tokens", "variables.cross_tokens", "variables.cross_warmup",
+             "variables.cross_decay", "variables.cross_save_interval", "variables.batch_size_warmup.pretrain", "run_name",
+             *(f"variables.{layout}.microbatch.{phase}" for layout in ("packed", "original")
+               for phase in ("pretrain", *LONG)),
+             *(f"variables.{layout}.warmup_batch.pretrain" for layout in ("packed", "original"))}
+
+
+def differing(a, b):
+    a, b = raw(a), raw(b)
+    return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if size != "nano"])
+def test_a_pair_differs_only_in_its_objective(size):
+    enc, dec = (ROOT / f"yamls/ettin-{side}-{size}.yaml" for side in ("enc", "dec"))
+    assert differing(enc, dec) == PAIR_KEYS
+
+
+@pytest.mark.parametrize("path", ETTIN, ids=lambda path: path.stem)
+def test_sizes_differ_only_in_what_belongs_to_a_size(path):
+    assert differing(path, path.with_stem(re.sub("[^-]+$", "17m", path.stem))) <= SIZE_KEYS
+
+
+WARMUP_BILLIONS = {"17m": 125, "32m": 100, "68m": 75, "150m": 50, "400m": 10, "1b": 3}  # in the original's files
+
+
+@pytest.mark.parametrize("phases", [(), ("cross",), ("original",), ("cross", "original")], ids="+".join)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_batch_size_warmup_acts_with_its_overlay_and_divides_on_up_to_four_gpus(path, phases):
+    assert "batch_size_warmup" not in resolved(path, *phases)["train_loader"]
+    cfg = resolved(path, *phases, args=(str(ROOT / "yamls/options/batch-size-warmup.yaml"),))
+    checks.check_settings(cfg)
+    warmup, total, size = cfg["train_loader"]["batch_size_warmup"], cfg["global_train_batch_size"], cfg["model"]["size"]
+    if size != "nano":
+        assert tokens(warmup["tokens"]) == (10 if "cross" in phases else WARMUP_BILLIONS[size]) * 10**9
+        for gpus in (1, 2, 4):
+            checks.check_warmup(warmup, total, world_size=gpus, microbatch=cfg["device_train_microbatch_size"],
+                                total=tokens(cfg["max_duration"]))
+        # an eighth, or the next smaller size that a microbatch divides on four GPUs
+        fits = [rows for rows in range(1, total // 8 + 1)
+                if total % rows == 0 and rows % (4 * cfg["device_train_microbatch_size"]) == 0]
+        assert warmup["min_size"] == max(fits)
+
+
+@pytest.mark.parametrize("path", PHASES, ids=lambda path: path.stem)
+def test_an_overlay_names_no_size_and_no_objective(path):
+    values = raw(path)
+    assert not [v for v in values.values() if v in (*SIZES, "mlm", "clm", "mntp")]
+    own = [key for key, value in values.items() if not str(value).startswith("${")]
+    assert not [key for key in own if key.endswith(("size", "local")) or key.startswith("run_name")]
+
+
+@pytest.mark.parametrize("path", ETTIN, ids=lambda path: path.stem)
+def test_derived_numbers_in_comments_are_right(path):
+    cfg, text = resolved(path), path.read_text()
+    header = text[:text.index("variables:")]
+    size = cfg["model"]["size"]
+    positions = cfg["global_train_batch_size"] * cfg["max_seq_len"]
+    steps = -(-tokens(cfg["max_duration"]) // positions)
+    hours = ORIGINAL["hours_4xH100_for_2T_tokens"][size]
+    for phrase in (f"the {size} ", f"{ORIGINAL['parameters'][size]:,} parameters", f"{positions:,} token positions",
+                   f"at least {steps:,} steps", f"{hours:,} hours on 4x H100 ({4 * hours:,} GPU hours)", "1.7T tokens",
+                   f"composer train.py yamls/{path.name}"):
+        assert phrase in header
+    assert cfg["variables"]["decay_lr"] == cfg["variables"]["peak_lr"] / 2  # "half the peak"
+    for phases in ((), *((phase,) for phase in LONG)):  # "1M tokens on each GPU"
+        cfg = resolved(path, *phases)
+        assert cfg["eval_subset_num_batches"] * cfg["device_eval_batch_size"] * cfg["max_seq_len"] == 2**20
+
+
+def test_derived_numbers_in_nano_are_right():
+    text, cfg = (ROOT / "yamls/nano.yaml").read_text(), resolved(ROOT / "yamls/nano.yaml")
+    positions = cfg["global_train_batch_size"] * cfg["max_seq_len"]
+    assert f"{positions:,} token positions" in text
+    assert f"at least {-(-tokens(cfg['max_duration']) // positions)} steps" in text
+
+
+@pytest.mark.parametrize("phase, key, billions", [("extend", "extend_tokens", "250B|83.3B"),
+                                                  ("decay", "decay_tokens", "50B|16.7B"),
+                                                  ("cross", "cross_tokens", "50B|16.7B")])
+def test_token_counts_in_overlay_comments_are_right(phase, key, billions):
+    text = (ROOT / f"yamls/phases/{phase}.yaml").read_text()
+    most, least = billions.split("|")
+    for path in ETTIN:
+        expected = least if "1b" in path.stem else most
+        amount = tokens(resolved(path)["variables"][key]) / 1e9
+        assert f"{amount:.1f}".removesuffix(".0") + "B" == expected and expected in text
+
+
+def test_numbers_in_the_contrastive_overlay_are_right():
+    text = " ".join((ROOT / "yamls/phases/contrastive.yaml").read_text().replace("#", "").split())
+    for path in RECIPES:
+        cfg = resolved(path, "contrastive")
+        model = cfg["model"]
+        assert f"{int(cfg['max_duration'].removesuffix('ba')):,} steps of {cfg['global_train_batch_size']} texts of up to " \
+               f"{cfg['max_seq_len']} tokens" in text and f"--chunk-length {cfg['max_seq_len'] - 2}" in text
+        assert f"dropout {model['attn_out_dropout']}, cosines times {model['scale']:g}, mean over the tokens" in text
+        assert (model["pooling"], model["causal"], cfg["optimizer"]["lr"]) == ("mean", False, 3e-5)  # LLM2Vec's
+
+
+def test_every_launch_line_names_files_that_exist():
+    for path in RECIPES + PHASES:
+        text = path.read_text().replace("\\\n#", "")
+        lines = re.findall(r"composer train\.py (.*)", text)
+        assert lines, path
+        for name in re.findall(r"yamls/\S+\.yaml", " ".join(lines)):
+            assert (ROOT / name).is_file(), name
