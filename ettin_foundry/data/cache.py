@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator
@@ -22,28 +21,10 @@ from pathlib import Path
 
 from ettin_foundry.data.manifest import open_plain, refuse
 
-__all__ = ["CACHE", "FETCHED", "Room", "locked", "own_folder", "parse_bytes"]
+__all__ = ["CACHE", "FETCHED", "Room", "locked", "own_folder"]
 
 CACHE = ".cache"
 FETCHED = "remote"
-_UNITS = {"": 1, "b": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40}
-_SIZE = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kmgt]?b)?", re.IGNORECASE)
-
-
-def parse_bytes(key: str, value: int | str | None) -> int | None:
-    """A number of bytes, such as 200_000_000_000 or "200gb" (1 gb = 2**30), or None.
-
-    Raises:
-        ValueError: it is neither; the message names `key`.
-    """
-    if value is None:
-        return None
-    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match:
-        value = int(float(match[1].replace("_", "")) * _UNITS[(match[2] or "").lower()])
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key}: {value!r} given; bytes as a whole number, or a text such as 200gb, are needed. Correct it")
-    return value
 
 
 @contextlib.contextmanager

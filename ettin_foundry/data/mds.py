@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from ettin_foundry.data.cache import parse_bytes
 from ettin_foundry.data.manifest import COLUMNS, INDEX, LENGTHS, MANIFEST, SplitFacts, read_json, read_manifest, refuse
 from ettin_foundry.data.packing import pack_lengths, piece_counts
+from ettin_foundry.data.quantities import parse_bytes
 from ettin_foundry.data.remote import fetch_manifest, fetch_table
 from ettin_foundry.data.shard_files import ShardFiles
 from ettin_foundry.data.shards import (

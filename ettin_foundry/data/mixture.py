@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from ettin_foundry.data.cache import parse_bytes
 from ettin_foundry.data.manifest import MANIFEST, SplitFacts, read_json, refuse
 from ettin_foundry.data.mds import MDSSet
 from ettin_foundry.data.mix_manifest import MIX_FORMAT, REBUILD, chunk_permutation, expand_entries, place_of_set, read_mix
 from ettin_foundry.data.packing import pack_lengths, piece_counts
+from ettin_foundry.data.quantities import parse_bytes
 from ettin_foundry.data.storage import is_url, join, open_storage
 
 __all__ = ["MixSet", "open_set", "shared_identity"]

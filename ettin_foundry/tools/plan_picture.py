@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from ettin_foundry.data.quantities import format_count
 from ettin_foundry.model.config import CONTRASTIVE, MASKED_OBJECTIVES
 from ettin_foundry.objectives.targets import LEAST_RATE
 from ettin_foundry.tools.plan import batch_ramp
 from ettin_foundry.tools.plan_course import learning_rates, lr_joints
-from ettin_foundry.tools.plan_report import PlannedRun, short_count
+from ettin_foundry.tools.plan_report import PlannedRun
 from ettin_foundry.tools.suite_picture import OBJECTIVE_COLORS
 
 __all__ = ["draw"]
@@ -187,13 +188,13 @@ def _mark(panels: Sequence[Any], chains: Sequence[Sequence[_Place]]) -> None:
         if several:
             ticks += [chain[0].left, *(place.left + place.width for place in chain)]
             ends = [place.before + place.run.plan.num_tokens for place in chain]
-            labels += [short_count(tokens) for tokens in (chain[0].before, *ends)]
+            labels += [format_count(tokens) for tokens in (chain[0].before, *ends)]
         else:
             total = chain[0].run.plan.num_tokens
             step = 10 ** math.floor(math.log10(total))
             step = next(step * part for part in (0.1, 0.2, 0.25, 0.5, 1) if total / (step * part) <= 10)
             at = np.arange(0, total * 1.0001, step)
-            ticks, labels = chain[0].x(at).tolist(), [short_count(t) for t in at]
+            ticks, labels = chain[0].x(at).tolist(), [format_count(t) for t in at]
         for place in chain if several else ():
             panels[0].text(place.left + place.width / 2, 1.03, place.run.name, transform=panels[0].get_xaxis_transform(),
                            rotation=25, ha="left", va="bottom", fontsize=8, rotation_mode="anchor")
@@ -238,7 +239,7 @@ def draw(runs: Sequence[PlannedRun], path: Path, sources: Mapping[str, str | Non
         _mark(panels, chains)
         if len(runs) == 1:
             plan = runs[0].plan
-            panels[0].set_title(f"{runs[0].name}: {short_count(plan.num_tokens)} tokens, {plan.num_steps:,} steps",
+            panels[0].set_title(f"{runs[0].name}: {format_count(plan.num_tokens)} tokens, {plan.num_steps:,} steps",
                                 loc="left", fontweight="bold", fontsize=10.5)
         figure.align_ylabels(panels)
         path.parent.mkdir(parents=True, exist_ok=True)

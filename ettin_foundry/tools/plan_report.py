@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ettin_foundry.data.quantities import format_bytes, format_count
 from ettin_foundry.tools import plan_cost
 from ettin_foundry.tools.plan import Plan, aligned, lines, plan_with, split_facts
 from ettin_foundry.tools.plan_cost import NO_PRICES, Cost, Prices
@@ -19,7 +20,7 @@ from ettin_foundry.tools.plan_memory import SLACK_GIB
 from ettin_foundry.training.checks import check_settings
 from ettin_foundry.training.keys import MODEL_KEYS
 
-__all__ = ["PlannedRun", "as_json", "plan_chain", "short_count", "text", "totals"]
+__all__ = ["PlannedRun", "as_json", "plan_chain", "text", "totals"]
 
 _GIB = 2**30
 
@@ -106,15 +107,7 @@ def _storage(cost: Cost) -> str:
     if not cost.checkpoints:
         return "nothing is saved"
     initial = " and the initial weights" if cost.initial_bytes else ""
-    return f"{cost.checkpoints:,} checkpoints of {_bytes(cost.checkpoint_bytes)}{initial}, {_bytes(cost.storage)} in all"
-
-
-def _bytes(number: float) -> str:
-    for unit in ("kB", "MB", "GB"):
-        number /= 1000
-        if number < 999.5:
-            return f"{number:.3g} {unit}"
-    return f"{number / 1000:.3g} TB"
+    return f"{cost.checkpoints:,} checkpoints of {format_bytes(cost.checkpoint_bytes)}{initial}, {format_bytes(cost.storage)} in all"
 
 
 def text(runs: Sequence[PlannedRun]) -> str:
@@ -128,14 +121,6 @@ def text(runs: Sequence[PlannedRun]) -> str:
     rows.insert(4, ("targets", f"{plan.targets_per_token:.4f} a token{rate}"))
     rows[-1] = ("work", rows[-1][1] + f"; 6 per parameter and token: {plan.flops_6n:.4g}")
     return aligned([*rows, *_memory_lines(run.cost), *_time_lines(run), ("storage", _storage(run.cost))])
-
-
-def short_count(number: float) -> str:
-    """1_700_002_529_280 as 1.7T."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size * 0.99995:
-            return f"{number / size:.4g}{unit}"
-    return f"{number:.0f}"
 
 
 def _amount(value: float) -> str:
@@ -166,16 +151,16 @@ def _table(runs: Sequence[PlannedRun]) -> str:
     head = ["stage", "model", "objective", "tokens", "steps", "rows", "length", "GiB", "hours", "MFU 6N", "kWh", "money",
             "energy money", "checkpoints", "storage"]
     rows = [[run.name, f"{run.plan.size} {'decoder' if run.plan.causal else 'encoder'}", run.plan.objective,
-             short_count(run.plan.num_tokens), f"{run.plan.num_steps:,}", f"{run.plan.rows_per_step:,}",
+             format_count(run.plan.num_tokens), f"{run.plan.num_steps:,}", f"{run.plan.rows_per_step:,}",
              f"{run.plan.max_seq_len:,}", f"{run.cost.memory.total / _GIB:.1f}" + ("" if run.cost.fits else "!"),
              "-" if run.cost.hours is None else _amount(run.cost.hours), _number(run.cost.mfu, ".1%"),
              "-" if run.cost.kwh is None else _amount(run.cost.kwh),
              _number(run.cost.money, ",.0f"), _number(run.cost.money_energy, ",.0f"), f"{run.cost.checkpoints:,}",
-             _bytes(run.cost.storage) if run.cost.checkpoints else "-"] for run in runs]
+             format_bytes(run.cost.storage) if run.cost.checkpoints else "-"] for run in runs]
     total = totals(runs)
-    rows.append(["total", "", "", short_count(total["num_tokens"] or 0), f"{total['num_steps']:,}", "", "", "",
+    rows.append(["total", "", "", format_count(total["num_tokens"] or 0), f"{total['num_steps']:,}", "", "", "",
                  _number(total["hours"], ",.1f"), "", _number(total["kwh"], ",.1f"), _number(total["money"], ",.0f"),
-                 _number(total["money_energy"], ",.0f"), f"{total['checkpoints']:,}", _bytes(total["storage_bytes"] or 0)])
+                 _number(total["money_energy"], ",.0f"), f"{total['checkpoints']:,}", format_bytes(total["storage_bytes"] or 0)])
     kept = [i for i in range(len(head)) if i < 8 or any(row[i] not in ("-", "") for row in rows)]
     widths = {i: max(len(row[i]) for row in [head, *rows]) for i in kept}
     table = "\n".join("  ".join(row[i].ljust(widths[i]) if i < 3 else row[i].rjust(widths[i]) for i in kept).rstrip()

@@ -33,8 +33,9 @@ from remote_place import (
 from s3_server import S3Server
 
 from ettin_foundry.data import shard_files
-from ettin_foundry.data.cache import locked, parse_bytes
+from ettin_foundry.data.cache import locked
 from ettin_foundry.data.mds import MDSSet
+from ettin_foundry.data.quantities import parse_bytes
 
 
 @pytest.fixture(scope="module")
