@@ -64,7 +64,8 @@ def test_defaults_are_those_of_the_signatures():
     plain = {field.name: field.default for field in dataclasses.fields(TrainConfig) if field.default not in (None, "???")}
     assert defaults.HOST_DEFAULTS == plain and defaults.HOST_KEYS == TRAIN_CONFIG_KEYS
     classes = {"ettin": composer_model.EttinModel, "ettin_text": data.build_ettin_loader,
-               "ettin_stable_adamw": optim.StableAdamW, "warmup_stable_decay": optim.WarmupStableDecay, "one_minus_sqrt": optim.OneMinusSqrt,
+               "ettin_stable_adamw": optim.StableAdamW, "warmup_stable_decay": optim.WarmupStableDecay,
+               "one_minus_sqrt": optim.OneMinusSqrt,
                "ettin_phase": phases.EnterPhase, "ettin_cross": phases.CrossObjective}
     assert defaults.DEFAULTS.keys() == classes.keys()
     for name, target in classes.items():
