@@ -26,7 +26,7 @@ from ettin_foundry.corpus.units import PLAN, record_name
 from ettin_foundry.corpus.workbench import RepairReport, Workbench
 from ettin_foundry.data.inspect import find_set, is_mix
 from ettin_foundry.data.manifest import read_manifest
-from ettin_foundry.data.mds import MDSSet
+from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import is_url, open_storage
 
 __all__ = ["RepairReport", "repair_set"]
@@ -159,7 +159,7 @@ class _Repair:
         for split in (block or {"splits": {}})["splits"]:  # where one split was named, the others are taken as they are
             if split not in done:
                 try:
-                    data = MDSSet(self.bench.folder / split)
+                    data = MDSSplit(self.bench.folder / split)
                     done[split] = data.manifest, np.sum([data.lengths(shard) for shard in range(data.num_shards)], axis=0)
                 except (ValueError, OSError) as error:
                     self.bench.open(f"{storage.where(CARD)}: cannot be written again before all splits are whole ({error})")

@@ -31,8 +31,18 @@ from ettin_foundry.corpus.set_facts import (
 from ettin_foundry.corpus.split_check import SMALL_FILES, check_index, compare_entry
 from ettin_foundry.corpus.workbench import Workbench
 from ettin_foundry.data.inspect import SHARD_NAME, shard_order
-from ettin_foundry.data.manifest import INDEX, LENGTHS, MANIFEST, MAX_CHUNK_LENGTH, read_json, read_manifest
-from ettin_foundry.data.shards import check_hash, expand_all, map_file, parse_shard, scan_shard
+from ettin_foundry.data.manifest import (
+    INDEX,
+    LENGTHS,
+    MANIFEST,
+    MAX_CHUNK_LENGTH,
+    check_hash,
+    expand_all,
+    map_file,
+    read_json,
+    read_manifest,
+)
+from ettin_foundry.data.shards import parse_shard, scan_shard
 
 __all__ = ["SplitRepair"]
 
