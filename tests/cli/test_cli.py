@@ -53,7 +53,7 @@ def equal_states(a, b):
 
 def test_help_is_fast_and_names_every_command():
     """Heavy imports stay out of it: torch, transformers and the host alone take seconds."""
-    code = ("import sys; from ettin_foundry.cli import main as cli\ntry:\n    cli.main(['--help'])\nexcept SystemExit: pass\n"
+    code = ("import sys; from ettin_foundry.cli.main import main\ntry:\n    main(['--help'])\nexcept SystemExit: pass\n"
             "print(sorted({'torch', 'transformers', 'composer', 'llmfoundry'} & set(sys.modules)))")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip().endswith("[]")
