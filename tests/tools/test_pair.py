@@ -58,16 +58,15 @@ def test_defaults_are_those_of_the_signatures():
 
     from ettin_foundry.data import loader as data
     from ettin_foundry.model import composer as composer_model
-    from ettin_foundry.training import contrastive, ema
     from ettin_foundry.training import optimizer as optim
     from ettin_foundry.training import start as phases
 
     plain = {field.name: field.default for field in dataclasses.fields(TrainConfig) if field.default not in (None, "???")}
     assert defaults.HOST_DEFAULTS == plain and defaults.HOST_KEYS == TRAIN_CONFIG_KEYS
-    classes = {"ettin": composer_model.EttinModel, "ettin_contrastive": contrastive.EttinContrastive,
-               "ettin_text": data.build_ettin_loader, "ettin_stable_adamw": optim.StableAdamW,
-               "warmup_stable_decay": optim.WarmupStableDecay, "one_minus_sqrt": optim.OneMinusSqrt,
-               "ettin_phase": phases.EnterPhase, "ettin_cross": phases.CrossObjective, "ema": ema.EMA}
+    classes = {"ettin": composer_model.EttinModel, "ettin_text": data.build_ettin_loader,
+               "ettin_stable_adamw": optim.StableAdamW, "warmup_stable_decay": optim.WarmupStableDecay,
+               "one_minus_sqrt": optim.OneMinusSqrt,
+               "ettin_phase": phases.EnterPhase, "ettin_cross": phases.CrossObjective}
     assert defaults.DEFAULTS.keys() == classes.keys()
     for name, target in classes.items():
         given = {p.name: p.default for p in inspect.signature(target).parameters.values()
@@ -104,7 +103,6 @@ def test_defaults_are_those_of_the_signatures():
     ({"callbacks.ettin_clock": {}}, {}),
     ({"callbacks.ettin_phase": {"source": "x"}}, {"callbacks.ettin_phase": {"source": "x", "accept": [], "keep": "all"}}),
     ({"eval_loader.label": "eval"}, {}),
-    ({"algorithms.ema": {}}, {"algorithms.ema": {"half_life": "1000ba", "ema_start": "0tok", "update_interval": "1ba"}}),
     ({"eval_subset_num_batches": 16, "device_eval_batch_size": 16}, {"device_eval_batch_size": ...}),
 ], ids=str)
 def test_two_spellings_of_one_thing_are_no_difference(a, b):
@@ -298,16 +296,6 @@ def test_a_difference_has_the_verdict_of_its_rule(a, b, expected):
     assert all(d.reason for d in report.differences)
 
 
-def test_in_the_contrastive_stage_microbatches_are_part_of_the_loss():
-    a = changed(NANO, {"model.name": "ettin_contrastive", "model.objective": "simcse", "train_loader.objective": "simcse",
-                       "eval_loader.objective": "simcse", "train_loader.mask_rate": 0.0, "eval_loader.mask_rate": 0.0})
-    b = changed(a, {"device_train_microbatch_size": 2, "device_eval_batch_size": 2, "model.pooling": "mean"})
-    assert {d.key for d in lint_pair(a, b).unfair} == {"device_train_microbatch_size", "device_eval_batch_size",
-                                                       "eval_subset_num_batches"}
-    assert [(d.key, d.a) for d in lint_pair(a, changed(a, {"model.attn_out_dropout": 0.1})).unfair] == [
-        ("model.attn_out_dropout", 0.3)]
-
-
 def test_a_schedule_of_objectives_is_what_the_pair_compares_and_masks_like_the_other():
     biphasic = [{"until": "0.25dur", "objective": "clm"}, {"until": "1dur", "objective": "mlm"}]
     a = changed(MLM, {"model.objective": biphasic, "train_loader.objective": biphasic})
@@ -388,10 +376,6 @@ SECOND = changed(NANO, {"run_name": "second", "callbacks.ettin_phase": {"source"
     ({}, {"model.objective": "clm", "callbacks.ettin_phase": ..., "callbacks.ettin_cross": {"source": "x"}}, {}),
     ({"tokenizer.name": "org/one"}, {"tokenizer.name": "org/two"}, {"tokenizer.name": ("org/one", "org/two")}),
     ({}, {"train_loader.dataset.local": "data/b", "tokenizer.name": "data/b/tokenizer"}, {}),  # unknown, not here
-    # the contrastive stage reads short texts at a learning rate of its own
-    ({"scheduler.t_decay": "1dur", "scheduler.t_warmup": "0tok"},
-     {"model.name": "ettin_contrastive", "model.objective": "simcse", "max_seq_len": 128, "optimizer.lr": 3e-5,
-      "callbacks.ettin_phase": ..., "callbacks.ettin_cross": {"source": "x"}}, {}),
     # what a phase is for
     ({}, {"train_loader.mask_rate": 0.15, "global_train_batch_size": 8, "seed": 5, "model.attn_out_dropout": 0.3}, {}),
 ], ids=str)
