@@ -2,8 +2,7 @@
 
 Every unit left a completion record with the entries of its shards; here they are concatenated in the order of the plan,
 so the result is the same whoever did which unit, and when. manifest.json is written last: a split that has one is
-complete. Nothing is read from the shards themselves; verify.py does that, and repair.py calls `write_split` with what
-it finds in them.
+complete. Nothing is read from the shards themselves; verify.py does that.
 """
 
 from __future__ import annotations

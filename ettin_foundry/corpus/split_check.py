@@ -1,6 +1,6 @@
 """Checks one split folder in full: every shard against its entry in the manifest, the small files against each other.
 
-Used by verify.py, which adds what several splits and the rest of the set say, and by repair.py. Problems are texts, each
+Used by verify.py, which adds what several splits and the rest of the set say. Problems are texts, each
 beginning with the file; all are collected, none stops the check.
 """
 
@@ -96,8 +96,8 @@ class SplitCheck:
         known = {*SMALL_FILES, SUBSTITUTIONS}
         for shard in self.manifest["shards"]:
             known |= {file["basename"] for file in (shard["raw"], shard["zip"]) if file}
-        return [f"{self.folder / name}: {MANIFEST} does not name it; only the files of the split belong here. Move it away, "
-                "or run ettin repair --quarantine" for name in sorted(self.sizes.keys() - known)]
+        return [f"{self.folder / name}: {MANIFEST} does not name it; only the files of the split belong here. Move it away "
+                "or delete it" for name in sorted(self.sizes.keys() - known)]
 
     def _check_shard(self, data: MDSSplit, shard: int, tick: Callable[[int], None]) -> list[str]:
         entry = data.manifest["shards"][shard]
@@ -194,16 +194,16 @@ def check_index(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     except (ValueError, OSError) as error:
         return [str(error)]
     except (KeyError, TypeError) as error:
-        return [str(bad_file(path, f"is not an MDS index ({error!r:.100})", "ours is needed", "Run ettin repair"))]
+        return [str(bad_file(path, f"is not an MDS index ({error!r:.100})", "ours is needed", "Convert it again"))]
     expected = [(s["samples"], names, [COLUMNS[name] for name in names], "mds", 2, file(s["raw"], "xxh64"),
                  file(s["zip"], "xxh64")) for s in manifest["shards"]]
     if version != 2:
-        return [str(bad_file(path, f"version is {version!r:.50}", "2 is needed", "Run ettin repair"))]
+        return [str(bad_file(path, f"version is {version!r:.50}", "2 is needed", "Convert it again"))]
     if found == expected:
         return []
     at = next((at for at, pair in enumerate(zip(found, expected)) if pair[0] != pair[1]), min(len(found), len(expected)))
     return [str(bad_file(path, f"its shard {at} differs from {MANIFEST}", "both must list the same shards",
-                       "Run ettin repair"))]
+                       "Convert it again"))]
 
 
 def check_totals(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -214,7 +214,7 @@ def check_totals(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
             total = manifest["totals"][("documents", "samples", "tokens")[number]]
             stated = {name: source[key] for name, source in manifest["sources"].items()}
             if sum(stated.values()) != total:
-                yield f"{where}: totals state {total} {key}; its sources sum to {sum(stated.values())}. Run ettin repair"
+                yield f"{where}: totals state {total} {key}; its sources sum to {sum(stated.values())}. Convert it again"
             if key == "documents" and not all("documents" in shard for shard in manifest["shards"]):
                 continue  # of an older version
             held = dict.fromkeys(stated, 0)
@@ -224,6 +224,6 @@ def check_totals(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
             for name in held:
                 if held[name] != stated.get(name):
                     yield (f"{where}: source {name!r:.100} states {stated.get(name)} {key}; its shards hold {held[name]}. "
-                           "Run ettin repair")
+                           "Convert it again")
     except (KeyError, TypeError, AttributeError) as error:
-        yield f"{where}: sources cannot be read ({error!r:.100}); counts by source are needed. Run ettin repair"
+        yield f"{where}: sources cannot be read ({error!r:.100}); counts by source are needed. Convert it again"

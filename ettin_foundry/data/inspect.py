@@ -1,4 +1,4 @@
-"""What the commands verify, repair and show take as SET: a set, one split of it, or a mixture; a folder or a URL.
+"""What the commands verify and show take as SET: a set, one split of it, or a mixture; a folder or a URL.
 
 Finds the splits, opens them for reading, finds the tokenizer to decode with; a set behind a URL is read through a
 temporary folder. Nothing is checked here beyond what opening checks (verify.py does that), and nothing is written into
@@ -25,7 +25,7 @@ __all__ = ["QUARANTINE", "SHARD_NAME", "SetFolder", "find_set", "is_mix", "load_
            "peek_shard", "plain", "shard_order"]
 
 QUARANTINE = "quarantine"
-"""Folder in a set for what repair.py took out of use."""
+"""Folder in a dataset that holds what its owner took out of use; it is no split."""
 SHARD_NAME = re.compile(r"shard(\.\d+)+\.mds(\.zstd)?")
 """Names that the converter gives to shards: shard.UNIT.NUMBER.mds, older ones shard.NUMBER.mds; packed ones end in .zstd."""
 
