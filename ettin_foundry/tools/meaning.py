@@ -159,10 +159,7 @@ def _scheduler(block: Mapping[str, Any]) -> dict[str, Any]:
 
 def _named(blocks: Mapping[str, Any]) -> dict[str, Any]:
     """Callbacks or algorithms, whose name is their key."""
-    filled = {name: _filled(block or {}, name) for name, block in blocks.items()}
-    if "ema" in filled and "smoothing" not in filled["ema"]:
-        filled["ema"].setdefault("half_life", "1000ba")
-    return filled
+    return {name: _filled(block or {}, name) for name, block in blocks.items()}
 
 
 def _tokenizer(block: Mapping[str, Any], loader: Mapping[str, Any]) -> dict[str, Any]:

@@ -111,15 +111,6 @@ def test_a_schedule_is_weighed_by_its_tokens(small):
     assert not result.causal and result.size == "nano"  # a mixture ends as the objective that it names first
 
 
-def test_contrastive_rows_go_through_the_trunk_twice_and_predict_nothing(small):
-    small["model"].update(name="ettin_contrastive", objective="simcse")
-    small["train_loader"].update(objective="simcse", mask_rate=0.0)
-    result = plan.run_plan(small)
-    pairs = sum(pairs_by_mask(EttinConfig.for_size("nano", causal=False), n + 2) for n in CHUNKS)
-    assert result.targets_per_token == 0 and result.passes == 2
-    assert result.flops_per_token == round(2 * work_per_token(small, 0, pairs / 28))
-    assert result.flops_6n == 2 * 6 * result.parameters * result.num_tokens
-
 
 @pytest.mark.parametrize("warmup_tokens, max_tokens", [(20_000, 100_000), (20_000, 9_000), (1_000, 100_000), (300, 50_000)])
 def test_steps_with_a_batch_size_warm_up_are_those_of_a_walk(small, warmup_tokens, max_tokens):
