@@ -200,7 +200,7 @@ def _check_sharding(cfg: dict[str, Any], world_size: int, cuda: bool) -> None:
 def _fetch_tokenizer(name: str, dataset: dict[str, Any]) -> None:
     """The host builds the tokenizer before the loader, so that of a remote set must be here by now."""
     if dataset.get("remote") and Path(name) == Path(dataset["local"], "tokenizer") and not Path(name).exists():
-        from ettin_foundry.data.remote import fetch_tokenizer
+        from ettin_foundry.data.cache import fetch_tokenizer
 
         fetch_tokenizer(Path(dataset["local"]), dataset["remote"])
 
