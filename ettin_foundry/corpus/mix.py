@@ -36,7 +36,7 @@ from ettin_foundry.data.manifest import MANIFEST, open_plain
 from ettin_foundry.data.mds import MDSSet
 from ettin_foundry.data.mix_manifest import MIX_FORMAT, MIX_VERSION, chunk_permutation, name_word
 from ettin_foundry.data.mixture import MixSet, open_set, shared_identity
-from ettin_foundry.data.shard_rows import raw_draws
+from ettin_foundry.data.order import raw_draws
 from ettin_foundry.data.storage import is_url, join, open_storage
 from ettin_foundry.version import __version__
 

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from ettin_foundry.data.manifest import MANIFEST, MAX_CHUNK_LENGTH, read_json, refuse
-from ettin_foundry.data.shard_rows import raw_draws
+from ettin_foundry.data.order import raw_draws
 from ettin_foundry.data.storage import is_url, open_storage
 
 __all__ = ["MIX_FORMAT", "MIX_VERSION", "REBUILD", "Entries", "Part", "chunk_permutation", "expand_entries", "name_word",
