@@ -21,10 +21,10 @@ from composer.utils import dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ettin_foundry.data.batch import Collator, count_samples, count_tokens, split_batch
-from ettin_foundry.data.mds import MDSSet
-from ettin_foundry.data.mixture import MixSet
+from ettin_foundry.data.mixture import MixtureSplit
 from ettin_foundry.data.order import Order
 from ettin_foundry.data.ramp import BatchRamp, check_warmup
+from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.stream import Row, RowStream, check_values, open_stream
 from ettin_foundry.data.tokenizer import check as check_tokenizer
 from ettin_foundry.objectives.targets import TextVocab
@@ -40,7 +40,7 @@ class RowDataset(RowStream, IterableDataset):
     the first.
     """
 
-    def __init__(self, data: MDSSet | MixSet, order: Order, ramp: BatchRamp) -> None:
+    def __init__(self, data: MDSSplit | MixtureSplit, order: Order, ramp: BatchRamp) -> None:
         super().__init__(data, order, ramp)
         self.world_size = dist.get_world_size()
 

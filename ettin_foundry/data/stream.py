@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ettin_foundry.data.mds import MDSSet
-from ettin_foundry.data.mixture import MixSet, open_set
+from ettin_foundry.data.mixture import MixtureSplit, open_split
 from ettin_foundry.data.order import ORDER_VERSION, Order
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE, too_long
 from ettin_foundry.data.ramp import BatchRamp
+from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import join
 
 __all__ = ["DATASET_KEYS", "DEFAULT_WINDOW", "HASH_MODULUS", "STREAM_KEYS", "Row", "RowStream",
@@ -89,7 +89,7 @@ class RowStream:
         start_row: the row of the stream that reading begins with; after a resume, the checkpoint's.
     """
 
-    def __init__(self, data: MDSSet | MixSet, order: Order, ramp: BatchRamp) -> None:
+    def __init__(self, data: MDSSplit | MixtureSplit, order: Order, ramp: BatchRamp) -> None:
         self.data, self.order, self.ramp = data, order, ramp
         self.max_seq_len, self.start_row = order.max_seq_len, 0
 
@@ -208,7 +208,7 @@ def check_values(**values: Any) -> None:
             raise ValueError(f"{key} must be {kind}, got {value!r}")
 
 
-def _open(dataset: Any, max_open: int) -> MDSSet | MixSet:
+def _open(dataset: Any, max_open: int) -> MDSSplit | MixtureSplit:
     """The split that a loader's dataset block names."""
     if not isinstance(dataset, Mapping) or not {"local", "split"} <= set(dataset) <= set(DATASET_KEYS):
         given = sorted(dataset) if isinstance(dataset, Mapping) else repr(dataset)
@@ -222,10 +222,10 @@ def _open(dataset: Any, max_open: int) -> MDSSet | MixSet:
         raise ValueError(f"dataset.split must be the name of a folder in dataset.local, got {split!r}")
     options = {} if dataset.get("cache_limit") is None else {"cache_limit": dataset["cache_limit"]}
     if remote is not None:
-        return open_set(Path(local, split), max_open=max_open, remote=join(remote, split), **options)
+        return open_split(Path(local, split), max_open=max_open, remote=join(remote, split), **options)
     splits = sorted(folder.parent.name for folder in Path(local).glob("*/manifest.json"))
     if split not in splits:
         raise FileNotFoundError("dataset.split must be one of the complete splits in dataset.local, "
                                 f"{local!r} ({', '.join(splits) or 'there is none'}), got {split!r}; make it "
                                 "with data_prep/convert.py, or correct the keys")
-    return open_set(Path(local, split), max_open=max_open, **options)
+    return open_split(Path(local, split), max_open=max_open, **options)
