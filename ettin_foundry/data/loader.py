@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -64,23 +64,22 @@ class RowDataset(RowStream, IterableDataset):
         return self.num_steps * (self.ramp.max_size // self.world_size)
 
 
-def scheduled_collator(dataloader_cfg: Mapping[str, Any], tokenizer: Any, dataset_batch_size: int, *,
-                       objective: Any = None) -> tuple[Collator, int]:
-    """The collator of a loader and its batch size, as LLM-Foundry asks for them.
+def _collator_of(objective: str | None) -> Callable[..., tuple[Collator, int]]:
+    """A collator as LLM-Foundry's registry holds it, of one objective or of what the loader's block says."""
 
-    Args:
-        dataloader_cfg: max_seq_len, shuffle_seed, mask_rate (0 if not given), and, where no `objective` is
-            given, an objective or a schedule of them.
-    """
-    cfg, vocab = dataloader_cfg, TextVocab.from_tokenizer(tokenizer)
-    collator = Collator(cfg["objective"] if objective is None else objective, vocab, seed=cfg["shuffle_seed"],
-                        max_seq_len=cfg["max_seq_len"], mask_rate=cfg.get("mask_rate", 0.0))
-    return collator, dataset_batch_size
+    def build(dataloader_cfg: Mapping[str, Any], tokenizer: Any,
+              dataset_batch_size: int) -> tuple[Collator, int]:
+        """A collator and its batch size; dataloader_cfg has max_seq_len, shuffle_seed, mask_rate (0 if not
+        given) and, for ettin_scheduled, objective: a name or a schedule."""
+        cfg, vocab = dataloader_cfg, TextVocab.from_tokenizer(tokenizer)
+        return Collator(objective or cfg["objective"], vocab, max_seq_len=cfg["max_seq_len"],
+                        mask_rate=cfg.get("mask_rate", 0.0), seed=cfg["shuffle_seed"]), dataset_batch_size
+
+    return build
 
 
-mlm_collator = functools.partial(scheduled_collator, objective="mlm")
-clm_collator = functools.partial(scheduled_collator, objective="clm")
-mntp_collator = functools.partial(scheduled_collator, objective="mntp")
+mlm_collator, clm_collator, mntp_collator = _collator_of("mlm"), _collator_of("clm"), _collator_of("mntp")
+scheduled_collator = _collator_of(None)
 
 
 def build_ettin_loader(
