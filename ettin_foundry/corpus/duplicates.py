@@ -122,6 +122,7 @@ def _load(path: Path, axes: int) -> np.ndarray:
         raise ValueError(f"{path} must be a whole array of a conversion, got {error}; remove the file and start the "
                          "conversion again") from None
     if not isinstance(array, np.ndarray) or array.dtype != np.dtype("<u8") or array.shape[1:] != (2,) * (axes - 1):
-        raise ValueError(f"{path} must be an array of uint64 of a conversion; remove the file and start the conversion again")
+        raise ValueError(f"{path} must be an array of uint64 that a conversion wrote, got another; remove it and "
+                         "start the conversion again")
     return array
 

@@ -197,7 +197,7 @@ class TextEncoder:
             pattern, rng = re.compile(rule), random.Random(0)
             lefts = ["".join(rng.choices(_FRAGMENTS, k=3)) for _ in range(40)]
             lefts += ["a", ".", "(", "\u4e00", " 12", "x  y", "''"]
-            rights = ["".join(rng.choices(_FRAGMENTS, k=3)) for _ in range(20)] + ["b c", "7", "s", "\u3042", "\u00e9t\u00e9"]
+            rights = ["".join(rng.choices(_FRAGMENTS, k=3)) for _ in range(20)] + ["b c", "7", "s", "\u3042", "\xe9t\xe9"]
             rights += [first + right for right in rights] + rng.sample(list(added_tokens), min(len(added_tokens), 20))
             pairs = [(left + end, begin + right) for left in lefts for right in rights]
             if self._agree([pair for pair in pairs if pattern.match("".join(pair), len(pair[0]))]):

@@ -23,8 +23,8 @@ import tempfile
 import tokenize
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -71,6 +71,11 @@ class ReadOptions:
     record: `file:byte` for .jsonl, `file:record` for .json and .parquet, `file` for .txt."""
     max_document_bytes: int = 256 << 20
     """A text of more UTF-8 bytes, or a .jsonl line of more bytes, is left out and counted in `Meter.oversized`."""
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> ReadOptions:
+        """Of a plan's options, which name `max_document_bytes` only where it is not the default."""
+        return cls(**{field.name: record[field.name] for field in fields(cls) if field.name in record})
 
 
 class _File(NamedTuple):
@@ -414,11 +419,11 @@ def _column_texts(column: Any, file: _File, row: int) -> list[Any]:
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
-        for row, value in enumerate(column, row + 1):
+        for number, value in enumerate(column, row + 1):
             try:
                 value.as_py()
             except UnicodeDecodeError as error:
-                raise _not_utf8(f"{file.shown} row {row}", error) from None
+                raise _not_utf8(f"{file.shown} row {number}", error) from None
         raise
 
 

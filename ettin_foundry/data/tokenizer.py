@@ -218,8 +218,9 @@ def fingerprint(tok: PreTrainedTokenizerFast) -> dict[str, Any]:
     backend.no_padding()
     probe = np.array(backend.encode(_PROBE, add_special_tokens=False).ids, "<u2")
     if found := forbidden_ids(tok).intersection(probe.tolist()):
-        raise ValueError(f"tokenizer {_name(tok)}: text must never give a special token, got {backend.id_to_token(min(found))!r}"
-                         " for one written out; mark it special=True in tokenizer.json, or use another")
+        raise ValueError(f"tokenizer {_name(tok)}: text must never give a special token, got "
+                         f"{backend.id_to_token(min(found))!r} from one written out; mark it special=True in "
+                         "tokenizer.json, or use another")
     vocab = sorted(tok.get_vocab().items())
     return {"name": _name(tok), "vocab_size": vocab_size(tok), "special_ids": special_ids(tok),
             "vocab_sha256": hashlib.sha256(json.dumps(vocab).encode()).hexdigest(),
