@@ -25,7 +25,7 @@ from ettin_foundry.corpus.executors import WorkerDeath, run_tasks
 from ettin_foundry.corpus.finalize import done_units, finalize, read_plan
 from ettin_foundry.corpus.options import ConvertOptions, make_parser, options_from
 from ettin_foundry.corpus.plan import check_given, check_place, find_sources, finished_units, plan_conversion
-from ettin_foundry.corpus.progress import Board, Progress
+from ettin_foundry.corpus.progress import Board, Tick
 from ettin_foundry.corpus.readers import ReadOptions, read_parts
 from ettin_foundry.corpus.sources import Meter, Source, plan_parts
 from ettin_foundry.corpus.unit_hashes import HashUnit, drops_name, hashes_name
@@ -160,12 +160,13 @@ def _save_tokenizer(tok: PreTrainedTokenizerFast, storage: Storage) -> None:
 def _train(sources: Sequence[Source], options: ConvertOptions) -> Any:
     """Trains on the documents of the training split only: validation text must be as new to it as to the model."""
     meter = Meter()
-    with Progress("tokenizer", meter, sum(source.num_bytes for source in sources), show=options.progress) as progress:
+    with Board("tokenizer", sum(source.num_bytes for source in sources), show=options.progress) as board:
 
         def texts() -> Iterator[str]:
+            board.began(0, "the sources", str(os.getpid()))
             for source in sources:
                 for text, num_bytes, digest in _texts(source, meter, options):
-                    progress.update(documents=1, num_bytes=num_bytes)
+                    board.tick(0, Tick(1, 0, num_bytes, meter.position() - board.total.file_bytes))
                     if digest >= options.validation * 2**64:
                         yield text
 
@@ -194,24 +195,16 @@ def _run(job: ConvertUnit, todo: Sequence[Unit], plan: Plan, options: ConvertOpt
         unhashed = [unit for unit in plan.units if hashes_name(unit, plan.base_key) not in known]
         check_given(unhashed, plan, list(job.sources.values()), storage)
         hashing = HashUnit(job.out, job.options, job.sources, plan.base_key)
-        for _ in _execute(hashing, unhashed, "hashes", workers, options):
-            pass
+        _execute(hashing, unhashed, "hashes", workers, options)
         _find_duplicates(plan, storage)
-    tokens = 0
-    for _, result in _execute(job, todo, "documents", workers, options):
-        tokens += result["tokens"]
-    return tokens
+    return sum(result["tokens"] for result in _execute(job, todo, "documents", workers, options))
 
 
 def _execute(job: Callable[..., Any], units: Sequence[Unit], title: str, workers: int,
-             options: ConvertOptions) -> Iterator[tuple[Unit, Any]]:
-    with Board(title, sum(unit.num_bytes for unit in units), workers, show=options.progress) as board:
-        if options.executor == "ray":
-            from ettin_foundry.corpus.ray_pool import run_tasks_ray
-
-            yield from run_tasks_ray(job, units, workers=workers, board=board, address=options.ray_address)
-        else:
-            yield from run_tasks(job, units, workers=workers, board=board)
+             options: ConvertOptions) -> list[Any]:
+    with Board(title, sum(unit.num_bytes for unit in units), show=options.progress) as board:
+        return run_tasks(job, units, workers=workers, board=board, ray=options.executor == "ray",
+                         ray_address=options.ray_address)
 
 
 def _find_duplicates(plan: Plan, storage: Storage) -> None:
