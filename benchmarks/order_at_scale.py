@@ -62,12 +62,13 @@ class SimulatedSet:
 
 def stdlib_histogram(chunk_length: int) -> np.ndarray:
     """(chunk_length + 1,) chunks of each length in the standard library's files."""
-    from ettin_foundry.corpus.stdlib_text import read_module, stdlib_facts
+    from ettin_foundry.corpus.readers import read_module
+    from ettin_foundry.corpus.sources import find_source
 
-    root, files, _ = stdlib_facts()
+    source = find_source("python-stdlib")
     counts = np.zeros(chunk_length + 1, np.int64)
-    for name, _ in files:
-        text = read_module(Path(root) / name)
+    for name, _ in source.files:
+        text = read_module(Path(source.root) / name)
         whole, rest = divmod(len(re.findall(r"\w+|[^\w\s]", text or "")), chunk_length)
         counts[chunk_length] += whole
         counts[rest] += 1
