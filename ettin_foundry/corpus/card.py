@@ -1,8 +1,7 @@
-"""The data card of a converted set: README.md as the Hugging Face Hub reads it, and lengths.svg, the picture in it.
+"""The data card of a dataset: README.md as the Hugging Face Hub reads it, and lengths.svg, the picture in it.
 
-Both are pure functions of the set's small files: the same set gives the same bytes, without dates or machines in them.
-At its end the card holds, in an HTML comment, sources, licences, options, tokenizer, and a sha256 of every small file, so
-that verify.py can tell a changed manifest from a good one.
+Both are pure functions of the dataset's small files: the same dataset gives the same bytes, without dates or machines in
+them. At its end the card holds, in an HTML comment, a sha256 of every small file, which `ettin verify` compares.
 """
 
 from __future__ import annotations
@@ -18,22 +17,19 @@ from typing import Any
 import numpy as np
 
 from ettin_foundry.data.manifest import MANIFEST
+from ettin_foundry.data.quantities import quantiles
 from ettin_foundry.data.storage import Storage, check_name
-
-__all__ = ["CARD", "HEAD_KEYS", "PICTURE", "card_text", "picture", "read_block", "write_card"]
 
 log = logging.getLogger(__name__)
 
 CARD = "README.md"
 PICTURE = "lengths.svg"
-HEAD_KEYS = ("chunk_length", "compression", "tokenizer", "options", "code_version", "sources")
-"""Keys of a manifest that cannot be counted again in the shards; the card's comment repeats them for each split."""
 
 _MARK = "<!-- ettin-set "
+_HEAD_KEYS = ("chunk_length", "compression", "tokenizer", "options", "code_version", "sources")  # repeated in the comment
 _NOTE = "written by ettin finalize, read by ettin verify and ettin repair; a card without this comment is never replaced"
 _MAX_HASHED = 64 << 20  # a larger file in tokenizer/ is none of a tokenizer's
 _BINS = 48
-_SPLIT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _NAMED = 4  # sources in the title
 # https://huggingface.co/docs/hub/repositories-licenses; the Hub refuses a card that names any other
 _LICENCES = frozenset("""
@@ -91,36 +87,33 @@ def card_text(storage: Storage, manifests: Mapping[str, Mapping[str, Any]], leng
     return "\n".join(parts)
 
 
-def read_block(text: str) -> dict[str, Any] | None:
-    """What the comment at the end of a card holds: {"files": {name: sha256}, "splits": {split: head}}; None without one.
-
-    Names are plain and stay inside the set; all else is as untrusted as the file, and whoever uses it checks it.
+def read_block(text: str) -> dict[str, dict[str, Any]] | None:
+    """What the comment at the end of a card holds: {"files": {name: sha256}, "splits": {...}}; None without one.
 
     Raises:
-        ValueError: there is such a comment, but it cannot be read.
+        ValueError: there is such a comment, but it cannot be read, or a file in it lies outside the dataset.
     """
     at = text.rfind(_MARK)
     if at < 0:
         return None
-    advice = "Run ettin finalize, or remove the comment"
     try:
         block, _ = json.JSONDecoder().raw_decode(text, at + len(_MARK))
         if not all(isinstance(block[key], dict) for key in ("files", "splits")):
-            raise ValueError("files or splits is missing")
-        if not all(isinstance(value, str) for value in block["files"].values()):
-            raise ValueError("a hash is no text")
+            raise ValueError("files and splits must be mappings")
         for name in block["files"]:
             check_name(name)
-        if not all(isinstance(head, dict) and _SPLIT.fullmatch(name) for name, head in block["splits"].items()):
-            raise ValueError("a split is no mapping, or its name no plain one")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{CARD}: its last comment cannot be read ({error!r:.200}); the JSON that ettin finalize wrote is "
-                         f"needed. {advice}") from None
+        raise ValueError(f"{CARD}: its last comment must be the JSON that ettin finalize wrote, got {error!r:.200}; run "
+                         "ettin finalize, or remove the comment") from None
     return block
 
 
 def picture(lengths: Mapping[str, np.ndarray]) -> bytes:
-    """lengths.svg: the share of chunks, and of tokens, by length of the chunk, for each split."""
+    """lengths.svg: the share of chunks, and of tokens, by length of the chunk; the largest split filled, others outlined.
+
+    Args:
+        lengths: split -> (chunk_length + 1,) chunks of each length.
+    """
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -129,29 +122,24 @@ def picture(lengths: Mapping[str, np.ndarray]) -> bytes:
     style = {"svg.fonttype": "none", "svg.hashsalt": "ettin", "font.size": 9.0, "axes.spines.top": False,
              "axes.spines.right": False, "font.family": "sans-serif"}
     defaults: Any = {**matplotlib.rcParamsDefault, **style, "backend": "agg"}  # whatever this machine's settings are
+    longest = max(len(counts) for counts in lengths.values()) - 1
+    edges = np.unique(np.linspace(1, longest + 1, min(_BINS, longest) + 1).round().astype(np.int64))
     with matplotlib.rc_context(defaults):
         figure = Figure(figsize=(8.0, 2.6))
         panels = figure.subplots(1, 2, gridspec_kw={"left": 0.08, "right": 0.99, "bottom": 0.18, "top": 0.96, "wspace": 0.2})
-        draw_lengths(panels, lengths)
+        for number, (split, counts) in enumerate(sorted(lengths.items(), key=lambda item: -int(item[1].sum()))):
+            counts = np.asarray(counts, np.int64)
+            label = (" " * split.startswith("_") + split).replace("$", "\\$")  # matplotlib hides the one, typesets the other
+            for axes, weights, title in zip(panels, (counts, counts * np.arange(len(counts))), ("chunks", "tokens")):
+                shares = np.add.reduceat(np.append(weights, 0)[:edges[-1]], edges[:-1]) / max(1, int(weights.sum()))
+                axes.stairs(shares, edges, fill=not number, label=label, color=f"C{number}", linewidth=1.2)
+                axes.set(xlabel="tokens in the chunk", ylabel=f"share of all {title}", xlim=(1, longest + 1))
+        panels[0].legend(frameon=False)
         for axes in panels:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
-
-
-def draw_lengths(panels: Any, lengths: Mapping[str, np.ndarray]) -> None:
-    """Draws both histograms on a pair of matplotlib axes: the largest split filled, others as an outline."""
-    longest = max(len(counts) for counts in lengths.values()) - 1
-    edges = np.unique(np.linspace(1, longest + 1, min(_BINS, longest) + 1).round().astype(np.int64))
-    for number, (split, counts) in enumerate(sorted(lengths.items(), key=lambda item: -int(item[1].sum()))):
-        counts = np.asarray(counts, np.int64)
-        label = (" " * split.startswith("_") + split).replace("$", "\\$")  # matplotlib hides the one, typesets the other
-        for axes, weights, title in ((panels[0], counts, "chunks"), (panels[1], counts * np.arange(len(counts)), "tokens")):
-            shares = np.add.reduceat(np.append(weights, 0)[:edges[-1]], edges[:-1]) / max(1, int(weights.sum()))
-            axes.stairs(shares, edges, fill=not number, label=label, color=f"C{number}", linewidth=1.2)
-            axes.set(xlabel="tokens in the chunk", ylabel=f"share of all {title}", xlim=(1, longest + 1))
-    panels[0].legend(frameon=False)
 
 
 def _hash_files(storage: Storage, manifests: Mapping[str, Any]) -> dict[str, str]:
@@ -164,7 +152,7 @@ def _hash_files(storage: Storage, manifests: Mapping[str, Any]) -> dict[str, str
 
 
 def _block(manifests: Mapping[str, Mapping[str, Any]], files: Mapping[str, str]) -> str:
-    splits = {split: {key: manifest[key] for key in HEAD_KEYS if key in manifest} for split, manifest in manifests.items()}
+    splits = {split: {key: manifest[key] for key in _HEAD_KEYS if key in manifest} for split, manifest in manifests.items()}
     text = json.dumps({"note": _NOTE, "files": files, "splits": splits})
     return _MARK + text.replace("<", "\\u003c").replace(">", "\\u003e").replace("--", "-\\u002d") + " -->\n"
 
@@ -214,11 +202,9 @@ def _length_table(lengths: Mapping[str, np.ndarray]) -> str:
     rows = []
     for split, counts in lengths.items():
         counts = np.asarray(counts, np.int64)
-        total, below = max(1, int(counts.sum())), counts.cumsum()
-        # the smallest length that a share of the chunks does not exceed
-        quantiles = [int(np.searchsorted(below, share * int(counts.sum()))) for share in (0.1, 0.5, 0.9)]
-        rows.append((split, f"{int(counts @ np.arange(len(counts))) / total:,.1f}", *(f"{value:,}" for value in quantiles),
-                     f"{int(counts[-1]) / total:.1%}"))
+        total = max(1, int(counts.sum()))
+        rows.append((split, f"{int(counts @ np.arange(len(counts))) / total:,.1f}",
+                     *(f"{value:,}" for value in quantiles(counts)), f"{int(counts[-1]) / total:.1%}"))
     return _table(("split", "mean", "10%", "median", "90%", "of full length"), rows)
 
 
