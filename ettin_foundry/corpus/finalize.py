@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from ettin_foundry.corpus.units import PLAN, Plan, record_key, record_name, reports_name
-from ettin_foundry.data.manifest import COLUMNS, FORMAT, MANIFEST, VERSION, refuse
+from ettin_foundry.data.manifest import COLUMNS, FORMAT, MANIFEST, VERSION, bad_file
 from ettin_foundry.data.storage import Storage, join, open_storage
 from ettin_foundry.version import __version__
 
@@ -47,10 +47,10 @@ def read_record(storage: Storage, plan: Plan, unit: int) -> dict[str, Any]:
         record = json.loads(storage.read_bytes(record_name(unit)))
         key = record["key"]
     except (ValueError, KeyError, TypeError) as error:
-        raise refuse(where, f"is no completion record ({error!r:.200})", "one written by convert.py is needed",
+        raise bad_file(where, f"is no completion record ({error!r:.200})", "one written by convert.py is needed",
                      "Remove it and run the same conversion again") from None
     if key != (needed := record_key(plan.base_key, plan.units[unit])):
-        raise refuse(where, f"is of another unit than {plan.units[unit].label} (key {key})",
+        raise bad_file(where, f"is of another unit than {plan.units[unit].label} (key {key})",
                      f"key {needed} is needed", "Remove it and run the same conversion again")
     return record
 

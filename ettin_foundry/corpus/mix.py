@@ -30,8 +30,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from ettin_foundry.data.manifest import MANIFEST, open_plain
-from ettin_foundry.data.mds import MDSSet
-from ettin_foundry.data.mix_manifest import MIX_FORMAT, MIX_VERSION, chunk_permutation, name_word
+from ettin_foundry.data.shards import MDSSplit
+from ettin_foundry.data.mixture import MIX_FORMAT, MIX_VERSION, chunk_permutation, name_word
 from ettin_foundry.data.mixture import shared_identity
 from ettin_foundry.data.shard_rows import raw_draws
 from ettin_foundry.data.storage import is_url, join, open_storage
@@ -145,7 +145,7 @@ class _Member:
 
     name: str
     place: str
-    data: MDSSet
+    data: MDSSplit
     shards: np.ndarray  # (S,) int64
     wanted: int | None = None  # tokens; None takes all
     runs: list[tuple[int, np.ndarray]] = field(default_factory=list)  # pass, whole shards
@@ -244,7 +244,7 @@ def _open_members(entries: dict[str, tuple[str, str | None]], split: str, scratc
         FileNotFoundError, ValueError: a dataset is missing, has no such source, or differs from the first in
             tokenizer or chunk length.
     """
-    opened: dict[str, MDSSet] = {}
+    opened: dict[str, MDSSplit] = {}
     members: list[_Member] = []
     for name, (place, source) in entries.items():
         if place not in opened:
@@ -253,8 +253,8 @@ def _open_members(entries: dict[str, tuple[str, str | None]], split: str, scratc
                 if split == "validation":
                     continue
                 raise FileNotFoundError(f"sets.{name}: {where} holds no {MANIFEST}; convert the dataset, or correct the path")
-            opened[place] = MDSSet(scratch / "cache" / f"{split}-{name_word(place)}", remote=where) if is_url(place) \
-                else MDSSet(where)
+            opened[place] = MDSSplit(scratch / "cache" / f"{split}-{name_word(place)}", remote=where) if is_url(place) \
+                else MDSSplit(where)
             _check_same(name, opened[place], *next(iter(opened.items())))
         data = opened[place]
         sources = np.array(data.sources)
@@ -270,7 +270,7 @@ def _open_members(entries: dict[str, tuple[str, str | None]], split: str, scratc
     return members
 
 
-def _check_same(name: str, data: MDSSet, place: str, first: MDSSet) -> None:
+def _check_same(name: str, data: MDSSplit, place: str, first: MDSSplit) -> None:
     for what, mine, other in zip(("chunk_length", "tokenizer"), shared_identity(data), shared_identity(first)):
         if mine != other:
             raise ValueError(f"sets.{name}: {data.local} has {what} {mine!r:.300}, {place} has {other!r:.300}; all datasets "

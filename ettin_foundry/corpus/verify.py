@@ -28,9 +28,9 @@ from ettin_foundry.corpus.finalize import describe_splits, read_plan, read_recor
 from ettin_foundry.corpus.units import PLAN, Plan, record_name
 from ettin_foundry.data.inspect import Found, Sample, draw_samples, find_dataset, load_decoder
 from ettin_foundry.data.manifest import COLUMNS, INDEX, LENGTHS, MANIFEST, read_json
-from ettin_foundry.data.mds import MDSSet
-from ettin_foundry.data.mix_manifest import expand_entries
-from ettin_foundry.data.mixture import MixSet
+from ettin_foundry.data.shards import MDSSplit
+from ettin_foundry.data.mixture import expand_entries
+from ettin_foundry.data.mixture import MixtureSplit
 
 _SAMPLES = 16  # chunks of each source and split that are decoded
 _MAX_CARD_BYTES = 16 << 20
@@ -131,7 +131,7 @@ class _Check:
             totals = data.manifest["totals"]
             self.report.counts[split] = totals.get("documents"), totals["samples"], totals["tokens"]
             shards = range(data.num_shards)
-            if isinstance(data, MixSet):  # each shard that it takes from once
+            if isinstance(data, MixtureSplit):  # each shard that it takes from once
                 entries = expand_entries(data.manifest)[0]
                 shards = np.unique(np.stack([entries.set, entries.shard, entries.part]), axis=1, return_index=True)[1]
             else:
@@ -147,7 +147,7 @@ class _Check:
         stored, own = pickle.dumps(data), threading.local()
 
         def check(shard: int) -> None:
-            if isinstance(data, MixSet) and not hasattr(own, "data"):
+            if isinstance(data, MixtureSplit) and not hasattr(own, "data"):
                 own.data = pickle.loads(stored)  # an open mixture is not for several threads at once
             reader = getattr(own, "data", data)
             num_bytes = self.attempt(lambda: reader.check_shard(int(shard))) or 0
@@ -158,7 +158,7 @@ class _Check:
 
         list(pool.map(check, shards))
 
-    def _check_names(self, split: str, data: MDSSet) -> None:
+    def _check_names(self, split: str, data: MDSSplit) -> None:
         known = {MANIFEST, INDEX, LENGTHS, *(file["basename"] for shard in data.manifest["shards"]
                                              for file in (shard["raw"], shard["zip"]) if file)}
         for name, _ in self.storage.list(f"{split}/"):
@@ -182,7 +182,7 @@ class _Check:
 
     def check_tokenizer(self, scratch: Path) -> None:
         """tokenizer/ against the manifests' fingerprints, and the manifests against each other."""
-        from ettin_foundry.data.remote import fetch_tokenizer
+        from ettin_foundry.data.cache import fetch_tokenizer
         from ettin_foundry.data.tokenizer import check, load
 
         for key in ("tokenizer", "chunk_length", "compression", "options"):
@@ -264,7 +264,7 @@ class _Check:
         return set(block["splits"])
 
 
-def _total_problems(data: MDSSet) -> Iterator[str]:
+def _total_problems(data: MDSSplit) -> Iterator[str]:
     """The manifest's counts by source, against its totals and its shards."""
     where, manifest = data.local / MANIFEST, data.manifest
     try:
@@ -284,7 +284,7 @@ def _total_problems(data: MDSSet) -> Iterator[str]:
         yield f"{where}: sources cannot be read ({error!r:.100}); convert again"
 
 
-def _index_problems(data: MDSSet) -> Iterator[str]:
+def _index_problems(data: MDSSplit) -> Iterator[str]:
     """index.json is what stock readers trust; it must say what the manifest says."""
     path, names = data.local / INDEX, sorted(COLUMNS)
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ettin_foundry.data.manifest import INDEX, MANIFEST
-from ettin_foundry.data.mds import MDSSet
-from ettin_foundry.data.mixture import open_set
+from ettin_foundry.data.shards import MDSSplit
+from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
 from ettin_foundry.data.quantities import quantiles
 from ettin_foundry.data.shards import Buffer, expand_all, map_file, parse_shard, read_columns
@@ -35,10 +35,10 @@ class Found(NamedTuple):
     whole: bool
 
     def open(self, split: str, scratch: Path) -> Any:
-        """The `MDSSet` or `MixSet` of a split; of a remote one what is fetched is kept in `scratch`."""
+        """The `MDSSplit` or `MixtureSplit` of a split; of a remote one what is fetched is kept in `scratch`."""
         if self.storage.is_local:
-            return open_set(Path(self.storage.url) / split)
-        return open_set(scratch / split, remote=self.storage.where(split))
+            return open_split(Path(self.storage.url) / split)
+        return open_split(scratch / split, remote=self.storage.where(split))
 
 
 def find_dataset(location: str | os.PathLike[str]) -> Found:
@@ -139,7 +139,7 @@ def draw_samples(data: Any, decoder: Any | None, *, per_source: int, seed: int =
     """Chunks drawn from each source: every chunk of a source is equally probable, none comes twice.
 
     Args:
-        data: `MDSSet` or `MixSet`. decoder: a `tokenizers.Tokenizer`, or None.
+        data: `MDSSplit` or `MixtureSplit`. decoder: a `tokenizers.Tokenizer`, or None.
 
     Raises:
         ValueError: a shard is not what the manifest says.
@@ -160,7 +160,7 @@ def draw_samples(data: Any, decoder: Any | None, *, per_source: int, seed: int =
 
 def _read_sample(data: Any, shard: int, index: int) -> dict[str, Any]:
     """As `data.sample`; a compressed shard that lies here is expanded in memory, so that looking leaves no file behind."""
-    entry = data.manifest["shards"][shard] if isinstance(data, MDSSet) else {"zip": None}
+    entry = data.manifest["shards"][shard] if isinstance(data, MDSSplit) else {"zip": None}
     if entry["zip"] is None or not (path := data.local / entry["zip"]["basename"]).is_file():
         return data.sample(shard, index)
     buffer: Buffer = expand_all(map_file(path, None, None), path, entry["raw"]["bytes"])

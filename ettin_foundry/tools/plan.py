@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from ettin_foundry.data.manifest import MANIFEST
-from ettin_foundry.data.mds import MDSSet
-from ettin_foundry.data.mixture import MixSet, open_set
+from ettin_foundry.data.mixture import MixtureSplit, open_split
 from ettin_foundry.data.ramp import BatchRamp
+from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.objectives.schedule import parse_tokens
 from ettin_foundry.tools.plan_course import Course, course
@@ -107,7 +107,7 @@ class Plan:
         return 6 * self.parameters * self.num_tokens
 
 
-def data_facts(mds: MDSSet | MixSet, max_seq_len: int, *, packing: bool) -> DataFacts | None:
+def data_facts(mds: MDSSplit | MixtureSplit, max_seq_len: int, *, packing: bool) -> DataFacts | None:
     """Sums over a split's manifest and length histograms; None when packed rows were not counted for this length."""
     rows = mds.rows(max_seq_len) if packing else mds.samples
     if rows is None:
@@ -131,7 +131,7 @@ def split_facts(cfg: dict[str, Any]) -> DataFacts | None:
     if not (folder / MANIFEST).is_file():
         return None
     try:
-        return data_facts(open_set(folder), cfg["max_seq_len"], packing=loader.get("packing", True))
+        return data_facts(open_split(folder), cfg["max_seq_len"], packing=loader.get("packing", True))
     except OSError:
         if not loader["dataset"].get("remote"):
             raise  # else the loader fetches what is missing
