@@ -17,8 +17,7 @@ import typer
 
 _TELL_SECONDS = 10.0
 
-_Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="Folder or URL made by `ettin convert`, one split of it, or "
-                                         "a mixture.")]
+_Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="Folder or URL of a dataset, split or mixture.")]
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -29,15 +28,12 @@ def add_commands(app: typer.Typer) -> None:
     app.command(help="Build a mixture of datasets by token budgets; it points at their shards.")(mix)
 
 
-def verify(location: _Dataset,
-           threads: Annotated[int | None, typer.Option(min=1, help="Shards read at a time; all cores if left out.")] = None,
-           samples: Annotated[bool, typer.Option(help="Print a decoded chunk of each source.")] = True) -> None:
+def verify(location: _Dataset, threads: Annotated[int | None, typer.Option(
+        min=1, help="Shards read at a time; all cores if left out.")] = None) -> None:
     from ettin_foundry.corpus.verify import verify_dataset
-    from ettin_foundry.data.inspect import sample_lines
 
     report = verify_dataset(location, threads=threads, tick=_progress())
-    for line in [*(f"problem: {text}" for text in report.problems), *(f"note: {text}" for text in report.notes),
-                 *(sample_lines(report.samples) if samples else ()), report]:
+    for line in [*(f"problem: {text}" for text in report.problems), *(f"note: {text}" for text in report.notes), report]:
         print(line)
     print("all is as it should be" if report.ok else f"{len(report.problems)} problems")
     if not report.ok:
@@ -46,20 +42,11 @@ def verify(location: _Dataset,
 
 def show(location: _Dataset,
          samples: Annotated[int, typer.Option(min=0, help="Decoded chunks of each source and split.")] = 1,
-         seed: Annotated[int, typer.Option(min=0, help="Chooses them.")] = 0,
-         picture: Annotated[Path | None, typer.Option(help="Write the histogram of lengths to this .svg file.")] = None
-         ) -> None:
-    from ettin_foundry.corpus.card import picture as draw
+         seed: Annotated[int, typer.Option(min=0, help="Chooses them.")] = 0) -> None:
     from ettin_foundry.data.inspect import show_lines
 
-    if picture is not None and picture.suffix != ".svg":
-        raise ValueError(f"--picture must be a file name that ends in .svg, got {picture}")
-    lengths: dict = {}
-    for line in show_lines(location, samples=samples, seed=seed, lengths=lengths):
+    for line in show_lines(location, samples=samples, seed=seed):
         print(line)
-    if picture is not None:
-        picture.write_bytes(draw(lengths))
-        print(f"wrote {picture}")
 
 
 def finalize(out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL that was converted into.")]) -> None:
@@ -71,11 +58,9 @@ def finalize(out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or U
               f"{len(manifest['shards']):,} shards")
 
 
-def mix(spec: Annotated[Path, typer.Argument(metavar="SPEC", help="YAML file: a phase of data_prep/sources.yaml, or datasets "
-                                             "and budgets of your own.")],
-        out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to make.")],
-        seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the choice where a source is not taken whole.")] = 21
-        ) -> None:
+def mix(spec: Annotated[Path, typer.Argument(help="YAML file: a phase of data_prep/sources.yaml, or your own budgets.")],
+        out: Annotated[Path, typer.Argument(help="Folder to make.")],
+        seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Chooses where not all is taken.")] = 21) -> None:
     from ettin_foundry.corpus.mix import build_mix
 
     print(build_mix(spec, out, seed=seed))

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ettin_foundry.data.manifest import INDEX, MANIFEST
-from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
 from ettin_foundry.data.quantities import quantiles
-from ettin_foundry.data.shards import Buffer, expand_all, map_file, parse_shard, read_columns
+from ettin_foundry.data.shards import Buffer, MDSSplit, expand_all, map_file, parse_shard, read_columns
 from ettin_foundry.data.storage import Storage, is_url, open_storage
 
 _MAX_TOKENIZER_BYTES = 64 << 20
-_BAR = 40  # characters of the longest bar
 _SHOWN = 400  # characters of a sample
 
 
@@ -49,14 +47,15 @@ def find_dataset(location: str | os.PathLike[str]) -> Found:
     """
     place = os.fspath(location) if is_url(location) else os.path.abspath(open_storage(location).url)
     storage = open_storage(place)
-    folders = {folder for folder, _, name in (name.rpartition("/") for name, _ in storage.list()) if name in (MANIFEST, INDEX)}
+    found = (name.rpartition("/") for name, _ in storage.list())
+    folders = {folder for folder, _, name in found if name in (MANIFEST, INDEX)}
     if "" in folders:  # the location is itself a split
         parent, _, name = storage.url.rpartition("/")
         return Found(open_storage(parent or "/"), (name,), whole=False)
     splits = sorted((folder for folder in folders if "/" not in folder), key=lambda split: (split != "train", split))
     if not splits:
-        raise FileNotFoundError(f"{location} must be a dataset or a split of one, got a place without {MANIFEST}, here or one "
-                                "folder down; convert text with ettin convert, or correct the path")
+        raise FileNotFoundError(f"{location} must be a dataset or a split, got no {MANIFEST} there or one folder down; "
+                                "convert text with ettin convert, or correct the path")
     return Found(storage, tuple(splits), whole=True)
 
 
@@ -171,13 +170,11 @@ def _read_sample(data: Any, shard: int, index: int) -> dict[str, Any]:
     return {"tokens": tokens, "doc": doc, "part": part, "last": bool(opened.last[index])}
 
 
-def show_lines(location: str | os.PathLike[str], *, samples: int = 1, seed: int = 0,
-               lengths: dict[str, np.ndarray] | None = None) -> Iterator[str]:
+def show_lines(location: str | os.PathLike[str], *, samples: int = 1, seed: int = 0) -> Iterator[str]:
     """Lines that describe a dataset, a split or a mixture.
 
     Args:
         samples: decoded chunks of each source and split. seed: chooses them.
-        lengths: filled with split -> (chunk_length + 1,) chunks of each length, for a picture.
 
     Raises:
         FileNotFoundError, ValueError: no dataset, or one whose small files contradict each other.
@@ -187,21 +184,18 @@ def show_lines(location: str | os.PathLike[str], *, samples: int = 1, seed: int 
     with tempfile.TemporaryDirectory(prefix="ettin-") as scratch:
         for split in found.splits:
             data = found.open(split, Path(scratch))
-            sources = source_statistics(data)
-            total = np.sum([source.lengths for source in sources], axis=0)
-            if lengths is not None:
-                lengths[split] = total
-            yield from _split_lines(split, data, sources)
-            yield ""
-            yield from ("  " + line for line in histogram_lines(total))
-            if samples:
-                yield ""
-                yield from sample_lines(draw_samples(data, decoder, per_source=samples, seed=seed))
+            yield from _split_lines(split, data)
+            for sample in draw_samples(data, decoder, per_source=samples, seed=seed):
+                end = ", ends its document" if sample.last else ""
+                yield (f"  [{plain(sample.source)}] {plain(sample.doc, 100)}, part {sample.part}, "
+                       f"{len(sample.tokens):,} tokens{end}")
+                yield "    " + (plain(sample.text, _SHOWN) if sample.text is not None else
+                                f"no tokenizer/ beside the dataset; ids {sample.tokens[:32].tolist()}")
             yield ""
 
 
-def _split_lines(split: str, data: Any, sources: Sequence[SourceStatistics]) -> Iterator[str]:
-    tokenizer = data.tokenizer
+def _split_lines(split: str, data: Any) -> Iterator[str]:
+    tokenizer, sources = data.tokenizer, source_statistics(data)
     yield (f"{plain(split)}: {sum(s.chunks for s in sources):,} chunks of at most {data.chunk_length:,} tokens, "
            f"{sum(s.tokens for s in sources):,} tokens, {data.num_shards:,} shards; tokenizer "
            f"{plain(str(tokenizer.get('name', 'unnamed')))} ({tokenizer['vocab_size']:,} entries)")
@@ -224,31 +218,3 @@ def _split_lines(split: str, data: Any, sources: Sequence[SourceStatistics]) -> 
 
 def _cell(value: Any, form: str) -> str:
     return "?" if value is None else format(value, form)
-
-
-def histogram_lines(lengths: np.ndarray, *, bins: int = 16) -> list[str]:
-    """A histogram in characters: one line a bin, with its share of the chunks (bar and number) and of the tokens.
-
-    Args:
-        lengths: (M + 1,) chunks of each length. bins: lines, fewer when M is smaller.
-    """
-    counts = np.asarray(lengths, np.int64)
-    longest = len(counts) - 1
-    edges = np.unique(np.linspace(1, longest + 1, min(bins, longest) + 1).round().astype(np.int64))
-    chunks = np.add.reduceat(counts, edges[:-1])
-    tokens = np.add.reduceat(counts * np.arange(longest + 1), edges[:-1])
-    width, lines = len(f"{longest:,}"), []
-    for begin, end, chunk, token in zip(edges[:-1], edges[1:], chunks, tokens):
-        bar = "#" * round(_BAR * int(chunk) / max(1, int(chunks.max())))
-        lines.append(f"{begin:>{width},} - {end - 1:>{width},} |{bar:<{_BAR}}| {chunk / max(1, chunks.sum()):6.1%} of "
-                     f"chunks {token / max(1, tokens.sum()):6.1%} of tokens")
-    return lines
-
-
-def sample_lines(samples: Sequence[Sample]) -> Iterator[str]:
-    """Two lines for each sample."""
-    for sample in samples:
-        end = ", ends its document" if sample.last else ""
-        yield f"  [{plain(sample.source)}] {plain(sample.doc, 100)}, part {sample.part}, {len(sample.tokens):,} tokens{end}"
-        yield "    " + (f"no tokenizer/ beside the dataset; ids {sample.tokens[:32].tolist()}" if sample.text is None
-                        else plain(sample.text, _SHOWN))
