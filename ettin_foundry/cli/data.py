@@ -59,7 +59,7 @@ def finalize(out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or U
 
 
 def mix(spec: Annotated[Path, typer.Argument(help="YAML file: a phase of data_prep/sources.yaml, or your own budgets.")],
-        out: Annotated[Path, typer.Argument(help="Folder to make.")],
+        out: Annotated[str, typer.Argument(help="Folder to make.")],
         seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Chooses where not all is taken.")] = 21) -> None:
     from ettin_foundry.corpus.mix import build_mix
 

@@ -29,7 +29,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from ettin_foundry.data.manifest import MANIFEST, open_plain
 from ettin_foundry.data.mixture import MIX_FORMAT, MIX_VERSION, chunk_permutation, name_word, shared_identity
-from ettin_foundry.data.shard_rows import raw_draws
+from ettin_foundry.data.order import raw_draws
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import is_url, join, open_storage
 from ettin_foundry.version import __version__
