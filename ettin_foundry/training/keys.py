@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ettin_foundry import REGISTRY
+from ettin_foundry.data.stream import DATASET_KEYS
 from ettin_foundry.training.run_config import FIELDS, loaders, value_at, walk
 
 # parameters that the host fills in
@@ -56,7 +57,6 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 PARAMETERS["ettin"] |= dict.fromkeys(FIELDS)
 PARAMETERS["ettin_stable_adamw"] |= {"disable_grad": None, "param_groups": None}  # taken out by LLM-Foundry
 MODEL_KEYS = {name: tuple(PARAMETERS[name]) for name in REGISTRY["models"]}
-DATASET_KEYS = ("local", "split", "remote", "cache_limit")
 DEFAULTS = {name: {key: value for key, value in keys.items() if value is not None} for name, keys in PARAMETERS.items()}
 """As PARAMETERS, without the keys that are absent by default."""
 _HOST = read_parameters("llmfoundry.utils.config_utils:TrainConfig")

@@ -14,6 +14,7 @@ from typing import Any
 
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
+from ettin_foundry.training.recipes import rows_from_tokens
 
 FIELDS = tuple(field.name for field in dataclasses.fields(EttinConfig)
                if field.name not in ("causal", "max_position_embeddings"))
@@ -111,6 +112,10 @@ def config_text(cfg: Mapping[str, Any]) -> str:
     config = {key: value for key, value in cfg.items() if value is not None and key not in _BY_HOST}
     if "eval_loaders" in config:  # the host's name for a list
         config["eval_loader"] = config.pop("eval_loaders")
+    rows = ("device_train_microbatch_size", "device_eval_batch_size")  # made of tokens for this number of processes
+    bare = {key: value for key, value in config.items() if key not in rows}
+    if (derived := rows_from_tokens(bare)).items() <= config.items():
+        config |= rows_from_tokens(bare, world_size=1) if derived else {}
     micro = config.get("device_train_microbatch_size")
     if config.get("device_eval_batch_size") == (1 if micro == "auto" else micro):  # the host's default
         config.pop("device_eval_batch_size", None)

@@ -17,7 +17,7 @@ from ettin_foundry.hub import average as merge
 from ettin_foundry.hub import weights_file
 from ettin_foundry.model.weights import import_folder
 from ettin_foundry.training import checkpoints as checkpoint
-from ettin_foundry.training import entry
+from ettin_foundry.training import sources
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -112,11 +112,11 @@ def test_a_merged_file_starts_a_phase(runs, tokens, tmp_path, capsys):
 
     folder, models = runs
     assert run(capsys, "merge", folder, tmp_path / "m.pt", "--last", 2)[0] == 0
-    source = entry.read_source("callbacks.ettin_phase.source", str(tmp_path / "m.pt"))
+    source = sources.read_source("callbacks.ettin_phase.source", str(tmp_path / "m.pt"))
     assert not source.has_moments and source.fingerprint == {"ids": 1}
-    target = entry.Target(source.record["config"], ("mlm",), {"ids": 1, "vocab_size": None, "special_ids": None,
+    target = sources.Target(source.record["config"], ("mlm",), {"ids": 1, "vocab_size": None, "special_ids": None,
                                                               "vocab_sha256": None, "probe_sha256": None})
-    assert entry.compare("callbacks.ettin_phase", source, target, (), crossing=False) == {}
+    assert sources.compare("callbacks.ettin_phase", source, target, (), crossing=False) == {}
     fresh = EttinModel(size="nano", objective="mlm", max_seq_len=1024, vocab_size=320, num_hidden_layers=1)
     trainer = Trainer(model=fresh, load_path=str(tmp_path / "m.pt"), load_weights_only=True, load_strict_model_weights=True,
                       device="cpu", auto_log_hparams=False, progress_bar=False)

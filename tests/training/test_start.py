@@ -23,6 +23,7 @@ pytest.importorskip("llmfoundry")
 import nano_run  # noqa: E402
 import torch.distributed.checkpoint as dcp  # noqa: E402
 from composer import Trainer  # noqa: E402
+from ettin_foundry.training.starts import config_hash, config_text  # noqa: E402
 from omegaconf import OmegaConf as om  # noqa: E402
 
 from ettin_foundry.data import tokenizer  # noqa: E402
@@ -34,7 +35,6 @@ from ettin_foundry.training import checks, entry  # noqa: E402
 from ettin_foundry.training.clock import Clock  # noqa: E402
 from ettin_foundry.training.optimizer import StableAdamW  # noqa: E402
 from ettin_foundry.training.start import CrossObjective, EnterPhase  # noqa: E402
-from ettin_foundry.training.starts import config_hash, config_text  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
