@@ -97,7 +97,8 @@ class StableAdamW(torch.optim.Optimizer):
         count = int(group["step"])
         beta1, beta2 = ((beta**count - beta) / (beta**count - 1) for beta in (group["beta1"], group["beta2"]))
         weights, gradients, m, v = ([t.to_local() if isinstance(t, DTensor) else t for t in tensors] for tensors in (
-            params, (p.grad for p in params), *((self.state[p][name] for p in params) for name in ("exp_avg", "exp_avg_sq"))))
+            params, [p.grad for p in params], [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params]))
         torch._foreach_lerp_(m, gradients, 1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, gradients, gradients, 1 - beta2)

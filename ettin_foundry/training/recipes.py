@@ -93,8 +93,8 @@ def rows_from_tokens(cfg: dict[str, Any], world_size: int | None = None) -> dict
     """Rows a GPU takes at once, where the config gives token positions instead.
 
     `variables.microbatch_tokens` gives `device_train_microbatch_size`: the most rows of `max_seq_len` that it holds and
-    that divide every batch of a process evenly (of `world_size` processes; by default WORLD_SIZE). `variables.eval_tokens` gives
-    `device_eval_batch_size`. A key that the config has itself is left alone.
+    that divide every batch of a process evenly (of `world_size` processes; by default WORLD_SIZE).
+    `variables.eval_tokens` gives `device_eval_batch_size`. A key that the config has itself is left alone.
 
     Args:
         cfg: plain containers, interpolations resolved.

@@ -198,8 +198,9 @@ def test_adding_any_key_that_a_recipe_lacks_to_one_member_is_unfair_unless_it_is
              *(f"train_loader.dataset.{key}" for key in DATASET_KEYS),
              *(f"optimizer.{key}" for key in keys.PARAMETERS["ettin_stable_adamw"]),
              *(f"scheduler.{key}" for key in keys.PARAMETERS["warmup_stable_decay"]),
-             *(f"callbacks.{name}" for name in {**REGISTRY["callbacks"], **REGISTRY["callbacks_with_config"]}), "anything", "train_loader.anything",
-             "callbacks.anything", "algorithms.gradient_clipping", "fsdp_config.mixed_precision", "compile_config"]
+             *(f"callbacks.{name}" for name in {**REGISTRY["callbacks"], **REGISTRY["callbacks_with_config"]}),
+             "anything", "train_loader.anything", "callbacks.anything", "algorithms.gradient_clipping",
+             "fsdp_config.mixed_precision", "compile_config"]
     given = set(read_meaning("dec", dec).cfg) | {".".join(map(str, path)) for path, _ in leaves(dec)}
     watchers = {f"callbacks.ettin_{name}" for name in ("clock", "export", "monitor", "samples", "steps")}
     known = [key for key in known if key not in ("model.hidden_size", "model.num_attention_heads")]  # only both together
