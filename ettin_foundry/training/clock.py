@@ -29,7 +29,7 @@ from ettin_foundry.training.checkpoints import decode_record, install_validation
 from ettin_foundry.training.run_config import config_hash, config_text
 from ettin_foundry.training.sources import check_resume
 
-# of an optimizer group: what a new phase takes from its recipe, where Composer would keep the checkpoint's
+# of an optimizer group: what the recipe says
 _SETTINGS = ("initial_lr", "max_lr", "weight_decay", "beta1", "beta2", "betas", "eps")
 
 
@@ -42,8 +42,8 @@ class Clock(CallbackWithConfig):
     - torch's default generators are seeded from (seed, batch, rank) before each batch, so that dropout is a function of
       the step: Composer 0.32.1 restores no generator when it resumes mid-epoch with a dataset that has state.
     - Checkpoints are scanned before they are loaded.
-    - After loading at token 0 (a new phase), the optimizer's settings are the recipe's. After loading in the middle of a
-      run, a recipe that differs is refused, as is another run's folder.
+    - After loading, the optimizer's settings are the recipe's, where Composer would keep the checkpoint's. What must not
+      change in the middle of a run is compared (`check_resume`).
     - Initial weights, drawn and not loaded, are written to `<save_folder>/initial/step0.pt`, which autoresume never sees.
     - What this package logs is shown at the run's python_log_level.
     - Every checkpoint says what it is: model, objective, tokenizer, tokens, where the weights came from, the config.
@@ -77,15 +77,10 @@ class Clock(CallbackWithConfig):
                        for group in _groups(state)]
 
     def after_load(self, state: State, logger: Logger) -> None:
-        now = decode_record(self.state_dict())
-        if state.timestamp.batch > 0:
-            if self.loaded is not None:
-                own = state.load_path != self._run.get("load_path")  # then autoresume has found it
-                check_resume(self.loaded, now, place=f"{state.load_path}, batch {state.timestamp.batch.value}", own=own)
-            return
-        if self.loaded is not None and self.loaded.get("objective") not in (None, now["objective"]):
-            raise ValueError(f"load_path: the checkpoint's objective is {self.loaded['objective']}, this run's is "
-                             f"{now['objective']}; give the checkpoint as callbacks.ettin_cross.source instead")
+        if self.loaded is not None and state.timestamp.batch > 0:
+            own = state.load_path != self._run.get("load_path")  # then autoresume has found it
+            check_resume(self.loaded, decode_record(self.state_dict()), own=own,
+                         place=f"{state.load_path}, batch {state.timestamp.batch.value}")
         for group, given in zip(_groups(state), self._given):
             group.update(given, lr=given["initial_lr"])
         for scheduler in state.schedulers:

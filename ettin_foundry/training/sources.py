@@ -36,8 +36,10 @@ FREE_FIELDS = ("causal", "max_position_embeddings", "attn_out_dropout", "initial
 _ACCEPTABLE = (*(field.name for field in dataclasses.fields(EttinConfig)
                  if field.name not in (*SHAPE_FIELDS, *FREE_FIELDS)), "tokenizer")
 # of a config: the same in every part of one run; the loader compares what the data is
-_SAME = ("seed", *(f"optimizer.{key}" for key in ("name", "lr", "max_lr", "betas", "eps", "weight_decay")),
-         *(f"train_loader.{key}" for key in ("packing", "shuffle_seed", "shuffle_window", "dataset.split")))
+_SAME = ("seed", "optimizer.name", "train_loader.packing", "train_loader.shuffle_seed", "train_loader.shuffle_window",
+         "train_loader.dataset.split")
+# the same too, unless a run of another name goes on from the checkpoint
+_OPTIMIZER = tuple(f"optimizer.{key}" for key in ("lr", "max_lr", "betas", "eps", "weight_decay"))
 PARTS_LEFT_OUT = ("state/timestamp", "state/dataset_state", "state/schedulers", "state/rank_zero_seed",
                   "state/train_metrics", "state/eval_metrics", "rng")
 """Of a checkpoint, what a phase that starts from it does not take. A sharded one has no metrics of other labels to give."""
@@ -324,7 +326,7 @@ def check_resume(then: Mapping[str, Any], now: Mapping[str, Any], *, place: str,
     Args:
         then: the checkpoint's record. now: the same of this run, by the config or by `Clock`.
         place: the checkpoint, for messages.
-        own: it lies in this run's own save folder, so it must be of the same run_name.
+        own: it lies in this run's own save folder, so run_name and optimizer must be the same.
 
     Raises:
         ValueError: the first difference, with both values.
@@ -335,7 +337,7 @@ def check_resume(then: Mapping[str, Any], now: Mapping[str, Any], *, place: str,
     pairs += [(f"model.{key}", new, (then.get("config") or {}).get(key)) for key, new in (now.get("config") or {}).items()]
     if "run_config" in then:
         new_config, old_config = json.loads(now["run_config"]), json.loads(then["run_config"])
-        pairs += [(key, value_at(new_config, key), value_at(old_config, key)) for key in _SAME]
+        pairs += [(key, value_at(new_config, key), value_at(old_config, key)) for key in (*_SAME, *(_OPTIMIZER if own else ()))]
         pairs.append(("train_loader.mask_rate", _mask_rate(new_config), _mask_rate(old_config)))
         for key in (f"callbacks.{name}.source" for name in STARTS):
             new, old = value_at(new_config, key), value_at(old_config, key)
@@ -344,8 +346,9 @@ def check_resume(then: Mapping[str, Any], now: Mapping[str, Any], *, place: str,
     for key, new, old in pairs:
         if new is not None and old is not None and new != old:
             raise ValueError(f"{key}: {new!r} in the config, {old!r} in the checkpoint that this run resumes ({place}); "
-                             "restore the value, or choose another run_name and save_folder to start a new run (from this "
-                             "checkpoint: callbacks.ettin_phase, or ettin_cross for another objective)")
+                             "restore the value, or start another run: with another run_name and save_folder, load_path "
+                             "goes on from a checkpoint with another learning rate, callbacks.ettin_phase and ettin_cross "
+                             "with another phase and objective")
 
 
 def _mask_rate(config: dict[str, Any]) -> Any:
