@@ -145,7 +145,8 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
     ahead = order.shards_ahead(row)
     return {"step": step + 1, "start": start, "first": first, "whole": whole, "later": later, "peak": peak_bytes() - before,
             "ahead": time.perf_counter() - begin, "num_ahead": len(ahead), "tokens": order.tokens_per_epoch,
-            "rows": order.rows_per_epoch, "fill": order.fill, "at_once": order.shards_at_once}
+            "rows": order.rows_per_epoch,
+            "fill": order.tokens_per_epoch / (order.rows_per_epoch * case["max_seq_len"]), "at_once": order.shards_at_once}
 
 
 def in_process(case: dict[str, Any]) -> dict[str, float]:

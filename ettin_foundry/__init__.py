@@ -24,7 +24,6 @@ REGISTRY: dict[str, dict[str, str]] = {
         "ettin_mlm": "ettin_foundry.data.loader:mlm_collator",
         "ettin_clm": "ettin_foundry.data.loader:clm_collator",
         "ettin_mntp": "ettin_foundry.data.loader:mntp_collator",
-        "ettin_mdlm": "ettin_foundry.data.loader:mdlm_collator",
         "ettin_scheduled": "ettin_foundry.data.loader:scheduled_collator",
     },
     "optimizers": {"ettin_stable_adamw": "ettin_foundry.training.optimizer:StableAdamW"},
