@@ -21,9 +21,9 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /ettin
 COPY --from=flash-attn /wheels /wheels
-COPY setup.cfg pyproject.toml README.md LICENSE ./
+COPY setup.cfg pyproject.toml constraints.txt README.md LICENSE ./
 COPY ettin_foundry ettin_foundry
-RUN pip install --no-cache-dir -e . && pip install --no-cache-dir --no-deps /wheels/*.whl && rm -r /wheels
+RUN pip install --no-cache-dir -c constraints.txt -e . && pip install --no-cache-dir --no-deps /wheels/*.whl && rm -r /wheels
 COPY train.py ./
 COPY yamls yamls
 COPY data_prep data_prep

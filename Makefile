@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 PARITY_VERSIONS := 4.57.6 5.23.0
 
-.PHONY: demo suite test lint parity bench gpu wheels-gpu clean
+.PHONY: demo suite test lint parity bench constraints gpu wheels-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ettin demo --out runs/demo $(DEMO_ARGS)
@@ -24,6 +24,7 @@ test: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
 
 # One folder per version of transformers, put in front of the environment's own. --no-deps: torch, numpy and the rest stay
 # those of the environment; what each version needs beyond them is listed, pinned, so that parity is about transformers only.
@@ -32,7 +33,7 @@ PARITY_5.23.0 := transformers==5.23.0 huggingface_hub==2.4.0 tokenizers==0.23.3 
 
 .parity/%/.installed: Makefile | $(VENV)/.installed
 	rm -rf .parity/$*
-	$(BIN)/python -m pip install --quiet --no-deps --target .parity/$* $(PARITY_$*)
+	$(UV) --no-deps --target .parity/$* $(PARITY_$*)
 	touch $@
 
 parity: $(VENV)/.installed $(PARITY_VERSIONS:%=.parity/%/.installed)
@@ -56,12 +57,19 @@ gpu:
 wheels-gpu:
 	$(PYTHON) benchmarks/wheels_gpu.py
 
-$(VENV)/.installed: setup.cfg pyproject.toml
+# uv installs the pinned packages: pip's resolver does not end on the unpinned ones
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert (3, 10) <= sys.version_info < (3, 13), 'Python 3.10 to 3.12 is needed; set PYTHON=...'"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt uv
+	$(UV) -c constraints.txt -e ".[dev]"
 	touch $@
+
+# pins the newest versions that agree, for Python 3.10 to 3.12; run the tests, then commit the file
+constraints: $(VENV)/.installed
+	$(BIN)/uv pip compile setup.cfg --extra dev --universal --python-version 3.10 --upgrade --quiet \
+		--no-annotate --no-emit-index-url --custom-compile-command "make constraints" -o constraints.txt
 
 clean:
 	rm -rf $(VENV) .parity .wheels runs

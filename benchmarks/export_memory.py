@@ -29,7 +29,7 @@ from ettin_foundry.model.config import EttinConfig  # noqa: E402
 from ettin_foundry.model.weights import tensor_table, weights_checkpoint  # noqa: E402
 
 _IMPORTS = "import torch, transformers, safetensors.torch, ettin_foundry.model.weights, ettin_foundry.training.checkpoints"
-_COMMAND = "import sys; from ettin_foundry import cli; cli.main(sys.argv[1:])"
+_COMMAND = "import sys; from ettin_foundry.cli.main import main; main(sys.argv[1:])"
 
 
 class Peak(NamedTuple):

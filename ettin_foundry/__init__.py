@@ -16,10 +16,7 @@ __all__ = ["REGISTRY", "__version__", "register"]
 
 # registry of LLM-Foundry -> name in YAML -> module:attribute
 REGISTRY: dict[str, dict[str, str]] = {
-    "models": {
-        "ettin": "ettin_foundry.model.composer:EttinModel",
-        "ettin_contrastive": "ettin_foundry.training.contrastive:EttinContrastive",
-    },
+    "models": {"ettin": "ettin_foundry.model.composer:EttinModel"},
     "dataloaders": {"ettin_text": "ettin_foundry.data.loader:build_ettin_loader"},
     "collators": {
         "ettin_mlm": "ettin_foundry.data.loader:mlm_collator",
@@ -40,7 +37,6 @@ REGISTRY: dict[str, dict[str, str]] = {
         "ettin_samples": "ettin_foundry.training.callbacks:LogSamples",
         "ettin_monitor": "ettin_foundry.training.callbacks:DataMonitor",
     },
-    "algorithms": {"ema": "ettin_foundry.training.ema:EMA"},
     "callbacks_with_config": {
         "ettin_clock": "ettin_foundry.training.clock:Clock",
         "ettin_steps": "ettin_foundry.training.step_log:StepLog",

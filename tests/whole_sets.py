@@ -1,4 +1,4 @@
-"""Converted sets for the tests of verify, repair, show and the data card, and ways to damage a copy of one."""
+"""Converted sets for the tests of verify, show and the data card, and ways to damage a copy of one."""
 
 from __future__ import annotations
 
@@ -6,30 +6,18 @@ import functools
 import json
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from converting import options, write_corpus
 
-from ettin_foundry.corpus.card import picture
 from ettin_foundry.corpus.convert import convert
-from ettin_foundry.data.mds import MDSSet
+from ettin_foundry.data.shards import MDSSplit
 
 SOURCES = ("wiki", "code")
 UNIT = 6_000  # bytes of input: two units a source
-TABLES = ("manifest.json", "index.json", "lengths.npy")
 SHARD = "2kb"  # several shards a unit, documents going on from one into the next
-_DRAWN: dict[str, bytes] = {}
-
-
-def draw_once(lengths: dict[str, np.ndarray]) -> bytes:
-    """`set_card.picture`, a pure function that takes most of a repair's time at this size."""
-    key = str({split: counts.tolist() for split, counts in lengths.items()})
-    if key not in _DRAWN:
-        _DRAWN[key] = picture(lengths)
-    return _DRAWN[key]
 
 
 @functools.lru_cache(maxsize=4)
@@ -86,7 +74,7 @@ def whole_samples(tokenizer_dir: Path, split: str, compression: str | None = Non
 def samples_of(split: Path) -> dict[str, list[dict]]:
     """Raw shard name -> all samples in it, read sample by sample; packed shards are expanded elsewhere."""
     with tempfile.TemporaryDirectory() as folder:
-        data = MDSSet(shutil.copytree(split, Path(folder) / "copy"))
+        data = MDSSplit(shutil.copytree(split, Path(folder) / "copy"))
         return {entry["raw"]["basename"]: [data.sample(shard, index) for index in range(entry["samples"])]
                 for shard, entry in enumerate(data.manifest["shards"])}
 
@@ -102,31 +90,3 @@ def histogram(lengths: list[int], chunk_length: int) -> np.ndarray:
 def contents(folder: Path) -> dict[str, bytes]:
     """Relative name -> content of every file."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def in_use(folder: Path) -> dict[str, bytes]:
-    """`contents` without quarantine/."""
-    return {name: data for name, data in contents(folder).items() if not name.startswith("quarantine/")}
-
-
-def nothing_lost(before: dict[str, bytes], folder: Path) -> bool:
-    """Every content that was there is still there, under whatever name."""
-    return not Counter(before.values()) - Counter(contents(folder).values())
-
-
-def missing_lines(folder: Path) -> list[dict]:
-    """What repair noted as lost."""
-    return [json.loads(line) for line in (folder / "quarantine" / "missing.jsonl").read_text().splitlines()]
-
-
-def expected_cuts(stored: dict[str, list[dict]], name: str) -> list[dict]:
-    """Documents of a shard of which other parts lie elsewhere, and what they lack without it."""
-    cut, parts = [], {}
-    for samples in stored.values():
-        for s in samples:
-            parts.setdefault((s["source"], s["doc"]), set()).add(s["part"])
-    for key in dict.fromkeys((s["source"], s["doc"]) for s in stored[name]):
-        mine = {s["part"] for s in stored[name] if (s["source"], s["doc"]) == key}
-        if mine != parts[key]:
-            cut.append({"doc": key[1], "lost": "beginning" if 0 in mine else "end" if max(parts[key]) in mine else "middle"})
-    return sorted(cut, key=str)

@@ -1,4 +1,4 @@
-"""The commands of `ettin` for data sets: verify, repair, show, finalize, mix. cli.py adds them to the program.
+"""The commands of `ettin` for data sets: verify, show, finalize, mix. cli.py adds them to the program.
 
 Everything heavy is imported inside the command that needs it. Exit codes: 0, 1 when something is wrong with the set or the
 input, 2 for a wrong command line.
@@ -26,7 +26,6 @@ _Threads = Annotated[int | None, typer.Option(help="Shards read at a time; all c
 def add_commands(app: typer.Typer) -> None:
     """Adds this module's commands."""
     app.command(help="Check every byte of a set (folder or URL); all that is wrong is listed.")(verify)
-    app.command(help="Make lost small files of a set again; fetch bad shards, or take them out of use.")(repair)
     app.command(help="Show statistics by source, lengths of chunks and decoded samples of a set.")(show)
     app.command(help="Make a readable set of the finished units of a conversion.")(finalize)
     app.command(help="Build a mixture of converted sets by token budgets; it points at their shards.")(mix)
@@ -49,28 +48,6 @@ def verify(location: _Set, threads: _Threads = None,
     print("all is as it should be" if report.ok else f"{len(report.problems)} problems")
     if not report.ok:
         raise typer.Exit(1)
-
-
-def repair(location: Annotated[str, typer.Argument(metavar="SET", help="Folder of a set, or of one split of it.")],
-           remote: Annotated[str | None, typer.Option(help="Folder or URL of a copy of the set.")] = None,
-           quarantine: Annotated[bool, typer.Option("--quarantine", help="Move bad shards that no copy replaces, and files "
-                                                    "that belong to nothing, to SET/quarantine/.")] = False,
-           threads: _Threads = None) -> None:
-    from ettin_foundry.corpus.losses import loss_lines
-    from ettin_foundry.corpus.repair import repair_set
-
-    _log_to_stderr()
-    report = repair_set(location, remote=remote, quarantine=quarantine, threads=threads, tick=_progress("repair"))
-    for text in report.actions:
-        print(text)
-    for record in report.lost:
-        print("lost: " + "\n".join(loss_lines(record)))
-    for text in report.problems:
-        print(f"still wrong: {text}")
-    if not report.ok:
-        print(f"{len(report.problems)} problems are left")
-        raise typer.Exit(1)
-    print("nothing was wrong" if not report.actions and not report.lost else "repaired; ettin verify checks the whole set")
 
 
 def show(location: _Set,

@@ -1,4 +1,4 @@
-"""The command `ettin lint`: whether two runs, or the phases of one model, or a whole file of settings, belong together.
+"""The command `ettin lint`: whether two runs, or the phases of one model, belong together.
 
 Exit codes: 0 when nothing is unfair, 1 when something is or a run is refused, 2 for a wrong command line.
 """
@@ -18,17 +18,12 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def lint(words: Annotated[list[str], typer.Argument(metavar="A B [KEY=VALUE]...", help="Two runs, each YAML files and "
-                                                    "key=value joined by '+'; then key=value for both. Or one file of "
-                                                    "settings (.json).")],
+                                                    "key=value joined by '+'; then key=value for both.")],
          chain: Annotated[bool, typer.Option("--chain", help="The runs are one model's phases, in order.")] = False) -> None:
     from ettin_foundry.tools.pair import lint_chain, lint_pair
 
     runs = [word for word in words if "=" not in word.split("+")[0]]
-    if runs == words and len(words) == 1 and words[0].endswith(".json") and not chain:
-        from ettin_foundry.tools.lint_settings import lint_file
-
-        report = lint_file(words[0])
-    elif len(runs) == 2 or (len(runs) > 2 and chain):
+    if len(runs) == 2 or (len(runs) > 2 and chain):
         found = [_config(run, [word for word in words if word not in runs]) for run in runs]
         names = [str(config.get("run_name") or run) for run, config in zip(runs, found)]
         if chain:
@@ -38,7 +33,7 @@ def lint(words: Annotated[list[str], typer.Argument(metavar="A B [KEY=VALUE]..."
             report = lint_pair(found[0], found[1], names=(names[0], second))
     else:
         raise typer.BadParameter(f"{len(runs)} run(s) given: {' '.join(runs)}; two runs are compared, --chain takes two or "
-                                 "more phases, and a .json file stands alone")
+                                 "more phases")
     print(report)
     if not report.fair:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""The command `ettin`: convert text, run the demo, move models to and from Hugging Face, try them on a prompt.
+"""The command `ettin`: convert text, move models to and from Hugging Face, try them on a prompt.
 
 Commands for data sets are in cli_data.py. Training is not here: it is the host's `composer train.py` or `llmfoundry
 train`. Everything heavy is imported inside the command that needs it, so that `ettin --help` answers at once. Bad input
@@ -8,7 +8,6 @@ ends with one line on stderr and exit code 1.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ from ettin_foundry.cli import lint as cli_lint
 from ettin_foundry.cli import order as cli_order
 from ettin_foundry.cli import plan as cli_plan
 from ettin_foundry.cli import suite as cli_suite
-from ettin_foundry.model.config import CONTRASTIVE
 
 __all__ = ["app", "main"]
 
@@ -35,7 +33,7 @@ _NEEDED = ("max_position_embeddings", "global_rope_theta", "local_rope_theta")
 
 Source = Annotated[Path, typer.Argument(help="Hugging Face folder, Composer .pt file, or folder of checkpoints.")]
 TokenizerOption = Annotated[str | None, typer.Option("--tokenizer", help="Tokenizer folder, if the model names none.")]
-ObjectiveOption = Annotated[str | None, typer.Option("--objective", help="mlm, mntp or mdlm, if the model does not say.")]
+ObjectiveOption = Annotated[str | None, typer.Option("--objective", help="mlm or mntp, if the model does not say.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of this name.")]
 
 
@@ -47,31 +45,19 @@ def convert(context: typer.Context) -> None:
     raise typer.Exit(convert_main(context.args))
 
 
-@app.command(help="Train a nano encoder and decoder, cross both, export all four. Run it in a clone of the repository.")
-def demo(out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
-         short: Annotated[bool, typer.Option("--short", help="A tenth of the work.")] = False,
-         recipes: Annotated[Path, typer.Option(help="Folder with nano.yaml and phases/.")] = Path("yamls")) -> None:
-    from ettin_foundry.tools.demo import run_demo
-
-    run_demo(out, short=short, recipes=recipes)
-
-
 @app.command(help="Write a Composer checkpoint as a Hugging Face folder; with --every, one folder for each checkpoint of "
              "save folders, named step1000, ext1000, decay1000.")
 def export(paths: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT OUT", help="Composer .pt file, or folder of "
                                                        "checkpoints; folder to write. With --every, several save folders.")],
            every: Annotated[bool, typer.Option("--every", help="Every checkpoint; whole folders are left.")] = False,
            tags: Annotated[bool, typer.Option("--tags", help="With --every: list the revisions in OUT/tags.json.")] = False,
-           ema: Annotated[bool, typer.Option("--ema", help="The averages of algorithms.ema instead.")] = False,
            tokenizer: TokenizerOption = None,
-           objective: Annotated[str | None, typer.Option(help="mlm, mntp, mdlm or clm: if the checkpoint does not say, or "
+           objective: Annotated[str | None, typer.Option(help="mlm, mntp or clm: if the checkpoint does not say, or "
                                                          "another one that its run was trained on.")] = None,
            size: Annotated[str | None, typer.Option(help="nano to 1b, if the checkpoint does not say.")] = None,
            field: Annotated[list[str] | None, typer.Option(help="name=value of the config, if the checkpoint does not say; "
                                                                 "may be repeated.")] = None,
            licence: Annotated[str | None, typer.Option("--license", help="The weights' licence, for the card.")] = None,
-           sentence_transformers: Annotated[bool, typer.Option("--sentence-transformers", help="Write a folder of that "
-                                                               "library: the trunk and its pooling, no head.")] = False,
            overwrite: Overwrite = False) -> None:
     *sources, out = paths
     if not sources or (len(sources) > 1 and not every):
@@ -79,15 +65,15 @@ def export(paths: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT OUT",
                                  param_hint="CHECKPOINT OUT")
     if tags and not every:
         raise ValueError("--tags: given without --every, where there is one revision. Leave it out")
-    if sentence_transformers and every:
-        raise ValueError("--sentence-transformers: given with --every, which writes language models. Export checkpoints "
-                         "of the contrastive stage one by one")
 
     def write(source: Path, folder: Path) -> _Model:
-        model = _read_checkpoint(source, size=size, objective=objective, fields=field or [], ema=ema)
+        model = _read_checkpoint(source, size=size, objective=objective, fields=field or [])
         name = _tokenizer_name(tokenizer, model.tokenizer, source)
-        _export(source, model, name, folder, {**model.facts, "license": licence}, sentence_transformers, overwrite)
+        export_model(model.state, model.config, name, folder, objective=model.objective,
+                     facts={**model.facts, "license": licence}, overwrite=overwrite)
         return model
+
+    from ettin_foundry.model.weights import export_model
 
     _log_to_stderr()
     if not every:
@@ -96,33 +82,10 @@ def export(paths: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT OUT",
         return
     from ettin_foundry.hub.revisions import chosen_objective, export_every, find_revisions
 
-    found = find_revisions(sources, averaged=ema)
+    found = find_revisions(sources)
     kinds = {revision.name: chosen_objective(revision.path, revision.record, objective)[0] for revision in found}
-    for revision in found:
-        _refuse_contrastive(revision.path, kinds[revision.name])
-    print(export_every(found, out, lambda revision, folder: write(revision.path, folder), kinds, averaged=ema, tags=tags,
+    print(export_every(found, out, lambda revision, folder: write(revision.path, folder), kinds, tags=tags,
                        overwrite=overwrite))
-
-
-def _export(source: Path, model: _Model, tokenizer: str, folder: Path, facts: dict[str, Any], sentence_transformers: bool,
-            overwrite: bool) -> None:
-    from ettin_foundry.model.weights import export_model
-
-    if sentence_transformers:
-        from ettin_foundry.hub.sentence_export import export_sentence_model
-
-        export_sentence_model(model.state, model.config, tokenizer, folder, objective=model.objective, pooling=model.pooling,
-                              facts=facts, overwrite=overwrite)
-    else:
-        _refuse_contrastive(source, model.objective)
-        export_model(model.state, model.config, tokenizer, folder, objective=model.objective, facts=facts,
-                     overwrite=overwrite)
-
-
-def _refuse_contrastive(source: Path, objective: str) -> None:
-    if objective == CONTRASTIVE:
-        raise ValueError(f"{source}: is of the contrastive stage ({CONTRASTIVE}), after which the prediction head no "
-                         "longer fits its trunk; pass --sentence-transformers, or a checkpoint from before")
 
 
 @app.command("import", help="Turn a Hugging Face folder into a weights file for load_path (with load_weights_only).")
@@ -177,16 +140,15 @@ class _Model:
     objective: str
     tokenizer: str | None
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
-    pooling: str = "mean"
 
 
 def _read_folder(folder: Path, objective: str | None) -> _Model:
     from ettin_foundry.model.weights import import_folder
 
     state, config, stated = import_folder(folder)
-    if stated is None and objective not in ("mlm", "mntp", "mdlm"):
+    if stated is None and objective not in ("mlm", "mntp"):
         raise ValueError(f"--objective: {objective!r} given, and {folder / 'config.json'} does not say how this encoder "
-                         "predicts; mlm, mntp and mdlm are possible. Official Ettin encoders are mlm, those made from "
+                         "predicts; mlm and mntp are possible. Official Ettin encoders are mlm, those made from "
                          "decoders (ettin-enc-from-dec) mntp")
     if stated and objective not in (None, stated):
         raise ValueError(f"--objective: {objective!r} given, but {folder / 'config.json'} says {stated!r}; leave it out")
@@ -195,19 +157,19 @@ def _read_folder(folder: Path, objective: str | None) -> _Model:
 
 
 def _read_checkpoint(path: Path, *, size: str | None = None, objective: str | None = None,
-                     fields: Sequence[str] = (), ema: bool = False) -> _Model:
+                     fields: Sequence[str] = ()) -> _Model:
     """A Composer checkpoint and its config: from the checkpoint itself, or else from the options."""
     from ettin_foundry.model.config import EttinConfig
     from ettin_foundry.training.checkpoints import load_model_state
 
-    state, record = load_model_state(path, ema=ema)
+    state, record = load_model_state(path)
     if record.get("config"):
         from ettin_foundry.hub.revisions import chosen_objective, facts_of
 
         if given := [name for name, value in (("--size", size), ("--field", fields)) if value]:
             raise ValueError(f"{', '.join(given)}: given, but {path} carries its own config, which is used; leave it out")
         chosen, config = chosen_objective(path, record, objective)
-        return _Model(state, config, chosen, record.get("tokenizer"), facts_of(record), _pooling(record))
+        return _Model(state, config, chosen, record.get("tokenizer"), facts_of(record))
     overrides = dict(_parse_field(entry) for entry in fields)
     missing = [name for name, value in (("--size", size), ("--objective", objective)) if not value]
     missing += [f"--field {name}=..." for name in _NEEDED if name not in overrides]
@@ -221,11 +183,6 @@ def _read_checkpoint(path: Path, *, size: str | None = None, objective: str | No
     overrides.setdefault("vocab_size", embedding.shape[0])
     config = EttinConfig.for_size(str(size), causal=objective == "clm", **overrides)
     return _Model(state, config, str(objective), None)
-
-
-def _pooling(record: dict[str, Any]) -> str:
-    """That of the contrastive stage; other trunks are given the mean."""
-    return json.loads(record.get("run_config") or "{}").get("model", {}).get("pooling", "mean")
 
 
 def _parse_field(entry: str) -> tuple[str, int | float]:
@@ -262,10 +219,19 @@ def _log_to_stderr() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
 
 
+_REMOVED = {
+    "demo": "`make demo`, or `ettin suite yamls/suite/demo.yaml` after converting python-stdlib into data/demo",
+    "repair": "`ettin convert` again into the same folder makes lost shards again, or copy them from a whole copy",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script; ends the process with 0, 1 for bad input, 2 for a wrong command line."""
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        app(args=None if argv is None else list(argv))
+        if words and words[0] in _REMOVED:
+            raise ValueError(f"`ettin {words[0]}` does not exist any more; use {_REMOVED[words[0]]}")
+        app(args=words)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -81,7 +81,7 @@ def _list(found, as_json: bool) -> None:  # noqa: ANN001 (a Suite, whose module 
 def evaluate(source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Composer checkpoint, folder of checkpoints, or "
                                                     "Hugging Face folder.")],
              data: Annotated[Path, typer.Option(help="Folder of a converted set.")],
-             objective: Annotated[list[str] | None, typer.Option(help="clm, mlm, mntp or mdlm; may be repeated. The first "
+             objective: Annotated[list[str] | None, typer.Option(help="clm, mlm or mntp; may be repeated. All "
                                                                  "three if left out.")] = None,
              mask_rate: Annotated[float, typer.Option(help="Of mlm and mntp.")] = 0.15,
              max_batches: Annotated[int | None, typer.Option(help="Of 16,384 token positions; the whole split if left "

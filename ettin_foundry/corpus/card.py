@@ -1,9 +1,8 @@
 """The data card of a converted set: README.md as the Hugging Face Hub reads it, and lengths.svg, the picture in it.
 
 Both are pure functions of the set's small files: the same set gives the same bytes, without dates or machines in them.
-At its end the card holds, in an HTML comment, what the shards themselves do not: sources, licences, options, tokenizer,
-and a sha256 of every small file. So verify.py can tell a changed manifest from a good one, and repair.py can write a lost
-one again byte for byte. The card of an exported model is card.py's work.
+At its end the card holds, in an HTML comment, sources, licences, options, tokenizer, and a sha256 of every small file, so
+that verify.py can tell a changed manifest from a good one.
 """
 
 from __future__ import annotations
@@ -49,9 +48,9 @@ _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M
           "100B<n<1T", "n>1T")
 
 _READ = '''\
-from ettin_foundry.data.mds import MDSSet
+from ettin_foundry.data.shards import MDSSplit
 
-data = MDSSet("train")                # every file is checked before use
+data = MDSSplit("train")                # every file is checked before use
 tokens = data.chunk(0, 0)             # first chunk of the first shard: uint16, no special tokens
 '''
 
@@ -103,7 +102,7 @@ def read_block(text: str) -> dict[str, Any] | None:
     at = text.rfind(_MARK)
     if at < 0:
         return None
-    advice = "Run ettin repair, or remove the comment"
+    advice = "Run ettin finalize, or remove the comment"
     try:
         block, _ = json.JSONDecoder().raw_decode(text, at + len(_MARK))
         if not all(isinstance(block[key], dict) for key in ("files", "splits")):

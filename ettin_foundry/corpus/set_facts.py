@@ -1,37 +1,21 @@
-"""What a set says of itself beside its manifests, and manifests made from that.
-
-The facts of a split stand in three places: in its manifest, in the completion records of the units with the plan, and,
-but for the shards' entries, in the comment at the end of the data card. verify.py holds them against each other; repair.py
-makes what was lost from what is left. Nothing of this is trusted: what is built goes through `manifest.read_manifest`
-before a name in it is used.
-"""
+"""What a dataset says of itself beside its manifests: plan and completion records, and the comment of the data card."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
-import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ettin_foundry.corpus.card import CARD, read_block
-from ettin_foundry.corpus.finalize import add_up, read_plan, read_record, write_split
+from ettin_foundry.corpus.finalize import add_up, read_plan, read_record
 from ettin_foundry.corpus.units import Plan, record_name
-from ettin_foundry.data.inspect import QUARANTINE, SHARD_NAME
-from ettin_foundry.data.manifest import MANIFEST, read_manifest
-from ettin_foundry.data.storage import Storage, open_storage
+from ettin_foundry.data.inspect import SHARD_NAME
+from ettin_foundry.data.storage import Storage
 
-__all__ = ["MISSING", "Facts", "Units", "build_split", "card_block", "facts_from_card", "facts_from_units", "left_out",
-           "expected_splits", "read_units", "settle_sources", "sha256", "without"]
+__all__ = ["Facts", "Units", "card_block", "expected_splits", "facts_from_units", "read_units", "sha256"]
 
-log = logging.getLogger(__name__)
-
-MISSING = f"{QUARANTINE}/missing.jsonl"
-"""One JSON object per shard that repair.py took out: what was lost, and why."""
 _READERS = 16  # records of a remote set that are fetched at a time
 _MAX_CARD_BYTES = 16 << 20
 _COUNTS = {"documents": "documents", "chunks": "samples", "tokens": "tokens"}  # of a source: of a shard
@@ -168,85 +152,6 @@ def card_block(storage: Storage) -> dict[str, Any] | None:
     if not storage.exists(CARD) or storage.size(CARD) > _MAX_CARD_BYTES:
         return None
     return read_block(storage.read_bytes(CARD).decode(errors="replace"))
-
-
-def facts_from_card(block: Mapping[str, Any] | None, split: str) -> Facts | None:
-    """The split as the data card states it, without its shards; None where it states nothing of use."""
-    head = (block or {"splits": {}})["splits"].get(split)
-    if head is None or not all(key in head for key in ("chunk_length", "tokenizer", "options", "sources")):
-        return None
-    return Facts({"compression": None, **head}, None, CARD)
-
-
-def left_out(storage: Storage) -> dict[str, dict[str, dict[str, Any]]]:
-    """Split -> name -> line of quarantine/missing.jsonl, the latest for each shard; lines that are none are skipped."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for line in storage.read_bytes(MISSING).splitlines() if storage.exists(MISSING) else ():
-        try:
-            entry = json.loads(line)
-            found.setdefault(str(entry["split"]), {})[str(entry["shard"]["raw"]["basename"])] = entry
-        except (ValueError, KeyError, TypeError, RecursionError):
-            log.warning("%s: a line is not one of ettin repair's and is skipped: %r", storage.where(MISSING), line[:80])
-    return found
-
-
-def settle_sources(sources: Mapping[str, Mapping[str, Any]],
-                   shards: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Counts by source as they are when only these shards are there; sources from which nothing is gone stay as they are.
-
-    A source's documents, chunks and tokens shrink, and its lost documents count as dropped, reason "quarantined". Its bytes
-    of text become None: what share of them a shard held is written nowhere.
-
-    Args:
-        sources: the manifest's. shards: entries of the shards that are there.
-    """
-    settled = {}
-    for name, stated in sources.items():
-        held = {key: sum(shard[of] for shard in shards if shard["source"] == name) for key, of in _COUNTS.items()}
-        settled[name] = dict(stated)
-        if any(held[key] != stated[key] for key in held):
-            dropped = {**stated["dropped"]}
-            dropped["quarantined"] = dropped.get("quarantined", 0) + stated["documents"] - held["documents"]
-            settled[name] |= {**held, "bytes": None, "dropped": dict(sorted(dropped.items()))}
-    return settled
-
-
-def without(facts: Facts, names: Collection[str]) -> Facts:
-    """The facts of a split from which the shards of these (raw) names are taken out; see `settle_sources`."""
-    assert facts.shards is not None
-    kept = tuple(shard for shard in facts.shards if shard["raw"]["basename"] not in names)
-    sources = settle_sources(facts.head["sources"], kept)
-    return dataclasses.replace(facts, head={**facts.head, "sources": sources}, shards=kept)
-
-
-def build_split(facts: Facts, shards: Sequence[Mapping[str, Any]], split: str, folder: Path) -> dict[str, Any]:
-    """Writes lengths.npy, index.json and manifest.json of a split into folder/split.
-
-    Args:
-        facts: its head is used. shards: entries with `lengths`, in order. folder: for temporary files, not the set.
-
-    Returns:
-        The manifest, read back and checked.
-
-    Raises:
-        ValueError: what the facts say cannot be a manifest.
-    """
-    head, storage = facts.head, open_storage(folder)
-    (folder / split).mkdir(parents=True, exist_ok=True)
-    try:
-        manifest = write_split(storage, split, chunk_length=head["chunk_length"], tokenizer=head["tokenizer"],
-                               options=head["options"], sources=head["sources"], shards=shards,
-                               compression=head["compression"])
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{facts.origin}: cannot be what it says of {split} ({error!r:.100}); facts as the converter "
-                         "writes them are needed. Fetch or convert the set again") from None
-    if (version := head.get("code_version")) not in (None, manifest["code_version"]):  # of the code that made the set
-        key, path = '\n "code_version": ', folder / split / MANIFEST
-        path.write_text(path.read_text().replace(key + json.dumps(manifest["code_version"]), key + json.dumps(version), 1))
-    try:
-        return read_manifest(folder / split)
-    except ValueError as error:
-        raise ValueError(str(error).replace(str(folder / split / MANIFEST), f"{facts.origin}: {split}")) from None
 
 
 def sha256(storage: Storage, name: str) -> str:

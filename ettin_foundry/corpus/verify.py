@@ -4,7 +4,7 @@ Checked are: every shard's hash, layout, counts, lengths, packed rows and token 
 manifest's totals; files that nothing names; the tokenizer against its fingerprint; the manifests against plan and
 completion records, where these are kept; every small file against the sha256 in the data card. What a person may rightly
 have changed (the card's own text) or has still to finish (an appended source) is a note, not a problem. Nothing is
-written into the set; repair.py mends. (A mixture is opened as a loader opens it: packed shards of which it takes a part are
+written into the set. (A mixture is opened as a loader opens it: packed shards of which it takes a part are
 expanded beside themselves, and of sets at URLs the small files are fetched into it.) One split by itself is split_check.py's
 work.
 """
@@ -26,25 +26,21 @@ import numpy as np
 
 from ettin_foundry.corpus.card import CARD, card_text
 from ettin_foundry.corpus.set_facts import (
-    MISSING,
     Facts,
     Units,
     card_block,
     expected_splits,
     facts_from_units,
-    left_out,
     read_units,
     sha256,
-    without,
 )
 from ettin_foundry.corpus.show import Sample, draw_samples
 from ettin_foundry.corpus.split_check import SMALL_FILES, SplitCheck
 from ettin_foundry.corpus.units import PLAN, record_name
 from ettin_foundry.data.inspect import SetFolder, find_set, is_mix, load_decoder, shard_order
 from ettin_foundry.data.manifest import MANIFEST, read_json
-from ettin_foundry.data.mds import SUBSTITUTIONS, MDSSet
-from ettin_foundry.data.mix_manifest import expand_entries, place_of_set
-from ettin_foundry.data.mixture import MixSet
+from ettin_foundry.data.mixture import MixtureSplit, expand_entries, place_of_set
+from ettin_foundry.data.shards import SUBSTITUTIONS, MDSSplit
 from ettin_foundry.data.storage import join
 
 __all__ = ["Report", "verify_set"]
@@ -124,7 +120,7 @@ class _Check:
         expected = expected_splits(units, block) or list(self.found.splits)
         for split in set(expected) ^ set(self.found.splits) if whole else ():
             self._wrong(split, "missing, although the set has this split" if split in expected else
-                        "is no split of this set; move it away, or run ettin repair --quarantine")
+                        "is no split of this set; move it away")
         with tempfile.TemporaryDirectory(prefix="ettin-") as scratch:
             begin = time.perf_counter()
             for split in self.found.splits:
@@ -180,12 +176,12 @@ class _Check:
         if checked.lengths is not None:
             self.lengths[split] = checked.lengths
         if self.storage.is_local:
-            self._decode(MDSSet(folder))
+            self._decode(MDSSplit(folder))
 
     def _check_mix(self, split: str, folder: Path) -> None:
         """A mixture: it must open (which holds every set to its fingerprint), and each shard that it takes from be whole."""
         remote = None if self.storage.is_local else self.storage.where(split)
-        mix = self._try(lambda: MixSet(folder, remote=remote))
+        mix = self._try(lambda: MixtureSplit(folder, remote=remote))
         if mix is None:  # at least the sets that are on this machine
             sets = read_json(folder / MANIFEST).get("sets") if remote is None else None
             for entry in sets if isinstance(sets, list) else ():
@@ -238,7 +234,7 @@ class _Check:
             values = [manifest.get(key) for manifest in self.manifests.values()]
             if any(value != values[0] for value in values):
                 self.report.problems.append(f"{self.storage.url}: {key} differs between the manifests of "
-                                            f"{' and '.join(self.manifests)}; one set has one. Run ettin repair")
+                                            f"{' and '.join(self.manifests)}; one set has one. Convert it again")
         names = [name for name, _ in self.storage.list("tokenizer/")]
         if not names:
             (self._wrong if self.found.whole else self._note)("tokenizer", "missing; nothing can be decoded. Put it back")
@@ -259,21 +255,15 @@ class _Check:
         """The manifests against plan and records."""
         if units.plan is None:
             return
-        taken_out, missing = left_out(self.storage), set()
+        missing: set[int] = set()
         for split, manifest in self.manifests.items():
             names = {shard["raw"]["basename"] for shard in manifest["shards"]}
-            known = {shard["raw"]["basename"]: shard for record in units.records.values()
-                     for shard in record["splits"].get(split, {"shards": ()})["shards"]}
-            gone = taken_out.get(split, {}).keys() & known.keys() - names
-            if gone:
-                chunks = sum(known[name]["samples"] for name in gone)
-                self._note(split, f"{len(gone)} shards with {chunks:,} chunks were taken out by ettin repair, see {MISSING}")
             missing |= {unit for unit in units.unfinished for name in names if shard_order(name)[:-1] == (unit,)}
             if units.whole and split in expected_splits(units, None):
-                self._compare(split, manifest, without(facts_from_units(units, split), gone))
+                self._compare(split, manifest, facts_from_units(units, split))
         for unit in sorted(missing):
             self._wrong(record_name(unit), "missing, although shards of this unit are in use. Run the same conversion "
-                        "again, which writes it anew, or ettin repair with --remote")
+                        "again, which writes it anew")
         if units.unfinished and not missing:
             self._note(PLAN, f"{len(units.unfinished)} of {len(units.plan.units)} units are not done yet; run the same "
                        "conversion again")
@@ -284,7 +274,7 @@ class _Check:
         for key, value in {**facts.head, "shards": shards}.items():
             if manifest.get(key) != value:
                 self._wrong(f"{split}/{MANIFEST}", f"{key} differs from {facts.origin}"
-                            f"{_first_difference(manifest.get(key), value)}. Run ettin repair")
+                            f"{_first_difference(manifest.get(key), value)}. Convert it again")
 
     def _check_card(self, block: Mapping[str, Any] | None) -> None:
         if block is None:
@@ -295,7 +285,7 @@ class _Check:
         for name, stated in block["files"].items():
             found = self._try(lambda name=name: sha256(self.storage, name))
             if found is not None and found != stated:
-                self._wrong(name, f"sha256 is {found}; {CARD} states {stated}. Run ettin repair")
+                self._wrong(name, f"sha256 is {found}; {CARD} states {stated}. Convert it again")
         if self.report.ok and list(self.manifests) == list(self.lengths) == list(block["splits"]):
             text = self._try(lambda: card_text(self.storage, self.manifests, self.lengths))
             if text is not None and text.encode() != self.storage.read_bytes(CARD):

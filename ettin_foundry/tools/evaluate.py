@@ -38,8 +38,7 @@ def evaluate(source: str | Path, data: str | Path, objectives: Sequence[str] = D
         device: auto, cpu or cuda; auto takes a GPU if there is one, and bf16 on it.
 
     Returns:
-        {objective: {loss: nats per target, accuracy: share of targets, perplexity, targets: how many}}. Of mdlm the loss
-        is the bound that it is trained on, per token.
+        {objective: {loss: nats per target, accuracy: share of targets, perplexity, targets: how many}}.
 
     Raises:
         ValueError, FileNotFoundError: an argument out of range, or the set does not fit the model; each says what to do.

@@ -76,11 +76,6 @@ def _start(run: Meaning) -> str:
     return "reset" if run.get("reset_time") else "loaded"
 
 
-def _tunes(run: Meaning) -> bool:
-    """Whether it is the contrastive stage: a task of its own, with short texts and a learning rate that continues none."""
-    return run.get("model.name") == "ettin_contrastive"
-
-
 # ------------------------------------------------------------------ the model
 
 
@@ -108,7 +103,7 @@ def _tokenizer(past: Sequence[Meaning], now: Meaning) -> _Found:
 
 def _length(past: Sequence[Meaning], now: Meaning) -> _Found:
     before, after = past[-1].values["max_seq_len"], now.values["max_seq_len"]
-    if after < before and not _tunes(now):
+    if after < before:
         yield "max_seq_len", before, after, "rows shrink: what was learnt about long documents is not trained on"
 
 
@@ -149,7 +144,7 @@ def _ends(run: Meaning) -> tuple[float, float] | None:
 
 def _rate(past: Sequence[Meaning], now: Meaning) -> _Found:
     start, ends, last = _start(now), _ends(now), _ends(past[-1])
-    if start == "scratch" or ends is None or last is None or _tunes(now):
+    if start == "scratch" or ends is None or last is None:
         return
     given, end = now.values["optimizer.lr"], last[1]
     if start in ("reset", "loaded"):

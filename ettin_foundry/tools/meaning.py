@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ettin_foundry.data.manifest import MANIFEST, SplitFacts, read_json, read_manifest
-from ettin_foundry.data.mix_manifest import MIX_FORMAT
+from ettin_foundry.data.mixture import MIX_FORMAT
 from ettin_foundry.data.stream import DEFAULT_WINDOW
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule
@@ -159,10 +159,7 @@ def _scheduler(block: Mapping[str, Any]) -> dict[str, Any]:
 
 def _named(blocks: Mapping[str, Any]) -> dict[str, Any]:
     """Callbacks or algorithms, whose name is their key."""
-    filled = {name: _filled(block or {}, name) for name, block in blocks.items()}
-    if "ema" in filled and "smoothing" not in filled["ema"]:
-        filled["ema"].setdefault("half_life", "1000ba")
-    return filled
+    return {name: _filled(block or {}, name) for name, block in blocks.items()}
 
 
 def _tokenizer(block: Mapping[str, Any], loader: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,10 +230,10 @@ def data_of(meaning: Meaning, loader: str) -> Data:
     if not path.is_file():
         return Data(place)
     if (read_json(path) or {}).get("format") == MIX_FORMAT:
-        from ettin_foundry.data.mixture import open_set
+        from ettin_foundry.data.mixture import open_split
 
         try:
-            facts: SplitFacts = open_set(path.parent)
+            facts: SplitFacts = open_split(path.parent)
         except OSError:
             if remote is None:
                 raise

@@ -199,7 +199,6 @@ def _eval_batch(key: str, a: Meaning, b: Meaning) -> _Ruling:
 
 
 def _all_ettin(a: Meaning, b: Meaning) -> bool:
-    """Not so for `ettin_contrastive`, whose negatives are the other rows of a batch."""
     return all(run.get("model.name") == "ettin" for run in (a, b))
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from ettin_foundry.data.manifest import MANIFEST
-from ettin_foundry.data.mds import MDSSet
-from ettin_foundry.data.mixture import MixSet, open_set
+from ettin_foundry.data.mixture import MixtureSplit, open_split
 from ettin_foundry.data.ramp import BatchRamp
-from ettin_foundry.model.config import CONTRASTIVE, EttinConfig
+from ettin_foundry.data.shards import MDSSplit
+from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.objectives.schedule import parse_tokens
 from ettin_foundry.tools.plan_course import Course, course
 from ettin_foundry.training.keys import MODEL_KEYS
@@ -88,8 +88,6 @@ class Plan:
     """Over the whole run, whatever its schedules."""
     flops_per_token: int
     """Useful operations of forward and backward per real token, see `EttinConfig.flops`, over the whole run."""
-    passes: int
-    """How often each text goes through the trunk in a step: 2 in contrastive training."""
     measured: bool
     """True when fill and lengths are the data's, False when every row is taken to be one full document."""
 
@@ -106,10 +104,10 @@ class Plan:
     @property
     def flops_6n(self) -> int:
         """Operations of the whole run in the usual short count: 6 per parameter and token, attention left out."""
-        return 6 * self.parameters * self.num_tokens * self.passes
+        return 6 * self.parameters * self.num_tokens
 
 
-def data_facts(mds: MDSSet | MixSet, max_seq_len: int, *, packing: bool) -> DataFacts | None:
+def data_facts(mds: MDSSplit | MixtureSplit, max_seq_len: int, *, packing: bool) -> DataFacts | None:
     """Sums over a split's manifest and length histograms; None when packed rows were not counted for this length."""
     rows = mds.rows(max_seq_len) if packing else mds.samples
     if rows is None:
@@ -133,7 +131,7 @@ def split_facts(cfg: dict[str, Any]) -> DataFacts | None:
     if not (folder / MANIFEST).is_file():
         return None
     try:
-        return data_facts(open_set(folder), cfg["max_seq_len"], packing=loader.get("packing", True))
+        return data_facts(open_split(folder), cfg["max_seq_len"], packing=loader.get("packing", True))
     except OSError:
         if not loader["dataset"].get("remote"):
             raise  # else the loader fetches what is missing
@@ -161,17 +159,13 @@ def kinds(cfg: dict[str, Any]) -> dict[bool, EttinConfig]:
             not config.causal: dataclasses.replace(config, causal=not config.causal, window_left=window)}
 
 
-def _passes(cfg: dict[str, Any]) -> int:
-    return 2 if cfg["model"]["objective"] == CONTRASTIVE else 1
-
-
 def _flops_per_token(cfg: dict[str, Any], data: DataFacts, shares: dict[str, float], targets: float) -> float:
     """Useful operations per token: layers, head at the targets, and attention of each kind by its share of the run."""
     shapes = kinds(cfg)
-    causal = float(bool(cfg["model"].get("causal"))) if CONTRASTIVE in shares else shares.get("clm", 0.0)
+    causal = shares.get("clm", 0.0)
     pairs = sum(share * data.attended_pairs(shapes[kind]) for kind, share in ((True, causal), (False, 1 - causal)) if share)
     layers = shapes[False].flops(data.num_tokens, 0, 0) + shapes[False].flops(0, 0, 1) * pairs
-    return _passes(cfg) * layers / data.num_tokens + shapes[False].flops(0, 1, 0) * targets
+    return layers / data.num_tokens + shapes[False].flops(0, 1, 0) * targets
 
 
 def run_plan(cfg: dict[str, Any]) -> Plan:
@@ -203,7 +197,7 @@ def plan_with(cfg: dict[str, Any], facts: DataFacts | None) -> tuple[Plan, DataF
                 warmup_steps=min(steps, ramp.num_steps), tokens_per_step=round(data.tokens_per_row * ramp.max_size),
                 num_steps=steps, num_tokens=tokens, epochs=tokens / data.num_tokens if facts else None, shares=shares,
                 targets_per_token=targets, flops_per_token=round(_flops_per_token(cfg, data, shares, targets)),
-                passes=_passes(cfg), measured=facts is not None)
+                measured=facts is not None)
     return plan, data, along
 
 

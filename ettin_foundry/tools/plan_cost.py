@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ettin_foundry.data.ramp import check_warmup
-from ettin_foundry.model.config import CONTRASTIVE
 from ettin_foundry.tools.plan import DataFacts, Plan, kinds
 from ettin_foundry.tools.plan_course import Course
 from ettin_foundry.tools.plan_memory import SLACK_GIB, Memory, Step, step_memory
@@ -168,11 +167,9 @@ class _Steps:
     """The microbatches of a run on a machine, by their rows."""
 
     def __init__(self, cfg: dict[str, Any], data: DataFacts, along: Course, machine: Machine) -> None:
-        contrastive = CONTRASTIVE in along.objectives
-        causal = {bool(cfg["model"].get("causal")) if contrastive else name == "clm" for name in along.objectives}
+        causal = {name == "clm" for name in along.objectives}
         self._shapes = [kinds(cfg)[kind] for kind in sorted(causal)]
         self._cfg, self._data, self._machine = cfg, data, machine
-        self._views = 2 if contrastive else 1
         self._targets = along.most_predicted(data.text_share, data.first_share)
 
     def of(self, rows: int) -> Step:
@@ -181,11 +178,11 @@ class _Steps:
         sharding = (cfg.get("fsdp_config") or {}) if machine.count > 1 else {}
         half, on_gpu = cfg.get("precision", "amp_bf16").startswith("amp_"), machine.gpu is not None
         tokens = fullest_tokens(data, rows, cfg["max_seq_len"], packing=cfg["train_loader"].get("packing", True))
-        steps = [Step(shape, tokens * self._views, min(tokens, math.ceil(tokens * self._targets)), on_gpu=on_gpu, half=half,
+        steps = [Step(shape, tokens, min(tokens, math.ceil(tokens * self._targets)), on_gpu=on_gpu, half=half,
                       flash=on_gpu and half and cfg["model"].get("attn_impl", "auto") != "reference",
                       mean_document=data.num_tokens / data.num_chunks, longest_document=cfg["max_seq_len"],
                       ranks=machine.count, sharded=bool(sharding), recompute=bool(sharding.get("activation_checkpointing")),
-                      accumulates=rows < cfg["global_train_batch_size"] // machine.count, averages=_averages(cfg))
+                      accumulates=rows < cfg["global_train_batch_size"] // machine.count)
                  for shape in self._shapes]
         return max(steps, key=lambda step: step_memory(step).total)
 
@@ -244,11 +241,6 @@ def _starts_from_nothing(cfg: dict[str, Any]) -> bool:
     return not cfg.get("load_path") and not any((callbacks.get(name) or {}).get("source") for name in callbacks)
 
 
-def _averages(cfg: dict[str, Any]) -> int:
-    """Copies of the weights that averaging keeps, in memory and in checkpoints."""
-    return 1 if "ema" in (cfg.get("algorithms") or {}) else 0
-
-
 def cost(cfg: dict[str, Any], plan: Plan, data: DataFacts, along: Course, machine: Machine, *, mfu: float | None = None,
          prices: Prices = NO_PRICES) -> Cost:
     """What the run takes on the machine.
@@ -287,5 +279,5 @@ def cost(cfg: dict[str, Any], plan: Plan, data: DataFacts, along: Course, machin
         money=None if hours is None or prices.gpu_hour is None else hours * machine.count * prices.gpu_hour,
         money_energy=None if kwh is None or prices.kwh is None else kwh * prices.kwh,
         checkpoints=num_checkpoints(cfg, plan),
-        checkpoint_bytes=weights * ((1 if cfg.get("save_weights_only") else 3) + _averages(cfg)),
+        checkpoint_bytes=weights * (1 if cfg.get("save_weights_only") else 3),
         initial_bytes=weights if _starts_from_nothing(cfg) and "://" not in cfg.get("save_folder", "://") else 0)

@@ -14,16 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ettin_foundry.model.config import CONTRASTIVE, MASKED_OBJECTIVES
 from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule
-from ettin_foundry.objectives.targets import LEAST_RATE
 from ettin_foundry.training.lr import one_minus_sqrt, warmup_stable_decay
 from ettin_foundry.training.run_config import objective_schedule, parse_time, total_tokens
 
-__all__ = ["MDLM_RATE", "Course", "Piece", "course", "learning_rates", "lr_joints", "predicted_share"]
-
-MDLM_RATE = (LEAST_RATE + 1) / 2
-"""Mean of the rate that mdlm draws for each row, uniformly from LEAST_RATE to 1."""
+__all__ = ["Course", "Piece", "course", "learning_rates", "lr_joints", "predicted_share"]
 
 
 class Piece(NamedTuple):
@@ -91,9 +86,7 @@ def predicted_share(objective: str, rate: float, text_share: float, first_share:
     """Targets of a token under one objective; see `Course.predicted`."""
     if objective == "clm":
         return 1.0 - first_share
-    if objective == CONTRASTIVE:
-        return 0.0
-    return text_share * (rate if objective in MASKED_OBJECTIVES else MDLM_RATE)
+    return text_share * rate
 
 
 def course(cfg: dict[str, Any], num_tokens: int) -> Course:

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from ettin_foundry.data.quantities import format_count
-from ettin_foundry.model.config import CONTRASTIVE, MASKED_OBJECTIVES
-from ettin_foundry.objectives.targets import LEAST_RATE
+from ettin_foundry.model.config import MASKED_OBJECTIVES
 from ettin_foundry.tools.plan import batch_ramp
 from ettin_foundry.tools.plan_course import learning_rates, lr_joints
 from ettin_foundry.tools.plan_report import PlannedRun
@@ -25,7 +24,7 @@ from ettin_foundry.tools.suite_picture import OBJECTIVE_COLORS
 
 __all__ = ["draw"]
 
-_COLORS = {**OBJECTIVE_COLORS, CONTRASTIVE: "#5c6670"}
+_COLORS = OBJECTIVE_COLORS
 _LINE, _PALE = "#30363d", "#9aa1a9"
 _STYLE = {"font.size": 9.0, "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False,
           "axes.edgecolor": _PALE, "axes.labelcolor": _LINE, "xtick.color": _LINE, "ytick.color": _LINE, "axes.grid": True,
@@ -110,18 +109,15 @@ def _batch(axes: Any, place: _Place) -> None:
 def _mask(axes: Any, place: _Place) -> None:
     pieces = place.run.along.pieces
     if len(pieces) > _POINTS:  # blocks that alternate faster than could be seen: gaps between masked ones are left out
-        pieces = [piece for piece in pieces if piece.shares.keys() & {*MASKED_OBJECTIVES, "mdlm"}]
+        pieces = [piece for piece in pieces if piece.shares.keys() & set(MASKED_OBJECTIVES)]
         pieces = [pieces[i] for i in np.linspace(0, len(pieces) - 1, _POINTS).astype(int)] if pieces else []
     x, y = [], []
     for piece in pieces:
         masks = piece.shares.keys() & set(MASKED_OBJECTIVES)
         x += [piece.begin, piece.end]
         y += [piece.first_rate, piece.last_rate] if masks else [np.nan, np.nan]
-        if "mdlm" in piece.shares:
-            axes.fill_between(place.x([piece.begin, piece.end]), LEAST_RATE, 1, color=_COLORS["mdlm"], alpha=0.18,
-                              linewidth=0)
     axes.plot(place.x(x), y, color=_LINE, linewidth=1.6)
-    if not set(place.run.along.objectives) & {*MASKED_OBJECTIVES, "mdlm"}:
+    if not set(place.run.along.objectives) & set(MASKED_OBJECTIVES):
         axes.text(place.left + place.width / 2, 0.5, "none", transform=axes.get_xaxis_transform(), ha="center", va="center",
                   color=_PALE)
 
@@ -160,16 +156,14 @@ def _finish(panels: Sequence[Any], runs: Sequence[PlannedRun]) -> None:
     batch.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     masked = [max(piece.first_rate, piece.last_rate) for run in runs for piece in run.along.pieces
               if piece.shares.keys() & set(MASKED_OBJECTIVES)]
-    drawn = any("mdlm" in run.along.objectives for run in runs)
-    mask.set_ylim(0, 1 if drawn else max(masked, default=1.0) * 1.2)
+    mask.set_ylim(0, max(masked, default=1.0) * 1.2)
     mask.yaxis.set_major_locator(MaxNLocator(4))
-    if not masked and not drawn:
+    if not masked:
         mask.set_yticks([])
     objective.set(ylim=(0, 1), yticks=[0, 0.5, 1])
     objective.grid(False)
     names = list(dict.fromkeys(name for run in runs for name in run.along.objectives))
-    notes = {"mdlm": " (rate drawn for each row)"}
-    handles = [Patch(color=_COLORS[name], label=name + notes.get(name, "")) for name in names]
+    handles = [Patch(color=_COLORS[name], label=name) for name in names]
     if any(len(run.along.objectives) > 1 for run in runs):
         objective.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1.0), ncols=len(handles), frameon=False,
                          fontsize=8, handlelength=1.0, borderaxespad=0.1)

@@ -107,7 +107,7 @@ def _storage(cost: Cost) -> str:
     if not cost.checkpoints:
         return "nothing is saved"
     initial = " and the initial weights" if cost.initial_bytes else ""
-    return f"{cost.checkpoints:,} checkpoints of {format_bytes(cost.checkpoint_bytes)}{initial}, {format_bytes(cost.storage)} in all"
+    return f"{cost.checkpoints:,} checkpoints of {format_bytes(cost.checkpoint_bytes)}{initial}, {format_bytes(cost.storage)} in all"  # noqa: E501
 
 
 def text(runs: Sequence[PlannedRun]) -> str:
@@ -160,7 +160,7 @@ def _table(runs: Sequence[PlannedRun]) -> str:
     total = totals(runs)
     rows.append(["total", "", "", format_count(total["num_tokens"] or 0), f"{total['num_steps']:,}", "", "", "",
                  _number(total["hours"], ",.1f"), "", _number(total["kwh"], ",.1f"), _number(total["money"], ",.0f"),
-                 _number(total["money_energy"], ",.0f"), f"{total['checkpoints']:,}", format_bytes(total["storage_bytes"] or 0)])
+                 _number(total["money_energy"], ",.0f"), f"{total['checkpoints']:,}", format_bytes(total["storage_bytes"] or 0)])  # noqa: E501
     kept = [i for i in range(len(head)) if i < 8 or any(row[i] not in ("-", "") for row in rows)]
     widths = {i: max(len(row[i]) for row in [head, *rows]) for i in kept}
     table = "\n".join("  ".join(row[i].ljust(widths[i]) if i < 3 else row[i].rjust(widths[i]) for i in kept).rstrip()

@@ -13,7 +13,7 @@ from typing import Any
 
 __all__ = ["Course", "draw_losses", "draw_run"]
 
-OBJECTIVE_COLORS = {"mlm": "#2a6fbb", "clm": "#e07b24", "mntp": "#1f9e89", "mdlm": "#8e5bbf"}
+OBJECTIVE_COLORS = {"mlm": "#2a6fbb", "clm": "#e07b24", "mntp": "#1f9e89"}
 _MIXED = "#888888"
 _TRACK_COLORS = ("#2a6fbb", "#e07b24", "#b5313c", "#1f9e89", "#8e5bbf", "#5c6670", "#c9a227", "#d65f9e")
 _GREY = "#6b7280"

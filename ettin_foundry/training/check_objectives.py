@@ -1,4 +1,4 @@
-"""Objectives, mask rates and the contrastive stage: what of them may stand together, and schedules brought to tokens.
+"""Objectives and mask rates: what of them may stand together, and schedules brought to tokens.
 
 Part of checks.py, which calls each function before any work.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from ettin_foundry.data.ramp import check_warmup
-from ettin_foundry.model.config import CONTRASTIVE, MASKED_OBJECTIVES
+from ettin_foundry.model.config import MASKED_OBJECTIVES
 from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule, check_together
 from ettin_foundry.training.run_config import loaders, objective_schedule, refusal, total_tokens
 
-__all__ = ["check_contrastive", "check_negatives", "check_objectives", "resolve_schedules"]
+__all__ = ["check_objectives", "resolve_schedules"]
 
 
 def check_objectives(cfg: dict[str, Any]) -> None:
@@ -80,33 +80,3 @@ def resolve_schedules(cfg: dict[str, Any]) -> None:
     elif evals:  # the host takes a label from a list only, and hands it on from a dict
         cfg.pop("eval_loader", None)
         cfg["eval_loaders"] = evals
-
-
-def check_contrastive(cfg: dict[str, Any]) -> None:
-    """simcse goes with ettin_contrastive, one text a row, and nothing else."""
-    model = cfg["model"]
-    contrastive = model["name"] == "ettin_contrastive"
-    for key, block in (("model", model), *loaders(cfg)):
-        if (block.get("objective") == CONTRASTIVE) is not contrastive:
-            raise refusal(f"{key}.objective", block.get("objective"), f"model.name is {model['name']!r}, and {CONTRASTIVE} "
-                          "goes with ettin_contrastive only", "Start from yamls/phases/contrastive.yaml")
-        if contrastive and key != "model" and block.get("packing", True) is not False:
-            raise refusal(f"{key}.packing", block.get("packing", True), f"{CONTRASTIVE} compares texts, one a row",
-                          "Set variables.packing=false")
-    if contrastive and "ettin_samples" in (cfg.get("callbacks") or {}):
-        raise ValueError("callbacks.ettin_samples: given with model.name: ettin_contrastive, which predicts no tokens. "
-                         "Remove it")
-    if contrastive and any(True for key, _ in loaders(cfg) if key != "train_loader"):
-        rows = cfg.get("device_eval_batch_size", cfg["device_train_microbatch_size"])
-        if not isinstance(rows, int) or rows < 2:
-            raise refusal("device_eval_batch_size", rows, "at least 2 rows are needed: the negatives of a text are the "
-                          "others of its batch", "Raise it")
-
-
-def check_negatives(cfg: dict[str, Any], world_size: int) -> None:
-    """The negatives of a text are the other rows of a microbatch, so a smaller one would be another loss."""
-    rows, micro = cfg["global_train_batch_size"], cfg["device_train_microbatch_size"]
-    if cfg["model"]["name"] == "ettin_contrastive" and (micro != rows // world_size or micro < 2):
-        raise refusal("device_train_microbatch_size", micro, f"it must be the {rows // world_size} rows that a process has "
-                      f"(global_train_batch_size is {rows} on {world_size} process(es)), and at least 2: a text is told "
-                      "apart from the others of its microbatch", "Set both; if the rows do not fit, use more processes")

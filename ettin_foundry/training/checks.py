@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ettin_foundry.data.ramp import check_warmup
-from ettin_foundry.training.check_objectives import check_contrastive, check_negatives, check_objectives, resolve_schedules
+from ettin_foundry.training.check_objectives import check_objectives, resolve_schedules
 from ettin_foundry.training.defaults import HOST_KEYS
 from ettin_foundry.training.keys import MODEL_KEYS, check_host_only, check_inert, check_keys
 from ettin_foundry.training.run_config import (
@@ -161,7 +161,7 @@ def check_settings(cfg: dict[str, Any]) -> None:
         return
     _check_presence(cfg)
     _check_pairing(cfg)
-    for check in (_check_blocks, check_contrastive, check_objectives, _check_loader_roles, _check_times, check_host_only,
+    for check in (_check_blocks, check_objectives, _check_loader_roles, _check_times, check_host_only,
                   check_inert, _check_amounts, _check_weighting, check_start):
         check(cfg)
 
@@ -200,7 +200,7 @@ def _check_sharding(cfg: dict[str, Any], world_size: int, cuda: bool) -> None:
 def _fetch_tokenizer(name: str, dataset: dict[str, Any]) -> None:
     """The host builds the tokenizer before the loader, so that of a remote set must be here by now."""
     if dataset.get("remote") and Path(name) == Path(dataset["local"], "tokenizer") and not Path(name).exists():
-        from ettin_foundry.data.remote import fetch_tokenizer
+        from ettin_foundry.data.cache import fetch_tokenizer
 
         fetch_tokenizer(Path(dataset["local"]), dataset["remote"])
 
@@ -241,7 +241,6 @@ def check_machine(cfg: dict[str, Any]) -> None:
     if not cuda and (precision := cfg.get("precision", "amp_bf16")) != "fp32":
         raise refusal("precision", precision, "there is no GPU, and a CPU trains in fp32 only", "Set precision=fp32")
     _check_batch(cfg, world_size, cuda)
-    check_negatives(cfg, world_size)
     _check_sharding(cfg, world_size, cuda)
 
 

@@ -32,8 +32,6 @@ HOST_KEYS = frozenset(HOST_DEFAULTS) | {
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ettin": {"attn_impl": "auto", "init_device": "cpu"},  # and EttinConfig's
-    "ettin_contrastive": {"attn_impl": "auto", "init_device": "cpu", "scale": 20.0, "attn_out_dropout": 0.3,
-                          "pooling": "mean", "causal": False},
     "ettin_text": {"mask_rate": 0.0, "packing": True, "shuffle": True, "shuffle_seed": 21, "num_workers": 0,
                    "pin_memory": True, "persistent_workers": False, "timeout": 0},
     "ettin_stable_adamw": {"betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.0},  # max_lr: lr
@@ -41,6 +39,5 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "one_minus_sqrt": {"t_decay": "1dur", "t_max": "1dur", "alpha_f": 0.0},
     "ettin_phase": {"accept": [], "keep": "all"},
     "ettin_cross": {"accept": []},
-    "ema": {"ema_start": "0dur", "update_interval": "1ba"},  # half_life: 1000ba, unless smoothing is given
 }
 """Of our blocks, by the name of their class; a key whose default is None is absent by default."""

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from ettin_foundry.data import tokenizer
-from ettin_foundry.model.config import CONTRASTIVE
 from ettin_foundry.training import checkpoints as checkpoint
 from ettin_foundry.training.starts import FREE_FIELDS, SHAPE_FIELDS
 
@@ -162,7 +161,7 @@ def _compare_tokenizers(source: Source, target: Target) -> Differences:
 def _compare_objectives(key: str, source: Source, target: Target, accept: Sequence[str], crossing: bool) -> Differences:
     old, new = source.record.get("objective"), " + ".join(target.starts_with)
     same = old in target.starts_with
-    blind = target.starts_with not in (("clm",), (CONTRASTIVE,)) and not source.record["config"]["causal"]
+    blind = target.starts_with != ("clm",) and not source.record["config"]["causal"]
     if crossing and old is None and blind:
         raise ValueError(f"{key}.source: {source.path} does not say whether this encoder predicts masks as mlm or mntp, and "
                          f"this run starts with {new}. Say it once: `ettin import {source.path} FILE.pt --objective mlm` "

@@ -12,14 +12,14 @@ from typing import Any
 
 from ettin_foundry.model.config import EttinConfig
 
-__all__ = ["ALGORITHM_KEYS", "BLOCK_KEYS", "CALLBACK_KEYS", "DATASET_KEYS", "LOADER_KEYS", "MODEL_KEYS", "check_host_only",
+__all__ = ["BLOCK_KEYS", "CALLBACK_KEYS", "DATASET_KEYS", "LOADER_KEYS", "MODEL_KEYS", "check_host_only",
            "check_inert", "check_keys"]
 
 _DERIVED = ("causal", "max_position_embeddings")  # follow from objective and max_seq_len
 FIELDS = tuple(f.name for f in dataclasses.fields(EttinConfig) if f.name not in _DERIVED)
 
 _MODEL = ("size", "objective", "max_seq_len", "attn_impl", "init_device", *FIELDS)
-MODEL_KEYS = {"ettin": _MODEL, "ettin_contrastive": (*_MODEL, "scale", "pooling", "causal")}
+MODEL_KEYS = {"ettin": _MODEL}
 LOADER_KEYS = ("dataset", "objective", "max_seq_len", "mask_rate", "packing", "shuffle", "shuffle_seed", "shuffle_window",
                "batch_size_warmup", "num_workers", "prefetch_factor", "pin_memory", "persistent_workers", "timeout")
 _TRAINING_ONLY = ("batch_size_warmup",)
@@ -33,8 +33,8 @@ BLOCK_KEYS = {
 CALLBACK_KEYS = {"ettin_clock": ("run_config",), "ettin_cross": ("source", "accept"), "ettin_monitor": (),
                  "ettin_phase": ("source", "accept", "keep"), "ettin_export": ("interval", "folder"),
                  "ettin_samples": ("interval", "prompts", "max_new_tokens", "top_k"), "ettin_steps": ("folder",)}
-ALGORITHM_KEYS = {"ema": ("half_life", "smoothing", "ema_start", "update_interval")}
 
+_REMOVED_ALGORITHMS = {"ema": "removed; use `ettin average SAVE_FOLDER OUT.pt --last 5` on a run's checkpoints"}
 # Features of the host that act on a HuggingFaceModel, on Streaming's datasets or around our checks: what we have instead
 _HOST_ONLY = {
     "eval_loader, or evaluate an exported folder": ("icl_tasks", "icl_tasks_str", "eval_gauntlet", "eval_gauntlet_str"),
@@ -81,13 +81,8 @@ def check_keys(cfg: dict[str, Any], loaders: list[tuple[str, dict[str, Any]]]) -
     for name, block in (cfg.get("callbacks") or {}).items():
         if name in CALLBACK_KEYS:
             _check(f"callbacks.{name}", block, CALLBACK_KEYS[name])
-    for name, block in (cfg.get("algorithms") or {}).items():
-        if name in ALGORITHM_KEYS:
-            _check(f"algorithms.{name}", block, ALGORITHM_KEYS[name])
-        if name == "ema" and cfg.get("fsdp_config"):
-            raise ValueError(f"algorithms.ema: {block or {}} given with fsdp_config {cfg['fsdp_config']}; each rank would "
-                             "average its own shards, and checkpoints would hold rank 0's only. Remove fsdp_config (every "
-                             "Ettin size fits one GPU), or merge checkpoints: ettin merge SAVE_FOLDER OUT.pt --last 5")
+    for name in set(cfg.get("algorithms") or {}) & set(_REMOVED_ALGORITHMS):
+        raise ValueError(f"algorithms.{name}: {_REMOVED_ALGORITHMS[name]}")
 
 
 def check_host_only(cfg: dict[str, Any]) -> None:

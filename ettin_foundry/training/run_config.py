@@ -69,8 +69,7 @@ def model_config(cfg: dict[str, Any]) -> EttinConfig:
     """
     model = cfg["model"]
     fields = {key: value for key, value in model.items() if key in FIELDS}
-    causal = model.get("causal", objective_schedule(cfg).final == "clm")  # a key of ettin_contrastive only
-    return EttinConfig.for_size(model.get("size"), causal=causal,
+    return EttinConfig.for_size(model.get("size"), causal=objective_schedule(cfg).final == "clm",
                                 max_position_embeddings=cfg["max_seq_len"], **fields)
 
 

@@ -53,11 +53,11 @@ def equal_states(a, b):
 
 def test_help_is_fast_and_names_every_command():
     """Heavy imports stay out of it: torch, transformers and the host alone take seconds."""
-    code = ("import sys; from ettin_foundry import cli\ntry:\n    cli.main(['--help'])\nexcept SystemExit: pass\n"
+    code = ("import sys; from ettin_foundry.cli.main import main\ntry:\n    main(['--help'])\nexcept SystemExit: pass\n"
             "print(sorted({'torch', 'transformers', 'composer', 'llmfoundry'} & set(sys.modules)))")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip().endswith("[]")
-    for command in ("export", "import", "convert", "demo", "generate", "fill-mask"):
+    for command in ("export", "import", "convert", "generate", "fill-mask"):
         assert f"\n  {command} " in out
 
 
@@ -116,7 +116,7 @@ def test_encoder_that_does_not_say_how_it_predicts_must_be_told(encoder, tokeniz
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"ettin_foundry"', '"other"'))
     code, _, err = run(capsys, "import", folder, tmp_path / "w.pt")
-    assert code == 1 and "mlm, mntp and mdlm are possible" in err and not (tmp_path / "w.pt").exists()
+    assert code == 1 and "mlm and mntp are possible" in err and not (tmp_path / "w.pt").exists()
     assert run(capsys, "import", folder, tmp_path / "w.pt", "--objective", "mntp")[0] == 0
     assert torch.load(tmp_path / "w.pt", weights_only=True)["state"]["callbacks"]["Clock"]["objective"] == "mntp"
 
@@ -156,7 +156,7 @@ def test_bad_input_is_one_line_and_exit_code_1(encoder, tokenizer, tmp_path, cap
         (("import", folder, tmp_path / "there.pt"), "--overwrite"),
         (("import", folder, tmp_path / "weights.bin"), "must end in .pt"),
         (("generate", folder, "x"), "use fill_mask"),
-        (("demo", "--recipes", tmp_path, "--out", tmp_path / "o"), "nano.yaml"),
+        (("demo",), "yamls/suite/demo.yaml"),
         (("convert", tmp_path / "missing.jsonl", "--out", tmp_path / "o", "--tokenizer", tokenizer[1]), "missing.jsonl"),
     ):
         code, _, err = run(capsys, *arguments)

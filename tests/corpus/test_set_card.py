@@ -156,7 +156,7 @@ def test_block_that_cannot_be_read_is_an_error_and_none_is_none(whole: Path) -> 
     assert block is not None and set(block["splits"]) == {"train", "validation"}
     for spoilt in (text[:-300], text.replace('"files": {', '"files": 3, "x": {'), text.replace('"splits": {', '"splats": {'),
                    text.replace('"splits": {"train": {', '"splits": {"other": 3, "train": {')):
-        with pytest.raises(ValueError, match="its last comment cannot be read .*Run ettin repair"):
+        with pytest.raises(ValueError, match="its last comment cannot be read"):
             read_block(spoilt)
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import inspect
 import json
 import re
 import shutil
@@ -15,7 +14,6 @@ import test_recipes
 
 from ettin_foundry.cli import main as cli
 from ettin_foundry.model.config import SIZES
-from ettin_foundry.tools.lint_settings import lint_file, read_settings
 from ettin_foundry.tools.meaning import read_meaning
 from ettin_foundry.tools.pair import lint_chain, lint_pair
 from ettin_foundry.training import defaults, keys, recipes
@@ -53,28 +51,6 @@ def verdicts(report):
 # ------------------------------------------------------------------ what settings mean
 
 
-def test_defaults_are_those_of_the_signatures():
-    from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS, TrainConfig
-
-    from ettin_foundry.data import loader as data
-    from ettin_foundry.model import composer as composer_model
-    from ettin_foundry.training import contrastive, ema
-    from ettin_foundry.training import optimizer as optim
-    from ettin_foundry.training import start as phases
-
-    plain = {field.name: field.default for field in dataclasses.fields(TrainConfig) if field.default not in (None, "???")}
-    assert defaults.HOST_DEFAULTS == plain and defaults.HOST_KEYS == TRAIN_CONFIG_KEYS
-    classes = {"ettin": composer_model.EttinModel, "ettin_contrastive": contrastive.EttinContrastive,
-               "ettin_text": data.build_ettin_loader, "ettin_stable_adamw": optim.StableAdamW,
-               "warmup_stable_decay": optim.WarmupStableDecay, "one_minus_sqrt": optim.OneMinusSqrt,
-               "ettin_phase": phases.EnterPhase, "ettin_cross": phases.CrossObjective, "ema": ema.EMA}
-    assert defaults.DEFAULTS.keys() == classes.keys()
-    for name, target in classes.items():
-        given = {p.name: p.default for p in inspect.signature(target).parameters.values()
-                 if p.default not in (None, p.empty)}
-        assert defaults.DEFAULTS[name] == {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}, name
-
-
 @pytest.mark.parametrize("a, b", [
     ({}, {"variables": {"anything": 1}}),
     ({"max_duration": "4_000_000tok"}, {"max_duration": "4e6tok"}),
@@ -104,7 +80,6 @@ def test_defaults_are_those_of_the_signatures():
     ({"callbacks.ettin_clock": {}}, {}),
     ({"callbacks.ettin_phase": {"source": "x"}}, {"callbacks.ettin_phase": {"source": "x", "accept": [], "keep": "all"}}),
     ({"eval_loader.label": "eval"}, {}),
-    ({"algorithms.ema": {}}, {"algorithms.ema": {"half_life": "1000ba", "ema_start": "0tok", "update_interval": "1ba"}}),
     ({"eval_subset_num_batches": 16, "device_eval_batch_size": 16}, {"device_eval_batch_size": ...}),
 ], ids=str)
 def test_two_spellings_of_one_thing_are_no_difference(a, b):
@@ -123,7 +98,7 @@ def test_a_list_of_evaluations_is_what_the_checks_make_of_one_with_several_objec
 
 
 def test_nothing_heavy_is_imported():
-    code = ("import sys, ettin_foundry.cli.lint, ettin_foundry.tools.lint_settings\n"
+    code = ("import sys, ettin_foundry.cli.lint, ettin_foundry.tools.pair\n"
             "sys.exit(any(m in sys.modules for m in ('torch', 'llmfoundry', 'composer', 'transformers')))")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
@@ -254,8 +229,6 @@ MLM, CLM = NANO, changed(NANO, {"model.objective": "clm", "train_loader.objectiv
      {"model.objective": "objective", "train_loader.objective": "objective"}),
     ({}, {"model.objective": "mntp", "train_loader.objective": "mntp", "train_loader.mask_rate": 0.15},
      {"model.objective": "objective", "train_loader.objective": "objective", "train_loader.mask_rate": "unfair"}),
-    ({}, {"model.objective": "mdlm", "train_loader.objective": "mdlm", "train_loader.mask_rate": 0.0},
-     {"model.objective": "objective", "train_loader.objective": "objective", "train_loader.mask_rate": "objective"}),
     # two runs of one objective, as for a comparison of seeds: nothing is demanded by it
     ({}, {"seed": 5, "run_name": "b", "save_folder": "b"},
      {"seed": "unfair", "run_name": "harmless", "save_folder": "harmless"}),
@@ -296,16 +269,6 @@ def test_a_difference_has_the_verdict_of_its_rule(a, b, expected):
     assert verdicts(report) == expected, str(report)
     assert report.fair is ("unfair" not in expected.values())
     assert all(d.reason for d in report.differences)
-
-
-def test_in_the_contrastive_stage_microbatches_are_part_of_the_loss():
-    a = changed(NANO, {"model.name": "ettin_contrastive", "model.objective": "simcse", "train_loader.objective": "simcse",
-                       "eval_loader.objective": "simcse", "train_loader.mask_rate": 0.0, "eval_loader.mask_rate": 0.0})
-    b = changed(a, {"device_train_microbatch_size": 2, "device_eval_batch_size": 2, "model.pooling": "mean"})
-    assert {d.key for d in lint_pair(a, b).unfair} == {"device_train_microbatch_size", "device_eval_batch_size",
-                                                       "eval_subset_num_batches"}
-    assert [(d.key, d.a) for d in lint_pair(a, changed(a, {"model.attn_out_dropout": 0.1})).unfair] == [
-        ("model.attn_out_dropout", 0.3)]
 
 
 def test_a_schedule_of_objectives_is_what_the_pair_compares_and_masks_like_the_other():
@@ -388,10 +351,6 @@ SECOND = changed(NANO, {"run_name": "second", "callbacks.ettin_phase": {"source"
     ({}, {"model.objective": "clm", "callbacks.ettin_phase": ..., "callbacks.ettin_cross": {"source": "x"}}, {}),
     ({"tokenizer.name": "org/one"}, {"tokenizer.name": "org/two"}, {"tokenizer.name": ("org/one", "org/two")}),
     ({}, {"train_loader.dataset.local": "data/b", "tokenizer.name": "data/b/tokenizer"}, {}),  # unknown, not here
-    # the contrastive stage reads short texts at a learning rate of its own
-    ({"scheduler.t_decay": "1dur", "scheduler.t_warmup": "0tok"},
-     {"model.name": "ettin_contrastive", "model.objective": "simcse", "max_seq_len": 128, "optimizer.lr": 3e-5,
-      "callbacks.ettin_phase": ..., "callbacks.ettin_cross": {"source": "x"}}, {}),
     # what a phase is for
     ({}, {"train_loader.mask_rate": 0.15, "global_train_batch_size": 8, "seed": 5, "model.attn_out_dropout": 0.3}, {}),
 ], ids=str)
@@ -435,132 +394,6 @@ def test_a_scheduler_of_the_host_is_said_to_be_left_out():
     assert report.fair and "cosine_with_warmup" in str(report) and "not compared" in str(report)
 
 
-# ------------------------------------------------------------------ the original's 48 runs
-
-ORIGINAL = ROOT / "tests/original_settings.json"
-# Base of local layers in thousands, as configured; None: not given, and the global base (160 in these phases) is inherited
-LOCAL = {  #                       17m   32m   68m   150m  400m  1b
-    ("extend", "enc"): dict(zip(PUBLISHED, (10, None, None, None, None, None))),
-    ("extend", "dec"): dict(zip(PUBLISHED, (10, None, None, None, None, None))),
-    ("decay", "enc"): dict(zip(PUBLISHED, (160, 160, 160, 160, 160, 160))),
-    ("decay", "dec"): dict(zip(PUBLISHED, (10, 10, 10, None, 10, 160))),
-    ("cross", "enc"): dict(zip(PUBLISHED, (160,) * 6)),
-    ("cross", "dec"): dict(zip(PUBLISHED, (160,) * 6)),
-}
-NO_RESET = {"enc 1b extend", "dec 1b extend", "enc 400m decay"}
-NO_OVERRIDE = {"enc 400m decay"}
-BOTH = ("enc", "dec")
-
-
-def theta_drift():
-    """(key, where) of every finding about local theta, from the table alone."""
-    base = {place: {size: theta or 160 for size, theta in row.items()} for place, row in LOCAL.items()}
-    found = set()
-    for size in PUBLISHED:
-        for phase in ("extend", "decay", "cross"):
-            if base[phase, "enc"][size] != base[phase, "dec"][size]:
-                found.add(f"enc and dec {size} {phase}")
-        for side in BOTH:  # after extend, global layers keep their base, so local ones must too; cross makes the other side
-            steps = [("decay", side), ("cross", {"enc": "dec", "dec": "enc"}[side])]
-            before = base["extend", side][size]
-            for phase, of in steps:
-                if base[phase, of][size] != before:
-                    found.add(f"{of} {size} {phase}")
-                before = base[phase, of][size]
-    found |= {f"{side} {phase}" for (phase, side), row in base.items() if len(set(row.values())) > 1}
-    return {("model.local_rope_theta", where) for where in found}
-
-
-def test_the_originals_drift_and_missing_resets_are_found_and_nothing_else():
-    entered = {f"{side} {size} {phase}" for side in BOTH for size in PUBLISHED for phase in ("extend", "decay")}
-    decays = {where for where in entered if where.endswith("decay")}
-    warmed_up = {f"{side} {size} {phase}" for side in BOTH for size in PUBLISHED for phase in ("pretrain", "cross")}
-    expected = (theta_drift()
-                | {("load_path", where) for where in NO_RESET}
-                | {("reset_time", where) for where in entered - NO_RESET}  # with autoresume, at every start
-                | {("optimizer.lr", where) for where in decays}  # twice what is meant, with restart_override or without
-                | {("train_loader.batch_size_warmup_tokens", where) for where in warmed_up}  # read by the packer only
-                | {("reset_time", where) for where in ("enc and dec 400m decay", "enc extend", "dec extend", "enc decay")}
-                | {("restart_override", where) for where in ("enc and dec 400m decay", "enc decay")})
-    report = lint_file(ORIGINAL)
-    found = [(d.key, d.where) for d in report.differences]
-    assert len(found) == len(set(found)) and set(found) == expected
-    assert len(theta_drift()) == 4 + 8 + 3 and len(expected) == 81
-    assert not report.fair and "48 runs, 24 pairs of one size and phase, 12 chains of phases" in str(report)
-
-
-def test_the_originals_findings_say_from_what_to_what():
-    found = {(d.key, d.where): (d.a, d.b, d.reason) for d in lint_file(ORIGINAL).differences}
-    theta = {where: values[:2] for (key, where), values in found.items() if key == "model.local_rope_theta"}
-    for size in ("32m", "68m", "400m"):  # up, down, and up again
-        assert theta[f"dec {size} decay"] == (160_000, 10_000) and theta[f"enc {size} cross"] == (10_000, 160_000)
-    for where, words in (("dec 32m decay", "goes back"), ("enc 32m cross", "goes back"), ("enc 17m decay", "leaves global")):
-        assert words in found["model.local_rope_theta", where][2]
-    assert theta["enc 17m decay"] == theta["enc 17m cross"] == (10_000, 160_000)
-    assert theta["enc and dec 17m decay"] == (160_000, 10_000)
-    assert theta["dec decay"] == ("160000: 150m 1b", "10000: 17m 32m 68m 400m")
-    assert theta["enc extend"] == theta["dec extend"] == ("10000: 17m", "160000: 32m 68m 150m 400m 1b")
-    assert found["load_path", "dec 1b extend"][:2] == ("1_700_000_000_000tok", "83_333_000_000tok")
-    for size, peak in zip(PUBLISHED, (3e-3, 3e-3, 3e-3, 8e-4, 5e-4, 5e-4)):
-        for side in BOTH:
-            meant, acts, reason = found["optimizer.lr", f"{side} {size} decay"]
-            assert (meant, acts) == pytest.approx((peak / 2, peak), rel=1e-9) and "2 times" in reason
-            assert ("restart_override" in reason) is (f"{side} {size} decay" not in NO_OVERRIDE)
-    assert found["restart_override", "enc and dec 400m decay"][:2] == ("absent", True)
-
-
-def test_the_file_of_settings_is_the_originals():
-    """Against original_recipe.json, run by run, and against the table above."""
-    runs = {(run.size, run.side, run.phase): run.settings for run in read_settings(ORIGINAL)}
-    facts = {(run["size"], run["side"], run["phase"]): test_recipes.facts_of_original(run)
-             for run in test_recipes.ORIGINAL["runs"]}
-    assert runs.keys() == facts.keys() and len(runs) == 48
-    for place, settings in runs.items():
-        model, optimizer, scheduler = settings["model"], settings["optimizer"], settings["scheduler"]
-        mine = {key: settings.get(key) for key in ("max_seq_len", "global_train_batch_size", "device_train_microbatch_size",
-                                                   "seed", "precision", "accumulate_train_batch_on_tokens", "eval_interval")}
-        mine |= {key: settings["train_loader"][key] for key in ("shuffle", "shuffle_seed", "num_workers")}
-        mine |= {key: optimizer[key] for key in ("lr", "weight_decay", "betas", "eps")}
-        mine |= {key: model[key] for key in ("global_rope_theta", "local_rope_theta", "window_left")}
-        mine |= {f"{key}_tokens": int(scheduler[key][:-3]) if key in scheduler else None for key in ("t_warmup", "t_decay",
-                                                                                                   "t_max")}
-        mine |= {"name": scheduler["name"], "alpha_f": scheduler["alpha_f"], "objective": model["objective"].upper(),
-                 "max_duration_tokens": int(settings["max_duration"][:-3]),
-                 "save_interval_tokens": int(settings["save_interval"][:-3]),
-                 "autoresume": settings.get("autoresume", False),
-                 "load_path_set": "load_path" in settings, "has_eval_loader": "eval_loader" in settings,
-                 "sequence_packing": settings["train_loader"]["packing"],
-                 "mlm_probability_train_effective": settings["train_loader"]["mask_rate"],
-                 "mlm_probability_eval": settings.get("eval_loader", {}).get("mask_rate")}
-        assert mine == facts[place], place
-    raw = {(entry["phase"], entry["side"], entry["size"]): entry["settings"]
-           for entry in json.loads(ORIGINAL.read_text())["runs"]}
-    for (phase, side), row in LOCAL.items():
-        for size, theta in row.items():
-            assert raw[phase, side, size]["model"]["local_rope_theta"] == (None if theta is None else theta * 1000)
-    for (phase, side, size), settings in raw.items():
-        loaded, where = phase in ("extend", "decay", "cross"), f"{side} {size} {phase}"
-        assert settings.get("reset_time", False) is (loaded and where not in NO_RESET)
-        assert settings.get("restart_override", False) is (phase == "decay" and where not in NO_OVERRIDE)
-        assert settings.get("load_weights_only", False) is (phase == "cross")
-
-
-@pytest.mark.parametrize("content, words", [
-    ("[", "is not JSON"), ("{}", "holds no list `runs`"),
-    ('{"runs": [{"size": "17m", "side": "left", "phase": "decay"}]}', "left"),
-    ('{"runs": [{"size": "17m", "side": "enc", "phase": "decay"}]}', "settings are None"),
-    ('{"runs": [{"size": "17m", "side": "enc", "phase": "decay", "settings": {}}]}', "enc 17m decay"),
-    ('{"runs": [{"size": "17m", "side": "enc", "phase": "decay", "settings": {}},'
-     ' {"size": "17m", "side": "enc", "phase": "decay", "settings": {}}]}', "two runs"),
-])
-def test_a_file_that_holds_no_settings_is_refused(tmp_path, content, words):
-    (tmp_path / "x.json").write_text(content)
-    with pytest.raises(ValueError, match=words):
-        lint_file(tmp_path / "x.json")
-    with pytest.raises(FileNotFoundError, match="none.json"):
-        lint_file(tmp_path / "none.json")
-
-
 # ------------------------------------------------------------------ report and command
 
 
@@ -595,13 +428,11 @@ def test_the_command_takes_joined_files_and_keys_and_its_exit_code_is_the_verdic
     assert code == 0 and out == "fair chain: no difference\n"
     code, out, _ = run(capsys, "--chain", extend, nano)
     assert code == 1 and "load_path" in out
-    code, out, _ = run(capsys, ORIGINAL)
-    assert code == 1 and out.splitlines()[-1].startswith("unfair suite: 81 unfair")
 
 
 @pytest.mark.parametrize("arguments, code, words", [
     (("yamls/nano.yaml",), 2, "two runs are compared"), (("a.yaml", "b.yaml", "c.yaml"), 2, "--chain"), ((), 2, "A B"),
-    (("yamls/nano.yaml", "none.yaml"), 1, "error: none.yaml: none.yaml: no such file"), (("none.json",), 1, "none.json"),
+    (("yamls/nano.yaml", "none.yaml"), 1, "error: none.yaml: none.yaml: no such file"),
     (("yamls/nano.yaml", "yamls/nano.yaml+max_duration=1ep"), 1,
      "error: yamls/nano.yaml+max_duration=1ep: max_duration: '1ep'"),
 ])

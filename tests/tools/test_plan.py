@@ -20,7 +20,7 @@ CHUNKS = (1, 2, 3, 1, 2, 2, 3)
 
 
 class Data:
-    """Two shards in the shape of MDSSet: chunks of 1, 2 and 3 tokens, rows counted for length 8 only."""
+    """Two shards in the shape of MDSSplit: chunks of 1, 2 and 3 tokens, rows counted for length 8 only."""
 
     chunk_length, num_shards = 3, 2
     samples, tokens = np.array([3, 4]), np.array([6, 8])
@@ -61,7 +61,7 @@ def small(tmp_path, monkeypatch):
     cfg = copy.deepcopy(NANO)
     (tmp_path / "train").mkdir()
     (tmp_path / "train/manifest.json").touch()
-    monkeypatch.setattr(plan, "open_set", lambda folder: Data())
+    monkeypatch.setattr(plan, "open_split", lambda folder: Data())
     cfg["model"].update(max_seq_len=8)
     cfg["train_loader"].update(dataset={"local": str(tmp_path), "split": "train"})
     cfg.update(max_seq_len=8, global_train_batch_size=10, max_duration="1_000tok")
@@ -110,15 +110,6 @@ def test_a_schedule_is_weighed_by_its_tokens(small):
     assert result.flops_per_token == round(work)
     assert not result.causal and result.size == "nano"  # a mixture ends as the objective that it names first
 
-
-def test_contrastive_rows_go_through_the_trunk_twice_and_predict_nothing(small):
-    small["model"].update(name="ettin_contrastive", objective="simcse")
-    small["train_loader"].update(objective="simcse", mask_rate=0.0)
-    result = plan.run_plan(small)
-    pairs = sum(pairs_by_mask(EttinConfig.for_size("nano", causal=False), n + 2) for n in CHUNKS)
-    assert result.targets_per_token == 0 and result.passes == 2
-    assert result.flops_per_token == round(2 * work_per_token(small, 0, pairs / 28))
-    assert result.flops_6n == 2 * 6 * result.parameters * result.num_tokens
 
 
 @pytest.mark.parametrize("warmup_tokens, max_tokens", [(20_000, 100_000), (20_000, 9_000), (1_000, 100_000), (300, 50_000)])

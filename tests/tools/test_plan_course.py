@@ -15,7 +15,7 @@ def random_objective(rng, total):
     """(YAML form, {objective: share} of each token) of a random schedule; the second is made without ettin_foundry."""
 
     def value():
-        names = rng.sample(["mlm", "clm", "mntp", "mdlm"], rng.choice([1, 1, 2, 3]))
+        names = rng.sample(["mlm", "clm", "mntp"], rng.choice([1, 1, 2, 3]))
         if len(names) == 1:
             return names[0], {names[0]: 1.0}
         cuts = sorted(rng.sample(range(1, 8), len(names) - 1))
@@ -61,7 +61,7 @@ def random_rate(rng, total):
 def targets(shares, rate):
     """Of one token, in words of the objectives: all but the first; the chosen ones; a rate uniform from 1/1000 to 1."""
     masked = shares.get("mlm", 0) + shares.get("mntp", 0)
-    return shares.get("clm", 0) * (1 - FIRST) + masked * rate * TEXT + shares.get("mdlm", 0) * 0.5005 * TEXT
+    return shares.get("clm", 0) * (1 - FIRST) + masked * rate * TEXT
 
 
 def test_means_of_1000_random_schedules_are_those_of_single_tokens():

@@ -100,7 +100,7 @@ def test_bad_input_is_one_line(capsys, arguments, message):
 
 def test_a_plan_needs_neither_torch_nor_the_host():
     """They alone take ten seconds to import."""
-    code = (f"import sys; from ettin_foundry import cli\ntry:\n    cli.main(['plan', {str(ENC)!r}])\n"
+    code = (f"import sys; from ettin_foundry.cli import main as cli\ntry:\n    cli.main(['plan', {str(ENC)!r}])\n"
             "except SystemExit: pass\n"
             "print(sorted({'torch', 'transformers', 'composer', 'llmfoundry', 'matplotlib'} & set(sys.modules)))")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -18,7 +18,6 @@ from ettin_foundry.model.composer import EttinModel
 from ettin_foundry.model.config import SIZES
 from ettin_foundry.training import checks, run_config
 from ettin_foundry.training import optimizer as optim
-from ettin_foundry.training.contrastive import EttinContrastive
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = importlib.util.spec_from_file_location("train_program", ROOT / "train.py")
@@ -117,15 +116,14 @@ def test_every_file_is_found():
     assert {path.parent.name for path in files} == {"yamls", "phases", "options", "suite"}
 
 
-@pytest.mark.parametrize("phases", [(), ("extend",), ("decay",), ("cross",), ("contrastive",), ("original",),
+@pytest.mark.parametrize("phases", [(), ("extend",), ("decay",), ("cross",), ("original",),
                                     ("extend", "original"), ("decay", "original"), ("cross", "original")], ids="+".join)
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_it_resolves_passes_the_checks_and_builds_on_meta(path, phases):
     cfg = resolved(path, *phases)
     checks.check_settings(cfg)
-    kind = {"ettin": EttinModel, "ettin_contrastive": EttinContrastive}[cfg["model"]["name"]]
     with torch.device("meta"):
-        model = kind(**{k: v for k, v in cfg["model"].items() if k != "name"})
+        model = EttinModel(**{k: v for k, v in cfg["model"].items() if k != "name"})
     count = sum(p.numel() for p in model.parameters())
     assert count == ORIGINAL["parameters"].get(cfg["model"]["size"], model.config.num_parameters)
     assert model.config.max_position_embeddings == cfg["max_seq_len"]
@@ -308,17 +306,6 @@ def test_token_counts_in_overlay_comments_are_right(phase, key, billions):
         expected = least if "1b" in path.stem else most
         amount = tokens(resolved(path)["variables"][key]) / 1e9
         assert f"{amount:.1f}".removesuffix(".0") + "B" == expected and expected in text
-
-
-def test_numbers_in_the_contrastive_overlay_are_right():
-    text = " ".join((ROOT / "yamls/phases/contrastive.yaml").read_text().replace("#", "").split())
-    for path in RECIPES:
-        cfg = resolved(path, "contrastive")
-        model = cfg["model"]
-        assert f"{int(cfg['max_duration'].removesuffix('ba')):,} steps of {cfg['global_train_batch_size']} texts of up to " \
-               f"{cfg['max_seq_len']} tokens" in text and f"--chunk-length {cfg['max_seq_len'] - 2}" in text
-        assert f"dropout {model['attn_out_dropout']}, cosines times {model['scale']:g}, mean over the tokens" in text
-        assert (model["pooling"], model["causal"], cfg["optimizer"]["lr"]) == ("mean", False, 3e-5)  # LLM2Vec's
 
 
 def test_every_launch_line_names_files_that_exist():
