@@ -20,8 +20,6 @@ OBJECTIVES = ("mlm", "clm", "mntp")
 MASKED_OBJECTIVES = ("mlm", "mntp")
 """Those that choose tokens at a given mask rate."""
 
-CONTRASTIVE = "simcse"
-
 
 def objective_names(value: Any, key: str = "model.objective") -> tuple[tuple[str, ...], str]:
     """Reads which objectives an objective or schedule (objectives/schedule.py) names, not when each holds.
