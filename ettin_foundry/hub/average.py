@@ -91,8 +91,9 @@ def average_checkpoints(sources: Sequence[str | Path], out: str | Path, *, weigh
     parts = [{"source": f"{head.path.resolve().parent.name}/{head.path.resolve().name}", "weight": share,
               **{key: head.record.get(key) for key in ("run_name", "batch", "tokens", "run_hash")}}
              for head, share in zip(heads, shares)]
-    content = weights_checkpoint(_mean(heads, shares, config), config, objective=objective, tokenizer=newest.get("tokenizer"),
-                                 lineage=(*(newest.get("lineage") or ()), {"merged_from": parts, "objective": objective}))
+    lineage = (*(newest.get("lineage") or ()), {"merged_from": parts, "objective": objective})
+    content = weights_checkpoint(_mean(heads, shares, config), config, objective=objective,
+                                 tokenizer=newest.get("tokenizer"), lineage=lineage)
     content["state"]["callbacks"]["Clock"].update(
         {"tokens": newest.get("tokens") or 0, "phase": newest.get("phase"), "run_config": newest.get("run_config") or "{}"},
         **{key: json.dumps(newest[key]) for key in ("objective_schedule", "tokenizer_fingerprint") if key in newest})

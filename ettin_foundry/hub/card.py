@@ -108,8 +108,8 @@ def card(config: EttinConfig, *, objective: str, name: str, facts: Mapping[str, 
     parts = [
         f"---\n{metadata}\n---\n", f"# {name}\n",
         f"An Ettin {kind} ({f'{config.size} ' if config.size else ''}{config.num_parameters:,} parameters), trained with "
-        f"ettin_foundry {__version__}. Ettin encoders and decoders are pairs: the same architecture and the same data in the "
-        f"same order, {seen} here, the other way round in its twin.\n",
+        f"ettin_foundry {__version__}. Ettin encoders and decoders are pairs: the same architecture and the same data in "
+        f"the same order, {seen} here, the other way round in its twin.\n",
         *([f"> **Mind the position:** {MNTP_NOTE}.\n"] if objective == "mntp" else []),
         "## Load\n", f"Needs transformers {oldest} or newer, and no remote code.\n", f"```python\n{code}```\n",
         "## Training\n", _training_table(config, objective, facts)]

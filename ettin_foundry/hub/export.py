@@ -36,7 +36,7 @@ class ExportHF(Callback):
 
     def __init__(self, interval: str, folder: str):
         if "://" in folder:
-            raise ValueError(f"callbacks.ettin_export.folder must be a local folder, got {folder!r}; upload it after training")
+            raise ValueError(f"callbacks.ettin_export.folder must be a local folder, got {folder!r}; upload it afterwards")
         self.folder = folder
         self._due = interval_passed("callbacks.ettin_export.interval", interval)
         self._model: Any = None

@@ -66,8 +66,8 @@ def export_model(model: Any, config: EttinConfig, tokenizer: Any, folder: str | 
         differing = [name for name in sorted(stored.keys() | weights.keys()) if name not in stored or name not in weights
                      or not torch.equal(stored[name].view(torch.int32), weights[name].view(torch.int32))]
         if differing or read_config(partial / "config.json") != (config, objective):
-            raise ValueError(f"{folder}: what was written does not read back the same ({', '.join(differing[:4]) or 'config'}); "
-                             "check the disk, then export again")
+            raise ValueError(f"{folder}: what was written does not read back the same "
+                             f"({', '.join(differing[:4]) or 'config'}); check the disk, then export again")
     return folder
 
 

@@ -60,9 +60,10 @@ def load_model(source: str | Path, objective: str | None = None, *, default_obje
         state, config, stated = import_folder(source)
         chosen = stated or objective or default_objective
         if (stated and objective not in (None, stated)) or (stated is None and chosen not in MASKED_OBJECTIVES):
-            raise ValueError(f"--objective must be {stated or 'mlm (official encoders) or mntp (those made from decoders)'} for "
-                             f"{source}, got {objective!r}")
-        return LoadedModel(source, state, config, str(chosen), str(source) if (source / "tokenizer.json").is_file() else None)
+            possible = stated or "mlm (official encoders) or mntp (those made from decoders)"
+            raise ValueError(f"--objective must be {possible} for {source}, got {objective!r}")
+        has_tokenizer = (source / "tokenizer.json").is_file()
+        return LoadedModel(source, state, config, str(chosen), str(source) if has_tokenizer else None)
     state, record = load_model_state(source)
     if not record.get("config"):
         raise ValueError(f"{source}: holds no record of its config; only checkpoints of ettin_foundry's runs can be read")
@@ -99,8 +100,8 @@ def chosen_objective(path: str | Path, record: Mapping[str, Any], asked: str | N
         return final, config
     if schedule.is_single or asked not in trained:
         possible = "left out" if schedule.is_single else f"one of {', '.join(trained)}"
-        raise ValueError(f"--objective must be {possible} for {path}, trained for {int(record.get('tokens') or 0):,} tokens of "
-                         f"{schedule}, got {asked!r}")
+        raise ValueError(f"--objective must be {possible} for {path}, got {asked!r}: it was trained for "
+                         f"{int(record.get('tokens') or 0):,} tokens of {schedule}")
     # an explicit window belongs to rows of clm
     explicit = json.loads(record.get("run_config") or "{}").get("model", {}).get("window_left", -1)
     return asked, config.with_causal(asked == "clm", explicit if asked == "clm" else -1)

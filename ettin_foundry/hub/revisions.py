@@ -41,7 +41,7 @@ def _find_revisions(folders: Sequence[str | Path], objective: str | None) -> lis
         initial = folder / "initial" / "step0.pt"
         paths = [*([initial] if checkpoints.is_complete(initial) else []), *checkpoints.complete_checkpoints(folder)]
         if not paths or (folder / ".metadata").exists():
-            raise FileNotFoundError(f"{folder}: is no folder of complete checkpoints; --every takes the save folders of runs")
+            raise FileNotFoundError(f"{folder}: is no folder of complete checkpoints; --every takes save folders of runs")
         for path in paths:
             record = checkpoints.read_head(path).record
             if not record.get("config") or record.get("batch") is None:
@@ -49,8 +49,8 @@ def _find_revisions(folders: Sequence[str | Path], objective: str | None) -> lis
                                  "without --every")
             name = "step0" if path == initial else revision_name(record.get("phase"), record["batch"])
             if name in found:
-                raise ValueError(f"{path}: would be called {name}, as would {found[name].path}; export runs of the same phase "
-                                 "to different folders")
+                raise ValueError(f"{path}: would be called {name}, as would {found[name].path}; export runs of the same "
+                                 "phase to different folders")
             identity = {key: record.get(key) for key in ("run_name", "phase", "batch", "run_hash")}
             found[name] = Revision(name, path, {**identity, "objective": chosen_objective(path, record, objective)[0]})
     return list(found.values())
@@ -116,8 +116,8 @@ def _is_there(folder: Path, revision: Revision) -> bool:
     there = {**(block.get("checkpoint") or {}), "objective": block.get("objective")}
     for key, value in revision.identity.items():
         if there.get(key) != value:
-            raise ValueError(f"{folder}: {key} must be {value!r} as in {revision.path}, got {there.get(key)!r}; give another "
-                             "folder, or pass --overwrite to replace it")
+            raise ValueError(f"{folder}: {key} must be {value!r} as in {revision.path}, got {there.get(key)!r}; give "
+                             "another folder, or pass --overwrite to replace it")
     try:
         with safe_open(folder / WEIGHTS, "pt"):
             return True  # opening compares the header with the file's length

@@ -91,14 +91,13 @@ class EttinModel(ComposerModel):
         for key, instead in (("causal", "objective"), ("max_position_embeddings", "max_seq_len")):
             if key in overrides:
                 raise ValueError(f"model.{key}: not a key of its own, it follows from model.{instead}; remove it")
-        self.config = config = EttinConfig.for_size(size, causal=self.objective == "clm", max_position_embeddings=max_seq_len,
-                                                    **overrides)
+        config = EttinConfig.for_size(size, causal=self.objective == "clm", max_position_embeddings=max_seq_len, **overrides)
         if tokenizer is not None and len(tokenizer) > config.vocab_size:
-            raise ValueError(f"model.vocab_size must be at least {len(tokenizer)}, the entries of the tokenizer "
-                             f"{getattr(tokenizer, 'name_or_path', '')!r}, got {config.vocab_size}; a multiple of 64 is fastest")
+            raise ValueError(f"model.vocab_size must be at least the {len(tokenizer)} entries of the tokenizer (a multiple "
+                             f"of 64 is fastest), got {config.vocab_size}")
         if attn_impl != "auto":  # a wish that can never be met here is refused before any work
             select_backend(attn_impl, "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
-        self.tokenizer = tokenizer
+        self.config, self.tokenizer = config, tokenizer
         # an explicit window belongs to rows of clm, also where the model ends as an encoder
         window = -1 if config.causal else overrides.get("window_left", -1)
         self.model = Ettin(config, attn_impl, config.with_causal(not config.causal, window))
@@ -116,8 +115,7 @@ class EttinModel(ComposerModel):
             ValueError: labels of another objective, or a batch that was not made flat.
         """
         if "cu_seqlens" not in batch:
-            raise ValueError("the batch has no cu_seqlens: pass it through ettin_foundry.data.batch.split_batch (or flatten) "
-                             "before the model, as the trainer does")
+            raise ValueError("the batch has no cu_seqlens: pass it through ettin_foundry.data.batch.flatten first")
         if self.training and not set(batch["objective"].split("+")) <= set(self.objectives):
             raise ValueError(f"model.objective is {self.objective_schedule}, but the batch carries labels for "
                              f"{batch['objective']!r}. Set the objective of the loader and of model to the same value")

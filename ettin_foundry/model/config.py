@@ -40,7 +40,8 @@ def objective_names(value: Any, key: str = "model.objective") -> tuple[tuple[str
     found = mixtures(value)
     names = tuple(dict.fromkeys(name for mixture in found for name in mixture))
     if not names or not set(names) <= set(OBJECTIVES):
-        raise ValueError(f"{key} must be one of {', '.join(OBJECTIVES)}, shares of them, or a list of segments, got {value!r}")
+        raise ValueError(f"{key} must be one of {', '.join(OBJECTIVES)}, shares of them, or a list of segments, got "
+                         f"{value!r}")
     return names, found[-1][0]
 
 

@@ -168,8 +168,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         return _read_safetensors(folder / WEIGHTS)
     if not index.is_file():
         pickled = sorted(p.name for p in folder.glob("*.bin"))
-        hint = f"{', '.join(pickled)} is a pickle, which can run code and is never read; convert it" if pickled else "download it"
-        raise FileNotFoundError(f"{folder}: has no {WEIGHTS}; {hint}")
+        hint = f"; {', '.join(pickled)} is a pickle, which can run code and is never read" if pickled else ""
+        raise FileNotFoundError(f"{folder}: has no {WEIGHTS}{hint}")
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))

@@ -122,9 +122,9 @@ class ObjectiveSchedule(_Schedule):
         place = (tokens - segment.start) % sum(length for length, _ in segment.value)
         for length, shares in segment.value:
             if place < length:
-                break
+                return dict(shares)
             place -= length
-        return dict(shares)
+        raise AssertionError
 
     @property
     def masks(self) -> bool:
@@ -165,7 +165,8 @@ class ObjectiveSchedule(_Schedule):
         for segment in self._segments:
             entry: dict[str, Any] = {} if segment.end is None else {"until": segment.end}
             if len(segment.value) > 1:
-                entry["cycle"] = [{"tokens": length, "objective": name_or_shares(shares)} for length, shares in segment.value]
+                entry["cycle"] = [{"tokens": length, "objective": name_or_shares(shares)}
+                                  for length, shares in segment.value]
             else:
                 entry["objective"] = name_or_shares(segment.value[0][1])
             result.append(entry)
@@ -246,8 +247,8 @@ def parse_tokens(key: str, value: Any, total: int | None, *, least: int = 0) -> 
         except ValueError:
             pass
     if number is None or round(number) < least:
-        raise ValueError(f"{key} must be at least {least} tokens or a share of the run, such as 8_500_000_000tok or 0.25dur, "
-                         f"got {value!r}")
+        raise ValueError(f"{key} must be at least {least} tokens or a share of the run, such as 8_500_000_000tok or "
+                         f"0.25dur, got {value!r}")
     return round(number)
 
 
@@ -262,21 +263,20 @@ def _segments(key: str, value: Sequence[Any], total: int | None,
     for i, segment in enumerate(value):
         where = f"{key}[{i}]"
         if not isinstance(segment, Mapping) or not any(set(segment) - {"until"} == set(form) for form in forms):
-            raise ValueError(f"{where} must have the keys {' or '.join(' and '.join(form) for form in forms)}, with until, "
-                             f"got {segment!r}")
+            raise ValueError(f"{where} must have the keys {' or '.join(' and '.join(form) for form in forms)}, with "
+                             f"until, got {segment!r}")
         if "until" not in segment and i < len(value) - 1:
             raise ValueError(f"{where}.until must be given; only the last segment may leave it out")
         end = parse_tokens(f"{where}.until", segment["until"], total) if "until" in segment else total
         if end is not None and (end <= start or (total is not None and end > total)):
-            raise ValueError(f"{where}.until must be after the segment's start ({start:,} tokens) and not past the end of the "
-                             f"run ({total} tokens), got {segment.get('until', end)!r} ({end:,} tokens)")
+            raise ValueError(f"{where}.until must be after the segment's start ({start:,} tokens) and not past the end of "
+                             f"the run ({total} tokens), got {segment.get('until', end)!r} ({end:,} tokens)")
         found.append((where, start, end, segment))
         start = end if end is not None else start
     if not found:
         raise ValueError(f"{key} must have at least one segment, got an empty list")
     if total is not None and start < total:
-        raise ValueError(f"{found[-1][0]}.until must be the end of the run ({total:,} tokens), got {start:,} tokens; leave the "
-                         "last until out")
+        raise ValueError(f"{found[-1][0]}.until must be the end of the run, {total:,} tokens, or absent, got {start:,}")
     return found
 
 
@@ -286,15 +286,14 @@ def _shares(key: str, value: Any) -> Shares:
     valid = all(name in OBJECTIVES and isinstance(share, (int, float)) and not isinstance(share, bool) and 0 < share <= 1
                 for name, share in shares.items())
     if not valid or abs(sum(shares.values()) - 1) > 1e-9:
-        raise ValueError(f"{key} must be one of {', '.join(OBJECTIVES)}, shares of them that sum to 1, or a list of segments, "
-                         f"got {value!r}")
+        raise ValueError(f"{key} must be one of {', '.join(OBJECTIVES)}, shares of them that sum to 1, or a list of "
+                         f"segments, got {value!r}")
     return tuple((str(name), float(share)) for name, share in shares.items())
 
 
 def _rate(key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ValueError(f"{key} must be above 0 and at most 1, a share of the tokens, got {value!r}; the recipes use 0.3, and "
-                         "0.15 in decay")
+        raise ValueError(f"{key} must be above 0 and at most 1, a share of the tokens, got {value!r}")
     return float(value)
 
 
