@@ -222,7 +222,8 @@ def test_card_says_where_weights_come_from():
     text = card(shape(False), objective="mlm", name="x", facts={
         "lineage": lineage, "objective_schedule": "clm, then mlm",
         "checkpoint": {"run_name": "r", "batch": 1234, "run_hash": "ab"}})
-    for row in ("continued from | objective clm, tokens 99", "merged from | a/1.pt (weight 0.25, 1,000 tokens), a/2.pt (weight 0.75, 0 tokens)",
+    for row in ("continued from | objective clm, tokens 99",
+                "merged from | a/1.pt (weight 0.25, 1,000 tokens), a/2.pt (weight 0.75, 0 tokens)",
                 "objectives in training | clm, then mlm",
                 "checkpoint | batch 1,234 of r, whose resolved config has the sha256 ab"):
         assert f"| {row} |" in text, row
