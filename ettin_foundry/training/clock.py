@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from ettin_foundry.data.tokenizer import fingerprint
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.weights import weights_checkpoint
+from ettin_foundry.objectives.schedule import ObjectiveSchedule
 from ettin_foundry.training.checkpoints import decode_record, install_validation
 from ettin_foundry.training.run_config import config_hash, config_text
 from ettin_foundry.training.sources import check_resume
@@ -135,10 +136,12 @@ class Clock(CallbackWithConfig):
         """
         config = getattr(self._model, "config", None)
         plain = dataclasses.asdict(config) if isinstance(config, EttinConfig) else None
-        schedule, time = getattr(self._model, "schedule", None), None if self._state is None else self._state.timestamp
+        schedule = getattr(self._model, "objective_schedule", None)
+        time = None if self._state is None else self._state.timestamp
         return {
             "config": plain, "size": getattr(config, "size", None), "objective": getattr(self._model, "objective", None),
-            "objective_schedule": json.dumps(None if schedule is None else schedule.plain()), **self._tokenizer,
+            "objective_schedule": json.dumps(None if schedule is None else ObjectiveSchedule.parse(schedule).plain()),
+            **self._tokenizer,
             "tokens": 0 if time is None else time.token.value, "batch": 0 if time is None else time.batch.value,
             "run_name": None if self._state is None else self._state.run_name,
             "phase": (self._run.get("variables") or {}).get("phase"), "run_config": self._run_config,

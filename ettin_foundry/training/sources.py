@@ -337,7 +337,8 @@ def check_resume(then: Mapping[str, Any], now: Mapping[str, Any], *, place: str,
     pairs += [(f"model.{key}", new, (then.get("config") or {}).get(key)) for key, new in (now.get("config") or {}).items()]
     if "run_config" in then:
         new_config, old_config = json.loads(now["run_config"]), json.loads(then["run_config"])
-        pairs += [(key, value_at(new_config, key), value_at(old_config, key)) for key in (*_SAME, *(_OPTIMIZER if own else ()))]
+        same = (*_SAME, *(_OPTIMIZER if own else ()))
+        pairs += [(key, value_at(new_config, key), value_at(old_config, key)) for key in same]
         pairs.append(("train_loader.mask_rate", _mask_rate(new_config), _mask_rate(old_config)))
         for key in (f"callbacks.{name}.source" for name in STARTS):
             new, old = value_at(new_config, key), value_at(old_config, key)

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from ettin_foundry.data import tokenizer
 from ettin_foundry.model import weights as hf
+from ettin_foundry.objectives.schedule import ObjectiveSchedule
 from ettin_foundry.training.checkpoints import load_model_state
 from ettin_foundry.training.clock import Clock
 from ettin_foundry.training.run_config import walk
@@ -46,7 +47,7 @@ class _Start(Callback):
         """Compares the source with the built model, and adds it to the lineage in checkpoints and cards."""
         model: Any = state.model
         tokens = getattr(model, "tokenizer", None)
-        target = Target(dataclasses.asdict(model.config), tuple(model.schedule.at(0)),
+        target = Target(dataclasses.asdict(model.config), tuple(ObjectiveSchedule.parse(model.objective_schedule).at(0)),
                         None if tokens is None else tokenizer.fingerprint(tokens))
         accepted = compare(self.key, source, target, self.accept, crossing=isinstance(self, CrossObjective))
         clock, path, record = _clock(state), source.path.resolve(), source.record
@@ -161,7 +162,8 @@ class CrossObjective(_Start):
                     for config in (source.record["config"], dataclasses.asdict(model.config)))
         log.info("crossing from %s (%s, %s tokens) to %s: kept weights; new clock, schedule, data order, generators, "
                  "optimizer; changed: %s", source.path, source.record.get("objective") or "objective unknown",
-                 source.record.get("tokens"), model.schedule, _changes({**new, **old}, new))
+                 source.record.get("tokens"), ObjectiveSchedule.parse(model.objective_schedule),
+                 _changes({**new, **old}, new))
 
     def state_dict(self) -> dict[str, Any]:
         return {"source": self.source}

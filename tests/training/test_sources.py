@@ -15,7 +15,7 @@ from composer import Trainer
 from omegaconf import OmegaConf as om
 
 from ettin_foundry.data import tokenizer
-from ettin_foundry.model import weights as hf
+from ettin_foundry.hub.folder import export_model
 from ettin_foundry.model.composer import EttinModel
 from ettin_foundry.training import checks, sources
 from ettin_foundry.training.clock import Clock
@@ -86,7 +86,7 @@ def encoder(tokenizer_dir, tmp_path_factory):
 def folder(tokenizer_dir, tmp_path_factory):
     """A Hugging Face folder of a decoder."""
     model = model_of("clm", tokenizer_dir)
-    return hf.export_model(model, model.config, model.tokenizer, tmp_path_factory.mktemp("hf") / "out", objective="clm",
+    return export_model(model, model.config, model.tokenizer, tmp_path_factory.mktemp("hf") / "out", objective="clm",
                            facts={"tokens": 12, "lineage": [{"objective": "mlm", "tokens": 5}]})
 
 
@@ -143,7 +143,7 @@ def test_another_tokenizer_is_refused_by_its_content(cross_cfg, decoder, folder,
 
 def test_an_encoder_that_does_not_say_how_it_predicts_is_refused_where_that_matters(cross_cfg, tokenizer_dir, tmp_path):
     model = model_of("mlm", tokenizer_dir)
-    place = hf.export_model(model, model.config, model.tokenizer, tmp_path / "enc", objective="mlm")
+    place = export_model(model, model.config, model.tokenizer, tmp_path / "enc", objective="mlm")
     config = json.loads((place / "config.json").read_text())
     del config["ettin_foundry"]["objective"]  # as official encoders
     (place / "config.json").write_text(json.dumps(config))

@@ -19,7 +19,7 @@ from llmfoundry import registry
 from omegaconf import OmegaConf as om
 
 from ettin_foundry.data import tokenizer
-from ettin_foundry.model import weights as hf
+from ettin_foundry.hub.folder import export_model
 from ettin_foundry.model.composer import EttinModel
 from ettin_foundry.training import checkpoints
 from ettin_foundry.training.clock import Clock
@@ -284,7 +284,7 @@ def test_there_and_back_without_training_gives_equal_logits(through, decoder, to
     def passed_on(model, name, lineage=()):
         if through == "checkpoints":
             return save(model, tmp_path / f"{name}.pt", lineage)
-        return hf.export_model(model, model.config, model.tokenizer, tmp_path / name, objective=model.objective,
+        return export_model(model, model.config, model.tokenizer, tmp_path / name, objective=model.objective,
                                facts={"lineage": list(lineage)})
 
     before, _ = decoder
@@ -331,7 +331,7 @@ def test_what_was_built_is_compared_again(decoder, tokens):
 
 def test_a_folder_of_the_published_kind_is_crossed_as_it_is(decoder, tokens, tmp_path):
     """Keys and values of an official decoder's config.json, at nano's shape: nothing of ours in it."""
-    folder = hf.export_model(decoder[0], decoder[0].config, tokens, tmp_path / "official", objective="clm")
+    folder = export_model(decoder[0], decoder[0].config, tokens, tmp_path / "official", objective="clm")
     config = {"architectures": ["ModernBertDecoderForCausalLM"], "model_type": "modernbert-decoder", "hidden_size": 128,
               "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 512,
               "max_position_embeddings": 7999, "global_rope_theta": 160000.0, "local_rope_theta": 160000.0,
