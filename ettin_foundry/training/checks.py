@@ -229,7 +229,7 @@ def check_files(cfg: dict[str, Any]) -> None:
         local, remote = block["dataset"]["local"], block["dataset"].get("remote")
         # the host builds the tokenizer before the loader, so that of a remote dataset must be here by now
         if remote and Path(name) == Path(local, "tokenizer") and not Path(name).exists():
-            from ettin_foundry.data.remote import fetch_tokenizer
+            from ettin_foundry.data.cache import fetch_tokenizer
 
             fetch_tokenizer(Path(local), remote)
     # a hub id has at most one slash; with more, or below a folder that exists here, a folder is meant

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from composer.utils import dist, format_name_with_dist
 from llmfoundry.interfaces import CallbackWithConfig
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from ettin_foundry.data.storage import atomic_file
 from ettin_foundry.data.tokenizer import fingerprint
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.weights import weights_checkpoint
@@ -99,9 +99,8 @@ class Clock(CallbackWithConfig):
                                          objective=self._model.objective)
             content["state"]["callbacks"]["Clock"] = self.state_dict()
             path = Path(format_name_with_dist(folder, state.run_name)) / "initial" / "step0.pt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(content, path.with_suffix(".partial"))
-            os.replace(path.with_suffix(".partial"), path)
+            with atomic_file(path) as file:
+                torch.save(content, file)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         batch, time = state.batch, state.timestamp
