@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from composer import Callback
 from llmfoundry import registry
 
-from ettin_foundry.data.loader import flatten
+from ettin_foundry.data.batch import flatten
 from ettin_foundry.model.composer import EttinModel
 from ettin_foundry.training import checks
 from ettin_foundry.training.recipes import resolved
