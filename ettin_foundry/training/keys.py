@@ -15,7 +15,7 @@ from typing import Any
 
 from ettin_foundry import REGISTRY
 from ettin_foundry.data.stream import DATASET_KEYS
-from ettin_foundry.training.run_config import FIELDS, loaders, walk
+from ettin_foundry.training.run_config import FIELDS, loaders, value_at, walk
 
 _BY_HOST = ("self", "tokenizer", "train_config", "params", "device_batch_size")  # parameters that the host fills in
 
@@ -71,17 +71,10 @@ _REMOVED = {
     r"algorithms\.ema\b.*": "removed; average a run's checkpoints with `ettin average SAVE_FOLDER OUT.pt --last 5`",
     r".*\.dataset\.on_bad_shard=.*": "removed; a damaged shard stops the run, so copy it again or convert it again",
 }
-# features of the host that act on a HuggingFaceModel, on Streaming's datasets or around our checks -> what we have
-_HOST_ONLY = {
-    "eval_loader": ("icl_tasks", "icl_tasks_str", "eval_gauntlet", "eval_gauntlet_str", "callbacks.loss_perp_v_len",
-                    "callbacks.async_eval"),
-    "callbacks.ettin_export or `ettin export`": ("only_hf_checkpoint", "callbacks.hf_checkpointer"),
-    "data parallelism or fsdp_config": ("tp_config",),
-    "callbacks.ettin_samples": ("callbacks.generate_callback", "callbacks.eval_output_logging"),
-    "one run for each phase (yamls/phases)": ("callbacks.curriculum_learning", "callbacks.dataset_swap"),
-    "load_path, whose file is scanned before it is read": ("callbacks.load_checkpoint",),
-    "optimizer.lr": ("callbacks.global_lr_scaling",),
-}
+# features of the host that act on a HuggingFaceModel, or load what was not checked -> what we have
+_HOST_ONLY = {"icl_tasks": "eval_loader", "eval_gauntlet": "eval_loader", "only_hf_checkpoint": "`ettin export`",
+              "callbacks.hf_checkpointer": "callbacks.ettin_export", "callbacks.load_checkpoint": "load_path",
+              "callbacks.generate_callback": "callbacks.ettin_samples"}
 # a key -> the keys that do nothing without it -> their values that ask for nothing
 _INERT: dict[str, dict[str, tuple[Any, ...]]] = {
     "eval_loader": {"eval_interval": (0, "0ba", "0tok"), "eval_subset_num_batches": (-1,), "eval_first": (False,)},
@@ -118,11 +111,9 @@ def _check(key: str, block: Mapping[str, Any], allowed: Any) -> None:
 
 def check_effect(cfg: Mapping[str, Any]) -> None:
     """Refuses features of the host that need another kind of model or data, and settings that would do nothing."""
-    for instead, keys in _HOST_ONLY.items():
-        for key in keys:
-            block, _, name = key.rpartition(".")
-            if name in (cfg.get("callbacks") or {}) if block else cfg.get(key):
-                raise ValueError(f"{key}: given; it does not work with model.name: {cfg['model']['name']}. Use {instead}")
+    for key, instead in _HOST_ONLY.items():
+        if value_at(cfg, key) is not None:
+            raise ValueError(f"{key}: given; it does not work with model.name: {cfg['model']['name']}. Use {instead}")
     for cause, nothing in _INERT.items():
         keys = [key for key, values in nothing.items() if cfg.get(key) is not None and cfg[key] not in values]
         if keys and not cfg.get(cause) and not (cause == "eval_loader" and cfg.get("eval_loaders")):

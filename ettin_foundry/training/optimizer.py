@@ -34,8 +34,8 @@ class StableAdamW(torch.optim.Optimizer):
         p  <- p - eta m / (sqrt(v) + eps)
 
     So `weight_decay` is what one step at the peak removes; it is not multiplied by lr. Sums are in a fixed order on any
-    device, so that replicas stay bit-equal, and nothing is read back by the host. Sharded parameters (FSDP2) take one
-    all-reduce a group, of one number per tensor.
+    device, so that replicas stay bit-equal, and the host reads nothing back. Sharded parameters (FSDP2) take one
+    all-reduce a group.
 
     Args:
         params: fp32 or fp64 parameters, or group dicts with a `params` key. Build before FSDP wraps the model: which
@@ -46,9 +46,6 @@ class StableAdamW(torch.optim.Optimizer):
         weight_decay: fraction of a weight removed per step at lr == max_lr.
         max_lr: lr at which `weight_decay` applies in full; `lr` unless given. Phases that start below the pretraining peak
             give that peak.
-
-    Raises:
-        ValueError: lr not above 0, weight_decay or eps out of range, or a group setting that would have no effect.
     """
 
     def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, *,
@@ -69,11 +66,7 @@ class StableAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step on every parameter that has a gradient.
-
-        Raises:
-            ValueError: some parameters are sharded and some are not, or they are neither fp32 nor fp64.
-        """
+        """One step on every parameter that has a gradient."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         # torch.distributed.checkpoint makes an empty optimizer's state by a step at lr 0 with zero gradients; if it

@@ -87,7 +87,7 @@ def walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def config_text(cfg: Mapping[str, Any]) -> str:
-    """The resolved config as canonical JSON, without nulls, the same on any number of processes and from `recipes.resolved`."""
+    """The resolved config as canonical JSON, without nulls; the same on any number of processes."""
     derived = ("n_gpus", "device_train_batch_size", "device_train_grad_accum")  # by the host
     config = {key: value for key, value in cfg.items() if value is not None and key not in derived}
     if "eval_loaders" in config:  # the host's name for a list
