@@ -122,14 +122,11 @@ def _read_folder(path: Path) -> Source:
 
 
 def compare(key: str, source: Source, target: Target, accept: Sequence[str], *, crossing: bool) -> Differences:
-    """Compares a source with the run that starts from it; returns the differences that `accept` lists.
+    """Compares a source with the run that starts from it; returns the differences that `accept` lists, refuses others.
 
     Args:
         key: the callback as the user calls it. accept: what may differ besides what always may.
         crossing: for `ettin_cross`; else for `ettin_phase`.
-
-    Raises:
-        ValueError: another size, vocabulary, rotary base, tokenizer or objective, with both values.
     """
     old, new = source.record["config"], target.config
     found = {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
@@ -285,9 +282,6 @@ def check_resume(then: Mapping[str, Any], now: Mapping[str, Any], *, place: str,
         then: the checkpoint's record. now: the same of this run, by the config or by `Clock`.
         place: the checkpoint, for messages.
         own: it lies in this run's own save folder, so run_name and optimizer must be the same.
-
-    Raises:
-        ValueError: the first difference, with both values.
     """
     pairs = [("run_name", now.get("run_name"), then.get("run_name"))] if own else []
     pairs += [("model.objective", _without_end(now.get(key)), _without_end(then.get(key)))

@@ -73,50 +73,40 @@ OBJECTIVE = ("model.objective", "train_loader.objective", "eval_loader.objective
     ({"load_path": "???"}, ["load_path: no value given"]),
     ({"run_name": "nano-[{'until': 1}]"}, ["run_name", "brackets", "variables.label"]),
     ({"train_loader.name": "text"}, ["train_loader.name must be ettin_text", "'text'"]),
-    ({"eval_loader.name": "text"}, ["eval_loader.name must be ettin_text"]),
     ({"model.name": "mpt_causal_lm"}, ["model.name must be ettin", "mpt_causal_lm", "name: text"]),
     ({"model.hidden": 3}, ["model.hidden: unknown key", "hidden_size"]),
     ({"train_loader.drop_last": True}, ["train_loader.drop_last: unknown key", "shuffle_window"]),
     ({"eval_loader.batch_size_warmup": None}, ["eval_loader.batch_size_warmup: unknown key", "label"]),
     ({"train_loader.label": "x"}, ["train_loader.label: unknown key"]),
     ({"train_loader.dataset.remotes": "s3://x"}, ["train_loader.dataset.remotes: unknown key", "local, split, remote"]),
-    ({"optimizer.foo": 1}, ["optimizer.foo: unknown key", "max_lr"]),
     ({"scheduler.t_cool": "1ba"}, ["scheduler.t_cool: unknown key", "t_warmup, t_decay"]),
     ({"callbacks.ettin_export": {"every": 3}}, ["callbacks.ettin_export.every: unknown key", "interval, folder"]),
-    ({"callbacks.ettin_monitor": {"every": 3}}, ["callbacks.ettin_monitor.every: unknown key", "takes no key"]),
     # removed
     (dict.fromkeys(OBJECTIVE, "mdlm"), ["objective", "mdlm", "removed", "mlm"]),
-    ({"model.objective": {"mdlm": 0.5, "clm": 0.5}}, ["mdlm", "removed"]),
     ({"model.name": "ettin_contrastive"}, ["ettin_contrastive", "removed", "sentence-transformers"]),
     (dict.fromkeys(OBJECTIVE, "simcse"), ["simcse", "removed", "sentence-transformers"]),
     ({"algorithms": {"ema": {}}}, ["algorithms.ema", "removed", "ettin average"]),
-    ({"algorithms": {"ema": {"half_life": "10ba"}}}, ["algorithms.ema", "ettin average"]),
     ({"train_loader.dataset.on_bad_shard": "skip"}, ["on_bad_shard", "removed", "stops the run"]),
     # lengths, objectives, loaders
     ({"model.size": "3b"}, ["model.size", "'3b'", "400m"]),
-    ({"model.objective": "rtd"}, ["model.objective", "'rtd'", "mlm"]),
     ({"model.max_seq_len": 512}, ["model.max_seq_len must be 256", "512", "variables.max_seq_len"]),
-    ({"eval_loader.max_seq_len": ...}, ["eval_loader.max_seq_len", "None"]),
     ({"tokenizer.kwargs.model_max_length": 128}, ["model_max_length", "128", "256"]),
     ({"train_loader.objective": "mntp"}, ["train_loader.objective must be 'mlm'", "'mntp'", "variables.objective"]),
     ({"eval_loader.objective": "clm"}, ["eval_loader.mask_rate", "clm"]),
     ({"eval_loader.objective": ["mlm", "mlm"]}, ["eval_loader.objective", "['mlm', 'mlm']", "once"]),
     ({"eval_loader.objective": ["mlm", "rtd"]}, ["eval_loader.objective", "'rtd'"]),
     ({"eval_loader.mask_rate": [{"rate": 0.3}]}, ["eval_loader.mask_rate must be one rate"]),
-    ({"train_loader.mask_rate": ...}, ["train_loader.mask_rate", "above 0"]),
     (dict.fromkeys(OBJECTIVE, "clm"), ["train_loader.mask_rate", "clm", "variables.mask_rate"]),
     ({"train_loader.shuffle": False}, ["train_loader.shuffle must be true", "endless"]),
     ({"eval_loader.shuffle": ...}, ["eval_loader.shuffle must be false", "True"]),
     ({"train_loader.dataset": {"split": "train"}}, ["train_loader.dataset", "local"]),
     # times and amounts
     ({"max_duration": "1ep"}, ["max_duration must be", "'1ep'", "tok"]),
-    ({"max_duration": 1}, ["max_duration", "epoch"]),
     ({"max_duration": "1dur"}, ["max_duration must be in tok or ba", "'1dur'"]),
     ({"save_interval": 1}, ["save_interval", "epoch"]),
     ({"eval_interval": ...}, ["eval_interval", "got 1", "epoch"]),  # the host's default
     ({"scheduler.t_warmup": "5ba"}, ["scheduler.t_warmup must be in tok or dur", "'5ba'"]),
     ({"scheduler.t_warmup": "3_000_000tok", "scheduler.t_decay": "1_000_001tok"}, ["scheduler", "4_000_000tok"]),
-    ({"scheduler.t_warmup": "0.6dur", "scheduler.t_decay": "0.5dur"}, ["scheduler", "fit into max_duration"]),
     ({"scheduler.alpha_f": 0.02}, ["scheduler.alpha_f", "0.02", "t_decay"]),
     ({"global_train_batch_size": 0}, ["global_train_batch_size", "at least 1", "got 0"]),
     ({"train_subset_num_batches": 5}, ["train_subset_num_batches", "max_duration"]),
@@ -124,17 +114,14 @@ OBJECTIVE = ("model.objective", "train_loader.objective", "eval_loader.objective
     # what would do nothing, or cannot act on our model
     ({"icl_tasks": "x.yaml"}, ["icl_tasks: given", "eval_loader"]),
     ({"callbacks.hf_checkpointer": {"save_folder": "x"}}, ["callbacks.hf_checkpointer", "ettin_export"]),
-    ({"callbacks.load_checkpoint": {"load_path": "x"}}, ["callbacks.load_checkpoint", "load_path"]),
     ({"eval_loader": None}, ["eval_interval", "without eval_loader", "eval_interval=null"]),
     ({"save_folder": ..., "autoresume": False}, ["save_interval", "save_overwrite=null"]),
-    ({"load_strict_model_weights": False}, ["load_strict_model_weights", "load_path"]),
     # where a run starts
     ({"callbacks.ettin_cross": {"source": "a"}, "load_path": "b"}, ["load_path: 'b'", "ettin_cross", "'a'"]),
     ({"callbacks.ettin_phase": {"source": ""}}, ["ettin_phase.source", "variables.source"]),
     ({"callbacks.ettin_phase": {"source": "a"}, "callbacks.ettin_cross": {"source": "b"}}, ["'a'", "'b'", "only one"]),
     ({"callbacks.ettin_phase": {"source": "a", "keep": "moments"}}, ["ettin_phase.keep", "'moments'", "weights"]),
     ({"callbacks.ettin_phase": {"source": "a", "accept": "objective"}}, ["accept must be a list", "'objective'"]),
-    ({"callbacks.ettin_phase": {"source": "a", "accept": ["hidden_size"]}}, ["accept", "hidden_size"]),
     ({"callbacks.ettin_cross": {"source": "a", "accept": ["objective"]}}, ["accept", "objective", "global_rope_theta"]),
     ({"load_path": "x", "load_ignore_keys": ["state/timestamp"]}, ["load_ignore_keys", "ettin_phase"]),
     ({"run_name": ...}, ["autoresume", "run_name"]),
@@ -190,7 +177,7 @@ def test_a_list_of_eval_loaders_is_checked_under_both_of_the_hosts_names(cfg):
     ({"device_train_microbatch_size": 33}, ["device_train_microbatch_size must be 1 to 32", "33"]),
     ({"train_loader.batch_size_warmup": {"min_size": 8, "tokens": "9000tok"}}, ["microbatch_size", "min_size"]),
     ({"train_loader.batch_size_warmup": {"min_size": 16, "tokens": "2dur"}}, ["tokens", "'2dur'"]),
-    ({"fsdp_config": {"state_dict_type": "full"}}, ["fsdp_config", "one process"]),
+    ({"fsdp_config": {"state_dict_type": "full"}}, ["fsdp_config", "several processes"]),
     ({"model.init_device": "meta"}, ["model.init_device", "'meta'", "GPU"]),
     ({"tokenizer.name": "data/nano/tokeniser"}, ["tokenizer.name", "data/nano/tokeniser", "no such folder"]),
     ({"train_loader.dataset.local": "data/other"}, ["train_loader.dataset", "data/other", "convert.py"]),
@@ -253,16 +240,6 @@ def test_a_run_of_another_model_and_loader_is_left_alone():
     foreign = {"model": {"name": "mpt_causal_lm"}, "train_loader": {"name": "text"}, "max_duration": "1ep", "x": None}
     assert checks.check_config(foreign) is foreign and "callbacks" not in foreign
     assert checks.check_config({}) == {}
-
-
-def test_a_checkpoint_that_would_run_code_is_refused_before_any_work(ready, tmp_path):
-    from test_checkpoints import Payload
-
-    torch.save({"state": Payload(tmp_path / "mark")}, tmp_path / "evil.pt")
-    ready["load_path"] = str(tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="system"):
-        checks.check_config(ready)
-    assert not (tmp_path / "mark").exists()
 
 
 def test_the_module_imports_neither_torch_nor_the_host():
