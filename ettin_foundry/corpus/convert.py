@@ -1,47 +1,154 @@
-"""Text to a data set: plan the units, run them, put them together. Restartable, on one machine or many.
+"""Text to a dataset: plan the units, run them, put them together. Restartable, on one machine or many.
 
-Interrupted at any moment and started again, a conversion does only what is not done yet and ends with the same bytes
-(units.py says why). `--task-index` does one share of the units on one machine of many; `ettin finalize` then puts the
-shares together. Readers are in readers.py, the work on a unit in unit_worker.py, worker processes in pool.py.
+Interrupted at any moment and started again, a conversion does only what is not done yet and ends with the same bytes (see
+plan.py). `task_index` does one share of the units on one machine of many; `ettin finalize` then puts the shares together.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 import os
 import shutil
-import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import xxhash
 
-from ettin_foundry.corpus.decontamination import NgramIndex, index_sources
-from ettin_foundry.corpus.duplicates import merge
-from ettin_foundry.corpus.executors import WorkerDeath, run_tasks
-from ettin_foundry.corpus.finalize import done_units, finalize, read_plan
-from ettin_foundry.corpus.options import ConvertOptions, make_parser, options_from
-from ettin_foundry.corpus.plan import check_given, check_place, find_sources, finished_units, plan_conversion
+from ettin_foundry.corpus.duplicates import find_duplicates
+from ettin_foundry.corpus.encoder import Engine
+from ettin_foundry.corpus.executors import run_tasks
+from ettin_foundry.corpus.filters import FilterOptions
+from ettin_foundry.corpus.finalize import done_units, finalize
+from ettin_foundry.corpus.plan import (
+    PLAN,
+    Plan,
+    Unit,
+    check_append,
+    check_place,
+    find_sources,
+    finished_units,
+    plan_conversion,
+    read_plan,
+)
 from ettin_foundry.corpus.progress import Board, Tick
-from ettin_foundry.corpus.readers import LongDocument, read_parts
+from ettin_foundry.corpus.readers import ReadOptions, read_parts
 from ettin_foundry.corpus.sources import Meter, Source, plan_parts
-from ettin_foundry.corpus.unit_hashes import HashUnit, drops_name, hashes_name
-from ettin_foundry.corpus.units import PLAN, Plan, Unit
-from ettin_foundry.corpus.worker import NGRAMS, ConvertUnit, TokenizerSpec
+from ettin_foundry.corpus.worker import ConvertUnit, HashUnit, TokenizerSpec, drops_name, hashes_name
 from ettin_foundry.data import tokenizer as tokenizers
+from ettin_foundry.data.manifest import MAX_CHUNK_LENGTH
+from ettin_foundry.data.packing import SPECIALS_PER_PIECE
+from ettin_foundry.data.quantities import parse_bytes
 from ettin_foundry.data.storage import Storage, is_url, open_storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["ConvertOptions", "Summary", "convert", "main"]
+__all__ = ["ConvertOptions", "Summary", "convert"]
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """What to convert, and how.
+
+    Raises:
+        ValueError: an option out of range, or two that contradict each other; the message names them.
+    """
+
+    sources: Sequence[str]
+    """Files, folders, URLs, Hugging Face dataset ids or `python-stdlib`, each optionally as NAME=SOURCE."""
+    out: str | os.PathLike[str]
+    """Folder or URL of the dataset; new, or one where the same conversion was started before."""
+    tokenizer: str | os.PathLike[str] | None = None
+    """Folder or Hugging Face id; may be left out with `append`."""
+    train_tokenizer: int | None = None
+    """Entries of a tokenizer to train on the corpus, instead of `tokenizer`."""
+    chunk_length: int = 1024 - SPECIALS_PER_PIECE
+    """Most tokens in a chunk, BOS and EOS not counted; the row length of training minus 2."""
+    cut_window: float = 0.1
+    """Share of `chunk_length` within which a chunk may end early, at a paragraph or sentence end; 0 never does."""
+    validation: float = 0.005
+    """Share of the documents that goes to validation, chosen by a hash of the text; 0 writes no validation split."""
+    text_field: str = ReadOptions.text_field
+    id_field: str | None = ReadOptions.id_field
+    max_document_bytes: int | str = ReadOptions.max_document_bytes
+    """Documents of more UTF-8 bytes are dropped, and counted as `oversized`."""
+    shard_size: int | str = "64mb"
+    unit_size: int | str = "256mb"
+    """Input bytes of a unit of work: what is done again after an interruption, and what workers share out."""
+    compression: str | None = None
+    """`zstd` or None."""
+    limit_bytes: int | None = None
+    """Stop each source after so many UTF-8 bytes of text; the source is then one unit."""
+    seed: int = 0
+    """Of the split's hash: another seed chooses other validation documents."""
+    licence: str | None = None
+    """Licence of files and folders, for the manifest."""
+    filters: FilterOptions = field(default_factory=FilterOptions)
+    append: bool = False
+    """Add the sources to a finished dataset."""
+    workers: int | None = None
+    """Processes (CPUs under Ray); None takes every core that this process may use."""
+    engine: Engine = "auto"
+    """What tokenizes: `fast` (fastokens), `tokenizers`, or fast where it gives the same ids; the ids are the same."""
+    executor: str = "local"
+    ray_address: str | None = None
+    """A running Ray cluster; None starts Ray on this machine."""
+    task_index: int | None = None
+    """Of a job array: do units task_index, task_index + num_tasks, ... and leave the rest to `ettin finalize`."""
+    num_tasks: int | None = None
+    progress: bool | None = None
+    """Whether to show a progress bar; None shows it on a terminal only."""
+
+    def __post_init__(self) -> None:
+        most = 2**31 - 1 if self.compression else 2**32 - 1  # the zstd package takes an int; offsets in a shard are uint32
+        task, tasks, limit = self.task_index, self.num_tasks, self.limit_bytes
+        given = [self.tokenizer, self.train_tokenizer].count(None)
+        for key in ("unit_size", "max_document_bytes"):
+            parse_bytes(_option(key), getattr(self, key))
+        rules: list[tuple[str, str, bool]] = [  # option, what it must be, whether it is
+            ("sources", "a list of at least one source", bool(self.sources) and not isinstance(self.sources, str)),
+            ("tokenizer", "given, or --train-tokenizer, and not both", given == 1 or (given == 2 and self.append)),
+            ("train_tokenizer", "left out with --append: a dataset keeps its tokenizer",
+             not (self.append and self.train_tokenizer)),
+            ("train_tokenizer", "left out with --task-index, where every task would train one; train it on a sample first, "
+             "then pass --tokenizer FOLDER/tokenizer", task is None or self.train_tokenizer is None),
+            ("chunk_length", f"1 to {MAX_CHUNK_LENGTH} tokens", 1 <= self.chunk_length <= MAX_CHUNK_LENGTH),
+            ("cut_window", "a share from 0 (cut as late as possible) to 0.5", 0 <= self.cut_window <= 0.5),
+            ("validation", "a share of at least 0 and below 1", 0 <= self.validation < 1),
+            ("compression", "zstd, or left out", self.compression in (None, "zstd")),
+            ("shard_size", f"at most {most} bytes", (parse_bytes("--shard-size", self.shard_size) or 0) <= most),
+            ("limit_bytes", "at least 1, or left out", limit is None or limit >= 1),
+            ("seed", "0 to 2**63 - 1", 0 <= self.seed < 2**63),
+            ("engine", " or ".join(get_args(Engine)), self.engine in get_args(Engine)),
+            ("executor", "local or ray", self.executor in ("local", "ray")),
+            ("workers", "at least 1, or left out for all cores", self.workers is None or self.workers >= 1),
+            ("ray_address", "left out without --executor ray", self.ray_address is None or self.executor == "ray"),
+            ("task_index", f"given together with --num-tasks (got {tasks}), from 0 to that minus 1",
+             tasks is None if task is None else tasks is not None and 0 <= task < tasks),
+            ("task_index", "left out with --deduplicate, which compares all documents; use --executor ray, or one machine",
+             task is None or not self.filters.deduplicate),
+        ]
+        for key, allowed, fits in rules:
+            if not fits:
+                raise ValueError(f"{_option(key)} must be {allowed}, got {getattr(self, key)!r}")
+
+    def record(self) -> dict[str, Any]:
+        """The options that shape the data, without places on this machine."""
+        keys = ("train_tokenizer", "chunk_length", "cut_window", "validation", "text_field", "id_field", "compression",
+                "limit_bytes", "seed")
+        sizes = {key: parse_bytes(_option(key), getattr(self, key)) for key in ("shard_size", "unit_size",
+                                                                               "max_document_bytes")}
+        if sizes["max_document_bytes"] == ReadOptions.max_document_bytes:
+            del sizes["max_document_bytes"]  # as in datasets from before there was a limit, so that these can be appended to
+        return {**{key: getattr(self, key) for key in keys}, **sizes, "filters": self.filters.record()}
+
+
+def _option(key: str) -> str:
+    return key if key == "sources" else "--" + key.replace("_", "-")
 
 
 @dataclass(frozen=True)
@@ -49,7 +156,7 @@ class Summary:
     """What a conversion did.
 
     Attributes:
-        out: the set. sources: name -> counts of both splits together, as a manifest states them; empty for one task of
+        out: the dataset. sources: name -> counts of both splits together, as a manifest states them; empty for one task of
         an array. validation_documents: documents of the validation split. seconds: of this call. units: done by this
         call, of all. tokens_done: tokenized by this call.
     """
@@ -86,59 +193,85 @@ def convert(options: ConvertOptions) -> Summary:
         FileNotFoundError, ValueError: the input cannot be converted, or OUT was begun with other options; names file and
             record, or the option and both values. Finished units stay. FileExistsError: OUT holds something else.
     """
-    begin = time.perf_counter()
-    storage = open_storage(options.out)
-    plan = read_plan(storage)
-    if plan is None:
-        check_place(storage, options)
-    sources = find_sources(options, plan)
-    tok = _tokenizer(options, storage, plan, sources)
+    begin, storage = time.perf_counter(), open_storage(options.out)
+    before = read_plan(storage)
+    if before is None:
+        check_place(storage, options.append)
+    sources = find_sources(options, before)
+    tok = _tokenizer(options, storage, before, sources)
     fingerprint = tokenizers.fingerprint(tok)
-    record, ngrams = _record(options)
-    wanted = plan_conversion(options, plan, sources, record=record, fingerprint=fingerprint, storage=storage)
-    done = done_units(storage, wanted)
-    todo = [unit for unit in wanted.units if unit.number not in done]
-    check_given(todo, wanted, sources, storage)
-    _begin(storage, plan, wanted, tok, ngrams)
+    plan = plan_conversion(options, before, sources, tokenizer=fingerprint, storage=storage)
+    done = done_units(storage, plan)
+    todo = [unit for unit in plan.units if unit.number not in done]
+    check_append(todo, plan, sources, storage.url)
+    if plan != before:
+        if before is None or dict(before.tokenizer) != dict(plan.tokenizer):
+            _save_tokenizer(tok, storage)
+        if read_plan(storage) not in (before, plan):
+            raise ValueError(f"--out {storage.url}: another conversion has changed {PLAN} just now; wait for it, then start "
+                             "this one again")
+        storage.write_bytes(PLAN, plan.to_bytes())  # last: where there is a plan, there is a tokenizer
     if options.task_index is not None:
         todo = [unit for unit in todo if unit.number % int(options.num_tasks or 1) == options.task_index]
     spec = TokenizerSpec(fingerprint["name"], tok.backend_tokenizer.to_str(), tuple(sorted(tokenizers.forbidden_ids(tok))),
                          fingerprint["vocab_size"], options.engine)
     out = os.fspath(options.out)
-    job = ConvertUnit(out=out if is_url(out) else os.path.abspath(out), options=wanted.options, tokenizer=spec,
-                      filters=options.filters, sources={source.name: source for source in sources}, base_key=wanted.base_key)
-    tokens = _run(job, todo, wanted, options, storage)
-    units = (len(todo), len(wanted.units))
+    job = ConvertUnit(out=out if is_url(out) else os.path.abspath(out), options=plan.options, tokenizer=spec,
+                      filters=options.filters, sources={source.name: source for source in sources}, base_key=plan.base_key)
+    if todo and options.filters.deduplicate:
+        _find_duplicates(job, plan, options, storage)
+    tokens = _execute(job, todo, "documents", options)
+    units = len(todo), len(plan.units)
     if options.task_index is not None:
         return Summary(storage.url, {}, 0, time.perf_counter() - begin, units, tokens)
     manifests = finalize(options.out)
-    return _summary(storage, manifests, time.perf_counter() - begin, units, tokens)
+    validation = manifests["validation"]["totals"]["documents"] if "validation" in manifests else 0
+    return Summary(storage.url, _totals(manifests), validation, time.perf_counter() - begin, units, tokens)
 
 
-def _begin(storage: Storage, plan: Plan | None, wanted: Plan, tok: PreTrainedTokenizerFast,
-           ngrams: NgramIndex | None) -> None:
-    """Writes what all units need, and the plan last: where there is a plan, there is a tokenizer.
+def _execute(job: Callable[..., int], units: Sequence[Unit], title: str, options: ConvertOptions) -> int:
+    """Does the units; tokens written."""
+    if not units:
+        return 0
+    workers = min(options.workers or len(os.sched_getaffinity(0)), len(units))
+    with Board(title, sum(unit.num_bytes for unit in units), show=options.progress) as board:
+        return sum(run_tasks(job, units, workers=workers, board=board, ray=options.executor == "ray",
+                             ray_address=options.ray_address))
 
-    Raises:
-        ValueError: another conversion into the same place has begun meanwhile.
-    """
-    if wanted == plan:
-        return
-    if plan is None or dict(plan.tokenizer) != dict(wanted.tokenizer):
-        _save_tokenizer(tok, storage)
-    if ngrams is not None:
-        path = storage.scratch() / f"ngrams.{uuid.uuid4().hex[:8]}"
-        ngrams.save(path)
-        storage.put_file(path, NGRAMS)
-    if read_plan(storage) not in (plan, wanted):
-        raise ValueError(f"--out {storage.url}: another conversion has changed {PLAN} just now; two at a time must be the "
-                         "same. Wait for the other one, then start this one again")
-    storage.write_bytes(PLAN, wanted.to_bytes())
+
+def _find_duplicates(job: ConvertUnit, plan: Plan, options: ConvertOptions, storage: Storage) -> None:
+    """Writes, for each unit, which of its documents repeat earlier ones, from the hashes of all units' documents."""
+    known = {name for name, _ in storage.list("work/hashes/")}
+    unhashed = [unit for unit in plan.units if hashes_name(unit, plan.base_key) not in known]
+    check_append(unhashed, plan, list(job.sources.values()), storage.url)
+    _execute(HashUnit(job.out, job.options, job.sources, plan.base_key), unhashed, "hashes", options)
+    folder = storage.scratch() / f"duplicates.{uuid.uuid4().hex[:8]}"
+    try:
+        files = [folder / "hashes" / f"{unit.number:05d}.npy" for unit in plan.units]
+        for unit, path in zip(plan.units, files):
+            storage.get_file(hashes_name(unit, plan.base_key), path)
+        find_duplicates(files, folder / "drops")
+        for unit, path in zip(plan.units, files):
+            storage.put_file(folder / "drops" / path.name, drops_name(unit, plan.base_key))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _totals(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Source name -> counts of all splits together."""
+    totals: dict[str, dict[str, Any]] = {}
+    for manifest in manifests.values():
+        for name, counts in manifest["sources"].items():
+            total = totals.setdefault(name, {"dropped": Counter()})
+            total["dropped"].update(counts["dropped"])
+            for key in ("documents", "chunks", "tokens", "bytes"):
+                total[key] = total.get(key, 0) + counts[key]
+    return totals
 
 
 def _tokenizer(options: ConvertOptions, storage: Storage, plan: Plan | None,
                sources: Sequence[Source]) -> PreTrainedTokenizerFast:
-    """The tokenizer: the given one, the set's own, or one trained now.
+    """The given tokenizer, the dataset's own, or one trained now.
 
     Until a unit is finished, options and inputs may still change, and with them what a trained one is trained on.
     """
@@ -164,109 +297,23 @@ def _save_tokenizer(tok: PreTrainedTokenizerFast, storage: Storage) -> None:
     shutil.rmtree(folder)
 
 
-def _train(sources: Sequence[Source], options: ConvertOptions) -> Any:
+def _train(sources: Sequence[Source], options: ConvertOptions) -> PreTrainedTokenizerFast:
     """Trains on the documents of the training split only: validation text must be as new to it as to the model."""
-    meter = Meter()
+    meter, reading = Meter(), ReadOptions.of(options.record())
+
+    def texts() -> Iterator[str]:
+        for source in sources:
+            total = 0
+            for document in read_parts(source, [part for parts in plan_parts(source, 1 << 62) for part in parts], meter,
+                                       reading):
+                encoded = document.text.encode()
+                board.tick(0, Tick(1, 0, len(encoded), meter.position() - board.total.file_bytes))
+                if xxhash.xxh64_intdigest(encoded, seed=options.seed) >= options.validation * 2**64:
+                    yield document.text
+                total += len(encoded)
+                if options.limit_bytes is not None and total >= options.limit_bytes:
+                    break
+
     with Board("tokenizer", sum(source.num_bytes for source in sources), show=options.progress) as board:
-
-        def texts() -> Iterator[str]:
-            board.began(0, "the sources", str(os.getpid()))
-            for source in sources:
-                for pieces, num_bytes, digest in _texts(source, meter, options):
-                    board.tick(0, Tick(1, 0, num_bytes, meter.position() - board.total.file_bytes))
-                    if digest >= options.validation * 2**64:
-                        yield from pieces()
-
+        board.began(0, "the sources", str(os.getpid()))
         return tokenizers.train_bpe(texts(), int(options.train_tokenizer or 0))
-
-
-def _texts(source: Source, meter: Meter,
-           options: ConvertOptions) -> Iterator[tuple[Callable[[], Iterable[str]], int, int]]:
-    """Each document's text in pieces, its UTF-8 bytes, and the hash that decides its split."""
-    total = 0
-    for parts in plan_parts(source, 1 << 62):
-        for document in read_parts(source, parts, meter, text_field=options.text_field, id_field=options.id_field):
-            pieces = document.pieces if isinstance(document, LongDocument) else functools.partial(iter, [document.text])
-            digest, num_bytes = xxhash.xxh64(seed=options.seed), 0
-            for piece in pieces():
-                encoded = piece.encode()
-                digest.update(encoded)
-                num_bytes += len(encoded)
-            yield pieces, num_bytes, digest.intdigest()
-            total += num_bytes
-            if options.limit_bytes is not None and total >= options.limit_bytes:
-                return
-
-
-def _record(options: ConvertOptions) -> tuple[dict[str, Any], NgramIndex | None]:
-    """The options that shape the data, and the n-grams of evaluation texts, which are among them."""
-    if not options.filters.decontaminate:
-        return options.record(), None
-    ngrams = index_sources(options.filters.decontaminate, text_field=options.filters.decontaminate_field)
-    return {**options.record(), "filters": options.filters.record(ngrams=ngrams)}, ngrams
-
-
-def _run(job: ConvertUnit, todo: Sequence[Unit], plan: Plan, options: ConvertOptions, storage: Storage) -> int:
-    """Does the units; tokens written."""
-    if not todo:
-        return 0
-    workers = min(options.workers or len(os.sched_getaffinity(0)), len(todo))
-    if options.filters.deduplicate:
-        known = {name for name, _ in storage.list("work/hashes/")}
-        unhashed = [unit for unit in plan.units if hashes_name(unit, plan.base_key) not in known]
-        check_given(unhashed, plan, list(job.sources.values()), storage)
-        hashing = HashUnit(job.out, job.options, job.sources, plan.base_key)
-        _execute(hashing, unhashed, "hashes", workers, options)
-        _find_duplicates(plan, storage)
-    return sum(result["tokens"] for result in _execute(job, todo, "documents", workers, options))
-
-
-def _execute(job: Callable[..., Any], units: Sequence[Unit], title: str, workers: int,
-             options: ConvertOptions) -> list[Any]:
-    with Board(title, sum(unit.num_bytes for unit in units), show=options.progress) as board:
-        return run_tasks(job, units, workers=workers, board=board, ray=options.executor == "ray",
-                         ray_address=options.ray_address)
-
-
-def _find_duplicates(plan: Plan, storage: Storage) -> None:
-    """From the hashes of all units, which documents of each unit repeat earlier ones."""
-    folder = storage.scratch() / f"duplicates.{uuid.uuid4().hex[:8]}"
-    try:
-        files = [folder / "hashes" / f"{unit.number:05d}.npy" for unit in plan.units]
-        for unit, path in zip(plan.units, files):
-            storage.get_file(hashes_name(unit, plan.base_key), path)
-        merge(files, folder / "drops")
-        for unit, path in zip(plan.units, files):
-            storage.put_file(folder / "drops" / path.name, drops_name(unit, plan.base_key))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _summary(storage: Storage, manifests: Mapping[str, dict[str, Any]], seconds: float, units: tuple[int, int],
-             tokens: int) -> Summary:
-    totals: dict[str, dict[str, Any]] = {}
-    for manifest in manifests.values():
-        for name, counts in manifest["sources"].items():
-            total = totals.setdefault(name, {"documents": 0, "chunks": 0, "tokens": 0, "bytes": 0, "dropped": {}})
-            for key in ("documents", "chunks", "tokens", "bytes"):
-                total[key] += counts[key]
-            for reason, number in counts["dropped"].items():
-                total["dropped"][reason] = total["dropped"].get(reason, 0) + number
-    validation = manifests["validation"]["totals"]["documents"] if "validation" in manifests else 0
-    return Summary(storage.url, totals, validation, seconds, units, tokens)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, 1 after one line that says what is wrong, 130 if interrupted."""
-    arguments = make_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        summary = convert(options_from(arguments))
-    except (ValueError, OSError, WorkerDeath) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted: finished units are kept; the same command goes on\n")
-        return 130
-    sys.stdout.write(f"{summary}\n")
-    return 0

@@ -1,6 +1,6 @@
-"""The workers of executors.py on a Ray cluster. The package must be importable on every machine, in the same version.
+"""The workers of executors.py on a Ray cluster, where every machine can import the package, in the same version.
 
-Ray starts processes and carries pickles. Its own retries are off, since they would be neither counted nor shown.
+Ray starts processes and carries pickles. Its own retries are off, since they would be neither counted nor logged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _STORE_BYTES = 80 << 20  # about the least that Ray takes
 
 
 class RayPool:
-    """Workers of one CPU each on a Ray cluster.
+    """Workers of one CPU each on a Ray cluster; the methods are those of `executors._LocalPool`.
 
     Args:
         work: as of `executors.run_tasks`. workers: CPUs of a Ray that is started here.
@@ -78,18 +78,18 @@ class RayPool:
         except self.ray.exceptions.RayError as error:
             raise WorkerLost(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}") from error
 
-    def messages(self) -> Iterator[tuple[Any, ...]]:
+    def messages(self) -> Iterator[Any]:
         while number := self.mail.qsize():
             yield from self.mail.get_nowait_batch(number)
 
     def stop(self) -> None:
         try:
-            for reference in self.references.values():
-                self.ray.cancel(reference, force=False)  # first without force, so that half-written files go
-            if self.references:
-                self.ray.wait(list(self.references.values()), num_returns=len(self.references), timeout=_GRACE_SECONDS)
-            for reference in self.references.values():
-                self.ray.cancel(reference, force=True)
+            references = list(self.references.values())
+            for force in (False, True):  # first without force, so that half-written files go
+                for reference in references:
+                    self.ray.cancel(reference, force=force)
+                if references and not force:
+                    self.ray.wait(references, num_returns=len(references), timeout=_GRACE_SECONDS)
             self.mail.shutdown(force=True)
         finally:
             if self.begun_here:
@@ -101,16 +101,12 @@ def _attempt(setup: tuple[bytes, int], task: bytes, key: Key, mail: Any) -> byte
     for name, value in ONE_CORE.items():
         os.environ.setdefault(name, value)
 
-    def send(kind: str, *content: Any) -> None:
+    def send(message: Any) -> None:
         with contextlib.suppress(Exception):  # the main process is gone; Ray ends this one
-            mail.put_nowait((key, kind, *content))
+            mail.put_nowait((key, message))
 
-    send("begin", f"{os.getpid()} on {socket.gethostname()}")
-    root = logging.getLogger()
-    root.setLevel(setup[1])
-    root.handlers[:] = [SendRecords(send)]
+    logging.basicConfig(level=setup[1], handlers=[SendRecords(send)], force=True)  # type: ignore[arg-type]
     try:
-        work = pickle.loads(setup[0])
-        return pickle.dumps(work(pickle.loads(task), lambda tick: send("tick", tuple(tick))))
+        return pickle.dumps(pickle.loads(setup[0])(pickle.loads(task), send))
     except Exception as error:
         raise sendable(error) from error.__cause__
