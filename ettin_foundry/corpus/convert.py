@@ -1,17 +1,16 @@
 """Text to a dataset: plan the units, run them, put them together. Restartable, on one machine or many.
 
-Interrupted at any moment and started again, a conversion does only what is not done yet and ends with the same bytes (see
-plan.py). `task_index` does one share of the units on one machine of many; `ettin finalize` then puts the shares together.
+Interrupted at any moment and started again, a conversion does only what is not done yet and ends with the
+same bytes (see plan.py). `task_index` does one share of the units; `ettin finalize` then joins the shares.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
+import tempfile
 import time
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -36,7 +35,7 @@ from ettin_foundry.corpus.plan import (
 )
 from ettin_foundry.corpus.progress import Board, Tick
 from ettin_foundry.corpus.readers import ReadOptions, read_parts
-from ettin_foundry.corpus.sources import Meter, Source, plan_parts
+from ettin_foundry.corpus.sources import Meter, Source, part_bytes, plan_parts
 from ettin_foundry.corpus.worker import ConvertUnit, HashUnit, TokenizerSpec, drops_name, hashes_name
 from ettin_foundry.data import tokenizer as tokenizers
 from ettin_foundry.data.manifest import MAX_CHUNK_LENGTH
@@ -52,102 +51,86 @@ __all__ = ["ConvertOptions", "Summary", "convert"]
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """What to convert, and how.
+    """What to convert, and how; cli/convert.py says what each option means.
 
     Raises:
         ValueError: an option out of range, or two that contradict each other; the message names them.
     """
 
     sources: Sequence[str]
-    """Files, folders, URLs, Hugging Face dataset ids or `python-stdlib`, each optionally as NAME=SOURCE."""
     out: str | os.PathLike[str]
-    """Folder or URL of the dataset; new, or one where the same conversion was started before."""
     tokenizer: str | os.PathLike[str] | None = None
-    """Folder or Hugging Face id; may be left out with `append`."""
     train_tokenizer: int | None = None
-    """Entries of a tokenizer to train on the corpus, instead of `tokenizer`."""
     chunk_length: int = 1024 - SPECIALS_PER_PIECE
-    """Most tokens in a chunk, BOS and EOS not counted; the row length of training minus 2."""
     cut_window: float = 0.1
-    """Share of `chunk_length` within which a chunk may end early, at a paragraph or sentence end; 0 never does."""
     validation: float = 0.005
-    """Share of the documents that goes to validation, chosen by a hash of the text; 0 writes no validation split."""
     text_field: str = ReadOptions.text_field
     id_field: str | None = ReadOptions.id_field
     max_document_bytes: int | str = ReadOptions.max_document_bytes
-    """Documents of more UTF-8 bytes are dropped, and counted as `oversized`."""
     shard_size: int | str = "64mb"
     unit_size: int | str = "256mb"
-    """Input bytes of a unit of work: what is done again after an interruption, and what workers share out."""
     compression: str | None = None
-    """`zstd` or None."""
     limit_bytes: int | None = None
-    """Stop each source after so many UTF-8 bytes of text; the source is then one unit."""
     seed: int = 0
-    """Of the split's hash: another seed chooses other validation documents."""
     licence: str | None = None
-    """Licence of files and folders, for the manifest."""
     filters: FilterOptions = field(default_factory=FilterOptions)
     append: bool = False
-    """Add the sources to a finished dataset."""
     workers: int | None = None
-    """Processes (CPUs under Ray); None takes every core that this process may use."""
     engine: Engine = "auto"
-    """What tokenizes: `fast` (fastokens), `tokenizers`, or fast where it gives the same ids; the ids are the same."""
     executor: str = "local"
     ray_address: str | None = None
-    """A running Ray cluster; None starts Ray on this machine."""
     task_index: int | None = None
-    """Of a job array: do units task_index, task_index + num_tasks, ... and leave the rest to `ettin finalize`."""
     num_tasks: int | None = None
     progress: bool | None = None
     """Whether to show a progress bar; None shows it on a terminal only."""
 
     def __post_init__(self) -> None:
-        most = 2**31 - 1 if self.compression else 2**32 - 1  # the zstd package takes an int; offsets in a shard are uint32
-        task, tasks, limit = self.task_index, self.num_tasks, self.limit_bytes
-        given = [self.tokenizer, self.train_tokenizer].count(None)
-        for key in ("unit_size", "max_document_bytes"):
-            parse_bytes(_option(key), getattr(self, key))
+        most = 2**31 - 1 if self.compression else 2**32 - 1  # what the zstd package takes; offsets are uint32
+        task, tasks, trained = self.task_index, self.num_tasks, self.train_tokenizer is not None
+        num_tokenizers = trained + (self.tokenizer is not None)
+        sizes = {key: parse_bytes(_flag(key), getattr(self, key)) or 0 for key in _SIZES}
         rules: list[tuple[str, str, bool]] = [  # option, what it must be, whether it is
-            ("sources", "a list of at least one source", bool(self.sources) and not isinstance(self.sources, str)),
-            ("tokenizer", "given, or --train-tokenizer, and not both", given == 1 or (given == 2 and self.append)),
+            ("sources", "a list with a source", bool(self.sources) and not isinstance(self.sources, str)),
+            ("tokenizer", "given, or --train-tokenizer, exactly one of the two (neither with --append)",
+             num_tokenizers == 1 or (self.append and not num_tokenizers)),
             ("train_tokenizer", "left out with --append: a dataset keeps its tokenizer",
-             not (self.append and self.train_tokenizer)),
-            ("train_tokenizer", "left out with --task-index, where every task would train one; train it on a sample first, "
-             "then pass --tokenizer FOLDER/tokenizer", task is None or self.train_tokenizer is None),
+             not (self.append and trained)),
+            ("train_tokenizer", "left out with --task-index: train it on a sample first, then name its folder",
+             task is None or not trained),
             ("chunk_length", f"1 to {MAX_CHUNK_LENGTH} tokens", 1 <= self.chunk_length <= MAX_CHUNK_LENGTH),
             ("cut_window", "a share from 0 (cut as late as possible) to 0.5", 0 <= self.cut_window <= 0.5),
             ("validation", "a share of at least 0 and below 1", 0 <= self.validation < 1),
             ("compression", "zstd, or left out", self.compression in (None, "zstd")),
-            ("shard_size", f"at most {most} bytes", (parse_bytes("--shard-size", self.shard_size) or 0) <= most),
-            ("limit_bytes", "at least 1, or left out", limit is None or limit >= 1),
+            ("shard_size", f"at most {most} bytes", sizes["shard_size"] <= most),
+            ("limit_bytes", "at least 1, or left out", self.limit_bytes is None or self.limit_bytes >= 1),
             ("seed", "0 to 2**63 - 1", 0 <= self.seed < 2**63),
             ("engine", " or ".join(get_args(Engine)), self.engine in get_args(Engine)),
             ("executor", "local or ray", self.executor in ("local", "ray")),
             ("workers", "at least 1, or left out for all cores", self.workers is None or self.workers >= 1),
-            ("ray_address", "left out without --executor ray", self.ray_address is None or self.executor == "ray"),
-            ("task_index", f"given together with --num-tasks (got {tasks}), from 0 to that minus 1",
+            ("ray_address", "left out without --executor ray", self.executor == "ray" or not self.ray_address),
+            ("task_index", f"0 to --num-tasks - 1, with --num-tasks {tasks}",
              tasks is None if task is None else tasks is not None and 0 <= task < tasks),
-            ("task_index", "left out with --deduplicate, which compares all documents; use --executor ray, or one machine",
+            ("task_index", "left out with --deduplicate, which compares all documents: use --executor ray",
              task is None or not self.filters.deduplicate),
         ]
         for key, allowed, fits in rules:
             if not fits:
-                raise ValueError(f"{_option(key)} must be {allowed}, got {getattr(self, key)!r}")
+                raise ValueError(f"{_flag(key)} must be {allowed}, got {getattr(self, key)!r}")
 
     def record(self) -> dict[str, Any]:
         """The options that shape the data, without places on this machine."""
-        keys = ("train_tokenizer", "chunk_length", "cut_window", "validation", "text_field", "id_field", "compression",
-                "limit_bytes", "seed")
-        sizes = {key: parse_bytes(_option(key), getattr(self, key)) for key in ("shard_size", "unit_size",
-                                                                               "max_document_bytes")}
+        keys = ("train_tokenizer", "chunk_length", "cut_window", "validation", "text_field", "id_field",
+                "compression", "limit_bytes", "seed")
+        sizes = {key: parse_bytes(_flag(key), getattr(self, key)) for key in _SIZES}
         if sizes["max_document_bytes"] == ReadOptions.max_document_bytes:
-            del sizes["max_document_bytes"]  # as in datasets from before there was a limit, so that these can be appended to
+            del sizes["max_document_bytes"]  # as in plans from before there was a limit
         return {**{key: getattr(self, key) for key in keys}, **sizes, "filters": self.filters.record()}
 
 
-def _option(key: str) -> str:
+_SIZES = ("shard_size", "unit_size", "max_document_bytes")
+
+
+def _flag(key: str) -> str:
     return key if key == "sources" else "--" + key.replace("_", "-")
 
 
@@ -156,9 +139,8 @@ class Summary:
     """What a conversion did.
 
     Attributes:
-        out: the dataset. sources: name -> counts of both splits together, as a manifest states them; empty for one task of
-        an array. validation_documents: documents of the validation split. seconds: of this call. units: done by this
-        call, of all. tokens_done: tokenized by this call.
+        out: the dataset. sources: name -> counts of both splits together; empty for one task of an array.
+        units: done by this call, of all. seconds, tokens_done: of this call.
     """
 
     out: str
@@ -182,16 +164,17 @@ class Summary:
             f"{name}: {c['documents']:,} documents, {c['tokens']:,} tokens, {c['bytes'] / 1e6:,.1f} MB"
             + "".join(f", {n:,} dropped ({reason})" for reason, n in c["dropped"].items())
             for name, c in self.sources.items())
-        earlier = f"; {of - done} of {of} units were done before" if done < of else ""
-        return f"{self.out}: {per_source}; {self.validation_documents:,} documents for validation{earlier}; {speed}"
+        earlier = f"{of - done} of {of} units were done before; " if done < of else ""
+        return (f"{self.out}: {per_source}; {self.validation_documents:,} documents for validation; {earlier}"
+                f"{speed}")
 
 
 def convert(options: ConvertOptions) -> Summary:
     """Converts a corpus into OUT/tokenizer, OUT/train and OUT/validation, or goes on with doing so.
 
     Raises:
-        FileNotFoundError, ValueError: the input cannot be converted, or OUT was begun with other options; names file and
-            record, or the option and both values. Finished units stay. FileExistsError: OUT holds something else.
+        FileNotFoundError, ValueError: the input cannot be converted, or OUT was begun with other options.
+        FileExistsError: OUT holds something else.
     """
     begin, storage = time.perf_counter(), open_storage(options.out)
     before = read_plan(storage)
@@ -199,113 +182,102 @@ def convert(options: ConvertOptions) -> Summary:
         check_place(storage, options.append)
     sources = find_sources(options, before)
     tok = _tokenizer(options, storage, before, sources)
-    fingerprint = tokenizers.fingerprint(tok)
-    plan = plan_conversion(options, before, sources, tokenizer=fingerprint, storage=storage)
+    facts = tokenizers.fingerprint(tok)
+    plan = plan_conversion(options, before, sources, tokenizer=facts, storage=storage)
     done = done_units(storage, plan)
     todo = [unit for unit in plan.units if unit.number not in done]
-    check_append(todo, plan, sources, storage.url)
+    check_append(todo, plan, sources)
     if plan != before:
         if before is None or dict(before.tokenizer) != dict(plan.tokenizer):
             _save_tokenizer(tok, storage)
         if read_plan(storage) not in (before, plan):
-            raise ValueError(f"--out {storage.url}: another conversion has changed {PLAN} just now; wait for it, then start "
-                             "this one again")
+            raise ValueError(f"--out must not be used by two conversions at once, got {storage.url}, whose "
+                             f"{PLAN} has just changed")
         storage.write_bytes(PLAN, plan.to_bytes())  # last: where there is a plan, there is a tokenizer
     if options.task_index is not None:
         todo = [unit for unit in todo if unit.number % int(options.num_tasks or 1) == options.task_index]
-    spec = TokenizerSpec(fingerprint["name"], tok.backend_tokenizer.to_str(), tuple(sorted(tokenizers.forbidden_ids(tok))),
-                         fingerprint["vocab_size"], options.engine)
+    forbidden = tuple(sorted(tokenizers.forbidden_ids(tok)))
+    spec = TokenizerSpec(facts["name"], tok.backend_tokenizer.to_str(), forbidden, facts["vocab_size"],
+                         options.engine)
     out = os.fspath(options.out)
-    job = ConvertUnit(out=out if is_url(out) else os.path.abspath(out), options=plan.options, tokenizer=spec,
-                      filters=options.filters, sources={source.name: source for source in sources}, base_key=plan.base_key)
+    job = ConvertUnit(out if is_url(out) else os.path.abspath(out), plan.options,
+                      {source.name: source for source in sources}, plan.base_key, spec, options.filters)
     if todo and options.filters.deduplicate:
         _find_duplicates(job, plan, options, storage)
     tokens = _execute(job, todo, "documents", options)
-    units = len(todo), len(plan.units)
-    if options.task_index is not None:
-        return Summary(storage.url, {}, 0, time.perf_counter() - begin, units, tokens)
-    manifests = finalize(options.out)
-    validation = manifests["validation"]["totals"]["documents"] if "validation" in manifests else 0
-    return Summary(storage.url, _totals(manifests), validation, time.perf_counter() - begin, units, tokens)
-
-
-def _execute(job: Callable[..., int], units: Sequence[Unit], title: str, options: ConvertOptions) -> int:
-    """Does the units; tokens written."""
-    if not units:
-        return 0
-    workers = min(options.workers or len(os.sched_getaffinity(0)), len(units))
-    with Board(title, sum(unit.num_bytes for unit in units), show=options.progress) as board:
-        return sum(run_tasks(job, units, workers=workers, board=board, ray=options.executor == "ray",
-                             ray_address=options.ray_address))
-
-
-def _find_duplicates(job: ConvertUnit, plan: Plan, options: ConvertOptions, storage: Storage) -> None:
-    """Writes, for each unit, which of its documents repeat earlier ones, from the hashes of all units' documents."""
-    known = {name for name, _ in storage.list("work/hashes/")}
-    unhashed = [unit for unit in plan.units if hashes_name(unit, plan.base_key) not in known]
-    check_append(unhashed, plan, list(job.sources.values()), storage.url)
-    _execute(HashUnit(job.out, job.options, job.sources, plan.base_key), unhashed, "hashes", options)
-    folder = storage.scratch() / f"duplicates.{uuid.uuid4().hex[:8]}"
-    try:
-        files = [folder / "hashes" / f"{unit.number:05d}.npy" for unit in plan.units]
-        for unit, path in zip(plan.units, files):
-            storage.get_file(hashes_name(unit, plan.base_key), path)
-        find_duplicates(files, folder / "drops")
-        for unit, path in zip(plan.units, files):
-            storage.put_file(folder / "drops" / path.name, drops_name(unit, plan.base_key))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _totals(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Source name -> counts of all splits together."""
     totals: dict[str, dict[str, Any]] = {}
+    manifests = finalize(options.out) if options.task_index is None else {}
     for manifest in manifests.values():
         for name, counts in manifest["sources"].items():
             total = totals.setdefault(name, {"dropped": Counter()})
             total["dropped"].update(counts["dropped"])
             for key in ("documents", "chunks", "tokens", "bytes"):
                 total[key] = total.get(key, 0) + counts[key]
-    return totals
+    validation = manifests["validation"]["totals"]["documents"] if "validation" in manifests else 0
+    return Summary(storage.url, totals, validation, time.perf_counter() - begin, (len(todo), len(plan.units)),
+                   tokens)
+
+
+def _execute(job: HashUnit, units: Sequence[Unit], title: str, options: ConvertOptions) -> int:
+    """Does the units; tokens written."""
+    if not units:
+        return 0
+    workers = min(options.workers or len(os.sched_getaffinity(0)), len(units))
+    num_bytes = sum(part_bytes(job.sources[unit.source], part) for unit in units for part in unit.parts)
+    with Board(title, num_bytes, show=options.progress) as board:
+        return sum(run_tasks(job, units, workers=workers, board=board, ray=options.executor == "ray",
+                             ray_address=options.ray_address))
+
+
+def _find_duplicates(job: ConvertUnit, plan: Plan, options: ConvertOptions, storage: Storage) -> None:
+    """Writes for each unit which of its documents repeat earlier ones, by the hashes of all documents."""
+    known = {name for name, _ in storage.list("work/hashes/")}
+    unhashed = [unit for unit in plan.units if hashes_name(unit, plan.base_key) not in known]
+    check_append(unhashed, plan, list(job.sources.values()))
+    _execute(HashUnit(job.out, job.options, job.sources, plan.base_key), unhashed, "hashes", options)
+    with tempfile.TemporaryDirectory(dir=storage.scratch()) as folder:
+        files = [Path(folder, "hashes", f"{unit.number:05d}.npy") for unit in plan.units]
+        for unit, path in zip(plan.units, files):
+            storage.get_file(hashes_name(unit, plan.base_key), path)
+        find_duplicates(files, Path(folder, "drops"))
+        for unit, path in zip(plan.units, files):
+            storage.put_file(Path(folder, "drops", path.name), drops_name(unit, plan.base_key))
 
 
 def _tokenizer(options: ConvertOptions, storage: Storage, plan: Plan | None,
                sources: Sequence[Source]) -> PreTrainedTokenizerFast:
     """The given tokenizer, the dataset's own, or one trained now.
 
-    Until a unit is finished, options and inputs may still change, and with them what a trained one is trained on.
+    Until a unit is finished, options and inputs may still change, and with them what it is trained on.
     """
     if options.tokenizer is not None:
         tok = tokenizers.load(options.tokenizer)
     elif plan is None or not (options.append or finished_units(storage)):
         tok = _train(sources, options)
     else:
-        folder = storage.scratch() / f"tokenizer.{uuid.uuid4().hex[:8]}"
-        for name, size in storage.list("tokenizer/"):
-            storage.get_file(name, folder / Path(name).name, num_bytes=size)
-        tok = tokenizers.load(folder)
+        with tempfile.TemporaryDirectory(dir=storage.scratch()) as folder:
+            for name, size in storage.list("tokenizer/"):
+                storage.get_file(name, Path(folder, Path(name).name), num_bytes=size)
+            tok = tokenizers.load(folder)
         tok.name_or_path = plan.tokenizer["name"]
-        shutil.rmtree(folder)
     return tokenizers.with_template(tok, "encoder")
 
 
 def _save_tokenizer(tok: PreTrainedTokenizerFast, storage: Storage) -> None:
-    folder = storage.scratch() / f"tokenizer.{uuid.uuid4().hex[:8]}"
-    tokenizers.save(tok, folder)
-    for path in sorted(folder.iterdir()):
-        storage.put_file(path, f"tokenizer/{path.name}")
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(dir=storage.scratch()) as folder:
+        tokenizers.save(tok, folder)
+        for path in sorted(Path(folder).iterdir()):
+            storage.put_file(path, f"tokenizer/{path.name}")
 
 
 def _train(sources: Sequence[Source], options: ConvertOptions) -> PreTrainedTokenizerFast:
-    """Trains on the documents of the training split only: validation text must be as new to it as to the model."""
+    """Trains on the training split only: validation text must be as new to the tokenizer as to the model."""
     meter, reading = Meter(), ReadOptions.of(options.record())
 
     def texts() -> Iterator[str]:
         for source in sources:
-            total = 0
-            for document in read_parts(source, [part for parts in plan_parts(source, 1 << 62) for part in parts], meter,
-                                       reading):
+            total, parts = 0, [part for parts in plan_parts(source, 1 << 62) for part in parts]
+            for document in read_parts(source, parts, meter, reading):
                 encoded = document.text.encode()
                 board.tick(0, Tick(1, 0, len(encoded), meter.position() - board.total.file_bytes))
                 if xxhash.xxh64_intdigest(encoded, seed=options.seed) >= options.validation * 2**64:
@@ -315,5 +287,4 @@ def _train(sources: Sequence[Source], options: ConvertOptions) -> PreTrainedToke
                     break
 
     with Board("tokenizer", sum(source.num_bytes for source in sources), show=options.progress) as board:
-        board.began(0, "the sources", str(os.getpid()))
         return tokenizers.train_bpe(texts(), int(options.train_tokenizer or 0))

@@ -1,13 +1,14 @@
-"""Tasks done by worker processes that may die: every result is returned once, a death costs one try of its task.
+"""Tasks done by worker processes that may die: every result comes once, a death costs one try of its task.
 
-A worker is a `ProcessPoolExecutor` of one process: when it dies, only its own task is lost, and which one is known.
-An exception in a task ends the run and is raised here. A task must write its result so that doing it again is
-harmless. Workers on many machines are in ray_pool.py.
+A worker is a `ProcessPoolExecutor` of one process: when it dies, only its own task is lost, and it is known
+which. An exception in a task ends the run and is raised here. A task must write its result so that doing it
+again is harmless. Workers on many machines are in ray_pool.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import logging.handlers
 import multiprocessing
@@ -21,20 +22,22 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from ettin_foundry.corpus.progress import Board, Tick
 
-__all__ = ["ONE_CORE", "Report", "SendRecords", "Task", "WorkerDeath", "WorkerLost", "run_tasks", "sendable"]
+__all__ = ["ONE_CORE", "Report", "WorkerDeath", "WorkerLost", "run_tasks", "send_records", "sendable"]
 
 log = logging.getLogger(__name__)
 
 Report = Callable[[Tick], None]
 Key = tuple[int, int]
 """Number of a task, number of its try."""
+T = TypeVar("T")
+R = TypeVar("R")
 
-ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false"}
+ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+            "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 """Environment of a worker, where the user has not set these: there is a worker for each core."""
 _LOOK_SECONDS = 0.5
 _GRACE_SECONDS = 3.0
@@ -48,53 +51,42 @@ class WorkerLost(Exception):
     """The worker of a task has died; the text says how."""
 
 
-class Task(Protocol):
-    """Anything that can be pickled and has a name for messages."""
-
-    @property
-    def label(self) -> str: ...
-
-
-T = TypeVar("T", bound=Task)
-R = TypeVar("R")
-
-
-def run_tasks(work: Callable[[T, Report], R], tasks: Sequence[T], *, workers: int, board: Board, tries: int = 3,
-              ray: bool = False, ray_address: str | None = None) -> list[R]:
+def run_tasks(work: Callable[[T, Report], R], tasks: Sequence[T], *, workers: int, board: Board,
+              tries: int = 3, ray: bool = False, ray_address: str | None = None) -> list[R]:
     """Does every task in `workers` processes; the results in the order of the tasks.
 
     Args:
-        work: `work(task, report)` returns the result; `report(Tick(...))` says how far it is, best twice a second.
-            It, the tasks and the results are pickled and must come from importable modules.
-        workers: one works in this process, without protection from its death. board: is told of the progress.
-        tries: workers that a task may kill. ray: run on a Ray cluster, `ray_address` or one that is started here.
+        work: `work(task, report)` returns the result; `report(Tick(...))` says how far it is. It, the tasks
+            and the results are pickled and must come from importable modules.
+        tasks: each has a `label` for messages. workers: one works in this process. tries: workers that a task
+            may kill. ray: run on a Ray cluster, `ray_address` or one that is started here.
 
     Raises:
-        WorkerDeath: a task killed `tries` workers; names it and the signal. Exception: whatever `work` raised.
+        WorkerDeath: a task killed `tries` workers. Exception: whatever `work` raised.
     """
     results: dict[int, R] = {}
     if workers == 1 and not ray:
         for number, task in enumerate(tasks):
-            results[number] = work(task, lambda tick, number=number: board.tick(number, tick))  # type: ignore[misc]
+            results[number] = work(task, functools.partial(board.tick, number))
             board.end(number)
         return list(results.values())
-    from ettin_foundry.corpus.ray_pool import RayPool  # which imports this module
+    from ettin_foundry.corpus.ray_pool import RayPool  # here: it needs this module
 
     pool: Any = RayPool(work, workers, ray_address) if ray else _LocalPool(work)
     pending, running = deque(range(len(tasks))), dict[Future[Any], Key]()
-    deaths, said = Counter[int](), set[str]()
+    deaths = Counter[int]()
     try:
         while pending or running:
             while pending and len(running) < workers:
                 number = pending.popleft()
-                running[pool.submit(tasks[number], (number, deaths[number]))] = number, deaths[number]
+                key = number, deaths[number]
+                running[pool.submit(tasks[number], key)] = key
             ended, _ = wait(running, _LOOK_SECONDS, FIRST_COMPLETED)
             for key, message in pool.messages():  # after waiting: a task that ended has sent everything
-                if isinstance(message, Tick) and key in running.values():
-                    board.tick(key, message)
-                elif isinstance(message, logging.LogRecord) and (message.levelno > logging.INFO or message.msg not in said):
-                    said.add(message.msg)  # what every worker says at its start is said once
+                if isinstance(message, logging.LogRecord):
                     logging.getLogger(message.name).handle(message)
+                elif key in running.values():
+                    board.tick(key, message)
             for future in ended:
                 key = number, _ = running.pop(future)
                 try:
@@ -103,20 +95,15 @@ def run_tasks(work: Callable[[T, Report], R], tasks: Sequence[T], *, workers: in
                 except WorkerLost as error:
                     board.end(key, done=False)
                     deaths[number] += 1
-                    _mind_death(tasks[number].label, str(error), deaths[number], tries)
+                    if deaths[number] == tries:
+                        raise WorkerDeath(f"{tasks[number].label}: {tries} workers died in it, the last of {error}; "
+                                          "SIGKILL mostly means that memory ran out: take fewer workers, and start "
+                                          "again, which goes on after the finished tasks") from None
+                    log.warning("a worker died (%s) in %s, which begins again", error, tasks[number].label)
                     pending.append(number)  # last: memory that ran out is likely to be free by then
     finally:
         pool.stop()
     return [results[number] for number in range(len(tasks))]
-
-
-def _mind_death(label: str, how: str, deaths: int, tries: int) -> None:
-    """Logs a death, or raises WorkerDeath after the last try."""
-    if deaths >= tries:
-        raise WorkerDeath(f"{label}: {deaths} workers died in it, the last of {how}. SIGKILL mostly means that memory ran "
-                          "out: take fewer workers, or look at its files. Finished tasks are kept; the same command goes "
-                          "on from there")
-    log.warning("a worker died (%s) in %s, which begins again, try %d of %d", how, label, deaths + 1, tries)
 
 
 @dataclass
@@ -134,7 +121,7 @@ class _LocalPool:
     """Worker processes of this machine that do one task at a time each. RayPool has the same methods."""
 
     def __init__(self, work: Any) -> None:
-        self.setup = pickle.dumps(work), logging.getLogger().getEffectiveLevel()
+        self.setup = pickle.dumps(work)
         self.idle: list[_Worker] = []
         self.busy: dict[Future[Any], _Worker] = {}
 
@@ -148,25 +135,24 @@ class _LocalPool:
                 return future
             worker.end()
         near, far = multiprocessing.Pipe(duplex=False)  # one for each: no lock that a killed worker could hold
-        spawn = multiprocessing.get_context("spawn")
-        worker = _Worker(ProcessPoolExecutor(1, spawn, _begin_worker, (far, *self.setup)), near)
-        others = multiprocessing.active_children()
+        spawn, others = multiprocessing.get_context("spawn"), {*multiprocessing.active_children()}
+        worker = _Worker(ProcessPoolExecutor(1, spawn, _begin_worker, (far, self.setup)), near)
         with _starting(), far:
             future = worker.executor.submit(_attempt, task, key)
             self.busy[future] = worker
-            worker.process, = set(multiprocessing.active_children()) - set(others)
+            worker.process, = set(multiprocessing.active_children()) - others
         return future
 
     def result(self, future: Future[Any]) -> Any:
-        """The result of a future that is done. Raises WorkerLost if its worker died, else what the task raised."""
+        """The result of a future that is done. Raises WorkerLost if its worker died."""
         worker = self.busy.pop(future)
         try:
             result = future.result()
         except (BrokenProcessPool, _Terminated):
             worker.end()
             status = worker.process.exitcode or 0
-            died_of = signal.Signals(-status).name if -status in set(signal.Signals) else f"exit status {status}"
-            raise WorkerLost(died_of) from None
+            how = signal.Signals(-status).name if -status in set(signal.Signals) else f"exit status {status}"
+            raise WorkerLost(how) from None
         except BaseException:
             self.idle.append(worker)
             raise
@@ -194,7 +180,7 @@ class _LocalPool:
 
 @contextlib.contextmanager
 def _starting() -> Iterator[None]:
-    """A process started inside has its environment, and is deaf to Ctrl-C, which comes to a whole terminal."""
+    """A process started inside has its environment, and is deaf to Ctrl-C, which all of a terminal get."""
     added = {name: value for name, value in ONE_CORE.items() if name not in os.environ}
     os.environ.update(added)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -217,11 +203,15 @@ class _Terminated(SystemExit):
     """SIGTERM."""
 
 
-class SendRecords(logging.handlers.QueueHandler):
-    """Sends log records to the main process: one log, which does not tear the progress bar."""
-
+class _SendRecords(logging.handlers.QueueHandler):
     def enqueue(self, record: logging.LogRecord) -> None:
         self.queue(record)  # type: ignore[operator]
+
+
+def send_records(send: Callable[[logging.LogRecord], None]) -> None:
+    """Sends this process's warnings to the main process: one log, which does not tear the progress bar."""
+    handler = _SendRecords(send)  # type: ignore[arg-type]
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
 
 
 def _send(key: Key | None, message: Tick | logging.LogRecord) -> None:
@@ -229,13 +219,13 @@ def _send(key: Key | None, message: Tick | logging.LogRecord) -> None:
         _link.send((key, message))
 
 
-def _begin_worker(link: Connection, work: bytes, level: int) -> None:
+def _begin_worker(link: Connection, work: bytes) -> None:
     global _work, _link
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     _link = link
-    logging.basicConfig(level=level, handlers=[SendRecords(lambda record: _send(None, record))], force=True)  # type: ignore[arg-type]
+    send_records(lambda record: _send(None, record))
     _work = pickle.loads(work)
 
 

@@ -1,7 +1,8 @@
 """Puts finished units together into a dataset that can be read: lengths.npy, index.json, manifest.json, data card.
 
-Every unit left a completion record with the entries of its shards. They are concatenated in the order of the plan, so the
-result does not depend on who did which unit, and when. manifest.json is written last: a split that has one is complete.
+Every unit left a completion record with the entries of its shards. They are concatenated in the order of the
+plan, so it does not matter who did which unit when. manifest.json is written last: a split that has one is
+complete.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ettin_foundry.corpus.plan import Plan, read_plan, read_record, record_name
+from ettin_foundry.corpus.plan import PLAN, Plan, read_plan, read_record, record_name
 from ettin_foundry.corpus.writer import shard_config
 from ettin_foundry.data.manifest import COLUMNS, FORMAT, MANIFEST, VERSION
 from ettin_foundry.data.storage import Storage, open_storage
@@ -48,7 +49,7 @@ def done_units(storage: Storage, plan: Plan) -> dict[int, Record]:
         files = {f"{split}/{file['basename']}": file["bytes"] for split, counts in record["splits"].items()
                  for entry in counts["shards"] for file in [entry["zip"] or entry["raw"]]}
         if bad := next((name for name, size in files.items() if found.get(name) != size), None):
-            log.warning("unit %d: %s is missing or not of %d bytes; the unit is done again", number, bad, files[bad])
+            log.warning("unit %d: %s is missing or not of %d bytes; it is done again", number, bad, files[bad])
         else:
             done[number] = record
     return done
@@ -60,35 +61,30 @@ def finalize(out: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     Safe to repeat: the same records give the same bytes.
 
     Raises:
-        FileNotFoundError: no conversion was started there, or units are missing. ValueError: a source or a split holds no
-            document.
+        FileNotFoundError: no conversion was started there, or units are missing.
+        ValueError: a source or a split holds no document.
     """
     from ettin_foundry.corpus.card import write_card  # draws with matplotlib
 
     storage = open_storage(out)
-    plan = read_plan(storage)
-    if plan is None:
-        raise FileNotFoundError(f"{storage.where('plan.json')} is missing: OUT must be a folder where a conversion was begun; "
-                                "run data_prep/convert.py with --out first")
-    records = done_units(storage, plan)
-    if missing := [unit for unit in plan.units if unit.number not in records]:
-        raise FileNotFoundError(f"{storage.url}: {len(missing)} of {len(plan.units)} units are not finished, the first is "
-                                f"{missing[0].label}; run the same conversion (or the missing tasks of the job array) again, "
-                                "it does only those")
-    ordered = [records[unit.number] for unit in plan.units]
-    _check_content(plan, ordered, storage)
-    manifests, files = describe_splits(plan, ordered)
+    if (plan := read_plan(storage)) is None:
+        raise FileNotFoundError(f"{storage.where(PLAN)} is missing; run data_prep/convert.py with this --out first")
+    found = done_units(storage, plan)
+    if missing := [unit for unit in plan.units if unit.number not in found]:
+        raise FileNotFoundError(f"{storage.url}: {len(missing)} of {len(plan.units)} units are not finished, the "
+                                f"first is {missing[0].label}; run the same conversion (or the missing tasks of "
+                                "the job array) again, it does only those")
+    records = [found[unit.number] for unit in plan.units]
+    _check_content(plan, records, storage)
+    manifests, files = describe_splits(plan, records)
     old = [name for name in files if name.endswith(MANIFEST) and storage.exists(name)]
     if any(storage.read_bytes(name) != files[name] for name in old):
         for name in old:  # between old and new tables a dataset that grows is unfinished
             storage.delete(name)
     for name, data in files.items():
         storage.write_bytes(name, data)
-    histograms = {split: np.zeros(plan.options["chunk_length"] + 1, np.int64) for split in manifests}
-    for split, shards in _shards(plan, ordered).items():
-        for entry in shards:
-            histograms[split][:len(entry["lengths"])] += np.asarray(entry["lengths"], np.int64)
-    write_card(storage, dict(manifests), histograms)
+    write_card(storage, dict(manifests), {split: _table(plan, shards).sum(0, dtype=np.int64)
+                                          for split, shards in _shards(plan, records).items()})
     storage.clear_scratch()  # what killed processes left
     return manifests
 
@@ -99,34 +95,38 @@ def _shards(plan: Plan, records: Sequence[Record]) -> dict[str, list[dict[str, A
             for split in (("train", "validation") if plan.options["validation"] else ("train",))}
 
 
+def _table(plan: Plan, shards: Sequence[Record]) -> np.ndarray:
+    """(shards, chunk_length + 1): number of chunks of each length."""
+    table = np.zeros((len(shards), plan.options["chunk_length"] + 1), "<u4")
+    for row, shard in zip(table, shards):
+        row[:len(shard["lengths"])] = shard["lengths"]
+    return table
+
+
 def _check_content(plan: Plan, records: Sequence[Record], storage: Storage) -> None:
     for name in plan.sources:
         if not sum(record["read"] for record in records if record["source"] == name):
             for unit in plan.units:  # so that the source can be mended, or left out, later
                 if unit.source == name:
                     storage.delete(record_name(unit.number))
-            raise ValueError(f"{name}: the corpus is empty, a source must hold at least one document; put text into it, or "
-                             "leave it out (with another --out, unless it is appended)")
-    counts = {split: sum(record["splits"][split]["documents"] for record in records) for split in _shards(plan, records)}
+            raise ValueError(f"{name}: the corpus is empty; put text into it, or leave it out (with another --out, "
+                             "unless it is appended)")
+    counts = {split: sum(record["splits"][split]["documents"] for record in records)
+              for split in _shards(plan, records)}
     for split, documents in counts.items():
-        if not documents and len(counts) == 1:
-            raise ValueError(f"{storage.url}: all documents were dropped; see the reasons in units/, relax the filters, and "
-                             "convert into another folder")
         if not documents:
-            raise ValueError(f"--validation must leave documents on both sides, got {plan.options['validation']}, by which of "
-                             f"{sum(counts.values())} documents none fell to {split}; give more text, or 0 for no validation "
-                             "split, and another --out")
+            raise ValueError(f"--validation must leave documents on both sides, got {plan.options['validation']}: of "
+                             f"{sum(counts.values())} documents that were not dropped none fell to {split}; change it "
+                             "or the filters, and --out")
 
 
-def describe_splits(plan: Plan, records: Sequence[Record]) -> tuple[dict[str, dict[str, Any]], dict[str, bytes]]:
-    """What plan and all records state: split -> manifest, and name -> content of the files, the manifests last."""
+def describe_splits(plan: Plan,
+                    records: Sequence[Record]) -> tuple[dict[str, dict[str, Any]], dict[str, bytes]]:
+    """What plan and all records state: split -> manifest; name -> content of the files, manifests last."""
     manifests, tables, texts = {}, dict[str, bytes](), dict[str, bytes]()
     for split, shards in _shards(plan, records).items():
-        table = np.zeros((len(shards), plan.options["chunk_length"] + 1), "<u4")
-        for row, shard in zip(table, shards):
-            row[:len(shard["lengths"])] = shard["lengths"]
         buffer = io.BytesIO()
-        np.save(buffer, table)
+        np.save(buffer, _table(plan, shards))
         tables[f"{split}/lengths.npy"] = buffer.getvalue()
         tables[f"{split}/index.json"] = _index(plan, shards)
         manifests[split] = _manifest(plan, split, add_up(plan, records, split), shards, buffer.getvalue())
@@ -171,11 +171,11 @@ def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
 
 
 def _index(plan: Plan, shards: Sequence[Record]) -> bytes:
-    """index.json as stock readers read it (streaming 0.12, format/mds/writer.py `get_config`, `encode_joint_shard`)."""
+    """index.json as stock readers read it (streaming 0.12, format/mds/writer.py `encode_joint_shard`)."""
     def file(data: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return data and {"basename": data["basename"], "bytes": data["bytes"], "hashes": {"xxh64": data["xxh64"]}}
 
     config = shard_config(plan.options["shard_size"], plan.options["compression"])
-    entries = [{**config, "samples": entry["samples"], "raw_data": file(entry["raw"]), "zip_data": file(entry["zip"])}
-               for entry in shards]
+    entries = [{**config, "samples": entry["samples"], "raw_data": file(entry["raw"]),
+                "zip_data": file(entry["zip"])} for entry in shards]
     return json.dumps({"version": 2, "shards": entries}, sort_keys=True).encode()

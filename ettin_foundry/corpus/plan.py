@@ -1,10 +1,9 @@
 """What a conversion will do: its units of work, and the plan that every later start is held to.
 
-A unit is a run of small input files, one file, or a range of a large one. The units follow from the listing of the inputs
-and the options alone, and what a unit writes follows from the unit alone, so that a dataset does not depend on the number
-of workers, machines or interruptions. Until the first unit is finished everything may still change. After that options
-never do, inputs only where no finished unit was read, and sources only by `--append`. `plan.json` is written before the
-first unit.
+A unit is a run of small input files, one file, or a range of a large one. The units follow from the listing
+of the inputs and the options alone, and what a unit writes follows from the unit alone, so that a dataset
+does not depend on workers, machines or interruptions. Until the first unit is finished everything may change.
+After that options never do, inputs only where no finished unit was read, sources only by append.
 """
 
 from __future__ import annotations
@@ -20,26 +19,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import pydantic
 import xxhash
 
-from ettin_foundry.corpus.sources import Part, Source, find_source, plan_parts
-from ettin_foundry.corpus.stdlib_text import STDLIB
+from ettin_foundry.corpus.sources import STDLIB, Part, Source, find_source, plan_parts
 from ettin_foundry.data.storage import Storage, is_url
 
 if TYPE_CHECKING:
     from ettin_foundry.corpus.convert import ConvertOptions
 
-__all__ = ["PLAN", "Plan", "Unit", "check_append", "check_place", "find_sources", "finished_units", "plan_conversion",
-           "read_plan", "read_record", "record_key", "record_name"]
+__all__ = ["PLAN", "Plan", "Unit", "check_append", "check_place", "find_sources", "finished_units",
+           "plan_conversion", "read_plan", "read_record", "record_key", "record_name"]
 
 PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One unit of work.
+    """One unit of work: parts of one source, to be read in order.
 
     Attributes:
         number: its place in the plan, and in the names of its shards and its completion record.
-        source: name of its source. parts: what to read, in order.
         sizes: bytes on disk of each part's file when the plan was made; 0 where a part is no file.
     """
 
@@ -50,15 +47,9 @@ class Unit:
 
     @property
     def label(self) -> str:
-        """Its name in progress lines and errors."""
+        """Its name in messages."""
         files = self.parts[0].file + (f" and {len(self.parts) - 1} more" if len(self.parts) > 1 else "")
         return f"unit {self.number} ({self.source}: {files})"
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes on disk to read; a part that is no file counts 0."""
-        return sum(max(0, (size if part.end is None else min(part.end, size)) - part.begin)
-                   for part, size in zip(self.parts, self.sizes))
 
     def to_json(self) -> dict[str, Any]:
         return {"source": self.source, "parts": [[*part, size] for part, size in zip(self.parts, self.sizes)]}
@@ -95,13 +86,15 @@ class Plan:
             groups = plan_parts(source, self.options["unit_size"])
             if self.options["limit_bytes"] is not None:
                 groups = [tuple(part for group in groups for part in group)]
-            units += [Unit(number, source.name, tuple(parts), tuple(source.sizes.get(part.file, 0) for part in parts))
-                      for number, parts in enumerate(groups, len(units))]
+            for parts in groups:
+                sizes = tuple(source.sizes.get(part.file, 0) for part in parts)
+                units.append(Unit(len(units), source.name, tuple(parts), sizes))
         return replace(self, sources=names, units=tuple(units))
 
     def to_bytes(self) -> bytes:
         """plan.json, with one unit a line."""
-        head = {"format": "ettin-plan", "version": 1, "options": dict(self.options), "tokenizer": dict(self.tokenizer),
+        head = {"format": "ettin-plan", "version": 1, "options": dict(self.options),
+                "tokenizer": dict(self.tokenizer),
                 "sources": {name: dict(facts) for name, facts in self.sources.items()}}
         units = ",\n".join("  " + json.dumps(unit.to_json()) for unit in self.units)
         return (json.dumps(head, indent=1)[:-2] + f',\n "units": [\n{units}\n ]\n}}\n').encode()
@@ -121,7 +114,7 @@ class _StoredPlan(pydantic.BaseModel):
     units: list[_StoredUnit]
 
 
-class _Counts(pydantic.BaseModel):
+class _SplitCounts(pydantic.BaseModel):
     documents: int
     chunks: int
     tokens: int
@@ -135,7 +128,30 @@ class _Record(pydantic.BaseModel):
     key: str
     source: str
     read: int
-    splits: dict[str, _Counts]
+    splits: dict[str, _SplitCounts]
+
+
+def _read(model: type[pydantic.BaseModel], storage: Storage, name: str, advice: str) -> Any:
+    try:
+        return model.model_validate_json(storage.read_bytes(name))
+    except pydantic.ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        raise ValueError(f"{storage.where(name)} must be as a conversion wrote it, got "
+                         f"{'.'.join(map(str, found['loc']))}: {found['msg'][:200]}; {advice}") from None
+
+
+def read_plan(storage: Storage) -> Plan | None:
+    """The plan of a dataset, or None where no conversion was started.
+
+    Raises:
+        ValueError: plan.json is not a plan.
+    """
+    if not storage.exists(PLAN):
+        return None
+    stored = _read(_StoredPlan, storage, PLAN, "name another folder, or remove this one and convert again")
+    units = [Unit(number, unit.source, tuple(Part(*part[:3]) for part in unit.parts),
+                  tuple(part[3] for part in unit.parts)) for number, unit in enumerate(stored.units)]
+    return Plan(stored.options, stored.tokenizer, stored.sources, tuple(units))
 
 
 def record_name(unit: int) -> str:
@@ -149,44 +165,18 @@ def record_key(base_key: str, unit: Unit) -> str:
     return xxhash.xxh64(f"{base_key}{key}".encode()).hexdigest()
 
 
-def read_plan(storage: Storage) -> Plan | None:
-    """The plan of a dataset, or None where no conversion was started.
-
-    Raises:
-        ValueError: plan.json is not a plan.
-    """
-    if not storage.exists(PLAN):
-        return None
-    try:
-        stored = _StoredPlan.model_validate_json(storage.read_bytes(PLAN))
-    except pydantic.ValidationError as error:
-        raise ValueError(f"{storage.where(PLAN)} must be the plan of a conversion, got {_first(error)}; name another folder, "
-                         "or remove this one and convert again") from None
-    units = tuple(Unit(number, unit.source, tuple(Part(*part[:3]) for part in unit.parts),
-                       tuple(part[3] for part in unit.parts)) for number, unit in enumerate(stored.units))
-    return Plan(stored.options, stored.tokenizer, stored.sources, units)
-
-
 def read_record(storage: Storage, plan: Plan, unit: int) -> dict[str, Any]:
     """A unit's completion record.
 
     Raises:
         ValueError: it is not one, or is of another unit.
     """
-    where, advice = storage.where(record_name(unit)), "remove it and run the same conversion again"
-    try:
-        record = _Record.model_validate_json(storage.read_bytes(record_name(unit))).model_dump()
-    except pydantic.ValidationError as error:
-        raise ValueError(f"{where} must be a completion record, got {_first(error)}; {advice}") from None
+    advice = "remove it and run the same conversion again"
+    record: dict[str, Any] = _read(_Record, storage, record_name(unit), advice).model_dump()
     if record["key"] != (needed := record_key(plan.base_key, plan.units[unit])):
-        raise ValueError(f"{where} is of another unit: key must be {needed} for {plan.units[unit].label}, got "
-                         f"{record['key']}; {advice}")
+        raise ValueError(f"{storage.where(record_name(unit))} is of another unit: key must be {needed} for "
+                         f"{plan.units[unit].label}, got {record['key']}; {advice}")
     return record
-
-
-def _first(error: pydantic.ValidationError) -> str:
-    detail = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, detail['loc'])) or 'no JSON'}: {detail['msg']}"[:200]
 
 
 def finished_units(storage: Storage) -> set[int]:
@@ -198,34 +188,31 @@ def check_place(storage: Storage, append: bool) -> None:
     """Refuses a place without a plan that holds something, or that `append` finds empty."""
     ours = ("tokenizer/", "work/")  # written before the plan
     if found := [name for name, _ in storage.list() if not name.startswith(ours) and name != PLAN]:
-        raise FileExistsError(f"--out must be new, or a place where a conversion was begun, got {storage.url}, which holds "
-                              f"{found[0]} and no {PLAN}; name another folder")
+        raise FileExistsError(f"--out must be new, or where a conversion was begun, got {storage.url}, which "
+                              f"holds {found[0]} and no {PLAN}; name another folder")
     if append:
-        raise FileNotFoundError(f"--append needs a finished dataset, got {storage.url}, which holds none; leave it out to "
-                                "start one")
+        raise FileNotFoundError(f"--append needs a finished dataset, got {storage.url}, which holds none")
 
 
 def find_sources(options: ConvertOptions, plan: Plan | None) -> list[Source]:
-    """The sources, with absolute places, so that workers elsewhere find them; hub datasets at the plan's revision.
+    """The sources, with absolute places for workers elsewhere; hub datasets at the plan's revision.
 
     Raises:
         FileNotFoundError, ValueError: from `sources.find_source`; two of one name; OUT is inside one.
     """
     found: dict[str, Source] = {}
-    for text in options.sources:
-        source = find_source(text, licence=options.licence)
-        if source.name in found:
-            raise ValueError(f"sources must have different names, got {source.name} twice; write NAME=SOURCE")
-        out, location = os.fspath(options.out), source.location
-        inside = (out.rstrip("/") + "/").startswith(location.rstrip("/") + "/") if is_url(location) or is_url(out) else \
-            Path(location).is_dir() and Path(out).resolve().is_relative_to(Path(location).resolve())
-        if inside:  # the next start would read it as text
-            raise ValueError(f"--out must be outside of the sources, got {out}, which lies in the source {location}")
-        then = plan.sources.get(source.name) if plan else None
-        if then is not None and not source.files and location != STDLIB:
-            source = replace(source, revision=then["revision"])
+    out = os.fspath(options.out)
+    for source in (find_source(text, licence=options.licence) for text in options.sources):
+        name, place = source.name, source.location
+        if name in found:
+            raise ValueError(f"sources must have different names, got {name} twice; write NAME=SOURCE")
+        if (out.rstrip("/") + "/").startswith(place.rstrip("/") + "/") if is_url(place) or is_url(out) else \
+                Path(place).is_dir() and Path(out).resolve().is_relative_to(Path(place).resolve()):
+            raise ValueError(f"--out must be outside of the sources, got {out} inside of {place}")
+        if plan and name in plan.sources and not source.files and place != STDLIB:
+            source = replace(source, revision=plan.sources[name]["revision"])
         root = source.root if is_url(source.root) else os.path.abspath(source.root)
-        found[source.name] = replace(source, root=root)
+        found[name] = replace(source, root=root)
     return list(found.values())
 
 
@@ -243,55 +230,49 @@ def plan_conversion(options: ConvertOptions, before: Plan | None, sources: Seque
     wanted = Plan(options.record(), tokenizer)
     if before is None or not (finished or options.append):
         return wanted.with_sources(sources)
-    _check_options(before, wanted, sources, append=options.append, where=storage.url)
-    wanted = replace(before, sources={}, units=())
-    if options.append:
-        wanted = _without(before, names, finished, storage.url)
-    elif names != list(before.sources):
-        raise ValueError(f"sources must be those that {storage.url} was begun with, {', '.join(before.sources)}, got "
+    _check_options(before, wanted, sources, append=options.append)
+    earlier, kept = list(before.sources), []
+    if options.append:  # a later source of which nothing was finished may be left out again
+        begun = {*earlier[:1], *(unit.source for unit in before.units if unit.number in finished)}
+        kept = [name for name in earlier if name in begun and name not in names]
+        if kept != earlier[:len(kept)]:
+            raise ValueError(f"--append must name new sources, or the last ones of {', '.join(earlier)}, got "
+                             f"{', '.join(names)}")
+    elif names != earlier:
+        raise ValueError(f"sources must be those that --out was begun with, {', '.join(earlier)}, got "
                          f"{', '.join(names)}; use --append with new sources alone, or another --out")
-    wanted = wanted.with_sources(sources)
+    wanted = replace(before, sources={name: before.sources[name] for name in kept},
+                     units=[unit for unit in before.units if unit.source in kept]).with_sources(sources)
     if options.filters.deduplicate:  # which copy stays depends on every document before it
         finished |= set(range(min(len(before.units), len(wanted.units))))
     for number in sorted(finished):
-        then, now = (plan.units[number] if number < len(plan.units) else None for plan in (before, wanted))
-        if then != now:
-            changed = [part.file for part, size in zip(then.parts, then.sizes)
-                       if now is None or (part, size) not in zip(now.parts, now.sizes)] if then else []
-            raise ValueError(f"{(then or now).label if then or now else number}: the input was changed after it was "  # type: ignore[union-attr]
-                             f"converted ({', '.join(changed[:1])}); restore the files, or convert into another --out")
+        then, now = ((*plan.units[number:number + 1], None)[0] for plan in (before, wanted))
+        if then and then != now:
+            same = list(zip(now.parts, now.sizes)) if now else []
+            changed = [part.file for part, size in zip(then.parts, then.sizes) if (part, size) not in same]
+            raise ValueError(f"{then.label}: the input was changed after it was converted "
+                             f"({', '.join(changed[:1])}); restore it, or convert into another --out")
     return wanted
 
 
-def check_append(todo: Sequence[Unit], plan: Plan, sources: Sequence[Source], where: str) -> None:
+def check_append(todo: Sequence[Unit], plan: Plan, sources: Sequence[Source]) -> None:
     """Refuses units to do whose source was not given: `append` needs the others to be finished."""
     names = {source.name for source in sources}
     if others := [unit for unit in todo if unit.source not in names]:
-        old = [name for name in plan.sources if name not in names]
-        raise ValueError(f"--append needs a finished dataset, got {where}, of which {len(others)} units are not done, the "
-                         f"first is {others[0].label}; run the conversion of {', '.join(old)} again first, without --append")
+        missing = ", ".join(name for name in plan.sources if name not in names)
+        raise ValueError(f"--append needs a finished dataset, got one with {len(others)} units not done: "
+                         f"first {others[0].label}; run that of {missing} again before, without --append")
 
 
-def _without(plan: Plan, names: Sequence[str], finished: set[int], where: str) -> Plan:
-    """The plan without the sources that are appended (again), and without later ones of which nothing was finished."""
-    kept = [name for name in plan.sources if name not in names]
-    while len(kept) > 1 and not any(unit.source == kept[-1] and unit.number in finished for unit in plan.units):
-        kept.pop()
-    if list(plan.sources)[:len(kept)] != kept:
-        raise ValueError(f"--append can repeat the last sources only, got {', '.join(names)}, and {where} has "
-                         f"{', '.join(plan.sources)}; name new sources")
-    return replace(plan, sources={name: plan.sources[name] for name in kept},
-                   units=tuple(unit for unit in plan.units if unit.source in kept))
-
-
-def _check_options(plan: Plan, wanted: Plan, sources: Sequence[Source], *, append: bool, where: str) -> None:
-    then, now = ({**p.options, **{f"tokenizer {key}": p.tokenizer.get(key) for key in
-                                  ("vocab_size", "special_ids", "vocab_sha256", "probe_sha256")}} for p in (plan, wanted))
+def _check_options(before: Plan, wanted: Plan, sources: Sequence[Source], *, append: bool) -> None:
+    keys = ("vocab_size", "special_ids", "vocab_sha256", "probe_sha256")
+    then, now = ({**plan.options, **{f"tokenizer {key}": plan.tokenizer.get(key) for key in keys}}
+                 for plan in (before, wanted))
     for source in sources:
-        for key, value in plan.sources.get(source.name, {}).items():
+        for key, value in before.sources.get(source.name, {}).items():
             then[f"{key} of {source.name}"], now[f"{key} of {source.name}"] = value, getattr(source, key)
     differing = [f"{key} ({then.get(key)!r} then, {now.get(key)!r} now)" for key in then | now
                  if then.get(key) != now.get(key) and not (append and key == "train_tokenizer")]
     if differing:
-        raise ValueError(f"--out {where}: it was begun with other options: {'; '.join(differing)}; the options of a dataset "
+        raise ValueError(f"--out was begun with other options: {'; '.join(differing)}; options of a dataset "
                          "never change: give the same ones, or another --out")

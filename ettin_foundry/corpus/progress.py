@@ -36,8 +36,8 @@ class Tick(NamedTuple):
 class Board:
     """Counts over all workers. Entered as a context manager it shows them; otherwise it only counts.
 
-    On a terminal it shows a bar; elsewhere, such as in a log file, it logs a line every ten seconds. A task is known
-    by a key of the caller's. Methods may be called from any thread.
+    On a terminal it shows a bar; elsewhere, such as in a log file, it logs a line every ten seconds. A task
+    is known by a key of the caller's. Methods may be called from any thread.
 
     Args:
         title: what is being done. total_file_bytes: bytes on disk of all files, 0 where unknown.
@@ -83,13 +83,14 @@ class Board:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         terminal = sys.stderr
-        self._bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
-                             TimeRemainingColumn(), TextColumn("{task.fields[counts]}", markup=False),
+        title = TextColumn("{task.description}", markup=False)
+        counts = TextColumn("{task.fields[counts]}", markup=False)
+        self._bar = Progress(title, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), counts,
                              console=Console(stderr=True), disable=not self._show, auto_refresh=False)
         self._task = self._bar.add_task(self.title, total=self.total_file_bytes or None, counts="")
-        self._bar.start()  # replaces sys.stderr by a stream that writes above the bar; log records must go there too
+        self._bar.start()  # replaces sys.stderr by a stream that writes above the bar; logs must go there too
         self._moved: list[Any] = [handler for handler in logging.getLogger().handlers
-                                  if isinstance(handler, logging.StreamHandler) and handler.stream is terminal]
+                                  if getattr(handler, "stream", None) is terminal]
         for handler in self._moved:
             handler.setStream(sys.stderr)
         self._thread.start()

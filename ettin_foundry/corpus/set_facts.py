@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ettin_foundry.corpus.card import CARD, read_block
-from ettin_foundry.corpus.finalize import add_up, read_plan, read_record
-from ettin_foundry.corpus.units import Plan, record_name
+from ettin_foundry.corpus.finalize import add_up
+from ettin_foundry.corpus.plan import Plan, read_plan, read_record, record_name
 from ettin_foundry.data.inspect import SHARD_NAME
 from ettin_foundry.data.storage import Storage
 

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from ettin_foundry.corpus.card import CARD, card_text
+from ettin_foundry.corpus.plan import PLAN, record_name
 from ettin_foundry.corpus.set_facts import (
     Facts,
     Units,
@@ -36,7 +37,6 @@ from ettin_foundry.corpus.set_facts import (
 )
 from ettin_foundry.corpus.show import Sample, draw_samples
 from ettin_foundry.corpus.split_check import SMALL_FILES, SplitCheck
-from ettin_foundry.corpus.units import PLAN, record_name
 from ettin_foundry.data.inspect import SetFolder, find_set, is_mix, load_decoder, shard_order
 from ettin_foundry.data.manifest import MANIFEST, read_json
 from ettin_foundry.data.mixture import MixtureSplit, expand_entries, place_of_set

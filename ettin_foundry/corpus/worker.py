@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import xxhash
 
 from ettin_foundry.corpus.chunking import Chunker
@@ -132,7 +131,7 @@ class _Reading:
         self.counts = self.counts.plus(Tick(documents, tokens, text_bytes))
         if last or time.monotonic() - self.reported > _TICK_SECONDS:
             position = self.meter.position()
-            self.report(self.counts._replace(file_bytes=position - self.position, where=self.unit.label))
+            self.report(self.counts._replace(file_bytes=position - self.position))
             self.reported, self.position, self.counts = time.monotonic(), position, Tick()
 
 

@@ -93,6 +93,5 @@ def standing_still(job: Job, report: Report) -> int:
 
 
 def looking_around(job: Job, report: Report) -> tuple[list[str], dict[str, str]]:
-    logging.getLogger("pool_jobs").info("all say so")
-    logging.getLogger("pool_jobs").info("job %d\nsays so", job.number)
+    logging.getLogger("pool_jobs").warning("job %d\nsays so", job.number)
     return sorted(sys.modules), dict(os.environ)

@@ -87,12 +87,12 @@ def test_workers_killed_at_random_moments_cost_no_result_and_no_count(caplog: py
     assert len(killed) > 5, "too few kills to prove anything"
     assert found == [n ** 2 for n in range(150)]
     assert shown.total == Tick(750, 7500, 75_000, 750_000)  # what the dead had counted of unfinished tasks is taken back
-    assert "SIGKILL" in caplog.text and "begins again, try 2 of 1000" in caplog.text
+    assert "SIGKILL" in caplog.text and "which begins again" in caplog.text
 
 
 @pytest.mark.parametrize("how, named", [("SIGKILL", "SIGKILL"), ("7", "exit status 7")])
 def test_a_task_that_kills_every_worker_is_given_up_after_its_tries(tmp_path: Path, how: str, named: str) -> None:
-    with pytest.raises(WorkerDeath, match=f"job-3: 2 workers died in it, the last of {named}\\."):
+    with pytest.raises(WorkerDeath, match=f"job-3: 2 workers died in it, the last of {named};"):
         run_tasks(pool_jobs.dying, jobs(8, tmp_path, how), workers=2, board=board(), tries=2)
     assert len(list(tmp_path.glob("try.3.*"))) == 2
     others = [job for job in jobs(8, tmp_path / "..", how) if job.number != 3]
@@ -136,7 +136,7 @@ def test_workers_start_light_with_one_thread_each_and_log_through_the_parent(cap
         assert not HEAVY & set(modules)
         assert environment["RAYON_NUM_THREADS"] == "1" and environment["TOKENIZERS_PARALLELISM"] == "false"
     said = [record.getMessage() for record in caplog.records if record.name == "pool_jobs"]
-    assert {"job 0\nsays so", "job 1\nsays so"} <= set(said) and said.count("all say so") == 1
+    assert {"job 0\nsays so", "job 1\nsays so"} == set(said)
 
 
 PROGRAM = """

@@ -16,8 +16,8 @@ from whole_sets import contents, copy_set, edit, flip, shards_of, whole_set
 
 from ettin_foundry.cli import main as cli
 from ettin_foundry.corpus.mix import build_mix
+from ettin_foundry.corpus.plan import Plan, Unit
 from ettin_foundry.corpus.show import show_set
-from ettin_foundry.corpus.units import Plan, Unit
 from ettin_foundry.corpus.verify import verify_set
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import open_storage
