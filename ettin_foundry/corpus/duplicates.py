@@ -111,7 +111,7 @@ def _repeats(hashes: np.ndarray) -> np.ndarray:
 def _load(path: Path, axes: int) -> np.ndarray:
     """An .npy file of uint64, (N,) or (N, 2), mapped into memory."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(path, mode="r")
         if array.dtype != np.dtype("<u8") or array.shape[1:] != (2,) * (axes - 1):
             raise ValueError(f"{array.dtype} {array.shape}")
     except (ValueError, EOFError, OverflowError, AttributeError) as error:

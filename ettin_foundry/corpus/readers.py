@@ -285,25 +285,25 @@ def _json_values(file: _File) -> Iterator[Any]:
         ValueError: no JSON, or a value that does not end within four times `max_document_bytes`.
     """
     stream = io.TextIOWrapper(file.content, "utf-8-sig", newline="")
-    window, position, number = stream.read(_BLOCK_BYTES).lstrip(), 0, 0
-    if is_list := window.startswith("["):
-        position = 1
+    scan, window = json.JSONDecoder().raw_decode, stream.read(_BLOCK_BYTES).lstrip()
+    is_list = window.startswith("[")
+    position, number = int(is_list), 0
     while number == 0 or is_list:
         position = _BETWEEN.match(window, position).end()  # type: ignore[union-attr]
         if is_list and window.startswith("]", position):
             position += 1
             break
         try:
-            value, end = json.JSONDecoder().raw_decode(window, position)
+            value, end = scan(window, position)
         except (ValueError, RecursionError) as error:
             held = len(window) - position
             # an error near the end of the window may be due to the end
             at = held if str(error).startswith("Unterminated string") else getattr(error, "pos", 0) - position
             may_go_on = held - 32 < at < 4 * file.options.max_document_bytes
             if not may_go_on or not (text := stream.read(max(held, _BLOCK_BYTES))):
-                raise ValueError(f"{file.shown} must be JSON objects in a list, got no JSON at record "
-                                 f"{number + 1} ({error}); lines of objects belong in a .jsonl "
-                                 "file") from None
+                raise ValueError(f"{file.shown} must be a list of objects of at most four times "
+                                 f"--max-document-bytes, got no JSON at record {number + 1} ({error}); lines of "
+                                 "objects belong in a .jsonl file") from None
             window, position = window[position:] + text, 0
             file.tick()
             continue
