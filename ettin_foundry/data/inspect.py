@@ -1,8 +1,8 @@
 """What the commands verify and show take as SET: a set, one split of it, or a mixture; a folder or a URL.
 
-Finds the splits, opens them for reading, finds the tokenizer to decode with; a set behind a URL is read through a
-temporary folder. Nothing is checked here beyond what opening checks (verify.py does that), and nothing is written into
-the set.
+Finds the splits, opens them for reading, finds the tokenizer to decode with; a set behind a URL is read
+through a temporary folder. Nothing is checked here beyond what opening checks (verify.py does that), and
+nothing is written into the set.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ __all__ = ["QUARANTINE", "SHARD_NAME", "SetFolder", "find_set", "is_mix", "load_
 QUARANTINE = "quarantine"
 """Folder in a dataset that holds what its owner took out of use; it is no split."""
 SHARD_NAME = re.compile(r"shard(\.\d+)+\.mds(\.zstd)?")
-"""Names that the converter gives to shards: shard.UNIT.NUMBER.mds, older ones shard.NUMBER.mds; packed ones end in .zstd."""
+"""Names that the converter gives to shards: shard.UNIT.NUMBER.mds, older ones shard.NUMBER.mds; packed ones
+end in .zstd."""
 
 _LONGEST = 64 << 20  # bytes of a tokenizer.json
 
@@ -61,8 +62,9 @@ def find_set(location: str | os.PathLike[str]) -> SetFolder:
         return SetFolder(open_storage(parent or "/"), (name,), whole=False)
     splits = [folder for folder in folders if "/" not in folder and folder != QUARANTINE]
     if not splits:
-        raise FileNotFoundError(f"{location}: holds no split, that is no {MANIFEST}, {INDEX} or shards, here or one folder "
-                                "down; a folder made by data_prep/convert.py is needed. Correct the path")
+        raise FileNotFoundError(f"{location}: holds no split, that is no {MANIFEST}, {INDEX} or shards, here "
+                                "or one folder down; a folder made by data_prep/convert.py is needed. "
+                                "Correct the path")
     return SetFolder(storage, tuple(sorted(splits, key=lambda split: (split != "train", split))), whole=True)
 
 
@@ -116,13 +118,13 @@ def load_decoder(storage: Storage) -> Any | None:
     except OSError:
         raise
     except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{storage.where(name)}: cannot be read ({error!s:.200}); the file that the converter saved is "
-                         "needed. Put the set's own back") from None
+        raise ValueError(f"{storage.where(name)}: cannot be read ({error!s:.200}); the file that the "
+                         "converter saved is needed. Put the set's own back") from None
 
 
 def peek_shard(folder: Path, entry: Mapping[str, Any], *, chunk_length: int, vocab_size: int) -> Shard:
-    """Opens a shard of a folder on this machine, checked but not held to its hash; a packed one is expanded in memory, not
-    beside itself as a loader does it.
+    """Opens a shard of a folder on this machine, checked but not held to its hash; a packed one is expanded
+    in memory, not beside itself as a loader does it.
 
     Raises:
         FileNotFoundError, ValueError: it is missing, or is no shard.
@@ -138,7 +140,8 @@ def peek_shard(folder: Path, entry: Mapping[str, Any], *, chunk_length: int, voc
 
 
 def plain(text: str, limit: int | None = None) -> str:
-    """Foreign text for a terminal: one line, control and formatting characters as escapes, cut at `limit` characters."""
+    """Foreign text for a terminal: one line, control and formatting characters as escapes, cut at `limit`
+    characters."""
     cut = text if limit is None or len(text) <= limit else text[:limit] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
