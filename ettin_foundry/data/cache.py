@@ -1,14 +1,12 @@
 """Room for shards in a folder that several processes fill: locks that end with their holder, and a limit.
 
-A lock file per shard, held with flock and therefore released by the kernel when its holder dies, lets one
-process make a shard while the others wait for it or make another. With a limit, what a shard will take is
-reserved before a byte of it is
-fetched: the least recently used shards go first, never one that some process has mapped (it holds a shared
-lock on the file, see shard_format.py).
+A lock file per shard, held with flock and therefore released by the kernel when its holder dies, lets one process make a
+shard while the others wait for it or make another. With a limit, what a shard will take is reserved before a byte of it is
+fetched: the least recently used shards go first, never one that some process has mapped (it holds a shared lock on the
+file, see shard_format.py).
 
-Layout of `.cache/` in the folder: `NAME.lock` (held while a shard is made; holds the bytes reserved for it),
-`NAME.part/` (files being made), `lock` (held while room is counted), `remote` (the folder was filled by
-fetching, see remote.py).
+Layout of `.cache/` in the folder: `NAME.lock` (held while a shard is made; holds the bytes reserved for it), `NAME.part/`
+(files being made), `lock` (held while room is counted), `remote` (the folder was filled by fetching, see remote.py).
 """
 
 from __future__ import annotations
@@ -79,8 +77,8 @@ def own_folder(path: Path) -> Path:
         pass
     except OSError as error:
         raise OSError(error.errno, f"{path}: cannot be made ({error.strerror}); shards that are fetched or compressed need "
-                      "a folder to be written to. Name a writable one as dataset.local; a read-only one "
-                      "with compressed shards may be dataset.remote") from None
+                      "a folder to be written to. Name a writable one as dataset.local; a read-only one with compressed "
+                      "shards may be dataset.remote") from None
     if not stat.S_ISDIR(os.lstat(path).st_mode):
         raise bad_file(path, "is not a folder", "a link would lead files out of the set", "Remove it")
     return path
@@ -124,8 +122,7 @@ class Room:
     def _usage(self, name: str) -> tuple[int, list[tuple[int, str, int]]]:
         """Bytes taken, and what may go as (time of last use in ns, name, bytes); `name` itself is left out.
 
-        Shards being made are looked at before whole ones: one that is finished in between is counted, not
-        missed.
+        Shards being made are looked at before whole ones: one that is finished in between is counted, not missed.
         """
         used, making = 0, {name}
         for entry in list(os.scandir(self._cache)):
@@ -188,8 +185,7 @@ class ShardFiles:
     Args:
         local: the split's folder. shards: the manifest's entries.
         remote: folder or URL of the same split, or None.
-        cache_limit: most bytes that shards (whole and partial, this node's processes together) may take in
-            `local`.
+        cache_limit: most bytes that shards (whole and partial, this node's processes together) may take in `local`.
 
     Attributes:
         fetches: shards have to be made; otherwise nothing here does anything.
@@ -211,14 +207,12 @@ class ShardFiles:
             return
         self._room = Room(local, cache_limit, self._can_go)
         if not self.fetches:
-            raise ValueError(f"dataset.cache_limit: {cache_limit} given, but these shards are neither remote "
-                             "nor compressed, so it would do nothing; dataset.remote or a zstd set is "
-                             "needed. Remove it")
+            raise ValueError(f"dataset.cache_limit: {cache_limit} given, but these shards are neither remote nor "
+                             "compressed, so it would do nothing; dataset.remote or a zstd set is needed. Remove it")
         if remote is not None and not (self._cache / FETCHED).is_file():
-            raise ValueError(f"dataset.cache_limit: {cache_limit} given with dataset.local {str(local)!r}, "
-                             "which was not made by fetching, so that its shards could be deleted for good; "
-                             "a new or empty folder is needed. Name another dataset.local, or remove the "
-                             "limit")
+            raise ValueError(f"dataset.cache_limit: {cache_limit} given with dataset.local {str(local)!r}, which was not "
+                             "made by fetching, so that its shards could be deleted for good; a new or empty folder is "
+                             "needed. Name another dataset.local, or remove the limit")
         self.check_room([0])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -235,9 +229,8 @@ class ShardFiles:
             ValueError: naming the bytes needed.
         """
         if self.cache_limit is not None and (need := self.room_needed(len(set(shards)))) > self.cache_limit:
-            raise ValueError(f"dataset.cache_limit: {self.cache_limit} bytes given; {len(set(shards))} "
-                             f"shards are in use at a time, which take up to {need} bytes. Raise it, or "
-                             "lower train_loader.shuffle_window")
+            raise ValueError(f"dataset.cache_limit: {self.cache_limit} bytes given; {len(set(shards))} shards are in use at "
+                             f"a time, which take up to {need} bytes. Raise it, or lower train_loader.shuffle_window")
 
     def room_needed(self, number: int) -> int:
         """Most bytes that so many shards take, with what making one of them takes besides."""
@@ -253,12 +246,10 @@ class ShardFiles:
         """A file of the remote split, not kept.
 
         Raises:
-            FileNotFoundError: no such file there, or the split is not remote. ValueError: it has another
-                size.
+            FileNotFoundError: no such file there, or the split is not remote. ValueError: it has another size.
         """
         if self._storage is None:
-            raise FileNotFoundError(f"{self.local / name}: missing; the manifest names it. Fetch or convert "
-                                    "the set again")
+            raise FileNotFoundError(f"{self.local / name}: missing; the manifest names it. Fetch or convert the set again")
         if (found := self._storage.size(name)) != num_bytes:
             raise bad_file(self._storage.where(name), f"has {found} bytes", f"the manifest states {num_bytes}")
         return self._storage.read_bytes(name)
@@ -270,8 +261,7 @@ class ShardFiles:
             release: called when there is no room: unmaps a shard of this process, False when it has none.
 
         Raises:
-            ValueError: what was fetched is not what the manifest states, twice. FileNotFoundError,
-                PermissionError,
+            ValueError: what was fetched is not what the manifest states, twice. FileNotFoundError, PermissionError,
             ConnectionError: from storage. OSError: no room.
         """
         if not self.fetches or os.path.lexists(self.path(shard)):
@@ -300,8 +290,7 @@ class ShardFiles:
         return True
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Makes these shards in the background, in this order, leaving out those that other processes are
-        making."""
+        """Makes these shards in the background, in this order, leaving out those that other processes are making."""
         if not self.fetches:
             return
         if self._ahead is None or self._ahead.pid != os.getpid():  # threads do not survive a fork
@@ -309,8 +298,7 @@ class ShardFiles:
         self._ahead.want(tuple(shards))
 
     def make_ahead(self, shard: int, keep: Collection[int]) -> bool:
-        """Makes a shard if nobody else does and there is room without removing any of `keep`; False: no
-        room."""
+        """Makes a shard if nobody else does and there is room without removing any of `keep`; False: no room."""
         if os.path.lexists(self.path(shard)):
             return True
         with locked(self._lock(shard), wait=False) as lock:
@@ -405,9 +393,8 @@ class ShardFiles:
             if release():
                 continue
             if time.monotonic() > end:
-                raise OSError(f"dataset.cache_limit: {self.cache_limit} bytes given; for {_PATIENCE:.0f} s "
-                              f"the processes of this node have used all of it and {self.path(shard).name} "
-                              "had to wait. Raise it")
+                raise OSError(f"dataset.cache_limit: {self.cache_limit} bytes given; for {_PATIENCE:.0f} s the processes of "
+                              f"this node have used all of it and {self.path(shard).name} had to wait. Raise it")
             time.sleep(_POLL)
 
     def _can_go(self, name: str) -> bool:
@@ -471,20 +458,17 @@ _MAX_TOKENIZER_BYTES = 1 << 28
 
 
 def fetch_manifest(local: Path, remote: str) -> None:
-    """Puts the manifest of a remote split into its local folder, or makes sure that the one there is the
-    same.
+    """Puts the manifest of a remote split into its local folder, or makes sure that the one there is the same.
 
     Raises:
-        ValueError: the local folder holds another set. FileNotFoundError, PermissionError, ConnectionError:
-            from storage.
+        ValueError: the local folder holds another set. FileNotFoundError, PermissionError, ConnectionError: from storage.
     """
     storage, path = open_storage(remote), local / MANIFEST
     try:
         size = storage.size(MANIFEST)
     except FileNotFoundError:
-        raise FileNotFoundError(f"dataset.remote: {storage.where(MANIFEST)} is missing; a split of a set "
-                                "made by data_prep/convert.py is needed there. Correct dataset.remote and "
-                                "dataset.split") from None
+        raise FileNotFoundError(f"dataset.remote: {storage.where(MANIFEST)} is missing; a split of a set made by "
+                                "data_prep/convert.py is needed there. Correct dataset.remote and dataset.split") from None
     if size > MAX_JSON_BYTES:
         raise bad_file(storage.where(MANIFEST), f"has {size} bytes", f"at most {MAX_JSON_BYTES} are read")
     data = storage.read_bytes(MANIFEST)
@@ -500,10 +484,9 @@ def fetch_manifest(local: Path, remote: str) -> None:
             return
         with open(open_plain(path), "rb") as stream:
             if stream.read() != data:
-                raise ValueError(f"dataset.local: {str(local)!r} holds another set than dataset.remote "
-                                 f"{remote!r} (their manifests differ); both must be the same. Name another "
-                                 f"folder, or, to follow a remote set that has grown, delete {MANIFEST}, "
-                                 f"{LENGTHS} and {INDEX} there; shards are kept")
+                raise ValueError(f"dataset.local: {str(local)!r} holds another set than dataset.remote {remote!r} (their "
+                                 "manifests differ); both must be the same. Name another folder, or, to follow a remote set "
+                                 f"that has grown, delete {MANIFEST}, {LENGTHS} and {INDEX} there; shards are kept")
 
 
 def fetch_tokenizer(local: Path, remote: str) -> None:
@@ -519,8 +502,8 @@ def fetch_tokenizer(local: Path, remote: str) -> None:
         if os.path.lexists(local / _TOKENIZER):
             return
         if not (files := storage.list(f"{_TOKENIZER}/")):
-            raise FileNotFoundError(f"{storage.where(_TOKENIZER)}: holds no file; the tokenizer that the set "
-                                    "was made with is needed. Correct dataset.remote, or put it there")
+            raise FileNotFoundError(f"{storage.where(_TOKENIZER)}: holds no file; the tokenizer that the set was made with "
+                                    "is needed. Correct dataset.remote, or put it there")
         shutil.rmtree(own_folder(cache / _TOKENIZER))
         for name, size in files:
             if size > _MAX_TOKENIZER_BYTES:
@@ -536,8 +519,7 @@ def fetch_table(local: Path, remote: str, name: str, num_bytes: int | None = Non
         num_bytes: what it must measure. again: replace the one that is there.
 
     Raises:
-        FileNotFoundError, PermissionError, ConnectionError: from storage. ValueError, OSError: it has another
-            size.
+        FileNotFoundError, PermissionError, ConnectionError: from storage. ValueError, OSError: it has another size.
     """
     storage = open_storage(remote)
     with locked(own_folder(local / CACHE) / "lock"):

@@ -1,11 +1,10 @@
 """The manifest of a converted split: what it states, and reading it without trusting it.
 
-`manifest.json` is written last, so a folder that holds one is complete. Everything that another module relies
-on is checked here, names above all: a name with a slash in it would open any file of the machine, and one
-such as `manifest.json` would be overwritten when a shard of that name is fetched. Numbers are held to what
-the format can hold, so that no sum overflows and nothing larger than a shard can be is ever fetched or
-expanded. Opening the files that the manifest names is the work of shard_format.py and mds.py, fetching them
-that of remote.py.
+`manifest.json` is written last, so a folder that holds one is complete. Everything that another module relies on is
+checked here, names above all: a name with a slash in it would open any file of the machine, and one such as
+`manifest.json` would be overwritten when a shard of that name is fetched. Numbers are held to what the format can hold,
+so that no sum overflows and nothing larger than a shard can be is ever fetched or expanded. Opening the files that the
+manifest names is the work of shard_format.py and mds.py, fetching them that of remote.py.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ MANIFEST = "manifest.json"
 INDEX = "index.json"
 LENGTHS = "lengths.npy"
 COLUMNS = {"tokens": "ndarray:uint16", "doc": "str", "part": "int", "last": "int", "source": "str"}
-"""Column name -> MDS encoding. No other column or encoding is read, so none that executes or decodes
-anything."""
+"""Column name -> MDS encoding. No other column or encoding is read, so none that executes or decodes anything."""
 
 MAX_CHUNK_LENGTH = 65_535  # a chunk's length is stored in at most two bytes
 MAX_JSON_BYTES = 1 << 30
@@ -65,8 +63,7 @@ def open_plain(path: Path) -> int:
     try:  # without O_NONBLOCK a named pipe would wait for a writer for ever
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: missing; the manifest names it. Fetch or convert the set "
-                                "again") from None
+        raise FileNotFoundError(f"{path}: missing; the manifest names it. Fetch or convert the set again") from None
     except (OSError, ValueError) as error:
         raise bad_file(path, f"cannot be opened as a plain file ({getattr(error, 'strerror', None) or error})",
                      "links are not followed inside a set") from None
@@ -81,8 +78,8 @@ def read_json(path: Path) -> Any:
     try:
         descriptor = open_plain(path)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: missing; a split folder made by data_prep/convert.py is needed. "
-                                "Convert the corpus, or correct dataset.local and dataset.split") from None
+        raise FileNotFoundError(f"{path}: missing; a split folder made by data_prep/convert.py is needed. Convert the "
+                                "corpus, or correct dataset.local and dataset.split") from None
     with open(descriptor, "rb") as stream:
         if (size := os.fstat(descriptor).st_size) > MAX_JSON_BYTES:
             raise bad_file(path, f"has {size} bytes", f"at most {MAX_JSON_BYTES} are read")
@@ -228,8 +225,7 @@ class SplitFacts:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over what determines the data: tokenizer (but not its name), chunk length, every shard's
-        content."""
+        """sha256 over what determines the data: tokenizer (but not its name), chunk length, every shard's content."""
         if self._fingerprint is None:
             keys = ("format", "version", "split", "chunk_length", "columns")
             tokenizer = {key: value for key, value in self.tokenizer.items() if key != "name"}
@@ -240,8 +236,7 @@ class SplitFacts:
         return self._fingerprint
 
     def rows(self, max_seq_len: int) -> np.ndarray | None:
-        """(num_shards,) int64: best-fit packed rows per shard at this row length, or None where not
-        counted."""
+        """(num_shards,) int64: best-fit packed rows per shard at this row length, or None where not counted."""
         counts = [shard["rows"].get(str(max_seq_len)) for shard in self.manifest["shards"]]
         return None if None in counts else np.array(counts, dtype=np.int64)
 
@@ -256,13 +251,12 @@ def map_file(path: Path, num_bytes: int | None, xxh64: str | None, *, shared: bo
     Args:
         path: the file; a link is never followed.
         num_bytes, xxh64: what it must be; None leaves the check out.
-        shared: hold a shared lock on the file for as long as it is mapped, so that remote.py does not remove
-            it, and mark it as just used.
+        shared: hold a shared lock on the file for as long as it is mapped, so that remote.py does not remove it, and mark
+            it as just used.
         name: what the file is called in messages about its content, if not by its path.
 
     Raises:
-        FileNotFoundError: missing, or removed at this moment. ValueError: it is something else; the message
-            says what.
+        FileNotFoundError: missing, or removed at this moment. ValueError: it is something else; the message says what.
     """
     descriptor = open_plain(path)
     try:
@@ -272,8 +266,7 @@ def map_file(path: Path, num_bytes: int | None, xxh64: str | None, *, shared: bo
                 os.utime(descriptor)
         status = os.fstat(descriptor)
         if shared and not status.st_nlink:
-            raise FileNotFoundError(f"{path}: removed while it was opened; the cache made room. Open it "
-                                    "again")
+            raise FileNotFoundError(f"{path}: removed while it was opened; the cache made room. Open it again")
         if num_bytes is not None and status.st_size != num_bytes:
             raise bad_file(name or path, f"has {status.st_size} bytes", f"the manifest states {num_bytes}")
         if not status.st_size:
@@ -294,8 +287,7 @@ def check_hash(data: Buffer, path: Path | str, xxh64: str | None) -> None:
 def expand(stream: BinaryIO | Buffer, where: Path | str, num_bytes: int, *, exact: bool = True) -> Iterator[bytes]:
     """The content of a zstd file in blocks, which together have `num_bytes` bytes (not exact: at most that).
 
-    Memory is bounded by the block and zstd's window (128 MiB at most, more is refused), whatever the file
-    claims.
+    Memory is bounded by the block and zstd's window (128 MiB at most, more is refused), whatever the file claims.
 
     Raises:
         ValueError: it is no zstd file, it holds more or less, or something follows its content.

@@ -1,9 +1,9 @@
 """The manifest of a mixture's split: what it states, and reading it without trusting it.
 
-It lists sets (where each lies, and its fingerprint), and for each source the shards of those sets that are
-taken whole (`runs`) and those of which only some chunks are taken (`parts`); a repeat is the same shard in
-another pass. It holds no name of a file: which files a set has is said by the set's own manifest, and checked
-there. Opening what it points at is mix_set.py's work, choosing shards and writing it mix.py's.
+It lists sets (where each lies, and its fingerprint), and for each source the shards of those sets that are taken whole
+(`runs`) and those of which only some chunks are taken (`parts`); a repeat is the same shard in another pass. It holds no
+name of a file: which files a set has is said by the set's own manifest, and checked there. Opening what it points at is
+mix_set.py's work, choosing shards and writing it mix.py's.
 """
 
 from __future__ import annotations
@@ -236,23 +236,21 @@ def _fetch_mix(path: Path, remote: str) -> None:
             open_storage(path.parent).write_bytes(MANIFEST, storage.read_bytes(MANIFEST))
     elif not path.is_file() or is_mix and path.read_bytes() != storage.read_bytes(MANIFEST) \
             or not is_mix and f'"{MIX_FORMAT}"'.encode() in path.read_bytes()[:100]:
-        raise ValueError(f"dataset.local: {str(path.parent)!r} holds another set than dataset.remote "
-                         f"{remote!r} (their manifests differ); both must be the same. Name another folder, "
-                         "or empty this one")
+        raise ValueError(f"dataset.local: {str(path.parent)!r} holds another set than dataset.remote {remote!r} (their "
+                         "manifests differ); both must be the same. Name another folder, or empty this one")
 
 
 class MixtureSplit(SplitFacts):
-    """One split of a mixture, with random access to its chunks; shards are counted over all entries of all
-    sources.
+    """One split of a mixture, with random access to its chunks; shards are counted over all entries of all sources.
 
     Args:
         local: the split's folder, e.g. `mix/train`.
         verify_hashes: as `mds.MDSSplit`.
         max_open: shards kept mapped at a time, shared out among the sets by their shards in the mixture.
-        remote: folder or URL that the split was fetched from; the sets are then fetched too, and their paths
-            are relative to the folder above it.
-        cache_limit: most bytes that fetched or expanded shards may take, shared out among the sets that have
-            such by the bytes that the mixture takes from them.
+        remote: folder or URL that the split was fetched from; the sets are then fetched too, and their paths are relative
+            to the folder above it.
+        cache_limit: most bytes that fetched or expanded shards may take, shared out among the sets that have such by the
+            bytes that the mixture takes from them.
         options: as `mds.MDSSplit` has them, for every set.
 
     Attributes:
@@ -298,8 +296,7 @@ class MixtureSplit(SplitFacts):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over what determines the data: the sets' fingerprints, and which of their chunks are
-        taken."""
+        """sha256 over what determines the data: the sets' fingerprints, and which of their chunks are taken."""
         if self._fingerprint is None:
             parts = [self.manifest[key] for key in ("format", "version", "split", "seed", "runs", "parts")]
             sets = [entry["fingerprint"] for entry in self.manifest["sets"]]
@@ -307,8 +304,7 @@ class MixtureSplit(SplitFacts):
         return self._fingerprint
 
     def rows(self, max_seq_len: int) -> np.ndarray | None:
-        """(num_shards,) int64: best-fit packed rows per shard at this row length, or None where not
-        counted."""
+        """(num_shards,) int64: best-fit packed rows per shard at this row length, or None where not counted."""
         of_sets = [data.rows(max_seq_len) for data in self._sets]
         if any(rows is None for rows in of_sets):
             return None
@@ -361,17 +357,16 @@ class MixtureSplit(SplitFacts):
         needs = {id(data): data.files.room_needed(len(stored)) for data, stored in self._by_set(shards)
                  if id(data) in limits}
         if (need := sum(needs.values())) > total:
-            raise ValueError(f"dataset.cache_limit: {total} bytes given; the sets of this mixture have "
-                             f"{len(set(shards))} shards in use at a time, which take up to {need} bytes. "
-                             "Raise it, or lower train_loader.shuffle_window")
+            raise ValueError(f"dataset.cache_limit: {total} bytes given; the sets of this mixture have {len(set(shards))} "
+                             f"shards in use at a time, which take up to {need} bytes. Raise it, or lower "
+                             "train_loader.shuffle_window")
         for data in self._sets:
             if id(data) in limits:
                 share = (total - need) * limits[id(data)] // sum(limits.values())
                 data.files.set_limit(needs.get(id(data), 0) + share)
 
     def check_shard(self, shard: int) -> int:
-        """Checks a shard in full, see `mds.MDSSplit.check_shard`; a part also that its chunks have the stated
-        lengths.
+        """Checks a shard in full, see `mds.MDSSplit.check_shard`; a part also that its chunks have the stated lengths.
 
         Returns:
             Bytes read.
@@ -399,9 +394,8 @@ class MixtureSplit(SplitFacts):
         where = f"{self.local / MANIFEST}: its set {entry['path']!r} (for {', '.join(self._sources_of(entry))})"
         origin = join(place, self.split)
         if not open_storage(origin).exists(MANIFEST):
-            raise FileNotFoundError(f"{where}: {origin} holds no {MANIFEST}; the set that the mixture was "
-                                    "built from is needed. Put it back where it was, seen from the mixture, "
-                                    "or build the mixture again")
+            raise FileNotFoundError(f"{where}: {origin} holds no {MANIFEST}; the set that the mixture was built from is "
+                                    "needed. Put it back where it was, seen from the mixture, or build the mixture again")
         local = Path(origin)
         if is_url(place) or remote is not None:
             local = self.local / "sets" / entry["fingerprint"][:16]
@@ -423,8 +417,8 @@ class MixtureSplit(SplitFacts):
                 stored = np.unique(self._shard[self._set == number])
                 taken[number] = sum(data.manifest["shards"][shard]["raw"]["bytes"] for shard in stored)
         if not taken.any():
-            raise ValueError(f"dataset.cache_limit: {limit} given, but no set of this mixture is remote or "
-                             "compressed, so that it would do nothing; one that is is needed. Remove it")
+            raise ValueError(f"dataset.cache_limit: {limit} given, but no set of this mixture is remote or compressed, so "
+                             "that it would do nothing; one that is is needed. Remove it")
         for number in np.flatnonzero(taken):
             keys = {**arguments[number], "cache_limit": int(limit * taken[number] / taken.sum())}
             self._sets[number] = self._open_set(self.manifest["sets"][number], remote, keys)
@@ -470,8 +464,7 @@ class MixtureSplit(SplitFacts):
         if self._part[shard] < 0:
             return index
         if not 0 <= index < self._samples[shard]:
-            raise IndexError(f"chunk {index} of shard {shard}: the mixture takes {self._samples[shard]} "
-                             "chunks of it")
+            raise IndexError(f"chunk {index} of shard {shard}: the mixture takes {self._samples[shard]} chunks of it")
         return int(self._chunks(shard)[index])
 
     def _chunks(self, shard: int) -> np.ndarray:

@@ -26,8 +26,7 @@ def parse_bytes(key: str, value: Any) -> int | None:
     if match:
         value = int(float(match[1].replace("_", "")) * _UNITS[(match[2] or "").lower()])
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key} must be a number of bytes, as an integer or a text such as 200gb, got "
-                         f"{value!r}")
+        raise ValueError(f"{key} must be a number of bytes, as an integer or a text such as 200gb, got {value!r}")
     return value
 
 

@@ -1,15 +1,15 @@
 """The bytes of one MDS shard, checked before one of them is used.
 
-The reference readers trust names, offsets and counts: a forged header reads anywhere in the file, a pickled
-column is code execution, a packed shard expands to whatever it likes. Here a file is mapped only if it is a
-plain file of the stated size and hash; header, offsets, sample layout and token range are checked,
-vectorised, and expanding stops at the declared size. The column set is fixed, so nothing is ever unpickled.
-What the numbers should be comes from the caller (manifest.py through mds.py); fetching is remote.py's work.
+The reference readers trust names, offsets and counts: a forged header reads anywhere in the file, a pickled column is
+code execution, a packed shard expands to whatever it likes. Here a file is mapped only if it is a plain file of the
+stated size and hash; header, offsets, sample layout and token range are checked, vectorised, and expanding stops at the
+declared size. The column set is fixed, so nothing is ever unpickled. What the numbers should be comes from the caller
+(manifest.py through mds.py); fetching is remote.py's work.
 
-Layout of a shard (streaming 0.12, format/mds/writer.py; little-endian): uint32 samples; uint32
-offsets[samples + 1]; JSON config; samples. A sample is one uint32 size per variable-length column in sorted
-order (doc, source, tokens), then the columns' bytes: doc, last int64, part int64, source, tokens. tokens
-starts with a byte (axes << 2 | log2 of the bytes per axis length) and the length.
+Layout of a shard (streaming 0.12, format/mds/writer.py; little-endian): uint32 samples; uint32 offsets[samples + 1];
+JSON config; samples. A sample is one uint32 size per variable-length column in sorted order (doc, source, tokens), then
+the columns' bytes: doc, last int64, part int64, source, tokens. tokens starts with a byte (axes << 2 | log2 of the
+bytes per axis length) and the length.
 """
 
 from __future__ import annotations
@@ -99,8 +99,7 @@ def parse_shard(buffer: Buffer, path: Path | str, *, num_samples: int | None, ch
         chunk_length, vocab_size: bounds of a chunk's tokens.
 
     Raises:
-        ValueError: anything contradicts the format, the file's size or the bounds; nothing was read past the
-            end.
+        ValueError: anything contradicts the format, the file's size or the bounds; nothing was read past the end.
     """
     raw = np.frombuffer(buffer, np.uint8)  # (bytes,)
     stated = int.from_bytes(raw[:4].tobytes(), "little")
@@ -223,15 +222,13 @@ def check_content(shard: Shard, path: Path | str, source: str | None = None) -> 
     """What training does not look at: ids, parts and sources of all chunks.
 
     Args:
-        shard: parsed. path: its name in messages. source: what every chunk must state; None takes the first
-            one's.
+        shard: parsed. path: its name in messages. source: what every chunk must state; None takes the first one's.
 
     Returns:
         The source.
 
     Raises:
-        ValueError: text that is not UTF-8, a document whose parts do not count up, or chunks of another
-            source.
+        ValueError: text that is not UTF-8, a document whose parts do not count up, or chunks of another source.
     """
     raw = np.frombuffer(shard.buffer, np.uint8)
     source = read_columns(shard, 0, path)[2] if source is None else source
@@ -262,13 +259,12 @@ def scan_shard(path: Path, *, chunk_length: int, vocab_size: int) -> dict[str, A
     """The manifest's entry of a shard, from the file alone, everything in it checked.
 
     Args:
-        path: `NAME.mds`, or `NAME.mds.zstd`, which is expanded in memory (at most 1 GiB: nothing states its
-            size).
+        path: `NAME.mds`, or `NAME.mds.zstd`, which is expanded in memory (at most 1 GiB: nothing states its size).
         chunk_length, vocab_size: bounds of a chunk's tokens.
 
     Returns:
-        {raw, zip, samples, tokens, documents, source, rows, lengths}; `lengths` is the histogram as a list,
-        index = tokens of a chunk; `rows` is counted for rows of chunk_length + 2.
+        {raw, zip, samples, tokens, documents, source, rows, lengths}; `lengths` is the histogram as a list, index = tokens
+        of a chunk; `rows` is counted for rows of chunk_length + 2.
 
     Raises:
         FileNotFoundError, ValueError: it is not such a shard.
@@ -318,8 +314,7 @@ _LIMITED: weakref.WeakSet[MDSSplit] = weakref.WeakSet()
 
 
 def _unmap_after_fork() -> None:
-    """A forked child would keep its parent's shards from being removed from a limited cache; it maps its
-    own."""
+    """A forked child would keep its parent's shards from being removed from a limited cache; it maps its own."""
     for data in list(_LIMITED):
         data._open.clear()
 
@@ -330,23 +325,21 @@ os.register_at_fork(after_in_child=_unmap_after_fork)
 class MDSSplit(SplitFacts):
     """One split folder: its manifest, and random access to its chunks.
 
-    Safe to pickle and to inherit through fork: open files are per process. At most `max_open` shards stay
-    mapped, the least recently used is dropped; all of a shard is checked each time it is mapped.
+    Safe to pickle and to inherit through fork: open files are per process. At most `max_open` shards stay mapped, the
+    least recently used is dropped; all of a shard is checked each time it is mapped.
 
     Args:
         local: the split's folder, e.g. `data/train`.
-        verify_hashes: compare every file's xxh64 with the manifest before use. False still checks size and
-            structure.
+        verify_hashes: compare every file's xxh64 with the manifest before use. False still checks size and structure.
         max_open: shards kept mapped at a time.
-        remote: folder or URL of the same split; its files are then fetched into `local`, shards when they are
-            needed.
-        cache_limit: most bytes that fetched or expanded shards may take in `local`, such as "200gb"; the
-            least recently used ones are removed.
+        remote: folder or URL of the same split; its files are then fetched into `local`, shards when they are needed.
+        cache_limit: most bytes that fetched or expanded shards may take in `local`, such as "200gb"; the least recently
+            used ones are removed.
 
     Raises:
         FileNotFoundError: no such folder, or it holds no manifest.
-        ValueError: a file is not what the manifest says, the manifest is not one of ours, or an argument is
-            out of range; it names the file or the key.
+        ValueError: a file is not what the manifest says, the manifest is not one of ours, or an argument is out of range;
+            it names the file or the key.
         OSError: the remote place cannot be reached.
     """
 
@@ -397,8 +390,7 @@ class MDSSplit(SplitFacts):
         return row
 
     def sample_lengths(self, shard: int) -> np.ndarray:
-        """(samples,) int32: tokens of each chunk of this shard, in stored order (in a substitute:
-        ascending)."""
+        """(samples,) int32: tokens of each chunk of this shard, in stored order (in a substitute: ascending)."""
         return self._shard(shard).lengths
 
     def last(self, shard: int) -> np.ndarray:
@@ -423,11 +415,9 @@ class MDSSplit(SplitFacts):
         return {"tokens": tokens, "doc": doc, "part": part, "last": int(opened.last[index]), "source": source}
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Announces the shards of the next rows, in order of need, so that they are fetched in the
-        background.
+        """Announces the shards of the next rows, in order of need, so that they are fetched in the background.
 
-        Also raises `max_open` to their number, and with a cache limit unmaps others, so that they can make
-        room.
+        Also raises `max_open` to their number, and with a cache limit unmaps others, so that they can make room.
         """
         self.max_open = max(self.max_open, len(shards))
         if self._files.cache_limit is not None and not self._open.keys() <= set(shards):
@@ -453,8 +443,7 @@ class MDSSplit(SplitFacts):
             Bytes read and hashed.
 
         Raises:
-            FileNotFoundError, OSError: a file cannot be read. ValueError: the first lie found, naming its
-                file.
+            FileNotFoundError, OSError: a file cannot be read. ValueError: the first lie found, naming its file.
         """
         return self._check(shard)[0]
 
@@ -488,13 +477,12 @@ class MDSSplit(SplitFacts):
         return num_bytes, documents
 
     def verify(self) -> None:
-        """Checks every file of the split in full: hashes, layout, counts, packed rows, token range, stock
-        index.json.
+        """Checks every file of the split in full: hashes, layout, counts, packed rows, token range, stock index.json.
 
         Raises:
             ValueError: the first lie found, naming its file.
         """
-        self._check_index()
+        self.check_index()
         documents = sum(self._check(shard)[1] for shard in range(self.num_shards))
         if documents != self.manifest["totals"]["documents"]:
             raise bad_file(self.local / MANIFEST, f"totals.documents is {self.manifest['totals']['documents']}",
@@ -569,19 +557,20 @@ class MDSSplit(SplitFacts):
             return True
         return False
 
-    def _check_index(self) -> None:
+    def check_index(self) -> None:
         """index.json is what stock readers trust; it must say what the manifest says."""
         path = self.local / INDEX
         index = read_json(path)
         encodings = [COLUMNS[name] for name in COLUMN_NAMES]
 
-        def file(entry: dict[str, Any] | None) -> tuple[str, int] | None:
-            return None if entry is None else (entry["basename"], entry["bytes"])
+        def file(entry: dict[str, Any] | None) -> tuple[str, int, str] | None:
+            return entry and (entry["basename"], entry["bytes"], entry.get("hashes", entry)["xxh64"])
 
-        expected = [(file(s["raw"]), file(s["zip"]), s["samples"], COLUMN_NAMES, encodings) for s in self.manifest["shards"]]
+        expected = [(2, 2, "mds", file(s["raw"]), file(s["zip"]), s["samples"], COLUMN_NAMES, encodings)
+                    for s in self.manifest["shards"]]
         try:
-            found = [(file(s["raw_data"]), file(s["zip_data"]), s["samples"], s["column_names"], s["column_encodings"])
-                     for s in index["shards"]]
+            found = [(index["version"], s["version"], s["format"], file(s["raw_data"]), file(s["zip_data"]),
+                      s["samples"], s["column_names"], s["column_encodings"]) for s in index["shards"]]
         except (KeyError, TypeError) as error:
             raise bad_file(path, f"is not an MDS index ({error!r})", "the writer's index is needed") from None
         if found != expected:

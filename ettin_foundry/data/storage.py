@@ -1,10 +1,10 @@
 """One small interface over local folders, S3 and whatever fsspec reaches: names in, bytes out.
 
-Corpora, converted sets and the shards of a training run may lie on a disk or in a bucket; the rest of the
-package does not ask which. Writing is atomic everywhere, so that a name is either absent or whole. Reading
-from a network goes in ranges of 8 MiB, each tried several times: a lost connection costs one range, not the
-file. S3 is spoken through boto3 (Streaming brings it), any other scheme (gs://, hf://, ...) through fsspec
-and its driver: storage_remote.py and what it names.
+Corpora, converted sets and the shards of a training run may lie on a disk or in a bucket; the rest of the package does
+not ask which. Writing is atomic everywhere, so that a name is either absent or whole. Reading from a network goes in
+ranges of 8 MiB, each tried several times: a lost connection costs one range, not the file. S3 is spoken through boto3
+(Streaming brings it), any other scheme (gs://, hf://, ...) through fsspec and its driver: storage_remote.py and what it
+names.
 
 Not here: what the files mean, hashes of their content (mds.py), caches and their limits (remote.py).
 """
@@ -71,9 +71,8 @@ def check_name(name: str) -> str:
         ValueError: it is empty, absolute, or has a part that is empty, `.` or `..`.
     """
     if "\0" in name or not all(part not in ("", ".", "..") for part in name.split("/")):
-        raise ValueError(f"file name {name!r:.200}: it is not a plain name inside the folder; parts divided "
-                         "by single slashes, none of them '.' or '..', are allowed. Correct the name, or do "
-                         "not use this set")
+        raise ValueError(f"file name {name!r:.200}: it is not a plain name inside the folder; parts divided by single "
+                         "slashes, none of them '.' or '..', are allowed. Correct the name, or do not use this set")
     return name
 
 
@@ -94,8 +93,7 @@ def _as_path(place: str | os.PathLike[str]) -> str:
 
 @contextlib.contextmanager
 def _partial_file(path: Path, folder: Path) -> Iterator[IO[bytes]]:
-    """A hidden file in `folder`, open for writing, which becomes `path` when the block ends without an
-    error."""
+    """A hidden file in `folder`, open for writing, which becomes `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{path.name[:100]}.{uuid.uuid4().hex[:16]}.partial"
     try:
@@ -111,14 +109,12 @@ def _partial_file(path: Path, folder: Path) -> Iterator[IO[bytes]]:
 
 def missing(place: str) -> FileNotFoundError:
     """The error for a file that is not there, to be raised by the caller."""
-    return FileNotFoundError(f"{place}: no such file; a present one is needed. Correct the name, or fetch or "
-                             "write it again")
+    return FileNotFoundError(f"{place}: no such file; a present one is needed. Correct the name, or fetch or write it again")
 
 
 def too_short(place: str, begin: int, end: int) -> OSError:
     """The error for a file that ends before what was asked for, to be raised by the caller."""
-    return OSError(f"{place}: it ends before byte {end}; bytes {begin} to {end} were to be read. Fetch or "
-                   "write it again")
+    return OSError(f"{place}: it ends before byte {end}; bytes {begin} to {end} were to be read. Fetch or write it again")
 
 
 def _unreadable(error: OSError) -> None:
@@ -140,10 +136,9 @@ def _replace(source: str | os.PathLike[str], target: Path) -> None:
 class Storage:
     """A folder, here or elsewhere. Instances hold no connection: they are cheap and can be pickled.
 
-    Names are relative, divided by slashes; hidden ones (a part starts with a dot) are read and written like
-    others but never listed. Every method raises ValueError for a name that is not plain, FileNotFoundError
-    for a missing one, PermissionError where access is refused, ConnectionError when a network fails `TRIES`
-    times, OSError for the rest.
+    Names are relative, divided by slashes; hidden ones (a part starts with a dot) are read and written like others but
+    never listed. Every method raises ValueError for a name that is not plain, FileNotFoundError for a missing one,
+    PermissionError where access is refused, ConnectionError when a network fails `TRIES` times, OSError for the rest.
     """
 
     is_local = False
@@ -175,8 +170,7 @@ class Storage:
         raise NotImplementedError
 
     def list(self, prefix: str = "") -> list[tuple[str, int]]:
-        """(name, bytes) of every file whose name begins with `prefix`, in the order of names; none when
-        nothing is there."""
+        """(name, bytes) of every file whose name begins with `prefix`, in the order of names; none when nothing is there."""
         raise NotImplementedError
 
     def read_bytes(self, name: str) -> bytes:
@@ -197,13 +191,11 @@ class Storage:
         raise NotImplementedError
 
     def put_file(self, local_path: str | os.PathLike[str], name: str) -> None:
-        """Moves a local file into place atomically; it is gone from where it was. Cheapest from
-        `scratch()`."""
+        """Moves a local file into place atomically; it is gone from where it was. Cheapest from `scratch()`."""
         raise NotImplementedError
 
     def get_file(self, name: str, local_path: str | os.PathLike[str], *, num_bytes: int | None = None) -> None:
-        """Copies a file to `local_path`: block by block into a hidden partial file beside it, which is then
-        renamed.
+        """Copies a file to `local_path`: block by block into a hidden partial file beside it, which is then renamed.
 
         Args:
             name: the file here.
@@ -215,8 +207,7 @@ class Storage:
         """
         found = self.size(name)
         if num_bytes is not None and found != num_bytes:
-            raise OSError(f"{self.where(name)}: {found} bytes; {num_bytes} are stated for it. Upload or "
-                          "convert it again")
+            raise OSError(f"{self.where(name)}: {found} bytes; {num_bytes} are stated for it. Upload or convert it again")
         target = Path(local_path)
         with _partial_file(target, target.parent) as stream:
             for begin in range(0, found, BLOCK_BYTES):
@@ -227,8 +218,7 @@ class Storage:
         raise NotImplementedError
 
     def scratch(self) -> Path:
-        """A local folder for temporary files: inside the storage where that is local, else one for this
-        process."""
+        """A local folder for temporary files: inside the storage where that is local, else one for this process."""
         raise NotImplementedError
 
     def clear_scratch(self) -> None:

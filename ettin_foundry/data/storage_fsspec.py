@@ -12,8 +12,7 @@ from ettin_foundry.data.storage_remote import BUSY, RemoteStorage, brief, client
 __all__ = ["FsspecStorage"]
 
 _RENAMING = {"sftp", "ssh", "hdfs", "arrow_hdfs", "webhdfs", "smb", "ftp", "dbfs", "webdav"}
-"""Schemes of true file systems: what is being written there can be seen, so it is written elsewhere and
-renamed."""
+"""Schemes of true file systems: what is being written there can be seen, so it is written elsewhere and renamed."""
 
 
 class FsspecStorage(RemoteStorage):
@@ -29,13 +28,12 @@ class FsspecStorage(RemoteStorage):
                 raise ValueError("chained URLs are not read")
             fsspec.get_filesystem_class(self.scheme)
         except (ImportError, ValueError) as error:
-            raise ValueError(f"{url}: {self.scheme}:// cannot be read here ({error}); local paths, s3:// and "
-                             "what fsspec has an installed driver for can. Install the driver (gs:// needs "
-                             "gcsfs, az:// adlfs), or copy the files") from error
+            raise ValueError(f"{url}: {self.scheme}:// cannot be read here ({error}); local paths, s3:// and what fsspec "
+                             "has an installed driver for can. Install the driver (gs:// needs gcsfs, az:// adlfs), or copy "
+                             "the files") from error
 
     def _system(self, *, fresh: bool = False) -> tuple[Any, str]:
-        """The file system of this process, and the folder as it writes it. `fresh`: nothing it remembers
-        counts."""
+        """The file system of this process, and the folder as it writes it. `fresh`: nothing it remembers counts."""
         from fsspec.core import url_to_fs
 
         system, root = client_of_this_process(self.url, lambda: url_to_fs(self.url, skip_instance_cache=True))
@@ -52,8 +50,8 @@ class FsspecStorage(RemoteStorage):
 
     def _size(self, name: str, info: dict[str, Any]) -> int:
         if info.get("size") is None:
-            raise OSError(f"{self.where(name)}: the store does not tell its size; a file of known size is "
-                          "needed. Copy it to a disk or bucket")
+            raise OSError(f"{self.where(name)}: the store does not tell its size; a file of known size is needed. Copy it "
+                          "to a disk or bucket")
         return int(info["size"])
 
     def request_list(self, prefix: str, after: str | None) -> tuple[list[tuple[str, int]], str | None]:
@@ -102,8 +100,8 @@ class FsspecStorage(RemoteStorage):
         if isinstance(error, (ConnectionError, TimeoutError)) or status in BUSY:
             return None
         if isinstance(error, NotImplementedError):
-            return OSError(f"{place}: {self.scheme}:// does not allow this; a store that can be read, "
-                           "written and listed is needed. Name another")
+            return OSError(f"{place}: {self.scheme}:// does not allow this; a store that can be read, written and listed is "
+                           "needed. Name another")
         if isinstance(error, (OSError, ValueError, TypeError, ImportError)) and not status:
             known = type(error).__module__ == "builtins"  # a driver's own kind of OSError is a client's trouble
             return error if known else None

@@ -1,8 +1,8 @@
 """What storages over a network have in common: reading in ranges, trying again, streams that fetch ahead.
 
-A file is read in ranges, each a request of its own: where one is lost, that range alone is asked for again,
-and a file that was replaced meanwhile is an error, not a mixture of two (stores that give versions). Refusals
-(403, 404) are final. The requests themselves are in storage_s3.py and storage_fsspec.py.
+A file is read in ranges, each a request of its own: where one is lost, that range alone is asked for again, and a file
+that was replaced meanwhile is an error, not a mixture of two (stores that give versions). Refusals (403, 404) are final.
+The requests themselves are in storage_s3.py and storage_fsspec.py.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ log = logging.getLogger(__name__)
 
 TRIES = 5
 FIRST_DELAY = 0.5
-"""Seconds before the second try, three times as many before each further one; up to half is taken off by
-chance."""
+"""Seconds before the second try, three times as many before each further one; up to half is taken off by chance."""
 BUSY = frozenset({408, 429, 500, 502, 503, 504})
 """Answers that may be another one a moment later."""
 
@@ -52,8 +51,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def client_of_this_process(key: str, make: Callable[[], Any]) -> Any:
-    """The one client for `key` of this process, made on first use: a forked one must not share its parent's
-    connections."""
+    """The one client for `key` of this process, made on first use: a forked one must not share its parent's connections."""
     with _clients_lock:
         if (os.getpid(), key) not in _clients:
             _clients[os.getpid(), key] = make()
@@ -67,14 +65,12 @@ def brief(error: Exception) -> str:
 
 def refused(place: str, reason: str) -> PermissionError:
     """The error for a store that does not let this user in, to be raised by the caller."""
-    return PermissionError(f"{place}: access is refused ({reason}); credentials that may read, write and "
-                           "list it are needed (without leave to list, a missing file is refused too). "
-                           "Check them, and the name")
+    return PermissionError(f"{place}: access is refused ({reason}); credentials that may read, write and list it are "
+                           "needed (without leave to list, a missing file is refused too). Check them, and the name")
 
 
 class RemoteStorage(Storage):
-    """A storage whose every access is a request that may fail. Subclasses bring the six requests and judge
-    their errors."""
+    """A storage whose every access is a request that may fail. Subclasses bring the six requests and judge their errors."""
 
     def stat(self, name: str) -> tuple[int, str | None]:
         """Bytes of a file, and a mark of this version of its content where the store has one."""
@@ -84,8 +80,7 @@ class RemoteStorage(Storage):
         raise NotImplementedError
 
     def request_list(self, prefix: str, after: str | None) -> tuple[list[tuple[str, int]], str | None]:
-        """(name, bytes) of some of the files whose name begins with `prefix`, and what to give as `after` for
-        more."""
+        """(name, bytes) of some of the files whose name begins with `prefix`, and what to give as `after` for more."""
         raise NotImplementedError
 
     def request_range(self, name: str, begin: int, end: int, version: str | None) -> bytes:
@@ -115,9 +110,8 @@ class RemoteStorage(Storage):
                     raise final from (None if final is error else error)
                 reason = f"{type(error).__name__}: {brief(error)}"
                 if number == TRIES:
-                    raise ConnectionError(f"{place}: no answer after {TRIES} tries ({reason}); a store that "
-                                          "can be reached is needed. Check the network and the endpoint, "
-                                          "then start again") from error
+                    raise ConnectionError(f"{place}: no answer after {TRIES} tries ({reason}); a store that can be reached "
+                                          "is needed. Check the network and the endpoint, then start again") from error
                 seconds = FIRST_DELAY * 3 ** (number - 1) * (1 - _chance.random() / 2)
                 log.warning("%s: %s; try %d of %d in %.1f s", place, reason, number + 1, TRIES, seconds)
                 time.sleep(seconds)
@@ -155,9 +149,8 @@ class RemoteStorage(Storage):
             if len(data) == end - begin:
                 return data
             if len(data) > end - begin:
-                raise OSError(f"{self.where(name)}: the store sends more than the part that was asked for; "
-                              "one that serves ranges of bytes is needed. Copy the file to such a one, or "
-                              "to a disk")
+                raise OSError(f"{self.where(name)}: the store sends more than the part that was asked for; one that serves "
+                              "ranges of bytes is needed. Copy the file to such a one, or to a disk")
             if self.request_stat(name)[0] < end:
                 raise too_short(self.where(name), begin, end)
             raise ConnectionError(f"the answer ended after {len(data)} of {end - begin} bytes")
@@ -250,8 +243,7 @@ class _Blocks(io.RawIOBase):
         return number
 
     def _load(self) -> None:
-        """Takes the block that begins at the position, and asks for the next one when reading goes straight
-        on."""
+        """Takes the block that begins at the position, and asks for the next one when reading goes straight on."""
         begin, ahead = self.position, self.ahead
         straight = begin == self.block_begin + len(self.block)
         self.block = ahead.result() if ahead and ahead.begin == begin else self._fetch(begin)

@@ -1,5 +1,4 @@
-"""Storage in S3, or in what speaks its language (MinIO, R2, Ceph, ...), through boto3, which Streaming
-brings."""
+"""Storage in S3, or in what speaks its language (MinIO, R2, Ceph, ...), through boto3, which Streaming brings."""
 
 from __future__ import annotations
 
@@ -18,15 +17,13 @@ _BUSY_CODES = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException"
 
 
 class S3Storage(RemoteStorage):
-    """A bucket, or a folder of one. The endpoint is S3_ENDPOINT_URL (Streaming's variable) or boto3's own
-    choice."""
+    """A bucket, or a folder of one. The endpoint is S3_ENDPOINT_URL (Streaming's variable) or boto3's own choice."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self.bucket, _, self.prefix = self.url[len("s3://"):].partition("/")
         if not self.bucket:
-            raise ValueError(f"{url}: no bucket; s3://BUCKET or s3://BUCKET/FOLDER is needed. Correct the "
-                             "URL")
+            raise ValueError(f"{url}: no bucket; s3://BUCKET or s3://BUCKET/FOLDER is needed. Correct the URL")
 
     def client(self) -> Any:
         endpoint = os.environ.get("S3_ENDPOINT_URL") or ""
@@ -98,7 +95,6 @@ class S3Storage(RemoteStorage):
         if status in (401, 403):
             return refused(place, brief(error))
         if status == 412:
-            return OSError(f"{place}: it was replaced while it was read; a file that stays as it is is "
-                           "needed. Start again")
-        return OSError(f"{place}: the store refuses ({brief(error)}); a request that it understands is "
-                       "needed. Check the URL, the region and the endpoint (S3_ENDPOINT_URL)")
+            return OSError(f"{place}: it was replaced while it was read; a file that stays as it is is needed. Start again")
+        return OSError(f"{place}: the store refuses ({brief(error)}); a request that it understands is needed. Check the "
+                       "URL, the region and the endpoint (S3_ENDPOINT_URL)")

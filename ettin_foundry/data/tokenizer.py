@@ -1,10 +1,9 @@
 """The tokenizer: load, train, check, and the two templates (encoder, decoder) of one vocabulary.
 
-Ettin uses OLMo's byte-level BPE with [UNK] [CLS] [SEP] [PAD] [MASK] after the ordinary entries; BOS is [CLS],
-EOS is [SEP]. Both members of a pair share the vocabulary and differ only in the template put around a text.
-Data sets carry a fingerprint of the vocabulary and of what the tokenizer does with a fixed text, so that
-training with another one is an error and not a bad model. Special tokens around chunks are the loader's work
-(data.py), not done here.
+Ettin uses OLMo's byte-level BPE with [UNK] [CLS] [SEP] [PAD] [MASK] after the ordinary entries; BOS is [CLS], EOS is
+[SEP]. Both members of a pair share the vocabulary and differ only in the template put around a text. Data sets carry a
+fingerprint of the vocabulary and of what the tokenizer does with a fixed text, so that training with another one is an
+error and not a bad model. Special tokens around chunks are the loader's work (data.py), not done here.
 """
 
 from __future__ import annotations
@@ -33,14 +32,15 @@ _NUM_BYTES = 256
 
 # What a fingerprint tokenizes. Never change it: every manifest on disk holds its hash.
 _PROBE = (
-    "The quick brown fox jumps over the lazy dog; it didn't stop at 3,141.59 or \"quotes\" -- isn't that "
-    "odd?\ndef f(x: int, *, y=None) -> dict[str, float]:\n    if x >= 10 and not y:\n\t\treturn "
-    f"{'a': x ** 2, \"b\": 1e-5}\n\n\n    for i in range(100):  # comment\n        total += a[i] @ "
-    "b[i:-1]\ncaf\u00e9 cafe\u0301 \u00c5ngstr\u00f6m \u2126 \ufb01n stra\u00dfe \u0130stanbul "
-    "\u4f60\u597d\u4e16\u754c \u043f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 "
-    "\u0939\u093f\u0928\u094d\u0926\u0940 \U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 "
-    "\u00a0\u2003\u200b end   of  \t tabs \r\n lines                         wide\n[MASK] [CLS] [SEP] [PAD] "
-    f"[UNK] <|endoftext|> http://example.org/a?b=c&d=%20 user@example.org $x_1^{2}$ \\alpha"
+    "The quick brown fox jumps over the lazy dog; it didn't stop at 3,141.59 or \"quotes\" -- isn't that odd?\n"
+    "def f(x: int, *, y=None) -> dict[str, float]:\n    if x >= 10 and not y:\n\t\treturn {'a': x ** 2, \"b\": 1e-5}\n"
+    "\n\n"
+    "    for i in range(100):  # comment\n        total += a[i] @ b[i:-1]\n"
+    "caf\u00e9 cafe\u0301 \u00c5ngstr\u00f6m \u2126 \ufb01n stra\u00dfe \u0130stanbul \u4f60\u597d\u4e16\u754c "
+    "\u043f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 \u0939\u093f\u0928\u094d\u0926\u0940 "
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \u00a0\u2003\u200b "
+    "end   of  \t tabs \r\n lines                         wide\n"
+    "[MASK] [CLS] [SEP] [PAD] [UNK] <|endoftext|> http://example.org/a?b=c&d=%20 user@example.org $x_1^{2}$ \\alpha"
 )
 
 
@@ -50,17 +50,16 @@ def load(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     BOS and EOS are set to [CLS] and [SEP] where the tokenizer names none, as ModernBERT's does.
 
     Raises:
-        FileNotFoundError: neither a folder nor an id that can be reached. ValueError: not a fast tokenizer,
-            larger than `MAX_VOCAB_SIZE`, or without the special tokens needed; each says what to do.
+        FileNotFoundError: neither a folder nor an id that can be reached. ValueError: not a fast tokenizer, larger than
+            `MAX_VOCAB_SIZE`, or without the special tokens needed; each says what to do.
     """
     from transformers import PreTrainedTokenizerFast
 
     name = os.fspath(name_or_folder)
     folder = Path(name).is_dir()
     if folder and not (Path(name) / "tokenizer.json").is_file():
-        raise ValueError(f"tokenizer {name}: the folder has no tokenizer.json; a folder saved by a fast "
-                         "tokenizer's save_pretrained is needed. Name another folder, or train one with "
-                         "--train-tokenizer")
+        raise ValueError(f"tokenizer {name}: the folder has no tokenizer.json; a folder saved by a fast tokenizer's "
+                         "save_pretrained is needed. Name another folder, or train one with --train-tokenizer")
     try:
         if folder and _class_name(Path(name)) == "PreTrainedTokenizerFast":
             # at once: AutoTokenizer imports a good part of transformers
@@ -71,15 +70,13 @@ def load(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
             tok = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False, local_files_only=folder)
     except Exception as error:  # the hub client raises many kinds, also for a malformed tokenizer.json
         if folder:
-            raise ValueError(f"tokenizer {name}: cannot be read ({_first_line(error)}); a folder saved by a "
-                             "fast tokenizer's save_pretrained is needed. Save it again or name "
-                             "another") from error
-        raise FileNotFoundError(f"tokenizer {name}: neither a folder nor a Hugging Face id that can be "
-                                f"loaded here ({_first_line(error)}). Name a folder, or connect to the "
-                                "network") from error
+            raise ValueError(f"tokenizer {name}: cannot be read ({_first_line(error)}); a folder saved by a fast "
+                             "tokenizer's save_pretrained is needed. Save it again or name another") from error
+        raise FileNotFoundError(f"tokenizer {name}: neither a folder nor a Hugging Face id that can be loaded here "
+                                f"({_first_line(error)}). Name a folder, or connect to the network") from error
     if not isinstance(tok, PreTrainedTokenizerFast):
-        raise ValueError(f"tokenizer {name}: it is a {type(tok).__name__}; a fast tokenizer (with "
-                         "tokenizer.json) is needed. Convert it with transformers, or name another")
+        raise ValueError(f"tokenizer {name}: it is a {type(tok).__name__}; a fast tokenizer (with tokenizer.json) is "
+                         "needed. Convert it with transformers, or name another")
     tok.bos_token, tok.eos_token = tok.bos_token or tok.cls_token, tok.eos_token or tok.sep_token
     special_ids(tok)
     return tok
@@ -94,35 +91,31 @@ def _class_name(folder: Path) -> str | None:
 
 
 def special_ids(tok: PreTrainedTokenizerFast) -> dict[str, int | None]:
-    """Ids of unk, cls (also BOS), sep (also EOS), pad and mask; only unk may be None, a byte-level BPE needs
-    none.
+    """Ids of unk, cls (also BOS), sep (also EOS), pad and mask; only unk may be None, a byte-level BPE needs none.
 
     Raises:
         ValueError: one is missing, two are equal, or the vocabulary exceeds `MAX_VOCAB_SIZE`.
     """
     name = _name(tok)
     if vocab_size(tok) > MAX_VOCAB_SIZE:
-        raise ValueError(f"tokenizer {name}: its vocabulary has {vocab_size(tok)} entries; at most "
-                         f"{MAX_VOCAB_SIZE} are allowed, tokens are stored as uint16. Choose or train a "
-                         "smaller one")
+        raise ValueError(f"tokenizer {name}: its vocabulary has {vocab_size(tok)} entries; at most {MAX_VOCAB_SIZE} "
+                         "are allowed, tokens are stored as uint16. Choose or train a smaller one")
     found: dict[str, Any] = {"unk": tok.unk_token_id, "cls": tok.cls_token_id, "sep": tok.sep_token_id,
                              "pad": tok.pad_token_id, "mask": tok.mask_token_id}
     ids = {key: None if value is None else int(value) for key, value in found.items()}
     needed = {key: ids[key] for key in ("cls", "sep", "pad", "mask")}
     missing = [key for key, value in needed.items() if value is None]
     if missing:
-        raise ValueError(f"tokenizer {name}: no {', '.join(key + '_token' for key in missing)}; cls, sep, "
-                         "pad and mask tokens are needed. Add them and save the tokenizer, or train one "
-                         "with --train-tokenizer")
+        raise ValueError(f"tokenizer {name}: no {', '.join(key + '_token' for key in missing)}; cls, sep, pad and mask "
+                         "tokens are needed. Add them and save the tokenizer, or train one with --train-tokenizer")
     if len(set(needed.values())) != len(needed):
-        raise ValueError(f"tokenizer {name}: special tokens share ids, {needed}; cls, sep, pad and mask must "
-                         "all differ. Give each a token of its own and save the tokenizer")
+        raise ValueError(f"tokenizer {name}: special tokens share ids, {needed}; cls, sep, pad and mask must all "
+                         "differ. Give each a token of its own and save the tokenizer")
     return ids
 
 
 def forbidden_ids(tok: PreTrainedTokenizerFast) -> set[int]:
-    """Ids that ordinary text must never give: the special tokens, and every added token that is marked
-    special."""
+    """Ids that ordinary text must never give: the special tokens, and every added token that is marked special."""
     backend: Any = tok.backend_tokenizer
     return {value for value in special_ids(tok).values() if value is not None} \
         | {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
@@ -134,8 +127,7 @@ def vocab_size(tok: PreTrainedTokenizerFast) -> int:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE of Ettin's kind: NFC, no prefix space, the five special tokens as the last five
-    ids.
+    """Trains a byte-level BPE of Ettin's kind: NFC, no prefix space, the five special tokens as the last five ids.
 
     Args:
         texts: the training text; read once, streamed.
@@ -149,8 +141,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
     smallest = _NUM_BYTES + len(_SPECIALS)
     if not smallest <= vocab_size <= MAX_VOCAB_SIZE:
-        raise ValueError(f"--train-tokenizer: {vocab_size} given; {smallest} (every byte and the special "
-                         f"tokens) to {MAX_VOCAB_SIZE} entries are possible. Ettin's demo uses 8192")
+        raise ValueError(f"--train-tokenizer: {vocab_size} given; {smallest} (every byte and the special tokens) to "
+                         f"{MAX_VOCAB_SIZE} entries are possible. Ettin's demo uses 8192")
     backend: Any = Tokenizer(models.BPE())  # Any: the stubs of tokenizers 0.21 lack setters and keywords
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -161,8 +153,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     backend.train_from_iterator(texts, trainer=trainer)
     found = backend.get_vocab_size() + len(_SPECIALS)
     if found != vocab_size:
-        raise ValueError(f"--train-tokenizer: {vocab_size} given; the corpus gives only {found} entries. Ask "
-                         f"for at most {found}, or give more text")
+        raise ValueError(f"--train-tokenizer: {vocab_size} given; the corpus gives only {found} entries. Ask for at "
+                         f"most {found}, or give more text")
     # added after training: the trainer would put them first, Ettin has them last
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False, lstrip=key == "mask")
                                 for key, token in _SPECIALS.items()])
@@ -178,8 +170,8 @@ def with_template(tok: PreTrainedTokenizerFast, kind: str) -> PreTrainedTokenize
     """A copy that puts the template of an encoder or of a decoder around a text.
 
     encoder: [CLS] A [SEP], pairs [CLS] A [SEP] B [SEP], padding on the right.
-    decoder: [CLS] A: BOS always, EOS never, since a prompt must not say that it is over; padding on the left,
-    so that generation continues every prompt of a batch at its end.
+    decoder: [CLS] A: BOS always, EOS never, since a prompt must not say that it is over; padding on the left, so that
+    generation continues every prompt of a batch at its end.
 
     Raises:
         ValueError: `kind` is neither.
@@ -244,10 +236,9 @@ def check(tok: PreTrainedTokenizerFast, manifest_block: dict[str, Any]) -> None:
     mine = fingerprint(tok)
     for key in ("vocab_size", "special_ids", "vocab_sha256", "probe_sha256"):
         if mine[key] != manifest_block.get(key):
-            raise ValueError(f"tokenizer {mine['name']}: its {key} is {mine[key]}, the data set was made "
-                             f"with {manifest_block.get('name')!r}, whose {key} is "
-                             f"{manifest_block.get(key)}. Use the data set's own tokenizer folder, or "
-                             "convert the corpus again with this one")
+            raise ValueError(f"tokenizer {mine['name']}: its {key} is {mine[key]}, the data set was made with "
+                             f"{manifest_block.get('name')!r}, whose {key} is {manifest_block.get(key)}. Use the data "
+                             "set's own tokenizer folder, or convert the corpus again with this one")
 
 
 def _name(tok: PreTrainedTokenizerFast) -> str:
