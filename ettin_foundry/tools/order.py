@@ -16,7 +16,6 @@ from __future__ import annotations
 import bisect
 import inspect
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -45,7 +45,7 @@ def test_flipped_byte_in_a_set_is_found_by_verify_and_before_use(sets):
     data = open_split(sets.parent / "mix" / "train")
     data.verify()
     [first, *_] = [shard for shard in range(data.num_shards) if data.sources[shard] == "web"]
-    name = f"shard.{data._shard[first]:05d}.mds"
+    name = f"shard.{data._shard[first]:05d}.000.mds"
     victim = sets / "web" / "train" / name
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
@@ -74,7 +74,7 @@ def test_bad_shard_taken_in_part_is_replaced_with_the_same_lengths_where_that_is
     build(sets)
     good = open_split(sets.parent / "mix" / "train")
     part = next(shard for shard in range(good.num_shards) if good._part[shard] >= 0 and good.sources[shard] == "web")
-    name = f"shard.{good._shard[part]:05d}.mds"
+    name = f"shard.{good._shard[part]:05d}.000.mds"
     expected = np.sort(good.sample_lengths(part)), good.lengths(part)
     (sets / "web" / "train" / name).write_bytes(b"nothing")
     with pytest.raises(ValueError, match=name):
