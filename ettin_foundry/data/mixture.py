@@ -27,9 +27,9 @@ from pydantic import BaseModel, Field, model_validator
 
 from ettin_foundry.data.cache import fetch_manifest
 from ettin_foundry.data.manifest import MANIFEST, MAX_CHUNK_LENGTH, Count, SplitFacts, bad_file, check_record, read_json
+from ettin_foundry.data.order import raw_draws
 from ettin_foundry.data.packing import pack_lengths, piece_counts
 from ettin_foundry.data.quantities import parse_bytes
-from ettin_foundry.data.shard_rows import raw_draws
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import is_url, join, open_storage
 
