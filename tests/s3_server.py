@@ -14,6 +14,7 @@ import socket
 import threading
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 
@@ -73,7 +74,7 @@ class S3Server:
         """Makes this process talk to the server, without waiting between tries; children get `environment` by it too."""
         for name, value in self.environment.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
+        monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=lambda seconds: None))
         if block_bytes:
             monkeypatch.setattr("ettin_foundry.data.storage._BLOCK_BYTES", block_bytes)
 

@@ -385,6 +385,12 @@ class MDSSplit(SplitFacts):
         at = next((i for i, pair in enumerate(zip(found, expected)) if pair[0] != pair[1]), len(expected))
         raise bad_file(path, f"its shard {at} differs from {MANIFEST}", "both must list the same shards")
 
+    def verify(self) -> None:
+        """Checks index.json and every shard in full; errors as in `check_shard`."""
+        self.check_index()
+        for shard in range(self.num_shards):
+            self.check_shard(shard)
+
     # -------------------------------------------------------------- files
 
     def _map(self, file: dict[str, Any]) -> mmap.mmap:

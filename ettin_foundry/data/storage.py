@@ -249,7 +249,7 @@ class _RemoteStorage(Storage):
                 raise ValueError("chained URLs are not read")
             fsspec.get_filesystem_class(scheme)
         except (ImportError, ValueError) as error:
-            raise ValueError(f"{url} cannot be read here ({error}); local paths, s3:// and what fsspec has an installed "
+            raise ValueError(f"{url}: {scheme}:// cannot be read here ({error}); local paths, s3:// and what fsspec has an installed "
                              "driver for can; install the driver (gs:// needs gcsfs, az:// adlfs)") from error
 
     def _system(self, name: str, *, fresh: bool = False) -> tuple[AbstractFileSystem, str]:
@@ -368,7 +368,8 @@ class _S3(AbstractFileSystem):
 
         session = Session()
         options: dict[str, Any] = {} if session.get_credentials() else {"signature_version": UNSIGNED}
-        config = Config(retries={"mode": "standard", "total_max_attempts": _TRIES}, connect_timeout=10, **options)
+        # the standard mode gives up at once when its quota of retries is used up, which a shaky network does
+        config = Config(retries={"mode": "legacy", "total_max_attempts": _TRIES}, connect_timeout=10, **options)
         self.client = session.client("s3", endpoint_url=endpoint or None, config=config)  # Streaming's variable
 
     @staticmethod

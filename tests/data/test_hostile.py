@@ -62,7 +62,7 @@ def read_all(folder: Path, **options: Any) -> None:
             data.sample(shard, index)
 
 
-def verify(folder: Path) -> None:
+def check_shards(folder: Path) -> None:
     data = MDSSplit(folder)
     for shard in range(data.num_shards):
         data.check_shard(shard)
@@ -77,8 +77,7 @@ def refused(folder: Path, message: str, *, read: Callable[[Path], None] = read_a
 def test_the_split_that_is_spoilt_was_good(split: Callable[[bool], Path], masters: dict[bool, Path]) -> None:
     read_all(split(False))
     for folder in masters.values():
-        verify(folder)
-        MDSSplit(folder).check_index()
+        MDSSplit(folder).verify()
 
 
 # ------------------------------------------------------------------ what the manifest states
@@ -153,10 +152,10 @@ def test_a_manifest_that_is_no_json_object_is_refused(split: Callable[[bool], Pa
     (lambda m: (m["shards"][0].update(documents=m["shards"][0]["documents"] - 1),
                 m["totals"].update(documents=m["totals"]["documents"] - 1)), "shards.0: documents"),
     (set_in("shards", 0, "source", value="z"), f"{SHARD}: chunk 0 is of source 'a'")], ids=range(3))
-def test_counts_that_are_wrong_are_found_by_a_full_check(split: Callable[[bool], Path], change: Change, message: str) -> None:
+def test_wrong_counts_are_found_by_a_full_check(split: Callable[[bool], Path], change: Change, message: str) -> None:
     folder = split(False)
     edit(folder, change)
-    refused(folder, message, read=verify)
+    refused(folder, message, read=check_shards)
 
 
 @pytest.mark.parametrize("change", [
@@ -274,10 +273,10 @@ UNREAD: list[tuple[Change, str]] = [  # what only a full check looks at
 
 
 @pytest.mark.parametrize(("number", "read"), [*((n, read_all) for n in range(len(FORGERIES))),
-                                              *((n, verify) for n in range(len(UNREAD)))])
+                                              *((n, check_shards) for n in range(len(UNREAD)))])
 def test_forged_bytes_under_a_right_hash_are_refused(split: Callable[[bool], Path], number: int,
                                                      read: Callable[[Path], None]) -> None:
-    change, message = (UNREAD if read is verify else FORGERIES)[number]
+    change, message = (UNREAD if read is check_shards else FORGERIES)[number]
     folder = split(False)
     data = bytearray((folder / SHARD).read_bytes())
     change(data)
