@@ -249,8 +249,8 @@ class _RemoteStorage(Storage):
                 raise ValueError("chained URLs are not read")
             fsspec.get_filesystem_class(scheme)
         except (ImportError, ValueError) as error:
-            raise ValueError(f"{url}: {scheme}:// cannot be read here ({error}); local paths, s3:// and what fsspec has an installed "
-                             "driver for can; install the driver (gs:// needs gcsfs, az:// adlfs)") from error
+            raise ValueError(f"{url}: {scheme}:// cannot be read here ({error}); local paths, s3:// and what fsspec has "
+                             "an installed driver for can; install it (gs:// needs gcsfs, az:// adlfs)") from error
 
     def _system(self, name: str, *, fresh: bool = False) -> tuple[AbstractFileSystem, str]:
         """The client of this process and a file's path; `fresh`: nothing that the client remembers counts."""
