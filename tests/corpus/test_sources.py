@@ -171,11 +171,11 @@ def test_reading_from_a_bucket_survives_lost_connections(server: S3Server, monke
             data = "".join(texts).encode() if kind == ".txt" else content(kind, texts)
             server.put(f"in/a{kind}{packing}", pack(data))
             source = find_source(server.url(f"in/a{kind}{packing}"))
-            server.fail(lambda request: (request.range or "").startswith("bytes=300-"), times=2)
+            server.fail(lambda request: request.range is not None, times=2)
             server.cut(lambda request: request.range is not None, times=2, after=100)
             assert "".join(document.text for document in read_all(source)) == "".join(texts)
-            assert not any(fault.times for fault in server.faults)
-            server.fail(lambda request: (request.range or "").startswith("bytes=300-"), times=99)
-            with pytest.raises(ConnectionError, match="no answer after 5 tries"):
+            assert not server.faults_left()
+            server.fail(lambda request: request.range is not None, times=99)
+            with pytest.raises(ConnectionError):
                 read_all(source)
             server.clear()
