@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ettin_foundry.data.manifest import INDEX, MANIFEST, expand_all, map_file
+from ettin_foundry.data.manifest import INDEX, MANIFEST, expand, map_file
 from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
 from ettin_foundry.data.quantities import quantiles
@@ -152,7 +152,7 @@ def _read_sample(data: Any, shard: int, index: int) -> dict[str, Any]:
     entry = data.manifest["shards"][shard] if isinstance(data, MDSSplit) else {"zip": None}
     if entry["zip"] is None or not (path := data.local / entry["zip"]["basename"]).is_file():
         return data.sample(shard, index)
-    buffer = expand_all(map_file(path, None, None), path, entry["raw"]["bytes"])
+    buffer = b"".join(expand(map_file(path, None, None), path, entry["raw"]["bytes"]))
     opened = parse_shard(buffer, path, num_samples=None, chunk_length=data.chunk_length,
                          vocab_size=data.tokenizer["vocab_size"])
     doc, part, _ = read_columns(opened, index, path)
