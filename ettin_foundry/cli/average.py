@@ -28,11 +28,11 @@ def merge(paths: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT... OUT
         raise typer.BadParameter("checkpoints and the file to write are needed", param_hint="CHECKPOINT... OUT.pt")
     if last is not None and len(sources) != 1:
         raise ValueError(f"--last: {last} given with {len(sources)} sources; it takes one save folder. Name either")
-    from ettin_foundry.hub.average import last_checkpoints, merge_checkpoints
+    from ettin_foundry.hub.average import average_checkpoints, last_checkpoints
 
     if last is not None:
         sources = last_checkpoints(sources[0], last)
-    config, objective = merge_checkpoints(sources, out, weights=None if weights is None else _numbers(weights),
+    config, objective = average_checkpoints(sources, out, weights=None if weights is None else _numbers(weights),
                                           overwrite=overwrite)
     print(f"wrote {out}: mean of {len(sources)} checkpoints ({', '.join(path.name for path in sources)}), "
           f"{config.num_parameters:,} parameters, {objective}")

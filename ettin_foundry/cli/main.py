@@ -7,7 +7,6 @@ ends with one line on stderr and exit code 1.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -27,9 +26,6 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(name="ettin", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   rich_markup_mode=None, help="Ettin encoders and decoders: data in, Hugging Face folders out and in.")
-
-# what a checkpoint without a record of its config must be told; a rotary base is never guessed
-_NEEDED = ("max_position_embeddings", "global_rope_theta", "local_rope_theta")
 
 Source = Annotated[Path, typer.Argument(help="Hugging Face folder, Composer .pt file, or folder of checkpoints.")]
 TokenizerOption = Annotated[str | None, typer.Option("--tokenizer", help="Tokenizer folder, if the model names none.")]
@@ -52,11 +48,8 @@ def export(paths: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT OUT",
            every: Annotated[bool, typer.Option("--every", help="Every checkpoint; whole folders are left.")] = False,
            tags: Annotated[bool, typer.Option("--tags", help="With --every: list the revisions in OUT/tags.json.")] = False,
            tokenizer: TokenizerOption = None,
-           objective: Annotated[str | None, typer.Option(help="mlm, mntp or clm: if the checkpoint does not say, or "
-                                                         "another one that its run was trained on.")] = None,
-           size: Annotated[str | None, typer.Option(help="nano to 1b, if the checkpoint does not say.")] = None,
-           field: Annotated[list[str] | None, typer.Option(help="name=value of the config, if the checkpoint does not say; "
-                                                                "may be repeated.")] = None,
+           objective: Annotated[str | None, typer.Option(help="mlm, mntp or clm: another objective that the run "
+                                                         "was trained on.")] = None,
            licence: Annotated[str | None, typer.Option("--license", help="The weights' licence, for the card.")] = None,
            overwrite: Overwrite = False) -> None:
     *sources, out = paths
@@ -66,38 +59,33 @@ def export(paths: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT OUT",
     if tags and not every:
         raise ValueError("--tags: given without --every, where there is one revision. Leave it out")
 
-    def write(source: Path, folder: Path) -> _Model:
-        model = _read_checkpoint(source, size=size, objective=objective, fields=field or [])
-        name = _tokenizer_name(tokenizer, model.tokenizer, source)
-        export_model(model.state, model.config, name, folder, objective=model.objective,
-                     facts={**model.facts, "license": licence}, overwrite=overwrite)
-        return model
-
-    from ettin_foundry.model.weights import export_model
+    from ettin_foundry.hub.folder import export_model
+    from ettin_foundry.hub.load import load_model
+    from ettin_foundry.hub.revisions import export_every
 
     _log_to_stderr()
-    if not every:
-        model = write(sources[0], out)
-        print(f"wrote {out}: {model.config.num_parameters:,} parameters, {model.objective}")
+    facts = {"license": licence}
+    if every:
+        print(export_every(sources, out, objective=objective, tokenizer=tokenizer, facts=facts, tags=tags,
+                           overwrite=overwrite))
         return
-    from ettin_foundry.hub.revisions import chosen_objective, export_every, find_revisions
-
-    found = find_revisions(sources)
-    kinds = {revision.name: chosen_objective(revision.path, revision.record, objective)[0] for revision in found}
-    print(export_every(found, out, lambda revision, folder: write(revision.path, folder), kinds, tags=tags,
-                       overwrite=overwrite))
+    model = load_model(sources[0], objective)
+    export_model(model.state, model.config, model.tokenizer_name(tokenizer), out, objective=model.objective,
+                 facts={**model.facts, **facts}, overwrite=overwrite)
+    print(f"wrote {out}: {model.config.num_parameters:,} parameters, {model.objective}")
 
 
 @app.command("import", help="Turn a Hugging Face folder into a weights file for load_path (with load_weights_only).")
 def import_(folder: Annotated[Path, typer.Argument(help="Hugging Face folder of an Ettin or ModernBERT model.")],
             out: Annotated[Path, typer.Argument(help="The .pt file to write.")],
             objective: ObjectiveOption = None, overwrite: Overwrite = False) -> None:
-    from ettin_foundry.hub.weights_file import check_weights_file, save_weights
+    from ettin_foundry.hub.average import check_weights_file, save_weights
+    from ettin_foundry.hub.load import load_model
     from ettin_foundry.model.weights import weights_checkpoint
 
     _log_to_stderr()
     check_weights_file(out, overwrite)
-    model = _read_folder(folder, objective)
+    model = load_model(folder, objective)
     save_weights(out, weights_checkpoint(model.state, model.config, objective=model.objective, tokenizer=model.tokenizer))
     print(f"wrote {out}: {model.config.num_parameters:,} parameters, {model.objective}")
 
@@ -133,86 +121,13 @@ cli_order.add_commands(app)
 cli_merge.add_commands(app)
 
 
-@dataclasses.dataclass
-class _Model:
-    state: dict[str, Any]
-    config: Any
-    objective: str
-    tokenizer: str | None
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def _read_folder(folder: Path, objective: str | None) -> _Model:
-    from ettin_foundry.model.weights import import_folder
-
-    state, config, stated = import_folder(folder)
-    if stated is None and objective not in ("mlm", "mntp"):
-        raise ValueError(f"--objective: {objective!r} given, and {folder / 'config.json'} does not say how this encoder "
-                         "predicts; mlm and mntp are possible. Official Ettin encoders are mlm, those made from "
-                         "decoders (ettin-enc-from-dec) mntp")
-    if stated and objective not in (None, stated):
-        raise ValueError(f"--objective: {objective!r} given, but {folder / 'config.json'} says {stated!r}; leave it out")
-    tokenizer = str(folder) if (folder / "tokenizer.json").is_file() else None
-    return _Model(state, config, stated or str(objective), tokenizer)
-
-
-def _read_checkpoint(path: Path, *, size: str | None = None, objective: str | None = None,
-                     fields: Sequence[str] = ()) -> _Model:
-    """A Composer checkpoint and its config: from the checkpoint itself, or else from the options."""
-    from ettin_foundry.model.config import EttinConfig
-    from ettin_foundry.training.checkpoints import load_model_state
-
-    state, record = load_model_state(path)
-    if record.get("config"):
-        from ettin_foundry.hub.revisions import chosen_objective, facts_of
-
-        if given := [name for name, value in (("--size", size), ("--field", fields)) if value]:
-            raise ValueError(f"{', '.join(given)}: given, but {path} carries its own config, which is used; leave it out")
-        chosen, config = chosen_objective(path, record, objective)
-        return _Model(state, config, chosen, record.get("tokenizer"), facts_of(record))
-    overrides = dict(_parse_field(entry) for entry in fields)
-    missing = [name for name, value in (("--size", size), ("--objective", objective)) if not value]
-    missing += [f"--field {name}=..." for name in _NEEDED if name not in overrides]
-    if missing:
-        raise ValueError(f"{path}: holds no record of its config (it was not trained with ettin_foundry's clock); pass "
-                         f"{', '.join(missing)}")
-    embedding = state.get("trunk.embeddings.tok_embeddings.weight")
-    if embedding is None:
-        raise ValueError(f"{path}: holds no Ettin model (trunk.embeddings.tok_embeddings.weight is missing); pass a "
-                         "checkpoint of a run with model.name: ettin")
-    overrides.setdefault("vocab_size", embedding.shape[0])
-    config = EttinConfig.for_size(str(size), causal=objective == "clm", **overrides)
-    return _Model(state, config, str(objective), None)
-
-
-def _parse_field(entry: str) -> tuple[str, int | float]:
-    name, _, value = entry.partition("=")
-    try:
-        return name, int(value) if value.lstrip("-").isdigit() else float(value)
-    except ValueError:
-        raise ValueError(f"--field: {entry!r} given; name=number is needed, such as global_rope_theta=160000") from None
-
-
-def _tokenizer_name(given: str | None, recorded: str | None, source: Path) -> str:
-    name = given or recorded
-    if not name:
-        raise ValueError(f"--tokenizer: not given, and {source} names none; pass the tokenizer folder of the training data")
-    return name
-
-
 def _build(source: Path, tokenizer: str | None, objective: str | None) -> Any:
     """An `EttinModel` with the source's weights, ready for samples."""
     from ettin_foundry.data.tokenizer import load
-    from ettin_foundry.model.composer import EttinModel
+    from ettin_foundry.hub.load import build_model, load_model
 
-    is_folder = (source / "config.json").is_file()
-    model = _read_folder(source, objective) if is_folder else _read_checkpoint(source)
-    fields = dataclasses.asdict(model.config)
-    fields.pop("causal")
-    built = EttinModel(load(_tokenizer_name(tokenizer, model.tokenizer, source)), size="nano", objective=model.objective,
-                       max_seq_len=fields.pop("max_position_embeddings"), **fields)  # every field of the size is replaced
-    built.model.load_state_dict(model.state)
-    return built.eval()
+    loaded = load_model(source, objective)
+    return build_model(loaded, load(loaded.tokenizer_name(tokenizer)))
 
 
 def _log_to_stderr() -> None:

@@ -8,15 +8,14 @@ One process, one device; during training it is `eval_loader` that evaluates.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ettin_foundry.model.config import MASKED_OBJECTIVES, OBJECTIVES, EttinConfig
+from ettin_foundry.model.config import MASKED_OBJECTIVES, OBJECTIVES
 
-__all__ = ["DEFAULT_OBJECTIVES", "build_model", "evaluate"]
+__all__ = ["DEFAULT_OBJECTIVES", "evaluate"]
 
 DEFAULT_OBJECTIVES = ("clm", "mlm", "mntp")
 _SEED = 21  # of the masks: the recipes' shuffle_seed
@@ -46,14 +45,18 @@ def evaluate(source: str | Path, data: str | Path, objectives: Sequence[str] = D
     import torch
 
     from ettin_foundry.data.stream import open_stream
-    from ettin_foundry.data.tokenizer import check
+    from ettin_foundry.data.tokenizer import check, load
+    from ettin_foundry.hub.load import build_model, load_model
     from ettin_foundry.objectives.targets import TextVocab
 
     if unknown := [name for name in objectives if name not in OBJECTIVES] or not objectives:
         raise ValueError(f"--objective: {unknown or objectives!r} given; they are {', '.join(OBJECTIVES)}. Correct it")
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"--max-batches: {max_batches} given; at least 1 is needed. Leave it out for the whole split")
-    model, tokenizer = build_model(source, fallback_tokenizer=Path(data) / "tokenizer")
+    loaded = load_model(source, default_objective="mlm")
+    own = loaded.tokenizer
+    tokenizer = load(own if own and Path(own).is_dir() else str(Path(data) / "tokenizer"))
+    model = build_model(loaded, tokenizer)
     longest = model.config.max_position_embeddings
     length = longest if max_seq_len is None else max_seq_len
     if not 3 <= length <= longest:
@@ -95,41 +98,3 @@ def _batches(stream: Any, vocab: Any, objective: str, mask_rate: float, most: in
     collate = Collator(objective, vocab, max_seq_len=stream.max_seq_len, mask_rate=mask_rate, seed=_SEED)
     for step in range(stream.num_steps if most is None else min(most, stream.num_steps)):
         yield flatten(collate(stream.rows_of(step)))
-
-
-def build_model(source: str | Path, *, fallback_tokenizer: str | Path | None = None) -> tuple[Any, Any]:
-    """A model with the weights of `source`, in eval mode, and its tokenizer.
-
-    Args:
-        source: as of `evaluate`. fallback_tokenizer: folder used where the source's own tokenizer is not here any more.
-
-    Returns:
-        (`composer_model.EttinModel`, tokenizer).
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such model, or a checkpoint without a record of its config.
-    """
-    from ettin_foundry.data.tokenizer import load
-    from ettin_foundry.model.composer import EttinModel
-    from ettin_foundry.model.weights import import_folder
-    from ettin_foundry.training.checkpoints import load_model_state
-
-    source = Path(source)
-    if (source / "config.json").is_file():
-        state, config, objective = import_folder(source)
-        name = str(source) if (source / "tokenizer.json").is_file() else None
-    else:
-        state, record = load_model_state(source)
-        if not record:
-            raise ValueError(f"{source}: holds no record of its config (it was not trained with ettin_foundry's clock); "
-                             "make a Hugging Face folder of it with `ettin export`, and evaluate that")
-        config, objective, name = EttinConfig(**record["config"]), record["objective"], record.get("tokenizer")
-    if name is None or (not Path(name).is_dir() and fallback_tokenizer is not None):
-        name = str(fallback_tokenizer)
-    fields = dataclasses.asdict(config)
-    causal, longest = fields.pop("causal"), fields.pop("max_position_embeddings")
-    tokenizer = load(name)
-    model = EttinModel(tokenizer, size="nano", objective=objective or ("clm" if causal else "mlm"), max_seq_len=longest,
-                       **fields)  # every field of the size is replaced
-    model.model.load_state_dict(state)
-    return model.eval(), tokenizer

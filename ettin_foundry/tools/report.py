@@ -11,9 +11,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ettin_foundry.hub.revisions import facts_of
+from ettin_foundry.hub.folder import export_model
+from ettin_foundry.hub.load import facts_of
 from ettin_foundry.model.config import MASKED_OBJECTIVES, EttinConfig
-from ettin_foundry.model.weights import export_model
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
 from ettin_foundry.tools.evaluate import evaluate
 from ettin_foundry.tools.suite import Stage, Suite

@@ -258,8 +258,7 @@ def test_a_lost_document_is_a_bug_that_stops_the_run(tmp_path: Path, texts: Path
 def test_datasets_on_s3_are_the_local_ones_also_when_requests_fail(texts: Path, tokenizer_dir: Path, whole: dict[str, bytes],
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     with S3Server() as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
+        server.connect(monkeypatch)
         for path in sorted(texts.iterdir()):
             server.put(f"in/texts/{path.name}", path.read_bytes())
         server.fail(lambda request: request.method == "PUT" and "shard" in request.path, times=2, status=503)

@@ -19,8 +19,9 @@ from ettin_foundry.data.batch import Collator
 from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.stream import open_stream
 from ettin_foundry.data.tokenizer import load
+from ettin_foundry.hub.folder import export_model
 from ettin_foundry.model.config import EttinConfig
-from ettin_foundry.model.weights import export_model, weights_checkpoint
+from ettin_foundry.model.weights import weights_checkpoint
 from ettin_foundry.objectives.targets import TextVocab
 from ettin_foundry.tools.evaluate import evaluate
 
@@ -135,7 +136,7 @@ def test_the_same_batches_every_time_and_only_the_first_when_asked(encoder: tupl
     ({"max_seq_len": 128}, "--max-seq-len: 128 given; the model was made for 3 to 64"),
     ({"max_seq_len": 32}, "32"),
     ({"split": "test"}, "its complete splits are: train, validation"),
-    ({"mask_rate": 1.5}, "mask_rate: 1.5 given"),
+    ({"mask_rate": 1.5}, "mask_rate must be above 0"),
 ])
 def test_bad_input_is_refused(encoder: tuple[Path, Path], data_set: Path, change: dict[str, Any], message: str) -> None:
     arguments = {"objectives": ["mlm"], **change}
