@@ -136,7 +136,7 @@ def _read(model: type[pydantic.BaseModel], storage: Storage, name: str, advice: 
         return model.model_validate_json(storage.read_bytes(name))
     except pydantic.ValidationError as error:
         found = error.errors(include_url=False)[0]
-        raise ValueError(f"{storage.where(name)} must be as a conversion wrote it, got "
+        raise ValueError(f"{storage.where(name)}: must be as a conversion wrote it, got "
                          f"{'.'.join(map(str, found['loc']))}: {found['msg'][:200]}; {advice}") from None
 
 
@@ -174,7 +174,7 @@ def read_record(storage: Storage, plan: Plan, unit: int) -> dict[str, Any]:
     advice = "remove it and run the same conversion again"
     record: dict[str, Any] = _read(_Record, storage, record_name(unit), advice).model_dump()
     if record["key"] != (needed := record_key(plan.base_key, plan.units[unit])):
-        raise ValueError(f"{storage.where(record_name(unit))} is of another unit: key must be {needed} for "
+        raise ValueError(f"{storage.where(record_name(unit))}: is of another unit; key must be {needed} for "
                          f"{plan.units[unit].label}, got {record['key']}; {advice}")
     return record
 
