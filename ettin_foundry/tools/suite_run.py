@@ -19,7 +19,7 @@ from ettin_foundry.tools.pair import lint_chain, lint_pair
 from ettin_foundry.tools.suite import Stage, Suite
 from ettin_foundry.tools.suite_process import run_process, say, time_text
 from ettin_foundry.training import checkpoints as checkpoint
-from ettin_foundry.training import checks, starts
+from ettin_foundry.training import checks, run_config
 from ettin_foundry.training.steps import STEPS, compare_steps, read_steps
 
 __all__ = ["StageFailed", "State", "check_suite", "compare_pair", "inspect", "run_suite"]
@@ -65,8 +65,8 @@ def inspect(stage: Stage) -> State:
 
 def _other_settings(stage: Stage, record: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """`key: then, now` of each difference, between a checkpoint's run and the stage's, that may change what is learnt."""
-    text = starts.config_text(config)
-    if record.get("run_hash") == starts.config_hash(text):
+    text = run_config.config_text(config)
+    if record.get("run_hash") == run_config.config_hash(text):
         return []
     if "run_config" not in record:
         return ["its config is not in it, so it is not one of train.py's"]
