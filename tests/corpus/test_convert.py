@@ -234,7 +234,7 @@ BAD_CALLS: dict[str, tuple[list[str], str]] = {
     "limit": (["{tmp}/good.txt", "--limit-bytes", "0"], "--limit-bytes: 0 given"),
     "seed": (["{tmp}/good.txt", "--seed", "-1"], "--seed: -1 given"),
     "shard size": (["{tmp}/good.txt", "--shard-size", "300"], "--shard-size: 300 bytes given; one chunk of good alone"),
-    "tokenizer": (["{tmp}/good.txt", "--tokenizer", "{tmp}/none"], "none: neither a folder nor"),
+    "tokenizer": (["{tmp}/good.txt", "--tokenizer", "{tmp}/none"], "none must be a folder"),
 }
 
 
