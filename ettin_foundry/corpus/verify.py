@@ -1,8 +1,8 @@
 """Compares every byte of a dataset with what the dataset states of itself, and lists all that is wrong.
 
 Checked are every shard's hash, layout, counts, lengths, packed rows and token range; index.json; files that
-nothing names; the tokenizer; the small files against plan, records and data card, where these are kept. Nothing
-is written (but a mixture is opened as a loader does it, which may expand compressed shards beside themselves).
+nothing names; the tokenizer; the small files against plan, records and data card, where these are kept.
+Nothing is written, but a mixture is opened as a loader opens it, which may expand compressed shards.
 """
 
 from __future__ import annotations
