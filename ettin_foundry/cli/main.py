@@ -36,7 +36,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
              help="Turn text into MDS shards (the same program as data_prep/convert.py; see its --help).")
 def convert(context: typer.Context) -> None:
-    from ettin_foundry.corpus.convert import main as convert_main
+    from ettin_foundry.cli.convert import main as convert_main
 
     raise typer.Exit(convert_main(context.args))
 
