@@ -289,18 +289,15 @@ def skip_without(*packages):
         pytest.importorskip(package, reason=f"{package} is not importable: see `make wheels-gpu`", exc_type=ImportError)
 
 
-@pytest.mark.filterwarnings("ignore:You are using weight_decay")  # high on purpose: it must show
-def test_trainers_triton_step_of_stable_adamw_equals_the_formula():
-    """Needs Composer and optimi; the formula in float64 is that of test_optimizer.py."""
-    skip_without("composer", "optimi")
+def test_the_step_of_stable_adamw_equals_the_formula_and_is_the_same_again():
+    """Needs Composer; the formula in float64 is that of test_optimizer.py."""
+    skip_without("composer")
     from test_optimizer import BETAS, EPS, Formula
 
     from ettin_foundry.training.optimizer import StableAdamW
 
-    # The kernel adds up the mean of a tensor in blocks of 128 elements by atomics, in no fixed order. Two blocks (255
-    # elements, so that the last is not full) give the same sum in both orders; with more, bitwise equality is chance
     generator = torch.Generator().manual_seed(1)
-    own = [torch.randn(shape, generator=generator).to(DEVICE).requires_grad_() for shape in ((15, 17), (17,))]
+    own = [torch.randn(shape, generator=generator).to(DEVICE).requires_grad_() for shape in ((150, 170), (17,))]
 
     def optimizer_of(params):
         return StableAdamW(params, 0.01, betas=BETAS, eps=EPS, weight_decay=0.1, max_lr=0.02)
@@ -317,7 +314,6 @@ def test_trainers_triton_step_of_stable_adamw_equals_the_formula():
         for formula, g in zip(formulas, gradients):
             formula.step(g, 0.01)
         take_step(optimizer, own, gradients)
-    assert all(group["triton"] for group in optimizer.param_groups)
     for formula, p in zip(formulas, own):
         assert formula.clipped
         # fp32 values of about 1, each rounded a few times in each of 5 steps; one step moves them by up to 0.01
@@ -329,7 +325,6 @@ def test_trainers_triton_step_of_stable_adamw_equals_the_formula():
     gradients = [torch.randn(p.shape, generator=generator) for p in own]
     take_step(optimizer, own, gradients)
     take_step(resumed, twins, gradients)
-    assert all(group["triton"] for group in resumed.param_groups)
     for p, twin in zip(own, twins):
         assert torch.equal(p, twin)
 
@@ -337,7 +332,7 @@ def test_trainers_triton_step_of_stable_adamw_equals_the_formula():
 @both_kinds
 def test_trainer_runs_nano_on_the_gpu_in_bf16_with_flash(objective, tmp_path, request):
     """Needs the host: skipped where Composer or LLM-Foundry is not importable."""
-    skip_without("composer", "llmfoundry", "streaming", "optimi")
+    skip_without("composer", "llmfoundry", "streaming")
     import nano_run
 
     capture = nano_run.register_capture()
