@@ -1,9 +1,9 @@
 """Holds our models to transformers: exports small random models and compares logits. Run once per transformers version.
 
-`make parity` starts this program with each version in front of PYTHONPATH; the tests import its parts for the installed
-one. Random weights are drawn wide (logits of about 3, up to 15), since at the training initialisation all logits are near
-zero and anything would agree. Each case also has a control: the same weights with one key more or fewer in the window, and
-with another local rotary base, must both NOT agree, or the comparison would be blind to what it is for.
+`make parity` starts this program with each version in front of PYTHONPATH; the tests import its parts. Random weights are
+drawn wide (logits of about 3, up to 15), since at the training initialisation all logits are near zero and anything would
+agree. Each case also has a control: the same weights with one key more or fewer in the window, and with another local
+rotary base, must both NOT agree, or the comparison would be blind to what it is for.
 """
 
 from __future__ import annotations
