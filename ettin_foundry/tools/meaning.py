@@ -1,7 +1,7 @@
-"""What the settings of a run mean: one flat table of keys and values in which two spellings of one thing are equal.
+"""The settings of a run as one flat table in which two spellings of one thing are equal.
 
-`10000` is `10000.0`, `1dur` is the run's length, a key that is left out is the default that the code takes, a size is
-the shape it stands for. `variables` do not count, only what they fill in. Which differences matter is lint.py's matter.
+`10000` is `10000.0`, `1dur` is the run's length, a key that is left out is the default that the code takes, a size is the
+shape it stands for. `variables` do not count, only what they fill in.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ettin_foundry.data.manifest import MANIFEST, SplitFacts, read_json, read_manifest
-from ettin_foundry.data.mix_manifest import MIX_FORMAT
+from ettin_foundry.data.mixture import MIX_FORMAT, open_split
 from ettin_foundry.data.stream import DEFAULT_WINDOW
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule
@@ -24,7 +24,6 @@ from ettin_foundry.training.run_config import model_config, objective_schedule, 
 __all__ = ["Data", "Meaning", "data_of", "read_meaning"]
 
 _SHAPE = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-_OWN = "that of the data"
 
 
 @dataclass(frozen=True)
@@ -33,17 +32,15 @@ class Meaning:
 
     name: str
     cfg: Mapping[str, Any]
-    """The config it was read from."""
     values: Mapping[str, Any]
-    """Dotted key -> value; keys that are absent and have no default are not there."""
+    """Dotted key -> value; a key that is absent and has no default is not in it."""
     config: EttinConfig
-    objective: ObjectiveSchedule
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.values.get(key, default)
 
-    def tells(self, key: str) -> bool:
-        """Whether the key, or one below it, is there."""
+    def has(self, key: str) -> bool:
+        """Whether the key, or one below it, is set."""
         return any(k == key or k.startswith((f"{key}.", f"{key}[")) for k in self.values)
 
 
@@ -60,24 +57,26 @@ def read_meaning(name: str, cfg: Mapping[str, Any]) -> Meaning:
     cfg = {key: value for key, value in cfg.items() if value is not None and key != "variables"}
     try:
         cfg["model"] = _filled(cfg["model"])
-        config, objective = model_config(cfg), objective_schedule(cfg)
+        config = model_config(cfg)
         amount, unit = parse_time("max_duration", cfg["max_duration"])
-        run = {**HOST_DEFAULTS, **cfg, "model": _model(cfg["model"], config, objective)}
-        run["train_loader"] = _loader(cfg["train_loader"], amount if unit == "tok" else None)
+        total = round(amount) if unit == "tok" else None
+        run = {**HOST_DEFAULTS, **cfg, "model": _model(cfg["model"], config, objective_schedule(cfg))}
+        run["train_loader"] = _loader(cfg["train_loader"], total)
         run["optimizer"], run["scheduler"] = _optimizer(cfg["optimizer"]), _scheduler(cfg["scheduler"])
-        run["callbacks"] = {"ettin_clock": {}, **_named(cfg.get("callbacks") or {})}  # checks.py gives it to every run
-        if cfg.get("algorithms"):
-            run["algorithms"] = _named(cfg["algorithms"])
-        # the host's own default is another, but checks.py sets this one, and data parallelism does not narrow either
+        callbacks = {"ettin_clock": {}, **(cfg.get("callbacks") or {})}  # the checks give the clock to every run
+        run["callbacks"] = {name: _filled(block or {}, name) for name, block in callbacks.items()}
+        # FULL: the checks set it, and without sharding nothing is narrowed either
         run["fsdp_config"] = {"mixed_precision": "FULL", **(cfg.get("fsdp_config") or {})}
-        run["tokenizer"] = _tokenizer(cfg.get("tokenizer") or {}, cfg["train_loader"])
-        _evaluation(run, amount if unit == "tok" else None)
+        run["tokenizer"] = dict(cfg.get("tokenizer") or {})
+        if Path(run["tokenizer"].get("name", ".")) == Path(cfg["train_loader"]["dataset"]["local"], "tokenizer"):
+            run["tokenizer"]["name"] = "that of the data"  # whose fingerprint tells what it does
+        _read_evaluation(run, total)
         values = {key: _in_one_unit(value, amount, unit) for key, value in _leaves(run)}
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{name}: cannot be read: {error!r}; a config that train.py would take is needed") from error
-    return Meaning(name, cfg, values, config, objective)
+    return Meaning(name, cfg, values, config)
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -93,21 +92,21 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _in_one_unit(value: Any, amount: float, unit: str) -> Any:
-    """A time as `8_500_000_000tok`, shares of the run in its own unit; anything else as it is."""
+    """A time as `8_500_000_000tok`, shares of the run in the run's own unit; anything else as it is."""
     try:
-        number, its_unit = parse_time("", value) if isinstance(value, str) else (None, "")
+        if not isinstance(value, str):
+            return value
+        number, own_unit = parse_time("", value)
     except ValueError:
         return value
-    if number is None:
-        return value
-    if its_unit == "dur" or number == 0:
-        number, its_unit = number * amount, unit
-    number = round(number) if its_unit == "tok" else round(number, 6)
-    return f"{int(number) if number == int(number) else number:_}{its_unit}"
+    if own_unit == "dur" or number == 0:
+        number, own_unit = number * amount, unit
+    number = round(number) if own_unit == "tok" else round(number, 6)
+    return f"{int(number) if number == int(number) else number:_}{own_unit}"
 
 
 def _filled(block: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
-    """A block of ours with its defaults; `name` for blocks that have none."""
+    """A block of ours with its defaults; `name` for blocks without the key."""
     defaults = DEFAULTS.get(name or block.get("name", ""), {})
     return {**defaults, **{key: value for key, value in block.items() if value is not None}}
 
@@ -131,59 +130,49 @@ def _plain(schedule: ObjectiveSchedule | MaskRate) -> Any:
     return value if isinstance(value, (str, float)) else json.dumps(value)
 
 
-def _loader(block: Mapping[str, Any], total: float | None) -> dict[str, Any]:
-    whole = None if total is None else round(total)
+def _loader(block: Mapping[str, Any], total: int | None) -> dict[str, Any]:
     filled = _filled(block, "ettin_text")
-    filled["mask_rate"] = _plain(MaskRate.parse(filled["mask_rate"], total=whole))
+    filled["mask_rate"] = _plain(MaskRate.parse(filled["mask_rate"], total=total))
     if "objective" in filled:
-        filled["objective"] = _plain(ObjectiveSchedule.parse(filled["objective"], total=whole))
+        filled["objective"] = _plain(ObjectiveSchedule.parse(filled["objective"], total=total))
     if filled["shuffle"]:
         filled.setdefault("shuffle_window", DEFAULT_WINDOW)
-    filled["dataset"] = {"on_bad_shard": "stop", **{k: v for k, v in block["dataset"].items() if v is not None}}
+    filled["dataset"] = {k: v for k, v in block["dataset"].items() if v is not None}
     return filled
 
 
 def _optimizer(block: Mapping[str, Any]) -> dict[str, Any]:
     filled = _filled(block)
     if filled.get("max_lr") == filled["lr"]:
-        filled.pop("max_lr")  # what it is if it is not given
+        filled.pop("max_lr")  # its default
     return filled
 
 
 def _scheduler(block: Mapping[str, Any]) -> dict[str, Any]:
     filled = _filled(block)
     if block["name"] == "warmup_stable_decay" and parse_time("scheduler.t_decay", filled["t_decay"])[0] == 0:
-        filled.pop("alpha_f")  # the end of a decay, of which there is none
+        filled.pop("alpha_f", None)  # the end of a decay, of which there is none
     return filled
 
 
-def _named(blocks: Mapping[str, Any]) -> dict[str, Any]:
-    """Callbacks or algorithms, whose name is their key."""
-    return {name: _filled(block or {}, name) for name, block in blocks.items()}
-
-
-def _tokenizer(block: Mapping[str, Any], loader: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the tokenizer beside the data only that it is this one: what it does is in the data's fingerprint."""
-    beside = "name" in block and Path(block["name"]) == Path(loader["dataset"]["local"], "tokenizer")
-    return {**block, "name": _OWN} if beside else dict(block)
-
-
-def _evaluation(run: dict[str, Any], total: float | None) -> None:
+def _read_evaluation(run: dict[str, Any], total: int | None) -> None:
     """Each evaluation under its label, with all objectives that it is done for, and the rows that it reads.
 
-    checks.py makes an evaluation of several objectives into one for each; here these are one again.
+    The checks make an evaluation of several objectives into one for each; here these are one again.
     """
     given = run.pop("eval_loaders", None) or run.pop("eval_loader", None) or []
     run.pop("eval_loader", None)
     blocks: dict[str, dict[str, Any]] = {}
     for block in [given] if isinstance(given, Mapping) else given:
-        names, label = _names(block.get("objective"), total), block.get("label")
+        value, label = block.get("objective"), block.get("label")
+        is_names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        names = value if is_names or value is None else list(ObjectiveSchedule.parse(value, total=total).objectives)
+        names = names or []
         if len(names) == 1 and str(label).rpartition("/")[2] == names[0]:
             label = str(label).rpartition("/")[0] or None
-        key = "eval_loader" if label in (None, "eval") else f"eval_loader({label})"
-        before = blocks.get(key, {})
-        fields = {k: v for k, v in block.items() if k != "label" and (k != "mask_rate" or v != 0)}
-        blocks[key] = {**before, **fields, "objective": [*before.get("objective", []), *names]}
+        before = blocks.setdefault("eval_loader" if label in (None, "eval") else f"eval_loader({label})", {"objective": []})
+        names = [*before["objective"], *names]
+        before.update({k: v for k, v in block.items() if k != "label" and (k != "mask_rate" or v != 0)}, objective=names)
     for key, block in blocks.items():
         names = block.pop("objective")
         run[key] = {**_loader(block, total), "objective": names[0] if len(names) == 1 else sorted(names)}
@@ -197,47 +186,30 @@ def _evaluation(run: dict[str, Any], total: float | None) -> None:
         run["eval_subset_num_batches"] = f"{run['eval_subset_num_batches'] * rows} rows on each device"
 
 
-def _names(value: Any, total: float | None) -> list[str]:
-    """The objectives of an evaluation: a name, a list of names, or all of a schedule."""
-    if isinstance(value, list) and all(isinstance(name, str) for name in value):
-        return value
-    whole = None if total is None else round(total)
-    return [] if value is None else list(ObjectiveSchedule.parse(value, total=whole).objectives)
-
-
 class Data(NamedTuple):
-    """What a loader reads, as far as this machine knows it."""
+    """What a loader reads, as far as this machine knows it; fingerprint and tokenizer are None without the manifest."""
 
     place: str
     """Folder or URL of the split."""
     fingerprint: str | None = None
-    """Of its content; None without its manifest."""
     tokenizer: dict[str, Any] | None = None
-    """The manifest's tokenizer block, without the name; None without a manifest."""
 
 
-def data_of(meaning: Meaning, loader: str) -> Data:
-    """The split that a loader reads.
-
-    Args:
-        loader: `train_loader`, or the key of an evaluation.
+def data_of(run: Meaning, loader: str) -> Data:
+    """The split that a loader (`train_loader`, or the key of an evaluation) reads.
 
     Raises:
-        FileNotFoundError, ValueError: there is a manifest, but it states what cannot be.
+        FileNotFoundError, ValueError: its manifest is invalid.
     """
-    local, split, remote = (meaning.get(f"{loader}.dataset.{key}") for key in ("local", "split", "remote"))
+    local, split, remote = (run.get(f"{loader}.dataset.{key}") for key in ("local", "split", "remote"))
     place, path = f"{remote or local}/{split}", Path(str(local)) / str(split) / MANIFEST
     if not path.is_file():
         return Data(place)
-    if (read_json(path) or {}).get("format") == MIX_FORMAT:
-        from ettin_foundry.data.mixture import open_set
-
-        try:
-            facts: SplitFacts = open_set(path.parent)
-        except OSError:
-            if remote is None:
-                raise
-            return Data(place)  # its sets will be fetched
-    else:
-        facts = SplitFacts(read_manifest(path.parent))
+    try:
+        is_mixture = (read_json(path) or {}).get("format") == MIX_FORMAT
+        facts = open_split(path.parent) if is_mixture else SplitFacts(read_manifest(path.parent))
+    except OSError:
+        if remote is None:
+            raise
+        return Data(place)  # the mixture's datasets will be fetched
     return Data(place, facts.fingerprint, {key: value for key, value in facts.tokenizer.items() if key != "name"})
