@@ -33,9 +33,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ettin_foundry.data.mds import MDSSet  # noqa: E402
 from ettin_foundry.data.order import Order  # noqa: E402
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE, pack_lengths, piece_counts  # noqa: E402
+from ettin_foundry.data.shards import MDSSplit  # noqa: E402
 
 PLACES = (0.0, 0.5, 0.99)
 
@@ -121,7 +121,7 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
     """One place of the stream, in a fresh process."""
     if "manifest" in case:
         before, begin = peak_bytes(), time.perf_counter()
-        data: Any = MDSSet(case["manifest"])
+        data: Any = MDSSplit(case["manifest"])
         assert data.rows(case["max_seq_len"]) is not None and data.fingerprint and data.sources
         return {"start": time.perf_counter() - begin, "peak": peak_bytes() - before}
     data = SimulatedSet(**case["table"])

@@ -54,9 +54,9 @@ def stored_documents(folder: str, num_tokens: int, longest: int) -> list[np.ndar
     Raises:
         ValueError: the set holds fewer tokens than asked for.
     """
-    from ettin_foundry.data.mds import MDSSet
+    from ettin_foundry.data.shards import MDSSplit
 
-    data = MDSSet(Path(folder) / "train")
+    data = MDSSplit(Path(folder) / "train")
     special = data.manifest["tokenizer"]["special_ids"]
     documents, left = [], num_tokens
     for shard in range(data.num_shards):

@@ -18,8 +18,7 @@ import numpy as np
 import zstd
 from hand_made import CONFIG, NAMES, array_file, edit, seal, shard_bytes
 
-from ettin_foundry.data.mds import MDSSet
-from ettin_foundry.data.shards import scan_shard
+from ettin_foundry.data.shards import MDSSplit, scan_shard
 
 SHARD, ZIP = "shard.00000.000.mds", "shard.00000.000.mds.zstd"
 
@@ -37,18 +36,18 @@ ATTACKS: list[Attack] = []
 
 
 def read_all(folder: Path) -> None:
-    data = MDSSet(folder)
+    data = MDSSplit(folder)
     for shard in range(data.num_shards):
         for index in range(int(data.samples[shard])):
             data.sample(shard, index)
 
 
 def verify(folder: Path) -> None:
-    MDSSet(folder).verify()
+    MDSSplit(folder).verify()
 
 
 def fetch(folder: Path) -> None:
-    read_all_of = MDSSet(folder.parent / "cache", remote=str(folder))
+    read_all_of = MDSSplit(folder.parent / "cache", remote=str(folder))
     for shard in range(read_all_of.num_shards):
         read_all_of.chunk(shard, 0)
 

@@ -9,7 +9,7 @@ import numpy as np
 from conftest import CHUNK_LENGTH, make_documents
 
 from ettin_foundry.corpus.convert import ConvertOptions, Summary, convert
-from ettin_foundry.data.mds import MDSSet
+from ettin_foundry.data.shards import MDSSplit
 
 UNIT = 3_000  # bytes: several units for every corpus here
 
@@ -41,7 +41,7 @@ def write_corpus(folder: Path, *, files: int = 3, documents: int = 40, seed: int
 
 def stored(split: Path) -> dict[str, np.ndarray]:
     """Document id -> its tokens, put together again from chunks found in order."""
-    data, parts = MDSSet(split), {}
+    data, parts = MDSSplit(split), {}
     data.verify()
     open_document = None
     for shard in range(data.num_shards):

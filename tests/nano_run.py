@@ -17,13 +17,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 # nano with the small vocabulary of the fixtures; batches of 8 rows of 64 tokens
-SMALL = ["variables.packed.max_seq_len.pretrain=64", "variables.packed.global_batch.pretrain=8",
-         "variables.packed.microbatch.pretrain=4", "variables.warmup=1ba", "max_duration=8ba", "save_interval=4ba",
+SMALL = ["variables.max_seq_len=64", "variables.global_batch=8",
+         "device_train_microbatch_size=4", "variables.warmup=1ba", "max_duration=8ba", "save_interval=4ba",
          "eval_interval=1000ba", "progress_bar=false", "log_to_console=false", "python_log_level=warning",
          "~callbacks.speed_monitor", "~callbacks.runtime_estimator", "~callbacks.scheduled_gc"]
 NO_EVALUATION = ["~eval_loader", "~eval_interval", "~eval_subset_num_batches"]
 # sizes of batches go up: 2, 4, 6, 8 rows, two steps of each but the last
-RISING = ["train_loader.batch_size_warmup={min_size: 2, tokens: 1400}", "variables.packed.microbatch.pretrain=2",
+RISING = ["train_loader.batch_size_warmup={min_size: 2, tokens: 1400}", "device_train_microbatch_size=2",
           "max_duration=3000tok", "save_interval=3ba", "variables.warmup=2000tok", "model.vocab_size=512"]
 CLM = ["variables.objective=clm", "variables.mask_rate=0.0"]
 

@@ -19,9 +19,9 @@ import zstd
 from hand_made import CHUNK_LENGTH, random_documents, write_split
 from s3_server import S3Server
 
-from ettin_foundry.data import shard_files
-from ettin_foundry.data.mds import MDSSet
+from ettin_foundry.data import cache
 from ettin_foundry.data.order import Order
+from ettin_foundry.data.shards import MDSSplit
 
 SOURCES = "aabaabaaab"
 KINDS = pytest.mark.parametrize("kind", ["plain", "packed"])
@@ -51,8 +51,8 @@ def fresh(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     for key, value in server.environment.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr("ettin_foundry.data.storage_remote.FIRST_DELAY", 0.0)
-    monkeypatch.setattr(shard_files, "_IDLE", 0.02)
-    monkeypatch.setattr(shard_files, "_POLL", 0.01)
+    monkeypatch.setattr(cache, "_IDLE", 0.02)
+    monkeypatch.setattr(cache, "_POLL", 0.01)
     server.clear()
     return server
 
@@ -63,16 +63,16 @@ def downloads(server: S3Server) -> Counter[str]:
                    if request.method == "GET" and ".mds" in request.path)
 
 
-def samples_of(data: MDSSet) -> list[dict[str, Any]]:
+def samples_of(data: MDSSplit) -> list[dict[str, Any]]:
     return [{**sample, "tokens": sample["tokens"].tolist()} for shard in range(data.num_shards)
             for sample in (data.sample(shard, index) for index in range(int(data.samples[shard])))]
 
 
-def order_of(data: MDSSet, window: int = 2) -> Order:
+def order_of(data: MDSSplit, window: int = 2) -> Order:
     return Order(data, CHUNK_LENGTH + 2, packing=True, shuffle=True, seed=3, window=window)
 
 
-def train(data: MDSSet, order: Order, rows: range, each: Callable[[int], object] = lambda row: None) -> str:
+def train(data: MDSSplit, order: Order, rows: range, each: Callable[[int], object] = lambda row: None) -> str:
     """Reads rows as the loader does; a hash of all their tokens and ends."""
     digest = hashlib.sha256()
     for number in rows:
@@ -113,14 +113,14 @@ def limit_for(folder: Path, number: int) -> int:
 
 def read_as_rank(local: str, url: str, limit: int | None, rows: int, start: Any, answers: Any) -> None:
     """One process of a node."""
-    data = MDSSet(local, remote=url, cache_limit=limit)
+    data = MDSSplit(local, remote=url, cache_limit=limit)
     start.wait()
     answers.put(train(data, order_of(data), range(rows)))
 
 
 def hold_and_wait(local: str, url: str, limit: int, ready: Any) -> None:
     """Reserves room for shard 0, begins its file, and waits to be killed."""
-    data = MDSSet(local, remote=url, cache_limit=limit)
+    data = MDSSplit(local, remote=url, cache_limit=limit)
 
     def stuck(*_: Any, **__: Any) -> None:
         (Path(local) / ".cache" / f"{shard_name(Path(local), 0)}.part" / "half").write_bytes(b"x" * 500)

@@ -13,7 +13,7 @@ import numpy as np
 from converting import options, write_corpus
 
 from ettin_foundry.corpus.convert import convert
-from ettin_foundry.data.mds import MDSSet
+from ettin_foundry.data.shards import MDSSplit
 
 SOURCES = ("wiki", "code")
 UNIT = 6_000  # bytes of input: two units a source
@@ -74,7 +74,7 @@ def whole_samples(tokenizer_dir: Path, split: str, compression: str | None = Non
 def samples_of(split: Path) -> dict[str, list[dict]]:
     """Raw shard name -> all samples in it, read sample by sample; packed shards are expanded elsewhere."""
     with tempfile.TemporaryDirectory() as folder:
-        data = MDSSet(shutil.copytree(split, Path(folder) / "copy"))
+        data = MDSSplit(shutil.copytree(split, Path(folder) / "copy"))
         return {entry["raw"]["basename"]: [data.sample(shard, index) for index in range(entry["samples"])]
                 for shard, entry in enumerate(data.manifest["shards"])}
 

@@ -48,9 +48,9 @@ _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M
           "100B<n<1T", "n>1T")
 
 _READ = '''\
-from ettin_foundry.data.mds import MDSSet
+from ettin_foundry.data.shards import MDSSplit
 
-data = MDSSet("train")                # every file is checked before use
+data = MDSSplit("train")                # every file is checked before use
 tokens = data.chunk(0, 0)             # first chunk of the first shard: uint16, no special tokens
 '''
 

@@ -19,11 +19,11 @@ import numpy as np
 import xxhash
 
 from ettin_foundry.corpus.units import PLAN, Plan, record_key, record_name, reports_name
-from ettin_foundry.data.manifest import COLUMNS, FORMAT, MANIFEST, VERSION, refuse
+from ettin_foundry.data.manifest import COLUMNS, FORMAT, MANIFEST, VERSION, bad_file
 from ettin_foundry.data.storage import Storage, join, open_storage
 from ettin_foundry.version import __version__
 
-__all__ = ["add_up", "done_units", "finalize", "read_plan", "read_record", "write_split"]
+__all__ = ["add_up", "describe_splits", "done_units", "finalize", "read_plan", "read_record"]
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +47,10 @@ def read_record(storage: Storage, plan: Plan, unit: int) -> dict[str, Any]:
         record = json.loads(storage.read_bytes(record_name(unit)))
         key = record["key"]
     except (ValueError, KeyError, TypeError) as error:
-        raise refuse(where, f"is no completion record ({error!r:.200})", "one written by convert.py is needed",
+        raise bad_file(where, f"is no completion record ({error!r:.200})", "one written by convert.py is needed",
                      "Remove it and run the same conversion again") from None
     if key != (needed := record_key(plan.base_key, plan.units[unit])):
-        raise refuse(where, f"is of another unit than {plan.units[unit].label} (key {key})",
+        raise bad_file(where, f"is of another unit than {plan.units[unit].label} (key {key})",
                      f"key {needed} is needed", "Remove it and run the same conversion again")
     return record
 
@@ -107,26 +107,6 @@ def finalize(out: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     _write_card(storage, manifests, ordered)
     storage.clear_scratch()  # what killed processes left
     return manifests
-
-
-def write_split(storage: Storage, split: str, *, chunk_length: int, tokenizer: Mapping[str, Any],
-                options: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]],
-                shards: Sequence[Mapping[str, Any]], compression: str | None) -> dict[str, Any]:
-    """Writes lengths.npy and index.json of one split, then manifest.json: from here on the split is complete.
-
-    Args:
-        storage: of the set; `split` is a folder in it.
-        sources: name -> counts of this split, as the manifest states them.
-        shards: entries in order, each with its `lengths`, the histogram of chunk lengths.
-
-    Returns:
-        The manifest.
-    """
-    manifest, files = _describe(split, chunk_length=chunk_length, tokenizer=tokenizer, options=options, sources=sources,
-                                shards=shards, compression=compression)
-    for name, data in files.items():
-        storage.write_bytes(name, data)
-    return manifest
 
 
 def _describe(split: str, *, chunk_length: int, tokenizer: Mapping[str, Any], options: Mapping[str, Any],
@@ -200,11 +180,8 @@ def _check_content(plan: Plan, records: Sequence[Mapping[str, Any]], storage: St
                              "0 for no validation split, and another --out (or remove this one)")
 
 
-def _write_splits(storage: Storage, plan: Plan, records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """All splits: the tables of each, then the manifests, so that until then none looks complete.
-
-    A set that grows loses its old manifests first: between old and new tables it says that it is unfinished.
-    """
+def describe_splits(plan: Plan, records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[str, Any]], dict[str, bytes]]:
+    """Split -> manifest, and name -> content of every split's tables and manifest, as plan and all records state them."""
     manifests, files = {}, {}
     for split in ("train", "validation") if plan.options["validation"] else ("train",):
         shards = [entry for record in records for entry in record["splits"][split]["shards"]]
@@ -212,6 +189,15 @@ def _write_splits(storage: Storage, plan: Plan, records: Sequence[Mapping[str, A
             split, chunk_length=plan.options["chunk_length"], tokenizer=plan.tokenizer, options=plan.options,
             sources=add_up(plan, records, split), shards=shards, compression=plan.options["compression"])
         files |= found
+    return manifests, files
+
+
+def _write_splits(storage: Storage, plan: Plan, records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """All splits: the tables of each, then the manifests, so that until then none looks complete.
+
+    A set that grows loses its old manifests first: between old and new tables it says that it is unfinished.
+    """
+    manifests, files = describe_splits(plan, records)
     last = [f"{split}/{MANIFEST}" for split in manifests]
     if any(storage.exists(name) and storage.read_bytes(name) != files[name] for name in last):
         for name in last:

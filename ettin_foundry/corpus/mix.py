@@ -33,14 +33,21 @@ import numpy as np
 
 from ettin_foundry.corpus.mix_spec import MixSpec, read_spec
 from ettin_foundry.data.manifest import MANIFEST, open_plain
-from ettin_foundry.data.mds import MDSSet
-from ettin_foundry.data.mix_manifest import MIX_FORMAT, MIX_VERSION, chunk_permutation, name_word
-from ettin_foundry.data.mixture import MixSet, open_set, shared_identity
+from ettin_foundry.data.mixture import (
+    MIX_FORMAT,
+    MIX_VERSION,
+    MixtureSplit,
+    chunk_permutation,
+    name_word,
+    open_split,
+    shared_identity,
+)
 from ettin_foundry.data.shard_rows import raw_draws
+from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import is_url, join, open_storage
 from ettin_foundry.version import __version__
 
-__all__ = ["MixSet", "MixSummary", "SourceShare", "build_mix", "open_set"]
+__all__ = ["MixtureSplit", "MixSummary", "SourceShare", "build_mix", "open_split"]
 
 _SHARDS = 5  # first word of the seed: what the numbers are for, so that no two uses share a stream; mix_manifest.py has 6
 _END = 64  # chunks of which those are taken that fill the end of a budget best
@@ -90,7 +97,7 @@ class _Member:
 
     name: str
     place: str  # of its set
-    data: MDSSet
+    data: MDSSplit
     shards: np.ndarray  # (S,) int64: those of the set that are its own
     licence: str | None
     runs: list[tuple[int, np.ndarray]] = field(default_factory=list)  # pass, whole shards
@@ -170,7 +177,7 @@ def _open_members(spec: MixSpec, split: str, scratch: Path) -> list[_Member]:
         FileNotFoundError, ValueError: a set is missing or not one, has no such source, or differs from the first in
             tokenizer or chunk length.
     """
-    opened: dict[str, MDSSet] = {}
+    opened: dict[str, MDSSplit] = {}
     members: list[_Member] = []
     for name, entry in spec.sets.items():
         if entry.place not in opened:
@@ -193,13 +200,13 @@ def _open_members(spec: MixSpec, split: str, scratch: Path) -> list[_Member]:
     return members
 
 
-def _licences(data: MDSSet, names: set[str]) -> str | None:
+def _licences(data: MDSSplit, names: set[str]) -> str | None:
     stated = data.manifest.get("sources") or {}
     found = {str(stated[name]["licence"]) for name in names if stated.get(name, {}).get("licence")}
     return ", ".join(sorted(found)) or None
 
 
-def _open(name: str, place: str, split: str, scratch: Path) -> MDSSet | None:
+def _open(name: str, place: str, split: str, scratch: Path) -> MDSSplit | None:
     where = join(place, split)
     if not open_storage(where).exists(MANIFEST):
         if split != "train":
@@ -207,11 +214,11 @@ def _open(name: str, place: str, split: str, scratch: Path) -> MDSSet | None:
         raise FileNotFoundError(f"sets.{name}: {place} given; {where} holds no {MANIFEST}. A set converted by "
                                 "data_prep/convert.py is needed: convert it, or correct the path")
     if is_url(place):
-        return MDSSet(scratch / "cache" / f"{split}-{name_word(place)}", remote=where)
-    return MDSSet(where)
+        return MDSSplit(scratch / "cache" / f"{split}-{name_word(place)}", remote=where)
+    return MDSSplit(where)
 
 
-def _check_same(name: str, data: MDSSet, place: str, first: MDSSet) -> None:
+def _check_same(name: str, data: MDSSplit, place: str, first: MDSSplit) -> None:
     for what, mine, other in zip(("chunk_length", "tokenizer"), shared_identity(data), shared_identity(first)):
         if mine != other:
             raise ValueError(f"sets.{name}: {data.local} has {what} {mine!r:.300}, {place} has {other!r:.300}; all sets of "

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from ettin_foundry.data.inspect import find_set, load_decoder, open_splits, peek_shard, plain
-from ettin_foundry.data.mds import MDSSet
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
-from ettin_foundry.data.shards import read_columns
+from ettin_foundry.data.shards import MDSSplit, read_columns
 
 __all__ = ["Sample", "SourceStatistics", "draw_samples", "histogram_lines", "sample_lines", "show_set", "source_statistics"]
 
@@ -76,7 +75,7 @@ def source_statistics(data: Any) -> list[SourceStatistics]:
     """Statistics of every source of an open split, in order of their tokens, largest first.
 
     Args:
-        data: `mds.MDSSet` or `mix_set.MixSet`.
+        data: `mds.MDSSplit` or `mix_set.MixtureSplit`.
 
     Raises:
         ValueError: lengths.npy was altered.
@@ -130,7 +129,7 @@ def draw_samples(data: Any, decoder: Any | None, *, per_source: int, seed: int =
     """Chunks drawn at random from each source: every chunk of a source is equally probable, none comes twice.
 
     Args:
-        data: `mds.MDSSet` or `mix_set.MixSet`. decoder: a `tokenizers.Tokenizer`, or None.
+        data: `mds.MDSSplit` or `mix_set.MixtureSplit`. decoder: a `tokenizers.Tokenizer`, or None.
 
     Raises:
         ValueError: a shard is not what the manifest says.
@@ -152,7 +151,7 @@ def draw_samples(data: Any, decoder: Any | None, *, per_source: int, seed: int =
 
 def _read_sample(data: Any, shard: int, index: int) -> dict[str, Any]:
     """As `data.sample`; but a packed shard that lies here is expanded in memory, so that looking leaves nothing behind."""
-    entry: dict[str, Any] = data.manifest["shards"][shard] if isinstance(data, MDSSet) else {"zip": None}
+    entry: dict[str, Any] = data.manifest["shards"][shard] if isinstance(data, MDSSplit) else {"zip": None}
     if entry["zip"] is None or not (data.local / entry["zip"]["basename"]).is_file():
         return data.sample(shard, index)
     opened = peek_shard(data.local, entry, chunk_length=data.chunk_length, vocab_size=data.tokenizer["vocab_size"])

@@ -14,10 +14,18 @@ from typing import Any
 import numpy as np
 
 from ettin_foundry.data.inspect import SHARD_NAME
-from ettin_foundry.data.manifest import COLUMNS, INDEX, LENGTHS, MANIFEST, MAX_CHUNK_LENGTH, read_json, read_manifest, refuse
-from ettin_foundry.data.mds import SUBSTITUTIONS, MDSSet
+from ettin_foundry.data.manifest import (
+    COLUMNS,
+    INDEX,
+    LENGTHS,
+    MANIFEST,
+    MAX_CHUNK_LENGTH,
+    bad_file,
+    read_json,
+    read_manifest,
+)
 from ettin_foundry.data.packing import pack_lengths, piece_counts
-from ettin_foundry.data.shards import scan_shard
+from ettin_foundry.data.shards import SUBSTITUTIONS, MDSSplit, scan_shard
 from ettin_foundry.data.storage import Storage
 
 __all__ = ["SMALL_FILES", "SplitCheck", "check_index", "check_totals", "compare_entry"]
@@ -54,7 +62,7 @@ class SplitCheck:
         data = None
         try:
             self.manifest = read_manifest(self.folder)
-            data = MDSSet(self.folder)
+            data = MDSSplit(self.folder)
         except (ValueError, OSError) as error:
             problems.append(str(error))
         for name in sorted(SMALL_FILES & self.sizes.keys()):
@@ -71,7 +79,7 @@ class SplitCheck:
         jobs = [pool.submit(self._check_shard, data, shard, tick) for shard in range(data.num_shards)]
         return problems + [text for job in jobs for text in job.result()]
 
-    def _check_lengths(self, data: MDSSet) -> list[str]:
+    def _check_lengths(self, data: MDSSplit) -> list[str]:
         problems = []
         summed = np.zeros(data.chunk_length + 1, np.int64)
         for shard in range(data.num_shards):
@@ -91,7 +99,7 @@ class SplitCheck:
         return [f"{self.folder / name}: {MANIFEST} does not name it; only the files of the split belong here. Move it away "
                 "or delete it" for name in sorted(self.sizes.keys() - known)]
 
-    def _check_shard(self, data: MDSSet, shard: int, tick: Callable[[int], None]) -> list[str]:
+    def _check_shard(self, data: MDSSplit, shard: int, tick: Callable[[int], None]) -> list[str]:
         entry = data.manifest["shards"][shard]
         file = entry["zip"] or entry["raw"]
         path = self.folder / file["basename"]
@@ -186,15 +194,15 @@ def check_index(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     except (ValueError, OSError) as error:
         return [str(error)]
     except (KeyError, TypeError) as error:
-        return [str(refuse(path, f"is not an MDS index ({error!r:.100})", "the converter's is needed", "Convert it again"))]
+        return [str(bad_file(path, f"is not an MDS index ({error!r:.100})", "ours is needed", "Convert it again"))]
     expected = [(s["samples"], names, [COLUMNS[name] for name in names], "mds", 2, file(s["raw"], "xxh64"),
                  file(s["zip"], "xxh64")) for s in manifest["shards"]]
     if version != 2:
-        return [str(refuse(path, f"version is {version!r:.50}", "2 is needed", "Convert it again"))]
+        return [str(bad_file(path, f"version is {version!r:.50}", "2 is needed", "Convert it again"))]
     if found == expected:
         return []
     at = next((at for at, pair in enumerate(zip(found, expected)) if pair[0] != pair[1]), min(len(found), len(expected)))
-    return [str(refuse(path, f"its shard {at} differs from {MANIFEST}", "both must list the same shards",
+    return [str(bad_file(path, f"its shard {at} differs from {MANIFEST}", "both must list the same shards",
                        "Convert it again"))]
 
 

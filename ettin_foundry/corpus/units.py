@@ -18,7 +18,7 @@ from typing import Any
 import xxhash
 
 from ettin_foundry.corpus.sources import Part, Source, plan_parts
-from ettin_foundry.data.manifest import refuse
+from ettin_foundry.data.manifest import bad_file
 
 __all__ = ["PLAN", "Plan", "Unit", "add_sources", "make_plan", "parse_size", "record_key", "record_name",
            "reports_name"]
@@ -124,7 +124,7 @@ class Plan:
             units = tuple(_unit(number, entry) for number, entry in enumerate(stored["units"]))
             return cls(stored["options"], stored["tokenizer"], stored["sources"], units)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise refuse(where, f"is no plan of a conversion ({error!r:.200})", f"{_FORMAT} version {_VERSION} is read here",
+            raise bad_file(where, f"is no plan of a conversion ({error!r:.200})", f"{_FORMAT} version {_VERSION} is read",
                          "Name another folder, or remove this one and convert again") from None
 
 

@@ -39,9 +39,8 @@ from ettin_foundry.corpus.split_check import SMALL_FILES, SplitCheck
 from ettin_foundry.corpus.units import PLAN, record_name
 from ettin_foundry.data.inspect import SetFolder, find_set, is_mix, load_decoder, shard_order
 from ettin_foundry.data.manifest import MANIFEST, read_json
-from ettin_foundry.data.mds import SUBSTITUTIONS, MDSSet
-from ettin_foundry.data.mix_manifest import expand_entries, place_of_set
-from ettin_foundry.data.mixture import MixSet
+from ettin_foundry.data.mixture import MixtureSplit, expand_entries, place_of_set
+from ettin_foundry.data.shards import SUBSTITUTIONS, MDSSplit
 from ettin_foundry.data.storage import join
 
 __all__ = ["Report", "verify_set"]
@@ -177,12 +176,12 @@ class _Check:
         if checked.lengths is not None:
             self.lengths[split] = checked.lengths
         if self.storage.is_local:
-            self._decode(MDSSet(folder))
+            self._decode(MDSSplit(folder))
 
     def _check_mix(self, split: str, folder: Path) -> None:
         """A mixture: it must open (which holds every set to its fingerprint), and each shard that it takes from be whole."""
         remote = None if self.storage.is_local else self.storage.where(split)
-        mix = self._try(lambda: MixSet(folder, remote=remote))
+        mix = self._try(lambda: MixtureSplit(folder, remote=remote))
         if mix is None:  # at least the sets that are on this machine
             sets = read_json(folder / MANIFEST).get("sets") if remote is None else None
             for entry in sets if isinstance(sets, list) else ():

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ettin_foundry.data.manifest import INDEX, MANIFEST, read_json
-from ettin_foundry.data.mix_manifest import MIX_FORMAT
-from ettin_foundry.data.shards import Buffer, Shard, expand_all, map_file, parse_shard
+from ettin_foundry.data.manifest import INDEX, MANIFEST, Buffer, expand_all, map_file, read_json
+from ettin_foundry.data.mixture import MIX_FORMAT
+from ettin_foundry.data.shards import Shard, parse_shard
 from ettin_foundry.data.storage import Storage, is_url, open_storage
 
 __all__ = ["QUARANTINE", "SHARD_NAME", "SetFolder", "find_set", "is_mix", "load_decoder", "open_splits",
@@ -82,20 +82,20 @@ def shard_order(name: str) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def open_splits(location: str | os.PathLike[str]) -> Iterator[Mapping[str, Any]]:
-    """Split -> `mds.MDSSet` or `mix_set.MixSet`, for use inside the `with`.
+    """Split -> `mds.MDSSplit` or `mix_set.MixtureSplit`, for use inside the `with`.
 
     Raises:
         FileNotFoundError, ValueError: no set is there, or a manifest is not one; names the file.
     """
-    from ettin_foundry.data.mixture import open_set
+    from ettin_foundry.data.mixture import open_split
 
     found = find_set(location)
     with contextlib.ExitStack() as stack:
         if found.storage.is_local:
-            yield {split: open_set(Path(found.storage.url) / split) for split in found.splits}
+            yield {split: open_split(Path(found.storage.url) / split) for split in found.splits}
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ettin-")))
-            yield {split: open_set(folder / split, remote=found.storage.where(split)) for split in found.splits}
+            yield {split: open_split(folder / split, remote=found.storage.where(split)) for split in found.splits}
 
 
 def load_decoder(storage: Storage) -> Any | None:

@@ -22,10 +22,10 @@ from composer.utils import dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ettin_foundry.data.batch import Collator, count_samples, count_tokens, flatten, split_batch
-from ettin_foundry.data.mds import MDSSet
-from ettin_foundry.data.mixture import MixSet
+from ettin_foundry.data.mixture import MixtureSplit
 from ettin_foundry.data.order import Order
 from ettin_foundry.data.ramp import BatchRamp, check_warmup
+from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.stream import Row, RowStream, check_choices, check_numbers, open_stream
 from ettin_foundry.data.tokenizer import check as check_tokenizer
 from ettin_foundry.model.config import OBJECTIVES
@@ -42,7 +42,7 @@ class RowDataset(RowStream, IterableDataset):
     The ranks have contiguous shares of a step's rows, and worker w of n serves the steps w, w + n, ... after the first.
     """
 
-    def __init__(self, data: MDSSet | MixSet, order: Order, ramp: BatchRamp) -> None:
+    def __init__(self, data: MDSSplit | MixtureSplit, order: Order, ramp: BatchRamp) -> None:
         super().__init__(data, order, ramp)
         self.world_size = dist.get_world_size()
 
@@ -114,7 +114,7 @@ def build_ettin_loader(
         device_batch_size: rows per batch on this rank.
         dataset: {local: folder made by data_prep/convert.py or `ettin mix`, split: train or validation}. With `remote`, a
             folder or URL of such a set, `local` is where its files are kept as they are needed, at most `cache_limit` bytes
-            of shards for the split, such as 200gb. `on_bad_shard`: stop (if not given) or skip, see `mds.MDSSet`.
+            of shards for the split, such as 200gb. `on_bad_shard`: stop (if not given) or skip, see `mds.MDSSplit`.
         objective: mlm, clm, mntp or mdlm, or a schedule of them on the token clock, times in tokens (schedules.py).
         max_seq_len: tokens of a row, T.
         mask_rate: share of tokens that mlm and mntp choose, or a schedule of it; 0 where neither occurs.

@@ -9,19 +9,21 @@ manifest names is the work of shard_format.py and mds.py, fetching them that of 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import mmap
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import orjson
-
-__all__ = ["COLUMNS", "FORMAT", "INDEX", "LENGTHS", "MANIFEST", "MAX_CHUNK_LENGTH", "MAX_JSON_BYTES", "VERSION",
-           "SplitFacts", "open_plain", "read_json", "read_manifest", "refuse"]
+import xxhash
 
 FORMAT = "ettin-mds"
 VERSION = 1
@@ -44,7 +46,7 @@ _XXH64 = re.compile(r"[0-9a-f]{16}")
 _ROW_LENGTH = re.compile(r"[1-9][0-9]{0,8}")
 
 
-def refuse(path: Path | str, found: str, allowed: str, advice: str = "Fetch or convert the set again") -> ValueError:
+def bad_file(path: Path | str, found: str, allowed: str, advice: str = "Fetch or convert the set again") -> ValueError:
     """The error for a file that is not what it must be, to be raised by the caller."""
     return ValueError(f"{path}: {found}; {allowed}. {advice}")
 
@@ -63,11 +65,11 @@ def open_plain(path: Path) -> int:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: missing; the manifest names it. Fetch or convert the set again") from None
     except (OSError, ValueError) as error:
-        raise refuse(path, f"cannot be opened as a plain file ({getattr(error, 'strerror', None) or error})",
+        raise bad_file(path, f"cannot be opened as a plain file ({getattr(error, 'strerror', None) or error})",
                      "links are not followed inside a set") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise refuse(path, "is not a plain file", "no folder, pipe or device is read")
+        raise bad_file(path, "is not a plain file", "no folder, pipe or device is read")
     return descriptor
 
 
@@ -80,12 +82,12 @@ def read_json(path: Path) -> Any:
                                 "corpus, or correct dataset.local and dataset.split") from None
     with open(descriptor, "rb") as stream:
         if (size := os.fstat(descriptor).st_size) > MAX_JSON_BYTES:
-            raise refuse(path, f"has {size} bytes", f"at most {MAX_JSON_BYTES} are read")
+            raise bad_file(path, f"has {size} bytes", f"at most {MAX_JSON_BYTES} are read")
         text = stream.read()
     try:
         return orjson.loads(text)  # strict: no NaN, no number beyond 64 bits, bounded depth
     except ValueError as error:
-        raise refuse(path, f"is not JSON ({error})", "it must be the file that convert.py wrote") from None
+        raise bad_file(path, f"is not JSON ({error})", "it must be the file that convert.py wrote") from None
 
 
 def _need(where: str, mapping: Any, key: str, kind: type, *, most: int = _MAX_TOTAL) -> Any:
@@ -93,7 +95,7 @@ def _need(where: str, mapping: Any, key: str, kind: type, *, most: int = _MAX_TO
     value: Any = mapping.get(key) if isinstance(mapping, dict) else None
     if type(value) is not kind or (kind is int and not 0 <= value <= most):
         allowed = f"0 to {most} is possible" if kind is type(value) is int else f"{kind.__name__} is needed"
-        raise refuse(where, f"{key} is {value!r:.200}", allowed)
+        raise bad_file(where, f"{key} is {value!r:.200}", allowed)
     return value
 
 
@@ -102,11 +104,11 @@ def _check_file_entry(where: str, entry: Any, name: str | None = None, *, most: 
     found = _need(where, entry, "basename", str)
     if found != name if name else not _SHARD_NAME.fullmatch(found):
         allowed = f"it must be {name}" if name else "only plain file names inside the folder that end in .mds are allowed"
-        raise refuse(where, f"file name {found!r:.300}", allowed, "Do not use this set: it was made to read other files")
+        raise bad_file(where, f"file name {found!r:.300}", allowed, "Do not use this set: it was made to read other files")
     if _need(where, entry, "bytes", int, most=most) == 0:
-        raise refuse(where, f"bytes of {found} is 0", "every file of a set holds data")
+        raise bad_file(where, f"bytes of {found} is 0", "every file of a set holds data")
     if not _XXH64.fullmatch(_need(where, entry, "xxh64", str)):
-        raise refuse(where, f"xxh64 of {found} is {entry['xxh64']!r:.100}", "16 hexadecimal digits are needed")
+        raise bad_file(where, f"xxh64 of {found} is {entry['xxh64']!r:.100}", "16 hexadecimal digits are needed")
 
 
 def _check_shard(place: str, shard: Any, chunk_length: int, compression: str | None) -> None:
@@ -114,7 +116,7 @@ def _check_shard(place: str, shard: Any, chunk_length: int, compression: str | N
     raw = _need(place, shard, "raw", dict)
     _check_file_entry(f"{place} raw", raw)
     if (shard.get("zip") is None) != (compression is None):
-        raise refuse(place, f"zip is {shard.get('zip')!r:.100}", f"compression is {compression!r}; all shards have one, or "
+        raise bad_file(place, f"zip is {shard.get('zip')!r:.100}", f"compression is {compression!r}; all have one, or "
                      "none")
     if compression is not None:  # what zstd makes of any input, and a little more
         _check_file_entry(f"{place} zip", shard["zip"], raw["basename"] + ".zstd",
@@ -122,35 +124,35 @@ def _check_shard(place: str, shard: Any, chunk_length: int, compression: str | N
     samples = _need(place, shard, "samples", int)
     tokens = _need(place, shard, "tokens", int)
     if not samples:
-        raise refuse(place, "samples is 0", "a shard holds at least one chunk")
+        raise bad_file(place, "samples is 0", "a shard holds at least one chunk")
     if not samples <= tokens <= samples * chunk_length or _SMALLEST_SAMPLE * samples + 2 * tokens > raw["bytes"]:
-        raise refuse(place, f"{samples} samples with {tokens} tokens", f"{raw['bytes']} bytes of chunks with 1 to "
+        raise bad_file(place, f"{samples} samples with {tokens} tokens", f"{raw['bytes']} bytes of chunks with 1 to "
                      f"{chunk_length} tokens cannot hold that")
     if "documents" in shard and _need(place, shard, "documents", int) > samples:
-        raise refuse(place, f"documents is {shard['documents']}", f"its {samples} chunks cannot end more than one each")
+        raise bad_file(place, f"documents is {shard['documents']}", f"its {samples} chunks cannot end more than one each")
     _need(place, shard, "source", str)
     for length, count in _need(place, shard, "rows", dict).items():
         _need(f"{place} rows[{length!r:.20}]", {"count": count}, "count", int)
         if not _ROW_LENGTH.fullmatch(length) or not 1 <= count <= samples:
-            raise refuse(place, f"{count} rows of {length!r:.20}", f"1 to {samples} rows of a whole number are possible")
+            raise bad_file(place, f"{count} rows of {length!r:.20}", f"1 to {samples} rows of a whole number are possible")
 
 
 def _check_head(where: str, manifest: Any) -> None:
     if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         found = [manifest.get(key) for key in ("format", "version")] if isinstance(manifest, dict) else manifest
-        raise refuse(where, f"format and version are {found!r:.80}", f"[{FORMAT!r}, {VERSION}] is read here")
+        raise bad_file(where, f"format and version are {found!r:.80}", f"[{FORMAT!r}, {VERSION}] is read here")
     if manifest.get("columns") != COLUMNS:
-        raise refuse(where, f"columns are {manifest.get('columns')!r:.300}", f"only {COLUMNS} is read")
+        raise bad_file(where, f"columns are {manifest.get('columns')!r:.300}", f"only {COLUMNS} is read")
     if manifest.get("compression") not in (None, "zstd"):
-        raise refuse(where, f"compression is {manifest['compression']!r:.80}", "null and 'zstd' are read")
+        raise bad_file(where, f"compression is {manifest['compression']!r:.80}", "null and 'zstd' are read")
     if not 1 <= _need(where, manifest, "chunk_length", int) <= MAX_CHUNK_LENGTH:
-        raise refuse(where, f"chunk_length is {manifest['chunk_length']}", f"1 to {MAX_CHUNK_LENGTH} is possible")
+        raise bad_file(where, f"chunk_length is {manifest['chunk_length']}", f"1 to {MAX_CHUNK_LENGTH} is possible")
     _need(where, manifest, "split", str)
     _need(where + " tokenizer", _need(where, manifest, "tokenizer", dict), "vocab_size", int, most=_MAX_VOCAB)
     for key in ("documents", "samples", "tokens"):
         _need(where + " totals", manifest.get("totals"), key, int)
     if not _need(where, manifest, "shards", list):
-        raise refuse(where, "it lists no shards", "at least one is needed")
+        raise bad_file(where, "it lists no shards", "at least one is needed")
 
 
 def read_manifest(local: Path) -> dict[str, Any]:
@@ -166,12 +168,12 @@ def read_manifest(local: Path) -> dict[str, Any]:
     for number, shard in enumerate(shards):
         _check_shard(f"{where} shards[{number}]", shard, chunk_length, manifest.get("compression"))
     if len({shard["raw"]["basename"] for shard in shards}) != len(shards):
-        raise refuse(where, "a file is named twice", "every shard has a file of its own")
+        raise bad_file(where, "a file is named twice", "every shard has a file of its own")
     _check_file_entry(where + " lengths", manifest.get("lengths"), LENGTHS, most=4 * len(shards) * (chunk_length + 1) + 4096)
     counted = {"samples", "tokens", *(["documents"] if all("documents" in shard for shard in shards) else [])}
     for key in sorted(counted):
         if (found := sum(shard[key] for shard in shards)) != manifest["totals"][key]:
-            raise refuse(where, f"totals.{key} is {manifest['totals'][key]}", f"its shards sum to {found}")
+            raise bad_file(where, f"totals.{key} is {manifest['totals'][key]}", f"its shards sum to {found}")
     return manifest
 
 
@@ -237,3 +239,82 @@ class SplitFacts:
         """(num_shards,) int64: best-fit packed rows per shard at this row length, or None where not counted."""
         counts = [shard["rows"].get(str(max_seq_len)) for shard in self.manifest["shards"]]
         return None if None in counts else np.array(counts, dtype=np.int64)
+
+
+Buffer = mmap.mmap | bytes | bytearray
+_BLOCK = 1 << 20
+
+
+def map_file(path: Path, num_bytes: int | None, xxh64: str | None, *, shared: bool = False, name: str = "") -> mmap.mmap:
+    """Maps a file read-only after checking that it is a plain file of the stated size and hash.
+
+    Args:
+        path: the file; a link is never followed.
+        num_bytes, xxh64: what it must be; None leaves the check out.
+        shared: hold a shared lock on the file for as long as it is mapped, so that remote.py does not remove it, and mark
+            it as just used.
+        name: what the file is called in messages about its content, if not by its path.
+
+    Raises:
+        FileNotFoundError: missing, or removed at this moment. ValueError: it is something else; the message says what.
+    """
+    descriptor = open_plain(path)
+    try:
+        if shared:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)  # mmap keeps a duplicate of the descriptor, and with it the lock
+            with contextlib.suppress(PermissionError):  # another user's file: its age stays that of its fetching
+                os.utime(descriptor)
+        status = os.fstat(descriptor)
+        if shared and not status.st_nlink:
+            raise FileNotFoundError(f"{path}: removed while it was opened; the cache made room. Open it again")
+        if num_bytes is not None and status.st_size != num_bytes:
+            raise bad_file(name or path, f"has {status.st_size} bytes", f"the manifest states {num_bytes}")
+        if not status.st_size:
+            raise bad_file(name or path, "is empty", "every file of a set holds data")
+        buffer = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    finally:
+        os.close(descriptor)
+    check_hash(buffer, name or path, xxh64)
+    return buffer
+
+
+def check_hash(data: Buffer, path: Path | str, xxh64: str | None) -> None:
+    """Refuses bytes of another hash than `xxh64`; None leaves the check out."""
+    if xxh64 is not None and (found := xxhash.xxh64(data).hexdigest()) != xxh64:
+        raise bad_file(path, f"xxh64 is {found}", f"the manifest states {xxh64}: the file was altered")
+
+
+def expand(stream: BinaryIO | Buffer, where: Path | str, num_bytes: int, *, exact: bool = True) -> Iterator[bytes]:
+    """The content of a zstd file in blocks, which together have `num_bytes` bytes (not exact: at most that).
+
+    Memory is bounded by the block and zstd's window (128 MiB at most, more is refused), whatever the file claims.
+
+    Raises:
+        ValueError: it is no zstd file, it holds more or less, or something follows its content.
+    """
+    import pyarrow as pa  # late: only packed sets need it
+
+    left = num_bytes
+    source = pa.PythonFile(stream, "r") if hasattr(stream, "readinto") else pa.BufferReader(stream)
+    try:
+        reader = pa.CompressedInputStream(source, "zstd")
+        while block := reader.read(min(_BLOCK, left + 1)):
+            left -= len(block)
+            if left < 0:
+                raise bad_file(where, f"expands beyond {num_bytes} bytes", "no more is stated for it",
+                             "Do not use this file: it was made to fill memory or disk")
+            yield block
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the file system, not of the format
+            raise
+        raise bad_file(where, f"is not a whole zstd file ({error})", "one written by convert.py is needed") from None
+    if left and exact:
+        raise bad_file(where, f"expands to {num_bytes - left} bytes", f"the manifest states {num_bytes}")
+
+
+def expand_all(data: Buffer, where: Path | str, num_bytes: int, *, exact: bool = True) -> bytearray:
+    """The content of a zstd file in memory; see `expand`."""
+    content = bytearray()
+    for block in expand(data, where, num_bytes, exact=exact):
+        content += block
+    return content

@@ -28,7 +28,7 @@ _PLACES = 3  # first word of the seed: what the numbers are for; order.py uses 1
 
 
 class ChunkTable(Protocol):
-    """What an order needs to know of a data set; `mds.MDSSet` and `mix.MixSet` have it.
+    """What an order needs to know of a data set; `mds.MDSSplit` and `mix.MixtureSplit` have it.
 
     S shards, M tokens in the longest chunk. A set that holds shards several times may also have `passes`, (S,) integers:
     a source's shards of pass 0 then all come before those of pass 1, so that a chunk's repeats are far apart.

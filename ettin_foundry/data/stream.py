@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ettin_foundry.data.mds import MDSSet
-from ettin_foundry.data.mixture import MixSet, open_set
+from ettin_foundry.data.mixture import MixtureSplit, open_split
 from ettin_foundry.data.order import ORDER_VERSION, Order
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
 from ettin_foundry.data.ramp import BatchRamp
+from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import join
 from ettin_foundry.training.keys import DATASET_KEYS
 
@@ -83,7 +83,7 @@ class RowStream:
         start_row: the row of the stream that reading begins with; after a resume, the checkpoint's.
     """
 
-    def __init__(self, data: MDSSet | MixSet, order: Order, ramp: BatchRamp) -> None:
+    def __init__(self, data: MDSSplit | MixtureSplit, order: Order, ramp: BatchRamp) -> None:
         self.data, self.order, self.ramp = data, order, ramp
         self.start_row = 0
 
@@ -219,20 +219,20 @@ def _check_dataset(dataset: Any) -> None:
                          "such as train. Correct it")
 
 
-def _open(dataset: Mapping[str, Any], max_open: int) -> MDSSet | MixSet:
+def _open(dataset: Mapping[str, Any], max_open: int) -> MDSSplit | MixtureSplit:
     local, split, remote = Path(dataset["local"]), dataset["split"], dataset.get("remote")
-    options = {key: dataset[key] for key in ("cache_limit", "on_bad_shard") if dataset.get(key) is not None}
+    options = {key: dataset[key] for key in ("cache_limit",) if dataset.get(key) is not None}
     if remote is not None:
-        return open_set(local / split, max_open=max(32, max_open), remote=join(remote, split), **options)
+        return open_split(local / split, max_open=max(32, max_open), remote=join(remote, split), **options)
     splits = sorted(folder.parent.name for folder in local.glob("*/manifest.json"))
     if split not in splits:
         what = f"its complete splits are: {', '.join(splits)}" if splits else "that folder holds no complete split"
         raise FileNotFoundError(f"dataset: local: {str(local)!r}, split: {split!r} given; {what}. A split is a folder "
                                 "with a manifest.json, made by data_prep/convert.py: run it, or correct the keys")
-    return open_set(local / split, max_open=max(32, max_open), **options)
+    return open_split(local / split, max_open=max(32, max_open), **options)
 
 
-def _check_row_length(data: MDSSet | MixSet, max_seq_len: int) -> None:
+def _check_row_length(data: MDSSplit | MixtureSplit, max_seq_len: int) -> None:
     if data.chunk_length + SPECIALS_PER_PIECE <= max_seq_len:
         return
     # chunk_length only bounds the chunks; the histograms tell

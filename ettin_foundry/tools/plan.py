@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from ettin_foundry.data.manifest import MANIFEST
-from ettin_foundry.data.mds import MDSSet
-from ettin_foundry.data.mixture import MixSet, open_set
+from ettin_foundry.data.mixture import MixtureSplit, open_split
 from ettin_foundry.data.quantities import format_bytes, format_count
 from ettin_foundry.data.ramp import BatchRamp, check_warmup
+from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.objectives.schedule import parse_tokens
 from ettin_foundry.tools.curves import Curves, run_curves
@@ -64,7 +64,7 @@ class DataFacts:
         return self.num_tokens / self.num_rows
 
 
-def data_facts(split: MDSSet | MixSet, max_seq_len: int, *, packing: bool) -> DataFacts | None:
+def data_facts(split: MDSSplit | MixtureSplit, max_seq_len: int, *, packing: bool) -> DataFacts | None:
     """Sums over a split's manifest and length histograms; None when packed rows were not counted for this length."""
     rows = split.rows(max_seq_len) if packing else split.samples
     if rows is None:
@@ -83,7 +83,7 @@ def _split_facts(cfg: dict[str, Any]) -> DataFacts | None:
     if not (folder / MANIFEST).is_file():
         return None
     try:
-        return data_facts(open_set(folder), cfg["max_seq_len"], packing=loader.get("packing", True))
+        return data_facts(open_split(folder), cfg["max_seq_len"], packing=loader.get("packing", True))
     except OSError:
         if not loader["dataset"].get("remote"):  # else the loader fetches what is missing
             raise
@@ -309,11 +309,9 @@ def plan_run(cfg: dict[str, Any], *, name: str = "", machine: Machine | None = N
         facts: what the training split holds; None: read from its manifest, if that is here.
 
     Raises:
-        ValueError: the batch cannot be divided over the machine, mfu is not a share, or the data's files contradict their
-            manifest.
+        ValueError: mfu is not a share, or the data's files contradict their manifest.
     """
     machine = machine or Machine.default(cfg)
-    _check_batch(cfg, machine)
     if mfu is not None and not (machine.is_gpu and 0 < mfu <= 1):
         raise ValueError(f"--mfu must be above 0, at most 1, and used with GPUs ({machine} here), got {mfu}; add --gpus")
     facts = facts or _split_facts(cfg)
@@ -374,7 +372,9 @@ def plan_runs(stages: Sequence[tuple[str, dict[str, Any]]], *, gpus: str | None 
             if (model := (cfg.get("model") or {}).get("name")) != "ettin":
                 raise ValueError(f"model.name must be ettin to be planned, got {model!r}; start from a recipe in yamls/")
             check_settings(cfg)
-            found.append(plan_run(cfg, name=name, machine=None if gpus is None else Machine.parse(gpus), mfu=mfu))
+            machine = Machine.default(cfg) if gpus is None else Machine.parse(gpus)
+            _check_batch(cfg, machine)
+            found.append(plan_run(cfg, name=name, machine=machine, mfu=mfu))
         except ValueError as error:
             raise ValueError(f"{name}: {error}" if len(stages) > 1 else str(error)) from error
     return found
@@ -413,8 +413,7 @@ def report(cfg: dict[str, Any]) -> str:
     from ettin_foundry.model.attention import describe_backend  # imports torch, which the arithmetic does without
 
     backend = describe_backend(cfg["model"].get("attn_impl", "auto"), cfg.get("precision", "amp_bf16"))
-    cpu = Machine(1, "cpu" if isinstance(cfg["device_train_microbatch_size"], int) else "h100")
-    return _aligned({**_lines(plan_run(cfg, machine=cpu)), "attention": f"{backend.name}: {backend.reason}",
+    return _aligned({**_lines(plan_run(cfg)), "attention": f"{backend.name}: {backend.reason}",
                      "folder": cfg.get("save_folder") or "nothing is saved"})
 
 

@@ -16,6 +16,7 @@ from ettin_foundry.data.ramp import check_warmup
 from ettin_foundry.training.check_objectives import check_objectives, resolve_schedules
 from ettin_foundry.training.defaults import HOST_KEYS
 from ettin_foundry.training.keys import MODEL_KEYS, check_host_only, check_inert, check_keys
+from ettin_foundry.training.recipes import rows_from_tokens
 from ettin_foundry.training.run_config import (
     TIME,
     loaders,
@@ -200,7 +201,7 @@ def _check_sharding(cfg: dict[str, Any], world_size: int, cuda: bool) -> None:
 def _fetch_tokenizer(name: str, dataset: dict[str, Any]) -> None:
     """The host builds the tokenizer before the loader, so that of a remote set must be here by now."""
     if dataset.get("remote") and Path(name) == Path(dataset["local"], "tokenizer") and not Path(name).exists():
-        from ettin_foundry.data.remote import fetch_tokenizer
+        from ettin_foundry.data.cache import fetch_tokenizer
 
         fetch_tokenizer(Path(dataset["local"]), dataset["remote"])
 
@@ -260,6 +261,7 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     if not _is_ours(cfg):
         return cfg
     cfg = {key: value for key, value in cfg.items() if value is not None}
+    cfg |= rows_from_tokens(cfg)
     clock = (cfg.get("callbacks") or {}).get("ettin_clock") or {"run_config": config_text(cfg)}
     check_settings(cfg)
     check_machine(cfg)

@@ -1,10 +1,12 @@
-"""From YAML files and key=value to one configuration: what `train.py` and every command that takes a recipe read.
+"""Reads recipes: merges YAML files and key=value into one configuration, for `train.py` and every command.
 
 Later files win over earlier ones, and key=value wins over files. What a configuration may hold is checked in `checks.py`.
 """
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
 from omegaconf.errors import OmegaConfBaseException
 
-__all__ = ["configure", "merge", "read", "resolved"]
+__all__ = ["configure", "merge", "read", "resolved", "rows_from_tokens"]
 
 HERE = Path(__file__).resolve().parents[2]  # the clone, when it is one: recipes are looked for in its yamls/
 
@@ -72,7 +74,7 @@ def configure(args: Sequence[str]) -> DictConfig:
     try:
         missing = sorted(om.missing_keys(config), key=lambda key: (not key.startswith("variables."), key))
         if not missing:
-            om.to_container(config, resolve=True)
+            config.update(rows_from_tokens(om.to_container(config, resolve=True)))  # type: ignore[arg-type]
     except OmegaConfBaseException as error:
         raise ValueError(f"{', '.join(files)}: {' '.join(str(error).split())}") from error
     if missing:
@@ -84,3 +86,35 @@ def configure(args: Sequence[str]) -> DictConfig:
 def resolved(args: Sequence[str]) -> dict[str, Any]:
     """`configure`, with every interpolation filled in, as plain containers."""
     return om.to_container(configure(args), resolve=True)  # type: ignore[return-value]
+
+
+def rows_from_tokens(cfg: dict[str, Any]) -> dict[str, int]:
+    """Rows a GPU takes at once, where the config gives token positions instead.
+
+    `variables.microbatch_tokens` gives `device_train_microbatch_size`: the most rows of `max_seq_len` that it holds and
+    that divide every batch of a process evenly (WORLD_SIZE processes). `variables.eval_tokens` gives
+    `device_eval_batch_size`. A key that the config has itself is left alone.
+
+    Args:
+        cfg: plain containers, interpolations resolved.
+
+    Raises:
+        ValueError: a variable is not a number of tokens, at least one row.
+    """
+    variables, length, batch = cfg.get("variables") or {}, cfg.get("max_seq_len"), cfg.get("global_train_batch_size")
+    found: dict[str, int] = {}
+    for name, key in (("microbatch_tokens", "device_train_microbatch_size"), ("eval_tokens", "device_eval_batch_size")):
+        tokens = variables.get(name)
+        if tokens is None or cfg.get(key) is not None or not isinstance(length, int) or not isinstance(batch, int):
+            continue
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < length:
+            raise ValueError(f"variables.{name} must be an integer >= {length} (max_seq_len), got {tokens!r}")
+        rows = tokens // length
+        if key == "device_train_microbatch_size":
+            warmup = (cfg.get("train_loader") or {}).get("batch_size_warmup") or {}
+            smallest = warmup.get("min_size") if isinstance(warmup, dict) else None
+            share = math.gcd(batch, smallest if isinstance(smallest, int) else 0)
+            share = max(1, share // int(os.environ.get("WORLD_SIZE", "1")))
+            rows = next(n for n in range(min(rows, share), 0, -1) if share % n == 0)
+        found[key] = rows
+    return found

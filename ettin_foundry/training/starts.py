@@ -175,9 +175,9 @@ def _check_data(cfg: Mapping[str, Any], head: Any) -> None:
     old = head.data.get("fingerprint")
     if old is None or dataset.get("remote"):
         return  # the loader compares, once the set is here
-    from ettin_foundry.data.mixture import open_set
+    from ettin_foundry.data.mixture import open_split
 
-    if (new := open_set(folder).fingerprint) != old:
+    if (new := open_split(folder).fingerprint) != old:
         raise ValueError(f"train_loader.dataset: {str(folder)!r} with fingerprint {new} given, {old} in the checkpoint that "
                          f"this run resumes ({head.path}); with other data rows would be skipped or repeated. Restore the "
                          "data, or choose another run_name and save_folder")

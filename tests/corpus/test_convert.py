@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from ettin_foundry.corpus.convert import ConvertOptions, main
 from ettin_foundry.corpus.filters import FilterOptions
 from ettin_foundry.data import tokenizer as tokenizers
-from ettin_foundry.data.mds import MDSSet
+from ettin_foundry.data.shards import MDSSplit
 
 
 def test_set_holds_exactly_the_tokens_of_the_corpus(data_set: Path, tokenizer_dir: Path, documents: list[str]) -> None:
@@ -27,7 +27,7 @@ def test_set_holds_exactly_the_tokens_of_the_corpus(data_set: Path, tokenizer_di
     assert list(sorted(found)) == sorted(f"doc-{i}" for i in range(len(documents)))
     for index, text in enumerate(documents):
         assert found[f"doc-{index}"].tolist() == plain(text, add_special_tokens=False)["input_ids"]
-    totals = [MDSSet(data_set / split).manifest["totals"] for split in ("train", "validation")]
+    totals = [MDSSplit(data_set / split).manifest["totals"] for split in ("train", "validation")]
     assert sum(t["documents"] for t in totals) == len(documents)
     assert sum(t["tokens"] for t in totals) == sum(map(len, found.values()))
 
@@ -39,7 +39,7 @@ def test_training_order_is_the_corpus_order(data_set: Path) -> None:
 
 def test_saved_tokenizer_is_the_one_in_the_manifest(data_set: Path) -> None:
     for split in ("train", "validation"):
-        tokenizers.check(tokenizers.load(data_set / "tokenizer"), MDSSet(data_set / split).tokenizer)
+        tokenizers.check(tokenizers.load(data_set / "tokenizer"), MDSSplit(data_set / split).tokenizer)
 
 
 def test_copies_of_a_document_are_on_one_side(tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -93,7 +93,7 @@ def test_sources_have_shards_and_counts_of_their_own(tmp_path: Path, tokenizer_d
     out = tmp_path / "out"
     run(out, ["one=" + str(tmp_path / "a.txt"), tmp_path / "b.jsonl", corpus], tokenizer_dir,
               licence="CC0-1.0")
-    data = MDSSet(out / "train")
+    data = MDSSplit(out / "train")
     tokens = dict.fromkeys(data.sources, 0)
     for source, number in zip(data.sources, data.tokens.tolist()):
         tokens[source] += number
@@ -117,7 +117,7 @@ def test_limit_ends_each_source_at_a_document(tmp_path: Path, corpus: Path, toke
 def test_stdlib_is_real_text_with_licence_and_module_docstrings(tmp_path: Path, tokenizer_dir: Path) -> None:
     out = tmp_path / "out"
     run(out, ["python-stdlib"], tokenizer_dir, limit_bytes=60_000, validation=0.3)
-    manifest = MDSSet(out / "train").manifest
+    manifest = MDSSplit(out / "train").manifest
     counts = manifest["sources"]["python-stdlib"]
     assert counts["licence"] == "PSF-2.0" and counts["revision"] == sys.version.split()[0]
     assert counts["tokens"] > 5_000 and "__hello__.py" in stored(out / "train")
@@ -146,7 +146,7 @@ def test_duplicates_are_dropped_after_the_first_across_files_and_sources(tmp_pat
                 seen.add(text)
                 expected.append(f"{name}-{i}")
     assert list(stored(tmp_path / "out" / "train")) == expected
-    counts = MDSSet(tmp_path / "out" / "train").manifest["sources"]
+    counts = MDSSplit(tmp_path / "out" / "train").manifest["sources"]
     assert sum(c["dropped"].get("duplicate", 0) for c in counts.values()) == 450 - len(expected) > 200
 
 
@@ -167,7 +167,7 @@ def test_each_filter_counts_what_it_drops(tmp_path: Path, tokenizer_dir: Path, m
     assert sorted(int(name[2:]) for name in kept) == [i for i in range(0, 100, 2) if i not in (10, 12, 14)]
     dropped: dict[str, int] = {}
     for split in ("train", "validation"):
-        for reason, number in MDSSet(tmp_path / "out" / split).manifest["sources"]["c"]["dropped"].items():
+        for reason, number in MDSSplit(tmp_path / "out" / split).manifest["sources"]["c"]["dropped"].items():
             dropped[reason] = dropped.get(reason, 0) + number
     assert dropped == {"contaminated": 1, "long": 1, "short": 1, "predicate keeping:even": 50}
     hits = [json.loads(line) for line in (tmp_path / "out" / "contamination.jsonl").read_text().splitlines()]
@@ -187,7 +187,7 @@ def test_a_long_document_is_converted_as_if_it_were_short(tmp_path: Path, tokeni
     for split in ("train", "validation"):
         whole, pieces = stored(tmp_path / "whole" / split), stored(tmp_path / "pieces" / split)
         assert whole.keys() == pieces.keys() and all(np.array_equal(whole[name], pieces[name]) for name in whole)
-    assert MDSSet(tmp_path / "whole" / "train").fingerprint == MDSSet(tmp_path / "pieces" / "train").fingerprint
+    assert MDSSplit(tmp_path / "whole" / "train").fingerprint == MDSSplit(tmp_path / "pieces" / "train").fingerprint
 
 
 def test_both_engines_write_the_same_bytes(tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -311,6 +311,6 @@ def test_program_converts_and_says_what_it_did(tmp_path: Path, corpus: Path, mon
         runpy.run_path(str(program), run_name="__main__")
     line = capsys.readouterr().out
     assert status.value.code == 0 and line.count("\n") == 1
-    manifests = [MDSSet(tmp_path / "out" / split).manifest for split in ("train", "validation")]
+    manifests = [MDSSplit(tmp_path / "out" / split).manifest for split in ("train", "validation")]
     assert f"corpus: 200 documents, {sum(m['totals']['tokens'] for m in manifests):,} tokens" in line
     assert f"{manifests[1]['totals']['documents']} documents for validation" in line and " tokens/s" in line

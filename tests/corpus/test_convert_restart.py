@@ -12,7 +12,7 @@ from s3_server import S3Server
 from ettin_foundry.corpus.convert import main
 from ettin_foundry.corpus.filters import FilterOptions
 from ettin_foundry.corpus.finalize import finalize
-from ettin_foundry.data.mds import MDSSet
+from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import LocalStorage
 
 FILTERS = FilterOptions(deduplicate=True, min_characters=5)
@@ -88,7 +88,7 @@ def test_killed_at_a_write_leaves_no_set_or_a_whole_one(tmp_path: Path, corpus_f
         with pytest.raises(Killed):
             run(out, [corpus_folder], tokenizer_dir, **SETTINGS)
     for manifest in out.rglob("manifest.json"):
-        assert stored(manifest.parent)  # MDSSet.verify() inside
+        assert stored(manifest.parent)  # MDSSplit.verify() inside
     run(out, [corpus_folder], tokenizer_dir, **SETTINGS)
     assert files_of(out) == whole
 
@@ -358,7 +358,7 @@ def test_growing_set_is_never_half_old_and_half_new(tmp_path: Path, corpus_folde
                 manifests = sorted(out.rglob("manifest.json"))
                 states.add(len(manifests))
                 for manifest in manifests:
-                    MDSSet(manifest.parent).verify()
+                    MDSSplit(manifest.parent).verify()
     assert states >= {0, 2} and files_of(out) == files_of(tmp_path / "both")
 
 

@@ -11,11 +11,11 @@ import pytest
 from memory_set import write_set
 from mix_sets import BUDGETS, ENTRIES, build, chunks_of, make_sets, shards, write_spec
 
-from ettin_foundry.corpus.mix import MixSet, build_mix, open_set
+from ettin_foundry.corpus.mix import MixtureSplit, build_mix, open_split
 from ettin_foundry.corpus.mix_spec import CATALOGUE, read_catalogue, read_spec
 from ettin_foundry.data.manifest import MANIFEST
-from ettin_foundry.data.mds import MDSSet
 from ettin_foundry.data.order import Order
+from ettin_foundry.data.shards import MDSSplit
 
 T = 64
 
@@ -28,8 +28,8 @@ def sets(tmp_path):
 
 def test_budgets_are_met_within_a_tenth_of_a_percent_with_whole_chunks_and_counted_repeats(sets):
     summary = build(sets)
-    data = open_set(sets.parent / "mix" / "train")
-    stored = {name: open_set(sets / folder / "train") for name, folder in
+    data = open_split(sets.parent / "mix" / "train")
+    stored = {name: open_split(sets / folder / "train") for name, folder in
               (("web", "web"), ("code", "code"), ("books", "both"), ("notes", "both"))}
     taken = Counter(chunks_of(data))
     for name, wanted in BUDGETS.items():
@@ -80,13 +80,13 @@ def test_mixture_holds_no_text_and_refers_to_sets_by_relative_paths(sets):
     manifest = (mix / "train" / MANIFEST).read_text()
     assert str(sets.parent) not in manifest and len(manifest) < 10_000
     assert [entry["path"] for entry in json.loads(manifest)["sets"]] == ["../sets/web", "../sets/code", "../sets/both"]
-    before = chunks_of(open_set(mix / "train"))
+    before = chunks_of(open_split(mix / "train"))
     moved = sets.parent / "elsewhere" / "deeper"
     moved.parent.mkdir()
     os.mkdir(moved)
     shutil.move(sets, moved / "sets")
     shutil.move(mix, moved / "mix")
-    assert chunks_of(open_set(moved / "mix" / "train")) == before
+    assert chunks_of(open_split(moved / "mix" / "train")) == before
 
 
 def test_choice_is_a_function_of_seed_and_source_alone(sets):
@@ -95,28 +95,28 @@ def test_choice_is_a_function_of_seed_and_source_alone(sets):
     first, again, other = ((sets.parent / name / "train" / MANIFEST).read_bytes() for name in ("one", "again", "two"))
     assert first == again != other
     build(sets, "fewer", 1, sets={"web": {**ENTRIES["web"], "tokens": BUDGETS["web"]}})
-    fewer, full = (Counter(pair for pair in chunks_of(open_set(sets.parent / name / "train")) if pair[0] == "web")
+    fewer, full = (Counter(pair for pair in chunks_of(open_split(sets.parent / name / "train")) if pair[0] == "web")
                    for name in ("fewer", "one"))
     assert fewer == full
-    seeds = [Counter(chunks_of(open_set(sets.parent / name / "train"))) for name in ("one", "two")]
-    assert open_set(sets.parent / "one" / "train").fingerprint != open_set(sets.parent / "two" / "train").fingerprint
+    seeds = [Counter(chunks_of(open_split(sets.parent / name / "train"))) for name in ("one", "two")]
+    assert open_split(sets.parent / "one" / "train").fingerprint != open_split(sets.parent / "two" / "train").fingerprint
     assert seeds[0] != seeds[1] and len(seeds[0]) > 100
     whole = {"set": "sets/web", "tokens": 7000}
     build(sets, "twins", 1, sets={"first": whole, "second": whole})
     runs = [json.loads((sets.parent / name / "train" / MANIFEST).read_text())["runs"] for name in ("twins", "one", "two")]
     chosen = [[run["shards"] for run in of if run["source"] in ("first", "second", "web")] for of in runs]
     assert chosen[0][0] != chosen[0][1] and chosen[1] != chosen[2]  # sources and seeds choose shards of their own
-    data = open_set(sets.parent / "one" / "train")
+    data = open_split(sets.parent / "one" / "train")
     for part in np.flatnonzero(data._part >= 0):  # what is taken of a shard stays in stored order
         numbers = [int(data.sample(int(part), index)["doc"].rpartition("-")[2]) for index in range(data.samples[part])]
         assert numbers == sorted(numbers)
 
 
 def test_mixture_of_one_whole_set_reads_as_the_set_itself(sets):
-    available = int(MDSSet(sets / "web" / "train").tokens.sum())
+    available = int(MDSSplit(sets / "web" / "train").tokens.sum())
     build(sets, sets={"web": {"set": "sets/web", "tokens": available}})
-    mine, its = open_set(sets.parent / "mix" / "train"), open_set(sets / "web" / "train")
-    assert isinstance(mine, MixSet) and isinstance(its, MDSSet)
+    mine, its = open_split(sets.parent / "mix" / "train"), open_split(sets / "web" / "train")
+    assert isinstance(mine, MixtureSplit) and isinstance(its, MDSSplit)
     assert (mine.num_shards, mine.sources, mine.split, mine.chunk_length) == (9, its.sources, "train", 62)
     assert mine.tokenizer == its.tokenizer
     for name in ("samples", "tokens"):
@@ -134,7 +134,7 @@ def test_mixture_of_one_whole_set_reads_as_the_set_itself(sets):
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "unpacked"])
 def test_an_epoch_of_a_mixture_has_every_chunk_as_often_as_it_is_taken_and_passes_in_turn(sets, packing):
     summary = build(sets)
-    data = open_set(sets.parent / "mix" / "train")
+    data = open_split(sets.parent / "mix" / "train")
     order = Order(data, T, packing=packing, shuffle=True, seed=3, window=4)
     found, passes, tokens = Counter(), [], 0
     for row in range(order.rows_per_epoch):
@@ -163,7 +163,7 @@ def test_loader_reads_a_mixture_and_resumes_in_it(tmp_path, tokenizer_dir):
     settings = {"objective": "clm", "max_seq_len": T, "shuffle_window": 3,
                 "dataset": {"local": str(tmp_path / "mix"), "split": "train"}}
     loader = build_ettin_loader(tokenizer, 4, **settings).dataloader
-    data, order = open_set(tmp_path / "mix" / "train"), loader.dataset.order
+    data, order = open_split(tmp_path / "mix" / "train"), loader.dataset.order
     steps = order.rows_per_epoch // 4 + 5  # beyond the end of the epoch
     batches = list(itertools.islice(iter(loader), steps))
     for step, batch in enumerate(batches):
@@ -186,14 +186,14 @@ def test_loader_reads_a_mixture_and_resumes_in_it(tmp_path, tokenizer_dir):
 
 def test_validation_is_that_of_all_sets_each_once(sets):
     summary = build(sets)  # books and notes share a set, code has no validation
-    data = open_set(sets.parent / "mix" / "validation")
-    originals = [open_set(sets / name / "validation") for name in ("web", "both")]
+    data = open_split(sets.parent / "mix" / "validation")
+    originals = [open_split(sets / name / "validation") for name in ("web", "both")]
     assert sorted(doc for _, doc in chunks_of(data)) == sorted(doc for one in originals for _, doc in chunks_of(one))
     assert summary.validation_chunks == data.samples.sum() and set(data.sources) == {"web", "books", "notes"}
     shutil.rmtree(sets.parent / "mix")
     whole = {"set": "sets/both", "tokens": 3000}
     build(sets, sets={"first": whole, "second": whole})  # a set behind two sources
-    assert sorted(doc for _, doc in chunks_of(open_set(sets.parent / "mix" / "validation"))) == sorted(
+    assert sorted(doc for _, doc in chunks_of(open_split(sets.parent / "mix" / "validation"))) == sorted(
         doc for _, doc in chunks_of(originals[1]))
     shutil.rmtree(sets.parent / "mix")
     build(sets, sets={"code": {"set": "sets/code", "tokens": 3000}})

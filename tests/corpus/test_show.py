@@ -12,7 +12,7 @@ from whole_sets import SOURCES, copy_set, histogram, samples_of, whole_samples, 
 from ettin_foundry.cli import main as cli
 from ettin_foundry.corpus.show import draw_samples, histogram_lines, show_set, source_statistics
 from ettin_foundry.data.inspect import find_set, load_decoder, plain
-from ettin_foundry.data.mds import MDSSet
+from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import open_storage
 
 
@@ -39,7 +39,7 @@ def test_statistics_are_those_of_counting(tokenizer_dir: Path, split: str, compr
     folder = whole_set(tokenizer_dir, compression) / split
     shards = whole_samples(tokenizer_dir, split, compression)
     everything = [sample for samples in shards.values() for sample in samples]
-    found = source_statistics(MDSSet(folder))
+    found = source_statistics(MDSSplit(folder))
     assert {s.name for s in found} == set(SOURCES) and [s.tokens for s in found] == sorted(s.tokens for s in found)[::-1]
     for s in found:
         mine = [sample for sample in everything if sample["source"] == s.name]
@@ -75,7 +75,7 @@ def test_histogram_lines_cover_every_length_once(longest: int, bins: int) -> Non
 
 
 def test_samples_are_chunks_of_the_set_decoded(whole: Path) -> None:
-    data = MDSSet(whole / "train")
+    data = MDSSplit(whole / "train")
     reference = Tokenizer.from_file(str(whole / "tokenizer" / "tokenizer.json"))
     stored = {(s["source"], s["doc"], s["part"]): s for samples in samples_of(whole / "train").values() for s in samples}
     found = draw_samples(data, load_decoder(open_storage(whole)), per_source=3, seed=5)
@@ -90,7 +90,7 @@ def test_samples_are_chunks_of_the_set_decoded(whole: Path) -> None:
 
 
 def test_every_chunk_of_a_source_is_drawn_alike(whole: Path) -> None:
-    data = MDSSet(whole / "validation")
+    data = MDSSplit(whole / "validation")
     chunks = int(sum(data.samples[shard] for shard, source in enumerate(data.sources) if source == "wiki"))
     drawn = [next(s for s in draw_samples(data, None, per_source=1, seed=seed) if s.source == "wiki") for seed in range(400)]
     counts = {(sample.doc, sample.part): 0 for sample in drawn}
@@ -121,7 +121,7 @@ def test_command_shows_the_set_one_split_and_the_picture(whole: Path, tmp_path: 
 
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     code, text, _ = run(whole, "--samples", 2, "--picture", tmp_path / "l.svg")
-    data = MDSSet(whole / "train")
+    data = MDSSplit(whole / "train")
     assert code == 0 and f"train: {data.samples.sum():,} chunks of at most 62 tokens, {data.tokens.sum():,} tokens" in text
     assert "validation: " in text and text.count("[wiki]") == 4 and "(512 entries)" in text
     assert (tmp_path / "l.svg").read_bytes() == (whole / "lengths.svg").read_bytes()

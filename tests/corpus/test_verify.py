@@ -19,7 +19,7 @@ from ettin_foundry.corpus.mix import build_mix
 from ettin_foundry.corpus.show import show_set
 from ettin_foundry.corpus.units import Plan, Unit
 from ettin_foundry.corpus.verify import verify_set
-from ettin_foundry.data.mds import MDSSet
+from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import open_storage
 
 SMALL = ["train/lengths.npy", "train/index.json", "train/manifest.json", "validation/manifest.json", "plan.json",
@@ -299,7 +299,7 @@ def test_split_without_manifest_is_still_checked_shard_by_shard(bare: Path) -> N
 
 def test_altered_expanded_copy_of_a_packed_shard_is_found(tokenizer_dir: Path, tmp_path: Path) -> None:
     out = copy_set(tokenizer_dir, tmp_path, compression="zstd")
-    MDSSet(out / "train").chunk(1, 0)
+    MDSSplit(out / "train").chunk(1, 0)
     assert verify_set(out, threads=1).ok
     expanded = [path for path in (out / "train").glob("*.mds")]
     assert len(expanded) == 1

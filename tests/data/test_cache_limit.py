@@ -32,10 +32,10 @@ from remote_place import (
 )
 from s3_server import S3Server
 
-from ettin_foundry.data import shard_files
+from ettin_foundry.data import cache
 from ettin_foundry.data.cache import locked
-from ettin_foundry.data.mds import MDSSet
 from ettin_foundry.data.quantities import parse_bytes
+from ettin_foundry.data.shards import MDSSplit
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,10 @@ def server(running: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
 @KINDS
 def test_the_limit_holds_while_training_and_what_went_is_fetched_again(server: S3Server, splits: dict[str, Path],
                                                                        tmp_path: Path, kind: str) -> None:
-    local = MDSSet(splits["plain"])
+    local = MDSSplit(splits["plain"])
     order = order_of(local)
     limit = limit_for(splits[kind], len(order.shards_ahead(0)))
-    data = MDSSet(tmp_path / "train", remote=server.url(f"{kind}/train"), cache_limit=limit)
+    data = MDSSplit(tmp_path / "train", remote=server.url(f"{kind}/train"), cache_limit=limit)
     rows = range(3 * order.rows_per_epoch)
     peaks, stop = [0], threading.Event()
 
@@ -81,7 +81,7 @@ def test_the_limit_holds_while_training_and_what_went_is_fetched_again(server: S
 
 
 def test_two_processes_share_the_limit(server: S3Server, splits: dict[str, Path], tmp_path: Path) -> None:
-    local = MDSSet(splits["plain"])
+    local = MDSSplit(splits["plain"])
     order = order_of(local)
     rows, limit = 2 * order.rows_per_epoch, limit_for(splits["plain"], len(order.shards_ahead(0)) + 1)
     start, answers = SPAWN.Barrier(2), SPAWN.Queue()
@@ -105,9 +105,9 @@ def test_two_processes_share_the_limit(server: S3Server, splits: dict[str, Path]
 def test_a_shard_in_use_never_goes_and_the_least_recently_used_goes_first(server: S3Server, splits: dict[str, Path],
                                                                           tmp_path: Path) -> None:
     url = server.url("plain/train")
-    sizes = [shard["raw"]["bytes"] for shard in MDSSet(splits["plain"]).manifest["shards"]]
+    sizes = [shard["raw"]["bytes"] for shard in MDSSplit(splits["plain"]).manifest["shards"]]
     limit = sum(sizes[shard] for shard in (0, 1, 3)) + max(sizes[2], sizes[4])
-    holder, reader = (MDSSet(tmp_path / "train", remote=url, cache_limit=limit) for _ in range(2))
+    holder, reader = (MDSSplit(tmp_path / "train", remote=url, cache_limit=limit) for _ in range(2))
     holder.chunk(0, 0)
     for shard in (1, 2, 3, 1, 4):  # 4 needs room: 0 is in use, 2 was used least recently
         reader.prefetch([shard])  # unmaps the one before
@@ -115,16 +115,16 @@ def test_a_shard_in_use_never_goes_and_the_least_recently_used_goes_first(server
         time.sleep(0.02)
     there = [shard for shard in range(5) if (tmp_path / "train" / shard_name(splits["plain"], shard)).exists()]
     assert there == [0, 1, 3, 4]
-    assert holder.chunk(0, 1).tolist() == MDSSet(splits["plain"]).chunk(0, 1).tolist()
+    assert holder.chunk(0, 1).tolist() == MDSSplit(splits["plain"]).chunk(0, 1).tolist()
     assert set(downloads(server).values()) == {1}
 
 
 def test_a_limit_that_cannot_hold_the_windows_is_refused(server: S3Server, splits: dict[str, Path], tmp_path: Path) -> None:
     url = server.url("packed/train")
     with pytest.raises(ValueError, match=r"dataset.cache_limit: 2000 bytes given; 1 shards .* up to \d+ bytes. Raise it"):
-        MDSSet(tmp_path / "train", remote=url, cache_limit=2000)
+        MDSSplit(tmp_path / "train", remote=url, cache_limit=2000)
     limit = limit_for(splits["packed"], 4)
-    data = MDSSet(tmp_path / "train", remote=url, cache_limit=limit)
+    data = MDSSplit(tmp_path / "train", remote=url, cache_limit=limit)
     data.check_room([5, 2, 9, 1])
     with pytest.raises(ValueError, match="5 shards are in use at a time.*lower train_loader.shuffle_window"):
         data.check_room([5, 2, 9, 1, 0])
@@ -132,9 +132,9 @@ def test_a_limit_that_cannot_hold_the_windows_is_refused(server: S3Server, split
 
 def test_a_process_without_room_says_so_and_does_not_wait_for_ever(server: S3Server, splits: dict[str, Path], tmp_path: Path,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_files, "_PATIENCE", 0.1)
+    monkeypatch.setattr(cache, "_PATIENCE", 0.1)
     limit = limit_for(splits["plain"], 2)
-    holder, other = (MDSSet(tmp_path / "train", remote=server.url("plain/train"), cache_limit=limit) for _ in range(2))
+    holder, other = (MDSSplit(tmp_path / "train", remote=server.url("plain/train"), cache_limit=limit) for _ in range(2))
     for shard in (0, 1):
         holder.chunk(shard, 0)
     with pytest.raises(OSError, match="dataset.cache_limit: .* this node have used all of it.* Raise it"):
@@ -145,7 +145,7 @@ def test_what_is_wanted_soon_does_not_go_for_what_is_wanted_later(splits: dict[s
     names = [shard_name(splits["plain"], shard) for shard in range(4)]
     sizes = [(splits["plain"] / name).stat().st_size for name in names]
     limit = max(sum(sizes[:3]), sum(sizes[1:]))
-    data = MDSSet(tmp_path / "train", remote=str(splits["plain"]), cache_limit=limit)
+    data = MDSSplit(tmp_path / "train", remote=str(splits["plain"]), cache_limit=limit)
 
     def there() -> list[str]:
         return sorted(path.name for path in (tmp_path / "train").glob("*.mds"))
@@ -160,8 +160,8 @@ def test_what_is_wanted_soon_does_not_go_for_what_is_wanted_later(splits: dict[s
 
 def test_a_forked_child_does_not_keep_the_shards_of_its_parent(splits: dict[str, Path], tmp_path: Path,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_files, "_PATIENCE", 0.5)
-    data = MDSSet(tmp_path / "train", remote=str(splits["plain"]), cache_limit=limit_for(splits["plain"], 2))
+    monkeypatch.setattr(cache, "_PATIENCE", 0.5)
+    data = MDSSplit(tmp_path / "train", remote=str(splits["plain"]), cache_limit=limit_for(splits["plain"], 2))
     for shard in (0, 1):
         data.chunk(shard, 0)
     read, write = os.pipe()
@@ -171,7 +171,7 @@ def test_a_forked_child_does_not_keep_the_shards_of_its_parent(splits: dict[str,
         os._exit(0)
     try:
         for shard in (2, 3, 4):
-            assert data.chunk(shard, 0).tolist() == MDSSet(splits["plain"]).chunk(shard, 0).tolist()
+            assert data.chunk(shard, 0).tolist() == MDSSplit(splits["plain"]).chunk(shard, 0).tolist()
     finally:
         os.close(write)
         os.close(read)
@@ -181,8 +181,8 @@ def test_a_forked_child_does_not_keep_the_shards_of_its_parent(splits: dict[str,
 def test_a_set_that_was_not_fetched_is_never_deleted(splits: dict[str, Path], tmp_path: Path) -> None:
     mine = Path(shutil.copytree(splits["plain"], tmp_path / "train"))
     with pytest.raises(ValueError, match="dataset.cache_limit: .* was not made by fetching.*deleted for good"):
-        MDSSet(mine, remote=str(splits["plain"]), cache_limit="1gb")
-    assert samples_of(MDSSet(mine, remote=str(splits["plain"]))) == samples_of(MDSSet(splits["plain"]))
+        MDSSplit(mine, remote=str(splits["plain"]), cache_limit="1gb")
+    assert samples_of(MDSSplit(mine, remote=str(splits["plain"]))) == samples_of(MDSSplit(splits["plain"]))
 
 
 def test_expanded_shards_of_a_local_set_go_and_packed_ones_stay(splits: dict[str, Path], tmp_path: Path) -> None:
@@ -190,15 +190,15 @@ def test_expanded_shards_of_a_local_set_go_and_packed_ones_stay(splits: dict[str
     shutil.rmtree(mine / ".cache", ignore_errors=True)
     for path in mine.glob("*.mds"):
         path.unlink()
-    data = MDSSet(mine, cache_limit=limit_for(splits["plain"], 2))
-    assert samples_of(data) == samples_of(MDSSet(splits["plain"]))
+    data = MDSSplit(mine, cache_limit=limit_for(splits["plain"], 2))
+    assert samples_of(data) == samples_of(MDSSplit(splits["plain"]))
     assert 1 <= len(list(mine.glob("*.mds"))) <= 3 and len(list(mine.glob("*.mds.zstd"))) == data.num_shards
     (mine / (shard_name(mine, 0) + ".zstd")).unlink()  # then its raw file is the only one
     [path.unlink() for path in mine.glob("*.mds")]
     raw = mine / shard_name(mine, 0)
     shutil.copy(splits["plain"] / raw.name, raw)
     os.utime(raw, (0, 0))
-    fresh = MDSSet(mine, cache_limit=limit_for(splits["plain"], 2))
+    fresh = MDSSplit(mine, cache_limit=limit_for(splits["plain"], 2))
     for shard in range(1, fresh.num_shards):
         fresh.chunk(shard, 0)
     assert raw.exists()
@@ -214,7 +214,7 @@ def test_what_a_killed_process_held_is_free_again(server: S3Server, splits: dict
     name = shard_name(local, 0)
     size = (splits["plain"] / name).stat().st_size
     assert (local / ".cache" / f"{name}.lock").read_text() == f"{size}\n"
-    data = MDSSet(local, remote=url, cache_limit=limit)
+    data = MDSSplit(local, remote=url, cache_limit=limit)
     with pytest.raises(BlockingIOError), open(local / ".cache" / f"{name}.lock", "rb") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.kill(child.pid, signal.SIGKILL)
@@ -222,7 +222,7 @@ def test_what_a_killed_process_held_is_free_again(server: S3Server, splits: dict
     for shard in (1, 2):  # need the room that it had reserved
         data.chunk(shard, 0)
     assert not (local / ".cache" / f"{name}.part").exists()
-    assert data.chunk(0, 0).tolist() == MDSSet(splits["plain"]).chunk(0, 0).tolist()
+    assert data.chunk(0, 0).tolist() == MDSSplit(splits["plain"]).chunk(0, 0).tolist()
     assert used(local) <= limit
 
 

@@ -25,7 +25,7 @@ import zstd
 from attacks import ATTACKS, SHARD, Attack, attack, fetch, lie, plant_array, read_all, verify
 from hand_made import edit, random_documents, seal, write_split
 
-from ettin_foundry.data.mds import MDSSet
+from ettin_foundry.data.shards import MDSSplit
 
 SECRET = b"never to be read or changed"
 PATIENCE = 30  # seconds after which an attack that makes the reader wait has won
@@ -141,7 +141,7 @@ attack("remote shard altered", lambda folder, _: (folder / SHARD).write_bytes(
 
 
 def change_remote(folder: Path, _: Path) -> None:
-    MDSSet(folder.parent / "cache", remote=str(folder))
+    MDSSplit(folder.parent / "cache", remote=str(folder))
     edit(folder, lambda m: m["shards"].reverse())
 
 

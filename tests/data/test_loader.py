@@ -12,7 +12,7 @@ from s3_server import S3Server
 
 from ettin_foundry.data.batch import count_samples, count_tokens
 from ettin_foundry.data.loader import build_ettin_loader
-from ettin_foundry.data.mds import MDSSet
+from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.tokenizer import load, train_bpe
 from ettin_foundry.objectives.targets import TextVocab, make_inputs, row_generator
 
@@ -96,7 +96,7 @@ def test_batch_contract(build, tokenizer, objective, rate, packing):
 
 
 def test_rows_hold_the_stored_chunks_of_the_order(build, data_set):
-    data = MDSSet(data_set / "train")
+    data = MDSSplit(data_set / "train")
     spec = build(objective="clm", mask_rate=0)
     order = spec.dataloader.dataset.order
     for step, batch in enumerate(take(spec, 6)):
@@ -122,7 +122,7 @@ def test_encoder_and_decoder_of_a_pair_read_the_same_rows(build):
 
 @pytest.mark.parametrize(("objective", "rate"), [("mlm", 0.3), ("mntp", 0.15)])
 def test_masks_are_drawn_by_seed_epoch_and_row_of_the_epoch(build, data_set, tokenizer, objective, rate):
-    data, vocab = MDSSet(data_set / "train"), TextVocab.from_tokenizer(tokenizer)
+    data, vocab = MDSSplit(data_set / "train"), TextVocab.from_tokenizer(tokenizer)
     spec, plain = build(objective=objective, mask_rate=rate), build(objective="clm", mask_rate=0)
     order = spec.dataloader.dataset.order
     number = steps_of_an_epoch(spec) + 3

@@ -15,8 +15,8 @@ import zstd
 from conftest import CHUNK_LENGTH
 from hand_made import VOCAB_SIZE, cut, edit, random_documents, seal, write_split
 
-from ettin_foundry.data.mds import MDSSet
-from ettin_foundry.data.shards import expand, parse_shard, scan_shard
+from ettin_foundry.data.manifest import expand
+from ettin_foundry.data.shards import MDSSplit, parse_shard, scan_shard
 
 LONG_LENGTHS = [1, 2, 254, 255, 256, 257, 299, 300, 650]  # around the step from one to two bytes; 650 is cut
 BAD = 1  # the shard that is spoilt in tests of bad shards
@@ -63,7 +63,7 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
-def everything(data: MDSSet) -> list[dict]:
+def everything(data: MDSSplit) -> list[dict]:
     return [{**sample, "tokens": sample["tokens"].tolist()} for shard in range(data.num_shards)
             for sample in (data.sample(shard, index) for index in range(int(data.samples[shard])))]
 
@@ -77,7 +77,7 @@ def test_stock_streaming_dataset_reads_the_same_samples(data_set: Path, tmp_path
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # it leaves lock files in the temporary folder
     for split in ("train", "validation"):
-        mine = MDSSet(data_set / split)
+        mine = MDSSplit(data_set / split)
         stock = StreamingDataset(local=str(data_set / split), shuffle=False, batch_size=1)
         places = [(s, i) for s in range(mine.num_shards) for i in range(int(mine.samples[s]))]
         assert len(stock) == len(places) == mine.manifest["totals"]["samples"]
@@ -93,7 +93,7 @@ def test_stock_streaming_dataset_reads_the_same_samples(data_set: Path, tmp_path
 
 @pytest.mark.parametrize("kind", ["plain", "packed"])
 def test_written_chunks_come_back(kind: str, texts: list, request: pytest.FixtureRequest) -> None:
-    data = MDSSet(request.getfixturevalue(kind))
+    data = MDSSplit(request.getfixturevalue(kind))
     expected = [{**chunk, "source": source, "tokens": chunk["tokens"].tolist()} for source, part in texts
                 for chunk in cut(part, CHUNK_LENGTH)]
     assert everything(data) == expected
@@ -109,14 +109,14 @@ def test_chunks_around_the_step_to_two_bytes_of_length(tmp_path: Path) -> None:
     arrays[0][0] = 60_000
     folder = write_split(tmp_path / "train", [("s", [(str(i), array) for i, array in enumerate(arrays)])], chunk_length=300,
                          vocab_size=60_001)
-    data = MDSSet(folder)
+    data = MDSSplit(folder)
     data.verify()
     assert data.sample_lengths(0).tolist() == [*LONG_LENGTHS[:-1], 300, 300, 50]
     assert np.array_equal(np.concatenate([data.chunk(0, i) for i in range(11)]), np.concatenate(arrays))
 
 
 def test_histogram_counts_chunks_of_each_length(plain: Path) -> None:
-    data = MDSSet(plain)
+    data = MDSSplit(plain)
     for shard in range(data.num_shards):
         expected = [0] * (CHUNK_LENGTH + 1)
         for index in range(int(data.samples[shard])):
@@ -125,7 +125,7 @@ def test_histogram_counts_chunks_of_each_length(plain: Path) -> None:
 
 
 def test_rows_are_those_of_naive_best_fit(data_set: Path) -> None:
-    data = MDSSet(data_set / "train")
+    data = MDSSplit(data_set / "train")
     expected = []
     for shard in range(data.num_shards):
         free: list[int] = []
@@ -142,7 +142,7 @@ def test_rows_are_those_of_naive_best_fit(data_set: Path) -> None:
 
 
 def test_copies_read_alike_in_other_processes(plain: Path) -> None:
-    data = MDSSet(plain)
+    data = MDSSplit(plain)
     expected = data.chunk(1, 2)
     assert np.array_equal(pickle.loads(pickle.dumps(data)).chunk(1, 2), expected)
     read, write = os.pipe()
@@ -158,8 +158,8 @@ def test_copies_read_alike_in_other_processes(plain: Path) -> None:
 
 
 def test_open_shards_are_bounded(plain: Path) -> None:
-    data = MDSSet(plain, max_open=2)
-    expected = [MDSSet(plain).chunk(shard, 0).tolist() for shard in range(data.num_shards)]
+    data = MDSSplit(plain, max_open=2)
+    expected = [MDSSplit(plain).chunk(shard, 0).tolist() for shard in range(data.num_shards)]
     for _ in range(2):
         assert [data.chunk(shard, 0).tolist() for shard in range(data.num_shards)] == expected
         assert len(data._open) == 2
@@ -168,7 +168,7 @@ def test_open_shards_are_bounded(plain: Path) -> None:
 
 
 def test_a_chunk_outlives_its_shard(plain: Path) -> None:
-    data = MDSSet(plain, max_open=1)
+    data = MDSSplit(plain, max_open=1)
     chunk = data.chunk(0, 0)
     before = chunk.tolist()
     data.chunk(1, 0)
@@ -176,25 +176,25 @@ def test_a_chunk_outlives_its_shard(plain: Path) -> None:
 
 
 def test_fingerprint_follows_the_data_and_not_its_place(plain: Path, private: Path, data_set: Path) -> None:
-    expected = MDSSet(plain).fingerprint
-    assert MDSSet(private).fingerprint == expected != MDSSet(data_set / "train").fingerprint
+    expected = MDSSplit(plain).fingerprint
+    assert MDSSplit(private).fingerprint == expected != MDSSplit(data_set / "train").fingerprint
     edit(private, lambda m: m["tokenizer"].update(name="other"))
-    assert MDSSet(private).fingerprint == expected
+    assert MDSSplit(private).fingerprint == expected
     edit(private, lambda m: m["tokenizer"].update(probe_sha256="0"))
-    assert MDSSet(private).fingerprint != expected
-    edit(private, lambda m: (m.update(tokenizer=MDSSet(plain).tokenizer), m["shards"].reverse()))
-    assert MDSSet(private).fingerprint != expected
+    assert MDSSplit(private).fingerprint != expected
+    edit(private, lambda m: (m.update(tokenizer=MDSSplit(plain).tokenizer), m["shards"].reverse()))
+    assert MDSSplit(private).fingerprint != expected
 
 
 def test_places_outside_the_set_are_index_errors(plain: Path) -> None:
-    data = MDSSet(plain)
+    data = MDSSplit(plain)
     for shard, index in ((0, -1), (0, int(data.samples[0])), (-1, 0), (data.num_shards, 0)):
         with pytest.raises(IndexError):
             data.chunk(shard, index)
 
 
 def test_a_manifest_of_the_first_version_is_still_read(private: Path) -> None:
-    expected = everything(MDSSet(private))
+    expected = everything(MDSSplit(private))
 
     def older(manifest: dict) -> None:
         del manifest["compression"]
@@ -202,20 +202,20 @@ def test_a_manifest_of_the_first_version_is_still_read(private: Path) -> None:
             del shard["documents"]
 
     edit(private, older)
-    MDSSet(private).verify()
-    assert everything(MDSSet(private)) == expected
+    MDSSplit(private).verify()
+    assert everything(MDSSplit(private)) == expected
 
 
 # ------------------------------------------------------------------ packed shards
 
 
 def test_a_packed_shard_is_expanded_once_and_used_by_every_process(packed: Path) -> None:
-    first = MDSSet(packed)
+    first = MDSSplit(packed)
     first.chunk(0, 0)
     raw = shard_file(packed, 0)
     when = raw.stat().st_mtime_ns
     assert raw.stat().st_size == first.manifest["shards"][0]["raw"]["bytes"]
-    again = MDSSet(packed)
+    again = MDSSplit(packed)
     assert np.array_equal(again.chunk(0, 0), first.chunk(0, 0)) and raw.stat().st_mtime_ns == when
     assert not shard_file(packed, 1).exists()  # only what is read
     assert list((packed / ".cache").iterdir()) == []
@@ -224,9 +224,9 @@ def test_a_packed_shard_is_expanded_once_and_used_by_every_process(packed: Path)
 @pytest.mark.parametrize("at", [0, 3, 4, 40, -1])
 def test_a_flipped_byte_in_an_expanded_shard_is_mended_from_the_packed_one(packed: Path, at: int,
                                                                           caplog: pytest.LogCaptureFixture) -> None:
-    expected = everything(MDSSet(packed))
+    expected = everything(MDSSplit(packed))
     flip(shard_file(packed, BAD), at)
-    assert everything(MDSSet(packed)) == expected
+    assert everything(MDSSplit(packed)) == expected
     assert "made once more" in caplog.text and shard_file(packed, BAD).name in caplog.text
 
 
@@ -264,13 +264,13 @@ def test_no_flipped_byte_is_read_silently(kind: str, name: str, request: pytest.
     for at in {*range(0, min(size, 48), 3), *rng.integers(0, size, 60).tolist(), size - 1}:
         flip(path, at)
         with pytest.raises(ValueError, match=rf"{path.name}: xxh64 is [0-9a-f]+; the manifest states .* altered"):
-            MDSSet(folder).chunk(BAD, 0)
+            MDSSplit(folder).chunk(BAD, 0)
         path.write_bytes(good)
-    assert MDSSet(folder).chunk(BAD, 0).size
+    assert MDSSplit(folder).chunk(BAD, 0).size
 
 
 def test_a_shard_that_changes_while_training_is_noticed_when_it_is_mapped_again(private: Path) -> None:
-    data = MDSSet(private, max_open=1)
+    data = MDSSplit(private, max_open=1)
     data.chunk(BAD, 0)
     data.chunk(0, 0)
     flip(shard_file(private, BAD), -1)
@@ -280,7 +280,7 @@ def test_a_shard_that_changes_while_training_is_noticed_when_it_is_mapped_again(
 
 def test_any_flipped_byte_under_a_right_hash_is_refused_or_a_token_of_the_vocabulary(private: Path) -> None:
     """Structure is checked for itself: whoever can write a shard can also write its hash."""
-    data = MDSSet(private)
+    data = MDSSplit(private)
     good = shard_file(private, BAD).read_bytes()
     sizes = {"num_samples": int(data.samples[BAD]), "chunk_length": CHUNK_LENGTH, "vocab_size": VOCAB_SIZE}
     expected = parse_shard(good, "x", **sizes)
@@ -305,7 +305,7 @@ def test_any_flipped_byte_under_a_right_hash_is_refused_or_a_token_of_the_vocabu
 
 def test_verify_holds_the_stock_index_to_the_manifest(private: Path, packed: Path) -> None:
     for folder, key in ((private, "raw_data"), (packed, "zip_data")):
-        MDSSet(folder).verify()
+        MDSSplit(folder).verify()
         index = json.loads((folder / "index.json").read_text())
         for change in (lambda i, k: i["shards"][1][k].update(basename="../x"), lambda i, k: i["shards"].pop(),
                        lambda i, k: i["shards"][0].update(column_encodings=["pkl"] * 5), lambda i, k: i.pop("shards"),
@@ -314,14 +314,14 @@ def test_verify_holds_the_stock_index_to_the_manifest(private: Path, packed: Pat
             change(changed, key)
             (folder / "index.json").write_text(json.dumps(changed))
             with pytest.raises(ValueError, match="index.json: "):
-                MDSSet(folder).verify()
+                MDSSplit(folder).verify()
 
 
 @pytest.mark.parametrize("kind", ["plain", "packed"])
 def test_check_shard_counts_its_bytes_and_leaves_nothing_behind(kind: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(kind)
     before = sorted(folder.rglob("*"))
-    data = MDSSet(folder)
+    data = MDSSplit(folder)
     entry = data.manifest["shards"][BAD]
     assert data.check_shard(BAD) == entry["raw"]["bytes"] + (entry["zip"]["bytes"] if kind == "packed" else 0)
     assert sorted(folder.rglob("*")) == before and not data._open
@@ -329,7 +329,7 @@ def test_check_shard_counts_its_bytes_and_leaves_nothing_behind(kind: str, reque
 
 def test_scanned_entry_is_that_of_the_manifest(plain: Path, packed: Path) -> None:
     for folder, end in ((plain, ""), (packed, ".zstd")):
-        data = MDSSet(folder)
+        data = MDSSplit(folder)
         for shard in range(data.num_shards):
             found = scan_shard(shard_file(folder, shard, end), chunk_length=CHUNK_LENGTH, vocab_size=VOCAB_SIZE)
             assert found.pop("lengths") == data.lengths(shard).tolist()
@@ -357,8 +357,8 @@ def test_skip_keeps_lengths_and_counts_and_takes_tokens_by_the_rule(private: Pat
                                                                     caplog: pytest.LogCaptureFixture) -> None:
     spoil(private, how)
     with pytest.raises((ValueError, FileNotFoundError), match=shard_file(private, BAD).name):
-        MDSSet(private).chunk(BAD, 0)
-    data = MDSSet(private, on_bad_shard="skip", max_open=1)
+        MDSSplit(private).chunk(BAD, 0)
+    data = MDSSplit(private, on_bad_shard="skip", max_open=1)
     donor = 3  # the next shard of source a
     expected = np.repeat(np.arange(CHUNK_LENGTH + 1), data.lengths(BAD))
     for _ in range(2):  # again after it was unmapped
@@ -373,13 +373,13 @@ def test_skip_keeps_lengths_and_counts_and_takes_tokens_by_the_rule(private: Pat
     assert record["shard"] == shard_file(private, BAD).name and record["replaced_by"] == shard_file(private, donor).name
     assert (record["samples"], record["tokens"]) == (data.samples[BAD], data.tokens[BAD]) and record["reason"]
     assert caplog.text.count("are replaced by tokens of") == 1
-    MDSSet(private, on_bad_shard="skip").chunk(BAD, 0)  # another process, another run: noted already
+    MDSSplit(private, on_bad_shard="skip").chunk(BAD, 0)  # another process, another run: noted already
     assert len((private / "substitutions.jsonl").read_text().splitlines()) == 1
 
 
 def test_shard_that_goes_bad_after_it_was_read_is_not_replaced(private: Path) -> None:
     """Rows were planned from its own chunks, which a substitute's order does not match."""
-    data = MDSSet(private, on_bad_shard="skip", max_open=1)
+    data = MDSSplit(private, on_bad_shard="skip", max_open=1)
     data.sample_lengths(BAD)
     data.sample_lengths(0)  # unmaps it
     flip(shard_file(private, BAD), -1)
@@ -390,19 +390,19 @@ def test_shard_that_goes_bad_after_it_was_read_is_not_replaced(private: Path) ->
 def test_skip_passes_over_a_bad_donor_and_stops_without_any(private: Path) -> None:
     for shard in (BAD, 3):
         flip(shard_file(private, shard), -1)
-    data = MDSSet(private, on_bad_shard="skip")
+    data = MDSSplit(private, on_bad_shard="skip")
     assert data.chunk(BAD, 0)[0] == data.chunk(0, 0)[0]  # the next after 3 is 0
     assert data.chunk(3, 0)[0] == data.chunk(0, 0)[0]
     flip(shard_file(private, 0), -1)
     with pytest.raises(ValueError, match="source 'a' has no other shard that can, which on_bad_shard: skip needs"):
-        MDSSet(private, on_bad_shard="skip").chunk(BAD, 0)
+        MDSSplit(private, on_bad_shard="skip").chunk(BAD, 0)
 
 
 def test_nothing_is_replaced_without_a_note(private: Path, tmp_path: Path) -> None:
     spoil(private, "flipped")
     (private / "substitutions.jsonl").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="substitutions.jsonl: cannot be written.*no shard is replaced without a note"):
-        MDSSet(private, on_bad_shard="skip").chunk(BAD, 0)
+        MDSSplit(private, on_bad_shard="skip").chunk(BAD, 0)
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -414,4 +414,4 @@ def test_nothing_is_replaced_without_a_note(private: Path, tmp_path: Path) -> No
     ({"cache_limit": "-3gb"}, "dataset.cache_limit: '-3gb' given"), ({"cache_limit": 1.5}, "cache_limit: 1.5 given")])
 def test_settings_that_are_wrong_or_without_effect_are_refused(plain: Path, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MDSSet(plain, **options)
+        MDSSplit(plain, **options)

@@ -10,7 +10,7 @@ import pytest
 from memory_set import write_set
 from mix_sets import BUDGETS, ENTRIES, build, chunks_of, edit, make_sets, shards
 
-from ettin_foundry.corpus.mix import open_set
+from ettin_foundry.corpus.mix import open_split
 from ettin_foundry.data.manifest import MANIFEST
 from ettin_foundry.data.order import Order
 
@@ -29,7 +29,7 @@ def test_missing_set_is_refused_by_name(sets):
     build(sets)
     shutil.rmtree(sets / "code")
     with pytest.raises(FileNotFoundError, match=r"its set '\.\./sets/code' \(for code\).*no manifest.json"):
-        open_set(sets.parent / "mix" / "train")
+        open_split(sets.parent / "mix" / "train")
 
 
 def test_altered_set_is_refused_by_name_at_opening(sets):
@@ -37,12 +37,12 @@ def test_altered_set_is_refused_by_name_at_opening(sets):
     shutil.rmtree(sets / "both" / "train")
     write_set(sets / "both", {"books": shards(3, seed=4), "notes": shards(2, seed=8)}, seed=4)
     with pytest.raises(ValueError, match=r"its set '\.\./sets/both' \(for books, notes\).*fingerprint.*altered or replaced"):
-        open_set(sets.parent / "mix" / "train")
+        open_split(sets.parent / "mix" / "train")
 
 
 def test_flipped_byte_in_a_set_is_found_by_verify_and_before_use(sets):
     build(sets)
-    data = open_set(sets.parent / "mix" / "train")
+    data = open_split(sets.parent / "mix" / "train")
     data.verify()
     [first, *_] = [shard for shard in range(data.num_shards) if data.sources[shard] == "web"]
     name = f"shard.{data._shard[first]:05d}.mds"
@@ -50,7 +50,7 @@ def test_flipped_byte_in_a_set_is_found_by_verify_and_before_use(sets):
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(content)
-    fresh = open_set(sets.parent / "mix" / "train")
+    fresh = open_split(sets.parent / "mix" / "train")
     for read in (fresh.verify, lambda: fresh.chunk(first, 0), lambda: fresh.check_shard(first)):
         with pytest.raises(ValueError, match=f"{name}.*xxh64"):
             read()
@@ -67,19 +67,19 @@ def test_sets_of_another_tokenizer_or_chunk_length_are_refused_naming_both(sets,
 def test_tokenizers_of_other_names_are_the_same(sets):
     write_set(sets / "named", {"named": shards(2, seed=9)}, tokenizer={"name": "other", "vocab_size": 120})
     build(sets, sets={"web": {**ENTRIES["web"], "tokens": 3000}, "named": {"set": "sets/named", "tokens": 1000}})
-    assert open_set(sets.parent / "mix" / "train").num_shards > 2
+    assert open_split(sets.parent / "mix" / "train").num_shards > 2
 
 
 def test_bad_shard_taken_in_part_is_replaced_with_the_same_lengths_where_that_is_wished(sets):
     build(sets)
-    good = open_set(sets.parent / "mix" / "train")
+    good = open_split(sets.parent / "mix" / "train")
     part = next(shard for shard in range(good.num_shards) if good._part[shard] >= 0 and good.sources[shard] == "web")
     name = f"shard.{good._shard[part]:05d}.mds"
     expected = np.sort(good.sample_lengths(part)), good.lengths(part)
     (sets / "web" / "train" / name).write_bytes(b"nothing")
     with pytest.raises(ValueError, match=name):
-        open_set(sets.parent / "mix" / "train").sample_lengths(part)
-    skipping = open_set(sets.parent / "mix" / "train", on_bad_shard="skip")
+        open_split(sets.parent / "mix" / "train").sample_lengths(part)
+    skipping = open_split(sets.parent / "mix" / "train", on_bad_shard="skip")
     assert np.array_equal(np.sort(skipping.sample_lengths(part)), expected[0])
     assert np.array_equal(skipping.lengths(part), expected[1])
     Order(skipping, T, packing=True, shuffle=True, seed=0, window=30).row(0)
@@ -104,7 +104,7 @@ def cloud(sets):
 
 def test_sets_behind_urls_are_built_from_and_read_alike(sets, cloud, tmp_path):
     build(sets)
-    expected = chunks_of(open_set(tmp_path / "mix" / "train")), chunks_of(open_set(tmp_path / "mix" / "validation"))
+    expected = chunks_of(open_split(tmp_path / "mix" / "train")), chunks_of(open_split(tmp_path / "mix" / "validation"))
     cloud(sets, "bucket")
     remote = {name: {**entry, "set": f"memory://bucket/{entry['set'].removeprefix('sets/')}", "tokens": BUDGETS[name]}
               for name, entry in ENTRIES.items()}
@@ -115,9 +115,9 @@ def test_sets_behind_urls_are_built_from_and_read_alike(sets, cloud, tmp_path):
     cloud(sets, "elsewhere")
     edit(tmp_path / "far", set_in("sets", 0, "path", value="memory://bucket/gone"), "validation")
     with pytest.raises(FileNotFoundError, match=r"'memory://bucket/gone' \(for web\): .*gone/validation holds no"):
-        open_set(tmp_path / "far" / "validation")
+        open_split(tmp_path / "far" / "validation")
     edit(tmp_path / "far", set_in("sets", 0, "path", value="memory://elsewhere/web"), "validation")
-    data = open_set(tmp_path / "far" / "train")
+    data = open_split(tmp_path / "far" / "train")
     assert data.fetches and not list((tmp_path / "far").rglob("*.mds"))
     wanted = [int(np.flatnonzero(np.array(data.sources) == source)[-1]) for source in BUDGETS]
     data.prefetch(wanted)
@@ -129,23 +129,23 @@ def test_sets_behind_urls_are_built_from_and_read_alike(sets, cloud, tmp_path):
             time.sleep(0.01)
         assert path.exists()
     assert sorted((tmp_path / "far").rglob("*.mds")) == sorted(set(paths))
-    assert (chunks_of(data), chunks_of(open_set(tmp_path / "far" / "validation"))) == expected
+    assert (chunks_of(data), chunks_of(open_split(tmp_path / "far" / "validation"))) == expected
     assert list((tmp_path / "far" / "train" / "sets").rglob("*.mds"))
 
 
 def test_remote_mixture_is_read_with_its_sets_beside_it(sets, cloud, tmp_path):
     build(sets)
-    expected = chunks_of(open_set(tmp_path / "mix" / "train"))
+    expected = chunks_of(open_split(tmp_path / "mix" / "train"))
     cloud(tmp_path / "mix", "bucket/mixtures/mix")
     cloud(sets, "bucket/mixtures/sets")
     local = tmp_path / "local" / "train"
     for _ in range(2):  # fetched, then there
-        assert chunks_of(open_set(local, remote="memory://bucket/mixtures/mix/train")) == expected
-    copy = open_set(tmp_path / "copy" / "train", remote=str(tmp_path / "mix" / "train"))  # a folder is fetched from too
+        assert chunks_of(open_split(local, remote="memory://bucket/mixtures/mix/train")) == expected
+    copy = open_split(tmp_path / "copy" / "train", remote=str(tmp_path / "mix" / "train"))  # a folder is fetched from too
     assert copy.fetches and chunks_of(copy) == expected and list((tmp_path / "copy").rglob("*.mds"))
     edit(tmp_path / "local", lambda m: m.update(seed=5))
     with pytest.raises(ValueError, match="holds another set than dataset.remote"):
-        open_set(local, remote="memory://bucket/mixtures/mix/train")
+        open_split(local, remote="memory://bucket/mixtures/mix/train")
 
 
 def test_cache_limit_is_shared_out_among_the_sets_that_fetch(sets, cloud, tmp_path):
@@ -153,7 +153,7 @@ def test_cache_limit_is_shared_out_among_the_sets_that_fetch(sets, cloud, tmp_pa
     entries = {"web": {"set": "memory://bucket/web", "tokens": 7000}, "code": {"set": "sets/code", "tokens": 3000},
                "both": {"set": "memory://bucket/both", "tokens": 3000}}
     build(sets, sets=entries)
-    data = open_set(tmp_path / "mix" / "train", cache_limit=100_000)
+    data = open_split(tmp_path / "mix" / "train", cache_limit=100_000)
     limits = [one._files.cache_limit for one in data._sets]
     assert limits[1] is None and sum(limit or 0 for limit in limits) in (99_999, 100_000)
     assert limits[0] > limits[2] > 10_000
@@ -164,15 +164,15 @@ def test_cache_limit_is_shared_out_among_the_sets_that_fetch(sets, cloud, tmp_pa
         assert one.files.cache_limit is None or one.files.cache_limit >= one.files.room_needed(len(stored))
     assert sum(one.files.cache_limit or 0 for one in data._sets) <= 100_000
     with pytest.raises(ValueError, match="dataset.cache_limit"):
-        open_set(tmp_path / "mix" / "train", cache_limit=30_000).check_room(range(data.num_shards))
+        open_split(tmp_path / "mix" / "train", cache_limit=30_000).check_room(range(data.num_shards))
     build(sets, "near")
     with pytest.raises(ValueError, match="dataset.cache_limit: 100000 given, but no set of this mixture is remote"):
-        open_set(tmp_path / "near" / "train", cache_limit=100_000)
+        open_split(tmp_path / "near" / "train", cache_limit=100_000)
 
 
 def test_mixture_can_be_pickled_and_limits_what_its_sets_keep_open(sets):
     build(sets)
-    data = open_set(sets.parent / "mix" / "train", max_open=10)
+    data = open_split(sets.parent / "mix" / "train", max_open=10)
     data.chunk(0, 0)
     again = pickle.loads(pickle.dumps(data))
     assert chunks_of(again) == chunks_of(data)
@@ -223,13 +223,13 @@ def test_manifest_that_states_what_cannot_be_is_refused_at_opening(sets, change,
     build(sets)
     edit(sets.parent / "mix", change)
     with pytest.raises(ValueError, match=message):
-        open_set(sets.parent / "mix" / "train")
+        open_split(sets.parent / "mix" / "train")
 
 
 def test_part_whose_chunks_are_others_than_stated_is_refused_before_use(sets):
     build(sets)
     mix = sets.parent / "mix"
-    data = open_set(mix / "train")
+    data = open_split(mix / "train")
     number = max(range(len(data._parts)), key=lambda number: data._parts[number].first)
     shard = int(np.flatnonzero(data._part == number)[0])
     stored = data._of(shard).sample_lengths(int(data._shard[shard]))
@@ -246,13 +246,13 @@ def test_part_whose_chunks_are_others_than_stated_is_refused_before_use(sets):
         original = (mix / "train" / MANIFEST).read_bytes()
         edit(mix, change)
         with pytest.raises(ValueError, match="the chunks that it takes of shard .* are not of the lengths that it states"):
-            open_set(mix / "train").sample_lengths(shard)
+            open_split(mix / "train").sample_lengths(shard)
         (mix / "train" / MANIFEST).write_bytes(original)
 
 
 def test_index_beyond_a_part_is_an_error(sets):
     build(sets)
-    data = open_set(sets.parent / "mix" / "train")
+    data = open_split(sets.parent / "mix" / "train")
     shard = int(np.flatnonzero(data._part >= 0)[0])
     for index in (-1, int(data.samples[shard])):
         with pytest.raises(IndexError, match=f"chunk {index} of shard {shard}"):

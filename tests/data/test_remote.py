@@ -35,9 +35,9 @@ from remote_place import (
 )
 from s3_server import S3Server
 
-from ettin_foundry.data import remote, storage
+from ettin_foundry.data import cache, storage
 from ettin_foundry.data.cache import locked
-from ettin_foundry.data.mds import MDSSet
+from ettin_foundry.data.shards import MDSSplit
 
 
 @pytest.fixture(scope="module")
@@ -81,28 +81,28 @@ def alter(server: S3Server) -> Iterator[Callable[[str, Callable[[bytes], bytes |
 @KINDS
 def test_remote_samples_are_the_local_ones_bit_for_bit(server: S3Server, splits: dict[str, Path], tmp_path: Path,
                                                        kind: str) -> None:
-    data = MDSSet(tmp_path / "train", remote=server.url(f"{kind}/train"))
+    data = MDSSplit(tmp_path / "train", remote=server.url(f"{kind}/train"))
     assert {request.path.rpartition("/")[2] for request in server.requests} == {"manifest.json", "lengths.npy", "index.json"}
-    assert samples_of(data) == samples_of(MDSSet(splits["plain"]))
-    assert data.fingerprint == MDSSet(splits[kind]).fingerprint
+    assert samples_of(data) == samples_of(MDSSplit(splits["plain"]))
+    assert data.fingerprint == MDSSplit(splits[kind]).fingerprint
     assert set(downloads(server).values()) == {1} and len(downloads(server)) == data.num_shards
     assert list((tmp_path / "train" / ".cache").iterdir()) == [tmp_path / "train" / ".cache" / "remote"]
     server.clear()
-    again = MDSSet(tmp_path / "train", remote=server.url(f"{kind}/train"))
+    again = MDSSplit(tmp_path / "train", remote=server.url(f"{kind}/train"))
     assert samples_of(again) == samples_of(data) and not downloads(server)
 
 
 @KINDS
 def test_a_read_only_folder_may_be_the_remote_place(splits: dict[str, Path], tmp_path: Path, kind: str) -> None:
     before = {path: path.stat().st_mtime_ns for path in splits[kind].rglob("*")}
-    data = MDSSet(tmp_path / "train", remote=str(splits[kind]))
-    assert samples_of(data) == samples_of(MDSSet(splits["plain"]))
+    data = MDSSplit(tmp_path / "train", remote=str(splits[kind]))
+    assert samples_of(data) == samples_of(MDSSplit(splits["plain"]))
     assert {path: path.stat().st_mtime_ns for path in splits[kind].rglob("*")} == before
 
 
 def test_two_processes_with_one_folder_fetch_each_shard_once(server: S3Server, splits: dict[str, Path],
                                                              tmp_path: Path) -> None:
-    local = MDSSet(splits["plain"])
+    local = MDSSplit(splits["plain"])
     rows = 2 * order_of(local).rows_per_epoch
     expected = train(local, order_of(local), range(rows))
     start, answers = SPAWN.Barrier(2), SPAWN.Queue()
@@ -122,12 +122,12 @@ def test_two_processes_with_one_folder_fetch_each_shard_once(server: S3Server, s
 def test_a_lost_connection_resumes_where_it_broke(server: S3Server, splits: dict[str, Path], tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(storage, "BLOCK_BYTES", 512)
-    data = MDSSet(tmp_path / "train", remote=server.url("plain/train"))
+    data = MDSSplit(tmp_path / "train", remote=server.url("plain/train"))
     name, size = shard_name(splits["plain"], 0), data.manifest["shards"][0]["raw"]["bytes"]
     server.clear()
     server.cut(lambda request: name in request.path and request.range == "bytes=1024-1535", times=2, after=100)
     server.fail(lambda request: name in request.path and request.range == "bytes=1536-2047", times=1, status=503)
-    assert data.chunk(0, 0).tolist() == MDSSet(splits["plain"]).chunk(0, 0).tolist()
+    assert data.chunk(0, 0).tolist() == MDSSplit(splits["plain"]).chunk(0, 0).tolist()
     asked = Counter(request.range for request in server.requests if request.method == "GET" and name in request.path)
     assert len(asked) == -(-size // 512) > 3
     assert asked.pop("bytes=1024-1535") == 3 and asked.pop("bytes=1536-2047") == 2 and set(asked.values()) == {1}
@@ -136,12 +136,12 @@ def test_a_lost_connection_resumes_where_it_broke(server: S3Server, splits: dict
 
 def test_a_place_that_stays_silent_stops_the_run_and_is_no_bad_shard(server: S3Server, splits: dict[str, Path],
                                                                      tmp_path: Path) -> None:
-    data = MDSSet(tmp_path / "train", remote=server.url("plain/train"), on_bad_shard="skip")
+    data = MDSSplit(tmp_path / "train", remote=server.url("plain/train"), on_bad_shard="skip")
     server.fail(lambda request: ".mds" in request.path, times=10**6)
     with pytest.raises(ConnectionError, match="no answer after 5 tries"):
         data.chunk(0, 0)
     server.clear()
-    assert samples_of(data) == samples_of(MDSSet(splits["plain"]))  # as soon as it is back
+    assert samples_of(data) == samples_of(MDSSplit(splits["plain"]))  # as soon as it is back
     assert not (tmp_path / "train" / "substitutions.jsonl").exists()
 
 
@@ -149,7 +149,7 @@ def test_a_place_that_stays_silent_stops_the_run_and_is_no_bad_shard(server: S3S
 def test_a_shard_that_was_damaged_on_the_way_is_fetched_once_more(server: S3Server, splits: dict[str, Path], tmp_path: Path,
                                                                   kind: str, monkeypatch: pytest.MonkeyPatch,
                                                                   caplog: pytest.LogCaptureFixture) -> None:
-    data = MDSSet(tmp_path / "train", remote=server.url(f"{kind}/train"))
+    data = MDSSplit(tmp_path / "train", remote=server.url(f"{kind}/train"))
     true, damaged = storage.Storage.get_file, []
 
     def get_file(self: storage.Storage, name: str, local_path: Path, **options: Any) -> None:
@@ -161,7 +161,7 @@ def test_a_shard_that_was_damaged_on_the_way_is_fetched_once_more(server: S3Serv
             Path(local_path).write_bytes(content)
 
     monkeypatch.setattr(storage.Storage, "get_file", get_file)
-    assert samples_of(data) == samples_of(MDSSet(splits["plain"]))
+    assert samples_of(data) == samples_of(MDSSplit(splits["plain"]))
     assert caplog.text.count("it is fetched once more") == 1 and damaged[0] in caplog.text
     assert downloads(server)[damaged[0]] == 2
 
@@ -173,11 +173,11 @@ def test_a_shard_that_is_bad_at_its_source_stops_the_run_with_its_name_or_is_rep
     alter(f"{kind}/train/{name}", lambda content: content[:-3] + bytes([content[-3] ^ 4]) + content[-2:])
     url = server.url(f"{kind}/train")
     with pytest.raises(ValueError, match=rf"s3://.*{name}: xxh64 is"):
-        MDSSet(tmp_path / "stop", remote=url).chunk(1, 0)
+        MDSSplit(tmp_path / "stop", remote=url).chunk(1, 0)
     assert downloads(server)[name] == 2
     assert not any((tmp_path / "stop").glob("*.mds"))  # no byte of it was kept
-    local = MDSSet(splits["plain"])
-    data = MDSSet(tmp_path / "skip", remote=url, on_bad_shard="skip")
+    local = MDSSplit(splits["plain"])
+    data = MDSSplit(tmp_path / "skip", remote=url, on_bad_shard="skip")
     data_order, local_order = order_of(data), order_of(local)
     for number in range(local_order.rows_per_epoch):  # rows and clock are those of the good set
         mine, good = data_order.row(number), local_order.row(number)
@@ -195,8 +195,8 @@ def test_a_missing_remote_shard_stops_with_its_name_or_is_replaced(server: S3Ser
     alter(f"plain/train/{name}", lambda content: None)
     url = server.url("plain/train")
     with pytest.raises(FileNotFoundError, match=name):
-        MDSSet(tmp_path / "train", remote=url).chunk(1, 0)
-    assert MDSSet(tmp_path / "train", remote=url, on_bad_shard="skip").chunk(1, 0).size
+        MDSSplit(tmp_path / "train", remote=url).chunk(1, 0)
+    assert MDSSplit(tmp_path / "train", remote=url, on_bad_shard="skip").chunk(1, 0).size
 
 
 @pytest.mark.parametrize("name", ["shard", "lengths.npy"])
@@ -204,13 +204,13 @@ def test_a_missing_remote_shard_stops_with_its_name_or_is_replaced(server: S3Ser
 def test_a_flipped_byte_in_the_local_copy_is_mended_by_one_fetch(server: S3Server, splits: dict[str, Path], tmp_path: Path,
                                                                  kind: str, name: str) -> None:
     url = server.url(f"{kind}/train")
-    MDSSet(tmp_path / "train", remote=url).chunk(1, 0)
+    MDSSplit(tmp_path / "train", remote=url).chunk(1, 0)
     path = tmp_path / "train" / (shard_name(splits[kind], 1) if name == "shard" else name)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     server.clear()
-    assert samples_of(MDSSet(tmp_path / "train", remote=url)) == samples_of(MDSSet(splits["plain"]))
+    assert samples_of(MDSSplit(tmp_path / "train", remote=url)) == samples_of(MDSSplit(splits["plain"]))
     assert len([request for request in server.requests if request.method == "GET" and path.name in request.path]) == 1
 
 
@@ -219,7 +219,7 @@ def test_a_flipped_byte_in_the_local_copy_is_mended_by_one_fetch(server: S3Serve
 
 def test_shards_are_fetched_in_the_order_of_need_without_being_read(server: S3Server, splits: dict[str, Path],
                                                                     tmp_path: Path) -> None:
-    data = MDSSet(tmp_path / "train", remote=server.url("plain/train"))
+    data = MDSSplit(tmp_path / "train", remote=server.url("plain/train"))
     wanted = order_of(data).shards_ahead(0)
     assert len(wanted) > 3
     data.prefetch(wanted)
@@ -231,7 +231,7 @@ def test_shards_are_fetched_in_the_order_of_need_without_being_read(server: S3Se
 
 def test_a_shard_that_another_process_fetches_is_left_to_it(server: S3Server, splits: dict[str, Path],
                                                             tmp_path: Path) -> None:
-    data = MDSSet(tmp_path / "train", remote=server.url("plain/train"))
+    data = MDSSplit(tmp_path / "train", remote=server.url("plain/train"))
     name = shard_name(splits["plain"], 0)
     with locked(tmp_path / "train" / ".cache" / f"{name}.lock"):
         data.prefetch([0, 1])
@@ -242,7 +242,7 @@ def test_a_shard_that_another_process_fetches_is_left_to_it(server: S3Server, sp
 
 def test_errors_ahead_of_need_wait_for_who_needs_the_shard(server: S3Server, splits: dict[str, Path], tmp_path: Path,
                                                            caplog: pytest.LogCaptureFixture) -> None:
-    data = MDSSet(tmp_path / "train", remote=server.url("plain/train"))
+    data = MDSSplit(tmp_path / "train", remote=server.url("plain/train"))
     server.fail(lambda request: shard_name(splits["plain"], 0) in request.path, times=5)
     data.prefetch([0, 1])
     wait_until(lambda: (tmp_path / "train" / shard_name(splits["plain"], 1)).exists())
@@ -251,7 +251,7 @@ def test_errors_ahead_of_need_wait_for_who_needs_the_shard(server: S3Server, spl
 
 
 def test_a_copied_or_forked_set_fetches_for_itself(server: S3Server, splits: dict[str, Path], tmp_path: Path) -> None:
-    data = MDSSet(tmp_path / "train", remote=server.url("plain/train"))
+    data = MDSSplit(tmp_path / "train", remote=server.url("plain/train"))
     data.prefetch([0])
     data.chunk(0, 0)
     copy = pickle.loads(pickle.dumps(data))
@@ -262,7 +262,7 @@ def test_a_copied_or_forked_set_fetches_for_itself(server: S3Server, splits: dic
         try:
             data.prefetch([2])
             wait_until(lambda: (tmp_path / "train" / shard_name(splits["plain"], 2)).exists())
-            good = data.chunk(2, 0).tolist() == MDSSet(splits["plain"]).chunk(2, 0).tolist()
+            good = data.chunk(2, 0).tolist() == MDSSplit(splits["plain"]).chunk(2, 0).tolist()
         finally:
             os._exit(0 if good else 1)
     assert os.waitpid(child, 0)[1] == 0
@@ -275,35 +275,35 @@ def test_a_grown_remote_set_is_followed_when_its_old_tables_are_deleted(tmp_path
                                                                         caplog: pytest.LogCaptureFixture) -> None:
     place = Path(shutil.copytree(splits["plain"], tmp_path / "place"))
     local = tmp_path / "train"
-    samples_of(MDSSet(local, remote=str(place)))
+    samples_of(MDSSplit(local, remote=str(place)))
     shutil.rmtree(place)
     rng = np.random.default_rng(11)
     shards = [(source, random_documents(rng, 20 + number)) for number, source in enumerate(SOURCES)]
     write_split(place, [*shards, ("c", random_documents(rng, 9))])
     with pytest.raises(ValueError, match="holds another set than dataset.remote.*delete manifest.json, lengths.npy"):
-        MDSSet(local, remote=str(place))
+        MDSSplit(local, remote=str(place))
     for name in ("manifest.json", "lengths.npy", "index.json"):
         (local / name).unlink()
     before = {path.name: path.stat().st_ino for path in local.glob("*.mds")}
-    grown = MDSSet(local, remote=str(place))
-    assert samples_of(grown) == samples_of(MDSSet(place)) and grown.num_shards == len(SOURCES) + 1
+    grown = MDSSplit(local, remote=str(place))
+    assert samples_of(grown) == samples_of(MDSSplit(place)) and grown.num_shards == len(SOURCES) + 1
     assert {name: (local / name).stat().st_ino for name in before} == before  # nothing was fetched twice
 
 
 def test_the_tokenizer_of_a_remote_set_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place, local = tmp_path / "place", tmp_path / "set"
     with pytest.raises(FileNotFoundError, match="place/tokenizer: holds no file"):
-        remote.fetch_tokenizer(local, str(place))
+        cache.fetch_tokenizer(local, str(place))
     (place / "tokenizer").mkdir(parents=True)
     (place / "tokenizer" / "tokenizer.json").write_text("{}")
-    remote.fetch_tokenizer(local, str(place))
+    cache.fetch_tokenizer(local, str(place))
     assert (local / "tokenizer" / "tokenizer.json").read_text() == "{}"
     (place / "tokenizer" / "tokenizer.json").write_text("other")
-    remote.fetch_tokenizer(local, str(place))
+    cache.fetch_tokenizer(local, str(place))
     assert (local / "tokenizer" / "tokenizer.json").read_text() == "{}"
     shutil.rmtree(local)
     for listed, message in (([("tokenizer/../../../escaped", 2)], "plain name inside"),
                             ([("tokenizer/a", 1 << 40)], "are fetched")):
         monkeypatch.setattr(storage.LocalStorage, "list", lambda self, prefix, listed=listed: listed)
         with pytest.raises(ValueError, match=message):
-            remote.fetch_tokenizer(local, str(place))
+            cache.fetch_tokenizer(local, str(place))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ettin_foundry.cli import main as cli
 from ettin_foundry.data.batch import Collator
-from ettin_foundry.data.mixture import open_set
+from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.stream import open_stream
 from ettin_foundry.data.tokenizer import load
 from ettin_foundry.model.config import EttinConfig
@@ -71,7 +71,7 @@ def same(found: dict[str, float], expected: dict[str, float]) -> None:
 def test_encoder_under_clm_is_transformers_with_causal_masks_on_every_chunk(
         encoder: tuple[Path, Path], reference: Any, data_set: Path, tokenizer_dir: Path) -> None:
     """Labels are made here from the stored chunks: the next token, and EOS only where the document ends."""
-    data, tokenizer = open_set(data_set / "validation"), load(tokenizer_dir)
+    data, tokenizer = open_split(data_set / "validation"), load(tokenizer_dir)
     parts = []
     for shard in range(data.num_shards):
         for sample, last in enumerate(data.last(shard)):

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from ettin_foundry.cli.main import main
 from ettin_foundry.data.loader import build_ettin_loader
-from ettin_foundry.data.mds import MDSSet
+from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.tokenizer import load
 from ettin_foundry.tools.order import length_of_run, next_batch, next_step, stream_of, view_step
 from ettin_foundry.training.steps import read_steps
@@ -54,7 +54,7 @@ def checkpoint_at(run, batch):
 
 
 def test_the_view_of_a_step_is_what_the_run_read(rising_run, cfg, data_set):
-    stream, data = stream_of(cfg), MDSSet(data_set / "train")
+    stream, data = stream_of(cfg), MDSSplit(data_set / "train")
     for entry, batch in zip(read_steps(rising_run[0]), rising_run[1]["batches"], strict=True):
         view = view_step(stream, entry["step"])
         seen = view.rows, view.tokens_before, f"{view.ids_hash:012x}"

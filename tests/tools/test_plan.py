@@ -20,7 +20,7 @@ CHUNKS = (1, 2, 3, 1, 2, 2, 3)
 
 
 class Data:
-    """Two shards in the shape of MDSSet: chunks of 1, 2 and 3 tokens, rows counted for length 8 only."""
+    """Two shards in the shape of MDSSplit: chunks of 1, 2 and 3 tokens, rows counted for length 8 only."""
 
     chunk_length, num_shards = 3, 2
     samples, tokens = np.array([3, 4]), np.array([6, 8])
@@ -61,7 +61,7 @@ def small(tmp_path, monkeypatch):
     cfg = copy.deepcopy(NANO)
     (tmp_path / "train").mkdir()
     (tmp_path / "train/manifest.json").touch()
-    monkeypatch.setattr(plan, "open_set", lambda folder: Data())
+    monkeypatch.setattr(plan, "open_split", lambda folder: Data())
     cfg["model"].update(max_seq_len=8)
     cfg["train_loader"].update(dataset={"local": str(tmp_path), "split": "train"})
     cfg.update(max_seq_len=8, global_train_batch_size=10, max_duration="1_000tok")

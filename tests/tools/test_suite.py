@@ -76,8 +76,8 @@ class Small:
         self.folder, self.tokenizer = folder, tokenizer
         self.file, self.program = folder / "suite.yaml", folder / "program.py"
         self.program.write_text(PROGRAM)
-        common = [f"variables.data={data}", *(f"variables.packed.{key}.{phase}={value}" for phase in ("pretrain", "extend")
-                   for key, value in (("max_seq_len", 64), ("global_batch", 8), ("microbatch", 8)))]
+        common = [f"variables.data={data}", "variables.max_seq_len=64", "variables.long_max_seq_len=64",
+                  "variables.global_batch=8", "variables.long_global_batch=8", "device_train_microbatch_size=8"]
         files = ("nano.yaml", "options/decoder.yaml", "phases/extend.yaml")
         nano, decoder, extend = (str(ROOT / "yamls" / name) for name in files)
         self.plain: dict[str, Any] = {

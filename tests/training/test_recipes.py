@@ -16,7 +16,7 @@ from omegaconf import OmegaConf as om
 
 from ettin_foundry.model.composer import EttinModel
 from ettin_foundry.model.config import SIZES
-from ettin_foundry.training import checks, run_config
+from ettin_foundry.training import checks, recipes, run_config
 from ettin_foundry.training import optimizer as optim
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,8 +29,7 @@ ORIGINAL = json.loads((ROOT / "tests/original_recipe.json").read_text())
 RECIPES = sorted((ROOT / "yamls").glob("*.yaml"))
 PHASES = sorted((ROOT / "yamls/phases").glob("*.yaml"))
 ETTIN = [path for path in RECIPES if path.stem != "nano"]
-GIVEN = {**{phase: ["variables.source=x.pt"] for phase in ("extend", "decay", "cross")},
-         "contrastive": ["variables.source=x.pt", "variables.contrastive_data=sentences"]}
+GIVEN = {phase: ["variables.source=x.pt"] for phase in ("extend", "decay", "cross")}
 LONG = ("extend", "decay", "cross")
 
 # fact -> (phases in which it differs, why); one line for each fact that is not the original's
@@ -107,18 +106,9 @@ def facts_of_original(run):
     return {**flat, **constants, "autoresume": bool(run["autoresume"])}
 
 
-def test_every_file_is_found():
-    expected = {f"ettin-{side}-{size}" for side in ("enc", "dec") for size in SIZES if size != "nano"} | {"nano"}
-    assert {path.stem for path in RECIPES} == expected and len(RECIPES) == 13
-    assert [path.stem for path in PHASES] == ["contrastive", "cross", "decay", "extend", "original"]
-    files = list((ROOT / "yamls").rglob("*.*"))
-    assert {path.name for path in files if path.suffix != ".yaml"} == {"README.md"}
-    assert {path.parent.name for path in files} == {"yamls", "phases", "options", "suite"}
-
-
 @pytest.mark.parametrize("phases", [(), ("extend",), ("decay",), ("cross",), ("original",),
                                     ("extend", "original"), ("decay", "original"), ("cross", "original")], ids="+".join)
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ETTIN, ids=lambda path: path.stem)
 def test_it_resolves_passes_the_checks_and_builds_on_meta(path, phases):
     cfg = resolved(path, *phases)
     checks.check_settings(cfg)
@@ -130,9 +120,21 @@ def test_it_resolves_passes_the_checks_and_builds_on_meta(path, phases):
 
 
 @pytest.mark.parametrize("phase", LONG)
-@pytest.mark.parametrize("path", [RECIPES[0], ROOT / "yamls/nano.yaml"], ids=lambda path: path.stem)
-def test_the_original_overlay_may_stand_before_or_after_the_phase(path, phase):
-    assert resolved(path, phase, "original") == resolved(path, "original", phase)
+def test_the_original_overlay_may_stand_before_or_after_the_phase(phase):
+    assert resolved(RECIPES[0], phase, "original") == resolved(RECIPES[0], "original", phase)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_read_at_a_glance(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 75 and max(map(len, lines)) <= 110
+    assert not any(isinstance(value, (dict, list)) for value in om.to_container(om.load(path))["variables"].values())
+
+
+@pytest.mark.parametrize("phases", [(), ("extend",), ("cross",)], ids="+".join)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_eight_steps_of_any_recipe_run_by_one_key(path, phases):
+    checks.check_settings(resolved(path, *phases, args=("max_duration=8ba",)))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -203,27 +205,34 @@ def test_constants_of_the_model_are_the_originals():
 
 @pytest.mark.parametrize("path", ETTIN, ids=lambda path: path.stem)
 def test_packed_batches_hold_the_originals_tokens_and_microbatches_follow_the_rule(path):
-    variables = resolved(path)["variables"]
-    packed, original = variables["packed"], variables["original"]
-    positions = packed["global_batch"]["pretrain"] * packed["max_seq_len"]["pretrain"]
+    cfg, original = resolved(path), resolved(path, "original")
+    positions = cfg["global_train_batch_size"] * cfg["max_seq_len"]
     assert 0.98 < ORIGINAL["tokens_per_step_pretrain"] / positions < 1
     # the largest share of a device's 352 rows (8 GPUs) within 0.7 of the original's microbatch, whose rows were 0.6 full
-    rows = [n for n in range(1, 353) if 352 % n == 0 and n <= 0.7 * original["microbatch"]["pretrain"]]
-    assert packed["microbatch"]["pretrain"] == max(rows)
-    for phase in LONG:  # as many tokens as in pretraining, in a power of two of rows, which divides 128 (8 GPUs)
-        tokens_at_most = packed["microbatch"]["pretrain"] * packed["max_seq_len"]["pretrain"]
-        long_rows = [n for n in (1, 2, 4, 8, 16) if n * packed["max_seq_len"][phase] <= tokens_at_most]
-        assert packed["microbatch"][phase] == max(long_rows)
+    rows = [n for n in range(1, 353) if 352 % n == 0 and n <= 0.7 * original["device_train_microbatch_size"]]
+    assert cfg["device_train_microbatch_size"] == max(rows)
+    for phase in LONG:  # at most as many tokens as in pretraining, in a power of two of rows, which divides 128 (8 GPUs)
+        long = [n for n in (1, 2, 4, 8, 16) if n * 8192 <= max(rows) * 1024]
+        assert resolved(path, phase)["device_train_microbatch_size"] == max(long)
+
+
+@pytest.mark.parametrize("tokens, batch, length, processes, rows", [
+    (4096, 32, 256, 1, 16), (4096, 32, 256, 8, 4), (5000, 30, 1000, 1, 5), (5000, 28, 1000, 1, 4), (1024, 7, 1024, 1, 1)])
+def test_rows_of_a_microbatch_fit_its_tokens_and_divide_the_batch(tokens, batch, length, processes, rows, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    cfg = {"variables": {"microbatch_tokens": tokens}, "max_seq_len": length, "global_train_batch_size": batch}
+    assert recipes.rows_from_tokens(cfg) == {"device_train_microbatch_size": rows}
+    assert recipes.rows_from_tokens({**cfg, "device_train_microbatch_size": 2}) == {}
+    for wrong in (length - 1, "4096", True):
+        with pytest.raises(ValueError, match="microbatch_tokens must be an integer"):
+            recipes.rows_from_tokens({**cfg, "variables": {"microbatch_tokens": wrong}})
 
 
 PAIR_KEYS = {"variables.objective", "variables.mask_rate", "variables.eval_mask_rate", "variables.decay_mask_rate",
              "variables.cross_objective", "variables.source_objective", "run_name"}
 SIZE_KEYS = {"variables.size", "variables.peak_lr", "variables.decay_lr", "variables.weight_decay", "variables.warmup",
              "variables.extend_tokens", "variables.decay_tokens", "variables.cross_tokens", "variables.cross_warmup",
-             "variables.cross_decay", "variables.cross_save_interval", "variables.batch_size_warmup.pretrain", "run_name",
-             *(f"variables.{layout}.microbatch.{phase}" for layout in ("packed", "original")
-               for phase in ("pretrain", *LONG)),
-             *(f"variables.{layout}.warmup_batch.pretrain" for layout in ("packed", "original"))}
+             "variables.cross_decay", "variables.cross_save_interval", "variables.microbatch_tokens", "run_name"}
 
 
 def differing(a, b):
@@ -245,21 +254,22 @@ def test_sizes_differ_only_in_what_belongs_to_a_size(path):
 WARMUP_BILLIONS = {"17m": 125, "32m": 100, "68m": 75, "150m": 50, "400m": 10, "1b": 3}  # in the original's files
 
 
-@pytest.mark.parametrize("phases", [(), ("cross",), ("original",), ("cross", "original")], ids="+".join)
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path, phases", [*((path, ()) for path in RECIPES), *((path, ("original",)) for path in ETTIN)],
+                         ids=lambda value: getattr(value, "stem", "+".join(value) if isinstance(value, tuple) else ""))
 def test_batch_size_warmup_acts_with_its_overlay_and_divides_on_up_to_four_gpus(path, phases):
     assert "batch_size_warmup" not in resolved(path, *phases)["train_loader"]
     cfg = resolved(path, *phases, args=(str(ROOT / "yamls/options/batch-size-warmup.yaml"),))
     checks.check_settings(cfg)
     warmup, total, size = cfg["train_loader"]["batch_size_warmup"], cfg["global_train_batch_size"], cfg["model"]["size"]
+    microbatch = resolved(path, *phases)["device_train_microbatch_size"]
+    assert cfg["device_train_microbatch_size"] == microbatch
     if size != "nano":
-        assert tokens(warmup["tokens"]) == (10 if "cross" in phases else WARMUP_BILLIONS[size]) * 10**9
+        assert tokens(warmup["tokens"]) == WARMUP_BILLIONS[size] * 10**9
         for gpus in (1, 2, 4):
-            checks.check_warmup(warmup, total, world_size=gpus, microbatch=cfg["device_train_microbatch_size"],
+            checks.check_warmup(warmup, total, world_size=gpus, microbatch=microbatch,
                                 total=tokens(cfg["max_duration"]))
         # an eighth, or the next smaller size that a microbatch divides on four GPUs
-        fits = [rows for rows in range(1, total // 8 + 1)
-                if total % rows == 0 and rows % (4 * cfg["device_train_microbatch_size"]) == 0]
+        fits = [rows for rows in range(1, total // 8 + 1) if total % rows == 0 and rows % (4 * microbatch) == 0]
         assert warmup["min_size"] == max(fits)
 
 

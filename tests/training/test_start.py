@@ -145,8 +145,7 @@ def register_watch():
 
 def arguments(phase, *overrides):
     """What `nano_run.run` is given to run a phase of nano on the fixtures' data."""
-    sizes = [f"variables.packed.{key}.{name}={value}" for name in LONG
-             for key, value in (("max_seq_len", 64), ("global_batch", 8), ("microbatch", 4))]
+    sizes = ["variables.long_max_seq_len=64", "variables.long_global_batch=8", "device_train_microbatch_size=4"]
     times = [f"variables.{name}_tokens={TOKENS[name]}tok" for name in LONG]
     overlay = [] if phase == "pretrain" else [str(ROOT / f"yamls/phases/{phase}.yaml")]
     return [*overlay, *sizes, *times, "model.vocab_size=512", "variables.extend_data=${variables.data}",
@@ -505,7 +504,7 @@ def test_what_was_built_is_compared_again(decoder, tokens):
 @pytest.fixture(scope="module")
 def cross_cfg(tokenizer_dir):
     """nano with the fixtures' vocabulary, crossing to an encoder at the source's theta."""
-    return config_of("cross", f"variables.tokenizer={tokenizer_dir}", "variables.rope_theta=10000.0")
+    return config_of("cross", f"tokenizer.name={tokenizer_dir}", "variables.rope_theta=10000.0")
 
 
 def config_of(phase, *overrides):
@@ -585,7 +584,7 @@ def test_a_folder_of_the_published_kind_is_crossed_as_it_is(decoder, folder, tok
               "local_attention": 128, "sliding_window": 64, "decoder_bias": True,
               "tokenizer_class": "PreTrainedTokenizerFast"}
     (tmp_path / "official" / "config.json").write_text(json.dumps(config))
-    cfg = config_of("cross", f"variables.tokenizer={tokenizer_dir}")  # theta as the overlay says
+    cfg = config_of("cross", f"tokenizer.name={tokenizer_dir}")  # theta as the overlay says
     assert prepared(cfg, "ettin_cross", tmp_path / "official") == {}
     encoder = ettin("mntp", tokenizer=tokens, global_rope_theta=160000.0, local_rope_theta=160000.0)
     run, clock, _ = crossing(encoder, tmp_path / "official")
@@ -643,7 +642,7 @@ def test_a_payload_as_source_is_named_and_not_run(cross_cfg, tmp_path):
 
 @pytest.fixture(scope="module")
 def phase_cfg(data_set):
-    return config_of("extend", f"variables.tokenizer={data_set / 'tokenizer'}")
+    return config_of("extend", f"tokenizer.name={data_set / 'tokenizer'}")
 
 
 @pytest.fixture(scope="module")

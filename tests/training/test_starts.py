@@ -91,9 +91,9 @@ def resume(cfg, tmp_path, record, data=None):
 
 
 def test_the_same_run_goes_on_and_its_link_is_mended(cfg, tmp_path):
-    from ettin_foundry.data.mixture import open_set
+    from ettin_foundry.data.mixture import open_split
 
-    fingerprint = open_set(Path(cfg["train_loader"]["dataset"]["local"]) / "train").fingerprint
+    fingerprint = open_split(Path(cfg["train_loader"]["dataset"]["local"]) / "train").fingerprint
     assert resume(cfg, tmp_path, record_of(cfg), {"rows": 40, "fingerprint": fingerprint}) == {}
     assert (tmp_path / "latest-rank0.pt").resolve().name == "ep0-ba5-rank0.pt"
 

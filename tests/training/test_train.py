@@ -46,7 +46,7 @@ def rows_per_epoch(data):
 @pytest.mark.parametrize("objective", PAIR)
 def test_four_steps_resume_four_steps_equals_eight_steps_bitwise(objective, workers, data, capture, tmp_path):
     epoch_batch = rows_per_epoch(data) // 6  # eight steps of this cross the end of the epoch
-    common = [f"variables.packed.global_batch.pretrain={epoch_batch}", "variables.packed.microbatch.pretrain=32",
+    common = [f"variables.global_batch={epoch_batch}", "device_train_microbatch_size=32",
               f"train_loader.num_workers={workers}"]
     whole = run(data, tmp_path / "whole", objective, *common)
     expected, losses, lrs, tokens = state_of(whole), capture.losses, capture.lrs, capture.tokens
@@ -69,7 +69,7 @@ def test_four_steps_resume_four_steps_equals_eight_steps_bitwise(objective, work
 def test_microbatches_of_four_give_the_gradient_of_one_of_eight(objective, data, capture, tmp_path):
     grads, targets = [], []
     for microbatch in (8, 4):
-        run(data, tmp_path / str(microbatch), objective, f"variables.packed.microbatch.pretrain={microbatch}",
+        run(data, tmp_path / str(microbatch), objective, f"device_train_microbatch_size={microbatch}",
             "model.attn_out_dropout=0.0", "max_duration=1ba", "~save_folder", "~save_interval", "~autoresume",
             "~save_overwrite").close()
         grads.append(capture.gradients)

@@ -122,7 +122,7 @@ def test_a_mixture_has_the_gradient_of_the_weighted_sum(microbatch, data_set, ca
             start.update(weights_of(type("T", (), {"state": state})))
 
     registry.callbacks.register("start", func=Start)
-    run(data_set, tmp_path, *MIXTURE, f"variables.packed.microbatch.pretrain={microbatch}", "model.attn_out_dropout=0.0",
+    run(data_set, tmp_path, *MIXTURE, f"device_train_microbatch_size={microbatch}", "model.attn_out_dropout=0.0",
         "max_duration=1ba", "callbacks.start={}", "~save_folder", "~save_interval", "~autoresume", "~save_overwrite").close()
     [batch] = capture.batches
     assert 2 <= int(batch["causal"].sum()) <= 6 and batch["objective"] == "mntp+clm"
