@@ -9,11 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from ettin_foundry.model.config import MASKED_OBJECTIVES
 from ettin_foundry.tools.curves import learning_rates
@@ -33,7 +31,6 @@ class Difference:
     key: str
     a: Any
     b: Any
-    """Its two values: of the first run and the second, or of the phase before and this one."""
     verdict: str
     reason: str
     where: str = ""
@@ -63,16 +60,13 @@ class Report:
         found = sorted(self.differences, key=lambda d: (order.index(d.verdict), d.key))
         rows = [("verdict", "key", *self.names, "why")]
         rows += [(d.verdict, d.key, _shown(d.a), _shown(d.b), f"{d.where}: {d.reason}" if d.where else d.reason) for d in found]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[4]]) for row in rows if found]
-        counts = [f"{n} {word}" for verdict, word in ((OBJECTIVE, "demanded by the objective"), (HARMLESS, "harmless"))
-                  if (n := sum(d.verdict == verdict for d in found))]
-        if self.fair:
-            last = f"fair {self.what}: {', '.join(counts) or 'no difference'}"
-        else:
-            keys = ", ".join(sorted({d.key for d in self.unfair}))
-            last = f"unfair {self.what}: {', '.join([f'{len(self.unfair)} unfair', *counts])}; unfair: {keys}"
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes), last])
+        widths = [*(max(map(len, column)) for column in list(zip(*rows))[:4]), 0]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows if found]
+        counts = [f"{sum(d.verdict == verdict for d in found)} {verdict}" for verdict in order]
+        counts = [count for count in counts if not count.startswith("0 ")] or ["no difference"]
+        keys = f"; unfair: {', '.join(sorted({d.key for d in self.unfair}))}" if self.unfair else ""
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes),
+                          f"{'fair' if self.fair else 'unfair'} {self.what}: {', '.join(counts)}{keys}"])
 
 
 def _shown(value: Any) -> str:
@@ -87,41 +81,32 @@ def _shown(value: Any) -> str:
 _LOADER = r"(?:train_loader|eval_loader(?:\(.*?\))?)"
 _OBSERVERS = ("speed_monitor|lr_monitor|runtime_estimator|scheduled_gc|memory_monitor|memory_snapshot|oom_observer|"
               "optimizer_monitor|system_metrics_monitor|ettin_clock|ettin_monitor|ettin_samples|ettin_export|ettin_steps")
-_SOURCE = r"load_path|callbacks\.ettin_(phase|cross)\.source"
-_MICROBATCH = "device_train_microbatch_size|device_train_batch_size|device_train_grad_accum|n_gpus"
 
-# pattern of a whole key -> (verdict, reason); the first that matches is taken
-_REASONS: dict[str, tuple[str, str]] = {
-    rf"{_LOADER}\.(num_workers|prefetch_factor|pin_memory|persistent_workers|timeout)":
-        (HARMLESS, "how rows are fetched; which ones follows from data and seed alone"),
-    rf"{_LOADER}\.dataset\.cache_limit": (HARMLESS, "how much of the dataset is kept on disk"),
-    r"model\.(attn_impl|compile)": (HARMLESS, "the same function, up to rounding"),
-    r"dist_timeout|max_split_size_mb|expandable_segments|cuda_load_lazy|profiler(\..*)?": (HARMLESS, "memory and time only"),
-    r"progress_bar|log_to_console|console_log_interval|python_log_level|log_config|(loggers|metadata)(\..*)?|"
-    r"flatten_metadata": (HARMLESS, "what is logged"),
+# pattern of a whole key -> why a difference in it cannot change what is learnt
+_HARMLESS = {
+    rf"{_LOADER}\.(num_workers|prefetch_factor|pin_memory|persistent_workers|timeout|dataset\.cache_limit)":
+        "how rows are fetched; which ones follows from data and seed alone",
+    r"model\.(attn_impl|compile)": "the same function, up to rounding",
+    r"(loggers|metadata|profiler)(\..*)?|progress_bar|log_to_console|console_log_interval|python_log_level|log_config|"
+    r"flatten_metadata|dist_timeout|max_split_size_mb|expandable_segments|cuda_load_lazy": "logging, memory and time only",
     r"save_interval|save_filename|save_latest_filename|save_overwrite|save_num_checkpoints_to_keep|"
-    r"only_composer_checkpoint|autoresume": (HARMLESS, "what is kept on disk; a run that resumes goes on exactly"),
-    r"eval_interval|eval_first": (HARMLESS, "evaluating changes no weight"),
-    r"device_eval_batch_size": (HARMLESS, "metrics are sums over targets, whatever the batch"),
-    rf"callbacks\.({_OBSERVERS})(\..*)?": (HARMLESS, "it observes or writes, and changes no weight"),
-    r"callbacks\.ettin_(phase|cross)\.accept": (HARMLESS, "it lets a run begin, and acts no further"),
+    r"only_composer_checkpoint|autoresume": "what is kept on disk; a run that resumes continues exactly",
+    r"eval_interval|eval_first": "evaluating changes no weight",
+    r"device_eval_batch_size": "metrics are sums over targets, whatever the batch",
+    rf"callbacks\.({_OBSERVERS})(\..*)?": "it observes or writes, and changes no weight",
+    r"callbacks\.ettin_(phase|cross)\.accept": "it lets a run begin, and has no further effect",
     r"fsdp_config\.(state_dict_type|activation_checkpointing|activation_cpu_offload|reshard_after_forward|verbose|"
-    r"load_monolith_rank0_only)": (HARMLESS, "where tensors lie, not what they hold"),
-    rf"{_LOADER}\.(shuffle|shuffle_seed|shuffle_window|packing)":
-        (UNFAIR, "the members would not read the same rows in the same order"),
-    r"eval_loader.*|eval_subset_num_batches": (UNFAIR, "the members' validation losses could not be compared"),
-    r"global_train_batch_size|train_loader\.batch_size_warmup.*|(model|train_loader)\.max_seq_len|max_seq_len":
-        (UNFAIR, "the members' steps would not hold the same rows"),
-    r"max_duration": (UNFAIR, "one member would see more tokens"),
-    r"seed": (UNFAIR, "first weights and dropout are drawn from it"),
-    r"(optimizer|scheduler|algorithms)\b.*": (UNFAIR, "the members would be trained another way"),
-    r"model\..*": (UNFAIR, "the members would differ in more than their attention mask"),
-    r"tokenizer\b.*": (UNFAIR, "the members would not see the same tokens"),
-    r"precision|fsdp_config\..*|compile_config.*": (UNFAIR, "the members would compute in another way"),
-    r"accumulate_train_batch_on_tokens": (UNFAIR, "a target would not weigh the same"),
-    r"load_.*|callbacks\.ettin_(phase|cross).*": (UNFAIR, "the members would not begin alike"),
-    r"save_weights_only|save_ignore_keys": (UNFAIR, "a later phase, or a resume, would not find the same state"),
-    r".*": (UNFAIR, "not known to be without effect on what is learnt"),
+    r"load_monolith_rank0_only)": "where tensors lie, not what they hold",
+}
+# what an unfair difference in a key does; the first that matches is said
+_UNFAIR = {
+    rf"{_LOADER}\.(shuffle|shuffle_seed|shuffle_window|packing)|global_train_batch_size|max_duration|"
+    r"train_loader\.batch_size_warmup.*|(.*\.)?max_seq_len": "the members would not read the same rows in the same steps",
+    r"eval_loader.*|eval_subset_num_batches": "the members' validation losses could not be compared",
+    r"model\..*": "the members would differ in more than their attention mask",
+    r"load_.*|callbacks\.ettin_(phase|cross).*|seed": "the members would not begin alike",
+    r"(optimizer|scheduler|algorithms|precision|tokenizer|fsdp_config)\b.*": "the members would be trained another way",
+    r".*": "not known to be without effect on what is learnt",
 }
 
 
@@ -144,25 +129,21 @@ def lint_pair(a: Mapping[str, Any], b: Mapping[str, Any], *, names: tuple[str, s
     blocks: dict[str, list[str]] = {}  # the keys of a block that one side lacks are one difference
     for key in dict.fromkeys([*first.values, *second.values]):
         if not _same(first.get(key, ABSENT), second.get(key, ABSENT)) and not compared.fullmatch(key):
-            blocks.setdefault(_missing_block(key, first, second), []).append(key)
+            parts = key.split(".")
+            above = [".".join(parts[:n]) for n in range(1, len(parts))]
+            block = next((block for block in above if first.has(block) != second.has(block)), key)
+            blocks.setdefault(block, []).append(key)
     for block, keys in blocks.items():
         shown = keys[0] if len(keys) == 1 else block
         values = [run.values[shown] if shown in run.values else "given" if run.has(shown) else ABSENT
                   for run in (first, second)]
-        verdict, reason = min((_rule(key, first, second) for key in keys),
-                              key=lambda rule: (UNFAIR, HARMLESS, OBJECTIVE).index(rule[0]))
-        found.append(Difference(shown, *values, verdict, reason))
+        rules = [_rule(key, first, second) for key in keys]
+        found.append(Difference(shown, *values, *min(rules, key=lambda r: (UNFAIR, HARMLESS, OBJECTIVE).index(r[0]))))
     return Report(names, tuple(found), tuple(notes))
 
 
 def _same(a: Any, b: Any) -> bool:
     return a == b and isinstance(a, bool) == isinstance(b, bool)
-
-
-def _missing_block(key: str, a: Meaning, b: Meaning) -> str:
-    """The highest block above a key of which one side has nothing, or the key."""
-    parts = key.split(".")
-    return next((above for n in range(1, len(parts)) if a.has(above := ".".join(parts[:n])) != b.has(above)), key)
 
 
 def _rule(key: str, a: Meaning, b: Meaning) -> tuple[str, str]:
@@ -171,12 +152,13 @@ def _rule(key: str, a: Meaning, b: Meaning) -> tuple[str, str]:
     own = HARMLESS if one_objective else OBJECTIVE  # what each member must have for itself
     if key in ("run_name", "save_folder"):
         return own, "names the run"
-    if re.fullmatch(_SOURCE, key):
+    if re.fullmatch(r"load_path|callbacks\.ettin_(phase|cross)\.source", key):
         both = key in a.values and key in b.values
         return (own, "each run continues its own checkpoint") if both else (UNFAIR, "only one member begins with weights")
     if re.fullmatch(rf"(model|{_LOADER})\.objective", key):
-        return ((UNFAIR, "trained alike, the members would be validated on different tasks") if one_objective
-                else (OBJECTIVE, "what a pair is for"))
+        if one_objective:
+            return UNFAIR, "trained alike, the members would be validated on different tasks"
+        return OBJECTIVE, "what a pair is for"
     if re.fullmatch(rf"{_LOADER}\.mask_rate", key):
         objectives = [str(run.get(f"{key.rpartition('.')[0]}.objective", run.get("model.objective"))) for run in (a, b)]
         both = all(any(name in objective for name in MASKED_OBJECTIVES) for objective in objectives)
@@ -186,11 +168,15 @@ def _rule(key: str, a: Meaning, b: Meaning) -> tuple[str, str]:
         if a.config.causal != b.config.causal and all(usual):
             return OBJECTIVE, "transformers keeps half the window of tokens to the left in encoders, one less in decoders"
         return UNFAIR, "the members would not see equally far"
-    if re.fullmatch(_MICROBATCH, key):
+    if key in ("device_train_microbatch_size", "device_train_batch_size", "device_train_grad_accum", "n_gpus"):
         if all(run.get("accumulate_train_batch_on_tokens") is True for run in (a, b)):
             return HARMLESS, "every target of a step weighs the same, whatever the microbatch"
         return UNFAIR, "microbatches are weighted by rows, so that their size changes what a target weighs"
-    return next(reason for pattern, reason in _REASONS.items() if re.fullmatch(pattern, key))
+    for verdict, reasons in ((HARMLESS, _HARMLESS), (UNFAIR, _UNFAIR)):
+        for pattern, reason in reasons.items():
+            if re.fullmatch(pattern, key):
+                return verdict, reason
+    raise AssertionError(key)  # the last pattern matches every key
 
 
 def _compare_data(a: Meaning, b: Meaning) -> tuple[list[Difference], list[str]]:
@@ -220,7 +206,7 @@ def _compare_data(a: Meaning, b: Meaning) -> tuple[list[Difference], list[str]]:
 # ------------------------------------------------------------------ chains of phases
 
 _MODEL_KEYS = ("model.size", "model.vocab_size", "model.global_attn_every_n_layers", "model.local_attention", "model.norm_eps")
-_Found = Iterable[tuple[str, Any, Any, str]]
+_Found = Iterator[tuple[str, Any, Any, str]]
 
 
 def lint_chain(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> Report:
@@ -230,35 +216,30 @@ def lint_chain(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> Report:
     Args:
         runs: (name, config) in the order in which they are run, configs as for `lint_pair`; a cross run follows the run
             whose weights it takes.
-
-    Raises:
-        ValueError, FileNotFoundError: a config cannot be read, or a manifest is broken.
     """
     chain = [read_meaning(name, cfg) for name, cfg in runs]
     found, notes = [], []
     for i, now in enumerate(chain[1:], 1):
-        past, before = chain[:i], chain[i - 1]
         for check in (_check_model, _check_theta, _check_optimizer):
-            found += [Difference(key, a, b, UNFAIR, reason, now.name) for key, a, b, reason in check(past, now)]
-        if _lr_ends(now) is None or _lr_ends(before) is None:
-            notes.append(f"{now.name}: the learning rates of {before.get('scheduler.name')} and "
-                         f"{now.get('scheduler.name')} are not known here, so they were not compared")
+            found += [Difference(key, a, b, UNFAIR, reason, now.name) for key, a, b, reason in check(chain[:i], now)]
+        if unknown := [run.get("scheduler.name") for run in chain[i - 1:i + 1] if learning_rates(dict(run.cfg)) is None]:
+            notes.append(f"{now.name}: the learning rates of {unknown[0]} are not known here, so they were not compared")
     return Report(("before", "now"), tuple(found), tuple(notes), "chain")
 
 
 def _start(run: Meaning) -> str:
     """How a run begins: `scratch`, `weights` of another run, a new `phase` with the optimizer kept, or `loaded` with the
     checkpoint's clock."""
-    if run.has("callbacks.ettin_cross"):
+    if run.has("callbacks.ettin_cross") or run.get("callbacks.ettin_phase.keep") == "weights":
         return "weights"
     if run.has("callbacks.ettin_phase"):
-        return "weights" if run.get("callbacks.ettin_phase.keep") == "weights" else "phase"
+        return "phase"
     if run.get("load_path") is None:
         return "scratch"
     return "weights" if run.get("load_weights_only") else "loaded"
 
 
-def _changed(keys: Sequence[str], before: Meaning, now: Meaning, reason: str) -> Iterator[tuple[str, Any, Any, str]]:
+def _changed(keys: Sequence[str], before: Meaning, now: Meaning, reason: str) -> _Found:
     for key in keys:
         if (old := before.get(key, ABSENT)) != (new := now.get(key, ABSENT)):
             yield key, old, new, reason
@@ -267,11 +248,11 @@ def _changed(keys: Sequence[str], before: Meaning, now: Meaning, reason: str) ->
 def _check_model(past: Sequence[Meaning], now: Meaning) -> _Found:
     before = past[-1]
     same_kind = before.config.causal == now.config.causal
-    yield from _changed(_MODEL_KEYS + (("model.window_left",) if same_kind else ()), before, now,
+    yield from _changed([*_MODEL_KEYS, *(["model.window_left"] if same_kind else [])], before, now,
                         "the weights belong to another model")
     if not same_kind and not (now.has("callbacks.ettin_cross") or now.get("load_weights_only")):
-        yield ("model.objective", before.values["model.objective"], now.values["model.objective"],
-               "encoder and decoder continue as each other with the weights alone, as callbacks.ettin_cross takes them")
+        yield from _changed(["model.objective"], before, now, "encoder and decoder continue as each other with the weights "
+                            "alone, as callbacks.ettin_cross takes them")
     names = [run.get("tokenizer.name", ABSENT) for run in (before, now)]
     own = [str(run.cfg.get("tokenizer", {}).get("name")) for run in (before, now)]
     if names[0] == names[1] and own[0] != own[1]:  # both beside their data: what the manifests say of them
@@ -279,8 +260,7 @@ def _check_model(past: Sequence[Meaning], now: Meaning) -> _Found:
     if None not in names and names[0] != names[1]:
         yield "tokenizer.name", *own, "the embedding's rows would stand for other tokens"
     if now.values["max_seq_len"] < before.values["max_seq_len"]:
-        yield ("max_seq_len", before.values["max_seq_len"], now.values["max_seq_len"],
-               "rows shrink: what was learnt about long documents is not trained on")
+        yield from _changed(["max_seq_len"], before, now, "rows shrink: what was learnt about long documents is not trained on")
 
 
 def _check_theta(past: Sequence[Meaning], now: Meaning) -> _Found:
@@ -288,7 +268,7 @@ def _check_theta(past: Sequence[Meaning], now: Meaning) -> _Found:
     keys = ("model.global_rope_theta", "model.local_rope_theta")
     moved = {key: (past[-1].values[key], now.values[key]) for key in keys if past[-1].values[key] != now.values[key]}
     for key, (old, new) in moved.items():
-        history = list(dict.fromkeys(run.values[key] for run in past))
+        history = {run.values[key] for run in past}
         if new in history:
             yield key, old, new, "rotary theta goes back to what it was in an earlier phase"
         elif new < old:
@@ -297,12 +277,6 @@ def _check_theta(past: Sequence[Meaning], now: Meaning) -> _Found:
             yield key, old, new, "rotary theta goes up for a second time"
         elif key == "model.local_rope_theta" and len(moved) == 1:
             yield key, old, new, "local layers get another rotary theta in a phase that leaves global layers theirs"
-
-
-def _lr_ends(run: Meaning) -> tuple[float, float] | None:
-    """Learning rate at the first and after the last token; None for a scheduler of the host."""
-    rates = learning_rates(dict(run.cfg), np.array([0.0, 1.0]))
-    return None if rates is None else (float(rates[0]), float(rates[1]))
 
 
 def _check_optimizer(past: Sequence[Meaning], now: Meaning) -> _Found:
@@ -316,9 +290,9 @@ def _check_optimizer(past: Sequence[Meaning], now: Meaning) -> _Found:
     if start != "weights":
         yield from _changed(("optimizer.name", "optimizer.weight_decay"), before, now,
                             "the optimizer is kept, and would do something else")
-    ends, last = _lr_ends(now), _lr_ends(before)
-    if start != "loaded" and ends and last:
-        begin, end, given = ends[0], last[1], now.values["optimizer.lr"]
+    ours, last = learning_rates(dict(now.cfg)), learning_rates(dict(before.cfg))
+    if start != "loaded" and ours and last:
+        begin, end, given = ours[1][0], last[1][-1], now.values["optimizer.lr"]
         if begin > end and not math.isclose(begin, end, rel_tol=1e-6):
             yield "optimizer.lr", end, begin, "the learning rate jumps up from where the phase before ended"
         elif start == "phase" and 1e-6 * given <= begin < end * (1 - 1e-6):  # below that it warms up

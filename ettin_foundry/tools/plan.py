@@ -29,13 +29,10 @@ from ettin_foundry.tools.curves import Curves, run_curves
 from ettin_foundry.training.checks import check_settings
 from ettin_foundry.training.run_config import model_config, parse_time, total_tokens
 
-__all__ = ["GPUS", "ORIGINAL_HOURS", "ORIGINAL_TOKENS", "DataFacts", "Plan", "as_json", "batch_ramp", "data_facts",
-           "memory_bytes", "plan_run", "plan_runs", "report", "text", "totals"]
+__all__ = ["DataFacts", "Plan", "as_json", "batch_ramp", "data_facts", "memory_bytes", "plan_run", "plan_runs", "report",
+           "text", "totals"]
 
-_GIB = 2**30
-SLACK_GIB = 2.0
-"""Left free when a microbatch is said to fit."""
-
+SLACK_GIB = 2.0  # left free when a microbatch is said to fit
 GPUS = {"h100": (1.979e15 / 2, 79.1), "h100-pcie": (1.513e15 / 2, 79.1), "h200": (1.979e15 / 2, 139.8),
         "a100": (312e12, 79.1), "a100-40gb": (312e12, 39.4), "a10": (125e12, 22.0)}
 """{name: (peak FLOP/s in dense bf16 as in Composer's speed_monitor.py, memory in GiB)}; h100, h200, a100 are SXM modules."""
@@ -59,18 +56,13 @@ class DataFacts:
         """(query, key) pairs of all documents, summed over layers."""
         return sum(number * config.attended_pairs(length) for length, number in self.documents)
 
-    @property
-    def tokens_per_row(self) -> float:
-        return self.num_tokens / self.num_rows
-
 
 def data_facts(split: MDSSplit | MixtureSplit, max_seq_len: int, *, packing: bool) -> DataFacts | None:
     """Sums over a split's manifest and length histograms; None when packed rows were not counted for this length."""
     rows = split.rows(max_seq_len) if packing else split.samples
     if rows is None:
         return None
-    counts = sum((split.lengths(shard).astype(np.int64) for shard in range(split.num_shards)),
-                 np.zeros(split.chunk_length + 1, dtype=np.int64))
+    counts = np.sum([split.lengths(shard).astype(np.int64) for shard in range(split.num_shards)], axis=0)
     num_chunks = int(split.samples.sum())
     return DataFacts(int(split.tokens.sum()) + 2 * num_chunks, num_chunks, int(rows.sum()),
                      tuple((int(n) + 2, int(counts[n])) for n in np.flatnonzero(counts)))
@@ -91,88 +83,33 @@ def _split_facts(cfg: dict[str, Any]) -> DataFacts | None:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Equal GPUs of one run, or one CPU process."""
-
-    count: int
-    name: str
-
-    @property
-    def is_gpu(self) -> bool:
-        return self.name in GPUS
-
-    def __str__(self) -> str:
-        return f"{self.count}x {self.name.upper()}" if self.is_gpu else "one CPU process"
-
-    @classmethod
-    def parse(cls, text: str) -> Machine:
-        """`4xH100` or `H100`.
-
-        Raises:
-            ValueError: not of this form, or not a GPU of GPUS.
-        """
-        match = re.fullmatch(r"(?:([0-9]+)x)?([a-z][a-z0-9-]*)", text, re.IGNORECASE)
-        name = match[2].lower().removesuffix("-sxm") if match else ""
-        if match is None or name not in GPUS or int(match[1] or 1) < 1:
-            raise ValueError(f"--gpus must be a number and a GPU such as 4xH100, got {text!r}; the known ones are "
-                             f"{', '.join(GPUS)}")
-        return cls(int(match[1] or 1), name)
-
-    @classmethod
-    def default(cls, cfg: dict[str, Any]) -> Machine:
-        """The original's 4x H100, or the most of them that the batch can be divided over; one CPU process for fp32."""
-        if cfg.get("precision") == "fp32":
-            return cls(1, "cpu")
-        rows, micro = cfg["global_train_batch_size"], cfg["device_train_microbatch_size"]
-        fitting = [n for n in (ORIGINAL_GPUS, 2) if isinstance(rows, int) and rows % n == 0
-                   and (not isinstance(micro, int) or micro * n <= rows)]
-        return cls(fitting[0] if fitting else 1, "h100")
-
-
-@dataclass(frozen=True)
 class Plan:
     """A run in numbers. Real tokens are those of chunks, BOS and EOS; padding is not counted."""
 
     name: str
     size: str
     objective: str
-    """As a schedule is written for people."""
-    causal: bool
-    """Whether the model is a decoder at the end."""
+    causal: bool  # a decoder at the end
     parameters: int
     max_seq_len: int
-    rows_per_step: int
-    """Of the full batch, after a warm-up."""
-    first_rows: int
-    """Rows of the first step; rows_per_step without a batch-size warm-up."""
-    warmup_steps: int
-    """Steps with fewer than rows_per_step rows."""
-    tokens_per_step: int
-    """Real tokens of an average step of the full batch."""
+    rows_per_step: int  # of the full batch
+    first_rows: int  # of the first step of a batch-size warm-up
+    warmup_steps: int  # steps with fewer than rows_per_step rows
+    tokens_per_step: int  # real tokens of an average step of the full batch
     num_steps: int
-    num_tokens: int
-    """Real tokens of the whole run."""
-    epochs: float | None
-    """Passes over the data; None when the data is not here."""
-    measured: bool
-    """Whether fill and lengths are the data's; False when every row is taken to be one full document."""
-    shares: dict[str, float]
-    """{objective: share of the run's tokens}."""
+    num_tokens: int  # real tokens of the whole run
+    epochs: float | None  # passes over the data; None when the data is not here
+    shares: dict[str, float]  # {objective: share of the run's tokens}
     targets_per_token: float
-    flops_per_token: int
-    """Useful operations of forward and backward per real token (`EttinConfig.flops`), mean over the run."""
-    machine: Machine
-    microbatch: int
-    """Rows on a device."""
-    memory: dict[str, int]
-    """Bytes on a device at the peak of a step, by what they belong to."""
-    largest_microbatch: int | None
-    """Rows that fit into the GPU with SLACK_GIB to spare; None on a CPU."""
-    mfu: float | None
-    """Assumed share of the peak, 6 operations per parameter and token."""
+    flops_per_token: int  # useful work of forward and backward (`EttinConfig.flops`), mean over the run
+    num_gpus: int
+    gpu: str  # a key of GPUS, or cpu
+    microbatch: int  # rows on a device
+    memory_bytes: dict[str, int]  # at the peak of a step on a device, by what they belong to
+    largest_microbatch: int | None  # rows that fit with SLACK_GIB to spare; None on a CPU
+    mfu: float | None  # assumed share of the peak, 6 operations per parameter and token
     hours: float | None
-    checkpoints: int
-    """Checkpoints that exist after the run."""
+    checkpoints: int  # those that exist after the run
     storage_bytes: int
     cfg: dict[str, Any]
     curves: Curves
@@ -188,26 +125,24 @@ class Plan:
 
     @property
     def flops_6n(self) -> int:
-        """Operations of the whole run at 6 per parameter and token, attention left out."""
         return 6 * self.parameters * self.num_tokens
-
-    @property
-    def gpu_hours(self) -> float | None:
-        return None if self.hours is None else self.hours * self.machine.count
-
-    @property
-    def memory_total(self) -> int:
-        return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
         return self.largest_microbatch is None or self.microbatch <= self.largest_microbatch
 
+    @property
+    def machine(self) -> str:
+        return f"{self.num_gpus}x {self.gpu.upper()}" if self.gpu in GPUS else "one CPU process"
+
+    @property
+    def memory_gib(self) -> float:
+        return sum(self.memory_bytes.values()) / 2**30
+
 
 # ------------------------------------------------------------------ arithmetic
 
-
-# bytes that autograd keeps of a token in a layer, for each unit of (hidden_size, intermediate_size)
+# bytes that autograd keeps of a token in a layer, for each unit of (hidden_size, intermediate_size), in 16 bits or fp32
 _ACTIVATIONS = {True: (24, 6), False: (48, 16)}
 
 
@@ -220,22 +155,20 @@ def memory_bytes(config: EttinConfig, num_tokens: int, targets_per_token: float,
     CPU (benchmarks/plan_memory.py). The CUDA context and unusable memory of the allocator are not counted.
 
     Args:
-        num_tokens: token positions of a microbatch.
-        half: amp_bf16 or amp_fp16, else fp32. ranks: processes. fsdp: weights and optimizer are sharded over them.
-        recompute: activation checkpointing: a layer keeps its input only.
+        num_tokens: token positions of a microbatch. half: amp_bf16 or amp_fp16, else fp32.
+        fsdp: weights and optimizer are sharded over the ranks. recompute: a layer keeps its input only.
     """
     weights = 4 * config.num_parameters
-    share = 1 / ranks if fsdp else 1.0
-    model = 4 * weights * share  # weights, gradients and two moments
+    model = 4 * weights / (ranks if fsdp else 1)  # weights, gradients and two moments
     model += (weights if ranks > 1 and not fsdp else 0) + (weights / 2 if half else 0)  # DDP's buckets; casts to 16 bits
     per_width, per_glu = _ACTIVATIONS[half]
     layer = num_tokens * (per_width * config.hidden_size + per_glu * config.intermediate_size)
-    layers = config.num_hidden_layers
-    activations = layers * num_tokens * 4 * config.hidden_size + layer if recompute else layers * layer
+    kept = 4 * num_tokens * config.hidden_size * config.num_hidden_layers
     # a slice of logits with its gradient, and the output matrix twice (its gradient, and that of the embedding)
     logits = min(num_tokens * targets_per_token * config.vocab_size, 2**28 if half else 2**25)
     loss = logits * (8 if half else 4) + 8 * config.vocab_size * config.hidden_size
-    return {"weights and optimizer": round(model), "activations": round(activations), "loss": round(loss)}
+    return {"model": round(model), "activations": round(kept + layer if recompute else config.num_hidden_layers * layer),
+            "loss": round(loss)}
 
 
 def batch_ramp(cfg: dict[str, Any], tokens_per_row: float) -> BatchRamp:
@@ -247,35 +180,15 @@ def batch_ramp(cfg: dict[str, Any], tokens_per_row: float) -> BatchRamp:
     return BatchRamp.build(warmup, max_size=cfg["global_train_batch_size"], tokens_per_row=tokens_per_row)
 
 
-def _shapes(cfg: dict[str, Any]) -> dict[bool, EttinConfig]:
-    """{causal: shape} of a config's model for rows of clm and for all others."""
+def _flops_per_token(cfg: dict[str, Any], data: DataFacts, causal: float, targets: float) -> int:
+    """Layers, head at the targets, and attention of either kind by its share of the run."""
     config = model_config(cfg)
     window = -1 if config.causal else cfg["model"].get("window_left", -1)
-    return {config.causal: config,
-            not config.causal: dataclasses.replace(config, causal=not config.causal, window_left=window)}
-
-
-def _flops_per_token(shapes: dict[bool, EttinConfig], data: DataFacts, causal: float, targets: float) -> float:
-    """Layers, head at the targets, and attention of each kind by its share of the run."""
-    pairs = sum(share * data.attended_pairs(shapes[kind]) for kind, share in ((True, causal), (False, 1 - causal)) if share)
-    shape = shapes[False]
-    return (shape.flops(data.num_tokens, 0, 0) + shape.flops(0, 0, 1) * pairs) / data.num_tokens \
-        + shape.flops(0, 1, 0) * targets
-
-
-def _check_batch(cfg: dict[str, Any], machine: Machine) -> None:
-    rows, micro = cfg["global_train_batch_size"], cfg["device_train_microbatch_size"]
-    if not isinstance(rows, int) or rows < 1 or rows % machine.count:
-        raise ValueError(f"global_train_batch_size must be a multiple of the number of GPUs ({machine}), got {rows!r}; "
-                         "change it or --gpus")
-    share = rows // machine.count
-    if micro == "auto" and not machine.is_gpu:
-        raise ValueError("device_train_microbatch_size must be a number of rows on a CPU, got 'auto'")
-    if micro != "auto" and (not isinstance(micro, int) or not 1 <= micro <= share):
-        raise ValueError(f"device_train_microbatch_size must be 1 to {share} (global_train_batch_size {rows} on {machine}), "
-                         f"got {micro!r}; lower it")
-    if (warmup := cfg["train_loader"].get("batch_size_warmup")) is not None:
-        check_warmup(warmup, rows, world_size=machine.count, microbatch=micro)
+    other = dataclasses.replace(config, causal=not config.causal, window_left=window)
+    shares = ((config, causal if config.causal else 1 - causal), (other, 1 - causal if config.causal else causal))
+    pairs = sum(share * data.attended_pairs(shape) for shape, share in shares if share)
+    per_token = (config.flops(data.num_tokens, 0, 0) + config.flops(0, 0, 1) * pairs) / data.num_tokens
+    return round(per_token + config.flops(0, 1, 0) * targets)
 
 
 def num_checkpoints(cfg: dict[str, Any], num_steps: int, num_tokens: int, tokens_per_step: int) -> int:
@@ -286,77 +199,81 @@ def num_checkpoints(cfg: dict[str, Any], num_steps: int, num_tokens: int, tokens
     total, step = (num_steps, 1) if unit == "ba" else (num_tokens, tokens_per_step)
     interval = value * total if unit == "dur" else value
     number = min(num_steps, math.floor(total / interval))
-    if math.floor(total / interval) == math.floor((total - step) / interval):
-        number += 1
+    number += math.floor(total / interval) == math.floor((total - step) / interval)
     kept = cfg.get("save_num_checkpoints_to_keep", -1)
     return number if kept < 0 else min(number, kept)
 
 
-def _storage(cfg: dict[str, Any], checkpoints: int, parameters: int) -> int:
-    """Bytes of the checkpoints: weights and two moments in fp32, and the first weights of a run that starts from none."""
-    callbacks = cfg.get("callbacks") or {}
-    loads = cfg.get("load_path") or any((block or {}).get("source") for block in callbacks.values())
-    initial = 0 if loads or "://" in cfg.get("save_folder", "://") else 4 * parameters
-    return checkpoints * 4 * parameters * (1 if cfg.get("save_weights_only") else 3) + initial
+def _machine(cfg: dict[str, Any], gpus: str | None) -> tuple[int, str]:
+    """(number, kind) of `--gpus`; else the original's 4x H100, or fewer if the batch needs it, or one CPU for fp32."""
+    if gpus is not None:
+        match = re.fullmatch(r"(?:([1-9][0-9]*)x)?([a-z][a-z0-9-]*)", gpus, re.IGNORECASE)
+        name = match[2].lower().removesuffix("-sxm") if match else ""
+        if match is None or name not in GPUS:
+            raise ValueError(f"--gpus must be a number and one of {', '.join(GPUS)}, such as 4xH100, got {gpus!r}")
+        return int(match[1] or 1), name
+    if cfg.get("precision") == "fp32":
+        return 1, "cpu"
+    rows, micro = cfg["global_train_batch_size"], cfg["device_train_microbatch_size"]
+    least = micro if isinstance(micro, int) else 1
+    return next(n for n in (ORIGINAL_GPUS, 2, 1) if n == 1 or (rows % n == 0 and n * least <= rows)), "h100"
 
 
-def plan_run(cfg: dict[str, Any], *, name: str = "", machine: Machine | None = None, mfu: float | None = None,
+def plan_run(cfg: dict[str, Any], *, name: str | None = None, gpus: str | None = None, mfu: float | None = None,
              facts: DataFacts | None = None) -> Plan:
     """The plan of a config that `check_settings` accepts.
 
     Args:
-        machine: None: `Machine.default`. mfu: share of the peak; None: the original's, where it is known.
+        gpus: such as 4xH100. mfu: share of the peak; None: the original's, where it is known.
         facts: what the training split holds; None: read from its manifest, if that is here.
 
     Raises:
-        ValueError: mfu is not a share, or the data's files contradict their manifest.
+        ValueError: gpus or mfu is not possible, or the data's files contradict their manifest.
     """
-    machine = machine or Machine.default(cfg)
-    if mfu is not None and not (machine.is_gpu and 0 < mfu <= 1):
-        raise ValueError(f"--mfu must be above 0, at most 1, and used with GPUs ({machine} here), got {mfu}; add --gpus")
-    facts = facts or _split_facts(cfg)
-    config, length = model_config(cfg), cfg["max_seq_len"]
+    num_gpus, gpu = _machine(cfg, gpus)
+    if mfu is not None and not (gpu in GPUS and 0 < mfu <= 1):
+        raise ValueError(f"--mfu must be above 0, at most 1, and used with GPUs, got {mfu} on {gpu}; add --gpus")
+    facts, config, length = facts or _split_facts(cfg), model_config(cfg), cfg["max_seq_len"]
     data = facts or DataFacts(length, 1, 1, ((length, 1),))
-    ramp = batch_ramp(cfg, data.tokens_per_row)
+    per_row = data.num_tokens / data.num_rows
+    ramp = batch_ramp(cfg, per_row)
     amount, unit = parse_time("max_duration", cfg["max_duration"])
     steps = int(amount)
     if unit == "tok":  # the first step with this many tokens before it
-        most = math.ceil(amount / data.tokens_per_row / ramp.min_size) + 1
-        steps = bisect.bisect_left(range(most + 1), amount, key=lambda k: ramp.first_row(k) * data.tokens_per_row)
-    tokens, tokens_per_step = round(ramp.first_row(steps) * data.tokens_per_row), round(data.tokens_per_row * ramp.max_size)
-    curves, shapes = run_curves(cfg, max(1, tokens)), _shapes(cfg)
-    shares = curves.shares()
-    targets, most_targets = curves.targets_per_token(1 - 2 * data.num_chunks / data.num_tokens,
-                                                     data.num_chunks / data.num_tokens)
+        most = math.ceil(amount / per_row / ramp.min_size) + 1
+        steps = bisect.bisect_left(range(most + 1), amount, key=lambda k: ramp.first_row(k) * per_row)
+    tokens, per_step = round(ramp.first_row(steps) * per_row), round(per_row * ramp.max_size)
+    curves = run_curves(cfg, max(1, tokens))
+    shares = {name: float(share[0]) for name, share in curves.shares_between([0, max(1, tokens)]).items()}
+    first_share = data.num_chunks / data.num_tokens
+    targets, most_targets = curves.targets_per_token(1 - 2 * first_share, first_share)
     half, sharding = cfg.get("precision", "amp_bf16").startswith("amp_"), cfg.get("fsdp_config") or {}
 
     def memory(rows: int) -> dict[str, int]:
-        return memory_bytes(config, rows * length, most_targets, half=half, ranks=machine.count, fsdp=bool(sharding),
+        return memory_bytes(config, rows * length, most_targets, half=half, ranks=num_gpus, fsdp=bool(sharding),
                             recompute=bool(sharding.get("activation_checkpointing")))
 
-    largest, hours = None, None
-    if machine.is_gpu:
-        peak, gib = GPUS[machine.name]
-        largest = bisect.bisect_right(range(1, ramp.max_size // machine.count + 1), (gib - SLACK_GIB) * _GIB,
+    largest = hours = None
+    if gpu in GPUS:
+        peak, gib = GPUS[gpu]
+        largest = bisect.bisect_right(range(1, ramp.max_size // num_gpus + 1), (gib - SLACK_GIB) * 2**30,
                                       key=lambda rows: sum(memory(rows).values()))
         if mfu is None and half and config.size in ORIGINAL_HOURS:
-            mfu = 6 * config.num_parameters * ORIGINAL_TOKENS / (ORIGINAL_HOURS[config.size] * 3600 * ORIGINAL_GPUS
-                                                                 * GPUS["h100"][0])
-        if mfu is not None:
-            hours = 6 * config.num_parameters * tokens / (machine.count * peak * mfu) / 3600
+            gpu_seconds = ORIGINAL_HOURS[config.size] * 3600 * ORIGINAL_GPUS
+            mfu = 6 * config.num_parameters * ORIGINAL_TOKENS / (gpu_seconds * GPUS["h100"][0])
+        hours = None if mfu is None else 6 * config.num_parameters * tokens / (num_gpus * peak * mfu) / 3600
     micro = cfg["device_train_microbatch_size"]
     micro = max(1, largest or 0) if micro == "auto" else micro
-    checkpoints = num_checkpoints(cfg, steps, tokens, tokens_per_step)
-    return Plan(name=name or cfg.get("run_name") or "without a name", size=config.size or "custom",
-                objective=str(curves.schedule), causal=config.causal, parameters=config.num_parameters, max_seq_len=length,
-                rows_per_step=ramp.max_size, first_rows=ramp.min_size, warmup_steps=min(steps, ramp.num_steps),
-                tokens_per_step=tokens_per_step, num_steps=steps, num_tokens=tokens,
-                epochs=tokens / data.num_tokens if facts else None, measured=facts is not None, shares=shares,
-                targets_per_token=targets,
-                flops_per_token=round(_flops_per_token(shapes, data, shares.get("clm", 0.0), targets)), machine=machine,
-                microbatch=micro, memory=memory(micro), largest_microbatch=largest, mfu=mfu, hours=hours,
-                checkpoints=checkpoints, storage_bytes=_storage(cfg, checkpoints, config.num_parameters), cfg=cfg,
-                curves=curves)
+    checkpoints = num_checkpoints(cfg, steps, tokens, per_step)
+    return Plan(
+        name=name or cfg.get("run_name") or "without a name", size=config.size or "custom", objective=str(curves.schedule),
+        causal=config.causal, parameters=config.num_parameters, max_seq_len=length, rows_per_step=ramp.max_size,
+        first_rows=ramp.min_size, warmup_steps=min(steps, ramp.num_steps), tokens_per_step=per_step, num_steps=steps,
+        num_tokens=tokens, epochs=tokens / data.num_tokens if facts else None, shares=shares, targets_per_token=targets,
+        flops_per_token=_flops_per_token(cfg, data, shares.get("clm", 0.0), targets), num_gpus=num_gpus, gpu=gpu,
+        microbatch=micro, memory_bytes=memory(micro), largest_microbatch=largest, mfu=mfu, hours=hours,
+        checkpoints=checkpoints, cfg=cfg, curves=curves,
+        storage_bytes=checkpoints * 4 * config.num_parameters * (1 if cfg.get("save_weights_only") else 3))
 
 
 def plan_runs(stages: Sequence[tuple[str, dict[str, Any]]], *, gpus: str | None = None,
@@ -364,7 +281,8 @@ def plan_runs(stages: Sequence[tuple[str, dict[str, Any]]], *, gpus: str | None 
     """Plans of runs (name, resolved config), in order.
 
     Raises:
-        ValueError: what `check_settings` and `plan_run` refuse; of several runs the message begins with the run's name.
+        ValueError: what `check_settings` and `plan_run` refuse, or a batch that the GPUs cannot divide; of several runs
+            the message begins with the run's name.
     """
     found = []
     for name, cfg in stages:
@@ -372,9 +290,14 @@ def plan_runs(stages: Sequence[tuple[str, dict[str, Any]]], *, gpus: str | None 
             if (model := (cfg.get("model") or {}).get("name")) != "ettin":
                 raise ValueError(f"model.name must be ettin to be planned, got {model!r}; start from a recipe in yamls/")
             check_settings(cfg)
-            machine = Machine.default(cfg) if gpus is None else Machine.parse(gpus)
-            _check_batch(cfg, machine)
-            found.append(plan_run(cfg, name=name, machine=machine, mfu=mfu))
+            (num_gpus, gpu), rows = _machine(cfg, gpus), cfg["global_train_batch_size"]
+            micro, warmup = cfg["device_train_microbatch_size"], cfg["train_loader"].get("batch_size_warmup")
+            if rows % num_gpus or (isinstance(micro, int) and micro > rows // num_gpus):
+                raise ValueError(f"global_train_batch_size must be a multiple of the {num_gpus} GPUs with at least "
+                                 f"device_train_microbatch_size ({micro}) rows for each, got {rows}; change --gpus")
+            if warmup is not None:
+                check_warmup(warmup, rows, world_size=num_gpus, microbatch=micro)
+            found.append(plan_run(cfg, name=name, gpus=gpus, mfu=mfu))
         except ValueError as error:
             raise ValueError(f"{name}: {error}" if len(stages) > 1 else str(error)) from error
     return found
@@ -385,21 +308,22 @@ def plan_runs(stages: Sequence[tuple[str, dict[str, Any]]], *, gpus: str | None 
 
 def _lines(plan: Plan) -> dict[str, str]:
     """What every report begins with."""
-    basis = "as counted in the data" if plan.measured else "the data is not here: full rows, longest documents"
+    basis = "the data is not here: full rows, longest documents" if plan.epochs is None else "as counted in the data"
     epochs = "" if plan.epochs is None else f", {plan.epochs:.3g} passes over the data"
     ramp = f", after {plan.warmup_steps:,} steps of {plan.first_rows:,} rows and more" if plan.warmup_steps else ""
     return {
         "run": plan.name,
-        "model": f"{plan.size} {_kind(plan)}, {plan.parameters:,} parameters, objective {plan.objective}",
+        "model": f"{_model(plan)}, {plan.parameters:,} parameters, objective {plan.objective}",
         "step": f"{plan.rows_per_step:,} rows of {plan.max_seq_len:,}: {plan.tokens_per_step:,} real tokens, "
                 f"{plan.fill:.1%} full ({basis}){ramp}",
         "length": f"{plan.num_steps:,} steps, {plan.num_tokens:,} tokens{epochs}",
-        "work": f"{plan.flops_per_token:.4g} FLOPs per token, {plan.flops:.4g} in all",
+        "work": f"{plan.flops_per_token:.4g} FLOPs per token, {plan.flops:.4g} in all; 6 per parameter and token: "
+                f"{plan.flops_6n:.4g}",
     }
 
 
-def _kind(plan: Plan) -> str:
-    return "decoder" if plan.causal else "encoder"
+def _model(plan: Plan) -> str:
+    return f"{plan.size} {'decoder' if plan.causal else 'encoder'}"
 
 
 def _aligned(lines: dict[str, str]) -> str:
@@ -422,66 +346,57 @@ def text(plans: Sequence[Plan]) -> str:
     if len(plans) > 1:
         return _table(plans)
     [plan] = plans
+    lines, fit = _lines(plan), ""
     rate = f", mask rate {plan.curves.mask_rate}" if plan.curves.schedule.masks else ""
-    fit = ""
-    if plan.largest_microbatch is not None:
-        fit = (f"; {'' if plan.fits else 'DOES NOT FIT, '}{plan.largest_microbatch:,} rows would fit with {SLACK_GIB:g} GiB "
-               "to spare")
-    where = f"of {GPUS[plan.machine.name][1]:g} on each GPU" if plan.machine.is_gpu else "in the process"
-    lines = _lines(plan)
-    lines["work"] += f"; 6 per parameter and token: {plan.flops_6n:.4g}"
     lines["targets"] = f"{plan.targets_per_token:.4f} a token{rate}"
-    lines["memory"] = (f"{plan.memory_total / _GIB:.1f} GiB {where}: "
-                       + ", ".join(f"{part} {n / _GIB:.2f}" for part, n in plan.memory.items()))
-    lines["microbatch"] = (f"{plan.microbatch:,} rows, {plan.microbatch * plan.max_seq_len:,} tokens, "
-                           f"{-(-plan.rows_per_step // (plan.machine.count * plan.microbatch)):,} a step{fit}")
-    if plan.hours is None or plan.gpu_hours is None:
-        lines["hours"] = "not known: the original has none for this size and precision; give --gpus and --mfu"
-    else:
-        lines["hours"] = (f"{_amount(plan.hours)} on {plan.machine}, {_amount(plan.gpu_hours)} GPU hours: "
-                          f"{plan.num_tokens / plan.gpu_hours / 3600:,.0f} tokens/s a GPU at an assumed MFU of {plan.mfu:.1%}")
-    lines["storage"] = (f"{plan.checkpoints:,} checkpoints, {format_bytes(plan.storage_bytes)} in all" if plan.checkpoints
-                        else "nothing is saved")
+    parts = ", ".join(f"{part} {number / 2**30:.2f}" for part, number in plan.memory_bytes.items())
+    where = f"of {GPUS[plan.gpu][1]:g} on each GPU" if plan.gpu in GPUS else "in the process"
+    lines["memory"] = f"{plan.memory_gib:.1f} GiB {where}: {parts}"
+    if plan.largest_microbatch is not None:
+        fit = f"; {plan.largest_microbatch:,} rows would fit with {SLACK_GIB:g} GiB to spare"
+    lines["microbatch"] = (f"{'' if plan.fits else 'DOES NOT FIT: '}{plan.microbatch:,} rows, "
+                           f"{plan.microbatch * plan.max_seq_len:,} tokens{fit}")
+    lines["hours"] = "not known: the original has none for this size and precision; give --gpus and --mfu"
+    if plan.hours is not None:
+        gpu_hours = plan.hours * plan.num_gpus
+        lines["hours"] = (f"{plan.hours:,.2f} on {plan.machine}, {gpu_hours:,.1f} GPU hours: "
+                          f"{plan.num_tokens / gpu_hours / 3600:,.0f} tokens/s a GPU at an assumed MFU of {plan.mfu:.1%}")
+    lines["storage"] = f"{plan.checkpoints:,} checkpoints, {format_bytes(plan.storage_bytes)} in all"
     return _aligned(lines)
-
-
-def _amount(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.1f}" if value >= 10 else f"{value:.2g}"
 
 
 def totals(plans: Sequence[Plan]) -> dict[str, Any]:
     """Sums over runs; hours are None where a run has none."""
-    summed = {key: sum(getattr(plan, key) for plan in plans)
-              for key in ("num_tokens", "num_steps", "flops", "checkpoints", "storage_bytes")}
-    known = all(plan.hours is not None for plan in plans)
-    return {**summed, **{key: sum(getattr(plan, key) for plan in plans) if known else None for key in ("hours", "gpu_hours")}}
+    keys = ("num_tokens", "num_steps", "flops", "checkpoints", "storage_bytes")
+    hours = [plan.hours for plan in plans]
+    return {**{key: sum(getattr(plan, key) for plan in plans) for key in keys},
+            "hours": None if None in hours else sum(hours)}  # type: ignore[arg-type]
 
 
 def _table(plans: Sequence[Plan]) -> str:
-    head = ["stage", "model", "objective", "tokens", "steps", "rows", "length", "GiB", "hours", "checkpoints", "storage"]
-    rows = [[plan.name, f"{plan.size} {_kind(plan)}", plan.objective, format_count(plan.num_tokens), f"{plan.num_steps:,}",
-             f"{plan.rows_per_step:,}", f"{plan.max_seq_len:,}", f"{plan.memory_total / _GIB:.1f}{'' if plan.fits else '!'}",
-             _amount(plan.hours), f"{plan.checkpoints:,}", format_bytes(plan.storage_bytes)] for plan in plans]
+    def hours(value: float | None) -> str:
+        return "-" if value is None else f"{value:,.1f}"
+
     total = totals(plans)
+    rows = [["stage", "model", "objective", "tokens", "steps", "rows", "length", "GiB", "hours", "checkpoints", "storage"]]
+    rows += [[plan.name, _model(plan), plan.objective, format_count(plan.num_tokens), f"{plan.num_steps:,}",
+              f"{plan.rows_per_step:,}", f"{plan.max_seq_len:,}", f"{plan.memory_gib:.1f}{'' if plan.fits else '!'}",
+              hours(plan.hours), f"{plan.checkpoints:,}", format_bytes(plan.storage_bytes)] for plan in plans]
     rows.append(["total", "", "", format_count(total["num_tokens"]), f"{total['num_steps']:,}", "", "", "",
-                 _amount(total["hours"]), f"{total['checkpoints']:,}", format_bytes(total["storage_bytes"])])
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
+                 hours(total["hours"]), f"{total['checkpoints']:,}", format_bytes(total["storage_bytes"])])
+    widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) if i < 3 else cell.rjust(width)
-                       for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in [head, *rows]]
-    lines.append(f"on {' and '.join(dict.fromkeys(str(plan.machine) for plan in plans))}; GiB: of one device at its peak")
-    if not all(plan.measured for plan in plans):
+                       for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+    lines.append(f"on {' and '.join(dict.fromkeys(plan.machine for plan in plans))}; GiB: of one device at its peak"
+                 + ("" if all(plan.fits for plan in plans) else "; ! does not fit"))
+    if any(plan.epochs is None for plan in plans):
         lines.append("some data is not here: full rows, longest documents")
-    if not all(plan.fits for plan in plans):
-        lines.append("! does not fit; `ettin plan` of that run alone says what would")
     return "\n".join(lines)
 
 
 def as_json(plans: Sequence[Plan]) -> dict[str, Any]:
     """Everything that `text` shows as plain data, in bytes, hours, operations and tokens."""
-    stages = []
-    for plan in plans:
-        fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)
-                  if f.name not in ("cfg", "curves", "machine", "memory")}
-        stages.append({**fields, "fill": plan.fill, "flops": plan.flops, "flops_6n": plan.flops_6n, "fits": plan.fits,
-                       "gpus": str(plan.machine), "memory_bytes": {**plan.memory, "total": plan.memory_total}})
-    return {"stages": stages, "totals": totals(plans)}
+    derived = ("fill", "flops", "flops_6n", "fits", "machine")
+    names = [field.name for field in dataclasses.fields(Plan) if field.name not in ("cfg", "curves")]
+    return {"stages": [{name: getattr(plan, name) for name in (*names, *derived)} for plan in plans],
+            "totals": totals(plans)}
