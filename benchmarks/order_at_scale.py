@@ -62,12 +62,13 @@ class SimulatedSet:
 
 def stdlib_histogram(chunk_length: int) -> np.ndarray:
     """(chunk_length + 1,) chunks of each length in the standard library's files."""
-    from ettin_foundry.corpus.stdlib_text import read_module, stdlib_facts
+    from ettin_foundry.corpus.readers import read_module
+    from ettin_foundry.corpus.sources import find_source
 
-    root, files, _ = stdlib_facts()
+    source = find_source("python-stdlib")
     counts = np.zeros(chunk_length + 1, np.int64)
-    for name, _ in files:
-        text = read_module(Path(root) / name)
+    for name, _ in source.files:
+        text = read_module(Path(source.root) / name)
         whole, rest = divmod(len(re.findall(r"\w+|[^\w\s]", text or "")), chunk_length)
         counts[chunk_length] += whole
         counts[rest] += 1
@@ -145,7 +146,8 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
     ahead = order.shards_ahead(row)
     return {"step": step + 1, "start": start, "first": first, "whole": whole, "later": later, "peak": peak_bytes() - before,
             "ahead": time.perf_counter() - begin, "num_ahead": len(ahead), "tokens": order.tokens_per_epoch,
-            "rows": order.rows_per_epoch, "fill": order.fill, "at_once": order.shards_at_once}
+            "rows": order.rows_per_epoch,
+            "fill": order.tokens_per_epoch / (order.rows_per_epoch * case["max_seq_len"]), "at_once": order.shards_at_once}
 
 
 def in_process(case: dict[str, Any]) -> dict[str, float]:

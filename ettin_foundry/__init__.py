@@ -9,10 +9,12 @@ neither torch nor LLM-Foundry.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+from pathlib import Path
 
 from ettin_foundry.version import __version__
 
-__all__ = ["REGISTRY", "__version__", "register"]
+__all__ = ["REGISTRY", "__version__", "program_folder", "register"]
 
 # registry of LLM-Foundry -> name in YAML -> module:attribute
 REGISTRY: dict[str, dict[str, str]] = {
@@ -22,7 +24,6 @@ REGISTRY: dict[str, dict[str, str]] = {
         "ettin_mlm": "ettin_foundry.data.loader:mlm_collator",
         "ettin_clm": "ettin_foundry.data.loader:clm_collator",
         "ettin_mntp": "ettin_foundry.data.loader:mntp_collator",
-        "ettin_mdlm": "ettin_foundry.data.loader:mdlm_collator",
         "ettin_scheduled": "ettin_foundry.data.loader:scheduled_collator",
     },
     "optimizers": {"ettin_stable_adamw": "ettin_foundry.training.optimizer:StableAdamW"},
@@ -53,3 +54,19 @@ def register() -> None:
         for name, target in names.items():
             module, attribute = target.split(":")
             getattr(registry, registry_name).register(name, func=getattr(importlib.import_module(module), attribute))
+
+
+def program_folder() -> Path:
+    """The folder that holds train.py, yamls/ and data_prep/: the clone, or where a wheel put its copy of them.
+
+    Raises:
+        FileNotFoundError: the package was copied by hand, without them.
+    """
+    clone = Path(__file__).resolve().parents[1]
+    if (clone / "yamls").is_dir():
+        return clone
+    distribution = importlib.metadata.distribution("ettin-foundry")
+    for file in distribution.files or ():
+        if file.parts[-2:] == ("ettin_foundry", "train.py"):
+            return Path(str(distribution.locate_file(file))).resolve().parent
+    raise FileNotFoundError("yamls/ is neither beside the package nor in its installation; install it with pip")

@@ -13,9 +13,9 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from ettin_foundry.corpus import documents, jsonl
-from ettin_foundry.corpus.readers import Document, LongDocument, read_source
-from ettin_foundry.corpus.sources import Meter, find_source
+from ettin_foundry.corpus import readers
+from ettin_foundry.corpus.readers import Document, ReadOptions, read_parts
+from ettin_foundry.corpus.sources import Meter, Source, find_source, plan_parts
 
 TEXTS = ["One text.", "Zwei \u00dc\u00dfe \U0001f600\nlines\r\n", "  three  ", "four \u2028 \u0000 five", "\ufeffsix"]
 
@@ -38,25 +38,25 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress,
                                                 ".zst": lambda data: zstandard.ZstdCompressor().compress(data)}
 
 
-def pair(document: Document | LongDocument) -> tuple[str, str]:
-    """(id, text), whichever kind of document it is."""
-    if isinstance(document, Document):
-        return document.id, document.text
-    pieces = list(document.pieces())
-    assert max(map(len, pieces), default=0) <= documents.PIECE_BYTES and all(pieces)
-    return document.id, "".join(pieces)
+def pair(document: Document) -> tuple[str, str]:
+    """(id, text)."""
+    return document.id, document.text
 
 
-def read(location: Path | str, **options: str | None) -> list[tuple[str, str]]:
+def read_all(source: Source, meter: Meter | None = None, **options: Any) -> list[Document]:
+    """Every document of a source."""
+    parts = [part for unit in plan_parts(source, 1 << 62) for part in unit]
+    return list(read_parts(source, parts, meter or Meter(), ReadOptions(**options)))
+
+
+def read(location: Path | str, **options: Any) -> list[tuple[str, str]]:
     """(id, text) of every document, after checking that the progress meter arrives at the end."""
     meter, source = Meter(), find_source(str(location))
-    found = [pair(document) for document in read_source(source, meter, **options)]
+    found = [pair(document) for document in read_all(source, meter, **options)]
     assert meter.position() == source.num_bytes
     return found
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything about long documents happens at some hundred bytes."""
-    for module, name, value in [(documents, "LONG_BYTES", 300), (documents, "PIECE_BYTES", 64), (jsonl, "_BLOCK_BYTES", 50),
-                                (jsonl, "_STRING_BYTES", 40), (jsonl, "_REST_BYTES", 2000)]:
-        monkeypatch.setattr(module, name, value)
+    """Files are read in blocks of 50 bytes."""
+    monkeypatch.setattr(readers, "_BLOCK_BYTES", 50)

@@ -158,7 +158,7 @@ def _hash_files(storage: Storage, manifests: Mapping[str, Any]) -> dict[str, str
     """sha256 of every small file that determines the set or belongs to the card."""
     sizes = dict(storage.list("tokenizer/"))
     names = [name for name in sorted(sizes) if sizes[name] <= _MAX_HASHED]
-    names += [name for name in (PICTURE, "contamination.jsonl") if storage.exists(name)]
+    names += [name for name in (PICTURE,) if storage.exists(name)]
     names += [f"{split}/{MANIFEST}" for split in manifests]
     return {name: hashlib.sha256(storage.read_bytes(name)).hexdigest() for name in sorted(names)}
 

@@ -7,32 +7,30 @@ shares together. Readers are in readers.py, the work on a unit in unit_worker.py
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from ettin_foundry.corpus.decontamination import NgramIndex, index_sources
-from ettin_foundry.corpus.duplicates import merge
+from ettin_foundry.corpus.duplicates import find_duplicates
 from ettin_foundry.corpus.executors import WorkerDeath, run_tasks
 from ettin_foundry.corpus.finalize import done_units, finalize, read_plan
 from ettin_foundry.corpus.options import ConvertOptions, make_parser, options_from
 from ettin_foundry.corpus.plan import check_given, check_place, find_sources, finished_units, plan_conversion
-from ettin_foundry.corpus.progress import Board, Progress
-from ettin_foundry.corpus.readers import LongDocument, read_parts
+from ettin_foundry.corpus.progress import Board, Tick
+from ettin_foundry.corpus.readers import ReadOptions, read_parts
 from ettin_foundry.corpus.sources import Meter, Source, plan_parts
 from ettin_foundry.corpus.unit_hashes import HashUnit, drops_name, hashes_name
 from ettin_foundry.corpus.units import PLAN, Plan, Unit
-from ettin_foundry.corpus.worker import NGRAMS, ConvertUnit, TokenizerSpec
+from ettin_foundry.corpus.worker import ConvertUnit, TokenizerSpec
 from ettin_foundry.data import tokenizer as tokenizers
 from ettin_foundry.data.storage import Storage, is_url, open_storage
 
@@ -94,12 +92,12 @@ def convert(options: ConvertOptions) -> Summary:
     sources = find_sources(options, plan)
     tok = _tokenizer(options, storage, plan, sources)
     fingerprint = tokenizers.fingerprint(tok)
-    record, ngrams = _record(options)
+    record = options.record()
     wanted = plan_conversion(options, plan, sources, record=record, fingerprint=fingerprint, storage=storage)
     done = done_units(storage, wanted)
     todo = [unit for unit in wanted.units if unit.number not in done]
     check_given(todo, wanted, sources, storage)
-    _begin(storage, plan, wanted, tok, ngrams)
+    _begin(storage, plan, wanted, tok)
     if options.task_index is not None:
         todo = [unit for unit in todo if unit.number % int(options.num_tasks or 1) == options.task_index]
     spec = TokenizerSpec(fingerprint["name"], tok.backend_tokenizer.to_str(), tuple(sorted(tokenizers.forbidden_ids(tok))),
@@ -115,8 +113,7 @@ def convert(options: ConvertOptions) -> Summary:
     return _summary(storage, manifests, time.perf_counter() - begin, units, tokens)
 
 
-def _begin(storage: Storage, plan: Plan | None, wanted: Plan, tok: PreTrainedTokenizerFast,
-           ngrams: NgramIndex | None) -> None:
+def _begin(storage: Storage, plan: Plan | None, wanted: Plan, tok: PreTrainedTokenizerFast) -> None:
     """Writes what all units need, and the plan last: where there is a plan, there is a tokenizer.
 
     Raises:
@@ -126,10 +123,6 @@ def _begin(storage: Storage, plan: Plan | None, wanted: Plan, tok: PreTrainedTok
         return
     if plan is None or dict(plan.tokenizer) != dict(wanted.tokenizer):
         _save_tokenizer(tok, storage)
-    if ngrams is not None:
-        path = storage.scratch() / f"ngrams.{uuid.uuid4().hex[:8]}"
-        ngrams.save(path)
-        storage.put_file(path, NGRAMS)
     if read_plan(storage) not in (plan, wanted):
         raise ValueError(f"--out {storage.url}: another conversion has changed {PLAN} just now; two at a time must be the "
                          "same. Wait for the other one, then start this one again")
@@ -167,42 +160,29 @@ def _save_tokenizer(tok: PreTrainedTokenizerFast, storage: Storage) -> None:
 def _train(sources: Sequence[Source], options: ConvertOptions) -> Any:
     """Trains on the documents of the training split only: validation text must be as new to it as to the model."""
     meter = Meter()
-    with Progress("tokenizer", meter, sum(source.num_bytes for source in sources), show=options.progress) as progress:
+    with Board("tokenizer", sum(source.num_bytes for source in sources), show=options.progress) as board:
 
         def texts() -> Iterator[str]:
+            board.began(0, "the sources", str(os.getpid()))
             for source in sources:
-                for pieces, num_bytes, digest in _texts(source, meter, options):
-                    progress.update(documents=1, num_bytes=num_bytes)
+                for text, num_bytes, digest in _texts(source, meter, options):
+                    board.tick(0, Tick(1, 0, num_bytes, meter.position() - board.total.file_bytes))
                     if digest >= options.validation * 2**64:
-                        yield from pieces()
+                        yield text
 
         return tokenizers.train_bpe(texts(), int(options.train_tokenizer or 0))
 
 
-def _texts(source: Source, meter: Meter,
-           options: ConvertOptions) -> Iterator[tuple[Callable[[], Iterable[str]], int, int]]:
-    """Each document's text in pieces, its UTF-8 bytes, and the hash that decides its split."""
+def _texts(source: Source, meter: Meter, options: ConvertOptions) -> Iterator[tuple[str, int, int]]:
+    """Each document's text, its UTF-8 bytes, and the hash that decides its split."""
     total = 0
     for parts in plan_parts(source, 1 << 62):
-        for document in read_parts(source, parts, meter, text_field=options.text_field, id_field=options.id_field):
-            pieces = document.pieces if isinstance(document, LongDocument) else functools.partial(iter, [document.text])
-            digest, num_bytes = xxhash.xxh64(seed=options.seed), 0
-            for piece in pieces():
-                encoded = piece.encode()
-                digest.update(encoded)
-                num_bytes += len(encoded)
-            yield pieces, num_bytes, digest.intdigest()
-            total += num_bytes
+        for document in read_parts(source, parts, meter, ReadOptions.of(options.record())):
+            encoded = document.text.encode()
+            yield document.text, len(encoded), xxhash.xxh64_intdigest(encoded, seed=options.seed)
+            total += len(encoded)
             if options.limit_bytes is not None and total >= options.limit_bytes:
                 return
-
-
-def _record(options: ConvertOptions) -> tuple[dict[str, Any], NgramIndex | None]:
-    """The options that shape the data, and the n-grams of evaluation texts, which are among them."""
-    if not options.filters.decontaminate:
-        return options.record(), None
-    ngrams = index_sources(options.filters.decontaminate, text_field=options.filters.decontaminate_field)
-    return {**options.record(), "filters": options.filters.record(ngrams=ngrams)}, ngrams
 
 
 def _run(job: ConvertUnit, todo: Sequence[Unit], plan: Plan, options: ConvertOptions, storage: Storage) -> int:
@@ -215,24 +195,16 @@ def _run(job: ConvertUnit, todo: Sequence[Unit], plan: Plan, options: ConvertOpt
         unhashed = [unit for unit in plan.units if hashes_name(unit, plan.base_key) not in known]
         check_given(unhashed, plan, list(job.sources.values()), storage)
         hashing = HashUnit(job.out, job.options, job.sources, plan.base_key)
-        for _ in _execute(hashing, unhashed, "hashes", workers, options):
-            pass
+        _execute(hashing, unhashed, "hashes", workers, options)
         _find_duplicates(plan, storage)
-    tokens = 0
-    for _, result in _execute(job, todo, "documents", workers, options):
-        tokens += result["tokens"]
-    return tokens
+    return sum(result["tokens"] for result in _execute(job, todo, "documents", workers, options))
 
 
 def _execute(job: Callable[..., Any], units: Sequence[Unit], title: str, workers: int,
-             options: ConvertOptions) -> Iterator[tuple[Unit, Any]]:
-    with Board(title, sum(unit.num_bytes for unit in units), workers, show=options.progress) as board:
-        if options.executor == "ray":
-            from ettin_foundry.corpus.ray_pool import run_tasks_ray
-
-            yield from run_tasks_ray(job, units, workers=workers, board=board, address=options.ray_address)
-        else:
-            yield from run_tasks(job, units, workers=workers, board=board)
+             options: ConvertOptions) -> list[Any]:
+    with Board(title, sum(unit.num_bytes for unit in units), show=options.progress) as board:
+        return run_tasks(job, units, workers=workers, board=board, ray=options.executor == "ray",
+                         ray_address=options.ray_address)
 
 
 def _find_duplicates(plan: Plan, storage: Storage) -> None:
@@ -242,7 +214,7 @@ def _find_duplicates(plan: Plan, storage: Storage) -> None:
         files = [folder / "hashes" / f"{unit.number:05d}.npy" for unit in plan.units]
         for unit, path in zip(plan.units, files):
             storage.get_file(hashes_name(unit, plan.base_key), path)
-        merge(files, folder / "drops")
+        find_duplicates(files, folder / "drops")
         for unit, path in zip(plan.units, files):
             storage.put_file(folder / "drops" / path.name, drops_name(unit, plan.base_key))
     finally:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ettin_foundry.corpus.units import PLAN, Plan, record_key, record_name, reports_name
+from ettin_foundry.corpus.units import PLAN, Plan, record_key, record_name
 from ettin_foundry.data.manifest import COLUMNS, FORMAT, MANIFEST, VERSION, bad_file
 from ettin_foundry.data.storage import Storage, join, open_storage
 from ettin_foundry.version import __version__
@@ -103,7 +103,6 @@ def finalize(out: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     ordered = [records[unit.number] for unit in plan.units]
     _check_content(plan, ordered, storage)
     manifests = _write_splits(storage, plan, ordered)
-    _write_reports(storage, plan)
     _write_card(storage, manifests, ordered)
     storage.clear_scratch()  # what killed processes left
     return manifests
@@ -219,13 +218,6 @@ def add_up(plan: Plan, records: Sequence[Mapping[str, Any]], split: str) -> dict
             total["dropped"][reason] = total["dropped"].get(reason, 0) + number
     return {name: {**total, "dropped": dict(sorted(total["dropped"].items()))} for name, total in totals.items()
             if total["documents"] or total["dropped"]}
-
-
-def _write_reports(storage: Storage, plan: Plan) -> None:
-    """The units' findings of evaluation text, in one file."""
-    if plan.options["filters"].get("decontaminate"):
-        found = [storage.read_bytes(reports_name(unit.number)) for unit in plan.units]
-        storage.write_bytes("contamination.jsonl", b"".join(found))
 
 
 def _write_card(storage: Storage, manifests: Mapping[str, dict[str, Any]], records: Sequence[Mapping[str, Any]]) -> None:

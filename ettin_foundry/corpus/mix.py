@@ -42,7 +42,7 @@ from ettin_foundry.data.mixture import (
     open_split,
     shared_identity,
 )
-from ettin_foundry.data.shard_rows import raw_draws
+from ettin_foundry.data.order import raw_draws
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import is_url, join, open_storage
 from ettin_foundry.version import __version__

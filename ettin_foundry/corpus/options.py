@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from ettin_foundry.corpus.encoder import Engine
 from ettin_foundry.corpus.filters import FilterOptions
+from ettin_foundry.corpus.readers import ReadOptions
 from ettin_foundry.corpus.units import parse_size
 from ettin_foundry.data.manifest import MAX_CHUNK_LENGTH
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
@@ -45,6 +46,8 @@ class ConvertOptions:
     """Share of the documents that goes to validation, chosen by a hash of the text; 0 writes no validation split."""
     text_field: str = "text"
     id_field: str | None = None
+    max_document_bytes: int | str = ReadOptions.max_document_bytes
+    """Documents of more UTF-8 bytes are dropped, and counted as `oversized`."""
     shard_size: int | str = "64mb"
     unit_size: int | str = "256mb"
     """Input bytes of a unit of work: what is done again after an interruption, and what workers share out."""
@@ -130,7 +133,10 @@ class ConvertOptions:
         """The options that shape the data, without places on this machine."""
         keys = ("train_tokenizer", "chunk_length", "cut_window", "validation", "text_field", "id_field", "compression",
                 "limit_bytes", "seed")
+        limit = parse_size("--max-document-bytes", self.max_document_bytes)
         return {**{key: getattr(self, key) for key in keys},
+                # left out at its default, so that the record is the one of conversions that began before there was a limit
+                **({} if limit == ReadOptions.max_document_bytes else {"max_document_bytes": limit}),
                 "shard_size": parse_size("--shard-size", self.shard_size),
                 "unit_size": parse_size("--unit-size", self.unit_size), "filters": self.filters.record()}
 
@@ -140,6 +146,7 @@ _HELP: dict[str, tuple[type, str]] = {
     "cut_window": (float, "share of a chunk to find a paragraph or sentence end in; 0: as late as possible"),
     "validation": (float, "share of the documents, by a hash of their text"),
     "text_field": (str, "key or column of the text"), "id_field": (str, "key or column of a document's id"),
+    "max_document_bytes": (str, "drop larger documents, e.g. 16mb"),
     "shard_size": (str, "bytes per shard"), "unit_size": (str, "input bytes per unit of work"),
     "compression": (str, "zstd, or leave it out for plain shards"),
     "limit_bytes": (int, "stop each source after so much text"), "seed": (int, "of the validation split"),
@@ -175,10 +182,6 @@ def make_parser() -> argparse.ArgumentParser:
     gates.add_argument("--max-characters", type=int, help="drop longer documents")
     gates.add_argument("--filter", action="append", default=[], metavar="MODULE:FUNCTION", dest="predicates",
                        help="keep documents for which FUNCTION(text, id) is true; may be repeated")
-    gates.add_argument("--decontaminate", action="append", default=[], metavar="SOURCE",
-                       help="report documents that share 13 words in a row with these evaluation texts; may be repeated")
-    gates.add_argument("--decontaminate-field", default="text", help="their key or column (default text)")
-    gates.add_argument("--drop-contaminated", action="store_true", help="and drop them")
     return parser
 
 
@@ -187,7 +190,5 @@ def options_from(arguments: argparse.Namespace) -> ConvertOptions:
     given = vars(arguments).copy()
     filters = FilterOptions(
         min_characters=given.pop("min_characters"), max_characters=given.pop("max_characters"),
-        predicates=tuple(given.pop("predicates")), decontaminate=tuple(given.pop("decontaminate")),
-        decontaminate_field=given.pop("decontaminate_field"),
-        decontaminate_drop=given.pop("drop_contaminated"), deduplicate=given.pop("deduplicate"))
+        predicates=tuple(given.pop("predicates")), deduplicate=given.pop("deduplicate"))
     return ConvertOptions(**given, filters=filters)

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ettin_foundry.corpus.options import ConvertOptions
-from ettin_foundry.corpus.sources import Source, find_source
-from ettin_foundry.corpus.stdlib_text import STDLIB
+from ettin_foundry.corpus.sources import STDLIB, Source, find_source
 from ettin_foundry.corpus.units import PLAN, Plan, Unit, add_sources, make_plan
 from ettin_foundry.data.storage import Storage, is_url
 
@@ -130,8 +129,8 @@ def _before(plan: Plan, names: Sequence[str], finished: set[int], storage: Stora
 
 def _check_options(plan: Plan, record: Mapping[str, Any], fingerprint: Mapping[str, Any], sources: Sequence[Source], *,
                    options: ConvertOptions, storage: Storage) -> None:
-    differing = [f"{key} ({plan.options.get(key)!r} then, {value!r} now)" for key, value in record.items()
-                 if plan.options.get(key) != value and not (options.append and key == "train_tokenizer")]
+    differing = [f"{key} ({plan.options.get(key)!r} then, {record.get(key)!r} now)" for key in {**plan.options, **record}
+                 if plan.options.get(key) != record.get(key) and not (options.append and key == "train_tokenizer")]
     differing += [f"tokenizer {key} ({plan.tokenizer.get(key)} then, {fingerprint[key]} now)"
                   for key in ("vocab_size", "special_ids", "vocab_sha256", "probe_sha256")
                   if plan.tokenizer.get(key) != fingerprint[key]]

@@ -1,8 +1,7 @@
 """Where text comes from, and in which parts it is read: files, folders, URLs, Hugging Face datasets, the standard library.
 
-A source is resolved once into a sorted listing with sizes; everything after that follows from the listing, so that the
-same corpus is cut into the same parts on every machine. Nothing is opened here: reading is readers.py's work, and what
-a folder in a bucket is storage.py's.
+A source is resolved once into a sorted listing with sizes. The parts follow from the listing alone, so that the same
+corpus is cut into the same parts on every machine. Nothing is opened here: readers.py reads.
 """
 
 from __future__ import annotations
@@ -10,38 +9,43 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import platform
 import re
+import sysconfig
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ettin_foundry.corpus.stdlib_text import STDLIB, stdlib_facts
 from ettin_foundry.data.storage import LocalStorage, Storage, check_name, is_url, open_storage
 
-__all__ = ["COMPRESSIONS", "DOCSTRINGS", "HUB", "SUFFIXES", "Meter", "Part", "Source", "SourceFile", "file_kind",
-           "find_source", "part_bytes", "plan_parts"]
+__all__ = ["COMPRESSIONS", "DOCSTRINGS", "HUB", "STDLIB", "SUFFIXES", "Meter", "Part", "Source", "SourceFile",
+           "file_kind", "find_source", "open_hub_dataset", "part_bytes", "plan_parts"]
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
+STDLIB = "python-stdlib"
+"""The running Python's standard library as a corpus: real English and code on every machine."""
 HUB = "hub"
 """The `file` of a part of a Hugging Face dataset; its `begin` and `end` are a data shard and the number of them."""
 DOCSTRINGS = "docstrings"
 """The `file` of the part of the standard library that is in no file."""
 
+_READABLE = ", ".join(SUFFIXES) + " (plain, .gz or .zst)"
 _SPLITTABLE = (".jsonl", ".parquet")
 _SPLIT_FROM = 1.5  # units; a smaller file is one part
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.DOTALL)
+_STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 class SourceFile(NamedTuple):
     """One file of a source."""
 
     name: str
-    """Relative to the source's root, divided by slashes: no machine path gets into a data set."""
+    """Relative to the source's root, divided by slashes: no path of a machine gets into a dataset."""
     size: int
     """Bytes on disk."""
 
@@ -63,6 +67,8 @@ class Meter:
     current_bytes: int = 0
     where: str = ""
     """The file being read."""
+    oversized: int = 0
+    """Documents left out because they are larger than `ReadOptions.max_document_bytes`."""
 
     def position(self) -> int:
         return self.finished_bytes + self.current_bytes
@@ -101,69 +107,70 @@ class Source:
 
 
 def find_source(text: str, *, licence: str | None = None) -> Source:
-    """Resolves a SOURCE argument: `[NAME=]` file, folder, URL, Hugging Face dataset id (`owner/name[:config]`) or stdlib.
+    """Resolves a SOURCE argument: `[NAME=]` file, folder, URL, Hugging Face dataset (`owner/name[:config]`) or stdlib.
 
     Raises:
         FileNotFoundError: nothing is there, or the dataset cannot be reached. ValueError: a suffix that is not read, or
-            a file name that cannot be written into a data set.
+            a file name that cannot be written into a dataset.
     """
     if not text:
-        raise ValueError("source: an empty name given; a file, folder, URL or dataset id is needed. Leave it out")
+        raise ValueError("source must be a file, folder, URL or dataset id, got an empty name")
     named = _NAMED.fullmatch(text) if not Path(text).exists() else None
     name, location = named.groups() if named else (None, text)
     if location == STDLIB:
-        root, files, facts = stdlib_facts()
-        return Source(name or STDLIB, location, tuple(SourceFile(*file) for file in files), root, **facts)
+        return Source(name or STDLIB, location, *_stdlib_files(), licence="PSF-2.0", revision=platform.python_version())
     if is_url(location):
         return _find_url(name, location, licence)
     path = Path(location.removeprefix("file://"))
     if path.is_dir():
         storage = LocalStorage(str(path))
-        return Source(name or path.resolve().name, location, _files_of(storage, storage.list()), str(path), licence)
+        files = _readable_files(storage.url, storage.list())
+        return Source(name or path.resolve().name, location, files, str(path), licence)
     if path.is_file():
         if file_kind(path.name) is None:
-            raise ValueError(f"{path}: suffix {''.join(path.suffixes) or '(none)'} is not read; {_readable()} are. "
-                             "Rename or convert the file")
-        file = SourceFile(_speakable(path.name, str(path.parent)), path.stat().st_size)
+            raise ValueError(f"{path}: suffix must be {_READABLE}, got {''.join(path.suffixes) or 'none'}; "
+                             "rename or convert the file")
+        file = SourceFile(_as_text(path.name, str(path.parent)), path.stat().st_size)
         return Source(name or _stem(path.name), location, (file,), str(path.parent), licence)
     if path.exists():
-        raise ValueError(f"{path}: neither a file nor a folder; text is read several times, which a pipe or device does not "
-                         "allow. Write it to a file")
+        raise ValueError(f"{path} must be a file or folder, got a pipe or device, which cannot be read twice; write it "
+                         "to a file")
     if _HUB_ID.fullmatch(location) and file_kind(location) is None:
         return _find_hub(name, location, licence)
-    raise FileNotFoundError(f"{location}: no such file or folder; a file ({_readable()}), a folder of them, a URL (s3://...),"
-                            f" a Hugging Face dataset id (owner/name) or {STDLIB} is allowed. Correct the path")
+    raise FileNotFoundError(f"{location}: no such file or folder; give a file ({_READABLE}), a folder of them, a URL "
+                            f"(s3://...), a Hugging Face dataset id (owner/name) or {STDLIB}")
 
 
 def plan_parts(source: Source, unit_bytes: int) -> list[tuple[Part, ...]]:
     """Cuts a source into units of about `unit_bytes` on disk, in the order of its documents; a function of the listing.
 
-    Small neighbours share a unit. Plain .jsonl and .parquet files over 1.5 units are cut into stretches of equal size. A
+    Small neighbours share a unit. Plain .jsonl and .parquet files over 1.5 units are cut into ranges of equal size. A
     Hugging Face dataset has one unit for each of its data shards.
 
     Raises:
         ValueError: `unit_bytes` below 1, or the dataset cannot be opened.
     """
     if unit_bytes < 1:
-        raise ValueError(f"unit size: {unit_bytes} bytes given; at least 1 is needed. 256mb suits most corpora")
+        raise ValueError(f"--unit-size must be at least 1 byte, got {unit_bytes}; 256mb suits most corpora")
+    if not source.files and source.location != STDLIB:
+        number = max(1, int(getattr(open_hub_dataset(source), "n_shards", 1)))
+        return [(Part(HUB, shard, number),) for shard in range(number)]
     units: list[tuple[Part, ...]] = []
     open_unit: list[Part] = []
     held = 0
-    if not source.files and source.location != STDLIB:
-        from ettin_foundry.corpus.hub_datasets import count_hub_shards
-
-        number = count_hub_shards(source)
-        return [(Part(HUB, shard, number),) for shard in range(number)]
-    for file in source.files:
-        stretches = _stretches(file, unit_bytes) if source.location != STDLIB else [Part(file.name)]
-        if open_unit and (len(stretches) > 1 or held + file.size > unit_bytes):
+    for name, size in source.files:
+        number = 1
+        if source.location != STDLIB and name.lower().endswith(_SPLITTABLE) and size > _SPLIT_FROM * unit_bytes:
+            number = -(-size // unit_bytes)
+        if open_unit and (number > 1 or held + size > unit_bytes):
             units.append(tuple(open_unit))
             open_unit, held = [], 0
-        if len(stretches) > 1:
-            units += [(stretch,) for stretch in stretches]
+        if number > 1:
+            cuts = [size * index // number for index in range(number + 1)]
+            units += [(Part(name, begin, end),) for begin, end in zip(cuts, cuts[1:])]
         else:
-            open_unit.append(stretches[0])
-            held += file.size
+            open_unit.append(Part(name))
+            held += size
     if source.location == STDLIB:
         open_unit.append(Part(DOCSTRINGS))
     return [*units, tuple(open_unit)] if open_unit else units
@@ -172,7 +179,7 @@ def plan_parts(source: Source, unit_bytes: int) -> list[tuple[Part, ...]]:
 def part_bytes(source: Source, part: Part) -> int:
     """Bytes on disk to read for a part; 0 where unknown. Over the parts of a plan they sum to `source.num_bytes`."""
     size = source.sizes.get(part.file, 0)
-    return max(0, (size if part.end is None else min(part.end, size)) - part.begin) if size else 0
+    return max(0, (size if part.end is None else min(part.end, size)) - part.begin)
 
 
 def file_kind(name: str) -> str | None:
@@ -183,16 +190,30 @@ def file_kind(name: str) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
 
 
-def _stretches(file: SourceFile, unit_bytes: int) -> list[Part]:
-    if file.size <= _SPLIT_FROM * unit_bytes or not file.name.lower().endswith(_SPLITTABLE):
-        return [Part(file.name)]
-    number = -(-file.size // unit_bytes)
-    cuts = [file.size * index // number for index in range(number + 1)]
-    return [Part(file.name, begin, end) for begin, end in zip(cuts, cuts[1:])]
+def open_hub_dataset(source: Source) -> Any:
+    """The records of a Hugging Face dataset's train split, streamed at the source's revision.
+
+    Raises:
+        ValueError: the dataset cannot be opened.
+    """
+    from datasets import load_dataset
+
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    repo, _, config = source.location.partition(":")
+    try:
+        return load_dataset(repo, config or None, split="train", streaming=True, revision=source.revision)
+    except Exception as error:
+        raise ValueError(f"{source.location} must be a dataset with a train split and no code of its own, got "
+                         f"{type(error).__name__} ({str(error)[:300]}); name a configuration as owner/name:config, or "
+                         "download the files") from error
 
 
-def _readable() -> str:
-    return ", ".join(SUFFIXES) + " (plain, .gz or .zst)"
+def _stdlib_files() -> tuple[tuple[SourceFile, ...], str]:
+    """The .py files of the standard library without its test suites, and its folder."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = [path for path in root.rglob("*.py") if not _STDLIB_SKIPPED.intersection(path.relative_to(root).parts)]
+    files = [SourceFile(path.relative_to(root).as_posix(), path.stat().st_size) for path in paths]
+    return tuple(sorted(files)), str(root)
 
 
 def _stem(name: str) -> str:
@@ -201,30 +222,24 @@ def _stem(name: str) -> str:
     return name
 
 
-def _speakable(name: str, folder: str) -> str:
-    """The file's name, which becomes part of document ids.
-
-    Raises:
-        ValueError: it is no valid Unicode.
-    """
+def _as_text(name: str, folder: str) -> str:
+    """A file's name, which becomes part of document ids; ValueError where it is not valid Unicode."""
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{folder}: file name {os.fsencode(name)!r} is not UTF-8; names become document ids, which must be "
-                         "valid text. Rename the file") from None
+        raise ValueError(f"{folder}: file names must be UTF-8, got {os.fsencode(name)!r}; rename the file") from None
     return check_name(name)
 
 
-def _files_of(storage: Storage, found: list[tuple[str, int]]) -> tuple[SourceFile, ...]:
-    """The readable ones of the files below a folder or URL, sorted by name; others are reported."""
-    files = [SourceFile(_speakable(name, storage.url), size) for name, size in found if file_kind(name)]
+def _readable_files(url: str, found: list[tuple[str, int]]) -> tuple[SourceFile, ...]:
+    """The readable ones of the files found below a folder or URL, sorted by name; the others are logged."""
+    files = [SourceFile(_as_text(name, url), size) for name, size in found if file_kind(name)]
     if not files:
-        raise ValueError(f"{storage.url}: the folder holds {len(found)} files, none of them readable; {_readable()} are "
-                         "read. Put the corpus there, or name its folder")
+        raise ValueError(f"{url} must hold {_READABLE} files, got {len(found)} files, none of them readable")
     if len(files) < len(found):
         other = next(name for name, _ in found if not file_kind(name))
-        log.warning("%s: %d of %d files are not read, the first is %s; %s are", storage.url, len(found) - len(files),
-                    len(found), other, _readable())
+        log.warning("%s: %d of %d files are not read, the first is %s; %s are", url, len(found) - len(files),
+                    len(found), other, _READABLE)
     return tuple(files)
 
 
@@ -233,13 +248,12 @@ def _find_url(name: str | None, location: str, licence: str | None) -> Source:
     folder, _, last = location.rstrip("/").rpartition("/")
     if file_kind(last) and not location.endswith("/"):
         with contextlib.suppress(FileNotFoundError):
-            file = SourceFile(_speakable(last, folder), open_storage(folder).size(last))
+            file = SourceFile(_as_text(last, folder), open_storage(folder).size(last))
             return Source(name or _stem(last), location, (file,), folder, licence)
     storage = open_storage(location)
     if not (found := storage.list()):
-        raise FileNotFoundError(f"{location}: nothing is there; a file ({_readable()}) or a folder of them is needed. "
-                                "Correct the URL")
-    return Source(name or last, location, _files_of(storage, found), storage.url, licence)
+        raise FileNotFoundError(f"{location}: nothing is there; give a file ({_READABLE}) or a folder of them")
+    return Source(name or last, location, _readable_files(storage.url, found), storage.url, licence)
 
 
 def _find_hub(name: str | None, location: str, licence: str | None) -> Source:
@@ -251,12 +265,8 @@ def _find_hub(name: str | None, location: str, licence: str | None) -> Source:
     except Exception as error:  # offline, not found, gated, rate limited: the client has a class for each
         reason = str(error).strip().partition("\n")[0][:200]
         raise FileNotFoundError(f"{location}: no such file or folder, and the Hugging Face dataset {repo} cannot be "
-                                f"reached ({type(error).__name__}: {reason}). Correct the name, connect to the "
-                                "network, or download the dataset and name its folder") from error
-    card = info.card_data or {}
-    return Source(name or repo.replace("/", "--"), location, licence=licence or _as_text(card.get("license")),
-                  revision=info.sha)
-
-
-def _as_text(value: Any) -> str | None:
-    return ", ".join(map(str, value)) if isinstance(value, list) else None if value is None else str(value)
+                                f"reached ({type(error).__name__}: {reason}); correct the name, or download the dataset "
+                                "and name its folder") from error
+    found = (info.card_data or {}).get("license")
+    licence = licence or (", ".join(map(str, found)) if isinstance(found, list) else found and str(found))
+    return Source(name or repo.replace("/", "--"), location, licence=licence, revision=info.sha)

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ettin_foundry.corpus.duplicates import Hasher, hash_text, read_drops, write_hashes
+from ettin_foundry.corpus.duplicates import hash_text, read_drops, write_hashes
 from ettin_foundry.corpus.progress import Tick
-from ettin_foundry.corpus.readers import LongDocument
 from ettin_foundry.corpus.sources import Meter, Source
 from ettin_foundry.corpus.unit_io import Ticker, documents_of, local_copy
 from ettin_foundry.corpus.units import Unit, record_key
@@ -53,13 +52,7 @@ class HashUnit:
         ticker = Ticker(report, meter, unit)
         hashes = bytearray()
         for document in documents_of(unit, self.sources[unit.source], self.options, meter):
-            if isinstance(document, LongDocument):
-                hasher = Hasher()
-                for piece in document.pieces():
-                    hasher.update(piece)
-                hashes += hasher.digest()
-            else:
-                hashes += hash_text(document.text)
+            hashes += hash_text(document.text)
             ticker.add(documents=1, tokens=0, text_bytes=0)
         path = storage.scratch() / f"hashes.{unit.number:05d}.{os.getpid()}.npy"
         write_hashes(path, hashes)

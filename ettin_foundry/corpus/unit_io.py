@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ettin_foundry.corpus.progress import Tick
-from ettin_foundry.corpus.readers import Document, LongDocument, read_parts
+from ettin_foundry.corpus.readers import Document, ReadOptions, read_parts
 from ettin_foundry.corpus.sources import Meter, Source
 from ettin_foundry.corpus.units import Unit
 from ettin_foundry.data.storage import Storage
@@ -94,20 +94,12 @@ def local_copy(storage: Storage, name: str) -> Path:
     return path
 
 
-def documents_of(unit: Unit, source: Source, options: Mapping[str, Any],
-                 meter: Meter) -> Iterator[Document | LongDocument]:
-    """The unit's documents in order, as far as `limit_bytes` of the plan's options lets them be read."""
-    documents = read_parts(source, unit.parts, meter, text_field=options["text_field"], id_field=options["id_field"])
-    return _limited(documents, options["limit_bytes"])
-
-
-def _limited(documents: Iterator[Document | LongDocument], limit: int | None) -> Iterator[Document | LongDocument]:
-    """Documents up to the one in which `limit` bytes of text are reached."""
+def documents_of(unit: Unit, source: Source, options: Mapping[str, Any], meter: Meter) -> Iterator[Document]:
+    """The unit's documents in order, up to the one in which `limit_bytes` of the plan's options are reached."""
     num_bytes = 0
-    for document in documents:
+    for document in read_parts(source, unit.parts, meter, ReadOptions.of(options)):
         yield document
-        if limit is not None:
-            pieces = document.pieces() if isinstance(document, LongDocument) else [document.text]
-            num_bytes += sum(len(piece.encode()) for piece in pieces)
-            if num_bytes >= limit:
+        if options["limit_bytes"] is not None:
+            num_bytes += len(document.text.encode())
+            if num_bytes >= options["limit_bytes"]:
                 return

@@ -20,8 +20,7 @@ import xxhash
 from ettin_foundry.corpus.sources import Part, Source, plan_parts
 from ettin_foundry.data.manifest import bad_file
 
-__all__ = ["PLAN", "Plan", "Unit", "add_sources", "make_plan", "parse_size", "record_key", "record_name",
-           "reports_name"]
+__all__ = ["PLAN", "Plan", "Unit", "add_sources", "make_plan", "parse_size", "record_key", "record_name"]
 
 PLAN = "plan.json"
 _FORMAT, _VERSION = "ettin-plan", 1
@@ -74,11 +73,6 @@ def record_key(base_key: str, unit: Unit) -> str:
 def record_name(unit: int) -> str:
     """The completion record of a unit, relative to the set's folder."""
     return f"units/{unit:05d}.json"
-
-
-def reports_name(unit: int) -> str:
-    """What a unit found of evaluation texts, relative to the set's folder."""
-    return f"work/contamination/{unit:05d}.jsonl"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,27 +20,21 @@ import numpy as np
 import xxhash
 
 from ettin_foundry.corpus.chunking import Chunker
-from ettin_foundry.corpus.decontamination import NgramIndex
 from ettin_foundry.corpus.encoder import Engine, TextEncoder
-from ettin_foundry.corpus.filters import DUPLICATE, FilterChain, FilterOptions, build_filters
+from ettin_foundry.corpus.filters import DUPLICATE, OVERSIZED, FilterChain, FilterOptions
 from ettin_foundry.corpus.progress import Tick
-from ettin_foundry.corpus.readers import LongDocument
 from ettin_foundry.corpus.sources import Meter, Source
 from ettin_foundry.corpus.unit_hashes import load_drops
-from ettin_foundry.corpus.unit_io import Ticker, ahead, documents_of, local_copy
-from ettin_foundry.corpus.units import Unit, record_key, record_name, reports_name
+from ettin_foundry.corpus.unit_io import Ticker, ahead, documents_of
+from ettin_foundry.corpus.units import Unit, record_key, record_name
 from ettin_foundry.corpus.writer import ShardGroupWriter
 from ettin_foundry.data.storage import Storage, open_storage
 
-__all__ = ["NGRAMS", "ConvertUnit", "TokenizerSpec"]
+__all__ = ["ConvertUnit", "TokenizerSpec"]
 
 Report = Callable[[Tick], None]
 _BATCH_BYTES = 1 << 20  # text tokenized at a time: enough to make calls cheap, little enough to hold a few of
 _BATCH_DOCUMENTS = 4096
-
-
-NGRAMS = "work/ngrams.safetensors"
-"""13-grams of the evaluation texts, relative to the set's folder."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +81,8 @@ def _chunker(spec: TokenizerSpec, chunk_length: int, cut_window: float) -> Chunk
 
 
 @functools.lru_cache(maxsize=1)
-def _filters(options: FilterOptions, out: str) -> FilterChain:
-    if not options.decontaminate:
-        return build_filters(options)
-    return build_filters(options, ngrams=NgramIndex.load(local_copy(open_storage(out), NGRAMS)))
+def _filters(options: FilterOptions) -> FilterChain:
+    return FilterChain(options)
 
 
 def _place(storage: Storage, split: str, path: Path, basename: str) -> None:
@@ -143,8 +134,7 @@ class _Conversion:
         self.ticker = Ticker(report, self.meter, unit)
         self.counts = {split: _Counts() for split in job.splits}
         self.encoder = _encoder(job.tokenizer)
-        self.chain = _filters(job.filters, job.out)
-        self.chain.take_reports()  # of a unit that failed in this process
+        self.chain = _filters(job.filters)
         self.drops, self.hashed = load_drops(self.storage, unit, job.base_key) if job.filters.deduplicate else (None, 0)
         self.skipped = {split: _Counts() for split in job.splits}  # by the reading thread, which shares nothing it writes
         self.threshold = job.options["validation"] * 2**64
@@ -161,35 +151,21 @@ class _Conversion:
             for split in self.job.splits}
         try:
             for item in ahead(self._prepared()):
-                if isinstance(item, LongDocument):
-                    self._write_long(item)
-                else:
-                    self._write(item)
+                self._write(item)
             shards = {split: writer.finish() for split, writer in self.writers.items()}
         except BaseException:
             for writer in self.writers.values():
                 writer.abort()
             raise
-        self._write_reports()
         self.ticker.flush()
         return self._record(shards)
 
-    def _prepared(self) -> Iterator[_Texts | LongDocument]:
+    def _prepared(self) -> Iterator[_Texts]:
         """Batches of documents to keep, in order within each split; runs in the reading thread."""
         open_batches = {split: _Texts(split, [], [], []) for split in self.counts}
         waiting = dict.fromkeys(self.counts, 0)
         for document in documents_of(self.unit, self.job.sources[self.unit.source], self.job.options, self.meter):
             ordinal, self.read = self.read, self.read + 1
-            if isinstance(document, LongDocument):
-                for split, batch in open_batches.items():  # documents keep their order
-                    if batch.texts:
-                        yield batch
-                    open_batches[split], waiting[split] = _Texts(split, [], [], []), 0
-                if self._is_duplicate(ordinal):
-                    self.skipped["train"].drop(DUPLICATE)
-                else:
-                    yield document
-                continue
             text = document.text
             encoded = text.encode()
             split = self._split(xxhash.xxh64_intdigest(encoded, seed=self.job.options["seed"]))
@@ -221,9 +197,7 @@ class _Conversion:
 
     def _filtered(self, batch: _Texts) -> _Texts:
         """The documents of a batch that the filters keep; the others are counted."""
-        if not self.job.filters.num_gates:
-            return batch
-        reasons = self.chain.reasons(batch.texts, batch.ids)
+        reasons = [self.chain.reason(text, id) for text, id in zip(batch.texts, batch.ids)]
         for reason in reasons:
             if reason is not None:
                 self.counts[batch.split].drop(reason)
@@ -253,43 +227,6 @@ class _Conversion:
         counts.bytes += num_bytes
         self.ticker.add(documents=len(ids), tokens=len(tokens), text_bytes=num_bytes)
 
-    def _write_long(self, document: LongDocument) -> None:
-        """A document too large to hold: its tokens go through a file, for its side and length are known at its end."""
-        digest = xxhash.xxh64(seed=self.job.options["seed"])
-        num_bytes = num_characters = 0
-        blank = True
-
-        def pieces() -> Iterator[str]:
-            nonlocal num_bytes, num_characters, blank
-            for piece in document.pieces():
-                encoded = piece.encode()
-                digest.update(encoded)
-                num_bytes += len(encoded)
-                num_characters += len(piece)
-                blank = blank and piece.isspace()
-                self.ticker.add(documents=0, tokens=0, text_bytes=0)  # alive
-                yield piece
-
-        with tempfile.TemporaryFile(dir=self.storage.scratch()) as spool:
-            for tokens in self.encoder.encode_pieces(pieces()):
-                spool.write(tokens.astype("<u2", copy=False).data)
-            num_tokens = spool.tell() // 2
-            split = self._split(digest.intdigest())
-            text = "".join(document.pieces()) if self.chain.needs_text else None
-            reason = "empty" if blank or not num_tokens else \
-                self.chain.reason(text, document.id, num_characters=num_characters, pieces=document.pieces)
-            if reason is not None:
-                self.counts[split].drop(reason)
-                return
-            spool.flush()
-            tokens = np.memmap(spool, "<u2", mode="r", shape=(num_tokens,))
-            self._count(split, [document.id], tokens, np.array([num_tokens]), num_bytes)
-
-    def _write_reports(self) -> None:
-        if self.job.filters.decontaminate:
-            lines = "".join(json.dumps({"source": self.unit.source, **hit}) + "\n" for hit in self.chain.take_reports())
-            self.storage.write_bytes(reports_name(self.unit.number), lines.encode())
-
     def _record(self, shards: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         """The completion record.
 
@@ -297,6 +234,8 @@ class _Conversion:
             RuntimeError: documents or tokens were lost or doubled; a bug, not an input.
         """
         splits = {}
+        if self.meter.oversized:
+            self.skipped["train"].drop(OVERSIZED, self.meter.oversized)
         for split, counts in self.counts.items():
             for reason, number in self.skipped[split].dropped.items():
                 counts.drop(reason, number)
@@ -311,7 +250,8 @@ class _Conversion:
             raise ValueError(f"{self.unit.label}: {self.read} documents read, {self.hashed} when copies were looked for; "
                              "the input was changed meanwhile. Restore it, or convert into another --out")
         kept = sum(counts.documents + sum(counts.dropped.values()) for counts in self.counts.values())
-        if kept != self.read:
-            raise RuntimeError(f"{self.unit.label}: {self.read} documents read, {kept} written or dropped")
+        read = self.read + self.meter.oversized
+        if kept != read:
+            raise RuntimeError(f"{self.unit.label}: {read} documents read, {kept} written or dropped")
         return {"unit": self.unit.number, "key": record_key(self.job.base_key, self.unit),
-                "source": self.unit.source, "read": self.read, "splits": splits}
+                "source": self.unit.source, "read": read, "splits": splits}

@@ -1,44 +1,48 @@
 """Several streams of rows merged into one, evenly: which stream gives row n, and which of its rows that is.
 
-Row j of a stream of R rows gets the key (j + phase) / R, and all rows are put in order of (key, stream). Each stream so
-spreads its rows at even distances over the whole, and any stretch holds of each stream its share: between two keys a
-stream has its share of rows to within one, hence in any run of rows its count is off by less than
-(1 - p) + p * (streams - 1), p being its share. A phase per stream keeps a stream of few rows from always being in the
-same place.
+Row j of a stream of R rows gets the key (j + phase) / R, and all rows are put in order of (key, stream). Each
+stream so spreads its rows at even distances over the whole: in any run of rows the count of a stream with
+share p is off by less than (1 - p) + p * (streams - 1). A phase per stream keeps a stream of few rows from
+always being in the same place.
 
-Nothing is written out. How many rows of a stream lie below a key follows from the key alone, so a place is found in
-time that grows with the number of streams, not of rows; the rows around it are merged in blocks, the last of which are
-kept. Keys are compared as float64: one addition and one division, each correctly rounded by IEEE 754, so the same
-everywhere, and never decreasing in j, which is all that exactness needs. What a stream is, is order.py's work.
+Nothing is written out. How many rows of a stream lie below a key follows from the key alone, so a place is
+found in time that grows with the number of streams, not of rows; the rows around it are merged in blocks, the
+last of which are kept. Keys are compared as float64: one addition and one division, each correctly rounded by
+IEEE 754, so the same everywhere, and never decreasing in j, which is all that exactness needs.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Interleave"]
+__all__ = ["Interleave", "keep_last"]
 
 Ints = npt.NDArray[np.int64]
+Value = TypeVar("Value")
 
 _BLOCK_ROWS = 8192  # about a millisecond to merge, and more than a batch
-_KEPT_BLOCKS = 2  # a reader goes forward; looking back across a border merges nothing again
+
+
+def keep_last(kept: dict[Any, Value], key: Any, make: Callable[[], Value]) -> Value:
+    """`make()`, or what it gave for this key before. The last two are kept: a reader goes forward, and
+    looking back across a border makes nothing again."""
+    kept[key] = value = kept.pop(key) if key in kept else make()
+    if len(kept) > 2:
+        del kept[next(iter(kept))]
+    return value
 
 
 class _Block(NamedTuple):
     """The rows between two keys, merged. n rows, S streams."""
 
-    first: int
-    """Row of the whole that the block begins with."""
-    starts: Ints
-    """(S,) rows of each stream before the block."""
-    streams: Ints
-    """(n,) stream of each row."""
-    indices: Ints
-    """(n,) row within its stream."""
+    first: int  # row of the whole that the block begins with
+    starts: Ints  # (S,) rows of each stream before the block
+    streams: Ints  # (n,) stream of each row
+    indices: Ints  # (n,) row within its stream
 
 
 class Interleave:
@@ -55,7 +59,7 @@ class Interleave:
         self._divisors = np.maximum(self._rows, 1).astype(np.float64)
         self.num_rows = int(self._rows.sum())
         self._num_blocks = max(1, -(-self.num_rows // _BLOCK_ROWS))
-        self._blocks: OrderedDict[int, _Block] = OrderedDict()
+        self._blocks: dict[int, _Block] = {}
         self._last: _Block | None = None
 
     def at(self, row: int, /) -> tuple[int, int]:
@@ -75,25 +79,17 @@ class Interleave:
         return float((index + self._phases[stream]) / self._divisors[stream])
 
     def _block_of(self, row: int) -> _Block:
-        last = self._last
-        if last is None or not last.first <= row < last.first + len(last.streams):
-            self._last = last = self._find(row)
-        return last
-
-    def _find(self, row: int) -> _Block:
+        if self._last and self._last.first <= row < self._last.first + len(self._last.streams):
+            return self._last
         if not 0 <= row < self.num_rows:
-            raise IndexError(f"row {row}: the streams have {self.num_rows} rows together")
-        number = row * self._num_blocks // self.num_rows  # off by one at most: a block's rows are its share of the keys
+            raise IndexError(f"row must be 0 to {self.num_rows - 1}, got {row}")
+        number = row * self._num_blocks // self.num_rows  # off by one at most
         while int(self._below(number).sum()) > row:
             number -= 1
         while int(self._below(number + 1).sum()) <= row:
             number += 1
-        if number not in self._blocks:
-            self._blocks[number] = self._merge(self._below(number), self._below(number + 1))
-            while len(self._blocks) > _KEPT_BLOCKS:
-                self._blocks.popitem(last=False)
-        self._blocks.move_to_end(number)
-        return self._blocks[number]
+        self._last = keep_last(self._blocks, number, lambda: self._merge(number))
+        return self._last
 
     def _below(self, number: int) -> Ints:
         """(S,) rows of each stream with a key below the first of block `number`."""
@@ -105,8 +101,9 @@ class Interleave:
             counts = counts + ((counts < self._rows) & ((counts + self._phases) / self._divisors < key))
         return counts
 
-    def _merge(self, begin: Ints, end: Ints) -> _Block:
-        sizes = end - begin
+    def _merge(self, number: int) -> _Block:
+        begin = self._below(number)
+        sizes = self._below(number + 1) - begin
         streams = np.repeat(np.arange(len(sizes)), sizes)
         ahead = np.cumsum(sizes) - sizes
         indices = np.arange(len(streams)) - np.repeat(ahead - begin, sizes)

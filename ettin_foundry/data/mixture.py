@@ -22,9 +22,9 @@ import numpy as np
 import xxhash
 
 from ettin_foundry.data.manifest import MANIFEST, MAX_CHUNK_LENGTH, SplitFacts, bad_file, read_json
+from ettin_foundry.data.order import raw_draws
 from ettin_foundry.data.packing import pack_lengths, piece_counts
 from ettin_foundry.data.quantities import parse_bytes
-from ettin_foundry.data.shard_rows import raw_draws
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import is_url, join, open_storage
 

@@ -1,56 +1,157 @@
 """Which chunks form row n of the endless global stream: a pure function of (manifest, seed, epoch, row).
 
-Nothing here is saved: a run resumes, on any number of ranks, by naming the row to go on from. A chunk is used exactly
-once per epoch. Rows are packed inside one shard, so that a shard's rows and tokens follow from its histogram of
-lengths; prefix sums over shards then lead to any row and to the real tokens before it. Shuffled, every source is a
-stream of rows of its own (its shards permuted, rows permuted within windows of its shards), and the streams are merged
-row by row (`interleave.py`), so that each source has its share of any stretch of rows. What is built at start is
-O(shards), from the manifest; what is built later is one window of shards per source. Random numbers come from the raw
-output of numpy's bit generators (whose streams numpy keeps fixed between versions), seeded by integers; no global
-generator is touched.
-
-Not here: ids, masks, labels (`objectives.py`), ranks and batches (`data.py`), reading files (`mds.py`).
+Nothing here is saved: a run resumes, on any number of ranks, by naming the row to go on from. A chunk is used
+exactly once per epoch. Rows are packed inside one shard, so that a shard's rows and tokens follow from its
+histogram of lengths; prefix sums over shards then lead to any row and to the real tokens before it. Shuffled,
+every source is a stream of rows of its own (its shards permuted, rows permuted within windows of its shards),
+and the streams are merged row by row (`interleave.py`), so that each source has its share of any stretch of
+rows. What is built at start is O(shards), from the manifest; what is built later is one window of shards per
+source. Random numbers come from the raw output of numpy's bit generators (whose streams numpy keeps fixed
+between versions), seeded by integers.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections import OrderedDict
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ettin_foundry.data.interleave import Interleave
-from ettin_foundry.data.shard_rows import ChunkTable, Layout, ShardRows, raw_draws
+from ettin_foundry.data.interleave import Interleave, keep_last
+from ettin_foundry.data.packing import SPECIALS_PER_PIECE, pack_lengths, piece_counts
 
-__all__ = ["ORDER_VERSION", "ChunkTable", "Order"]
+__all__ = ["ORDER_VERSION", "ChunkTable", "Order", "raw_draws"]
+
+log = logging.getLogger(__name__)
 
 ORDER_VERSION = 2
 """Goes up whenever the same arguments give other rows; a checkpoint of another version cannot go on."""
 
 Ints = npt.NDArray[np.int64]
 
-# first word of every seed: what the numbers are for, so that no two uses share a stream
-_SHARDS, _ROWS = 1, 2
-# a reader goes forward; the last window is kept too, so that looking back across a border builds nothing again
-_KEPT_WINDOWS = _KEPT_EPOCHS = 2
+# first word of every seed: what the numbers are for, so that no two uses share a stream; objectives have 4
+# and 5
+_SHARDS, _ROWS, _CHUNKS = 1, 2, 3
+
+
+class ChunkTable(Protocol):
+    """What an order needs to know of a dataset: S shards, M tokens in the longest chunk.
+
+    samples: (S,) chunks per shard. tokens: (S,) of them, BOS and EOS not counted. sources: S names, where the
+    shard's text came from. rows: (S,) packed rows per shard at this row length, None when the manifest does
+    not have them. lengths: (M + 1,) histogram of the shard's chunk lengths. sample_lengths: (samples of the
+    shard,) length of each chunk as it is stored.
+
+    A dataset that holds shards several times also has `passes`, (S,) integers: a source's shards of pass 0
+    then all come before those of pass 1, so that a chunk's repeats are far apart.
+    """
+
+    @property
+    def samples(self) -> Ints: ...
+    @property
+    def tokens(self) -> Ints: ...
+    @property
+    def sources(self) -> Sequence[str]: ...
+    def rows(self, max_seq_len: int, /) -> Ints | None: ...
+    def lengths(self, shard: int, /) -> npt.NDArray[np.integer]: ...
+    def sample_lengths(self, shard: int, /) -> npt.NDArray[np.integer]: ...
+
+
+def raw_draws(count: int, *words: int) -> npt.NDArray[np.uint64]:
+    """(count,) numbers of the generator that these words seed, the same on every machine."""
+    return np.random.PCG64(np.random.SeedSequence(words)).random_raw(count)
+
+
+def _starts(counts: Ints) -> Ints:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+@dataclass
+class _Layout:
+    """Rows of one shard: places of given length, and (filled when first needed) the chunk that takes each
+    place."""
+
+    shard: int
+    lengths: Ints  # (P,) piece lengths, row after row
+    offsets: Ints  # (R + 1,) row r has places offsets[r] to offsets[r + 1]
+    samples: Ints | None = None  # (P,) index of the chunk in the shard
+
+
+class _ShardRows:
+    """Rows of each shard, held against the manifest's counts, on which the sums over shards rest."""
+
+    def __init__(self, table: ChunkTable, max_seq_len: int, *, packing: bool, shuffle: bool,
+                 seed: int) -> None:
+        self.table, self.max_seq_len, self.packing = table, max_seq_len, packing
+        self.shuffle, self.seed = shuffle, seed
+        self.samples = np.asarray(table.samples, np.int64)
+        self.tokens = np.asarray(table.tokens, np.int64) + SPECIALS_PER_PIECE * self.samples
+        rows = table.rows(max_seq_len) if packing else self.samples
+        if rows is None:
+            log.info("The manifest has no packed row counts for max_seq_len=%d: packing the histograms of %d "
+                     "shards", max_seq_len, len(self.samples))
+            rows = [pack_lengths(piece_counts(table.lengths(shard)), max_seq_len).num_rows
+                    for shard in range(len(self.samples))]
+        self.rows = np.asarray(rows, np.int64)
+
+    def layout(self, shard: int) -> _Layout:
+        """Places of one shard's rows, from its histogram.
+
+        Raises:
+            ValueError: the histogram contradicts the manifest, so prefix sums over shards would be wrong.
+        """
+        counts = piece_counts(self.table.lengths(shard))
+        if self.packing:
+            lengths, offsets = pack_lengths(counts, self.max_seq_len).expand()
+        else:
+            lengths = np.repeat(np.arange(counts.size)[::-1], counts[::-1])
+            offsets = np.arange(lengths.size + 1)
+        found = (lengths.size, int(lengths.sum()), offsets.size - 1)
+        if found != (stated := (self.samples[shard], self.tokens[shard], self.rows[shard])):
+            raise ValueError(f"shard {shard} of index.json must have the chunks, tokens and rows that its "
+                             f"manifest states, {tuple(map(int, stated))}, got {found} from its histogram of "
+                             f"lengths at max_seq_len={self.max_seq_len}; copy or convert the dataset again")
+        return _Layout(shard, lengths, offsets)
+
+    def assign(self, layout: _Layout, epoch: int) -> Ints:
+        """Gives every place a chunk of its length: as they are stored, or permuted by (seed, epoch, shard).
+
+        Raises:
+            ValueError: the stored chunks' lengths are not those of the histogram.
+        """
+        chunks = np.asarray(self.table.sample_lengths(layout.shard), np.int64) + SPECIALS_PER_PIECE
+        dealt = np.arange(chunks.size)
+        if self.shuffle:
+            dealt = np.argsort(raw_draws(chunks.size, _CHUNKS, self.seed, epoch, layout.shard), kind="stable")
+        dealt = dealt[np.argsort(chunks[dealt], kind="stable")]
+        places = np.argsort(layout.lengths, kind="stable")
+        if not np.array_equal(chunks[dealt], layout.lengths[places]):
+            raise ValueError(f"shard {layout.shard} of index.json must hold {places.size} chunks of the "
+                             f"lengths in lengths.npy, got {chunks.size} chunks of others; copy or convert "
+                             "the dataset again")
+        samples = np.empty(places.size, np.int64)
+        samples[places] = dealt
+        return samples
 
 
 @dataclass
 class _Window:
-    """A run of a stream's shards whose rows are permuted together."""
+    """Consecutive shards of a source whose rows are permuted together."""
 
-    first_row: int  # of the stream's epoch
-    tokens_before: Ints  # (R + 1,) real tokens of the stream's epoch before each row of the window
+    first_row: int  # of the source's epoch
+    tokens_before: Ints  # (R + 1,) real tokens of the source's epoch before each row of the window
     permutation: Ints  # (R,) place in the window -> row in the concatenation of the layouts
     row_starts: list[int]  # first row of each layout in that concatenation
-    layouts: list[Layout] = field(default_factory=list)
+    layouts: list[_Layout]
 
 
 @dataclass
 class _Epoch:
-    """One stream's shards in the order of an epoch."""
+    """One source's shards in the order of an epoch."""
 
     shards: Ints  # (S,)
     row_starts: Ints  # (S + 1,) rows before each shard in that order
@@ -58,47 +159,35 @@ class _Epoch:
     phase: float  # see Interleave
 
 
-def _starts(counts: Ints) -> Ints:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
-
-
-class _Stream:
+class _Source:
     """The rows of one source, epoch after epoch.
 
     Args:
-        shards: of the whole set.
-        number: of the stream, for its seeds.
-        members: (S,) its shards, in stored order.
+        shards: of the whole dataset.
+        number: of the source, for its seeds.
+        members: (S,) its shards, as they are stored.
         window: shards whose rows are permuted together.
-        first_window: windows of the streams before it; a window's seed is its number among those of all streams.
+        first_window: windows of the sources before it; a window's seed is its number among those of all
+            sources.
     """
 
-    def __init__(self, shards: ShardRows, number: int, members: Ints, *, window: int, first_window: int) -> None:
+    def __init__(self, shards: _ShardRows, number: int, members: Ints, *, window: int,
+                 first_window: int) -> None:
         self.window = min(window, len(members))
         self.num_windows = -(-len(members) // self.window)
         self.num_rows = int(shards.rows[members].sum())
         self.num_tokens = int(shards.tokens[members].sum())
         self._shards, self._number, self._members, self._first_window = shards, number, members, first_window
-        passes = getattr(shards.table, "passes", None)
-        self._passes = np.zeros(len(members), np.int64) if passes is None else np.asarray(passes, np.int64)[members]
-        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
+        self._passes = np.asarray(getattr(shards.table, "passes", np.zeros(len(shards.rows))))[members]
+        self._epochs: dict[int, _Epoch] = {}
+        self._windows: dict[tuple[int, int], _Window] = {}
+        self._last: tuple[int, _Window] | None = None  # epoch and window of the last row asked for
 
     def epoch(self, epoch: int) -> _Epoch:
-        if epoch not in self._epochs:
-            members, phase = self._members, 0.0
-            if self._shards.shuffle:
-                draws = raw_draws(len(members) + 1, _SHARDS, self._shards.seed, epoch, self._number)
-                members = members[np.lexsort((draws[1:], self._passes))]
-                phase = float(draws[0] >> np.uint64(44)) / 2.0**20
-            self._epochs[epoch] = _Epoch(members, _starts(self._shards.rows[members]),
-                                         _starts(self._shards.tokens[members]), phase)
-            while len(self._epochs) > _KEPT_EPOCHS:
-                self._epochs.popitem(last=False)
-        return self._epochs[epoch]
+        return keep_last(self._epochs, epoch, lambda: self._order_shards(epoch))
 
     def row(self, epoch: int, row: int) -> tuple[int, tuple[int, ...]]:
-        """Shard and sample indices of a row of an epoch of this stream."""
+        """Shard and sample indices of a row of an epoch of this source."""
         window = self._window_at(epoch, row)
         stored = int(window.permutation[row - window.first_row])
         at = bisect.bisect_right(window.row_starts, stored) - 1
@@ -109,7 +198,7 @@ class _Stream:
         return layout.shard, tuple(layout.samples[begin:end].tolist())
 
     def tokens_before(self, epoch: int, row: int) -> int:
-        """Real tokens of the first `row` rows of an epoch of this stream."""
+        """Real tokens of the first `row` rows of an epoch of this source."""
         if row in (0, self.num_rows):
             return self.num_tokens if row else 0
         window = self._window_at(epoch, row)
@@ -123,34 +212,34 @@ class _Stream:
         """The shards of a window."""
         return self.epoch(epoch).shards[number * self.window:][:self.window].tolist()
 
-    def first_row(self, epoch: int, number: int) -> int:
-        """The row of the epoch that a window begins with."""
-        return int(self.epoch(epoch).row_starts[number * self.window])
+    def _order_shards(self, epoch: int) -> _Epoch:
+        members, phase = self._members, 0.0
+        if self._shards.shuffle:
+            draws = raw_draws(len(members) + 1, _SHARDS, self._shards.seed, epoch, self._number)
+            members = members[np.lexsort((draws[1:], self._passes))]
+            phase = float(draws[0] >> np.uint64(44)) / 2.0**20
+        shards = self._shards
+        return _Epoch(members, _starts(shards.rows[members]), _starts(shards.tokens[members]), phase)
 
     def _window_at(self, epoch: int, row: int) -> _Window:
-        """The window that holds `row`; kept for the rows around it."""
-        if self._windows:
-            newest = next(reversed(self._windows))
-            window = self._windows[newest]
-            if newest[0] == epoch and 0 <= row - window.first_row < window.permutation.size:
+        if self._last and self._last[0] == epoch:
+            window = self._last[1]
+            if 0 <= row - window.first_row < window.permutation.size:
                 return window
-        key = (epoch, self.window_number(epoch, row))
-        if key not in self._windows:
-            self._windows[key] = self._build(*key)
-            while len(self._windows) > _KEPT_WINDOWS:
-                self._windows.popitem(last=False)
-        self._windows.move_to_end(key)
-        return self._windows[key]
+        number = self.window_number(epoch, row)
+        window = keep_last(self._windows, (epoch, number), lambda: self._build_window(epoch, number))
+        self._last = epoch, window
+        return window
 
-    def _build(self, epoch: int, number: int) -> _Window:
+    def _build_window(self, epoch: int, number: int) -> _Window:
         state, first, shards = self.epoch(epoch), number * self.window, self._shards
-        layouts = [shards.layout(int(shard)) for shard in state.shards[first:first + self.window]]
-        row_tokens = np.concatenate([layout.row_tokens for layout in layouts])
+        layouts = [shards.layout(shard) for shard in self.window_shards(epoch, number)]
+        row_tokens = np.concatenate([np.diff(_starts(layout.lengths)[layout.offsets]) for layout in layouts])
         if shards.shuffle:
             draws = raw_draws(row_tokens.size, _ROWS, shards.seed, epoch, self._first_window + number)
             permutation = np.argsort(draws, kind="stable")
         else:
-            [layout] = layouts  # the window of a stored order is one shard
+            [layout] = layouts  # without shuffle, a window is one shard
             layout.samples = shards.assign(layout, epoch)
             permutation = np.argsort(layout.samples[layout.offsets[:-1]], kind="stable")
         return _Window(
@@ -158,23 +247,22 @@ class _Stream:
             tokens_before=int(state.token_starts[first]) + _starts(row_tokens[permutation]),
             permutation=permutation,
             row_starts=_starts(np.array([layout.offsets.size - 1 for layout in layouts])).tolist()[:-1],
-            layouts=layouts,
-        )
+            layouts=layouts)
 
 
 class Order:
-    """Rows of the endless stream: epoch after epoch over all shards of one data set.
+    """Rows of the endless stream: epoch after epoch over all shards of one dataset.
 
     Args:
-        table: the data set's counts.
+        table: the dataset's counts.
         max_seq_len: tokens of a row, T; only packing depends on it.
         packing: best-fit rows of several chunks, or one chunk a row.
-        shuffle: permute each source's shards, rows within a window of shards, and chunks among places of their length,
-            and mix the sources row by row. Otherwise shards in stored order, and a shard's rows by the stored place of
-            their first (longest) chunk.
+        shuffle: permute each source's shards, rows within a window of shards, and chunks among places of
+            their length, and mix the sources row by row. Otherwise shards as they are stored, and a shard's
+            rows by the stored place of their first (longest) chunk.
         seed: 0 to 2**32 - 1.
-        window: shards whose rows are mixed at a time; a source has its share of them, at least one, and a batch mixes
-            rows of all. Without shuffle: 1.
+        window: shards whose rows are mixed at a time; a source has its share of them, at least one, and a
+            batch mixes rows of all. Without shuffle: 1.
 
     Attributes:
         rows_per_epoch: rows of one epoch; row n is in epoch n // rows_per_epoch.
@@ -182,84 +270,77 @@ class Order:
         shards_at_once: shards of which the rows around any place are taken, all sources' windows together.
 
     Raises:
-        ValueError: an argument is out of range, the set has no chunk, or a shard contradicts the manifest.
+        ValueError: the dataset has no chunk, or a shard contradicts the manifest.
     """
 
     def __init__(self, table: ChunkTable, max_seq_len: int, *, packing: bool, shuffle: bool, seed: int,
                  window: int) -> None:
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"shuffle_seed: {seed!r} given; a whole number from 0 to 2**32 - 1 is needed")
-        if window < 1:
-            raise ValueError(f"shuffle_window: {window!r} given; a whole number of shards, at least 1, is needed")
-        self.table, self.max_seq_len, self.packing, self.shuffle, self.seed = table, max_seq_len, packing, shuffle, seed
+        self.table, self.max_seq_len, self.packing = table, max_seq_len, packing
+        self.shuffle, self.seed = shuffle, seed
         self.window = window if shuffle else 1
-        shards = ShardRows(table, max_seq_len, packing=packing, shuffle=shuffle, seed=seed)
+        shards = _ShardRows(table, max_seq_len, packing=packing, shuffle=shuffle, seed=seed)
         self.rows_per_epoch = int(shards.rows.sum())
         self.tokens_per_epoch = int(shards.tokens.sum())
         if self.rows_per_epoch == 0:
-            raise ValueError("dataset: the split holds no chunk at all; at least one is needed. Convert the corpus "
-                             "again, or name another split")
-        self._streams = self._make_streams(shards)
-        self.shards_at_once = sum(stream.window for stream in self._streams)
-        self._merged: OrderedDict[int, Interleave] = OrderedDict()
-
-    @property
-    def fill(self) -> float:
-        """Share of the places of an epoch's rows that hold real tokens."""
-        return self.tokens_per_epoch / (self.rows_per_epoch * self.max_seq_len)
+            raise ValueError("dataset must hold at least one chunk, got an empty split; name another split")
+        self._sources = self._make_sources(shards)
+        self.shards_at_once = sum(source.window for source in self._sources)
+        self._merged: dict[int, Interleave] = {}
 
     def row(self, number: int, /) -> tuple[int, int, tuple[int, ...]]:
-        """Epoch, shard and sample indices (in the order of their pieces in the row) of row `number` of the stream."""
+        """Epoch, shard and sample indices (in the order of their pieces in the row) of row `number` of the
+        stream."""
         epoch, row = divmod(number, self.rows_per_epoch)
-        stream, index = self._merge(epoch).at(row)
-        return epoch, *self._streams[stream].row(epoch, index)
+        source, index = self._merge(epoch).at(row)
+        return epoch, *self._sources[source].row(epoch, index)
 
     def tokens_before(self, number: int, /) -> int:
         """Real tokens (BOS and EOS included, padding not) in rows 0 to number - 1 of the stream."""
         epoch, row = divmod(number, self.rows_per_epoch)
-        counts = self._merge(epoch).counts(row).tolist() if row else [0] * len(self._streams)
+        counts = self._merge(epoch).counts(row).tolist() if row else [0] * len(self._sources)
         return epoch * self.tokens_per_epoch + sum(
-            stream.tokens_before(epoch, count) for stream, count in zip(self._streams, counts))
+            source.tokens_before(epoch, count) for source, count in zip(self._sources, counts))
 
     def shards_ahead(self, number: int, /) -> list[int]:
         """Shards that a reader at row `number` of the stream needs soon, for fetching them ahead; none twice.
 
-        First the window that each source is in (or that it begins next), then each source's window after that; both in
-        the order in which the stream comes to them.
+        First the window that each source is in (or that it begins next), then each source's window after
+        that; both in the order in which the stream comes to them.
         """
         epoch, row = divmod(number, self.rows_per_epoch)
         now, later = [], []
         for at, count in enumerate(self._merge(epoch).counts(row).tolist()):
-            stream = self._streams[at]
-            if not stream.num_rows:
+            source = self._sources[at]
+            if not source.num_rows:
                 continue
-            place = (epoch, count) if count < stream.num_rows else (epoch + 1, 0)
-            number = stream.window_number(*place)
-            now.append((place[0] + self._merge(place[0]).key(at, place[1]), stream.window_shards(place[0], number)))
-            place = (place[0], number + 1) if number + 1 < stream.num_windows else (place[0] + 1, 0)
-            first = stream.first_row(*place)
-            later.append((place[0] + self._merge(place[0]).key(at, first), stream.window_shards(*place)))
+            place = (epoch, count) if count < source.num_rows else (epoch + 1, 0)
+            window = source.window_number(*place)
+            now.append((self._key(at, *place), source.window_shards(place[0], window)))
+            then, window = (place[0], window + 1) if window + 1 < source.num_windows else (place[0] + 1, 0)
+            first = int(source.epoch(then).row_starts[window * source.window])
+            later.append((self._key(at, then, first), source.window_shards(then, window)))
         wanted = [shard for group in (now, later) for _, shards in sorted(group) for shard in shards]
         return list(dict.fromkeys(wanted))
 
-    def _make_streams(self, shards: ShardRows) -> list[_Stream]:
-        """One per source in the order of their names; stored order knows no sources."""
+    def _make_sources(self, shards: _ShardRows) -> list[_Source]:
+        """In the order of their names; without shuffle all shards are one."""
         total = len(shards.samples)
         if not self.shuffle:
-            return [_Stream(shards, 0, np.arange(total), window=1, first_window=0)]
+            return [_Source(shards, 0, np.arange(total), window=1, first_window=0)]
         _, source_of = np.unique(np.asarray(self.table.sources, dtype=str), return_inverse=True)
         grouped = np.split(np.argsort(source_of, kind="stable"), np.cumsum(np.bincount(source_of))[:-1])
-        streams: list[_Stream] = []
+        sources: list[_Source] = []
         for number, members in enumerate(grouped):
             share = (2 * self.window * len(members) + total) // (2 * total)
-            streams.append(_Stream(shards, number, members, window=max(1, share),
-                                   first_window=sum(stream.num_windows for stream in streams)))
-        return streams
+            sources.append(_Source(shards, number, members, window=max(1, share),
+                                   first_window=sum(source.num_windows for source in sources)))
+        return sources
+
+    def _key(self, source: int, epoch: int, row: int) -> float:
+        """Place in the stream, in epochs, of a row of a source."""
+        return epoch + self._merge(epoch).key(source, row)
 
     def _merge(self, epoch: int) -> Interleave:
-        if epoch not in self._merged:
-            self._merged[epoch] = Interleave([stream.num_rows for stream in self._streams],
-                                             [stream.epoch(epoch).phase for stream in self._streams])
-            while len(self._merged) > _KEPT_EPOCHS:
-                self._merged.popitem(last=False)
-        return self._merged[epoch]
+        return keep_last(self._merged, epoch, lambda: Interleave(
+            [source.num_rows for source in self._sources],
+            [source.epoch(epoch).phase for source in self._sources]))

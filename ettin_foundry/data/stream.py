@@ -1,9 +1,10 @@
 """Which rows a step reads, and a row before it is masked: its chunks, its ids, its hash.
 
-`order.py` says which chunks form row n of the stream, `ramp.py` which rows form a step; here both meet the data. Every step
-is a pure function of (data, seed, batch sizes), so there is no state but the number of rows consumed. Numpy only: what
-tells of the order (order_view.py, order_export.py) waits for neither torch nor the host. The training loader, which puts
-ranks and workers on top, is in data.py; masks, labels and tensors are made in batches.py.
+`order.py` says which chunks form row n of the stream, `ramp.py` which rows form a step; here both meet the
+data. Every step is a pure function of (data, seed, batch sizes), so the only state is the number of rows
+consumed. Numpy
+only: what tells of the order (tools/order.py) waits for neither torch nor LLM-Foundry. Ranks and workers are
+put on top in loader.py; masks, labels and tensors are made in batch.py.
 """
 
 from __future__ import annotations
@@ -18,22 +19,27 @@ import numpy as np
 
 from ettin_foundry.data.mixture import MixtureSplit, open_split
 from ettin_foundry.data.order import ORDER_VERSION, Order
-from ettin_foundry.data.packing import SPECIALS_PER_PIECE
+from ettin_foundry.data.packing import SPECIALS_PER_PIECE, too_long
 from ettin_foundry.data.ramp import BatchRamp
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import join
-from ettin_foundry.training.keys import DATASET_KEYS
 
-__all__ = ["HASH_MODULUS", "STREAM_KEYS", "Row", "RowStream", "check_choices", "check_numbers", "fill_row", "hash_row",
-           "open_stream"]
+__all__ = ["DATASET_KEYS", "DEFAULT_WINDOW", "HASH_MODULUS", "STREAM_KEYS", "Row", "RowStream",
+           "check_values", "fill_row", "hash_row", "open_stream"]
 
 HASH_MODULUS = 2**48  # a float64, as loggers take, holds it exactly
-STREAM_KEYS = ("dataset", "max_seq_len", "packing", "shuffle", "shuffle_seed", "shuffle_window", "batch_size_warmup")
+STREAM_KEYS = ("dataset", "max_seq_len", "packing", "shuffle", "shuffle_seed", "shuffle_window",
+               "batch_size_warmup")
 """The loader's keys that decide which rows a step has, and what is in them before masking."""
-
-_SPLIT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+DATASET_KEYS = ("local", "split", "remote", "cache_limit")
+"""Keys of a loader's dataset block; the first two are needed."""
 DEFAULT_WINDOW = 16
 """Shards whose rows are mixed; with the usual 64 MB shards about half a billion tokens."""
+
+_SPLIT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+# of the loader's numbers; its other keys are switches
+_LEAST = {"device_batch_size": 1, "max_seq_len": SPECIALS_PER_PIECE + 1, "shuffle_seed": 0,
+          "shuffle_window": 1, "num_workers": 0, "prefetch_factor": 1, "timeout": 0}
 
 
 class Row(NamedTuple):
@@ -48,11 +54,11 @@ class Row(NamedTuple):
     ends_document: np.ndarray  # (P,) bool
 
 
-def fill_row(ids: np.ndarray, sequence_id: np.ndarray, chunks: Sequence[np.ndarray], *, cls: int, sep: int) -> int:
+def fill_row(ids: np.ndarray, sequence_id: np.ndarray, chunks: Sequence[np.ndarray], *, cls: int,
+             sep: int) -> int:
     """Writes a row's pieces, each BOS + chunk + EOS, into (T,) ids, and their numbers into (T,) sequence_id.
 
-    Returns:
-        The row's real tokens; what lies behind them in both arrays is left as it was.
+    Returns the row's real tokens; what lies behind them in both arrays is left as it was.
     """
     begin = 0
     for piece, chunk in enumerate(chunks):
@@ -66,18 +72,18 @@ def fill_row(ids: np.ndarray, sequence_id: np.ndarray, chunks: Sequence[np.ndarr
 
 
 def hash_row(ids: np.ndarray, place: int) -> int:
-    """48 bits of a row: (T,) int64 ids before masking, padding included, and its place in the global batch."""
-    digest = hashlib.blake2b(np.ascontiguousarray(ids, "<i8").data, digest_size=6, salt=place.to_bytes(8, "little"))
-    return int.from_bytes(digest.digest(), "little")
+    """48 bits of a row's (T,) int64 ids before masking, padding included, and its place in the global
+    batch."""
+    content = np.ascontiguousarray(ids, "<i8").data
+    digest = hashlib.blake2b(content, digest_size=6, salt=place.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest, "little")
 
 
 class RowStream:
-    """The rows of a stream, step by step, of all ranks or of one: endless where the order is shuffled, else one epoch.
+    """The rows of a split, step by step: endless where the order is shuffled, else one epoch.
 
     Args:
-        data: the opened split.
-        order: its order; the two are kept together so that a row's address and its chunks match.
-        ramp: the rows of each step.
+        data: the opened split. order: of it. ramp: the rows of each step.
 
     Attributes:
         start_row: the row of the stream that reading begins with; after a resume, the checkpoint's.
@@ -85,15 +91,12 @@ class RowStream:
 
     def __init__(self, data: MDSSplit | MixtureSplit, order: Order, ramp: BatchRamp) -> None:
         self.data, self.order, self.ramp = data, order, ramp
-        self.start_row = 0
-
-    @property
-    def max_seq_len(self) -> int:
-        return self.order.max_seq_len
+        self.max_seq_len, self.start_row = order.max_seq_len, 0
 
     @property
     def num_steps(self) -> int | None:
-        """Steps of one epoch in stored order, empty rows at the end included; None where the stream is endless."""
+        """Steps of the one epoch without shuffle, empty rows at its end included; None of an endless
+        stream."""
         return None if self.order.shuffle else -(-self.order.rows_per_epoch // self.ramp.max_size)
 
     @property
@@ -106,7 +109,7 @@ class RowStream:
         return self.order.tokens_before(self.ramp.first_row(step))
 
     def rows_of(self, step: int, *, rank: int = 0, world_size: int = 1) -> list[Row]:
-        """A step's rows: the rank's contiguous share of them, in order. Also announces the shards that come next."""
+        """The rank's contiguous share of a step's rows; also announces the shards that come next."""
         first, number = self.ramp.first_row(step), self.ramp.rows(step) // world_size
         begin = first + rank * number
         tokens_before = self.order.tokens_before(first)
@@ -114,18 +117,18 @@ class RowStream:
         return [self._row(row, step, tokens_before, row - first) for row in range(begin, begin + number)]
 
     def _row(self, number: int, step: int, tokens_before: int, place: int) -> Row:
-        of_epoch = number % self.order.rows_per_epoch
+        in_epoch = number % self.order.rows_per_epoch
         if not self.order.shuffle and number >= self.order.rows_per_epoch:
-            return Row(0, of_epoch, step, tokens_before, place, (), np.zeros(0, bool))
+            return Row(0, in_epoch, step, tokens_before, place, (), np.zeros(0, bool))
         epoch, shard, samples = self.order.row(number)
         chunks = [self.data.chunk(shard, sample) for sample in samples]
-        return Row(epoch, of_epoch, step, tokens_before, place, chunks, self.data.last(shard)[list(samples)])
+        return Row(epoch, in_epoch, step, tokens_before, place, chunks, self.data.last(shard)[list(samples)])
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """What a checkpoint holds of the data: where the stream is, and what it is a stream of.
 
         Args:
-            num_samples: rows consumed by all ranks, as the host counts them.
+            num_samples: rows consumed by all ranks, as Composer counts them.
             from_beginning: counted from row 0, not from where this process resumed.
         """
         return {"rows": num_samples if from_beginning else self.start_row + num_samples, **self.identity()}
@@ -138,21 +141,20 @@ class RowStream:
         """
         rows = state.get("rows") if isinstance(state, Mapping) else None
         if not isinstance(rows, int) or rows < 0:
-            raise ValueError(f"checkpoint: its dataset state is {state!r}; one written by ettin_text is needed. Load "
-                             "only the weights (load_weights_only: true) to start on new data")
+            raise ValueError(f"checkpoint must hold a dataset state written by ettin_text, got {state!r}; "
+                             "load only the weights (load_weights_only: true)")
         for key, mine in self.identity().items():
             if state.get(key) != mine:
-                where = {"fingerprint": "dataset (fingerprint of its manifest)",
-                         "order": "order (its version in this program)"}.get(key, key)
-                raise ValueError(f"train_loader.{where}: {mine!r} given, the checkpoint was trained with "
-                                 f"{state.get(key)!r}; they must be equal, or rows would be skipped or repeated. Restore "
-                                 "the setting, or load only the weights (load_weights_only: true) to start anew")
+                names = {"fingerprint": "dataset (its fingerprint)", "order": "order (its version)"}
+                raise ValueError(f"train_loader.{names.get(key, key)} must be what the checkpoint was "
+                                 f"trained with, {state.get(key)!r}, got {mine!r}; restore it, or load only "
+                                 "the weights (load_weights_only: true)")
         self.ramp.step_of(rows)  # refuses a row that no step of these sizes begins with
         self.start_row = rows
 
     def identity(self) -> dict[str, Any]:
         """What decides the rows, as plain values; the same in two runs whose steps read the same rows."""
-        return {"fingerprint": self.data.fingerprint, "order": ORDER_VERSION, "max_seq_len": self.order.max_seq_len,
+        return {"fingerprint": self.data.fingerprint, "order": ORDER_VERSION, "max_seq_len": self.max_seq_len,
                 "packing": self.order.packing, "shuffle": self.order.shuffle, "shuffle_seed": self.order.seed,
                 "shuffle_window": self.order.window,
                 # a plain text: sharded checkpoints would flatten a block into keys of its own
@@ -162,23 +164,24 @@ class RowStream:
 def open_stream(*, dataset: Mapping[str, Any], max_seq_len: int, global_batch_size: int, packing: bool = True,
                 shuffle: bool = True, shuffle_seed: int = 21, shuffle_window: int | None = None,
                 batch_size_warmup: Mapping[str, Any] | None = None) -> RowStream:
-    """Opens a split and its order as the keys of a loader say; they are described at `data.build_ettin_loader`.
+    """Opens a split and its order; the keys are those of `loader.build_ettin_loader`, described there.
 
     Raises:
         ValueError, FileNotFoundError: a key is out of range or without effect, or the data does not fit.
     """
-    _check_dataset(dataset)
-    check_numbers(max_seq_len=max_seq_len, shuffle_seed=shuffle_seed)
-    check_choices(packing=packing, shuffle=shuffle)
+    check_values(max_seq_len=max_seq_len, shuffle_seed=shuffle_seed, packing=packing, shuffle=shuffle)
     if shuffle_window is not None:
-        check_numbers(shuffle_window=shuffle_window)
+        check_values(shuffle_window=shuffle_window)
     for key, value in (("shuffle_window", shuffle_window), ("batch_size_warmup", batch_size_warmup)):
         if not shuffle and value is not None:
-            raise ValueError(f"{key}: {value} given with shuffle: false, where it has no effect; it is allowed with "
-                             "shuffle: true. Remove it")
+            raise ValueError(f"{key} must be left out with shuffle: false, where it does nothing, got "
+                             f"{value}")
     window = DEFAULT_WINDOW if shuffle_window is None else shuffle_window
-    data = _open(dataset, max_open=2 * window)
-    _check_row_length(data, max_seq_len)
+    data = _open(dataset, max_open=max(32, 2 * window))
+    if data.chunk_length + SPECIALS_PER_PIECE > max_seq_len:  # an upper bound only; the histograms tell
+        longest = max(int(np.flatnonzero(data.lengths(shard))[-1]) for shard in range(data.num_shards))
+        if longest + SPECIALS_PER_PIECE > max_seq_len:
+            raise too_long(longest, max_seq_len)
     order = Order(data, max_seq_len, packing=packing, shuffle=shuffle, seed=shuffle_seed, window=window)
     data.check_room(order.shards_ahead(0))  # nowhere are they more
     ramp = BatchRamp.build(batch_size_warmup, max_size=global_batch_size,
@@ -186,58 +189,43 @@ def open_stream(*, dataset: Mapping[str, Any], max_seq_len: int, global_batch_si
     return RowStream(data, order, ramp)
 
 
-def check_numbers(**values: Any) -> None:
-    """Refuses a key of the loader whose value is no whole number (timeout: no number) or too small."""
-    smallest = {"device_batch_size": 1, "max_seq_len": SPECIALS_PER_PIECE + 1, "shuffle_window": 1, "prefetch_factor": 1}
+def check_values(**values: Any) -> None:
+    """Checks keys of the loader that are numbers or switches.
+
+    Raises:
+        ValueError: a value is not true or false, not an integer (of timeout: a number), or too small.
+    """
     for key, value in values.items():
-        least = smallest.get(key, 0)
-        # the host computes device_batch_size by a division, which may leave 8.0
-        kinds = (int, float) if key in ("device_batch_size", "timeout") else int
-        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < float("inf") \
-                or (key != "timeout" and int(value) != value):
-            raise ValueError(f"{key}: {value!r} given; a {'number' if key == 'timeout' else 'whole number'} of at least "
-                             f"{least} is needed. Correct the key")
+        if key not in _LEAST:
+            right, kind = isinstance(value, bool), "true or false"
+        else:
+            # LLM-Foundry computes device_batch_size by a division, which may leave 8.0
+            number = (int, float) if key in ("device_batch_size", "timeout") else int
+            right = isinstance(value, number) and not isinstance(value, bool) and value >= _LEAST[key]
+            right = right and (key == "timeout" or value % 1 == 0)
+            kind = f"{'a number' if key == 'timeout' else 'an integer'} >= {_LEAST[key]}"
+        if not right:
+            raise ValueError(f"{key} must be {kind}, got {value!r}")
 
 
-def check_choices(**values: Any) -> None:
-    """Refuses a key of the loader whose value is not true or false."""
-    for key, value in values.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{key}: {value!r} given; true or false is needed. Correct the key")
-
-
-def _check_dataset(dataset: Any) -> None:
+def _open(dataset: Any, max_open: int) -> MDSSplit | MixtureSplit:
+    """The split that a loader's dataset block names."""
     if not isinstance(dataset, Mapping) or not {"local", "split"} <= set(dataset) <= set(DATASET_KEYS):
         given = sorted(dataset) if isinstance(dataset, Mapping) else repr(dataset)
-        raise ValueError(f"dataset: {given} given; the keys local (folder of the converted corpus) and split (train or "
-                         f"validation) are needed, and {', '.join(DATASET_KEYS[2:])} are possible. Correct the block")
-    for key in ("local", "split", "remote"):
-        if key in dataset and dataset[key] is not None and not (isinstance(dataset[key], str) and dataset[key]):
-            raise ValueError(f"dataset.{key}: {dataset[key]!r} given; a text is needed. Correct it")
-    if not _SPLIT.fullmatch(dataset["split"]):
-        raise ValueError(f"dataset.split: {dataset['split']!r} given; the name of a folder in dataset.local is needed, "
-                         "such as train. Correct it")
-
-
-def _open(dataset: Mapping[str, Any], max_open: int) -> MDSSplit | MixtureSplit:
-    local, split, remote = Path(dataset["local"]), dataset["split"], dataset.get("remote")
-    options = {key: dataset[key] for key in ("cache_limit",) if dataset.get(key) is not None}
+        raise ValueError("dataset must have the keys local (folder of the dataset) and split (train or "
+                         f"validation), and may have {' and '.join(DATASET_KEYS[2:])}, got {given}")
+    local, split, remote = dataset["local"], dataset["split"], dataset.get("remote")
+    for key, value in (("local", local), ("split", split), ("remote", remote)):
+        if not (isinstance(value, str) and value or key == "remote" and value is None):
+            raise ValueError(f"dataset.{key} must be a text, got {value!r}")
+    if not _SPLIT.fullmatch(split):
+        raise ValueError(f"dataset.split must be the name of a folder in dataset.local, got {split!r}")
+    options = {} if dataset.get("cache_limit") is None else {"cache_limit": dataset["cache_limit"]}
     if remote is not None:
-        return open_split(local / split, max_open=max(32, max_open), remote=join(remote, split), **options)
-    splits = sorted(folder.parent.name for folder in local.glob("*/manifest.json"))
+        return open_split(Path(local, split), max_open=max_open, remote=join(remote, split), **options)
+    splits = sorted(folder.parent.name for folder in Path(local).glob("*/manifest.json"))
     if split not in splits:
-        what = f"its complete splits are: {', '.join(splits)}" if splits else "that folder holds no complete split"
-        raise FileNotFoundError(f"dataset: local: {str(local)!r}, split: {split!r} given; {what}. A split is a folder "
-                                "with a manifest.json, made by data_prep/convert.py: run it, or correct the keys")
-    return open_split(local / split, max_open=max(32, max_open), **options)
-
-
-def _check_row_length(data: MDSSplit | MixtureSplit, max_seq_len: int) -> None:
-    if data.chunk_length + SPECIALS_PER_PIECE <= max_seq_len:
-        return
-    # chunk_length only bounds the chunks; the histograms tell
-    longest = max(int(np.flatnonzero(data.lengths(shard))[-1]) for shard in range(data.num_shards))
-    if longest + SPECIALS_PER_PIECE > max_seq_len:
-        raise ValueError(f"max_seq_len: {max_seq_len} given, but the data has a chunk of {longest} tokens; a row holds "
-                         f"chunks of at most {max_seq_len - SPECIALS_PER_PIECE} (BOS and EOS take {SPECIALS_PER_PIECE}). "
-                         "Raise max_seq_len, or convert the corpus again with a smaller chunk length")
+        raise FileNotFoundError("dataset.split must be one of the complete splits in dataset.local, "
+                                f"{local!r} ({', '.join(splits) or 'there is none'}), got {split!r}; make it "
+                                "with data_prep/convert.py, or correct the keys")
+    return open_split(Path(local, split), max_open=max_open, **options)

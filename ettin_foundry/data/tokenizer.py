@@ -12,7 +12,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,8 @@ import numpy as np
 if TYPE_CHECKING:  # importing transformers takes seconds, which readers of a manifest need not wait for
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["MAX_VOCAB_SIZE", "PlainEncoder", "check", "encode_batch", "fingerprint", "forbidden_ids", "load", "save",
-           "special_ids", "train_bpe", "vocab_size", "with_template"]
+__all__ = ["MAX_VOCAB_SIZE", "check", "fingerprint", "forbidden_ids", "load", "save", "special_ids", "train_bpe",
+           "vocab_size", "with_template"]
 
 MAX_VOCAB_SIZE = 65_535
 """Tokens are stored as uint16."""
@@ -206,55 +206,25 @@ def save(tok: PreTrainedTokenizerFast, folder: str | os.PathLike[str]) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-class PlainEncoder:
-    """Texts to plain tokens: no special token is added, and none can come out of a text.
-
-    A literal "[MASK]" in a web page is ordinary text: read as the special token it would teach the model that masks
-    occur in prose, and any page could inject document ends. The check after each batch holds the tokenizer to it.
-
-    Raises:
-        ValueError: the tokenizer turned text into a special token all the same.
-    """
-
-    def __init__(self, tok: PreTrainedTokenizerFast) -> None:
-        self._name = _name(tok)
-        self._backend: Any = type(tok.backend_tokenizer).from_str(tok.backend_tokenizer.to_str())
-        self._backend.encode_special_tokens = True  # "encode them like any other text"
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._is_special = np.zeros(vocab_size(tok), dtype=bool)
-        self._is_special[sorted(forbidden_ids(tok))] = True
-
-    def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One (L,) uint16 array per text; L is 0 for an empty text."""
-        arrays = [np.array(encoding.ids, dtype=np.uint16)
-                  for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        if arrays:
-            ids = np.concatenate(arrays)
-            hits = self._is_special[ids]
-            if hits.any():
-                raise ValueError(f"tokenizer {self._name}: it turned ordinary text into its special token "
-                                 f"{int(ids[hits][0])} ({self._backend.id_to_token(int(ids[hits][0]))!r}); text must "
-                                 "never give one. Mark that token special=True in tokenizer.json, or use another")
-        return arrays
-
-
-def encode_batch(tok: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[np.ndarray]:
-    """`PlainEncoder(tok)(texts)`; for many batches keep the encoder, building one copies the vocabulary."""
-    return PlainEncoder(tok)(texts)
-
-
 def fingerprint(tok: PreTrainedTokenizerFast) -> dict[str, Any]:
     """A manifest's tokenizer block: name, vocab_size, special_ids and two sha256.
 
     vocab_sha256 covers every (token, id); probe_sha256 the ids of a fixed text, hence merges, normalizer and
     pre-tokenizer. Neither depends on template, truncation or padding: an encoder's and a decoder's are equal.
     """
+    backend: Any = type(tok.backend_tokenizer).from_str(tok.backend_tokenizer.to_str())
+    backend.encode_special_tokens = True  # a literal "[MASK]" in a text is ordinary text
+    backend.no_truncation()
+    backend.no_padding()
+    probe = np.array(backend.encode(_PROBE, add_special_tokens=False).ids, "<u2")
+    if found := forbidden_ids(tok).intersection(probe.tolist()):
+        raise ValueError(f"tokenizer {_name(tok)}: text must never give a special token, got "
+                         f"{backend.id_to_token(min(found))!r} from one written out; mark it special=True in "
+                         "tokenizer.json, or use another")
     vocab = sorted(tok.get_vocab().items())
-    probe = encode_batch(tok, [_PROBE])[0]
     return {"name": _name(tok), "vocab_size": vocab_size(tok), "special_ids": special_ids(tok),
             "vocab_sha256": hashlib.sha256(json.dumps(vocab).encode()).hexdigest(),
-            "probe_sha256": hashlib.sha256(probe.astype("<u2").tobytes()).hexdigest()}
+            "probe_sha256": hashlib.sha256(probe.tobytes()).hexdigest()}
 
 
 def check(tok: PreTrainedTokenizerFast, manifest_block: dict[str, Any]) -> None:

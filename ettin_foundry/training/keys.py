@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ettin_foundry.data.stream import DATASET_KEYS
 from ettin_foundry.model.config import EttinConfig
 
-__all__ = ["BLOCK_KEYS", "CALLBACK_KEYS", "DATASET_KEYS", "LOADER_KEYS", "MODEL_KEYS", "check_host_only",
+__all__ = ["BLOCK_KEYS", "CALLBACK_KEYS", "LOADER_KEYS", "MODEL_KEYS", "check_host_only",
            "check_inert", "check_keys"]
 
 _DERIVED = ("causal", "max_position_embeddings")  # follow from objective and max_seq_len
@@ -23,7 +24,6 @@ MODEL_KEYS = {"ettin": _MODEL}
 LOADER_KEYS = ("dataset", "objective", "max_seq_len", "mask_rate", "packing", "shuffle", "shuffle_seed", "shuffle_window",
                "batch_size_warmup", "num_workers", "prefetch_factor", "pin_memory", "persistent_workers", "timeout")
 _TRAINING_ONLY = ("batch_size_warmup",)
-DATASET_KEYS = ("local", "split", "remote", "cache_limit", "on_bad_shard")
 _BY_HOST = ("disable_grad", "param_groups")  # of every optimizer, taken out by LLM-Foundry
 BLOCK_KEYS = {
     "optimizer": {"ettin_stable_adamw": ("lr", "betas", "eps", "weight_decay", "max_lr", *_BY_HOST)},

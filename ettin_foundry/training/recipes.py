@@ -16,9 +16,9 @@ from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
 from omegaconf.errors import OmegaConfBaseException
 
-__all__ = ["configure", "merge", "read", "resolved", "rows_from_tokens"]
+from ettin_foundry import program_folder
 
-HERE = Path(__file__).resolve().parents[2]  # the clone, when it is one: recipes are looked for in its yamls/
+__all__ = ["configure", "merge", "read", "resolved", "rows_from_tokens"]
 
 
 def merge(base: Any, over: Any) -> Any:
@@ -37,7 +37,8 @@ def merge(base: Any, over: Any) -> Any:
 def read(path: str) -> dict[str, Any]:
     """One YAML file, interpolations left as they are."""
     if not Path(path).is_file():
-        known = ", ".join(sorted(p.relative_to(HERE).as_posix() for p in (HERE / "yamls").rglob("*.yaml")))
+        here = program_folder()
+        known = ", ".join(sorted(p.relative_to(here).as_posix() for p in (here / "yamls").rglob("*.yaml")))
         raise FileNotFoundError(f"{path}: no such file. Arguments are YAML files and key=value; recipes here: {known}")
     try:
         config = om.load(path)

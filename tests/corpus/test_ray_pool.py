@@ -20,21 +20,16 @@ from pathlib import Path
 import pool_jobs
 import pytest
 from converting import files_of, run, write_corpus
-from pool_jobs import Job
+from pool_jobs import jobs
 
-from ettin_foundry.corpus.executors import WorkerTraceback
+from ettin_foundry.corpus.executors import WorkerDeath, run_tasks
 from ettin_foundry.corpus.progress import Board, Tick
-from ettin_foundry.corpus.ray_pool import run_tasks_ray
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
 
-def jobs(number: int, folder: Path | str = "", text: str = "") -> list[Job]:
-    return [Job(n, str(folder), text) for n in range(number)]
-
-
 def ray_processes() -> list[str]:
-    """Command lines of Ray's processes that descend from this one, or did before they were orphaned."""
+    """Command lines of Ray's processes that were started here."""
     found = subprocess.run(["ps", "-eo", "stat=,args="], capture_output=True, text=True).stdout.splitlines()
     return [line for line in found if not line.startswith("Z") and os.environ["RAY_TMPDIR"] in line]
 
@@ -55,8 +50,9 @@ def _small_ray() -> Iterator[None]:
     """A folder of its own for Ray's files, short because they hold sockets, and nothing that calls home."""
     patch = pytest.MonkeyPatch()
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
+    here = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
     for name, value in {"RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled",
-                        "RAY_DEDUP_LOGS": "0"}.items():
+                        "RAY_DEDUP_LOGS": "0", "PYTHONPATH": here}.items():
         patch.setenv(name, value)
     patch.delenv("RAY_ADDRESS", raising=False)
     yield
@@ -72,7 +68,7 @@ def _small_ray() -> Iterator[None]:
 def test_a_worker_killed_mid_way_costs_no_result_and_ray_is_stopped_at_the_end(tmp_path: Path,
                                                                                caplog: pytest.LogCaptureFixture) -> None:
     """Job 1 hangs in its first try until its process is killed from outside."""
-    board, killed, over = Board("test", 0, 2), [], threading.Event()
+    board, killed, over = Board("test", 0), [], threading.Event()
 
     def kill() -> None:
         while not killed and not over.is_set():
@@ -85,12 +81,11 @@ def test_a_worker_killed_mid_way_costs_no_result_and_ray_is_stopped_at_the_end(t
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        found = list(run_tasks_ray(pool_jobs.standing_still, jobs(12, tmp_path), workers=2, board=board))
+        found = run_tasks(pool_jobs.standing_still, jobs(12, tmp_path), workers=2, board=board, ray=True)
     finally:
         over.set()
         killer.join()
-    assert sorted(found) == [(job, job.number ** 2) for job in jobs(12, tmp_path)]
-    assert board.total == Tick(12, 120, 1200, 12_000) and not board.alive
+    assert found == [n ** 2 for n in range(12)] and board.total == Tick(12, 120, 1200, 12_000)
     assert f"worker {killed[0]} on {socket.gethostname()} died (WorkerCrashedError" in caplog.text
     assert "in file-1; its task job-1 begins again, try 2 of 3" in caplog.text
     assert not ray.is_initialized()
@@ -106,19 +101,18 @@ def cluster(_small_ray: None) -> None:
 @pytest.mark.usefixtures("cluster")
 def test_errors_logs_and_hopeless_tasks_are_as_in_a_local_pool(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    board = Board("test", 0, 2)
+    options = {"workers": 2, "board": Board("test", 0), "ray": True}
     with pytest.raises(FileNotFoundError, match="no such corpus") as raised:
-        list(run_tasks_ray(pool_jobs.raising, jobs(3, tmp_path)[::-2], workers=2, board=board))
-    assert raised.value.filename == "/data/corpus.jsonl"
-    assert isinstance(raised.value.__cause__, WorkerTraceback) and "job-2" in str(raised.value.__cause__)
+        run_tasks(pool_jobs.raising, jobs(3, tmp_path)[::-2], **options)  # type: ignore[arg-type]
+    assert raised.value.filename == "/data/corpus.jsonl" and "in raising" in str(raised.value.__cause__)
     assert list(tmp_path.glob("tidied.0.*"))  # the other one was ended, and could clean up
-    with pytest.raises(RuntimeError, match="task job-3: 2 workers died in it, the last of WorkerCrashedError .* in file-3"):
-        list(run_tasks_ray(pool_jobs.dying, jobs(4, tmp_path, "9"), workers=2, board=board, tries=2))
+    with pytest.raises(WorkerDeath, match="task job-3: 2 workers died in it, the last of WorkerCrashedError.* in file-3"):
+        run_tasks(pool_jobs.dying, jobs(4, tmp_path, "9"), tries=2, **options)  # type: ignore[arg-type]
     assert len(list(tmp_path.glob("try.3.*"))) == 2
-    (_, (_, _, environment)), = run_tasks_ray(pool_jobs.logging_and_modules, jobs(1), workers=2, board=board)
+    (_, environment), = run_tasks(pool_jobs.looking_around, jobs(1), **options)  # type: ignore[arg-type]
     assert environment["RAYON_NUM_THREADS"] == "1"
     assert "job 0\nsays so" in {record.getMessage() for record in caplog.records if record.name == "pool_jobs"}
-    assert ray.is_initialized() and not board.alive
+    assert ray.is_initialized()
 
 
 @pytest.mark.usefixtures("cluster")
@@ -152,13 +146,11 @@ def test_no_cluster_at_the_address_is_said_at_once(monkeypatch: pytest.MonkeyPat
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{closed.getsockname()[1]}"
-        begin = time.monotonic()
-        with pytest.raises(ConnectionError, match=f"--ray-address: {address} given.*HOST:PORT.*Leave it out"):
-            list(run_tasks_ray(pool_jobs.square, jobs(1), workers=1, board=Board("", 0, 1), address=address))
-        assert time.monotonic() - begin < 5
+        with pytest.raises(ConnectionError, match=f"--ray-address must be HOST:PORT .*got {address}"):
+            run_tasks(pool_jobs.in_steps, jobs(1), workers=1, board=Board("", 0), ray=True, ray_address=address)
 
 
 def test_missing_ray_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r"--executor: ray given.*pip install 'ettin-foundry\[ray\]'"):
-        run_tasks_ray(pool_jobs.square, jobs(1), workers=1, board=Board("", 0, 1))
+    with pytest.raises(ValueError, match=r"--executor.*pip install 'ettin-foundry\[ray\]'"):
+        run_tasks(pool_jobs.in_steps, jobs(1), workers=1, board=Board("", 0), ray=True)

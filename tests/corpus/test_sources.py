@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from s3_server import S3Server
-from text_files import PACKERS, content, pair
+from text_files import PACKERS, content, pair, read_all
 
-from ettin_foundry.corpus.readers import read_parts, read_source
+from ettin_foundry.corpus.readers import read_parts
 from ettin_foundry.corpus.sources import Meter, Part, Source, SourceFile, file_kind, find_source, part_bytes, plan_parts
 
 
@@ -132,7 +132,7 @@ def test_units_together_read_what_the_source_holds(tmp_path: Path) -> None:
         lines = [json.dumps({"text": "x" * rng.randint(0, 60)}) for _ in range(rng.randint(0, 40))]
         (tmp_path / f"{number}.jsonl").write_text("\n".join(lines))
     source = find_source(str(tmp_path))
-    whole = list(read_source(source, Meter()))
+    whole = list(read_all(source))
     for unit_bytes in (1, 50, 333, 10**6):
         meter, found = Meter(), []
         for unit in plan_parts(source, unit_bytes):
@@ -153,7 +153,7 @@ def test_bucket_is_a_corpus_like_a_folder(server: S3Server, tmp_path: Path, capl
     assert (there.files, there.name, there.root) == (here.files, "lang=en", "s3://corpus/lang=en")
     assert len(server.requests) == 1 and "1 of 3 files are not read, the first is x.csv" in caplog.text
     assert find_source(server.url("lang=en") + "/").files == here.files
-    assert list(read_source(there, Meter())) == list(read_source(here, Meter()))
+    assert list(read_all(there)) == list(read_all(here))
     one = find_source("one=" + server.url("lang=en/b.jsonl"), licence="MIT")
     assert one == Source("one", server.url("lang=en/b.jsonl"), (SourceFile("b.jsonl", 32),), "s3://corpus/lang=en", "MIT")
     assert find_source(server.url()).name == "corpus" and len(find_source(server.url()).files) == 3
@@ -173,9 +173,9 @@ def test_reading_from_a_bucket_survives_lost_connections(server: S3Server, monke
             source = find_source(server.url(f"in/a{kind}{packing}"))
             server.fail(lambda request: (request.range or "").startswith("bytes=300-"), times=2)
             server.cut(lambda request: request.range is not None, times=2, after=100)
-            assert "".join(pair(document)[1] for document in read_source(source, Meter())) == "".join(texts)
+            assert "".join(pair(document)[1] for document in read_all(source)) == "".join(texts)
             assert not any(fault.times for fault in server.faults)
             server.fail(lambda request: (request.range or "").startswith("bytes=300-"), times=99)
             with pytest.raises(ConnectionError, match="no answer after 5 tries"):
-                list(read_source(source, Meter()))
+                list(read_all(source))
             server.clear()

@@ -227,7 +227,7 @@ def test_start_of_a_2t_token_set_reads_the_manifest_only():
 
 def test_row_counts_missing_in_the_manifest_are_computed_and_logged(caplog):
     stated, computed = small_set(rows_at=(96,)), small_set(rows_at=())
-    with caplog.at_level(logging.INFO, logger="ettin_foundry.data.shard_rows"):
+    with caplog.at_level(logging.INFO, logger="ettin_foundry.data.order"):
         orders = [make(data, max_seq_len=96) for data in (stated, computed)]
     assert [record.message for record in caplog.records if "no packed row counts for max_seq_len=96" in record.message]
     assert len(caplog.records) == 1
@@ -238,7 +238,7 @@ def test_shard_that_contradicts_the_manifest_stops_naming_the_shard():
     data = small_set()
     data._rows[T][4] += 1
     order = make(data)
-    with pytest.raises(ValueError, match=r"shard 4 .*rows.*manifest says.*convert it again"):
+    with pytest.raises(ValueError, match=r"shard 4 .*rows.*manifest states"):
         epoch_rows(order, 0)
 
 

@@ -106,7 +106,7 @@ def test_an_unknown_gpu_is_refused_with_the_known_ones(text):
     ({}, "3xH100", r"global_train_batch_size: 1024 given, --gpus is 3x H100"),
     ({"device_train_microbatch_size": 300}, "4xH100", r"device_train_microbatch_size: 300 given; 1 to 256"),
     ({"device_train_microbatch_size": 0}, "4xH100", r"device_train_microbatch_size: 0 given; 1 to 256"),
-    ({"train_loader": {"batch_size_warmup": {"min_size": 18, "tokens": "1000tok"}}}, "4xH100", r"min_size: 18 given"),
+    ({"train_loader": {"batch_size_warmup": {"min_size": 18, "tokens": "1000tok"}}}, "4xH100", r"min_size must .*got 18"),
 ])
 def test_a_batch_that_the_gpus_cannot_divide_is_refused(changes, gpus, message):
     cfg = recipe("150m", "enc", "decay")

@@ -235,7 +235,7 @@ def test_batch_sizes_are_held_to_the_number_of_processes(ready, monkeypatch):
     ready.update(device_train_microbatch_size=8, fsdp_config={})
     checks.check_machine(ready)
     put(ready, "train_loader.batch_size_warmup", {"min_size": 16, "tokens": "0.25dur"})
-    with pytest.raises(ValueError, match="device_train_microbatch_size: 8 given, .*min_size is 16, which is 4 rows"):
+    with pytest.raises(ValueError, match="device_train_microbatch_size must divide the 4 rows .*got 8"):
         checks.check_machine(ready)
     ready.update(device_train_microbatch_size=4)
     assert checks.check_config(ready)["train_loader"]["batch_size_warmup"] == {"min_size": 16, "tokens": 1_000_000}

@@ -1,21 +1,17 @@
-"""Work for the tests of pool.py and ray_pool.py: workers import it by name, as they do a converter's."""
+"""Tasks for the tests of executors.py and ray_pool.py; workers import this module."""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
-import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 from ettin_foundry.corpus.executors import Report
 from ettin_foundry.corpus.progress import Tick
-
-log = logging.getLogger("pool_jobs")
 
 
 class Job(NamedTuple):
@@ -36,21 +32,15 @@ class Job(NamedTuple):
         return before + 1
 
 
-def square(job: Job, report: Report) -> int:
-    report(Tick(1, 10, 100, 1000, f"file-{job.number}"))
-    return job.number ** 2
+def jobs(number: int, folder: Path | str = "", text: str | bytes = "") -> list[Job]:
+    return [Job(n, str(folder), text) for n in range(number)]
 
 
-def leaving_word(job: Job, report: Report) -> int:
-    job.trace("over")
-    return job.number ** 2
-
-
-def in_steps(job: Job, report: Report) -> tuple[int, int]:
+def in_steps(job: Job, report: Report) -> int:
     for _ in range(5):
         time.sleep(0.004)
         report(Tick(1, 10, 100, 1000, f"file-{job.number}"))
-    return job.number ** 2, os.getpid()
+    return job.number ** 2
 
 
 def dying(job: Job, report: Report) -> int:
@@ -65,23 +55,6 @@ def dying(job: Job, report: Report) -> int:
     return job.number ** 2
 
 
-def leaving_a_child(job: Job, report: Report) -> int:
-    """Dies the first time, while a child of its own keeps the worker's socket open."""
-    if job.number == 1 and job.trace("death") == 1:
-        if os.fork() == 0:
-            time.sleep(20)
-            os._exit(0)
-        os._exit(9)
-    return job.number ** 2
-
-
-def dying_afterwards(job: Job, report: Report) -> int:
-    """Is done, and the first time kills its worker shortly after that."""
-    if job.trace("done") == 1:
-        threading.Timer(0.03, os._exit, (9,)).start()
-    return job.number ** 2
-
-
 class Awkward(Exception):
     """Cannot be unpickled: its argument is not the one that it was made with."""
 
@@ -91,11 +64,10 @@ class Awkward(Exception):
 
 def raising(job: Job, report: Report) -> int:
     """Job 2 raises when job 0 is under way; the others say in their folder when they were ended tidily."""
-    report(Tick(1, 10, 100, 1000, f"file-{job.number}"))
+    report(Tick(where=f"file-{job.number}"))
     if job.number == 2:
-        while job.text != "alone" and not list(Path(job.folder).glob("begun.0.*")):
+        while not list(Path(job.folder).glob("begun.0.*")):
             time.sleep(0.01)
-        time.sleep(0.1)
         if job.text == "awkward":
             raise Awkward(7)
         if job.text == "unpicklable":
@@ -110,40 +82,17 @@ def raising(job: Job, report: Report) -> int:
         job.trace("tidied")
 
 
-def sleeping(job: Job, report: Report) -> int:
-    report(Tick(where=f"file-{job.number}"))
-    Path(job.folder, f"pid.{os.getpid()}").touch()
-    time.sleep(20)
-    return 0
-
-
 def standing_still(job: Job, report: Report) -> int:
-    """Job 1 hangs the first time: asleep, or stopped so that it cannot even say where it is."""
+    """Job 1 hangs the first time: asleep, or stopped so that it cannot hear."""
     report(Tick(1, 10, 100, 1000, f"file-{job.number}"))
     if job.number == 1 and job.trace("hang") == 1:
         if job.text == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
-        time.sleep(1.2 if job.text == "slow" else 20)
+        time.sleep(20)
     return job.number ** 2
 
 
-def logging_and_modules(job: Job, report: Report) -> tuple[float, list[str], dict[str, str]]:
-    begun = time.time()
-    log.debug("unheard %d", job.number)
-    log.info("job %d\nsays so", job.number)
-    log.info("all say so")
-    try:
-        raise ValueError("of the worker")
-    except ValueError:
-        log.warning("caught", exc_info=True)
-    return begun, sorted(sys.modules), dict(os.environ)
-
-
-def echo(job: Job, report: Report) -> bytes:
-    return bytes(job.text)[::-1]  # type: ignore[arg-type]
-
-
-def with_helper(job: Job, report: Report) -> str:
-    """A task may use processes of its own, and Ctrl-C reaches these."""
-    program = "import signal; print(signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, []))"
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+def looking_around(job: Job, report: Report) -> tuple[list[str], dict[str, str]]:
+    logging.getLogger("pool_jobs").info("all say so")
+    logging.getLogger("pool_jobs").info("job %d\nsays so", job.number)
+    return sorted(sys.modules), dict(os.environ)
