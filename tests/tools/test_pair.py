@@ -71,7 +71,7 @@ def verdicts(report):
     ({"optimizer.max_lr": 3e-3}, {"optimizer.betas": ..., "optimizer.eps": ...}),
     ({"optimizer.weight_decay": 0}, {"optimizer.weight_decay": ...}),
     ({"train_loader.shuffle_window": 16, "train_loader.shuffle_seed": 21}, {"train_loader.shuffle_seed": ...}),
-    ({"train_loader.dataset.remote": None}, {"train_loader.dataset.on_bad_shard": "stop"}),
+    ({"train_loader.dataset.remote": None}, {}),
     ({"train_loader.mask_rate": 0.3}, {"train_loader.mask_rate": [{"rate": 0.3}]}),
     ({"train_loader.mask_rate": [{"until": "2_000_000tok", "rate": 0.3}, {"rate": 0.1}]},
      {"train_loader.mask_rate": [{"until": "0.5dur", "rate": 0.3}, {"until": "1dur", "rate": 0.1}]}),
