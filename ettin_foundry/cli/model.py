@@ -75,7 +75,7 @@ def import_(folder: Annotated[Path, typer.Argument(help="Hugging Face folder of 
 
 
 def average(paths: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT... OUT.pt", help="Checkpoints of one phase of "
-                                                        "one recipe, or with --last a save folder; last, the file to write.")],
+                                                        "one recipe, or with --last a save folder; then the file.")],
             last: Annotated[int | None, typer.Option(min=1, help="The K newest complete checkpoints of the folder.")] = None,
             weights: Annotated[str | None, typer.Option(help="One number above 0 for each checkpoint, such as 1,1,2; they "
                                                         "need not sum to 1.")] = None,

@@ -59,7 +59,7 @@ class Report:
         order = (UNFAIR, HARMLESS, OBJECTIVE)
         found = sorted(self.differences, key=lambda d: (order.index(d.verdict), d.key))
         rows = [("verdict", "key", *self.names, "why")]
-        rows += [(d.verdict, d.key, _shown(d.a), _shown(d.b), f"{d.where}: {d.reason}" if d.where else d.reason) for d in found]
+        rows += [(d.verdict, d.key, _shown(d.a), _shown(d.b), f"{d.where}: {d.reason}".removeprefix(": ")) for d in found]
         widths = [*(max(map(len, column)) for column in list(zip(*rows))[:4]), 0]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows if found]
         counts = [f"{sum(d.verdict == verdict for d in found)} {verdict}" for verdict in order]
@@ -205,7 +205,7 @@ def _compare_data(a: Meaning, b: Meaning) -> tuple[list[Difference], list[str]]:
 
 # ------------------------------------------------------------------ chains of phases
 
-_MODEL_KEYS = ("model.size", "model.vocab_size", "model.global_attn_every_n_layers", "model.local_attention", "model.norm_eps")
+_MODEL_KEYS = [f"model.{key}" for key in ("size", "vocab_size", "global_attn_every_n_layers", "local_attention", "norm_eps")]
 _Found = Iterator[tuple[str, Any, Any, str]]
 
 
@@ -260,7 +260,7 @@ def _check_model(past: Sequence[Meaning], now: Meaning) -> _Found:
     if None not in names and names[0] != names[1]:
         yield "tokenizer.name", *own, "the embedding's rows would stand for other tokens"
     if now.values["max_seq_len"] < before.values["max_seq_len"]:
-        yield from _changed(["max_seq_len"], before, now, "rows shrink: what was learnt about long documents is not trained on")
+        yield from _changed(["max_seq_len"], before, now, "rows shrink: long documents are not trained on any more")
 
 
 def _check_theta(past: Sequence[Meaning], now: Meaning) -> _Found:

@@ -290,7 +290,7 @@ def plan_runs(stages: Sequence[tuple[str, dict[str, Any]]], *, gpus: str | None 
             if (model := (cfg.get("model") or {}).get("name")) != "ettin":
                 raise ValueError(f"model.name must be ettin to be planned, got {model!r}; start from a recipe in yamls/")
             check_settings(cfg)
-            (num_gpus, gpu), rows = _machine(cfg, gpus), cfg["global_train_batch_size"]
+            num_gpus, rows = _machine(cfg, gpus)[0], cfg["global_train_batch_size"]
             micro, warmup = cfg["device_train_microbatch_size"], cfg["train_loader"].get("batch_size_warmup")
             if rows % num_gpus or (isinstance(micro, int) and micro > rows // num_gpus):
                 raise ValueError(f"global_train_batch_size must be a multiple of the {num_gpus} GPUs with at least "

@@ -1,16 +1,19 @@
 """What a finished suite has made: Hugging Face folders, their losses under every objective, samples, a table and pictures.
 
 Everything is read from the stages' newest checkpoints and from what their runs logged (steps.jsonl), so the report may be
-made again at any time. Written into the suite's root: models/NAME, report.json, report.md, losses.png, and a picture of
-each run whose objective changes. What cannot be had (a run without a log, an evaluation that is refused) is replaced by the
-reason.
+made again at any time. Written into the suite's root: models/NAME, report.json, report.md, losses.png. What is
+missing (the log of a run, an evaluation that is refused) is replaced by the reason.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from rich.console import Console
+from rich.markdown import Markdown
 
 from ettin_foundry.data.quantities import format_count, format_duration
 from ettin_foundry.data.tokenizer import load as load_tokenizer
@@ -19,7 +22,7 @@ from ettin_foundry.hub.load import LoadedModel, build_model, load_model
 from ettin_foundry.model.config import MASKED_OBJECTIVES
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
 from ettin_foundry.tools.evaluate import evaluate
-from ettin_foundry.tools.pictures import LoggedRun, draw_losses, draw_run
+from ettin_foundry.tools.pictures import LoggedRun, draw_losses
 from ettin_foundry.tools.suite import Samples, Stage, Suite
 from ettin_foundry.tools.suite_run import compare_pair, say, stage_state
 from ettin_foundry.training.steps import read_steps
@@ -53,22 +56,18 @@ def write_report(suite: Suite, fairness: Mapping[str, Mapping[str, Any]], *, sec
         except FileNotFoundError as error:
             pairs[pair]["missing"] = str(error)
     models = [_make_model(suite, name, suite.stage(stage)) for name, stage in suite.exports.items()]
-    pictures = []
     if runs:
-        pictures.append("losses.png")
         draw_losses(runs, {model["model"]: model["evaluation"] for model in models if model["evaluation"]},
                     suite.root / "losses.png", f"{suite.name}: the same rows in the same order" if pairs else suite.name)
-    for run in runs:
-        if len(run.objectives) > 1:
-            pictures.append(f"{run.name}.png")
-            draw_run(run, suite.root / pictures[-1])
     trained = sum(facts["seconds"] or 0 for facts in stages)
     report = {"name": suite.name, "suite": suite.path, "root": str(suite.root), "stages": stages, "pairs": pairs,
               "fairness": fairness, "allowed_unfair": [key for key, entry in fairness.items() if not entry["fair"]],
-              "models": models, "pictures": pictures, "training_seconds": trained, "seconds": round(seconds, 1)}
+              "models": models, "pictures": ["losses.png"] if runs else [], "training_seconds": trained,
+              "seconds": round(seconds, 1)}
     (suite.root / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     (suite.root / "report.md").write_text("\n".join(_markdown(suite, report)) + "\n", encoding="utf-8")
-    _print(suite, report)
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(Markdown("\n".join(_models(suite, report))))
     return (f"{suite.name}: {len(stages)} stages, {sum(facts['tokens'] for facts in stages):,} tokens in "
             f"{format_duration(trained)} of training; {len(models)} models in {suite.root / 'models'}, report in "
             f"{suite.root / 'report.md'}; this call took {format_duration(seconds)}")
@@ -94,7 +93,7 @@ def _read_stage(stage: Stage) -> tuple[dict[str, Any], LoggedRun | None]:
     facts |= {"steps": len(steps), "seconds": round(seconds, 1), "first_loss": round(losses[0], 4),
               "last_loss": round(sum(last) / len(last), 4),
               "tokens_per_second": round(state.tokens / seconds) if seconds else None}
-    return facts, LoggedRun(stage.name, stage.source, state.record["objective"], steps, state.tokens)
+    return facts, LoggedRun(stage.name, stage.source, steps, state.tokens)
 
 
 def _objective(record: Mapping[str, Any]) -> str:
@@ -130,46 +129,47 @@ def _samples(loaded: LoadedModel, wanted: Samples) -> list[str]:
     model = build_model(loaded, load_tokenizer(loaded.tokenizer_name()))
     if loaded.config.causal:
         return [prompt + rest for prompt, rest in zip(texts, model.generate(texts, max_new_tokens=24))]
-    return [f"{text} -> {', '.join(repr(token) for token, _ in best[:4])}" for text, best in zip(texts, model.fill_mask(texts))]
+    return [f"{text} -> {', '.join(repr(token) for token, _ in best[:4])}"
+            for text, best in zip(texts, model.fill_mask(texts))]
 
 
 # ------------------------------------------------------------------ text
 
 
-def _model_rows(suite: Suite, report: Mapping[str, Any]) -> list[list[str]]:
-    """A row a model, a column an objective, the header first."""
-    wanted = suite.evaluation
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    header, *rest = [f"| {' | '.join(row)} |" for row in rows]
+    return [header, "|" + "---|" * len(rows[0]), *rest, ""]
+
+
+def _models(suite: Suite, report: Mapping[str, Any]) -> list[str]:
+    """Markdown: a row a model and a column an objective, then samples, and what is missing with its reason."""
+    wanted, lines = suite.evaluation, []
     names = [] if wanted is None else list(wanted.objectives)
     titles = [f"{name} {wanted.mask_rate:.0%}" if wanted and name in MASKED_OBJECTIVES else name for name in names]
     rows = [["model", "objective", "tokens", *(f"{title}: loss (accuracy)" for title in titles)]]
     for model in report["models"]:
-        kinds = [part["objective"] for part in model["chain"]]
-        changes = [kind for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
+        objectives = [name for name, _ in itertools.groupby(part["objective"] for part in model["chain"])]
         losses = [f"{value['loss']:.3f} ({value['accuracy']:.1%})" for value in model["evaluation"].values()]
-        rows.append([model["model"], ", then ".join(changes),
+        rows.append([model["model"], ", then ".join(objectives),
                      " + ".join(format_count(part["tokens"]) for part in model["chain"]), *(losses or ["-"] * len(names))])
-    return rows
-
-
-def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    header, *rest = [f"| {' | '.join(row)} |" for row in rows]
-    return [header, "|" + "---|" * len(rows[0]), *rest, ""]
+        if model["samples"]:
+            lines += [f"**{model['model']}**", "", *(f"- `{sample!r}`" for sample in model["samples"]), ""]
+    entries = [(entry["stage"], entry) for entry in report["stages"]] + [(m["model"], m) for m in report["models"]]
+    entries += list(report["pairs"].items())
+    missing = [f"- {name}: {entry['missing']}" for name, entry in entries if "missing" in entry]
+    return [*(_table(rows) if report["models"] else []), *lines, *missing]
 
 
 def _markdown(suite: Suite, report: Mapping[str, Any]) -> list[str]:
     lines = [f"# {suite.name}", ""]
     if report["allowed_unfair"]:
         lines += ["**Not a fair comparison**, and allowed by hand (--allow-unfair); what differs is at the end.", ""]
-    if report["models"]:
-        lines += _markdown_table(_model_rows(suite, report))
+    lines += _models(suite, report)
     if (wanted := suite.evaluation) is not None:
         part = "whole" if wanted.max_batches is None else f"its first {wanted.max_batches} batches"
-        lines += [f"Losses in nats per target on the validation split of {wanted.data} ({part}), the same targets for every "
-                  "model. Under clm a model sees the past only, under the others both sides, whatever it was trained on.", ""]
+        lines += ["", f"Losses in nats per target on the validation split of {wanted.data} ({part}), the same targets for "
+                  "every model. Under clm a model sees the past only, under the others both sides.", ""]
     lines += [f"![{name}]({name})" for name in report["pictures"]] + [""]
-    for model in report["models"]:
-        if model["samples"]:
-            lines += [f"**{model['model']}**", "", *(f"- `{sample!r}`" for sample in model["samples"]), ""]
 
     def cell(value: Any, form: str) -> str:
         return "-" if value is None else format(value, form)
@@ -178,36 +178,9 @@ def _markdown(suite: Suite, report: Mapping[str, Any]) -> list[str]:
     rows += [[f["stage"], f["from"] or "initialisation", f["objective"], f"{f['tokens']:,}", cell(f["steps"], ","),
               cell(f["tokens_per_second"], ","), cell(f["first_loss"], ".3f"), cell(f["last_loss"], ".3f")]
              for f in report["stages"]]
-    lines += _markdown_table(rows)
-    for pair, entry in report["pairs"].items():
-        steps = entry.get("steps_with_equal_rows")
-        read = entry.get("missing") or f"read the same rows at each of {steps:,} steps"
-        lines.append(f"- {pair}: {', '.join(entry['members'])} {read}.")
-    lines += [f"- {line}" for line in _missing(report)]
+    lines += _table(rows)
+    lines += [f"- {pair}: {', '.join(entry['members'])} read the same rows at each of {entry['steps_with_equal_rows']:,} "
+              "steps." for pair, entry in report["pairs"].items() if "steps_with_equal_rows" in entry]
     for key, entry in report["fairness"].items():
         lines += ["", f"{key}:", "```", entry["findings"], "```"]
     return [*lines, "", f"{format_duration(report['training_seconds'])} of training."]
-
-
-def _missing(report: Mapping[str, Any]) -> list[str]:
-    entries = [(entry.get("stage"), entry) for entry in report["stages"]] + [(m["model"], m) for m in report["models"]]
-    return [f"{name}: {entry['missing']}" for name, entry in entries if "missing" in entry]
-
-
-def _print(suite: Suite, report: Mapping[str, Any]) -> None:
-    """The table of models and their samples, on standard output."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if Console().is_terminal else 160)
-    if report["models"]:
-        header, *rows = _model_rows(suite, report)
-        table = Table(*header, title=suite.name)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    for model in report["models"]:
-        for i, sample in enumerate(model["samples"]):
-            console.print(*([f"{model['model']}:"] if i == 0 else []), f"  {sample!r}", sep="\n", markup=False, highlight=False)
-    for line in _missing(report):
-        console.print(line, markup=False, highlight=False)

@@ -200,8 +200,8 @@ def compare_pair(members: Sequence[Stage]) -> int:
         step = compare_steps(first.folder, other.folder)
         if step is not None:
             raise ValueError(f"pair {first.pair}: {first.name} and {other.name} did not read the same rows at step {step} "
-                             f"({first.folder / STEPS}, {other.folder / STEPS}), so they cannot be compared; move the folder "
-                             "of the wrong one away and run the suite again")
+                             f"({first.folder / STEPS}, {other.folder / STEPS}), so they cannot be compared; move the "
+                             "folder of the wrong one away and run the suite again")
     return len(read_steps(first.folder)) if others else 0
 
 
