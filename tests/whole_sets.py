@@ -1,4 +1,4 @@
-"""Converted sets for the tests of verify, show and the data card, and ways to damage a copy of one."""
+"""Converted datasets for the tests of verify, show and the data card, and ways to damage a copy of one."""
 
 from __future__ import annotations
 
@@ -9,39 +9,33 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from converting import options, write_corpus
 
 from ettin_foundry.corpus.convert import convert
 from ettin_foundry.data.shards import MDSSplit
 
 SOURCES = ("wiki", "code")
-UNIT = 6_000  # bytes of input: two units a source
-SHARD = "2kb"  # several shards a unit, documents going on from one into the next
 
 
 @functools.lru_cache(maxsize=4)
 def whole_set(tokenizer_dir: Path, compression: str | None = None) -> Path:
-    """Two sources, train and validation, several units and shards of each; lies in pytest's folder. Not to be changed."""
+    """Two sources, train and validation, several units and shards of each. Not to be changed."""
     folder = Path(tempfile.mkdtemp(dir=tokenizer_dir.parent))
     for number, name in enumerate(SOURCES):
         write_corpus(folder / "texts" / name, files=2, documents=25, seed=number, longest=250)
     convert(options(folder / "set", [folder / "texts" / name for name in SOURCES], tokenizer_dir, validation=0.2,
-                    unit_size=UNIT, shard_size=SHARD, compression=compression, licence="cc-by-4.0"))
+                    unit_size=6_000, shard_size="2kb", compression=compression, licence="cc-by-4.0"))
     return folder / "set"
 
 
-def copy_set(tokenizer_dir: Path, folder: Path, *, compression: str | None = None, records: bool = True,
-             card: bool = True) -> Path:
-    """A private copy, to be spoilt; without its plan and records, or its data card, if asked."""
+def copy_set(tokenizer_dir: Path, folder: Path, *, compression: str | None = None, bare: bool = False) -> Path:
+    """A private copy, to be spoilt; bare: without plan, records and data card."""
     out = folder / "set"
     shutil.copytree(whole_set(tokenizer_dir, compression), out)
-    if not records:
+    if bare:
         shutil.rmtree(out / "units")
-        (out / "plan.json").unlink()
-    if not card:
-        (out / "README.md").unlink()
-        (out / "lengths.svg").unlink()
+        for name in ("plan.json", "README.md", "lengths.svg"):
+            (out / name).unlink()
     return out
 
 
@@ -66,25 +60,12 @@ def shards_of(split: Path) -> list[Path]:
 
 
 @functools.lru_cache(maxsize=8)
-def whole_samples(tokenizer_dir: Path, split: str, compression: str | None = None) -> dict[str, list[dict]]:
-    """`samples_of` a whole set."""
-    return samples_of(whole_set(tokenizer_dir, compression) / split)
-
-
 def samples_of(split: Path) -> dict[str, list[dict]]:
-    """Raw shard name -> all samples in it, read sample by sample; packed shards are expanded elsewhere."""
+    """Raw shard name -> all samples in it, read sample by sample from a copy."""
     with tempfile.TemporaryDirectory() as folder:
         data = MDSSplit(shutil.copytree(split, Path(folder) / "copy"))
         return {entry["raw"]["basename"]: [data.sample(shard, index) for index in range(entry["samples"])]
                 for shard, entry in enumerate(data.manifest["shards"])}
-
-
-def histogram(lengths: list[int], chunk_length: int) -> np.ndarray:
-    """Chunks of each length, counted one by one."""
-    counts = [0] * (chunk_length + 1)
-    for length in lengths:
-        counts[length] += 1
-    return np.array(counts)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,337 +1,284 @@
-"""Builds a mixture: converted sets and token budgets to a manifest that points at shards, without copying text.
+"""Builds a mixture: datasets and token budgets to a manifest that points at their shards, without copying text.
 
-A source's budget is filled with whole passes over its set, then with whole shards in a seeded order, then with chunks of
-the next shard in a seeded order, the last of them chosen so that their lengths sum to what is still missing. So a budget
-is met to the token where there are chunks of different lengths, else to within a chunk; more than the tolerance (0.1%)
-away is an error. What is repeated is counted and stated. The order spreads every source evenly over an epoch
-(interleave.py), and passes come one after the other (order.py).
-
-The specification is YAML:
+A source's budget is filled with whole passes over its dataset, then with whole shards in a seeded order, then with
+chunks of the next shard in a seeded order, to the nearest chunk. Repeats are counted and stated. The specification:
 
     phase: decay                  # a mixture of data_prep/sources.yaml ...
-    scale: 0.001                  # ... of which this share is taken (or `tokens:` for a total; all, if neither is given)
-    sets:                         # where each of its sources was converted to: folder (relative to this file) or URL
+    scale: 0.001                  # ... of which this share is taken (or `tokens:` for a total; all without either)
+    sets:                         # where each of its sources was converted to: folder (from this file) or URL
       arxiv: ../sets/arxiv
-      dclm_dolmino: {set: "s3://bucket/web", source: dclm}    # only what that set calls dclm
+      dclm_dolmino: {set: "s3://bucket/web", source: dclm}    # only what that dataset calls dclm
     leave_out: [textbooks]        # sources of the phase that one does without; the others keep their budgets
 
 or, without `phase`, a mixture of one's own: `sets: {wiki: {set: ../sets/wiki, tokens: 3000000000}}`.
-Tokens are those of the sets' manifests: BOS and EOS are not counted. Reading a mixture is mix_set.py's work.
+Tokens are those of the datasets' manifests: BOS and EOS are not counted. data/mixture.py reads what is built.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import uuid
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
+import yaml
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from ettin_foundry.corpus.mix_spec import MixSpec, read_spec
 from ettin_foundry.data.manifest import MANIFEST, open_plain
-from ettin_foundry.data.mixture import (
-    MIX_FORMAT,
-    MIX_VERSION,
-    MixtureSplit,
-    chunk_permutation,
-    name_word,
-    open_split,
-    shared_identity,
-)
+from ettin_foundry.data.mixture import MIX_FORMAT, MIX_VERSION, chunk_permutation, name_word, shared_identity
 from ettin_foundry.data.order import raw_draws
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import is_url, join, open_storage
 from ettin_foundry.version import __version__
 
-__all__ = ["MixtureSplit", "MixSummary", "SourceShare", "build_mix", "open_split"]
-
-_SHARDS = 5  # first word of the seed: what the numbers are for, so that no two uses share a stream; mix_manifest.py has 6
-_END = 64  # chunks of which those are taken that fill the end of a budget best
-_LARGEST_TOKENIZER_FILE = 64 << 20
-
-
-@dataclass(frozen=True)
-class SourceShare:
-    """What one source gives to a mixture, in tokens without BOS and EOS."""
-
-    wanted: int
-    tokens: int
-    chunks: int
-    available: int
-    """Tokens of the source's set, once."""
-    licence: str | None = None
-
-    @property
-    def repeats(self) -> float:
-        """Passes over what is available; above 1 text is repeated."""
-        return self.tokens / self.available
+CATALOGUE = Path(__file__).resolve().parents[2] / "data_prep" / "sources.yaml"
+_SHARDS = 5  # first word of the seed: what the draws are for, so that no two uses share a stream; chunks have 6
+_MAX_TOKENIZER_BYTES = 64 << 20
+_Tokens = Annotated[float, Field(gt=0, le=1e15)]
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
-@dataclass(frozen=True)
-class MixSummary:
-    """What was built."""
+class Entry(BaseModel, extra="forbid"):
+    """Folder or URL of a dataset, what that calls the source (None: all of it), the budget where there is no phase."""
 
-    out: Path
-    sources: dict[str, SourceShare]
-    validation_chunks: int
+    set: str = Field(min_length=1)
+    source: str | None = None
+    tokens: _Tokens | None = None
 
-    @property
-    def tokens(self) -> int:
-        return sum(share.tokens for share in self.sources.values())
 
-    def __str__(self) -> str:
-        width = max(map(len, self.sources))
-        lines = [f"{name:<{width}}  {share.tokens:>17,} tokens  {share.tokens / self.tokens:7.2%}  "
-                 f"{share.tokens / share.wanted - 1:+.4%} of the budget  {share.repeats:.3f} passes"
-                 for name, share in self.sources.items()]
-        return "\n".join([f"{self.out}: {self.tokens:,} tokens; {self.validation_chunks:,} chunks for validation", *lines])
+class MixSpec(BaseModel, extra="forbid"):
+    """A specification as it is written."""
+
+    sets: dict[str, Annotated[Entry, BeforeValidator(lambda x: {"set": x} if isinstance(x, str) else x)]] = Field(
+        min_length=1)
+    phase: str | None = None
+    scale: float | None = Field(None, gt=0, le=1000)
+    tokens: _Tokens | None = None
+    leave_out: list[str] = []
+    catalogue: str | None = None
+
+
+class Catalogue(BaseModel):
+    """data_prep/sources.yaml: facts of each source; billions of tokens by phase and source."""
+
+    sources: dict[str, dict[str, Any]]
+    phases: dict[str, dict[str, Annotated[float, Field(gt=0, le=1e6)]]]
+
+
+def read_yaml(path: Path, model: type[_Model]) -> _Model:
+    """A YAML file as a checked record.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is not YAML, or a key is unknown, missing or out of range.
+    """
+    try:
+        return model.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must be YAML: {' '.join(str(error).split()):.200}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r:.80}; "
+                         f"possible keys are {', '.join(model.model_fields)}") from None
+
+
+def budgets_of(spec: MixSpec, path: Path) -> tuple[dict[str, int], float | None]:
+    """Source -> tokens of a specification at `path`, and the scale of its phase.
+
+    Raises:
+        ValueError: sources and phase do not fit together; names the key.
+    """
+    own = {name: entry.tokens for name, entry in spec.sets.items()}
+    if spec.phase is None:
+        if spec.scale or spec.tokens or spec.leave_out or spec.catalogue or None in own.values():
+            raise ValueError(f"{path}: without phase, sets must be {{NAME: {{set: ..., tokens: ...}}}} and no other key "
+                             "is possible; name a phase, or give each source its tokens")
+        return {name: max(1, round(tokens or 0)) for name, tokens in own.items()}, None
+    phases = read_yaml(path.parent / spec.catalogue if spec.catalogue else CATALOGUE, Catalogue).phases
+    if (wanted := phases.get(spec.phase)) is None:
+        raise ValueError(f"{path}: phase must be one of {', '.join(phases)}, got {spec.phase!r}")
+    names = [*spec.sets, *spec.leave_out]
+    if wrong := {*names, *wanted} - {name for name in wanted if names.count(name) == 1}:
+        raise ValueError(f"{path}: every source of phase {spec.phase} ({', '.join(wanted)}), and no other, must stand "
+                         f"once in sets or leave_out; see {', '.join(sorted(wrong))}")
+    if (spec.scale and spec.tokens) or any(own.values()):
+        raise ValueError(f"{path}: with phase, scale or tokens may be given, not both, and no tokens in sets")
+    kept = {name: billions * 1e9 for name, billions in wanted.items() if name in spec.sets}
+    scale = spec.tokens / sum(kept.values()) if spec.tokens else spec.scale or 1.0
+    return {name: max(1, round(tokens * scale)) for name, tokens in kept.items()}, scale
 
 
 @dataclass
 class _Member:
-    """One source while it is chosen."""
+    """One source while it is chosen: its dataset, those shards of it that are its own, what is taken of them."""
 
     name: str
-    place: str  # of its set
+    place: str
     data: MDSSplit
-    shards: np.ndarray  # (S,) int64: those of the set that are its own
-    licence: str | None
+    shards: np.ndarray  # (S,) int64
     runs: list[tuple[int, np.ndarray]] = field(default_factory=list)  # pass, whole shards
     parts: list[dict[str, Any]] = field(default_factory=list)
+    wanted: int | None = None
 
-    @property
-    def available(self) -> int:
-        return int(self.data.tokens[self.shards].sum())
+    def fill(self, wanted: int, seed: int) -> None:
+        """Takes passes, shards and chunks until a budget of tokens is met to the nearest chunk.
 
-    @property
-    def chunks(self) -> int:
-        return sum(int(self.data.samples[shards].sum()) for _, shards in self.runs) + sum(
-            sum(part["lengths"].values()) for part in self.parts)
+        Raises:
+            ValueError: it is less than half a chunk.
+        """
+        tokens, self.wanted = self.data.tokens[self.shards], wanted
+        passes, rest = divmod(wanted, int(tokens.sum()))
+        self.runs += [(number, self.shards) for number in range(passes)]
+        order = np.argsort(raw_draws(len(tokens), _SHARDS, seed, name_word(self.name)), kind="stable")
+        whole = int(np.searchsorted(np.cumsum(tokens[order]), rest, side="right"))
+        if whole:
+            self.runs.append((passes, np.sort(self.shards[order[:whole]])))
+        if left := rest - int(tokens[order[:whole]].sum()):
+            shard = int(self.shards[order[whole]])
+            lengths = np.asarray(self.data.sample_lengths(shard), np.int64)
+            lengths = lengths[chunk_permutation(seed, self.name, shard, len(lengths))]
+            first = int(np.argmin(np.abs(np.concatenate([[0], np.cumsum(lengths)]) - left)))
+            counts = {str(length): int(count) for length, count in zip(*np.unique(lengths[:first], return_counts=True))}
+            if first:
+                self.parts.append({"pass": passes, "shard": shard, "first": first, "extra": [], "lengths": counts})
+        if not self.runs and not self.parts:
+            raise ValueError(f"sets.{self.name}: its budget must be at least half a chunk, got {wanted} tokens")
 
-    @property
-    def tokens(self) -> int:
-        return sum(int(self.data.tokens[shards].sum()) for _, shards in self.runs) + sum(
-            int(length) * count for part in self.parts for length, count in part["lengths"].items())
+    def facts(self) -> dict[str, Any]:
+        """The source as the manifest states it; tokens without BOS and EOS."""
+        whole = np.concatenate([np.zeros(0, np.int64), *(shards for _, shards in self.runs)])
+        counts = [(int(length), count) for part in self.parts for length, count in part["lengths"].items()]
+        tokens = int(self.data.tokens[whole].sum()) + sum(length * count for length, count in counts)
+        stated, names = self.data.manifest.get("sources") or {}, {self.data.sources[shard] for shard in self.shards}
+        licences = sorted({str(stated[name]["licence"]) for name in names if stated.get(name, {}).get("licence")})
+        facts = {"chunks": int(self.data.samples[whole].sum()) + sum(count for _, count in counts), "tokens": tokens,
+                 "licence": ", ".join(licences) or None}
+        if self.wanted is not None:
+            available = int(self.data.tokens[self.shards].sum())
+            facts |= {"wanted": self.wanted, "available": available, "repeats": round(tokens / available, 6)}
+        return facts
+
+
+class MixSummary(NamedTuple):
+    """What was built: the folder, the facts of each source in training, chunks for validation."""
+
+    out: Path
+    sources: dict[str, dict[str, Any]]
+    validation_chunks: int
+
+    def __str__(self) -> str:
+        width, total = max(map(len, self.sources)), sum(facts["tokens"] for facts in self.sources.values())
+        lines = [f"{name:<{width}}  {facts['tokens']:>17,} tokens  {facts['tokens'] / total:7.2%}  "
+                 f"{facts['tokens'] / facts['wanted'] - 1:+.4%} of the budget  {facts['repeats']:.3f} passes"
+                 for name, facts in self.sources.items()]
+        return "\n".join([f"{self.out}: {total:,} tokens; {self.validation_chunks:,} chunks for validation", *lines])
 
 
 def build_mix(spec: str | os.PathLike[str], out: str | os.PathLike[str], *, seed: int = 21) -> MixSummary:
-    """Builds a mixture into OUT/tokenizer, OUT/train and OUT/validation (the validation splits of all its sets).
+    """Builds a mixture into OUT/tokenizer, OUT/train and OUT/validation (the validation splits of all its datasets).
 
     Args:
-        spec: a YAML file, see above.
-        out: folder to be made; must not exist, or be empty.
+        spec: a YAML file, see above. out: folder to be made; must not exist, or be empty.
         seed: 0 to 2**32 - 1; of the choice of shards and chunks where a source is not taken whole.
 
     Raises:
-        FileNotFoundError, ValueError: the specification or a set is wrong, or a budget cannot be met within the tolerance.
-        FileExistsError: OUT holds something.
+        FileNotFoundError, ValueError: the specification or a dataset is wrong. FileExistsError: OUT holds something.
     """
-    if type(seed) is not int or not 0 <= seed < 2**32:
-        raise ValueError(f"seed: {seed!r} given; a whole number from 0 to 2**32 - 1 is needed. Correct it")
-    target = _check_out(out)
-    wanted = read_spec(Path(spec))
-    partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:16]}.partial"
-    partial.mkdir(parents=True)
-    try:
-        members = _open_members(wanted, "train", partial)
+    target, path = Path(os.path.realpath(out)), Path(spec)
+    if is_url(out) or not 0 <= seed < 2**32:
+        raise ValueError(f"out must be a local folder and seed 0 to 2**32 - 1, got {out} and {seed}; a mixture is a few "
+                         "small files: build it here and copy the folder")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} must be a new or an empty folder; choose another, or remove it")
+    written = read_yaml(path, MixSpec)
+    budgets, scale = budgets_of(written, path)
+    head = {"seed": seed, "phase": written.phase, "scale": scale}
+    entries = {name: (place if is_url(place := written.sets[name].set) else os.path.realpath(path.parent / place),
+                      written.sets[name].source) for name in budgets}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        partial = Path(scratch) / "mix"
+        members = _open_members(entries, "train", Path(scratch))
         for member in members:
-            _fill(member, wanted.budgets[member.name], seed, wanted.tolerance)
-        shares = {member.name: SourceShare(wanted.budgets[member.name], member.tokens, member.chunks, member.available,
-                                           member.licence) for member in members}
-        _write_split(partial, target, "train", members, wanted, seed)
-        rest = _open_members(wanted, "validation", partial)
+            member.fill(budgets[member.name], seed)
+        sources = _write_split(partial, target, "train", members, head)
+        rest = _open_members(entries, "validation", Path(scratch))
         for member in rest:
             member.runs.append((0, member.shards))
-        if rest:
-            _write_split(partial, target, "validation", rest, wanted, seed)
-        _copy_tokenizer(members[0].place, partial / "tokenizer")
-        shutil.rmtree(partial / "cache", ignore_errors=True)
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return MixSummary(target, shares, sum(member.chunks for member in rest))
+        held_out = _write_split(partial, target, "validation", rest, head) if rest else {}
+        _copy_tokenizer(members[0].place, partial)
+        os.replace(partial, target)  # an empty folder is replaced
+    return MixSummary(target, sources, sum(facts["chunks"] for facts in held_out.values()))
 
 
-def _check_out(out: str | os.PathLike[str]) -> Path:
-    if is_url(os.fspath(out)):
-        raise ValueError(f"out: {os.fspath(out)} given; a local folder is needed. A mixture is a few small files: build it "
-                         "here and copy the folder")
-    target = Path(os.path.realpath(out))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target}: exists; a mixture goes into a new or an empty folder. Choose another, or remove "
-                              "it")
-    return target
-
-
-def _open_members(spec: MixSpec, split: str, scratch: Path) -> list[_Member]:
-    """The sources of a split with the shards that are theirs. Of validation, sets without one are left out.
+def _open_members(entries: dict[str, tuple[str, str | None]], split: str, scratch: Path) -> list[_Member]:
+    """The sources of a split with the shards that are theirs. Of validation, datasets without one are left out.
 
     Raises:
-        FileNotFoundError, ValueError: a set is missing or not one, has no such source, or differs from the first in
-            tokenizer or chunk length.
+        FileNotFoundError, ValueError: a dataset is missing, has no such source, or differs from the first.
     """
     opened: dict[str, MDSSplit] = {}
     members: list[_Member] = []
-    for name, entry in spec.sets.items():
-        if entry.place not in opened:
-            data = _open(name, entry.place, split, scratch)
-            if data is None:
-                continue
-            opened[entry.place] = data
-            _check_same(name, data, *next(iter(opened.items())))
-        data = opened[entry.place]
+    for name, (place, source) in entries.items():
+        where = join(place, split)
+        if place not in opened:
+            if not open_storage(where).exists(MANIFEST):
+                if split == "validation":
+                    continue
+                raise FileNotFoundError(f"sets.{name}: {where} holds no {MANIFEST}; convert it, or correct the path")
+            opened[place] = MDSSplit(where) if not is_url(place) else MDSSplit(
+                scratch / f"{split}-{name_word(place)}", remote=where)
+        data, first = opened[place], next(iter(opened))
+        for what, mine, other in zip(("chunk_length", "tokenizer"), shared_identity(data), shared_identity(opened[first])):
+            if mine != other:
+                raise ValueError(f"sets.{name}: {where} has {what} {mine!r:.300}, {first} has {other!r:.300}; both must "
+                                 "be the same")
         sources = np.array(data.sources)
-        mine = np.flatnonzero(sources == entry.source) if entry.source else np.arange(data.num_shards)
-        if split == "validation":  # a set behind two sources is evaluated on once
-            taken = [member.shards for member in members if member.place == entry.place]
-            mine = np.setdiff1d(mine, np.concatenate(taken)) if taken else mine
-        elif not mine.size:
-            raise ValueError(f"sets.{name}: source: {entry.source!r} given; the set {entry.place} holds "
-                             f"{', '.join(map(repr, sorted(set(data.sources))))}. Correct the name, or leave it out for all")
-        if mine.size:
-            members.append(_Member(name, entry.place, data, mine, _licences(data, set(sources[mine].tolist()))))
+        own = np.flatnonzero(sources == source) if source else np.arange(data.num_shards)
+        if split == "validation":  # a dataset behind two sources is evaluated on once
+            for member in members:
+                own = np.setdiff1d(own, member.shards) if member.place == place else own
+        elif not own.size:
+            raise ValueError(f"sets.{name}.source must be one of {', '.join(sorted(set(data.sources)))}, got {source!r}")
+        members += [_Member(name, place, data, own)] if own.size else []
     return members
 
 
-def _licences(data: MDSSplit, names: set[str]) -> str | None:
-    stated = data.manifest.get("sources") or {}
-    found = {str(stated[name]["licence"]) for name in names if stated.get(name, {}).get("licence")}
-    return ", ".join(sorted(found)) or None
-
-
-def _open(name: str, place: str, split: str, scratch: Path) -> MDSSplit | None:
-    where = join(place, split)
-    if not open_storage(where).exists(MANIFEST):
-        if split != "train":
-            return None
-        raise FileNotFoundError(f"sets.{name}: {place} given; {where} holds no {MANIFEST}. A set converted by "
-                                "data_prep/convert.py is needed: convert it, or correct the path")
-    if is_url(place):
-        return MDSSplit(scratch / "cache" / f"{split}-{name_word(place)}", remote=where)
-    return MDSSplit(where)
-
-
-def _check_same(name: str, data: MDSSplit, place: str, first: MDSSplit) -> None:
-    for what, mine, other in zip(("chunk_length", "tokenizer"), shared_identity(data), shared_identity(first)):
-        if mine != other:
-            raise ValueError(f"sets.{name}: {data.local} has {what} {mine!r:.300}, {place} has {other!r:.300}; all sets of "
-                             "a mixture must have the same. Convert one of them again with the other's")
-
-
-def _fill(member: _Member, wanted: int, seed: int, tolerance: float) -> None:
-    """Takes passes, shards and chunks until the budget is met.
-
-    Raises:
-        ValueError: whole chunks come no nearer to the budget than the tolerance allows.
-    """
-    tokens = member.data.tokens[member.shards]
-    passes, rest = divmod(wanted, member.available)
-    member.runs += [(number, member.shards) for number in range(passes)]
-    order = np.argsort(raw_draws(len(tokens), _SHARDS, seed, name_word(member.name)), kind="stable")
-    whole = int(np.searchsorted(np.cumsum(tokens[order]), rest, side="right"))
-    if whole:
-        member.runs.append((passes, np.sort(member.shards[order[:whole]])))
-    left = rest - int(tokens[order[:whole]].sum())
-    if left:
-        left -= _fill_part(member, int(member.shards[order[whole]]), left, passes, seed)
-    if abs(left) > tolerance * wanted:
-        raise ValueError(f"sets.{member.name}: a budget of {wanted:,} tokens given; whole chunks meet it only to within "
-                         f"{abs(left):,} tokens, more than the tolerance of {tolerance:.3%}. Raise the budget (scale or "
-                         "tokens), or the tolerance")
-
-
-def _fill_part(member: _Member, shard: int, left: int, passed: int, seed: int) -> int:
-    """Takes chunks of one shard: the first of a permutation, and for the end of the budget those of the next that fit best.
-
-    Returns:
-        Their tokens, `left` or as near to it as they come.
-    """
-    lengths = np.asarray(member.data.sample_lengths(shard), np.int64)
-    order = chunk_permutation(seed, member.name, shard, len(lengths))
-    before = np.concatenate([[0], np.cumsum(lengths[order])])
-    first = max(0, int(np.searchsorted(before, left, side="right")) - 1 - _END // 4)
-    rest = order[first:first + _END]
-    extra = sorted(rest[_nearest_sum(lengths[rest].tolist(), left - int(before[first]))].tolist())
-    chosen = np.append(order[:first], extra).astype(np.int64)
-    if not chosen.size:
-        return 0
-    counts = np.bincount(lengths[chosen])
-    member.parts.append({"pass": passed, "shard": shard, "first": first, "extra": extra,
-                         "lengths": {str(n): int(counts[n]) for n in np.flatnonzero(counts)}})
-    return int(lengths[chosen].sum())
-
-
-def _nearest_sum(numbers: list[int], wanted: int) -> list[int]:
-    """Positions of numbers whose sum is as near to `wanted` as possible, the earliest that give that sum."""
-    most = (1 << (wanted + max(numbers, default=0) + 1)) - 1
-    sums = [1]  # bit n of sums[i]: some of the first i numbers sum to n
-    for number in numbers:
-        sums.append((sums[-1] | sums[-1] << number) & most)
-    rest = next(value for off in range(wanted + 1) for value in (wanted - off, wanted + off) if sums[-1] >> value & 1)
-    chosen = []
-    for position in reversed(range(len(numbers))):
-        if not sums[position] >> rest & 1:
-            chosen.append(position)
-            rest -= numbers[position]
-    return chosen[::-1]
-
-
-def _write_split(partial: Path, target: Path, split: str, members: list[_Member], spec: MixSpec, seed: int) -> None:
-    sets = {member.place: member.data for member in members}
-    number = {place: at for at, place in enumerate(sets)}
+def _write_split(partial: Path, target: Path, split: str, members: list[_Member],
+                 head: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Writes the manifest of a split; the facts of its sources."""
+    datasets = {member.place: member.data for member in members}
+    number = {place: at for at, place in enumerate(datasets)}
+    sources = {member.name: member.facts() for member in members}
     manifest = {
-        "format": MIX_FORMAT, "version": MIX_VERSION, "split": split, "seed": seed, "phase": spec.phase,
-        "scale": spec.scale, "chunk_length": members[0].data.chunk_length, "tokenizer": members[0].data.tokenizer,
+        "format": MIX_FORMAT, "version": MIX_VERSION, "split": split, **head,
+        "chunk_length": members[0].data.chunk_length, "tokenizer": members[0].data.tokenizer,
         "code_version": __version__,
         "sets": [{"path": place if is_url(place) else os.path.relpath(place, target), "fingerprint": data.fingerprint}
-                 for place, data in sets.items()],
-        "sources": {member.name: _facts(member, spec, split) for member in members},
+                 for place, data in datasets.items()],
+        "sources": sources,
         "runs": [{"source": member.name, "set": number[member.place], "pass": passed, "shards": shards.tolist()}
                  for member in members for passed, shards in member.runs],
         "parts": [{"source": member.name, "set": number[member.place], **part}
                   for member in members for part in member.parts],
-        "totals": {"samples": sum(member.chunks for member in members), "tokens": sum(member.tokens for member in members)},
+        "totals": {"samples": sum(facts["chunks"] for facts in sources.values()),
+                   "tokens": sum(facts["tokens"] for facts in sources.values())},
     }
-    (partial / split).mkdir()
+    (partial / split).mkdir(parents=True)
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in manifest.items())
     (partial / split / MANIFEST).write_text(f"{{\n{lines}\n}}\n")
-
-
-def _facts(member: _Member, spec: MixSpec, split: str) -> dict[str, Any]:
-    """A source as the manifest states it; tokens without BOS and EOS."""
-    facts = {"chunks": member.chunks, "tokens": member.tokens, "licence": member.licence}
-    if split == "train":
-        facts |= {"wanted": spec.budgets[member.name], "available": member.available,
-                  "repeats": round(member.tokens / member.available, 6)}
-    return facts
+    return sources
 
 
 def _copy_tokenizer(place: str, folder: Path) -> None:
-    """Copies the plain files of a set's tokenizer folder.
-
-    Raises:
-        FileNotFoundError: the set has none. ValueError: a file of it is a link, or far too large.
-    """
+    """Copies a dataset's tokenizer/; a link in it is refused (ValueError), a missing one is a FileNotFoundError."""
     storage = open_storage(place)
-    names = [name for name, _ in storage.list("tokenizer/") if name.count("/") == 1]
-    if not names:
-        raise FileNotFoundError(f"{join(place, 'tokenizer')}: holds no file; the tokenizer that the set was converted with "
-                                "is needed. Put it back into the set")
-    folder.mkdir()
-    for name in names:
-        if storage.size(name) > _LARGEST_TOKENIZER_FILE:
-            raise ValueError(f"{join(place, name)}: has {storage.size(name)} bytes; a file of a tokenizer has at most "
-                             f"{_LARGEST_TOKENIZER_FILE}. Put the set's own tokenizer back")
+    files = [(name, size) for name, size in storage.list("tokenizer/") if size <= _MAX_TOKENIZER_BYTES]
+    if not files:
+        raise FileNotFoundError(f"{join(place, 'tokenizer')} holds no file; put the dataset's own tokenizer back")
+    for name, size in files:
         if storage.is_local:
-            with open(open_plain(Path(place) / name), "rb") as stream:
-                data = stream.read()
-        else:
-            data = storage.read_bytes(name)
-        (folder / name.rpartition("/")[2]).write_bytes(data)
+            os.close(open_plain(Path(place) / name))
+        storage.get_file(name, folder / name, num_bytes=size)

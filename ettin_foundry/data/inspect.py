@@ -1,105 +1,66 @@
-"""What the commands verify and show take as SET: a set, one split of it, or a mixture; a folder or a URL.
+"""Finds a dataset that a user named and says what is in it: counts by source, lengths of chunks, decoded samples.
 
-Finds the splits, opens them for reading, finds the tokenizer to decode with; a set behind a URL is read through a
-temporary folder. Nothing is checked here beyond what opening checks (verify.py does that), and nothing is written into
-the set.
+A location is a folder or URL of a dataset, of one of its splits, or of a mixture; a remote one is read through a temporary
+folder. Counts come from manifests and lengths.npy alone; only samples open shards. Nothing is written into the dataset.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ettin_foundry.data.manifest import INDEX, MANIFEST, Buffer, expand_all, map_file, read_json
-from ettin_foundry.data.mixture import MIX_FORMAT
-from ettin_foundry.data.shards import Shard, parse_shard
+import numpy as np
+
+from ettin_foundry.data.manifest import INDEX, MANIFEST
+from ettin_foundry.data.mixture import open_split
+from ettin_foundry.data.packing import SPECIALS_PER_PIECE
+from ettin_foundry.data.quantities import quantiles
+from ettin_foundry.data.shards import Buffer, MDSSplit, expand_all, map_file, parse_shard, read_columns
 from ettin_foundry.data.storage import Storage, is_url, open_storage
 
-__all__ = ["QUARANTINE", "SHARD_NAME", "SetFolder", "find_set", "is_mix", "load_decoder", "open_splits",
-           "peek_shard", "plain", "shard_order"]
-
-QUARANTINE = "quarantine"
-"""Folder in a dataset that holds what its owner took out of use; it is no split."""
-SHARD_NAME = re.compile(r"shard(\.\d+)+\.mds(\.zstd)?")
-"""Names that the converter gives to shards: shard.UNIT.NUMBER.mds, older ones shard.NUMBER.mds; packed ones end in .zstd."""
-
-_LONGEST = 64 << 20  # bytes of a tokenizer.json
+_MAX_TOKENIZER_BYTES = 64 << 20
+_SHOWN = 400  # characters of a sample
 
 
-@dataclass(frozen=True)
-class SetFolder:
-    """Where a set lies.
-
-    Attributes:
-        storage: the folder that holds the splits, tokenizer/, README.md.
-        splits: names of the split folders that are meant: all, or the one that was named; train first.
-        whole: the set was named, not one split of it.
-    """
+class Found(NamedTuple):
+    """Where a dataset lies: its folder, the names of the splits meant, train first, and whether these are all of it."""
 
     storage: Storage
     splits: tuple[str, ...]
     whole: bool
 
+    def open(self, split: str, scratch: Path) -> Any:
+        """The `MDSSplit` or `MixtureSplit` of a split; of a remote one what is fetched is kept in `scratch`."""
+        if self.storage.is_local:
+            return open_split(Path(self.storage.url) / split)
+        return open_split(scratch / split, remote=self.storage.where(split))
 
-def find_set(location: str | os.PathLike[str]) -> SetFolder:
-    """The set or split at a folder or URL; a folder counts as a split as long as one of its files is left.
+
+def find_dataset(location: str | os.PathLike[str]) -> Found:
+    """The dataset at a folder or URL, or the one split of it that was named.
 
     Raises:
-        FileNotFoundError: nothing of a set is there.
+        FileNotFoundError: there is no manifest.json or index.json, here or one folder down.
     """
     place = os.fspath(location) if is_url(location) else os.path.abspath(open_storage(location).url)
     storage = open_storage(place)
-    folders = {name.rpartition("/")[0] for name, _ in storage.list() if _of_split(name)}
+    found = (name.rpartition("/") for name, _ in storage.list())
+    folders = {folder for folder, _, name in found if name in (MANIFEST, INDEX)}
     if "" in folders:  # the location is itself a split
         parent, _, name = storage.url.rpartition("/")
-        return SetFolder(open_storage(parent or "/"), (name,), whole=False)
-    splits = [folder for folder in folders if "/" not in folder and folder != QUARANTINE]
+        return Found(open_storage(parent or "/"), (name,), whole=False)
+    splits = sorted((folder for folder in folders if "/" not in folder), key=lambda split: (split != "train", split))
     if not splits:
-        raise FileNotFoundError(f"{location}: holds no split, that is no {MANIFEST}, {INDEX} or shards, here or one folder "
-                                "down; a folder made by data_prep/convert.py is needed. Correct the path")
-    return SetFolder(storage, tuple(sorted(splits, key=lambda split: (split != "train", split))), whole=True)
-
-
-def is_mix(folder: Path) -> bool:
-    """Whether a split's folder on this machine is that of a mixture."""
-    try:
-        found = read_json(folder / MANIFEST)
-    except (ValueError, OSError):
-        return False
-    return isinstance(found, dict) and found.get("format") == MIX_FORMAT
-
-
-def shard_order(name: str) -> tuple[int, ...]:
-    """The numbers in a shard's name; shards are listed in the order of these, not of the letters."""
-    return tuple(int(number) for number in re.findall(r"\d+", name.removesuffix(".zstd")))
-
-
-@contextlib.contextmanager
-def open_splits(location: str | os.PathLike[str]) -> Iterator[Mapping[str, Any]]:
-    """Split -> `mds.MDSSplit` or `mix_set.MixtureSplit`, for use inside the `with`.
-
-    Raises:
-        FileNotFoundError, ValueError: no set is there, or a manifest is not one; names the file.
-    """
-    from ettin_foundry.data.mixture import open_split
-
-    found = find_set(location)
-    with contextlib.ExitStack() as stack:
-        if found.storage.is_local:
-            yield {split: open_split(Path(found.storage.url) / split) for split in found.splits}
-        else:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ettin-")))
-            yield {split: open_split(folder / split, remote=found.storage.where(split)) for split in found.splits}
+        raise FileNotFoundError(f"{location} must be a dataset or a split, got no {MANIFEST} there or one folder down; "
+                                "convert text with ettin convert, or correct the path")
+    return Found(storage, tuple(splits), whole=True)
 
 
 def load_decoder(storage: Storage) -> Any | None:
-    """The set's `tokenizers.Tokenizer`; None where it has no tokenizer/ folder.
+    """The `tokenizers.Tokenizer` of a dataset; None where it has no tokenizer/ folder.
 
     Raises:
         ValueError: tokenizer.json cannot be read.
@@ -109,32 +70,13 @@ def load_decoder(storage: Storage) -> Any | None:
     name = "tokenizer/tokenizer.json"
     if not storage.exists(name):
         return None
+    if (size := storage.size(name)) > _MAX_TOKENIZER_BYTES:
+        raise ValueError(f"{storage.where(name)} must have at most {_MAX_TOKENIZER_BYTES} bytes, got {size}")
+    text = storage.read_bytes(name)
     try:
-        if storage.size(name) > _LONGEST:
-            raise ValueError(f"it has more than {_LONGEST} bytes")
-        return Tokenizer.from_str(storage.read_bytes(name).decode())
-    except OSError:
-        raise
+        return Tokenizer.from_str(text.decode())
     except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{storage.where(name)}: cannot be read ({error!s:.200}); the file that the converter saved is "
-                         "needed. Put the set's own back") from None
-
-
-def peek_shard(folder: Path, entry: Mapping[str, Any], *, chunk_length: int, vocab_size: int) -> Shard:
-    """Opens a shard of a folder on this machine, checked but not held to its hash; a packed one is expanded in memory, not
-    beside itself as a loader does it.
-
-    Raises:
-        FileNotFoundError, ValueError: it is missing, or is no shard.
-    """
-    path = folder / entry["raw"]["basename"]
-    buffer: Buffer
-    if entry.get("zip"):
-        packed = folder / entry["zip"]["basename"]
-        buffer = expand_all(map_file(packed, None, None), packed, entry["raw"]["bytes"])
-    else:
-        buffer = map_file(path, None, None)
-    return parse_shard(buffer, path, num_samples=None, chunk_length=chunk_length, vocab_size=vocab_size)
+        raise ValueError(f"{storage.where(name)} cannot be read ({error!s:.200}); put the dataset's own back") from None
 
 
 def plain(text: str, limit: int | None = None) -> str:
@@ -143,6 +85,136 @@ def plain(text: str, limit: int | None = None) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
-def _of_split(name: str) -> bool:
-    base = name.rpartition("/")[2]
-    return base in (MANIFEST, INDEX) or bool(SHARD_NAME.fullmatch(base))
+class SourceStatistics(NamedTuple):
+    """One source in one split. Tokens are counted without BOS and EOS."""
+
+    name: str
+    stated: Mapping[str, Any]
+    """What the manifest says of it: documents, bytes of text, licence, dropped; any may be missing."""
+    shards: int
+    chunks: int
+    tokens: int
+    share: float
+    """Of the split's tokens."""
+    rows: int | None
+    """Packed rows of chunk_length + 2 tokens in an epoch; None where the manifest does not count them."""
+    fill: float | None
+    """Share of the rows' places that hold a token, BOS and EOS included."""
+    lengths: np.ndarray
+    """(chunk_length + 1,) int64: chunks of each length."""
+
+
+def source_statistics(data: Any) -> list[SourceStatistics]:
+    """Statistics of every source of an open split, the source of most tokens first.
+
+    Raises:
+        ValueError: lengths.npy was altered.
+    """
+    names, total, width = np.array(data.sources), int(np.sum(data.tokens)), data.chunk_length + SPECIALS_PER_PIECE
+    rows, result = data.rows(width), []
+    for name in dict.fromkeys(data.sources):
+        shards = np.flatnonzero(names == name)
+        lengths = np.sum([data.lengths(int(shard)) for shard in shards], axis=0, dtype=np.int64)
+        chunks, tokens = int(data.samples[shards].sum()), int(data.tokens[shards].sum())
+        num_rows = None if rows is None else int(rows[shards].sum())
+        fill = (tokens + SPECIALS_PER_PIECE * chunks) / (num_rows * width) if num_rows else None
+        result.append(SourceStatistics(name, data.manifest.get("sources", {}).get(name) or {}, len(shards), chunks, tokens,
+                                       tokens / max(1, total), num_rows, fill, lengths))
+    return sorted(result, key=lambda source: -source.tokens)
+
+
+class Sample(NamedTuple):
+    """One chunk; `text` is None without a tokenizer."""
+
+    source: str
+    doc: str
+    part: int
+    last: bool
+    tokens: np.ndarray
+    text: str | None
+
+
+def draw_samples(data: Any, decoder: Any | None, *, per_source: int, seed: int = 0) -> list[Sample]:
+    """Chunks drawn from each source: every chunk of a source is equally probable, none comes twice.
+
+    Args:
+        data: `MDSSplit` or `MixtureSplit`. decoder: a `tokenizers.Tokenizer`, or None.
+
+    Raises:
+        ValueError: a shard is not what the manifest says.
+    """
+    names, samples = np.array(data.sources), []
+    for number, name in enumerate(sorted(set(data.sources))):
+        shards = np.flatnonzero(names == name)
+        ends = np.asarray(data.samples, np.int64)[shards].cumsum()
+        rng = np.random.default_rng([seed, number])
+        drawn = rng.choice(int(ends[-1]), size=min(per_source, int(ends[-1])), replace=False)
+        for place in sorted(int(value) for value in drawn):
+            at = int(np.searchsorted(ends, place, side="right"))
+            found = _read_sample(data, int(shards[at]), place - int(ends[at - 1] if at else 0))
+            text = decoder.decode(found["tokens"].tolist(), skip_special_tokens=False) if decoder else None
+            samples.append(Sample(name, found["doc"], found["part"], bool(found["last"]), found["tokens"], text))
+    return samples
+
+
+def _read_sample(data: Any, shard: int, index: int) -> dict[str, Any]:
+    """As `data.sample`; a compressed shard that lies here is expanded in memory, so that looking leaves no file behind."""
+    entry = data.manifest["shards"][shard] if isinstance(data, MDSSplit) else {"zip": None}
+    if entry["zip"] is None or not (path := data.local / entry["zip"]["basename"]).is_file():
+        return data.sample(shard, index)
+    buffer: Buffer = expand_all(map_file(path, None, None), path, entry["raw"]["bytes"])
+    opened = parse_shard(buffer, path, num_samples=None, chunk_length=data.chunk_length,
+                         vocab_size=data.tokenizer["vocab_size"])
+    doc, part, _ = read_columns(opened, index, path)
+    tokens = np.frombuffer(buffer, "<u2", int(opened.lengths[index]), int(opened.token_starts[index])).copy()
+    return {"tokens": tokens, "doc": doc, "part": part, "last": bool(opened.last[index])}
+
+
+def show_lines(location: str | os.PathLike[str], *, samples: int = 1, seed: int = 0) -> Iterator[str]:
+    """Lines that describe a dataset, a split or a mixture.
+
+    Args:
+        samples: decoded chunks of each source and split. seed: chooses them.
+
+    Raises:
+        FileNotFoundError, ValueError: no dataset, or one whose small files contradict each other.
+    """
+    found = find_dataset(location)
+    decoder = load_decoder(found.storage) if samples else None
+    with tempfile.TemporaryDirectory(prefix="ettin-") as scratch:
+        for split in found.splits:
+            data = found.open(split, Path(scratch))
+            yield from _split_lines(split, data)
+            for sample in draw_samples(data, decoder, per_source=samples, seed=seed):
+                end = ", ends its document" if sample.last else ""
+                yield (f"  [{plain(sample.source)}] {plain(sample.doc, 100)}, part {sample.part}, "
+                       f"{len(sample.tokens):,} tokens{end}")
+                yield "    " + (plain(sample.text, _SHOWN) if sample.text is not None else
+                                f"no tokenizer/ beside the dataset; ids {sample.tokens[:32].tolist()}")
+            yield ""
+
+
+def _split_lines(split: str, data: Any) -> Iterator[str]:
+    tokenizer, sources = data.tokenizer, source_statistics(data)
+    yield (f"{plain(split)}: {sum(s.chunks for s in sources):,} chunks of at most {data.chunk_length:,} tokens, "
+           f"{sum(s.tokens for s in sources):,} tokens, {data.num_shards:,} shards; tokenizer "
+           f"{plain(str(tokenizer.get('name', 'unnamed')))} ({tokenizer['vocab_size']:,} entries)")
+    rows = [("source", "documents", "chunks", "tokens", "share", "mean", "10%", "median", "90%", "full", "rows", "fill",
+             "bytes/token", "licence")]
+    for s in sources:
+        per_token = (s.stated.get("bytes") or 0) / max(1, s.tokens)
+        rows.append((plain(s.name), _cell(s.stated.get("documents"), ","), f"{s.chunks:,}", f"{s.tokens:,}",
+                     f"{s.share:.1%}", f"{s.tokens / max(1, s.chunks):,.1f}", *(f"{n:,}" for n in quantiles(s.lengths)),
+                     f"{int(s.lengths[-1]) / max(1, s.chunks):.1%}", _cell(s.rows, ","), _cell(s.fill, ".1%"),
+                     _cell(per_token or None, ".2f"), plain(s.stated.get("licence") or "unknown")))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for first, *middle, last in rows:
+        cells = [cell.rjust(width) for cell, width in zip(middle, widths[1:])]
+        yield "  " + "  ".join([first.ljust(widths[0]), *cells, last]).rstrip()
+    for s in sources:
+        if dropped := s.stated.get("dropped"):
+            yield f"  {plain(s.name)}: dropped " + ", ".join(f"{number:,} {plain(why)}" for why, number in dropped.items())
+
+
+def _cell(value: Any, form: str) -> str:
+    return "?" if value is None else format(value, form)

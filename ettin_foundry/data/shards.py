@@ -482,7 +482,7 @@ class MDSSplit(SplitFacts):
         Raises:
             ValueError: the first lie found, naming its file.
         """
-        self._check_index()
+        self.check_index()
         documents = sum(self._check(shard)[1] for shard in range(self.num_shards))
         if documents != self.manifest["totals"]["documents"]:
             raise bad_file(self.local / MANIFEST, f"totals.documents is {self.manifest['totals']['documents']}",
@@ -557,19 +557,20 @@ class MDSSplit(SplitFacts):
             return True
         return False
 
-    def _check_index(self) -> None:
+    def check_index(self) -> None:
         """index.json is what stock readers trust; it must say what the manifest says."""
         path = self.local / INDEX
         index = read_json(path)
         encodings = [COLUMNS[name] for name in COLUMN_NAMES]
 
-        def file(entry: dict[str, Any] | None) -> tuple[str, int] | None:
-            return None if entry is None else (entry["basename"], entry["bytes"])
+        def file(entry: dict[str, Any] | None) -> tuple[str, int, str] | None:
+            return entry and (entry["basename"], entry["bytes"], entry.get("hashes", entry)["xxh64"])
 
-        expected = [(file(s["raw"]), file(s["zip"]), s["samples"], COLUMN_NAMES, encodings) for s in self.manifest["shards"]]
+        expected = [(2, 2, "mds", file(s["raw"]), file(s["zip"]), s["samples"], COLUMN_NAMES, encodings)
+                    for s in self.manifest["shards"]]
         try:
-            found = [(file(s["raw_data"]), file(s["zip_data"]), s["samples"], s["column_names"], s["column_encodings"])
-                     for s in index["shards"]]
+            found = [(index["version"], s["version"], s["format"], file(s["raw_data"]), file(s["zip_data"]),
+                      s["samples"], s["column_names"], s["column_encodings"]) for s in index["shards"]]
         except (KeyError, TypeError) as error:
             raise bad_file(path, f"is not an MDS index ({error!r})", "the writer's index is needed") from None
         if found != expected:

@@ -10,8 +10,8 @@ import pytest
 from memory_set import write_set
 from mix_sets import BUDGETS, ENTRIES, build, chunks_of, edit, make_sets, shards
 
-from ettin_foundry.corpus.mix import open_split
 from ettin_foundry.data.manifest import MANIFEST
+from ettin_foundry.data.mixture import chunk_permutation, open_split
 from ettin_foundry.data.order import Order
 
 T = 64
@@ -236,11 +236,10 @@ def test_part_whose_chunks_are_others_than_stated_is_refused_before_use(sets):
 
     def twice(manifest):  # one chunk two times, with lengths that agree
         part = manifest["parts"][number]
-        manifest["totals"]["tokens"] += int(stored[part["extra"][0]]) - int(stored[part["extra"][1]])
-        part["extra"][1] = part["extra"][0]
-        chosen = [*data._chunks(shard)]
-        chosen[chosen.index(data.manifest["parts"][number]["extra"][1])] = part["extra"][0]
-        counts = np.bincount(stored[chosen])
+        chunks = chunk_permutation(manifest["seed"], part["source"], part["shard"], len(stored))
+        part.update(first=part["first"] - 1, extra=[int(chunks[0])])
+        manifest["totals"]["tokens"] += int(stored[chunks[0]]) - int(stored[chunks[part["first"]]])
+        counts = np.bincount(stored[[*chunks[:part["first"]], chunks[0]]])
         part["lengths"] = {str(length): int(counts[length]) for length in np.flatnonzero(counts)}
     for change in (twice, set_in("seed", value=5)):
         original = (mix / "train" / MANIFEST).read_bytes()
