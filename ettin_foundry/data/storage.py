@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
-__all__ = ["BLOCK_BYTES", "LocalStorage", "Storage", "check_name", "folder_of", "is_url", "join", "missing",
+__all__ = ["BLOCK_BYTES", "LocalStorage", "Storage", "atomic_file", "check_name", "folder_of", "is_url", "join", "missing",
            "open_storage", "too_short"]
 
 log = logging.getLogger(__name__)
@@ -92,8 +92,9 @@ def _as_path(place: str | os.PathLike[str]) -> str:
 
 
 @contextlib.contextmanager
-def _partial_file(path: Path, folder: Path) -> Iterator[IO[bytes]]:
-    """A hidden file in `folder`, open for writing, which becomes `path` when the block ends without an error."""
+def atomic_file(path: Path, folder: Path | None = None) -> Iterator[IO[bytes]]:
+    """A hidden file in `folder` (by default beside `path`), which becomes `path` when the block ends without an error."""
+    folder = folder or path.parent
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{path.name[:100]}.{uuid.uuid4().hex[:16]}.partial"
     try:
@@ -209,7 +210,7 @@ class Storage:
         if num_bytes is not None and found != num_bytes:
             raise OSError(f"{self.where(name)}: {found} bytes; {num_bytes} are stated for it. Upload or convert it again")
         target = Path(local_path)
-        with _partial_file(target, target.parent) as stream:
+        with atomic_file(target) as stream:
             for begin in range(0, found, BLOCK_BYTES):
                 stream.write(self.read_range(name, begin, min(found, begin + BLOCK_BYTES)))
 
@@ -276,7 +277,7 @@ class LocalStorage(Storage):
         return stream
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        with _partial_file(self._path(name), self.scratch()) as stream:
+        with atomic_file(self._path(name), self.scratch()) as stream:
             stream.write(data)
 
     def put_file(self, local_path: str | os.PathLike[str], name: str) -> None:
@@ -287,7 +288,7 @@ class LocalStorage(Storage):
                 os.fsync(stream.fileno())
             _replace(local_path, path)
             return
-        with open(local_path, "rb") as source, _partial_file(path, self.scratch()) as stream:
+        with open(local_path, "rb") as source, atomic_file(path, self.scratch()) as stream:
             shutil.copyfileobj(source, stream, 1 << 20)
         os.unlink(local_path)
 

@@ -1,23 +1,24 @@
 """The model card of an exported folder: README.md with the metadata that the Hugging Face Hub reads.
 
-Written from the config and from facts of the run, never from memory: what is not known is not said. Its code blocks are
-run by the tests, against every supported version of transformers.
+Written from the config and from facts of the run: what is not known is not said. Its code blocks are run by the tests,
+against every supported version of transformers.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ettin_foundry.model.config import CONTRASTIVE, MASKED_OBJECTIVES, EttinConfig
+from huggingface_hub import ModelCardData
+
+from ettin_foundry.model.config import MASKED_OBJECTIVES, EttinConfig
 from ettin_foundry.model.hf_config import export_notes
 from ettin_foundry.version import __version__
 
-__all__ = ["CITATION", "FACTS", "MNTP_NOTE", "card", "data_table", "lowest_transformers", "training_table"]
+__all__ = ["FACTS", "MNTP_NOTE", "card"]
 
 FACTS = {
-    "phase": "pretrain, extend, decay, cross or contrastive",
+    "phase": "pretrain, extend, decay or cross",
     "tokens": "real tokens trained on, all phases together",
     "checkpoint": "mapping with run_name, batch and run_hash: which checkpoint this was",
     "objective_schedule": "text: the objectives in the course of training, where they change or are mixed",
@@ -27,8 +28,8 @@ FACTS = {
     "data": "list of {name, tokens, licence}: the training corpus",
     "base_model": "name of the model this one was continued from",
     "lineage": "list of mappings, oldest first: where the weights come from; an entry with merged_from lists what they are "
-               "the mean of, one with averaged says how they were averaged while training",
-    "parity": "text or mapping: measured difference to transformers",
+               "the mean of",
+    "parity": "text: measured difference to transformers",
 }
 """What `card` can be told, all optional."""
 
@@ -40,9 +41,6 @@ _TRAINED_BY = {
     "mlm": "masked language modelling (mlm): of the chosen tokens 80% become the mask, 10% a random token, 10% stay",
     "mntp": "masked next-token prediction (mntp): a masked token is predicted at the position before it",
     "clm": "next-token prediction (clm)",
-    "mdlm": "masked diffusion (mdlm): each text has a mask rate of its own, drawn from 0 to 1, all chosen tokens become the "
-            "mask, and a target weighs one over that rate; a masked token is predicted at its own position",
-    CONTRASTIVE: "contrastive (unsupervised SimCSE): a text's two embeddings under dropout are told apart from other texts'",
 }
 
 _LOAD_ENCODER = '''\
@@ -55,7 +53,7 @@ model = AutoModelForMaskedLM.from_pretrained(folder).eval()
 inputs = tokenizer("def add(a, b): return a {mask_token} b", return_tensors="pt")
 place = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0, 0]
 with torch.no_grad():
-    logits = model(**inputs).logits[0, place{shift}]{why}
+    logits = model(**inputs).logits[0, place{shift}]
 print(tokenizer.convert_ids_to_tokens(logits.topk(5).indices.tolist()))
 '''
 
@@ -70,7 +68,7 @@ output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 '''
 
-CITATION = '''\
+_CITATION = '''\
 @inproceedings{weller2026ettin,
   title     = {Seq vs Seq: An Open Suite of Paired Encoders and Decoders},
   author    = {Weller, Orion and Ricci, Kathryn and Marone, Marc and Chaffin, Antoine and Lawrie, Dawn
@@ -87,68 +85,58 @@ def card(config: EttinConfig, *, objective: str, name: str, facts: Mapping[str, 
     """The text of README.md.
 
     Args:
-        objective: `mlm`, `mntp`, `mdlm` or `clm`. name: the model's title.
+        objective: `mlm`, `mntp` or `clm`. name: the model's title.
         facts: see `FACTS`; unknown names are refused, missing ones leave their line out.
 
     Raises:
         ValueError: an unknown fact.
     """
     facts = {key: value for key, value in (facts or {}).items() if value not in (None, [], {}, "")}
-    unknown = sorted(set(facts) - set(FACTS))
-    if unknown:
+    if unknown := sorted(set(facts) - set(FACTS)):
         raise ValueError(f"facts: unknown key(s) {', '.join(unknown)}; a card can be told {', '.join(FACTS)}")
-    kind = "decoder" if config.causal else "encoder"
-    size = f"{config.size} " if config.size else ""
-    parts = [_front_matter(config, facts), f"# {name}\n",
-             f"An Ettin {kind} ({size}{config.num_parameters:,} parameters), trained with ettin_foundry {__version__}. "
-             f"Ettin encoders and decoders are pairs: the same architecture and the same data in the same order, "
-             f"{'causal attention and next tokens' if config.causal else 'bidirectional attention and masked tokens'} "
-             "here, the other way round in its twin.\n"]
-    if objective == "mntp":
-        parts.append(f"> **Mind the position:** {MNTP_NOTE}.\n")
-    parts += ["## Load\n", _load(config, objective, mask_token), "## Training\n", training_table(config, objective, facts)]
+    kind, task, code, seen, objects = (
+        ("decoder", "text-generation", _LOAD_DECODER, "causal attention and next tokens", "ModernBertDecoderForCausalLM")
+        if config.causal else ("encoder", "fill-mask", _LOAD_ENCODER, "bidirectional attention and masked tokens",
+                               "ModernBertForMaskedLM"))
+    if not config.causal:
+        shift = " - 1" if objective == "mntp" else ""
+        code = code.replace("{mask_token}", mask_token).replace("{shift}", shift)
+    metadata = ModelCardData(license=facts.get("license", "unknown"), library_name="transformers", pipeline_tag=task,
+                             language=facts.get("language"), base_model=facts.get("base_model"),
+                             tags=["ettin", "modernbert", kind])
+    oldest = "4.48" if not config.causal else "4.56" if config.local_rope_theta == config.global_rope_theta else "5.0"
+    parts = [
+        f"---\n{metadata}\n---\n", f"# {name}\n",
+        f"An Ettin {kind} ({f'{config.size} ' if config.size else ''}{config.num_parameters:,} parameters), trained with "
+        f"ettin_foundry {__version__}. Ettin encoders and decoders are pairs: the same architecture and the same data in "
+        f"the same order, {seen} here, the other way round in its twin.\n",
+        *([f"> **Mind the position:** {MNTP_NOTE}.\n"] if objective == "mntp" else []),
+        "## Load\n", f"Needs transformers {oldest} or newer, and no remote code.\n", f"```python\n{code}```\n",
+        "## Training\n", _training_table(config, objective, facts)]
     if "data" in facts:
-        parts += ["## Data\n", data_table(facts["data"])]
-    parts += ["## Held to transformers\n", _parity(config, facts), "## Limits\n", _limits(config),
-              "## Citation\n", f"```bibtex\n{CITATION}```\n"]
+        rows = [(str(s.get("name", "?")), f"{s['tokens']:,}" if s.get("tokens") is not None else "not recorded",
+                 str(s.get("licence") or "not recorded")) for s in facts["data"]]
+        parts += ["## Data\n", _table(("source", "tokens", "licence"), rows)]
+    parts += [
+        "## Held to transformers\n",
+        "The weights were read back after writing and are equal bit for bit. ettin_foundry's tests hold its model to "
+        f"transformers' `{objects}` (`make parity`): largest difference of logits under 1e-4 in fp32, for inputs of 16, "
+        "200 and 1,500 tokens.\n",
+        *([f"Measured on these weights: {facts['parity']}\n"] if "parity" in facts else []),
+        "## Limits\n", _limits(config), "## Citation\n", f"```bibtex\n{_CITATION}```\n"]
     return "\n".join(parts)
 
 
-def _front_matter(config: EttinConfig, facts: Mapping[str, Any]) -> str:
-    # JSON is YAML: quoting is safe whatever a name holds
-    entries: dict[str, Any] = {
-        "license": facts.get("license", "unknown"),
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation" if config.causal else "fill-mask",
-        "tags": ["ettin", "modernbert", "decoder" if config.causal else "encoder"],
-    }
-    for fact, key in (("language", "language"), ("base_model", "base_model")):
-        if fact in facts:
-            entries[key] = facts[fact]
-    return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in entries.items()) + "---\n"
-
-
-def _load(config: EttinConfig, objective: str, mask_token: str) -> str:
-    needed = f"Needs transformers {lowest_transformers(config)} or newer, and no remote code.\n\n"
-    if config.causal:
-        return f"{needed}```python\n{_LOAD_DECODER}```\n"
-    shift, why = (" - 1", "  # one before the mask: see above") if objective == "mntp" else ("", "")
-    code = _LOAD_ENCODER.format(mask_token=mask_token, shift=shift, why=why)
-    return f"{needed}```python\n{code}```\n"
-
-
-def lowest_transformers(config: EttinConfig) -> str:
-    """The oldest version that computes this model's function."""
-    if not config.causal:
-        return "4.48"
-    return "4.56" if config.local_rope_theta == config.global_rope_theta else "5.0"
-
-
-def training_table(config: EttinConfig, objective: str, facts: Mapping[str, Any]) -> str:
-    """What the model is and how it was trained, as a table; arguments as for `card`."""
+def _training_table(config: EttinConfig, objective: str, facts: Mapping[str, Any]) -> str:
+    """What the model is and how it was trained."""
     local_layers = sum(kind == "sliding_attention" for kind in config.layer_types)
     left, right = config.local_window
     lineage = [dict(entry) for entry in facts.get("lineage", ())]
+    continued = "; then ".join(", ".join(f"{key} {value}" for key, value in entry.items() if value is not None)
+                               for entry in lineage if "merged_from" not in entry)
+    merged = "; then ".join(", ".join(f"{part['source']} (weight {part['weight']:.4g}, {part.get('tokens') or 0:,} tokens)"
+                                      for part in entry["merged_from"]) for entry in lineage if "merged_from" in entry)
+    checkpoint = facts.get("checkpoint")
     rows = {
         "objective": _TRAINED_BY[objective],
         "objectives in training": facts.get("objective_schedule"),
@@ -162,48 +150,12 @@ def training_table(config: EttinConfig, objective: str, facts: Mapping[str, Any]
                         + (f" and {right} ahead" if right else ""),
         "rotary base": f"{config.global_rope_theta:,.0f} in global layers, {config.local_rope_theta:,.0f} in local ones",
         "dropout": f"{config.attn_out_dropout:g} on the output of attention, in training only",
-        "checkpoint": _checkpoint(facts["checkpoint"]) if "checkpoint" in facts else None,
-        "continued from": _continued(lineage) or facts.get("base_model"),
-        "merged from": _merged(lineage),
-        "averaged": "; ".join(str(entry["averaged"]) for entry in lineage if "averaged" in entry) or None,
+        "checkpoint": checkpoint and f"batch {checkpoint['batch']:,} of {checkpoint['run_name']}, whose resolved config has "
+                                     f"the sha256 {checkpoint['run_hash']}",
+        "continued from": continued or facts.get("base_model"),
+        "merged from": merged,
     }
-    return _table(("", ""), [(key, str(value)) for key, value in rows.items() if value is not None])
-
-
-def _checkpoint(checkpoint: Mapping[str, Any]) -> str:
-    return f"batch {checkpoint['batch']:,} of {checkpoint['run_name']}, whose resolved config has the sha256 " + str(
-        checkpoint["run_hash"])
-
-
-def _continued(lineage: Iterable[Mapping[str, Any]]) -> str:
-    return "; then ".join(", ".join(f"{key} {value}" for key, value in entry.items() if value is not None)
-                          for entry in lineage if not {"merged_from", "averaged"} & entry.keys())
-
-
-def _merged(lineage: Iterable[Mapping[str, Any]]) -> str | None:
-    lists = [entry["merged_from"] for entry in lineage if "merged_from" in entry]
-    return "; then ".join(", ".join(f"{part['source']} (weight {part['weight']:.4g}, {part.get('tokens') or 0:,} tokens)"
-                                    for part in parts) for parts in lists) or None
-
-
-def data_table(sources: Iterable[Mapping[str, Any]]) -> str:
-    """The fact `data` as a table."""
-    rows = [(str(s.get("name", "?")), f"{s['tokens']:,}" if s.get("tokens") is not None else "not recorded",
-             str(s.get("licence") or "not recorded")) for s in sources]
-    return _table(("source", "tokens", "licence"), rows)
-
-
-def _parity(config: EttinConfig, facts: Mapping[str, Any]) -> str:
-    name = "ModernBertDecoderForCausalLM" if config.causal else "ModernBertForMaskedLM"
-    text = (f"The weights were read back after writing and are equal bit for bit. ettin_foundry's tests hold its model to "
-            f"transformers' `{name}` (`make parity`): largest difference of logits under 1e-4 in fp32, for inputs of 16, "
-            f"200 and 1,500 tokens.\n")
-    measured = facts.get("parity")
-    if isinstance(measured, Mapping):
-        text += "\nMeasured on these weights: " + ", ".join(f"{k} {v}" for k, v in measured.items()) + ".\n"
-    elif measured:
-        text += f"\nMeasured on these weights: {measured}\n"
-    return text
+    return _table(("", ""), [(key, str(value)) for key, value in rows.items() if value])
 
 
 def _limits(config: EttinConfig) -> str:

@@ -1,11 +1,11 @@
 """Attention over a flat stream of documents: one signature, a flash path and a reference path.
 
-A microbatch is one stream of N tokens with no padding; `Documents` says where documents begin. Attention never crosses a
-document's border. The window says the rest, in flash-attn's sense: (left, right), both ends included, -1 for no limit;
-causal attention is right == 0. Encoders use (-1, -1) and (64, 64), decoders (-1, 0) and (63, 0).
+A microbatch is one stream of N tokens without padding; `Documents` says where documents begin. Attention never crosses a
+document's border. Windows are flash-attn's: (left, right), both ends included, -1 for no limit; causal attention is
+right == 0. Encoders use (-1, -1) and (64, 64), decoders (-1, 0) and (63, 0).
 
-The reference path defines the meaning: plain SDPA, on any device and dtype. The flash path is flash-attn 3 or 2 when
-installed, else torch's own `varlen_attn` (torch >= 2.11). Which one runs is decided once by `select_backend`.
+The reference path defines the meaning: SDPA, on any device and dtype. The flash path is flash-attn 3 or 2 if installed, else
+torch's `varlen_attn` (torch >= 2.11). `select_backend` chooses once.
 
 Shapes: N tokens, D documents, H heads, K head dimension, W block width.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,8 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["Backend", "Documents", "attention", "describe_backend", "select_backend"]
-
-log = logging.getLogger(__name__)
 
 
 class Documents:
@@ -82,10 +79,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window_size
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=window_size)
     if backend == "flash_attn_2":
         from flash_attn import flash_attn_varlen_func  # type: ignore
-    elif backend == "flash_attn_3":
-        from flash_attn_interface import flash_attn_varlen_func  # type: ignore
     else:
-        raise ValueError(f"attention backend {backend!r} is unknown")
+        from flash_attn_interface import flash_attn_varlen_func  # type: ignore
     out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
                                  causal=window_size[1] == 0, window_size=window_size)
     return out[0] if isinstance(out, tuple) else out  # early flash-attn 3 returns (out, lse)
@@ -182,10 +177,10 @@ def select_backend(wish: str, device_type: str, dtype: torch.dtype) -> Backend:
         wish: `auto`, `flash` (any flash implementation) or `reference`.
 
     Raises:
-        ValueError: the wish is unknown or cannot be met here; the message says why and what to do.
+        ValueError: the wish is unknown or cannot be met here.
     """
     if wish not in ("auto", "flash", "reference"):
-        raise ValueError(f"model.attn_impl: {wish!r} is unknown; choose auto, flash or reference")
+        raise ValueError(f"model.attn_impl must be auto, flash or reference, got {wish!r}")
     if wish == "reference":
         return Backend("reference", "asked for by model.attn_impl")
     if device_type != "cuda":
@@ -197,8 +192,7 @@ def select_backend(wish: str, device_type: str, dtype: torch.dtype) -> Backend:
     else:
         return _flash_candidates()[0]
     if wish == "flash":
-        raise ValueError(f"model.attn_impl: flash was asked for, but {obstacle}. Use a GPU with precision amp_bf16 and "
-                         "flash-attn (README says how to install it), or set model.attn_impl to auto")
+        raise ValueError(f"model.attn_impl must be auto or reference here, got 'flash': {obstacle}")
     return Backend("reference", obstacle)
 
 

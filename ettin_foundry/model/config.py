@@ -1,26 +1,48 @@
 """The shape of an Ettin model: one dataclass, one row of `SIZES` per published size, exact parameter and FLOP counts.
 
-Field names are those of transformers' ModernBertConfig and ModernBertDecoderConfig, so that export needs no translation
-table. Sizes are Table 1 of the Ettin paper (arXiv 2507.11412); constants are the reference's 48 training files
-(JHU-CLSP/ettin-encoder-vs-decoder, pretraining/configs). Nothing here imports torch: counts are known before building.
+Field names are those of transformers' ModernBertConfig and ModernBertDecoderConfig. Sizes are Table 1 of the Ettin paper
+(arXiv 2507.11412); constants are the reference's 48 training files (JHU-CLSP/ettin-encoder-vs-decoder,
+pretraining/configs). Nothing here imports torch: counts are known before a model is built.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CONTRASTIVE", "MASKED_OBJECTIVES", "OBJECTIVES", "SIZES", "EttinConfig", "Size"]
+__all__ = ["MASKED_OBJECTIVES", "OBJECTIVES", "SIZES", "EttinConfig", "Size", "objective_names"]
 
-OBJECTIVES = ("mlm", "clm", "mntp", "mdlm")
+OBJECTIVES = ("mlm", "clm", "mntp")
 """`clm` trains a decoder (causal attention); the others train an encoder (bidirectional attention)."""
 
 MASKED_OBJECTIVES = ("mlm", "mntp")
-"""Those that choose tokens at a given mask rate. `mdlm` draws a rate for each row, `clm` masks nothing."""
+"""Those that choose tokens at a given mask rate."""
 
-CONTRASTIVE = "simcse"
-"""What the loader is told for whole texts without targets (contrastive.py); no objective of language modelling."""
+
+def objective_names(value: Any, key: str = "model.objective") -> tuple[tuple[str, ...], str]:
+    """Reads which objectives an objective or schedule (objectives/schedule.py) names, not when each holds.
+
+    Returns:
+        (every objective in order of first occurrence, the one that the model ends as: of a mixture, the first named).
+
+    Raises:
+        ValueError: no objective, or an unknown one.
+    """
+    def mixtures(part: Any) -> list[list[Any]]:
+        if isinstance(part, Mapping):
+            inner = part.get("cycle", part.get("objective"))
+            return [list(part)] if inner is None else mixtures(inner)
+        is_list = isinstance(part, Sequence) and not isinstance(part, str)
+        return [names for each in part for names in mixtures(each)] if is_list else [[part]]
+
+    found = mixtures(value)
+    names = tuple(dict.fromkeys(name for mixture in found for name in mixture))
+    if not names or not set(names) <= set(OBJECTIVES):
+        raise ValueError(f"{key} must be one of {', '.join(OBJECTIVES)}, shares of them, or a list of segments, got "
+                         f"{value!r}")
+    return names, found[-1][0]
 
 
 @dataclass(frozen=True)
@@ -83,29 +105,26 @@ class EttinConfig:
                      "max_position_embeddings", "global_attn_every_n_layers", "local_attention"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"model.{name}: {value!r} given; a whole number of at least 1 is needed")
+                raise _bad(name, "an integer >= 1", value)
         if self.hidden_size != 64 * self.num_attention_heads:
-            raise ValueError(f"model.hidden_size: {self.hidden_size} given with num_attention_heads="
-                             f"{self.num_attention_heads}; every Ettin head has 64 dimensions, so hidden_size must be "
-                             f"{64 * self.num_attention_heads}")
+            raise _bad("hidden_size", f"{64 * self.num_attention_heads}, 64 for each of num_attention_heads="
+                                      f"{self.num_attention_heads}", self.hidden_size)
         if self.local_attention % 2:
-            raise ValueError(f"model.local_attention: {self.local_attention} given; it must be even, half a side")
+            raise _bad("local_attention", "even, half of it on each side", self.local_attention)
         if not 0.0 <= self.attn_out_dropout < 1.0:
-            raise ValueError(f"model.attn_out_dropout: {self.attn_out_dropout} given; it must be in [0, 1)")
+            raise _bad("attn_out_dropout", "in [0, 1)", self.attn_out_dropout)
         for name in ("global_rope_theta", "local_rope_theta", "norm_eps", "initializer_range",
                      "initializer_cutoff_factor"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"model.{name}: {getattr(self, name)!r} given; it must be above 0")
+                raise _bad(name, "above 0", getattr(self, name))
         side = self.local_attention // 2
         if self.window_left == -1:
             object.__setattr__(self, "window_left", side - 1 if self.causal else side)
         if self.window_left < 0:
-            raise ValueError(f"model.window_left: {self.window_left} given; it must be at least 0 (or -1 for the "
-                             "value that follows from local_attention)")
+            raise _bad("window_left", "at least 0, or -1 for the value that follows from local_attention", self.window_left)
         if not self.causal and self.window_left != side:
-            raise ValueError(f"model.window_left: {self.window_left} given for an encoder with local_attention="
-                             f"{self.local_attention}; an encoder's window is symmetric, so only {side} is possible. "
-                             "Set local_attention instead")
+            raise _bad("window_left", f"{side} for an encoder with local_attention={self.local_attention}, whose window is "
+                                      "symmetric", f"{self.window_left}; set local_attention instead")
 
     @classmethod
     def for_size(cls, size: str, *, causal: bool, **overrides: Any) -> EttinConfig:
@@ -115,10 +134,9 @@ class EttinConfig:
             ValueError: an unknown size or field; the message lists the valid ones.
         """
         if size not in SIZES:
-            raise ValueError(f"model.size: {size!r} is unknown; choose one of {', '.join(SIZES)}")
+            raise _bad("size", f"one of {', '.join(SIZES)}", repr(size))
         fields = [f.name for f in dataclasses.fields(cls) if f.name != "causal"]
-        unknown = sorted(set(overrides) - set(fields))
-        if unknown:
+        if unknown := sorted(set(overrides) - set(fields)):
             raise ValueError(f"model: unknown key(s) {', '.join(unknown)}; valid keys are {', '.join(fields)}")
         return cls(**{**dataclasses.asdict(SIZES[size]), **overrides, "causal": causal})
 
@@ -128,9 +146,9 @@ class EttinConfig:
         row = Size(self.num_hidden_layers, self.hidden_size, self.intermediate_size, self.num_attention_heads)
         return next((name for name, size in SIZES.items() if size == row), None)
 
-    def of_kind(self, causal: bool) -> EttinConfig:
-        """This shape as a decoder or an encoder, the window to the left being that kind's usual one."""
-        return self if causal == self.causal else dataclasses.replace(self, causal=causal, window_left=-1)
+    def with_causal(self, causal: bool, window_left: int = -1) -> EttinConfig:
+        """This shape as a decoder or an encoder, with the usual window of that kind unless another is given."""
+        return self if causal == self.causal else dataclasses.replace(self, causal=causal, window_left=window_left)
 
     @property
     def head_dim(self) -> int:
@@ -185,3 +203,7 @@ class EttinConfig:
         matrices = self.num_hidden_layers * (4 * c * c + 3 * c * self.intermediate_size)
         head = c * c + c * self.vocab_size
         return 6 * matrices * num_tokens + 6 * head * num_targets + 12 * c * attended_pairs
+
+
+def _bad(name: str, needed: str, value: Any) -> ValueError:
+    return ValueError(f"model.{name} must be {needed}, got {value}")

@@ -2,7 +2,7 @@
 
 Written so that every version computes the same function (4.48 to 5.x for encoders, 4.54 to 5.x for decoders; each rule
 below was measured by loading). Read with the defaults of the version that saved it. A setting that an Ettin model cannot
-express is refused by name, and so is a file that means different functions to different versions. No tensors here.
+express is refused by name, and so is a file that means different functions to different versions.
 """
 
 from __future__ import annotations
@@ -109,68 +109,60 @@ def read_config(path: Path) -> tuple[EttinConfig, str | None]:
         raise FileNotFoundError(f"{path}: not found; a Hugging Face model folder has a config.json")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error}); download or export it again") from error
-    model_type = raw.get("model_type") if isinstance(raw, dict) else None
-    if model_type not in _MODEL_TYPES:
-        raise ValueError(f"{path}: model_type is {model_type!r}; only {' and '.join(_MODEL_TYPES)} can be imported")
-    causal = model_type == "modernbert-decoder"
-    _check_supported(raw, path)
+        model_type = raw.get("model_type")
+        if model_type not in _MODEL_TYPES:
+            raise ValueError(f"model_type must be {' or '.join(_MODEL_TYPES)}, got {model_type!r}")
+        return _read(raw, causal=model_type == "modernbert-decoder", path=path)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}. This model cannot be imported") from error
+
+
+def _read(raw: dict[str, Any], causal: bool, path: Path) -> tuple[EttinConfig, str | None]:
+    """`raw` is the content of config.json; `path` is for the log."""
+    for name, value in _FIXED.items():
+        if raw.get(name, value) != value:
+            raise ValueError(f"{name} must be {value!r}, got {raw[name]!r}")
+    if raw.get("rope_scaling") is not None:
+        raise ValueError(f"rope_scaling must be absent, got {raw['rope_scaling']!r}")
+    if dropouts := {name: raw[name] for name in _DROPOUTS if raw.get(name)}:
+        log.warning("%s: %s not taken over: it acts in training only, and training here has attn_out_dropout", path,
+                    ", ".join(f"{k} {v}" for k, v in dropouts.items()))
     ours = raw.get("ettin_foundry") or {}
-    if not isinstance(ours, dict):
-        raise ValueError(f"{path}: ettin_foundry is {ours!r}; a mapping is needed. Remove the key or export again")
-    window_left, local_attention = _window(raw, ours, causal, path)
     fields = {name: raw.get(name, _DEFAULTS[name]) for name in _SAME}
     if "layer_types" in raw and "global_attn_every_n_layers" not in raw:  # saved by 5.x, which keeps only the list
-        fields["global_attn_every_n_layers"] = _period(raw["layer_types"])
+        kinds = raw["layer_types"]
+        fields["global_attn_every_n_layers"] = next(
+            (i for i, kind in enumerate(kinds) if i and kind == "full_attention"), len(kinds))
+    if "attn_out_dropout" in ours:
+        fields["attn_out_dropout"] = ours["attn_out_dropout"]
+    window_left, local_attention = _window(raw, ours, causal)
     global_theta, local_theta = _thetas(raw, causal, path)
-    try:
-        config = EttinConfig(causal=causal, local_attention=local_attention, window_left=window_left,
-                             global_rope_theta=global_theta, local_rope_theta=local_theta,
-                             **({"attn_out_dropout": ours["attn_out_dropout"]} if "attn_out_dropout" in ours else {}),
-                             **fields)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    config = EttinConfig(causal=causal, local_attention=local_attention, window_left=window_left,
+                         global_rope_theta=global_theta, local_rope_theta=local_theta, **fields)
     if raw.get("layer_types") not in (None, config.layer_types):
-        raise ValueError(f"{path}: layer_types is {raw['layer_types']}; an Ettin model attends globally in every n-th "
-                         f"layer from the first on, here n = {config.global_attn_every_n_layers}. This model cannot be "
-                         "imported")
+        raise ValueError(f"layer_types must be global in every n-th layer from the first on, here n = "
+                         f"{config.global_attn_every_n_layers}, got {raw['layer_types']}")
     objective = ours.get("objective", "clm" if causal else None)
     if objective is not None and (objective not in OBJECTIVES or (objective == "clm") != causal):
-        raise ValueError(f"{path}: ettin_foundry.objective is {objective!r}; {'clm' if causal else 'mlm, mntp or mdlm'} is "
-                         f"possible for {model_type}. Correct the key")
+        raise ValueError(f"ettin_foundry.objective must be {'clm' if causal else 'mlm or mntp'}, got {objective!r}")
     return config, objective
 
 
-def _check_supported(raw: dict[str, Any], path: Path) -> None:
-    for name, value in _FIXED.items():
-        if raw.get(name, value) != value:
-            raise ValueError(f"{path}: {name} is {raw[name]!r}; an Ettin model has {value!r} only. This model cannot be "
-                             "imported")
-    if raw.get("rope_scaling") is not None:
-        raise ValueError(f"{path}: rope_scaling is {raw['rope_scaling']!r}; Ettin models have plain rotary positions. "
-                         "This model cannot be imported")
-    dropouts = {name: raw[name] for name in _DROPOUTS if raw.get(name)}
-    if dropouts:
-        log.warning("%s: %s not taken over: it acts in training only, and training here has attn_out_dropout", path,
-                    ", ".join(f"{k} {v}" for k, v in dropouts.items()))
-
-
-def _window(raw: dict[str, Any], ours: dict[str, Any], causal: bool, path: Path) -> tuple[int, int]:
+def _window(raw: dict[str, Any], ours: dict[str, Any], causal: bool) -> tuple[int, int]:
     """(window_left, local_attention). transformers 4.x obeys local_attention, 5.x obeys sliding_window."""
     local, sliding = raw.get("local_attention"), raw.get("sliding_window")
     for name, value in (("local_attention", local), ("sliding_window", sliding)):
         if name in raw and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{path}: {name} is {value!r}; a whole number of at least 1 is needed. Correct or remove it")
+            raise ValueError(f"{name} must be an integer >= 1 or absent, got {value!r}")
     if local is not None and sliding is not None and local // 2 != sliding:
-        raise ValueError(f"{path}: local_attention {local} and sliding_window {sliding} contradict each other "
+        raise ValueError(f"local_attention {local} and sliding_window {sliding} contradict each other "
                          f"({'4.x obeys the first, 5.x the second' if causal else '5.x obeys the second'}); keep the one "
                          "that the model was trained with (sliding_window is half of local_attention)")
     side = sliding if sliding is not None else (128 if local is None else local) // 2
     window_left = side - 1 if causal else side
     stated = ours.get("window_left", window_left)
     if stated != window_left:
-        raise ValueError(f"{path}: the model was trained with window_left {stated} (ettin_foundry.window_left), but "
+        raise ValueError(f"the model was trained with window_left {stated} (ettin_foundry.window_left), but "
                          f"local_attention {local} and sliding_window {sliding} mean {window_left}: transformers 4.x loses "
                          f"the window when it saves twice. Set local_attention to {2 * (stated + causal)}"
                          f"{f' and sliding_window to {stated + 1}' if causal else ''}")
@@ -185,13 +177,11 @@ def _thetas(raw: dict[str, Any], causal: bool, path: Path) -> tuple[float, float
     for kind, flat in _KINDS.items():
         entry = new.get(kind) or {}
         if unknown or set(entry) - {"rope_theta", "rope_type"} or entry.get("rope_type", "default") != "default":
-            raise ValueError(f"{path}: rope_parameters is {new!r}; plain rotary positions (rope_type default) for "
-                             f"{' and '.join(_KINDS)} are needed. This model cannot be imported")
+            raise ValueError(f"rope_parameters must hold rope_type default for {' and '.join(_KINDS)}, got {new!r}")
         values = {float(v) for v in (entry.get("rope_theta"), raw.get(flat)) if v is not None}
         if len(values) > 1:
-            raise ValueError(f"{path}: rope_parameters.{kind}.rope_theta and {flat} contradict each other "
-                             f"({sorted(values)}): transformers 5.x obeys the first, 4.x the second. Keep the one that the "
-                             "model was trained with")
+            raise ValueError(f"rope_parameters.{kind}.rope_theta and {flat} contradict each other ({sorted(values)}): "
+                             "transformers 5.x obeys the first, 4.x the second. Keep the one of the training")
         if values:
             found[kind] = values.pop()
     found.setdefault("full_attention", 160_000.0)
@@ -202,8 +192,3 @@ def _thetas(raw: dict[str, Any], causal: bool, path: Path) -> tuple[float, float
         log.warning("%s: no rotary base for local layers; %g is taken, the value that transformers %s computes with", path,
                     found["sliding_attention"], major)
     return found["full_attention"], found["sliding_attention"]
-
-
-def _period(layer_types: list[str]) -> int:
-    """n for a list that is global in every n-th layer; the caller compares the whole list afterwards."""
-    return next((i for i, kind in enumerate(layer_types) if i and kind == "full_attention"), len(layer_types))

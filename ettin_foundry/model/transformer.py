@@ -1,7 +1,7 @@
 """The Ettin transformer in plain torch: one stream of tokens in, hidden states or a loss out.
 
-Encoder and decoder are the same modules with the same parameters; causal or not changes the windows given to attention and
-nothing else, so one model can run streams of either kind, or of both. The order of operations is the reference's (bert24
+Encoder and decoder are the same modules with the same parameters; causal or not changes only the windows given to attention,
+so one model runs streams of either kind, or of both. The order of operations is the reference's (bert24
 src/bert_layers/model.py, layers.py): token embedding, norm, pre-norm blocks whose first attention has no norm of its own,
 final norm; then dense, GELU, norm, and the embedding matrix as output with a bias of its own.
 
@@ -23,7 +23,7 @@ from ettin_foundry.model.attention import Backend, Documents, attention, select_
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.loss import count_correct, linear_cross_entropy
 
-__all__ = ["Block", "Ettin", "Stream", "TargetLoss", "Trunk", "init_parameters", "rotary"]
+__all__ = ["Block", "Ettin", "Span", "Stream", "TargetLoss", "Trunk", "init_parameters", "rotary"]
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class TargetLoss(NamedTuple):
     """scalar int64: targets whose label is the most probable entry; None unless asked for."""
 
 
-class Part(NamedTuple):
+class Span(NamedTuple):
     """A run of whole documents of the stream in which attention is all causal or all bidirectional."""
 
     documents: Documents
@@ -50,7 +50,7 @@ class Stream:
 
     Args:
         position_ids: (N,) int64. cu_seqlens: (D + 1,) int32. max_seqlen: longest document.
-        causal: (documents, tokens) at the begin that see the past only; the rest sees both sides.
+        causal: (documents, tokens) at the start that see the past only; the rest sees both sides.
     """
 
     def __init__(self, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: tuple[int, int]) -> None:
@@ -60,11 +60,11 @@ class Stream:
         self.angles: dict[float, tuple[Tensor, Tensor]] = {}
         self.position_ids = position_ids
         if tokens in (0, position_ids.shape[0]):
-            self.parts = [Part(Documents(cu_seqlens, max_seqlen, position_ids), slice(None), tokens > 0)]
+            self.spans = [Span(Documents(cu_seqlens, max_seqlen, position_ids), slice(None), tokens > 0)]
         else:
             first = Documents(cu_seqlens[:documents + 1], max_seqlen, position_ids[:tokens])
             rest = Documents(cu_seqlens[documents:] - tokens, max_seqlen, position_ids[tokens:])
-            self.parts = [Part(first, slice(0, tokens), True), Part(rest, slice(tokens, None), False)]
+            self.spans = [Span(first, slice(0, tokens), True), Span(rest, slice(tokens, None), False)]
 
 
 def _drawn(module: nn.Linear | nn.Embedding, config: EttinConfig, std: float) -> Any:
@@ -73,12 +73,10 @@ def _drawn(module: nn.Linear | nn.Embedding, config: EttinConfig, std: float) ->
     return module
 
 
-def _linear(config: EttinConfig, rows_in: int, rows_out: int, std: float) -> nn.Linear:
-    return _drawn(nn.Linear(rows_in, rows_out, bias=False), config, std)
-
-
-def _out_std(config: EttinConfig) -> float:
-    return config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
+def _linear(config: EttinConfig, size_in: int, size_out: int, *, is_output: bool = False) -> nn.Linear:
+    """A matrix without bias; `is_output`: it writes to the residual stream and is drawn smaller, by the depth."""
+    std = config.initializer_range / ((2 * config.num_hidden_layers) ** 0.5 if is_output else 1)
+    return _drawn(nn.Linear(size_in, size_out, bias=False), config, std)
 
 
 def rotary(position_ids: Tensor, theta: float, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -107,7 +105,7 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of either kind; which one, a part of the stream says.
+    """Attention, causal or bidirectional as each span of the stream says.
 
     Args:
         windows: {causal: (left, right)} of local layers.
@@ -119,16 +117,16 @@ class Attention(nn.Module):
         is_global = config.is_global(layer)
         self.windows = {True: (-1, 0), False: (-1, -1)} if is_global else dict(windows)
         self.theta = config.global_rope_theta if is_global else config.local_rope_theta
-        self.Wqkv = _linear(config, config.hidden_size, 3 * config.hidden_size, config.initializer_range)
-        self.Wo = _linear(config, config.hidden_size, config.hidden_size, _out_std(config))
+        self.Wqkv = _linear(config, config.hidden_size, 3 * config.hidden_size)
+        self.Wo = _linear(config, config.hidden_size, config.hidden_size, is_output=True)
         self.dropout = config.attn_out_dropout
 
     def forward(self, x: Tensor, stream: Stream, backend: str) -> Tensor:
         qkv = self.Wqkv(x).view(-1, 3 * self.num_heads, self.head_dim)
         qk, v = qkv.split((2 * self.num_heads, self.num_heads), dim=1)
         q, k = _rotate(qk, *stream.angles[self.theta]).chunk(2, dim=1)          # (N, H, K) each
-        outs = [attention(q[part.tokens], k[part.tokens], v[part.tokens], part.documents, self.windows[part.causal], backend)
-                for part in stream.parts]
+        outs = [attention(q[span.tokens], k[span.tokens], v[span.tokens], span.documents, self.windows[span.causal], backend)
+                for span in stream.spans]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return F.dropout(self.Wo(out.reshape(-1, self.num_heads * self.head_dim)), self.dropout, self.training)
 
@@ -136,8 +134,8 @@ class Attention(nn.Module):
 class GLU(nn.Module):
     def __init__(self, config: EttinConfig) -> None:
         super().__init__()
-        self.Wi = _linear(config, config.hidden_size, 2 * config.intermediate_size, config.initializer_range)
-        self.Wo = _linear(config, config.intermediate_size, config.hidden_size, _out_std(config))
+        self.Wi = _linear(config, config.hidden_size, 2 * config.intermediate_size)
+        self.Wo = _linear(config, config.intermediate_size, config.hidden_size, is_output=True)
 
     def forward(self, x: Tensor) -> Tensor:
         activated, gate = self.Wi(x).chunk(2, dim=-1)  # the first half goes through GELU, as in the reference
@@ -184,7 +182,7 @@ class Head(nn.Module):
 
     def __init__(self, config: EttinConfig) -> None:
         super().__init__()
-        self.dense = _linear(config, config.hidden_size, config.hidden_size, config.initializer_range)
+        self.dense = _linear(config, config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -201,17 +199,16 @@ class Ettin(nn.Module):
     Args:
         config: the shape. On `torch.device("meta")` nothing is drawn; call `init_parameters` on materialised modules.
         attn_impl: `auto`, `flash` or `reference` (see `attention.select_backend`).
-        twin: this shape as the other kind, for streams of that kind: the same parameters under the other mask;
-            `config.of_kind` unless given.
+        other: the same shape with the other attention, for streams of that kind; `config.with_causal` unless given.
     """
 
-    def __init__(self, config: EttinConfig, attn_impl: str = "auto", twin: EttinConfig | None = None) -> None:
+    def __init__(self, config: EttinConfig, attn_impl: str = "auto", other: EttinConfig | None = None) -> None:
         super().__init__()
         self.config = config
         self.attn_impl = attn_impl
-        twin = twin or config.of_kind(not config.causal)
-        self.kinds: dict[bool, EttinConfig] = {config.causal: config, twin.causal: twin}
-        self.trunk = Trunk(config, {kind: own.local_window for kind, own in self.kinds.items()})
+        other = other or config.with_causal(not config.causal)
+        self.configs: dict[bool, EttinConfig] = {config.causal: config, other.causal: other}
+        self.trunk = Trunk(config, {causal: shape.local_window for causal, shape in self.configs.items()})
         self.head = Head(config)
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self._backends: dict[tuple[str, torch.dtype], Backend] = {}
@@ -239,7 +236,7 @@ class Ettin(nn.Module):
             cu_seqlens: (D + 1,) int32 borders of documents. max_seqlen: longest document.
             target_positions: (n,) int64 places in the stream. target_labels: (n,) int64 what they must predict.
             count: also count correct predictions (a second projection; for evaluation).
-            causal: (documents, tokens) at the begin of the stream that see the past only, the rest being bidirectional;
+            causal: (documents, tokens) at the start of the stream that see the past only, the rest being bidirectional;
                 all or none, as the config says, unless given.
             target_weights: (n,) fp32, what each target weighs in the sum; 1 unless given.
 

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ettin_foundry.model.config import EttinConfig
+from ettin_foundry.objectives.schedule import ObjectiveSchedule
 from ettin_foundry.training import checkpoints as checkpoint
 from ettin_foundry.training.optimizer import StableAdamW, fsdp2_gradient_factor
 from ettin_foundry.training.starts import check_resume, config_hash, config_text
@@ -202,10 +203,12 @@ class Clock(CallbackWithConfig):
         """
         config = getattr(self._model, "config", None)
         plain = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else None
-        schedule, time = getattr(self._model, "schedule", None), None if self._state is None else self._state.timestamp
+        schedule = getattr(self._model, "objective_schedule", None)
+        time = None if self._state is None else self._state.timestamp
         return {
             "config": plain, "size": getattr(config, "size", None), "objective": getattr(self._model, "objective", None),
-            "objective_schedule": json.dumps(None if schedule is None else schedule.plain()), **self._tokenizer,
+            "objective_schedule": json.dumps(None if schedule is None else ObjectiveSchedule.parse(schedule).plain()),
+            **self._tokenizer,
             "tokens": 0 if time is None else time.token.value, "batch": 0 if time is None else time.batch.value,
             "run_name": None if self._state is None else self._state.run_name,
             "phase": (self._run.get("variables") or {}).get("phase"), "run_config": self._run_config,

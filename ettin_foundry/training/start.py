@@ -20,6 +20,7 @@ from composer.loggers import Logger
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from ettin_foundry.data import tokenizer
+from ettin_foundry.objectives.schedule import ObjectiveSchedule
 from ettin_foundry.training import checkpoints as checkpoint
 from ettin_foundry.training.clock import Clock
 from ettin_foundry.training.entry import Differences, Source, Target, compare, read_source
@@ -46,7 +47,7 @@ class _Start(Callback):
     def _compare(self, state: State, source: Source) -> Differences:
         model: Any = state.model
         tokens = getattr(model, "tokenizer", None)
-        target = Target(dataclasses.asdict(model.config), tuple(model.schedule.at(0)),
+        target = Target(dataclasses.asdict(model.config), tuple(ObjectiveSchedule.parse(model.objective_schedule).at(0)),
                         None if tokens is None else tokenizer.fingerprint(tokens))
         return compare(self.key, source, target, self.accept, crossing=isinstance(self, CrossObjective))
 
@@ -167,7 +168,8 @@ class CrossObjective(_Start):
         changed = [f"model.{name} {old[name]} -> {new[name]}" for name in new if name in old and old[name] != new[name]]
         log.info("crossing from %s (%s, %s tokens) to %s: kept weights; new clock, schedule, data order, generators, "
                  "optimizer; changed: %s", source.path, source.record.get("objective") or "objective unknown",
-                 source.record.get("tokens"), model.schedule, ", ".join(changed) or "nothing")
+                 source.record.get("tokens"), ObjectiveSchedule.parse(model.objective_schedule),
+                 ", ".join(changed) or "nothing")
 
     def state_dict(self) -> dict[str, Any]:
         return {"source": self.source}

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ettin_foundry.cli import main as cli
+from ettin_foundry.hub.folder import export_model
 from ettin_foundry.model.config import EttinConfig
-from ettin_foundry.model.weights import export_model, import_folder, weights_checkpoint
+from ettin_foundry.model.weights import import_folder, weights_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -114,12 +114,12 @@ def test_both_kinds_in_one_stream_have_borders_of_their_own():
     from ettin_foundry.model.transformer import Stream
 
     _, positions, cu_seqlens, longest = stream([3, 5, 2, 7])
-    first, rest = Stream(positions, cu_seqlens, longest, (2, 8)).parts
+    first, rest = Stream(positions, cu_seqlens, longest, (2, 8)).spans
     assert (first.documents.cu_seqlens.tolist(), rest.documents.cu_seqlens.tolist()) == ([0, 3, 8], [0, 2, 9])
     assert (first.causal, rest.causal) == (True, False)
-    assert torch.equal(torch.cat([part.documents.position_ids for part in (first, rest)]), positions)
+    assert torch.equal(torch.cat([span.documents.position_ids for span in (first, rest)]), positions)
     for causal, documents in ((True, (4, 17)), (False, (0, 0))):
-        [whole] = Stream(positions, cu_seqlens, longest, documents).parts
+        [whole] = Stream(positions, cu_seqlens, longest, documents).spans
         assert whole.causal is causal and torch.equal(whole.documents.cu_seqlens, cu_seqlens)
 
 

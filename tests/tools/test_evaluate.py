@@ -19,8 +19,9 @@ from ettin_foundry.data.batch import Collator
 from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.stream import open_stream
 from ettin_foundry.data.tokenizer import load
+from ettin_foundry.hub.folder import export_model
 from ettin_foundry.model.config import EttinConfig
-from ettin_foundry.model.weights import export_model, weights_checkpoint
+from ettin_foundry.model.weights import weights_checkpoint
 from ettin_foundry.objectives.targets import TextVocab
 from ettin_foundry.tools.evaluate import evaluate
 

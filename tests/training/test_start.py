@@ -26,7 +26,7 @@ from composer import Trainer  # noqa: E402
 from omegaconf import OmegaConf as om  # noqa: E402
 
 from ettin_foundry.data import tokenizer  # noqa: E402
-from ettin_foundry.model import weights as hf  # noqa: E402
+from ettin_foundry.hub.folder import export_model  # noqa: E402
 from ettin_foundry.model.composer import EttinModel  # noqa: E402
 from ettin_foundry.model.transformer import Ettin  # noqa: E402
 from ettin_foundry.training import checkpoints as checkpoint  # noqa: E402
@@ -359,7 +359,7 @@ def test_a_cross_run_logs_the_losses_of_both_objectives_at_its_interval(chain, d
 def test_the_tokenizers_template_follows_the_objective_that_was_crossed_to(crossed_models, tmp_path):
     """A text ends with [SEP] for an encoder, and stays open for a decoder, whichever it was before."""
     for model in crossed_models:
-        folder = hf.export_model(model, model.config, model.tokenizer, tmp_path / model.objective, objective=model.objective)
+        folder = export_model(model, model.config, model.tokenizer, tmp_path / model.objective, objective=model.objective)
         from transformers import PreTrainedTokenizerFast
 
         loaded = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -410,7 +410,7 @@ def decoder(tmp_path_factory, tokens):
 def folder(decoder, tmp_path_factory):
     model, _ = decoder
     lineage = [{"objective": "mlm", "tokens": 5}]
-    return hf.export_model(model, model.config, model.tokenizer, tmp_path_factory.mktemp("hf") / "out", objective="clm",
+    return export_model(model, model.config, model.tokenizer, tmp_path_factory.mktemp("hf") / "out", objective="clm",
                            facts={"tokens": 12, "lineage": lineage})
 
 
@@ -434,7 +434,7 @@ def test_there_and_back_without_training_gives_equal_logits(through, decoder, to
     def passed_on(model, name, lineage=()):
         if through == "checkpoints":
             return save(model, tmp_path / f"{name}.pt", lineage)
-        return hf.export_model(model, model.config, model.tokenizer, tmp_path / name, objective=model.objective,
+        return export_model(model, model.config, model.tokenizer, tmp_path / name, objective=model.objective,
                                facts={"lineage": list(lineage)})
 
     before, _ = decoder
@@ -566,7 +566,7 @@ def test_another_tokenizer_is_refused_by_its_content(cross_cfg, decoder, folder,
 
 def test_an_encoder_that_does_not_say_how_it_predicts_is_refused_where_that_matters(cross_cfg, tokens, tmp_path):
     model = ettin("mlm", tokenizer=tokens)
-    place = hf.export_model(model, model.config, tokens, tmp_path / "enc", objective="mlm")
+    place = export_model(model, model.config, tokens, tmp_path / "enc", objective="mlm")
     config = json.loads((place / "config.json").read_text())
     del config["ettin_foundry"]["objective"]  # as official encoders
     (place / "config.json").write_text(json.dumps(config))
