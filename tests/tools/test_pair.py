@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import test_recipes
 
-from ettin_foundry.cli import main as cli
+from ettin_foundry.cli.main import main
 from ettin_foundry.model.config import SIZES
 from ettin_foundry.tools.meaning import read_meaning
 from ettin_foundry.tools.pair import lint_chain, lint_pair
@@ -98,7 +98,7 @@ def test_a_list_of_evaluations_is_what_the_checks_make_of_one_with_several_objec
 
 
 def test_nothing_heavy_is_imported():
-    code = ("import sys, ettin_foundry.cli.lint, ettin_foundry.tools.pair\n"
+    code = ("import sys, ettin_foundry.cli.runs, ettin_foundry.tools.pair\n"
             "sys.exit(any(m in sys.modules for m in ('torch', 'llmfoundry', 'composer', 'transformers')))")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
@@ -303,7 +303,7 @@ def test_sets_are_compared_by_content_where_they_are_here(data_set, tmp_path):
 
 
 def test_a_config_that_cannot_be_read_is_named():
-    with pytest.raises(ValueError, match=r"^second: model\.size: '3b'"):
+    with pytest.raises(ValueError, match=r"^second: model\.size.*3b"):
         lint_pair(NANO, changed(NANO, {"model.size": "3b"}), names=("first", "second"))
     with pytest.raises(ValueError, match="^second: cannot be read: .*max_duration"):
         lint_pair(NANO, changed(NANO, {"max_duration": ...}), names=("first", "second"))
@@ -406,12 +406,12 @@ def test_the_table_is_aligned_unfair_first_and_ends_with_the_verdict():
     assert rows[0].split()[:4] == ["unfair", "seed", "21", "5"]
     columns = [head.index(word) for word in ("key", "one", "two", "why")]
     assert all(row[column - 1] == " " and row[column] != " " for row in rows for column in columns)
-    assert lines[-1].startswith("unfair pair: 1 unfair, ") and lines[-1].endswith("1 harmless; unfair: seed")
+    assert lines[-1].startswith("unfair pair: 1 unfair, 1 harmless, ") and lines[-1].endswith("; unfair: seed")
 
 
 def run(capsys, *arguments):
     with pytest.raises(SystemExit) as end:
-        cli.main(["lint", *map(str, arguments)])
+        main(["lint", *map(str, arguments)])
     return end.value.code or 0, *capsys.readouterr()
 
 

@@ -29,6 +29,7 @@ from ettin_foundry.model.config import SIZES, EttinConfig
 from ettin_foundry.model.weights import import_folder, weights_checkpoint
 from ettin_foundry.tools.evaluate import evaluate
 from ettin_foundry.tools.pair import lint_chain, lint_pair
+from ettin_foundry.tools.report import write_report
 from ettin_foundry.tools.suite import Stage, Suite, load
 from ettin_foundry.tools.suite_run import StageFailed, check_suite, run_suite, stage_state
 from ettin_foundry.training import checks, recipes, starts
@@ -39,7 +40,7 @@ STEPS = 8  # of each stage, of 500 tokens
 # Leaves a checkpoint prepared beside it and a log of steps in save_folder, or does what the file named as the stage says.
 PROGRAM = """
 import json, pathlib, shutil, subprocess, sys, time
-here = pathlib.Path(__file__).resolve().parents[1]
+here = pathlib.Path(__file__).resolve().parent
 folder = pathlib.Path(next(a for a in sys.argv if a.startswith("save_folder=")).split("=", 1)[1])
 plan = here / f"{folder.name}.plan"
 plan = plan.read_text() if plan.exists() else "finish"
@@ -229,7 +230,9 @@ def test_told_to_end_it_ends_the_stage_and_all_that_it_started(
     hanging = small.folder / "hanging"
 
     def tell() -> None:
-        while not (hanging.exists() and hanging.read_text()):
+        for _ in range(3000):
+            if hanging.exists() and hanging.read_text():
+                break
             time.sleep(0.02)
         os.kill(os.getpid(), signum)
 
@@ -455,5 +458,21 @@ def test_the_report_says_what_the_exported_folders_are(small: Small, data_set: P
     assert "| model | objective | tokens | clm: loss (accuracy) | mlm 15%: loss (accuracy) |" in text
     assert (root / "losses.png").read_bytes()[:4] == b"\x89PNG"
     said = capfd.readouterr()
-    assert "small: 4 stages, 16,000 tokens in 0:16 of training; 2 models in" in said.err
+    assert "small: 4 stages, 16,000 tokens in 0:00:16 of training; 2 models in" in said.err
     assert "encoder" in said.out and "4k + 4k" in said.out
+
+
+def test_the_report_says_why_a_number_is_missing(small: Small) -> None:
+    """A run without a log of its steps, and a model that cannot be evaluated on the data."""
+    suite = small.suite("evaluation.data=nowhere", "samples.masked=['a [MASK]']")
+    run_suite(suite, only=ALL)
+    for name in ("decoder-pretrain", "encoder-extend"):
+        (suite.stage(name).folder / "steps.jsonl").unlink()
+    (suite.stage("decoder-extend").folder / "steps.jsonl").write_text("")
+    for stage in suite.pairs()["pretrain"]:
+        assert stage_state(stage).finished
+    write_report(suite, {}, seconds=1.0)
+    text = (small.folder / "root" / "report.md").read_text()
+    for words in ("encoder-extend: no losses and times", "decoder-extend: no losses and times", "encoder: not evaluated: ",
+                  "| encoder-extend | encoder-pretrain | mlm | 4,000 | - | - | - | - |", "'a [MASK] -> "):
+        assert words in text
