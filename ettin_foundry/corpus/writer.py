@@ -193,7 +193,7 @@ class ShardGroupWriter:
 
     def _write_huge(self, name: bytes, tokens: np.ndarray) -> None:
         """One document, some chunks at a time; of a memmap no more than these are in memory."""
-        cuts = iter(self._chunker.iter_cuts(tokens))
+        cuts = iter(self._chunker.cuts(tokens))
         begin = part = 0
         while len(ends := np.fromiter(itertools.islice(cuts, _GROUP), np.int64)):
             parts = np.arange(part, part + len(ends))

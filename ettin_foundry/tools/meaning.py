@@ -18,7 +18,7 @@ from ettin_foundry.data.mixture import MIX_FORMAT, open_split
 from ettin_foundry.data.stream import DEFAULT_WINDOW
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule
-from ettin_foundry.training.defaults import DEFAULTS, HOST_DEFAULTS
+from ettin_foundry.training.keys import DEFAULTS, HOST_DEFAULTS
 from ettin_foundry.training.run_config import model_config, objective_schedule, parse_time
 
 __all__ = ["Meaning", "data_of", "read_meaning"]

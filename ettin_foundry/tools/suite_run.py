@@ -26,8 +26,8 @@ from rich.console import Console
 from ettin_foundry.data.quantities import format_duration
 from ettin_foundry.tools.pair import HARMLESS, lint_chain, lint_pair
 from ettin_foundry.tools.suite import Stage, Suite
-from ettin_foundry.training import checkpoints, checks, starts
-from ettin_foundry.training.run_config import parse_time
+from ettin_foundry.training import checkpoints, checks
+from ettin_foundry.training.run_config import config_hash, config_text, parse_time
 from ettin_foundry.training.steps import STEPS, compare_steps, read_steps
 
 __all__ = ["StageFailed", "State", "Stopped", "check_suite", "compare_pair", "run_suite", "say", "signals", "stage_state"]
@@ -82,8 +82,8 @@ def stage_state(stage: Stage) -> State:
     if newest is None:
         return State(None, {}, False)
     record, config = checkpoints.read_head(newest).record, stage.config()
-    text = starts.config_text(config)
-    if record.get("run_hash") != starts.config_hash(text):
+    text = config_text(config)
+    if record.get("run_hash") != config_hash(text):
         if "run_config" not in record:
             raise ValueError(f"stages.{stage.name}: {newest} holds no config, so it is not one of train.py's; move it away")
         found = lint_pair(json.loads(record["run_config"]), json.loads(text), names=("then", "now")).differences

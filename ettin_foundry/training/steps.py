@@ -15,8 +15,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["STEPS", "compare_steps", "cut_steps", "read_steps"]
-
 STEPS = "steps.jsonl"
 _COMPARED = ("step", "tokens", "rows", "ids_hash")
 
@@ -30,14 +28,15 @@ def read_steps(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: there is none. ValueError: a line is no step; it names the line.
     """
-    path = _find(path)
-    lines = path.read_bytes().split(b"\n")  # what follows the last newline was cut short
+    path = Path(path, STEPS) if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give the folder of a run with callbacks.ettin_steps and a local "
+                                "save_folder")
     steps = []
-    for number, line in enumerate(lines[:-1], 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):  # what follows the last newline was cut short
         entry = _parse(line)
         if entry is None:
-            raise ValueError(f"{path} line {number}: {line[:100]!r} found; each line is a JSON object with a step. Restore "
-                             "the file, or remove it before the run goes on")
+            raise ValueError(f"{path} line {number} must be a JSON object with a step, got {line[:100]!r}; restore the file")
         steps.append(entry)
     return steps
 
@@ -47,9 +46,6 @@ def compare_steps(first: str | os.PathLike[str], second: str | os.PathLike[str])
 
     Args:
         first, second: as for `read_steps`. A step that only one of them has is a difference.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_steps`.
     """
     mine, other = read_steps(first), read_steps(second)
     for one, two in zip(mine, other):
@@ -59,28 +55,13 @@ def compare_steps(first: str | os.PathLike[str], second: str | os.PathLike[str])
     return rest[0]["step"] if rest else None
 
 
-def cut_steps(path: Path, step: int) -> int:
-    """Removes, from the end of a log, an unfinished line and all from `step` on, which will be done again.
-
-    Returns:
-        Lines that are left. A file that does not exist has none.
-    """
-    if not path.is_file():
-        return 0
-    lines = path.read_bytes().split(b"\n")[:-1]
-    while lines and ((entry := _parse(lines[-1])) is None or entry["step"] >= step):
-        lines.pop()
-    os.truncate(path, sum(len(line) + 1 for line in lines))
-    return len(lines)
-
-
-def _find(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    found = path / STEPS if path.is_dir() else path
-    if not found.is_file():
-        raise FileNotFoundError(f"{found}: no such file; a run with callbacks.ettin_steps and a local save_folder writes "
-                                "it. Give that run's folder")
-    return found
+def cut_steps(path: Path, step: int) -> None:
+    """Removes, from the end of a log, an unfinished line and all from `step` on, which will be done again."""
+    if path.is_file():
+        lines = path.read_bytes().split(b"\n")[:-1]
+        while lines and ((entry := _parse(lines[-1])) is None or entry["step"] >= step):
+            lines.pop()
+        os.truncate(path, sum(len(line) + 1 for line in lines))
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

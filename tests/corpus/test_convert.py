@@ -199,7 +199,7 @@ BAD_FILES = {  # test_readers.py has many more
     "truncated gz": ("b.jsonl.gz", gzip.compress(GOOD)[:-20], r"b\.jsonl\.gz must be a whole"),
     "parquet without text": ("b.parquet", content(".parquet", TEXTS).replace(b"text", b"tixt"),
                              r"b\.parquet must have a column 'text'.*--text-field"),
-    "record without text": ("b.jsonl", b'{"text": "x"}\n{"id": 1}\n', r"b\.jsonl line 2 .*'text' must be a string"),
+    "record without text": ("b.jsonl", b'{"text": "x"}\n{"id": 1}\n', r"b\.jsonl line 2 .*whose 'text' is a string"),
 }
 
 
@@ -234,7 +234,7 @@ BAD_CALLS: dict[str, tuple[list[str], str]] = {
     "limit": (["{tmp}/good.txt", "--limit-bytes", "0"], "--limit-bytes: 0 given"),
     "seed": (["{tmp}/good.txt", "--seed", "-1"], "--seed: -1 given"),
     "shard size": (["{tmp}/good.txt", "--shard-size", "300"], "--shard-size: 300 bytes given; one chunk of good alone"),
-    "tokenizer": (["{tmp}/good.txt", "--tokenizer", "{tmp}/none"], "none: neither a folder nor"),
+    "tokenizer": (["{tmp}/good.txt", "--tokenizer", "{tmp}/none"], "none must be a folder"),
 }
 
 

