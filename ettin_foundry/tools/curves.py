@@ -69,7 +69,8 @@ def run_curves(cfg: dict[str, Any], num_tokens: int) -> Curves:
     rate = MaskRate.parse(cfg["train_loader"].get("mask_rate", 0.0), total=total_tokens(cfg), key="train_loader.mask_rate")
     plain = rate.plain()
     ends = [segment["until"] for segment in plain if "until" in segment] if isinstance(plain, list) else []
-    begins = sorted({*objective.breakpoints(num_tokens), *rate.breakpoints(num_tokens), *(e for e in ends if e < num_tokens)})
+    ends = [end for end in ends if end < num_tokens]
+    begins = sorted({*objective.breakpoints(num_tokens), *rate.breakpoints(num_tokens), *ends})
     return Curves([Piece(begin, end, objective.at(begin), rate.at(begin), rate.at(end - 1))
                    for begin, end in zip(begins, [*begins[1:], num_tokens])], objective, rate)
 

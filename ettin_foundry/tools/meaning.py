@@ -107,9 +107,10 @@ def _loader(block: Mapping[str, Any], total: int | None) -> dict[str, Any]:
 def _plain(schedule: ObjectiveSchedule | MaskRate) -> Any:
     """A schedule as a name or number if it never changes, else as text that keeps the order of its parts."""
     value = schedule.plain()
-    if schedule.is_constant and isinstance(value, list) and "cycle" not in value[0]:
-        value = type(schedule).parse(value[:1]).at(0)
-        value = next(iter(value)) if isinstance(value, dict) and len(value) == 1 else value
+    if isinstance(value, list):
+        contents = [{key: item for key, item in segment.items() if key != "until"} for segment in value]
+        if contents[0].keys() <= {"objective", "rate"} and all(content == contents[0] for content in contents):
+            [value] = contents[0].values()
     return value if isinstance(value, (str, float)) else json.dumps(value)
 
 

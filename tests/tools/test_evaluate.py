@@ -132,7 +132,8 @@ def test_the_same_batches_every_time_and_only_the_first_when_asked(encoder: tupl
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"objectives": ["mlm", "nsp"]}, "--objective"), ({"objectives": []}, "--objective"), ({"max_batches": 0}, "--max-batches"),
+    ({"objectives": ["mlm", "nsp"]}, "--objective"), ({"objectives": []}, "--objective"),
+    ({"max_batches": 0}, "--max-batches"),
     ({"max_seq_len": 128}, "--max-seq-len"), ({"max_seq_len": 32}, "32"), ({"split": "test"}, "train, validation"),
     ({"mask_rate": 1.5}, "mask_rate"),
 ])
