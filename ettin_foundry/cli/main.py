@@ -29,7 +29,7 @@ _REMOVED = {
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
              help="Turn text into a dataset (the same program as data_prep/convert.py; see its --help).")
 def convert(context: typer.Context) -> None:
-    from ettin_foundry.corpus.convert import main as convert_main
+    from ettin_foundry.cli.convert import main as convert_main
 
     raise typer.Exit(convert_main(context.args))
 

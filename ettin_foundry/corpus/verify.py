@@ -1,8 +1,8 @@
 """Compares every byte of a dataset with what the dataset states of itself, and lists all that is wrong.
 
 Checked are every shard's hash, layout, counts, lengths, packed rows and token range; index.json; files that
-nothing names; the tokenizer; the small files against plan, records and data card, where these are kept. Nothing
-is written (but a mixture is opened as a loader does it, which may expand compressed shards beside themselves).
+nothing names; the tokenizer; the small files against plan, records and data card, where these are kept.
+Nothing is written, but a mixture is opened as a loader opens it, which may expand compressed shards.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from ettin_foundry.corpus.card import CARD, read_block
-from ettin_foundry.corpus.finalize import describe_splits, read_plan, read_record
-from ettin_foundry.corpus.units import PLAN, Plan, record_name
+from ettin_foundry.corpus.finalize import describe_splits
+from ettin_foundry.corpus.plan import PLAN, Plan, read_plan, read_record, record_name
 from ettin_foundry.data.cache import fetch_tokenizer
 from ettin_foundry.data.inspect import Found, draw_samples, find_dataset
 from ettin_foundry.data.manifest import INDEX, LENGTHS, MANIFEST

@@ -244,9 +244,3 @@ print(sum((task / "comm").read_text().startswith("fastokens") for task in tasks.
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "tokenizer.json")], cwd=ROOT, env=env,
                           capture_output=True, text=True)
     assert done.stdout.strip() == "0", done.stderr
-
-
-@pytest.mark.parametrize("content, options", [("{", {}), (None, {"vocab_size": 70_000}), (None, {"vocab_size": 510})])
-def test_what_is_no_tokenizer_is_refused(tok_json: str, content: str | None, options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="tokenizer t must have .* save .* again"):
-        TextEncoder(content or tok_json, **{"forbidden": [511], "vocab_size": 512, "name": "t", **options})

@@ -131,11 +131,6 @@ def test_lengths_out_of_range_are_refused(settings: dict) -> None:
         FilterOptions(**settings)
 
 
-def test_a_predicate_named_twice_is_refused(module: str) -> None:
-    with pytest.raises(ValueError, match="--filter must be different names"):
-        FilterOptions(predicates=[f"{module}:keep", f"{module}:named", f"{module}:keep"])
-
-
 def test_the_record_holds_every_setting_and_no_place_of_this_machine(module: str, tmp_path: Path) -> None:
     options = FilterOptions(min_characters=2, max_characters=9, predicates=[f"{module}:keep"], deduplicate=True)
     record = options.record()

@@ -16,7 +16,7 @@ from whole_sets import contents, copy_set, edit, flip, shards_of, whole_set
 
 from ettin_foundry.cli import main as cli
 from ettin_foundry.corpus.mix import build_mix
-from ettin_foundry.corpus.units import Plan, Unit
+from ettin_foundry.corpus.plan import Plan, Unit, read_plan
 from ettin_foundry.corpus.verify import verify_dataset
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import open_storage
@@ -203,7 +203,7 @@ def test_altered_expanded_copy_of_a_compressed_shard_is_found(tokenizer_dir: Pat
 
 
 def test_source_being_added_is_a_note_and_foreign_files_are_problems(private: Path) -> None:
-    plan = Plan.from_bytes((private / "plan.json").read_bytes(), "plan")
+    plan = read_plan(open_storage(private))
     units = [*plan.units, Unit(len(plan.units), "code", plan.units[-1].parts, (9,))]
     (private / "plan.json").write_bytes(Plan(plan.options, plan.tokenizer, plan.sources, units).to_bytes())
     report = verify_dataset(private, threads=1)
