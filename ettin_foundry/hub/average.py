@@ -1,7 +1,7 @@
 """Files of weights alone: the mean of several checkpoints, or imported weights, in the layout that the host loads.
 
-A mean is exact: products and sums are in float64, and the mean is rounded once, to fp32. One checkpoint after the other is
-read, so the memory is three times the weights in fp32 whatever their number. Optimizer states are not read.
+A mean is exact: products and sums are in float64, and the mean is rounded once, to fp32. One checkpoint after the other
+is read, so the memory is three times the weights in fp32 whatever their number. Optimizer states are not read.
 """
 
 from __future__ import annotations
@@ -23,11 +23,7 @@ __all__ = ["average_checkpoints", "check_weights_file", "last_checkpoints", "sav
 
 
 def check_weights_file(out: str | Path, overwrite: bool) -> None:
-    """Refuses a name that the host would not load, or that is in use.
-
-    Raises:
-        ValueError: it does not end in .pt, or exists without `overwrite`.
-    """
+    """Refuses a name that the host would not load (not .pt), or that is in use without `overwrite`."""
     out = Path(out)
     if out.suffix != ".pt":
         raise ValueError(f"{out}: the name of the file to write must end in .pt, as the host expects of checkpoints")
@@ -36,11 +32,7 @@ def check_weights_file(out: str | Path, overwrite: bool) -> None:
 
 
 def save_weights(out: str | Path, content: Mapping[str, Any]) -> None:
-    """Writes what `weights.weights_checkpoint` made.
-
-    Raises:
-        ValueError: what was written does not read back the same; then nothing is left of it.
-    """
+    """Writes what `weights.weights_checkpoint` made; what does not read back the same is an error and not left there."""
     with atomic_file(Path(out)) as file:
         torch.save(dict(content), file)
         file.flush()
@@ -50,11 +42,7 @@ def save_weights(out: str | Path, content: Mapping[str, Any]) -> None:
 
 
 def last_checkpoints(save_folder: str | Path, number: int) -> list[Path]:
-    """The newest complete checkpoints of a save folder, oldest first.
-
-    Raises:
-        ValueError: it holds fewer.
-    """
+    """The newest complete checkpoints of a save folder, oldest first; fewer than `number` are an error."""
     found = checkpoints.complete_checkpoints(save_folder)
     if number > len(found):
         raise ValueError(f"--last must be at most {len(found)}, the complete checkpoints in {save_folder}, got {number}")
@@ -63,7 +51,7 @@ def last_checkpoints(save_folder: str | Path, number: int) -> list[Path]:
 
 def average_checkpoints(sources: Sequence[str | Path], out: str | Path, *, weights: Sequence[float] | None = None,
                         overwrite: bool = False) -> tuple[EttinConfig, str]:
-    """Writes the weighted mean of checkpoints as `weights.weights_checkpoint` lays it out, its lineage naming each of them.
+    """Writes the weighted mean of checkpoints, with a lineage that names each of them.
 
     The file exports, and starts a phase (`callbacks.ettin_phase` with `keep: weights`) or a crossing. It is of the
     newest source's tokens and phase.
@@ -81,14 +69,10 @@ def average_checkpoints(sources: Sequence[str | Path], out: str | Path, *, weigh
     """
     check_weights_file(out, overwrite)
     heads = [checkpoints.read_head(source) for source in sources]
-    shares = _shares(heads, weights)
-    for head in heads:
-        if not head.record.get("config"):
-            raise ValueError(f"{head.path}: holds no record of its config; average checkpoints of ettin_foundry's runs")
-        _check_alike(heads[0], head)
+    shares = _check_sources(heads, weights)
     newest = max(heads, key=lambda head: head.record.get("tokens") or 0).record
     config, objective = EttinConfig(**newest["config"]), newest["objective"]
-    parts = [{"source": f"{head.path.resolve().parent.name}/{head.path.resolve().name}", "weight": share,
+    parts = [{"source": "/".join(head.path.resolve().parts[-2:]), "weight": share,
               **{key: head.record.get(key) for key in ("run_name", "batch", "tokens", "run_hash")}}
              for head, share in zip(heads, shares)]
     lineage = (*(newest.get("lineage") or ()), {"merged_from": parts, "objective": objective})
@@ -101,38 +85,34 @@ def average_checkpoints(sources: Sequence[str | Path], out: str | Path, *, weigh
     return config, objective
 
 
-def _shares(heads: Sequence[checkpoints.Head], weights: Sequence[float] | None) -> list[float]:
-    """Weights that sum to 1, of at least two checkpoints that are not the same."""
+def _check_sources(heads: Sequence[checkpoints.Head], weights: Sequence[float] | None) -> list[float]:
+    """Weights that sum to 1, of at least two checkpoints that are alike and not the same."""
     if len(heads) < 2:
         raise ValueError("a mean needs at least two checkpoints; name more, or raise --last")
+    has_fingerprints = all(head.record.get("tokenizer_fingerprint") for head in heads)
     seen: dict[Any, Path] = {}
+    kinds = []
     for head in heads:
+        if not head.record.get("config"):
+            raise ValueError(f"{head.path}: holds no record of its config; average checkpoints of ettin_foundry's runs")
         run = tuple(head.record.get(key) for key in ("run_hash", "run_name", "batch"))
         for key in (head.path.resolve(), head.path.resolve() if None in run else run):
             if seen.setdefault(key, head.path) is not head.path:
                 raise ValueError(f"{head.path}: the same checkpoint as {seen[key]}; name it once, with a larger weight "
                                  "(--weights) if that is meant")
+        tokenizer = head.record["tokenizer_fingerprint"] if has_fingerprints else {"": head.record.get("tokenizer")}
+        kinds.append({"objective": head.record.get("objective"), **head.record["config"],
+                      **{f"tokenizer {name}": value for name, value in tokenizer.items()}})
+        for name in {**kinds[0], **kinds[-1]}:
+            if (was := kinds[0].get(name)) != (now := kinds[-1].get(name)):
+                raise ValueError(f"{name}: must be the same in all, got {was!r} in {heads[0].path} and {now!r} in "
+                                 f"{head.path}")
     if weights is None:
         return [1 / len(heads)] * len(heads)
     if len(weights) != len(heads) or not all(math.isfinite(w) and w > 0 for w in weights):
         raise ValueError(f"--weights must be {len(heads)} numbers above 0, one for each checkpoint, got "
                          f"{', '.join(map(str, weights))}")
     return [weight / math.fsum(weights) for weight in weights]
-
-
-def _check_alike(first: checkpoints.Head, other: checkpoints.Head) -> None:
-    has_fingerprints = all(head.record.get("tokenizer_fingerprint") for head in (first, other))
-
-    def traits(record: Mapping[str, Any]) -> dict[str, Any]:
-        tokenizer = record["tokenizer_fingerprint"] if has_fingerprints else {"name": record.get("tokenizer")}
-        return {"objective": record.get("objective"), **record["config"],
-                **{f"tokenizer {name}": value for name, value in tokenizer.items()}}
-
-    ours, theirs = traits(first.record), traits(other.record)
-    for name in {**ours, **theirs}:
-        if ours.get(name) != theirs.get(name):
-            raise ValueError(f"{name}: must be the same in all checkpoints, got {ours.get(name)!r} in {first.path} and "
-                             f"{theirs.get(name)!r} in {other.path}")
 
 
 def _mean(heads: Sequence[checkpoints.Head], shares: Sequence[float], config: EttinConfig) -> dict[str, torch.Tensor]:
@@ -142,8 +122,6 @@ def _mean(heads: Sequence[checkpoints.Head], shares: Sequence[float], config: Et
     for head, share in zip(heads, shares):
         state, _ = checkpoints.load_model_state(head.path)
         for row in rows:
-            if row.name not in state:
-                raise ValueError(f"{head.path}: {row.name} is missing")
             check_tensor(f"{head.path}: {row.name}", state[row.name], row.shape)
             sums[row.name].add_(state[row.name], alpha=1.0 if equal else share)
     return {row.name: (sums.pop(row.name) / (len(heads) if equal else 1)).float() for row in rows}

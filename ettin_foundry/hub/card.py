@@ -1,17 +1,16 @@
 """The model card of an exported folder: README.md with the metadata that the Hugging Face Hub reads.
 
-Written from the config and from facts of the run: what is not known is not said. Its code blocks are run by the tests,
-against every supported version of transformers.
+Written from the config and from facts of the run: what is not known is not said. Its code block is run by the tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from ettin_foundry.model.config import MASKED_OBJECTIVES, EttinConfig
+from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.hf_config import export_notes
 from ettin_foundry.version import __version__
 
@@ -20,16 +19,11 @@ __all__ = ["FACTS", "MNTP_NOTE", "card"]
 FACTS = {
     "phase": "pretrain, extend, decay or cross",
     "tokens": "real tokens trained on, all phases together",
-    "checkpoint": "mapping with run_name, batch and run_hash: which checkpoint this was",
+    "checkpoint": "mapping with run_name, phase, batch and run_hash: which checkpoint this was",
     "objective_schedule": "text: the objectives in the course of training, where they change or are mixed",
-    "mask_rate": "share of tokens that were masked, in [0, 1]",
     "license": "identifier of the weights' licence, as the Hub spells it",
-    "language": "list of language codes",
-    "data": "list of {name, tokens, licence}: the training corpus",
-    "base_model": "name of the model this one was continued from",
     "lineage": "list of mappings, oldest first: where the weights come from; an entry with merged_from lists what they are "
                "the mean of",
-    "parity": "text: measured difference to transformers",
 }
 """What `card` can be told, all optional."""
 
@@ -42,6 +36,48 @@ _TRAINED_BY = {
     "mntp": "masked next-token prediction (mntp): a masked token is predicted at the position before it",
     "clm": "next-token prediction (clm)",
 }
+
+_CARD = '''\
+---
+{metadata}
+---
+
+# {name}
+
+An Ettin {kind} ({size}{parameters:,} parameters), trained with ettin_foundry {version}. Ettin encoders and decoders are
+pairs: the same architecture and the same data in the same order, {attention} here, the other way round in its twin.
+{note}
+## Load
+
+Needs transformers {transformers} or newer, and no remote code.
+
+```python
+{code}```
+
+## Training
+
+{training}
+## Held to transformers
+
+The weights were read back after writing and are equal bit for bit. ettin_foundry's tests hold its model to transformers'
+`{class_name}` (`make parity`): largest difference of logits under 1e-4 in fp32, for inputs of 16, 200 and 1,500 tokens.
+
+## Limits
+
+{limits}
+## Citation
+
+```bibtex
+@inproceedings{{weller2026ettin,
+  title     = {{Seq vs Seq: An Open Suite of Paired Encoders and Decoders}},
+  author    = {{Weller, Orion and Ricci, Kathryn and Marone, Marc and Chaffin, Antoine and Lawrie, Dawn
+               and Van Durme, Benjamin}},
+  booktitle = {{International Conference on Learning Representations}},
+  year      = {{2026}},
+  note      = {{arXiv:2507.11412}}
+}}
+```
+'''
 
 _LOAD_ENCODER = '''\
 import torch
@@ -68,17 +104,6 @@ output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 '''
 
-_CITATION = '''\
-@inproceedings{weller2026ettin,
-  title     = {Seq vs Seq: An Open Suite of Paired Encoders and Decoders},
-  author    = {Weller, Orion and Ricci, Kathryn and Marone, Marc and Chaffin, Antoine and Lawrie, Dawn
-               and Van Durme, Benjamin},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2026},
-  note      = {arXiv:2507.11412}
-}
-'''
-
 
 def card(config: EttinConfig, *, objective: str, name: str, facts: Mapping[str, Any] | None = None,
          mask_token: str = "[MASK]") -> str:
@@ -87,60 +112,41 @@ def card(config: EttinConfig, *, objective: str, name: str, facts: Mapping[str, 
     Args:
         objective: `mlm`, `mntp` or `clm`. name: the model's title.
         facts: see `FACTS`; unknown names are refused, missing ones leave their line out.
-
-    Raises:
-        ValueError: an unknown fact.
     """
     facts = {key: value for key, value in (facts or {}).items() if value not in (None, [], {}, "")}
     if unknown := sorted(set(facts) - set(FACTS)):
-        raise ValueError(f"facts: unknown key(s) {', '.join(unknown)}; a card can be told {', '.join(FACTS)}")
-    kind, task, code, seen, objects = (
-        ("decoder", "text-generation", _LOAD_DECODER, "causal attention and next tokens", "ModernBertDecoderForCausalLM")
-        if config.causal else ("encoder", "fill-mask", _LOAD_ENCODER, "bidirectional attention and masked tokens",
-                               "ModernBertForMaskedLM"))
-    if not config.causal:
-        shift = " - 1" if objective == "mntp" else ""
-        code = code.replace("{mask_token}", mask_token).replace("{shift}", shift)
-    metadata = ModelCardData(license=facts.get("license", "unknown"), library_name="transformers", pipeline_tag=task,
-                             language=facts.get("language"), base_model=facts.get("base_model"),
-                             tags=["ettin", "modernbert", kind])
-    oldest = "4.48" if not config.causal else "4.56" if config.local_rope_theta == config.global_rope_theta else "5.0"
-    parts = [
-        f"---\n{metadata}\n---\n", f"# {name}\n",
-        f"An Ettin {kind} ({f'{config.size} ' if config.size else ''}{config.num_parameters:,} parameters), trained with "
-        f"ettin_foundry {__version__}. Ettin encoders and decoders are pairs: the same architecture and the same data in "
-        f"the same order, {seen} here, the other way round in its twin.\n",
-        *([f"> **Mind the position:** {MNTP_NOTE}.\n"] if objective == "mntp" else []),
-        "## Load\n", f"Needs transformers {oldest} or newer, and no remote code.\n", f"```python\n{code}```\n",
-        "## Training\n", _training_table(config, objective, facts)]
-    if "data" in facts:
-        rows = [(str(s.get("name", "?")), f"{s['tokens']:,}" if s.get("tokens") is not None else "not recorded",
-                 str(s.get("licence") or "not recorded")) for s in facts["data"]]
-        parts += ["## Data\n", _table(("source", "tokens", "licence"), rows)]
-    parts += [
-        "## Held to transformers\n",
-        "The weights were read back after writing and are equal bit for bit. ettin_foundry's tests hold its model to "
-        f"transformers' `{objects}` (`make parity`): largest difference of logits under 1e-4 in fp32, for inputs of 16, "
-        "200 and 1,500 tokens.\n",
-        *([f"Measured on these weights: {facts['parity']}\n"] if "parity" in facts else []),
-        "## Limits\n", _limits(config), "## Citation\n", f"```bibtex\n{_CITATION}```\n"]
-    return "\n".join(parts)
+        raise ValueError(f"facts must be of {', '.join(FACTS)}, got {', '.join(unknown)}")
+    kind = "decoder" if config.causal else "encoder"
+    shift = " - 1" if objective == "mntp" else ""
+    one_base = config.local_rope_theta == config.global_rope_theta
+    limits = [
+        "The model repeats what its data holds, mistakes and prejudice included; it has not been aligned or filtered.",
+        f"Inputs longer than {config.max_position_embeddings:,} tokens were not seen in training.",
+        "No evaluation, no contamination check and no measurement of bias came with this export.",
+        *export_notes(config),
+        *(["For sequence classification transformers draws a fresh head for decoders, and keeps the trained one for "
+           "encoders; a comparison of fine-tuned pairs should say so."] if config.causal else [])]
+    return _CARD.format(
+        metadata=ModelCardData(license=facts.get("license", "unknown"), library_name="transformers",
+                               pipeline_tag="text-generation" if config.causal else "fill-mask",
+                               tags=["ettin", "modernbert", kind]),
+        name=name, kind=kind, size=f"{config.size} " if config.size else "", parameters=config.num_parameters,
+        attention=("causal attention and next tokens" if config.causal else "bidirectional attention and masked tokens"),
+        class_name="ModernBertDecoderForCausalLM" if config.causal else "ModernBertForMaskedLM", version=__version__,
+        note=f"\n> **Mind the position:** {MNTP_NOTE}.\n" if shift else "",
+        transformers="4.48" if not config.causal else "4.56" if one_base else "5.0",
+        code=_LOAD_DECODER if config.causal else _LOAD_ENCODER.format(mask_token=mask_token, shift=shift),
+        training=_training_table(config, objective, facts), limits="".join(f"- {line}\n" for line in limits))
 
 
 def _training_table(config: EttinConfig, objective: str, facts: Mapping[str, Any]) -> str:
     """What the model is and how it was trained."""
-    local_layers = sum(kind == "sliding_attention" for kind in config.layer_types)
+    local_layers = config.layer_types.count("sliding_attention")
     left, right = config.local_window
-    lineage = [dict(entry) for entry in facts.get("lineage", ())]
-    continued = "; then ".join(", ".join(f"{key} {value}" for key, value in entry.items() if value is not None)
-                               for entry in lineage if "merged_from" not in entry)
-    merged = "; then ".join(", ".join(f"{part['source']} (weight {part['weight']:.4g}, {part.get('tokens') or 0:,} tokens)"
-                                      for part in entry["merged_from"]) for entry in lineage if "merged_from" in entry)
-    checkpoint = facts.get("checkpoint")
+    lineage, checkpoint = facts.get("lineage", ()), facts.get("checkpoint")
     rows = {
         "objective": _TRAINED_BY[objective],
         "objectives in training": facts.get("objective_schedule"),
-        "mask rate": f"{facts['mask_rate']:g}" if facts.get("mask_rate") and objective in MASKED_OBJECTIVES else None,
         "phase": facts.get("phase"),
         "tokens seen": f"{facts['tokens']:,}" if "tokens" in facts else None,
         "context": f"{config.max_position_embeddings:,} tokens",
@@ -152,28 +158,12 @@ def _training_table(config: EttinConfig, objective: str, facts: Mapping[str, Any
         "dropout": f"{config.attn_out_dropout:g} on the output of attention, in training only",
         "checkpoint": checkpoint and f"batch {checkpoint['batch']:,} of {checkpoint['run_name']}, whose resolved config has "
                                      f"the sha256 {checkpoint['run_hash']}",
-        "continued from": continued or facts.get("base_model"),
-        "merged from": merged,
+        "continued from": "; then ".join(
+            ", ".join(f"{key} {value}" for key, value in entry.items() if value is not None)
+            for entry in lineage if "merged_from" not in entry),
+        "merged from": "; then ".join(
+            ", ".join(f"{part['source']} (weight {part['weight']:.4g}, {part.get('tokens') or 0:,} tokens)"
+                      for part in entry["merged_from"]) for entry in lineage if "merged_from" in entry),
     }
-    return _table(("", ""), [(key, str(value)) for key, value in rows.items() if value])
-
-
-def _limits(config: EttinConfig) -> str:
-    lines = [
-        "The model repeats what its data holds, mistakes and prejudice included; it has not been aligned or filtered.",
-        f"Inputs longer than {config.max_position_embeddings:,} tokens were not seen in training.",
-        "No evaluation, no contamination check and no measurement of bias came with this export.",
-        *export_notes(config),
-    ]
-    if config.causal:
-        lines.append("For sequence classification transformers draws a fresh head for decoders, and keeps the trained one "
-                     "for encoders; a comparison of fine-tuned pairs should say so.")
-    return "".join(f"- {line}\n" for line in lines)
-
-
-def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    def clean(cell: str) -> str:
-        return cell.replace("|", "\\|").replace("\n", " ")
-
-    lines = [header, tuple("---" for _ in header), *rows]
-    return "".join("| " + " | ".join(clean(cell) for cell in line) + " |\n" for line in lines)
+    cells = [(key, str(value).replace("|", "\\|").replace("\n", " ")) for key, value in rows.items() if value]
+    return "|  |  |\n| --- | --- |\n" + "".join(f"| {key} | {value} |\n" for key, value in cells)

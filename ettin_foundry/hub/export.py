@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 class ExportHF(Callback):
     """Writes Hugging Face folders of the trained weights at an interval and at the end of training.
 
-    They are named as `ettin export --every` names them (`revisions.revision_name`): step1000, ext1000, decay1000 by the
-    phase, ba1000 where the config names none. A run whose weights are drawn, not loaded, writes step0 before its first step.
+    They are named as `ettin export --every` names them (`revisions.revision_name`). A run whose weights are drawn, not
+    loaded, writes step0 before its first step.
 
     Args:
         interval: a time in ba, tok or sp.

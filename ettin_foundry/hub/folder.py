@@ -30,18 +30,14 @@ def export_model(model: Any, config: EttinConfig, tokenizer: Any, folder: str | 
                  facts: Mapping[str, Any] | None = None, overwrite: bool = False) -> Path:
     """Writes a Hugging Face folder: config, safetensors, tokenizer, generation config (decoders), card.
 
-    Everything is written beside the target, read back and compared bit by bit, then renamed into place, so that a folder
-    of this name is always whole.
+    Everything is written beside the target, read back and compared bit by bit, then renamed into place.
 
     Args:
-        model: an `EttinModel`, an `Ettin`, or a state dict with or without the prefix `model.`.
+        model: an `EttinModel`, an `Ettin`, or a state dict of either.
         tokenizer: a fast tokenizer of transformers, or the name of a folder that holds one.
         objective: `mlm`, `mntp` or `clm`; what the head was last trained on.
-        facts: what the card shall say, see `card.FACTS`; `tokens`, `lineage` and `checkpoint` also go into config.json.
+        facts: see `card.FACTS`; `tokens`, `lineage` and `checkpoint` also go into config.json.
         overwrite: replace an earlier export of this name.
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: objective and config contradict each other, the folder is in use, the vocabulary is larger than the
@@ -74,7 +70,7 @@ def export_model(model: Any, config: EttinConfig, tokenizer: Any, folder: str | 
 def _tokenizer_of_kind(tokenizer: Any, config: EttinConfig) -> Any:
     """A copy of `tokenizer` (or of the one in the folder of this name) with the template of the model's kind."""
     if tokenizer is None:
-        raise ValueError("tokenizer must be given, as a model is useless without one; pass OUT/tokenizer of the conversion")
+        raise ValueError("tokenizer must be given; pass OUT/tokenizer of the conversion")
     if isinstance(tokenizer, (str, Path)):
         tokenizer = tokenizers.load(str(tokenizer))
     if tokenizers.vocab_size(tokenizer) > config.vocab_size:
@@ -100,7 +96,7 @@ def _write_files(folder: Path, config: dict[str, Any], weights: dict[str, Tensor
                                                        ("bos_token_id", "eos_token_id", "pad_token_id")})
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -112,16 +108,12 @@ def _check_target(folder: Path, overwrite: bool) -> None:
         if not overwrite:
             raise ValueError(f"{folder}: exists and is not empty; give another name, or pass --overwrite to replace it")
         if not (folder / "config.json").is_file() or any(entry.is_dir() for entry in folder.iterdir()):
-            raise ValueError(f"{folder}: is not an exported model (it lacks config.json or holds folders), so it is not "
-                             "overwritten; give another name or delete it yourself")
+            raise ValueError(f"{folder}: is not an exported model, so it is not overwritten; give another name")
 
 
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, renamed to `folder` when the block ends, and gone when it fails.
-
-    An earlier export of that name steps aside first, and goes once the new one stands.
-    """
+    """A folder to write into, which replaces `folder` when the block ends, and is gone when it fails."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial, earlier = (folder.parent / f".{folder.name}.{what}-{os.getpid()}" for what in ("partial", "earlier"))
     shutil.rmtree(partial, ignore_errors=True)  # a leftover of a killed process that had our number
@@ -130,12 +122,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         yield partial
         if folder.exists():
             folder.rename(earlier)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if earlier.exists():
-                earlier.rename(folder)
-            raise
+        partial.rename(folder)
         shutil.rmtree(earlier, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -33,27 +33,21 @@ class LoadedModel:
     """What a model card can be told, see `card.FACTS`."""
 
     def tokenizer_name(self, given: str | None = None) -> str:
-        """The tokenizer given, or else the source's own.
-
-        Raises:
-            ValueError: there is neither.
-        """
+        """The tokenizer given, or else the source's own; neither is an error."""
         if not (name := given or self.tokenizer):
-            raise ValueError(f"--tokenizer must be given, for {self.source} names none; pass the tokenizer folder of the "
-                             "training data")
+            raise ValueError(f"--tokenizer must be given, for {self.source} names none; pass the data's tokenizer folder")
         return name
 
 
 def load_model(source: str | Path, objective: str | None = None, *, default_objective: str | None = None) -> LoadedModel:
-    """Reads a model.
+    """Reads a model from a Hugging Face folder, or from what `checkpoints.load_model_state` reads.
 
     Args:
-        source: a Hugging Face folder, or what `checkpoints.load_model_state` reads.
         objective: of an encoder's folder that does not say; of a checkpoint, another objective that it was trained on.
         default_objective: taken for an encoder's folder that does not say, where none is given.
 
     Raises:
-        FileNotFoundError, ValueError: no model is there, it does not say what it is, or it was not trained on `objective`.
+        FileNotFoundError, ValueError: no model is there, it does not say what it is, or was not trained on `objective`.
     """
     source = Path(source)
     if (source / "config.json").is_file():
@@ -84,15 +78,12 @@ def build_model(loaded: LoadedModel, tokenizer: Any) -> Any:
 
 
 def chosen_objective(path: str | Path, record: Mapping[str, Any], asked: str | None) -> tuple[str, EttinConfig]:
-    """What a checkpoint is exported as: what its run ends with, or another objective that it has been trained on.
+    """What a checkpoint is read as: what its run ends with, or another objective that it has been trained on.
 
-    A run of several objectives has one set of weights; an export of the other kind has that kind's window.
+    A run of several objectives has one set of weights; read as the other kind it has that kind's window.
 
     Args:
         path: for messages. record: as `clock.Clock` wrote it. asked: an objective, or None.
-
-    Raises:
-        ValueError: the weights were not trained on what was asked for.
     """
     config, final = EttinConfig(**record["config"]), record["objective"]
     schedule, trained = _trained(record)

@@ -71,10 +71,6 @@ def export_every(folders: Sequence[str | Path], out: str | Path, *, objective: s
 
     Returns:
         One line that says what was done, with seconds for a checkpoint and MB/s.
-
-    Raises:
-        FileNotFoundError, ValueError: a folder without a complete checkpoint, a checkpoint without a record, two of one
-            name, or a folder of a revision's name that holds something else. And as `export_model`.
     """
     from rich.console import Console
     from rich.progress import track

@@ -1,7 +1,7 @@
 """The ComposerModel that LLM-Foundry builds from `model: {name: ettin, ...}`: batch in, loss and metrics out.
 
-It branches on the Python scalars of a microbatch only, never on tensor values, so that forward, loss and backward read
-nothing back from the device. (The host itself reads two numbers a batch: the count of targets and the loss.)
+It branches on the Python scalars of a microbatch only, so that forward, loss and backward read nothing back from the
+device. (The host itself reads two numbers a batch: the count of targets and the loss.)
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class _TargetMetric(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("num_targets", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("total", "num_targets"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, total: Tensor, num_targets: int) -> None:
         self.total += total.detach()
@@ -64,11 +64,10 @@ class EttinModel(ComposerModel):
     Args:
         tokenizer: the host's tokenizer, used for samples and export and to check the vocabulary; None in tools.
         size: a name in `config.SIZES`.
-        objective: `mlm` or `mntp` (encoder), `clm` (decoder), or a schedule of them (objectives/schedule.py), whose last
-            one decides what the model is. Attention is causal exactly for rows of `clm`, whatever the model is.
+        objective: `mlm` or `mntp` (encoder), `clm` (decoder), or a schedule of them (objectives/schedule.py), whose
+            last one decides what the model is. Attention is causal exactly for rows of `clm`, whatever the model is.
         max_seq_len: longest document in tokens; becomes `max_position_embeddings`.
-        attn_impl: `auto`, `flash` or `reference`.
-        init_device: read by the host; `cpu`, `meta` or `mixed`.
+        attn_impl: `auto`, `flash` or `reference`. init_device: acted on by the host, which builds this under it.
         overrides: single fields of `EttinConfig` by name (`vocab_size`, `global_rope_theta`, `window_left`, ...).
 
     Attributes:
@@ -76,7 +75,7 @@ class EttinModel(ComposerModel):
 
     Raises:
         ValueError: an unknown size, objective or key, a vocabulary smaller than the tokenizer's, or an attention
-            implementation that this machine cannot run; each message names the key and what is allowed.
+            implementation that this machine cannot run.
     """
 
     generate = sampling.generate
@@ -85,16 +84,16 @@ class EttinModel(ComposerModel):
     def __init__(self, tokenizer: Any = None, *, size: str, objective: Any, max_seq_len: int, attn_impl: str = "auto",
                  init_device: str = "cpu", **overrides: Any) -> None:
         super().__init__()
-        del init_device  # acted on by the host, which builds this under its own device context
         self.objective_schedule = objective
         self.objectives, self.objective = objective_names(objective)
         for key, instead in (("causal", "objective"), ("max_position_embeddings", "max_seq_len")):
             if key in overrides:
-                raise ValueError(f"model.{key}: not a key of its own, it follows from model.{instead}; remove it")
-        config = EttinConfig.for_size(size, causal=self.objective == "clm", max_position_embeddings=max_seq_len, **overrides)
+                raise ValueError(f"model.{key} must be absent, it follows from model.{instead}")
+        config = EttinConfig.for_size(size, causal=self.objective == "clm", max_position_embeddings=max_seq_len,
+                                      **overrides)
         if tokenizer is not None and len(tokenizer) > config.vocab_size:
-            raise ValueError(f"model.vocab_size must be at least the {len(tokenizer)} entries of the tokenizer (a multiple "
-                             f"of 64 is fastest), got {config.vocab_size}")
+            raise ValueError(f"model.vocab_size must be at least the {len(tokenizer)} entries of the tokenizer (a "
+                             f"multiple of 64 is fastest), got {config.vocab_size}")
         if attn_impl != "auto":  # a wish that can never be met here is refused before any work
             select_backend(attn_impl, "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
         self.config, self.tokenizer = config, tokenizer
@@ -103,22 +102,18 @@ class EttinModel(ComposerModel):
         self.model = Ettin(config, attn_impl, config.with_causal(not config.causal, window))
         # read by Composer from the ComposerModel's direct children: what to shard, what to recompute, how to draw
         self.model.fsdp_wrap_fn = lambda module: isinstance(module, Block)  # type: ignore[assignment]
-        self.model.activation_checkpointing_fn = lambda module: isinstance(module, Block)  # type: ignore[assignment]
+        self.model.activation_checkpointing_fn = self.model.fsdp_wrap_fn
         self.model.param_init_fn = init_parameters  # type: ignore[assignment]
-        self._metrics: dict[str, Metric] = {kind.__name__: kind()
-                                            for kind in (TargetCrossEntropy, TargetPerplexity, TargetAccuracy)}
+        metrics = (TargetCrossEntropy, TargetPerplexity, TargetAccuracy)
+        self._metrics: dict[str, Metric] = {metric.__name__: metric() for metric in metrics}
 
     def forward(self, batch: Mapping[str, Any], count: bool = False) -> dict[str, Any]:
-        """One microbatch as `data.batch.split_batch` makes it to {loss, nll, correct, num_targets, num_loss_tokens}.
-
-        Raises:
-            ValueError: labels of another objective, or a batch that was not made flat.
-        """
+        """One microbatch as `data.batch.split_batch` makes it to {loss, nll, correct, num_targets, num_loss_tokens}."""
         if "cu_seqlens" not in batch:
             raise ValueError("the batch has no cu_seqlens: pass it through ettin_foundry.data.batch.flatten first")
         if self.training and not set(batch["objective"].split("+")) <= set(self.objectives):
             raise ValueError(f"model.objective is {self.objective_schedule}, but the batch carries labels for "
-                             f"{batch['objective']!r}. Set the objective of the loader and of model to the same value")
+                             f"{batch['objective']!r}; set both to the same value")
         out = self.model(batch["input_ids"], batch["position_ids"], batch["cu_seqlens"], batch["max_seqlen"],
                          batch["target_positions"], batch["target_labels"], count=count,
                          causal=(batch["num_causal_documents"], batch["num_causal_tokens"]),

@@ -42,9 +42,9 @@ def export_notes(config: EttinConfig) -> list[str]:
     """What a user of the exported model must know about versions of transformers; empty for most models."""
     notes = []
     if config.causal and config.window_left != 63:
-        notes.append(f"Local layers see {config.window_left} tokens back. The files say so "
-                     f"(`local_attention: {2 * (config.window_left + 1)}`), but transformers 4.54 to 5.0 drop that key when "
-                     "they save the model again, and 4.x then falls back to 63.")
+        notes.append(f"Local layers see {config.window_left} tokens back. The files say so (`local_attention: "
+                     f"{2 * (config.window_left + 1)}`), but transformers 4.54 to 5.0 drop that key when they save the "
+                     "model again, and 4.x then falls back to 63.")
     if config.causal and config.local_rope_theta != config.global_rope_theta:
         notes.append(f"Local layers use the rotary base {config.local_rope_theta:g}, global layers "
                      f"{config.global_rope_theta:g}. Use transformers 5 or newer: 4.x ignores the local base of decoders "
@@ -57,13 +57,14 @@ def config_json(config: EttinConfig, *, objective: str, special_ids: Mapping[str
                 checkpoint: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The content of config.json for both generations of transformers, and for TEI, which needs the flat keys.
 
-    An encoder gets no `sliding_window` (5.x doubles it into `local_attention`). A decoder that sees w tokens back gets
-    `local_attention` 2 (w + 1) and `sliding_window` w + 1, because transformers counts the token itself.
+    Both keys of each rotary base are written, because each generation silently falls back to a default of its own. An
+    encoder gets no `sliding_window` (5.x doubles it into `local_attention`). A decoder that sees w tokens back gets
+    `local_attention` 2 (w + 1) and `sliding_window` w + 1, because transformers counts the token itself. What no key
+    of transformers can say stands under `ettin_foundry`, so that an import gives the config back whole.
 
     Args:
         special_ids: cls (also BOS), sep (also EOS) and pad, as `tokenizer.special_ids` gives them.
-        tokens: real tokens that the model was trained on. lineage: the models it was continued from, oldest first.
-        checkpoint: run_name, phase, batch and run_hash of the checkpoint that this was.
+        tokens, lineage, checkpoint: see `card.FACTS`.
     """
     for note in export_notes(config):
         log.warning("%s", note)
@@ -155,9 +156,8 @@ def _window(raw: dict[str, Any], ours: dict[str, Any], causal: bool) -> tuple[in
         if name in raw and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name} must be an integer >= 1 or absent, got {value!r}")
     if local is not None and sliding is not None and local // 2 != sliding:
-        raise ValueError(f"local_attention {local} and sliding_window {sliding} contradict each other "
-                         f"({'4.x obeys the first, 5.x the second' if causal else '5.x obeys the second'}); keep the one "
-                         "that the model was trained with (sliding_window is half of local_attention)")
+        raise ValueError(f"local_attention {local} and sliding_window {sliding} contradict each other (4.x obeys the "
+                         "first, 5.x the second, which is half of it); keep the one of the training")
     side = sliding if sliding is not None else (128 if local is None else local) // 2
     window_left = side - 1 if causal else side
     stated = ours.get("window_left", window_left)

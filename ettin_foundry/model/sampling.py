@@ -14,19 +14,13 @@ __all__ = ["fill_mask", "generate"]
 
 
 def generate(model: Any, prompts: list[str], max_new_tokens: int = 40, temperature: float = 0.0, seed: int = 0) -> list[str]:
-    """Continues each prompt, BOS before it, until EOS or `max_new_tokens` or the context is full.
+    """Continuations of the prompts, BOS before each, until EOS or `max_new_tokens` or the context is full.
 
     Args:
         temperature: 0 takes the most probable token; above 0, samples are drawn with `seed`.
-
-    Returns:
-        the continuations, without their prompts.
-
-    Raises:
-        ValueError: the model is an encoder, or has no tokenizer.
     """
     if not model.config.causal:
-        raise ValueError(f"generate needs a decoder, and this model was built for {model.objective}; use fill_mask "
+        raise ValueError(f"generate needs a decoder, and this model is an encoder ({model.objective}); use fill_mask "
                          "(on the command line: fill-mask)")
     tokenizer = _tokenizer_of(model)
     starts = [[tokenizer.bos_token_id, *tokenizer.encode(p, add_special_tokens=False)] for p in prompts]
@@ -54,21 +48,17 @@ def fill_mask(model: Any, texts: list[str], top_k: int = 5) -> list[list[tuple[s
     """The `top_k` most probable tokens, with probabilities, for the first mask token of each text.
 
     An `mntp` model is read one position before the mask, where it was trained to predict it.
-
-    Raises:
-        ValueError: the model is a decoder or has no tokenizer, or a text has no mask token or is too long.
     """
     if model.config.causal:
-        raise ValueError("fill_mask needs an encoder, and this model was built for clm; use generate")
+        raise ValueError("fill_mask needs an encoder, and this model is a decoder; use generate")
     tokenizer = _tokenizer_of(model)
     documents = [[tokenizer.cls_token_id, *tokenizer.encode(t, add_special_tokens=False), tokenizer.sep_token_id]
                  for t in texts]
+    longest = model.config.max_position_embeddings
     for text, document in zip(texts, documents):
-        if tokenizer.mask_token_id not in document:
-            raise ValueError(f"{text!r} has no {tokenizer.mask_token}; put one where a token shall be predicted")
-        if len(document) > model.config.max_position_embeddings:
-            raise ValueError(f"{text[:40]!r}... has {len(document)} tokens; this model takes at most "
-                             f"{model.config.max_position_embeddings}")
+        if tokenizer.mask_token_id not in document or len(document) > longest:
+            raise ValueError(f"texts must have a {tokenizer.mask_token} and at most {longest} tokens, got {text[:80]!r} of "
+                             f"{len(document)} tokens")
     shift = 1 if model.objective == "mntp" else 0
     logits = _logits_at(model, documents, [d.index(tokenizer.mask_token_id) - shift for d in documents])
     top = logits.softmax(-1).topk(top_k)
@@ -79,24 +69,23 @@ def fill_mask(model: Any, texts: list[str], top_k: int = 5) -> list[list[tuple[s
 def _logits_at(model: Any, documents: list[list[int]], positions: list[int]) -> Tensor:
     """(len(documents), V) fp32 logits of one position in each document; documents may not be empty."""
     device = model.model.output_bias.device
-    lengths = torch.tensor([len(d) for d in documents])
-    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    ids = torch.tensor([token for d in documents for token in d])
-    position_ids = torch.cat([torch.arange(len(d)) for d in documents])
-    at = cu_seqlens[:-1] + torch.tensor(positions)
+    lengths = [len(d) for d in documents]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device)
+    ids = torch.tensor([token for d in documents for token in d], device=device)
+    position_ids = torch.cat([torch.arange(n, device=device) for n in lengths])
+    at = cu_seqlens[:-1] + torch.tensor(positions, device=device)
     # flash kernels have no fp32: samples taken outside the trainer run in the precision that training uses
     lower = device.type == "cuda" and model.model.attn_impl != "reference"
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=lower):
-            hidden = model.model(ids.to(device), position_ids.to(device), cu_seqlens.int().to(device), int(lengths.max()))
-            return model.model.predict(hidden[at.to(device)]).float()
+            return model.model.predict(model.model(ids, position_ids, cu_seqlens.int(), max(lengths))[at]).float()
     finally:
         model.train(was_training)
 
 
 def _tokenizer_of(model: Any) -> Any:
     if model.tokenizer is None:
-        raise ValueError("this model was built without a tokenizer; pass one to EttinModel(tokenizer=...)")
+        raise ValueError("samples need a model with a tokenizer; pass one to EttinModel(tokenizer=...)")
     return model.tokenizer

@@ -1,8 +1,7 @@
 """Weights under our names and under transformers': one table read both ways, folders read, weights files laid out.
 
-Encoders are `ModernBertForMaskedLM`, decoders `ModernBertDecoderForCausalLM`; both load without remote code. Both directions
-are strict. Nothing is unpickled: weights are safetensors, everything else is JSON. config.json is in hf_config.py; folders
-are written by hub/export.py.
+Encoders are `ModernBertForMaskedLM`, decoders `ModernBertDecoderForCausalLM`. Both directions are strict. Nothing is
+unpickled: weights are safetensors, everything else is JSON. Folders are written by hub/folder.py.
 """
 
 from __future__ import annotations
@@ -77,26 +76,19 @@ def plain_state(model: Any) -> dict[str, Tensor]:
 
 
 def to_hf(state: Mapping[str, Tensor], config: EttinConfig) -> dict[str, Tensor]:
-    """Our parameters under transformers' names: fp32 on the CPU, contiguous.
+    """Our whole, unsharded parameters under transformers' names: fp32 on the CPU, contiguous.
 
     What is so already is not copied, so the result may share memory with `state`, for instance with a mapped file.
 
-    Args:
-        state: parameters as `Ettin.state_dict()` names them.
-
     Raises:
-        ValueError: a name is missing or unknown, a shape is wrong, a value is not finite, or a tensor is sharded.
+        ValueError: a name is missing or unknown, a shape is wrong, or a value is not finite.
     """
     rows = tensor_table(config)
     _check_names(state, (row.name for row in rows), "the model's state")
     out: dict[str, Tensor] = {}
     for row in rows:
-        tensor = state[row.name].detach()
-        if hasattr(tensor, "full_tensor"):
-            raise ValueError(f"{row.name}: must be a whole tensor, got a sharded one; gather the state first "
-                             "(torch.distributed.checkpoint.state_dict, full_state_dict=True)")
-        check_tensor(row.name, tensor, row.shape)
-        for name, part in zip(row.hf_names, tensor.chunk(len(row.hf_names))):
+        check_tensor(row.name, state[row.name], row.shape)
+        for name, part in zip(row.hf_names, state[row.name].detach().chunk(len(row.hf_names))):
             out[name] = part.to(device="cpu", dtype=torch.float32).contiguous()
     return out
 
@@ -104,15 +96,14 @@ def to_hf(state: Mapping[str, Tensor], config: EttinConfig) -> dict[str, Tensor]
 def from_hf(hf_state: Mapping[str, Tensor], config: EttinConfig) -> dict[str, Tensor]:
     """The way back: our parameters in fp32 (exact from bf16 and fp16) out of transformers' state dict.
 
-    A `decoder.weight`, as some writers store it, must equal the embedding it is tied to.
-
     Raises:
-        ValueError: a name is missing or unknown, a shape is wrong, or `decoder.weight` is a matrix of its own.
+        ValueError: a name is missing or unknown, a shape is wrong, or a `decoder.weight`, as some writers store it,
+            differs from the embedding it is tied to.
     """
     given = dict(hf_state)
     tied = given.pop(_TIED, None)
     if tied is not None and _EMBEDDING in given and not torch.equal(tied, given[_EMBEDDING]):
-        raise ValueError(f"{_TIED} must equal {_EMBEDDING}, and differs; a model with untied matrices cannot be imported")
+        raise ValueError(f"{_TIED} must equal {_EMBEDDING}, and differs: untied matrices cannot be imported")
     rows = tensor_table(config)
     _check_names(given, (name for row in rows for name in row.hf_names), "the folder's weights")
     out: dict[str, Tensor] = {}
@@ -129,16 +120,12 @@ def _check_names(given: Iterable[str], expected: Iterable[str], where: str) -> N
     problems = [f"{label} {', '.join(sorted(names)[:8])}{' ...' if len(names) > 8 else ''}"
                 for label, names in (("missing", expected - given), ("unknown", given - expected)) if names]
     if problems:
-        raise ValueError(f"{where}: {'; '.join(problems)} ({len(expected)} tensors are expected). Check that the config "
-                         "(layers, encoder or decoder) is that of these weights, and that they hold the prediction head")
+        raise ValueError(f"{where}: {'; '.join(problems)} ({len(expected)} tensors are expected); the config must be "
+                         "that of these weights, and they must hold the prediction head")
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuses a tensor of another shape, or with a value that is not finite.
-
-    Raises:
-        ValueError: naming the tensor.
-    """
+    """Refuses a tensor of another shape, or with a value that is not finite."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: shape must be {shape} as the config says, got {tuple(tensor.shape)}")
     if not all(math.isfinite(bound) for bound in tensor.aminmax()):  # NaN is passed on; needs no memory of its own
@@ -149,12 +136,12 @@ def import_folder(folder: str | Path) -> tuple[dict[str, Tensor], EttinConfig, s
     """Reads a Hugging Face folder: ours, official Ettin ones, and those that transformers 4.48 to 5.x saved.
 
     Returns:
-        (parameters under our names in fp32, config, objective). The objective is None for an encoder that does not say
-        (encoders look alike); a decoder's is always `clm`.
+        (parameters under our names in fp32, config, objective). The objective is None for an encoder that does not
+        say; a decoder's is always `clm`.
 
     Raises:
-        FileNotFoundError: no such folder, config or safetensors file. Pickled weights (`pytorch_model.bin`) are refused.
-        ValueError: a setting that an Ettin model cannot express, ambiguous or broken files; the message names the key.
+        FileNotFoundError: no config or safetensors file. Pickled weights (`pytorch_model.bin`) are refused.
+        ValueError: a setting that an Ettin model cannot express, ambiguous or broken files.
     """
     folder = Path(folder)
     config, objective = read_config(folder / "config.json")
@@ -174,7 +161,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: is not an index of safetensors shards ({error}); download the file again") from error
+        raise ValueError(f"{index}: is not an index of safetensors shards ({error})") from error
     out: dict[str, Tensor] = {}
     for file in files:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
@@ -182,8 +169,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         tensors = _read_safetensors(folder / file)
         listed = {name for name, shard in weight_map.items() if shard == file}
         if set(tensors) != listed:
-            raise ValueError(f"{folder / file}: holds other tensors than {index.name} says "
-                             f"({', '.join(sorted(set(tensors) ^ listed)[:4])}); download both again")
+            raise ValueError(f"{folder / file}: holds other tensors than {index.name} says; download both again")
         out.update(tensors)
     return out
 
@@ -197,14 +183,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: is not a whole safetensors file ({error}); download or export it again") from error
+        raise ValueError(f"{path}: is not a whole safetensors file ({error})") from error
 
 
 def weights_checkpoint(state: Mapping[str, Tensor], config: EttinConfig, *, objective: str,
                        tokenizer: str | None = None, lineage: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """A dict that `torch.save` turns into what the host's `load_path` with `load_weights_only` and `ettin_cross` read.
+    """A Composer checkpoint without optimizer, clock and random state: plain data and tensors, to be torch.saved.
 
-    It has the layout of a Composer checkpoint without optimizer, clock and random state: plain data and tensors only.
+    The host's `load_path` with `load_weights_only` reads it, and so do `ettin_phase` and `ettin_cross`.
     """
     clock = {"config": dataclasses.asdict(config), "objective": objective, "size": config.size, "tokenizer": tokenizer,
              "tokens": 0, "lineage": [dict(entry) for entry in lineage]}

@@ -1,25 +1,20 @@
 """Objective and mask rate as functions of the tokens read so far.
 
-A schedule is a list of segments on the token clock (real tokens before a batch). A batch takes the value that holds at the
-tokens before it, so the value of a step follows from the data alone: it is the same after a resume, on any number of ranks,
-and for both members of a pair. Nothing here imports torch or the host.
-
-In YAML (times in `tok`, or in `dur`, a share of max_duration; the last segment ends with the run):
+A schedule is a list of segments on the token clock (real tokens before a batch). A batch takes the value that holds at
+the tokens before it, so the value follows from the data alone: it is the same after a resume, on any number of ranks,
+and for both members of a pair. Times are in `tok`, or in `dur`, a share of max_duration; the last segment ends with the
+run. Nothing here imports torch or the host.
 
     objective: clm                                              # constant
-    objective:                                                  # one after the other (arXiv 2507.00994: CLM, then MLM)
+    objective:                                                  # one after the other (arXiv 2507.00994)
       - {until: 0.25dur, objective: clm}
       - {until: 1dur, objective: mlm}
     objective:                                                  # alternating blocks (AntLM, arXiv 2412.03275)
       - cycle: [{tokens: 4_000_000tok, objective: clm}, {tokens: 16_000_000tok, objective: mlm}]
     objective: {mntp: 0.9375, clm: 0.0625}                      # drawn for each row (GPT-BERT, arXiv 2410.24159)
-
     mask_rate: 0.3
-    mask_rate:                                                  # steps (mmBERT, arXiv 2509.06888)
-      - {until: 0.9dur, rate: 0.30}
-      - {until: 1dur, rate: 0.15}
-    mask_rate:                                                  # linear (GPT-BERT)
-      - {from: 0.30, to: 0.15}
+    mask_rate: [{until: 0.9dur, rate: 0.30}, {until: 1dur, rate: 0.15}]     # steps (mmBERT, arXiv 2509.06888)
+    mask_rate: [{from: 0.30, to: 0.15}]                                     # linear (GPT-BERT)
 """
 
 from __future__ import annotations
@@ -35,7 +30,6 @@ __all__ = ["MaskRate", "ObjectiveSchedule", "check_together", "parse_tokens"]
 
 Shares = tuple[tuple[str, float], ...]
 """(objective, share of the rows), in the order given; the shares sum to 1."""
-
 _TIME = re.compile(r"([0-9._]+(?:e[+-]?[0-9]+)?)(tok|dur)", re.IGNORECASE)
 
 
@@ -45,8 +39,8 @@ class Segment:
 
     Attributes:
         start, end: in tokens; the end is None where the length of the run is not known.
-        value: of a mask rate, (rate at the start, rate at the end). Of an objective, blocks (tokens, `Shares`) that repeat
-            in turn, or one block of tokens None.
+        value: of a mask rate, (rate at the start, rate at the end). Of an objective, blocks (tokens, `Shares`) that
+            repeat in turn, or one block of tokens None.
     """
 
     start: int
@@ -55,6 +49,8 @@ class Segment:
 
 
 class _Schedule:
+    """What both schedules share."""
+
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._segments = tuple(segments)
 
@@ -64,8 +60,16 @@ class _Schedule:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Schedule) and self._segments == other._segments
 
-    def plain(self) -> Any:
+    def _content(self, segment: Segment) -> dict[str, Any]:
         raise NotImplementedError
+
+    def plain(self) -> Any:
+        """The schedule as plain data in tokens, for checkpoints and hashes: `parse(plain())` is equal to it."""
+        contents = [self._content(segment) for segment in self._segments]
+        if len(contents) == 1 and self._segments[0].end is None and contents[0].keys() <= {"objective", "rate"}:
+            return next(iter(contents[0].values()))
+        return [{**({} if segment.end is None else {"until": segment.end}), **content}
+                for segment, content in zip(self._segments, contents)]
 
     def __str__(self) -> str:
         return _describe(self.plain())
@@ -82,7 +86,7 @@ class ObjectiveSchedule(_Schedule):
     def __init__(self, segments: Sequence[Segment]) -> None:
         super().__init__(segments)
         self._mixtures: list[Shares] = [shares for segment in self._segments for _, shares in segment.value]
-        self.objectives: tuple[str, ...] = tuple(dict.fromkeys(name for shares in self._mixtures for name, _ in shares))
+        self.objectives = tuple(dict.fromkeys(name for shares in self._mixtures for name, _ in shares))
         self.final: str = self._mixtures[-1][0][0]
 
     @classmethod
@@ -101,16 +105,14 @@ class ObjectiveSchedule(_Schedule):
             return cls([Segment(0, None, ((None, _shares(key, value)),))])
         segments = []
         for where, start, end, content in _segments(key, value, total, ("objective",), ("cycle",)):
-            blocks: Any = content.get("cycle")
-            if blocks is None:
-                parsed: list[Any] = [(None, _shares(f"{where}.objective", content["objective"]))]
-            elif not isinstance(blocks, Sequence) or len(blocks) < 2 or not all(
-                    isinstance(block, Mapping) and set(block) == {"tokens", "objective"} for block in blocks):
+            blocks: Any = content.get("cycle", [{"tokens": None, **content}])
+            if "cycle" in content and (not isinstance(blocks, Sequence) or len(blocks) < 2 or not all(
+                    isinstance(block, Mapping) and set(block) == {"tokens", "objective"} for block in blocks)):
                 raise ValueError(f"{where}.cycle must be a list of at least two blocks {{tokens: ..., objective: ...}}, "
                                  f"got {blocks!r}")
-            else:
-                parsed = [(parse_tokens(f"{where}.cycle[{i}].tokens", block["tokens"], total, least=1),
-                           _shares(f"{where}.cycle[{i}].objective", block["objective"])) for i, block in enumerate(blocks)]
+            parsed = [(None if "objective" in content else
+                       parse_tokens(f"{where}.cycle[{i}].tokens", block["tokens"], total, least=1),
+                       _shares(f"{where}.objective", block["objective"])) for i, block in enumerate(blocks)]
             segments.append(Segment(start, end, tuple(parsed)))
         return cls(segments)
 
@@ -119,12 +121,8 @@ class ObjectiveSchedule(_Schedule):
         segment = self._segment(tokens)
         if len(segment.value) == 1:
             return dict(segment.value[0][1])
-        place = (tokens - segment.start) % sum(length for length, _ in segment.value)
-        for length, shares in segment.value:
-            if place < length:
-                return dict(shares)
-            place -= length
-        raise AssertionError
+        place, end = (tokens - segment.start) % sum(length for length, _ in segment.value), 0
+        return dict(next(shares for length, shares in segment.value if place < (end := end + length)))
 
     @property
     def masks(self) -> bool:
@@ -153,24 +151,10 @@ class ObjectiveSchedule(_Schedule):
                     found.add(min(at, end))
         return sorted(t for t in found if t < total)
 
-    def plain(self) -> Any:
-        """The schedule as plain data in tokens, for checkpoints and hashes: `parse(plain())` is equal to it."""
-        def name_or_shares(shares: Shares) -> Any:
-            return shares[0][0] if len(shares) == 1 else dict(shares)
-
-        first = self._segments[0]
-        if len(self._segments) == 1 and first.end is None and len(first.value) == 1:
-            return name_or_shares(first.value[0][1])
-        result = []
-        for segment in self._segments:
-            entry: dict[str, Any] = {} if segment.end is None else {"until": segment.end}
-            if len(segment.value) > 1:
-                entry["cycle"] = [{"tokens": length, "objective": name_or_shares(shares)}
-                                  for length, shares in segment.value]
-            else:
-                entry["objective"] = name_or_shares(segment.value[0][1])
-            result.append(entry)
-        return result
+    def _content(self, segment: Segment) -> dict[str, Any]:
+        blocks = [{"tokens": length, "objective": shares[0][0] if len(shares) == 1 else dict(shares)}
+                  for length, shares in segment.value]
+        return {"cycle": blocks} if len(blocks) > 1 else {"objective": blocks[0]["objective"]}
 
 
 class MaskRate(_Schedule):
@@ -181,17 +165,17 @@ class MaskRate(_Schedule):
         """Reads the forms of the module docstring; also what `plain` gave. Arguments as of `ObjectiveSchedule.parse`.
 
         Raises:
-            ValueError: a rate outside (0, 1] (a constant 0, which masks nothing, is possible), an unknown key, or segments
-                with a gap, an overlap, or past the end of the run; it names the key and both values.
+            ValueError: a rate outside (0, 1] (a constant 0, which masks nothing, is possible), an unknown key, or
+                segments with a gap, an overlap, or past the end of the run; it names the key and both values.
         """
         if not isinstance(value, Sequence) or isinstance(value, str):
             rate = 0.0 if value == 0 and not isinstance(value, bool) else _rate(key, value)
             return cls([Segment(0, None, (rate, rate))])
         segments = []
         for where, start, end, content in _segments(key, value, total, ("rate",), ("from", "to")):
-            names = ("rate", "rate") if "rate" in content else ("from", "to")
             if end is None and "from" in content:
                 raise ValueError(f"{where}.until must be given for a linear segment where max_duration is not in tokens")
+            names = ("rate", "rate") if "rate" in content else ("from", "to")
             segments.append(Segment(start, end, tuple(_rate(f"{where}.{name}", content[name]) for name in names)))
         return cls(segments)
 
@@ -209,22 +193,13 @@ class MaskRate(_Schedule):
         """Whether nothing is ever masked: the rate of clm."""
         return all(segment.value == (0.0, 0.0) for segment in self._segments)
 
-    @property
-    def is_constant(self) -> bool:
-        """Whether every batch has the same rate."""
-        return len({rate for segment in self._segments for rate in segment.value}) == 1
-
     def breakpoints(self, total: int) -> list[int]:
         """Token counts, 0 included, at which the rate jumps or its slope changes, below `total`."""
         return [segment.start for segment in self._segments if segment.start < total]
 
-    def plain(self) -> Any:
-        """The rate as plain data in tokens, for checkpoints and hashes: `parse(plain())` is equal to it."""
-        if len(self._segments) == 1 and self._segments[0].end is None:
-            return self._segments[0].value[0]
-        return [{**({} if segment.end is None else {"until": segment.end}),
-                 **({"rate": segment.value[0]} if segment.value[0] == segment.value[1]
-                    else dict(zip(("from", "to"), segment.value)))} for segment in self._segments]
+    def _content(self, segment: Segment) -> dict[str, Any]:
+        first, last = segment.value
+        return {"rate": first} if first == last else {"from": first, "to": last}
 
 
 def parse_tokens(key: str, value: Any, total: int | None, *, least: int = 0) -> int:
@@ -238,23 +213,21 @@ def parse_tokens(key: str, value: Any, total: int | None, *, least: int = 0) -> 
         ValueError: another unit, no number, below `least`, or a share without a total.
     """
     match = _TIME.fullmatch(value) if isinstance(value, str) else None
-    number: float | None = value if isinstance(value, int) and not isinstance(value, bool) else None
-    if match:
-        if match[2].lower() == "dur" and total is None:
-            raise ValueError(f"{key} must be in tok where max_duration is not in tokens, got {value!r}")
-        try:
-            number = float(match[1]) * (total if match[2].lower() == "dur" else 1)  # type: ignore[operator]
-        except ValueError:
-            pass
-    if number is None or round(number) < least:
-        raise ValueError(f"{key} must be at least {least} tokens or a share of the run, such as 8_500_000_000tok or "
-                         f"0.25dur, got {value!r}")
-    return round(number)
+    if match and match[2].lower() == "dur" and total is None:
+        raise ValueError(f"{key} must be in tok where max_duration is not in tokens, got {value!r}")
+    try:
+        number = float(match[1]) * (total or 0 if match[2].lower() == "dur" else 1) if match else value
+        if isinstance(number, (int, float)) and not isinstance(value, (bool, float)) and round(number) >= least:
+            return round(number)
+    except ValueError:
+        pass
+    raise ValueError(f"{key} must be at least {least} tokens or a share of the run, such as 8_500_000_000tok or 0.25dur, "
+                     f"got {value!r}")
 
 
 def _segments(key: str, value: Sequence[Any], total: int | None,
               *forms: tuple[str, ...]) -> list[tuple[str, int, int | None, Mapping[str, Any]]]:
-    """(key, start, end, content) of a list of segments, without gap or overlap, up to the end of the run.
+    """(key, start, end, content without until) of a list of segments, without gap or overlap, up to the end of the run.
 
     Args:
         forms: the keys that a segment has besides `until`, in each form that is possible.
@@ -262,7 +235,7 @@ def _segments(key: str, value: Sequence[Any], total: int | None,
     found, start = [], 0
     for i, segment in enumerate(value):
         where = f"{key}[{i}]"
-        if not isinstance(segment, Mapping) or not any(set(segment) - {"until"} == set(form) for form in forms):
+        if not isinstance(segment, Mapping) or set(segment) - {"until"} not in map(set, forms):
             raise ValueError(f"{where} must have the keys {' or '.join(' and '.join(form) for form in forms)}, with "
                              f"until, got {segment!r}")
         if "until" not in segment and i < len(value) - 1:
@@ -271,7 +244,7 @@ def _segments(key: str, value: Sequence[Any], total: int | None,
         if end is not None and (end <= start or (total is not None and end > total)):
             raise ValueError(f"{where}.until must be after the segment's start ({start:,} tokens) and not past the end of "
                              f"the run ({total} tokens), got {segment.get('until', end)!r} ({end:,} tokens)")
-        found.append((where, start, end, segment))
+        found.append((where, start, end, {name: part for name, part in segment.items() if name != "until"}))
         start = end if end is not None else start
     if not found:
         raise ValueError(f"{key} must have at least one segment, got an empty list")
@@ -283,8 +256,7 @@ def _segments(key: str, value: Sequence[Any], total: int | None,
 def _shares(key: str, value: Any) -> Shares:
     """An objective's name, or a mapping of objectives to shares that sum to 1."""
     shares = value if isinstance(value, Mapping) else {value: 1.0} if isinstance(value, str) else {}
-    valid = all(name in OBJECTIVES and isinstance(share, (int, float)) and not isinstance(share, bool) and 0 < share <= 1
-                for name, share in shares.items())
+    valid = all(name in OBJECTIVES and type(share) in (int, float) and 0 < share <= 1 for name, share in shares.items())
     if not valid or abs(sum(shares.values()) - 1) > 1e-9:
         raise ValueError(f"{key} must be one of {', '.join(OBJECTIVES)}, shares of them that sum to 1, or a list of "
                          f"segments, got {value!r}")
@@ -292,7 +264,7 @@ def _shares(key: str, value: Any) -> Shares:
 
 
 def _rate(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+    if type(value) not in (int, float) or not 0 < value <= 1:
         raise ValueError(f"{key} must be above 0 and at most 1, a share of the tokens, got {value!r}")
     return float(value)
 
@@ -316,14 +288,7 @@ def _describe(plain: Any) -> str:
 
 
 def check_together(objective: ObjectiveSchedule, mask_rate: MaskRate, key: str = "") -> None:
-    """Refuses a mask rate that nothing would use, and objectives that lack one.
-
-    Args:
-        key: what stands before `mask_rate` in messages, such as `train_loader.`.
-
-    Raises:
-        ValueError: naming both values.
-    """
+    """Refuses a mask rate that nothing would use, and objectives that lack one; `key` stands before `mask_rate`."""
     if objective.masks == mask_rate.is_zero:
         needed = "above 0 and at most 1" if objective.masks else "0 or absent"
         raise ValueError(f"{key}mask_rate must be {needed} with objective: {objective}, got {mask_rate}; set "

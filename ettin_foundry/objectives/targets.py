@@ -1,12 +1,10 @@
 """mlm, clm and mntp: from one row of tokens to what the model reads and what it must predict.
 
-Labels are aligned: labels[t] is what the hidden state at t must predict, so the model never shifts. Every draw comes from a
-generator seeded by (seed, epoch, row), so that masks are the same on any worker, rank or resume. Numpy only.
+Labels are aligned: labels[t] is what the hidden state at t must predict, so the model never shifts. Every draw comes
+from a generator seeded by (seed, epoch, row), so that masks are the same on any worker, rank or resume. Numpy only.
 
-The masking scheme is BERT's 80/10/10 (arXiv 1810.04805, 3.1), at Ettin's rates; mntp predicts a masked token from the
-position before it (LLM2Vec, arXiv 2404.05961, and Ettin's encoder-from-decoder runs).
-
-Shapes: T row length, P pieces (documents) in the row.
+Masking is BERT's 80/10/10 (arXiv 1810.04805, 3.1), at Ettin's rates; mntp predicts a masked token from the position
+before it (LLM2Vec, arXiv 2404.05961). Shapes: T row length, P pieces (documents) in the row.
 """
 
 from __future__ import annotations
@@ -22,10 +20,8 @@ __all__ = ["IGNORED", "Inputs", "TextVocab", "draw_objective", "make_inputs", "r
 
 IGNORED = -100
 """Label of a position that is no target."""
-
 MASK_SHARE, RANDOM_SHARE = 0.8, 0.1
 """Of the chosen tokens: replaced by [MASK], by a random text token; the rest stays as it is."""
-
 _MASKS, _OBJECTIVES = 4, 5  # first word of the seed; order.py uses 1 to 3, so that no two uses share a stream
 
 Ints = npt.NDArray[np.int64]
@@ -57,8 +53,7 @@ class TextVocab:
         """
         named: dict[str, Any] = {name: getattr(tokenizer, f"{name}_token_id", None)
                                  for name in ("cls", "sep", "pad", "mask")}
-        missing = [f"{name}_token" for name, number in named.items() if number is None]
-        if missing:
+        if missing := [f"{name}_token" for name, number in named.items() if number is None]:
             raise ValueError(f"tokenizer must have cls_token, sep_token, pad_token and mask_token, and "
                              f"{getattr(tokenizer, 'name_or_path', tokenizer)!r} has no {', '.join(missing)}; use the one "
                              "that the converter wrote beside the data")
@@ -66,8 +61,8 @@ class TextVocab:
         special = np.union1d(np.array(tokenizer.all_special_ids, np.int64), np.array(list(named.values()), np.int64))
         is_special = np.zeros(int(max(entries[-1], special[-1])) + 1, bool)
         is_special[special] = True
-        text = entries[~is_special[entries]]
-        return cls(**{name: int(number) for name, number in named.items()}, text=text, is_special=is_special)
+        named = {name: int(number) for name, number in named.items()}
+        return cls(**named, text=entries[~is_special[entries]], is_special=is_special)
 
 
 def row_generator(seed: int, epoch: int, row: int) -> np.random.Generator:
@@ -80,11 +75,7 @@ def _generator(*words: int) -> np.random.Generator:
 
 
 def draw_objective(shares: Mapping[str, float], seed: int, epoch: int, row: int) -> str:
-    """Which objective of a mixture a row has: drawn with these shares, the same on any worker, rank or resume.
-
-    Args:
-        shares: {objective: share}, summing to 1. The rest as for `row_generator`, whose stream is another one.
-    """
+    """Which objective of a mixture ({objective: share}, summing to 1) a row has; the rest as for `row_generator`."""
     if len(shares) == 1:
         return next(iter(shares))
     ends = np.cumsum(list(shares.values()))
@@ -98,7 +89,7 @@ class Inputs(NamedTuple):
     input_ids: Ints
     """(T,) int64."""
     labels: Ints
-    """(T,) int64, IGNORED where there is no target."""
+    """(T,) int64, IGNORED where there is no target. A row with any text token has at least one target."""
     weight: float
     """What each target of the row weighs in the sum of losses."""
     loss_tokens: int
@@ -109,10 +100,10 @@ def make_inputs(objective: str, ids: Ints, sequence_id: Ints, ends_document: npt
                 mask_rate: float, vocab: TextVocab, rng: np.random.Generator, mixed: bool = False) -> Inputs:
     """What the model reads and what it must predict, for one row.
 
-    Of a single objective, the loss of a batch is the mean over its targets: weight 1, one loss token a target. In a mixture
-    that would give clm, which predicts every token, several times the share that it has of the rows. There each target of
-    mlm and mntp weighs 1 / mask_rate and a row counts by the tokens that could be targets, so that in expectation the loss
-    is the sum of the objectives' means, weighted by their shares.
+    Of a single objective, the loss of a batch is the mean over its targets: weight 1, one loss token a target. In a
+    mixture that would give clm, which predicts every token, several times the share that it has of the rows. There each
+    target of mlm and mntp weighs 1 / mask_rate and a row counts by the tokens that could be targets, so that in
+    expectation the loss is the sum of the objectives' means, weighted by their shares.
 
     Args:
         objective: mlm, clm or mntp.
@@ -120,35 +111,23 @@ def make_inputs(objective: str, ids: Ints, sequence_id: Ints, ends_document: npt
         sequence_id: (T,) int64, number of the piece in the row, -1 on padding.
         ends_document: (P,) bool, False when the piece's chunk is continued in another chunk of its document.
         mask_rate: share of text tokens chosen by mlm and mntp; clm ignores it.
-        vocab: ids of special and text tokens.
         rng: source of every draw; unused for clm.
         mixed: rows of the batch have different objectives.
-
-    Returns:
-        `Inputs`. A row with any text token has at least one target.
     """
+    labels = np.full_like(ids, IGNORED)
     if objective == "clm":
-        labels = _next_tokens(ids, sequence_id, ends_document)
+        inside = (sequence_id[1:] == sequence_id[:-1]) & (sequence_id[1:] >= 0)
+        labels[:-1][inside] = ids[1:][inside]
+        # where a document goes on in another chunk, the piece's EOS is no target
+        ends = np.cumsum(np.bincount(sequence_id[sequence_id >= 0], minlength=len(ends_document))) - 1
+        labels[ends[~np.asarray(ends_document, bool)] - 1] = IGNORED
         return Inputs(ids, labels, 1.0, int((labels != IGNORED).sum()))
     maskable = ~vocab.is_special[ids] & (sequence_id >= 0)
     chosen = _choose(maskable, mask_rate, rng)
-    input_ids = _corrupt(ids, chosen, vocab, rng)
-    labels = np.full_like(ids, IGNORED)
     # a text token follows BOS at the earliest, so position t - 1 exists and lies in the same piece
     labels[chosen - 1 if objective == "mntp" else chosen] = ids[chosen]
-    if mixed:
-        return Inputs(input_ids, labels, 1.0 / mask_rate, int(maskable.sum()))
-    return Inputs(input_ids, labels, 1.0, chosen.size)
-
-
-def _next_tokens(ids: Ints, sequence_id: Ints, ends_document: npt.NDArray[np.bool_]) -> Ints:
-    """Labels of clm: the next token of the same piece, but no EOS where a document goes on in another chunk."""
-    labels = np.full_like(ids, IGNORED)
-    inside = (sequence_id[1:] == sequence_id[:-1]) & (sequence_id[1:] >= 0)
-    labels[:-1][inside] = ids[1:][inside]
-    last = np.cumsum(np.bincount(sequence_id[sequence_id >= 0], minlength=len(ends_document))) - 1  # place of each EOS
-    labels[last[~np.asarray(ends_document, bool)] - 1] = IGNORED
-    return labels
+    weight, loss_tokens = (1.0 / mask_rate, int(maskable.sum())) if mixed else (1.0, chosen.size)
+    return Inputs(_corrupt(ids, chosen, vocab, rng), labels, weight, loss_tokens)
 
 
 def _choose(maskable: npt.NDArray[np.bool_], rate: float, rng: np.random.Generator) -> Ints:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import json.decoder
-import pickle
 import unicodedata
 from pathlib import Path
 
@@ -201,61 +200,6 @@ def test_chinese_sentence_ends_need_no_space(text: str, place: int) -> None:
     assert Chunker(tokenizer.to_str(), 40).cuts(tokens)[0] == 37 + place
 
 
-def test_terminator_split_into_bytes_is_not_seen_and_not_cut(one_byte: Tokenizer) -> None:
-    text = "\u3002" * 40  # 120 bytes: after 78 remain 42, less than 1.1 chunks; their middle is 21, the tenth 19 to 23
-    assert Chunker(one_byte.to_str(), 40).cuts(encode(one_byte, text)) == [39, 78, 99, 120]
-
-
-@pytest.mark.parametrize("limit", [20, 40, 62, 1022, 7997])
-def test_no_chunk_is_a_scrap(one_byte: Tokenizer, limit: int) -> None:
-    """Every length up to several chunks: no chunk above the limit, none below a tenth of it."""
-    chunker = Chunker(one_byte.to_str(), limit)
-    rng = np.random.default_rng(limit)
-    text = "".join(rng.choice(["word ", "end. ", "line\n", "para\n\n", "x"], 2 * limit))
-    tokens = encode(one_byte, text)
-    step = 1 if limit < 100 else limit // 37
-    for length in [*range(1, 4 * limit, step), limit, limit + 1, limit + limit // 10, limit + limit // 10 + 1]:
-        ends = chunker.cuts(tokens[:length])
-        counts = np.diff([0, *ends])
-        assert ends[-1] == length and counts.min() >= 1 and counts.max() <= limit
-        assert len(counts) == 1 or counts.min() >= limit / 10
-        if 10 * limit < 10 * length < 11 * limit:
-            assert len(counts) == 2 and abs(counts[0] - counts[1]) <= 2 * (limit // 20) + 2
-
-
-def test_tail_of_just_over_a_chunk_is_halved_at_the_best_place(one_byte: Tokenizer) -> None:
-    text = "x" * 50 + ". " + "y" * 53  # 105 bytes: middle 52, the tenth around it is 47 to 57
-    assert Chunker(one_byte.to_str(), 100).cuts(encode(one_byte, text)) == [52, 105]
-    assert Chunker(one_byte.to_str(), 100).cuts(encode(one_byte, "x" * 105)) == [57, 105]
-    assert Chunker(one_byte.to_str(), 100).cuts(encode(one_byte, "x" * 110)) == [100, 110]
-
-
-def test_documents_up_to_the_limit_are_one_chunk(trained: Tokenizer) -> None:
-    tokens = encode(trained, MIXED * 3)
-    for limit in (len(tokens), len(tokens) + 1, 65_535):
-        assert Chunker(trained.to_str(), limit).cuts(tokens) == [len(tokens)]
-    assert Chunker(trained.to_str(), 8).cuts(tokens[:1]) == [1]
-
-
-@pytest.mark.parametrize("limit", [12, 33, 62])
-def test_every_chunk_is_whole_text(trained: Tokenizer, limit: int) -> None:
-    text = "".join(MIXED[i:] for i in range(0, len(MIXED), 7))
-    tokens = encode(trained, text)
-    begin, found = 0, []
-    for end in Chunker(trained.to_str(), limit).cuts(tokens):
-        found.append(trained.decode(tokens[begin:end].tolist(), skip_special_tokens=False))
-        begin = end
-    assert "".join(found) == text and not any("\ufffd" in chunk for chunk in found)
-
-
-@pytest.mark.parametrize("limit", [1, 2, 3])
-def test_characters_longer_than_a_chunk_are_cut_and_it_ends(one_byte: Tokenizer, limit: int) -> None:
-    tokens = encode(one_byte, "\U0001f600" * 10 + "ab\u00fc")
-    ends = Chunker(one_byte.to_str(), limit).cuts(tokens)
-    counts = np.diff([0, *ends])
-    assert ends[-1] == len(tokens) == 44 and counts.min() >= 1 and counts.max() <= limit
-
-
 def test_characters_are_whole_also_where_tokens_straddle_them() -> None:
     """A vocabulary whose tokens end one character and begin the next: the whole tenth may lie inside characters."""
     tokens = ["a", "\u00e3", "\u0123", "\u0124", "\u0124\u00e3\u0123"]  # a, bytes e3 81 82, and 82 e3 81
@@ -323,34 +267,6 @@ def test_bytes_of_words_with_an_end_mark() -> None:
 def test_ids_without_a_token_are_words(trained: Tokenizer) -> None:
     tokens = np.full(100, 65_535, np.uint16)
     assert Chunker(trained.to_str(), 40).cuts(tokens) == [40, 80, 100]
-
-
-def test_pickled_chunker_cuts_alike(trained: Tokenizer) -> None:
-    tokens = encode(trained, MIXED * 4)
-    chunker = Chunker(trained.to_str(), 33)
-    assert pickle.loads(pickle.dumps(chunker)).cuts(tokens) == chunker.cuts(tokens)
-
-
-BAD = {"not JSON": "tokenizer.json", "no model": "{}", "no vocabulary": '{"model": {"type": "BPE"}}',
-       "a list": "[1]", "vocabulary of numbers": '{"model": {"vocab": [1, 2]}}',
-       "ids beyond uint16": '{"model": {"vocab": {"a": 65536}}}', "negative ids": '{"model": {"vocab": {"a": -1}}}',
-       "ids that are text": '{"model": {"vocab": {"a": "b"}}}', "lone surrogate": '{"model": {"vocab": {"\\ud800": 1}}}',
-       "added without id": '{"model": {"vocab": {"a": 1}}, "added_tokens": [{"content": "x"}]}',
-       "added without content": '{"model": {"vocab": {"a": 1}}, "added_tokens": [{"id": 1}]}',
-       "content is no text": '{"model": {"vocab": {"a": 1}}, "added_tokens": [{"id": 1, "content": 5}]}',
-       "id is a fraction": '{"model": {"vocab": {"a": 1.5}}}', "pieces are numbers": '{"model": {"vocab": [[1, 0.0]]}}'}
-
-
-@pytest.mark.parametrize("content", BAD.values(), ids=BAD)
-def test_what_is_no_tokenizer_is_refused(content: str) -> None:
-    with pytest.raises(ValueError, match="tokenizer.json: .* given, which cannot be read .*is needed. Save"):
-        Chunker(content, 100)
-
-
-@pytest.mark.parametrize("limit", [0, -1, 65_536])
-def test_impossible_chunk_length_is_refused(trained: Tokenizer, limit: int) -> None:
-    with pytest.raises(ValueError, match=f"--chunk-length: {limit} given; 1 to 65535 tokens are possible. Use "):
-        Chunker(trained.to_str(), limit)
 
 
 @pytest.mark.parametrize("limit", [7, 40, 333])
