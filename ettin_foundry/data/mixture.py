@@ -47,22 +47,17 @@ class PartialShard(NamedTuple):
 
     first: int
     extra: tuple[int, ...]
-    lengths: np.ndarray
-    """(chunk_length + 1,) uint32 histogram of the chunks taken."""
+    lengths: np.ndarray  # (chunk_length + 1,) uint32 histogram of the chunks taken
 
 
 class Entries(NamedTuple):
     """The mixture's shards, one row per entry: V entries, runs before parts. All (V,) int64."""
 
     source: np.ndarray
-    set: np.ndarray
-    """Number of the dataset."""
-    passed: np.ndarray
-    """How many times the source has been gone through before."""
-    shard: np.ndarray
-    """Number within the dataset."""
-    part: np.ndarray
-    """Number of the partial shard, -1 for whole shards."""
+    set: np.ndarray  # number of the dataset
+    passed: np.ndarray  # how many times the source has been gone through before
+    shard: np.ndarray  # number within the dataset
+    part: np.ndarray  # number of the partial shard, -1 for whole shards
 
 
 def name_word(source: str) -> int:
@@ -158,12 +153,7 @@ def expand_entries(manifest: dict[str, Any]) -> tuple[Entries, list[PartialShard
 
 
 def open_split(local: str | os.PathLike[str], **options: Any) -> MDSSplit | MixtureSplit:
-    """Opens a split folder, of a converted dataset or of a mixture; the manifest says which.
-
-    Args:
-        local: the split's folder; for a remote split, where its files are kept.
-        options: as `shards.MDSSplit` has them.
-    """
+    """Opens a split folder, of a converted dataset or of a mixture; the options are those of `shards.MDSSplit`."""
     if options.get("remote") is not None:
         fetch_manifest(Path(local), options["remote"])
     found = read_json(Path(local) / MANIFEST)
@@ -262,11 +252,7 @@ class MixtureSplit(SplitFacts):
             data.prefetch(stored)
 
     def check_room(self, shards: Sequence[int]) -> None:
-        """Shares the cache limit out by what each dataset needs at a time, the rest by the bytes taken from it.
-
-        Raises:
-            ValueError: the limit is too small for these shards at a time; names the bytes needed.
-        """
+        """Shares the cache limit out by what each dataset needs at a time, the rest by the bytes taken from it."""
         if self.cache_limit is None:
             return
         needs = {id(data): data.files.room_needed(len(stored)) for data, stored in self._by_set(shards)}
