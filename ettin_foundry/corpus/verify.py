@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from ettin_foundry.corpus.card import CARD, read_block
-from ettin_foundry.corpus.finalize import describe_splits, read_plan, read_record
-from ettin_foundry.corpus.units import PLAN, Plan, record_name
+from ettin_foundry.corpus.finalize import describe_splits
+from ettin_foundry.corpus.plan import PLAN, Plan, read_plan, read_record, record_name
 from ettin_foundry.data.cache import fetch_tokenizer
 from ettin_foundry.data.inspect import Found, draw_samples, find_dataset
 from ettin_foundry.data.manifest import INDEX, LENGTHS, MANIFEST
