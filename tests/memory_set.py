@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import hand_made
 import numpy as np
@@ -15,18 +16,8 @@ SPECIALS = {"cls": 115, "sep": 116, "pad": 117, "mask": 118}
 UNREAL = 60  # an id below the vocabulary's size that is no entry
 
 
-def realistic_lengths(rng: np.random.Generator, documents: int, chunk_length: int) -> np.ndarray:
-    """Chunk lengths as real text gives them: log-normal documents, long ones cut into full chunks and a rest."""
-    chunks: list[int] = []
-    for tokens in np.exp(rng.normal(6.2, 1.1, documents)).astype(int) + 1:
-        chunks += [chunk_length] * int(tokens // chunk_length)
-        if tokens % chunk_length:
-            chunks.append(int(tokens % chunk_length))
-    return np.array(chunks)
-
-
 class MemorySet:
-    """Shards of random text tokens.
+    """Shards without text, with what an order asks of a split.
 
     Args:
         shards: chunk lengths of each shard, as they are stored. sources: a name per shard.
@@ -34,49 +25,33 @@ class MemorySet:
         passes: a number per shard, as datasets with repeated shards have it; no such attribute if not given.
     """
 
-    def __init__(self, shards: list[np.ndarray], *, chunk_length: int, sources: list[str] | None = None,
-                 rows_at: tuple[int, ...] = (), seed: int = 0, passes: list[int] | None = None) -> None:
-        rng = np.random.default_rng(seed)
-        self.num_shards, self.chunk_length = len(shards), chunk_length
-        self._lengths = [np.asarray(shard, np.int32) for shard in shards]
+    def __init__(self, shards: list[np.ndarray], *, sources: list[str] | None = None, rows_at: tuple[int, ...] = (64,),
+                 passes: list[int] | None = None) -> None:
+        self.stored = [np.asarray(shard, np.int32) for shard in shards]
         self.sources = sources or ["only"] * len(shards)
-        text = np.setdiff1d(np.arange(VOCAB_SIZE - 5), [UNREAL])
-        self._chunks = [[rng.choice(text, length).astype(np.uint16) for length in shard] for shard in shards]
-        self._rows = {T: np.array([pack_lengths(piece_counts(np.bincount(shard)), T).num_rows for shard in shards])
-                      for T in rows_at}
+        self.samples, self.tokens = (np.array([int(of(shard)) for shard in shards]) for of in (len, np.sum))
+        self.packed = {T: np.array([pack_lengths(piece_counts(np.bincount(shard)), T).num_rows for shard in shards])
+                       for T in rows_at}
         if passes is not None:
             self.passes = np.array(passes)
         self.touched: Counter[str] = Counter()
 
-    @property
-    def samples(self) -> np.ndarray:
-        return np.array([len(shard) for shard in self._lengths])
-
-    @property
-    def tokens(self) -> np.ndarray:
-        return np.array([int(shard.sum()) for shard in self._lengths])
-
     def rows(self, max_seq_len: int) -> np.ndarray | None:
-        return self._rows.get(max_seq_len)
+        return self.packed.get(max_seq_len)
 
     def lengths(self, shard: int) -> np.ndarray:
         self.touched["lengths"] += 1
-        return np.bincount(self._lengths[shard], minlength=self.chunk_length + 1).astype(np.uint32)
+        return np.bincount(self.stored[shard], minlength=63).astype(np.uint32)
 
     def sample_lengths(self, shard: int) -> np.ndarray:
         self.touched["sample_lengths"] += 1
-        return self._lengths[shard]
-
-    def chunk(self, shard: int, sample: int) -> np.ndarray:
-        return self._chunks[shard][sample]
+        return self.stored[shard]
 
 
-def small_set(num_shards: int = 7, *, chunk_length: int = 62, rows_at: tuple[int, ...] = (64,), seed: int = 0,
-              sources: list[str] | None = None) -> MemorySet:
-    """A few shards of different sizes."""
-    rng = np.random.default_rng(seed)
-    shards = [rng.integers(1, chunk_length + 1, int(rng.integers(15, 60))) for _ in range(num_shards)]
-    return MemorySet(shards, chunk_length=chunk_length, rows_at=rows_at, seed=seed, sources=sources)
+def small_set(num_shards: int = 7, **options: Any) -> MemorySet:
+    """A few shards of different sizes, of chunks of up to 62 tokens."""
+    rng = np.random.default_rng(0)
+    return MemorySet([rng.integers(1, 63, int(rng.integers(15, 60))) for _ in range(num_shards)], **options)
 
 
 def write_set(folder: Path, sources: dict[str, list[np.ndarray]], *, chunk_length: int = 62, split: str = "train",

@@ -1,8 +1,4 @@
-"""The commands of `ettin` for datasets: verify, show, finalize, mix.
-
-Everything heavy is imported inside the command that needs it. Exit codes: 0; 1 when something is wrong with
-the dataset or the input; 2 for a wrong command line.
-"""
+"""The commands of `ettin` for datasets: verify, show, finalize, mix; exit code 1 when something is wrong."""
 
 from __future__ import annotations
 

@@ -83,6 +83,13 @@ def card_text(storage: Storage, manifests: Mapping[str, Mapping[str, Any]],
     comment = json.dumps({"note": _NOTE, "files": files, "splits": heads})
     for special, escaped in (("<", "\\u003c"), (">", "\\u003e"), ("--", "-\\u002d")):
         comment = comment.replace(special, escaped)  # nothing in it ends the comment
+    tokenizer = first["tokenizer"]
+    made_with = [("ettin_foundry", str(first.get("code_version", "not recorded"))),
+                 ("tokenizer", f"{tokenizer.get('name', 'unnamed')}, {tokenizer['vocab_size']:,} entries"),
+                 ("chunk length", f"{first['chunk_length']:,}"),
+                 ("compression", str(first.get("compression") or "none"))]
+    made_with += [(key.replace("_", " "), json.dumps(value)) for key, value in first["options"].items()
+                  if key not in ("chunk_length", "compression") and value not in (None, False, [], {}, "")]
     counts = [(split, *(f"{manifest['totals'][key]:,}" for key in ("documents", "samples", "tokens")),
                f"{len(manifest['shards']):,}") for split, manifest in manifests.items()]
     return "\n".join([
@@ -94,7 +101,7 @@ def card_text(storage: Storage, manifests: Mapping[str, Mapping[str, Any]],
         "## Lengths\n", f"![Chunks and tokens by length of the chunk]({PICTURE})\n",
         _table(("split", "mean", "10%", "median", "90%", "of full length"),
                [(split, *_length_cells(np.asarray(found, np.int64))) for split, found in lengths.items()]),
-        "## Made with\n", _options_table(first), "## Read it\n", _READ,
+        "## Made with\n", _table(("", ""), made_with), "## Read it\n", _READ,
         "Stock `streaming.StreamingDataset` reads the same folders. `ettin verify` checks every byte, "
         "`ettin show` prints statistics and decoded samples.\n", "## Identity\n",
         "A manifest holds the hash of every shard, so its own hash stands for the whole split.\n",
@@ -198,17 +205,6 @@ def _length_cells(counts: np.ndarray) -> tuple[str, ...]:
     total = max(1, int(counts.sum()))
     mean = int(counts @ np.arange(len(counts))) / total
     return f"{mean:,.1f}", *(f"{value:,}" for value in quantiles(counts)), f"{int(counts[-1]) / total:.1%}"
-
-
-def _options_table(manifest: Mapping[str, Any]) -> str:
-    tokenizer = manifest["tokenizer"]
-    rows = [("ettin_foundry", str(manifest.get("code_version", "not recorded"))),
-            ("tokenizer", f"{tokenizer.get('name', 'unnamed')}, {tokenizer['vocab_size']:,} entries"),
-            ("chunk length", f"{manifest['chunk_length']:,}"),
-            ("compression", str(manifest.get("compression") or "none"))]
-    rows += [(key.replace("_", " "), json.dumps(value)) for key, value in manifest["options"].items()
-             if key not in ("chunk_length", "compression") and value not in (None, False, [], {}, "")]
-    return _table(("", ""), rows)
 
 
 def _clean(text: str) -> str:

@@ -1,25 +1,19 @@
-"""Where a document's tokens are cut into chunks: at a paragraph or sentence end near the limit, outside of
-characters.
+"""Where a document's tokens are cut into chunks: at a paragraph or sentence end near the limit, outside of characters.
 
 A document of at most `chunk_length` tokens is one chunk. A longer one is cut, from its beginning, like this:
 
-1. While at least 1.1 chunks remain, the next chunk takes `chunk_length` tokens or up to a tenth of that
-   fewer: it ends at the best place of the last tenth, which is the latest paragraph end, else the latest
-   sentence end, else the latest line end, else the latest place before a space, else the latest place between
-   two characters.
-2. When more than one but less than 1.1 chunks remain, they become two chunks of similar size, cut at the best
-   place of the tenth around their middle. So every chunk of a longer document holds at least a tenth of
-   `chunk_length`.
-3. Where the whole tenth lies inside characters (a token may end one and begin the next), the latest place
-   before it that lies between two characters is taken; where the chunk has none, the cut is made all the
-   same.
+1. While at least 1.1 chunks remain, the next chunk ends at the best place of the last tenth of `chunk_length`: the
+   latest paragraph end, else sentence end, else line end, else place before a space, else place between characters.
+2. When more than one but less than 1.1 chunks remain, they become two chunks of similar size, cut at the best place of
+   the tenth around their middle. So every chunk of a longer document holds at least a tenth of `chunk_length`.
+3. Where the whole tenth lies inside characters (a token may end one and begin the next), the latest place before it
+   that lies between two characters is taken; where the chunk has none, the cut is made all the same.
 
-What a token means for a cut depends on its bytes alone, so the rule is tables with one entry per id, filled
-once from tokenizer.json, and a small state machine that runs over the tokens around the limit; no text is
-decoded. Paragraph end: after a blank line. Sentence end: after a terminator and its closing quotes or
-brackets, if a space follows (after a Chinese or Japanese terminator it need not), or after that space. A full
-stop after a digit or a capital ends no sentence ("3.14", "1. Item", "J. Smith"). A terminator that the
-vocabulary splits into bytes is not seen.
+What a token means for a cut depends on its bytes alone, so the rule is tables with one entry per id, filled once from
+tokenizer.json, and a state machine that runs over the tokens around the limit. Paragraph end: after a blank line.
+Sentence end: after a terminator and its closing quotes or brackets, if a space follows (after a Chinese or Japanese
+terminator it need not), or after that space. A full stop after a digit or a capital ends no sentence ("3.14", "1. Item",
+"J. Smith"). A terminator that the vocabulary splits into bytes is not seen.
 """
 
 from __future__ import annotations
@@ -32,8 +26,6 @@ from typing import Any
 
 import numpy as np
 import orjson
-
-from ettin_foundry.data.manifest import MAX_CHUNK_LENGTH
 
 __all__ = ["Chunker", "token_bytes"]
 
@@ -87,7 +79,6 @@ _RANKS[_PARAGRAPH] = _PARAGRAPH_END
 _RANKS[:, _BEGINS_INSIDE] = _INSIDE
 
 _CONTEXT = 16  # tokens before the tenth that the machine runs over first, to know the state at its beginning
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 @functools.cache
@@ -114,33 +105,18 @@ class Chunker:
     """Cuts documents of one tokenizer into chunks, as the module says.
 
     Args:
-        tokenizer_json: the content of a tokenizer.json.
-        chunk_length: most tokens in a chunk.
-        window: share of `chunk_length` in which the best place is looked for: the tenth of the module's
-            description. With 0 a chunk is as long as characters allow, and what remains at the end may be
-            short.
-
-    Raises:
-        ValueError: not a tokenizer.json, or an argument is out of range.
+        tokenizer_json: the content of a tokenizer.json. chunk_length: most tokens in a chunk, 1 to 65,535.
+        window: share of `chunk_length`, 0 to 0.5, in which the best place is looked for: the tenth of the module's
+            description. With 0 a chunk is as long as characters allow, and what remains at the end may be short.
     """
 
     def __init__(self, tokenizer_json: str, chunk_length: int, window: float = 0.1) -> None:
-        if not 1 <= chunk_length <= MAX_CHUNK_LENGTH or not 0 <= window <= 0.5:
-            raise ValueError(f"--chunk-length must be 1 to {MAX_CHUNK_LENGTH} and --cut-window 0 to 0.5, got "
-                             f"{chunk_length} and {window}")
         self.chunk_length, self.window = chunk_length, window
         self._tenth = int(chunk_length * window + 1e-9)
         self._after, self._begins, self._rows = _tables(token_bytes(tokenizer_json))
 
     def cuts(self, tokens: np.ndarray) -> list[int]:
-        """Where the chunks of one document end.
-
-        Args:
-            tokens: (L,) uint16, L >= 1.
-
-        Returns:
-            Ends of the chunks, increasing, the last one is L: chunk k is tokens[ends[k - 1]:ends[k]].
-        """
+        """Ends of the chunks of a document of (L,) tokens, increasing: chunk k is tokens[ends[k - 1]:ends[k]]."""
         limit, tenth = self.chunk_length, self._tenth
         ends = [0]
         while (left := len(tokens) - ends[-1]) > limit:
@@ -169,11 +145,9 @@ def _tables(pieces: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, list[tuple
     """Of each token: the state after it, and how it begins.
 
     Returns:
-        (65536,) uint8: the state after the token where that does not depend on what came before, else 9 + a
-        row; (65536,) uint8: how it begins; the rows: state after the token, per state before it. Only tokens
-        made of nothing
-        but punctuation and spaces have one, and the machine allows few different ones: a test holds them
-            below 247.
+        (65536,) uint8: the state after the token where that does not depend on what came before, else 9 + a row;
+        (65536,) uint8: how it begins; the rows: state after the token, per state before it. Only tokens made of
+        nothing but punctuation and spaces have one, and the machine allows fewer than 247 different ones.
     """
     texts = [piece.decode("utf-8", "replace") for piece in pieces]
     passing = "".join(c for c in set("".join(texts)) if _kind(c) not in (_OTHER, _CAPITAL))
@@ -199,34 +173,20 @@ def token_bytes(tokenizer_json: str) -> list[bytes]:
 
     Byte-level vocabularies exactly. Others as their decoders read them: a word mark U+2581 is a space, <0x0A>
     is a byte; where pieces inside a word are marked (WordPiece), or none are (WordLevel), a piece that begins
-    a word has a space before it.
-
-    Raises:
-        ValueError: not the content of a tokenizer.json of at most 65,536 ids.
+    a word has a space before it. Added tokens are found in a text as they are.
     """
-    try:
-        content = orjson.loads(tokenizer_json)
-        vocab = content["model"]["vocab"]
-        ids = vocab if isinstance(vocab, dict) else {entry[0]: number for number, entry in enumerate(vocab)}
-        added = {entry["id"]: entry["content"].encode() for entry in content.get("added_tokens") or []}
-        if not all(0 <= number < _NUM_IDS for number in (*ids.values(), *added)):
-            raise ValueError(f"an id is outside 0 to {_NUM_IDS - 1}")
-        pieces = [b""] * (1 + max((*ids.values(), *added), default=0))
-        for piece, number in zip(_model_bytes(content, list(ids)), ids.values()):
-            pieces[number] = piece
-        for number, text in added.items():  # added tokens are found in the text as they are
-            pieces[number] = text
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError("tokenizer.json must be the file of a fast tokenizer, got "
-                         f"{tokenizer_json[:40]!r}... ({error!r}); save the tokenizer again") from error
-    return pieces
+    content = orjson.loads(tokenizer_json)
+    vocab = content["model"]["vocab"]
+    ids = vocab if isinstance(vocab, dict) else {entry[0]: number for number, entry in enumerate(vocab)}
+    pieces = dict(zip(ids.values(), _model_bytes(content, list(ids))))
+    pieces |= {entry["id"]: entry["content"].encode() for entry in content.get("added_tokens") or []}
+    return [pieces.get(number, b"") for number in range(1 + max(pieces, default=0))]
 
 
 def _model_bytes(content: dict[str, Any], tokens: Sequence[str]) -> Iterator[bytes]:
     """The bytes of each of the model's own tokens, in order."""
     if b'"ByteLevel"' in orjson.dumps([content.get("pre_tokenizer"), content.get("decoder")]):
-        # GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for characters from U+0100
-        # on, in order
+        # GPT-2's alphabet: printable Latin-1 is itself, the other bytes are characters from U+0100 on, in order
         itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         moved = [byte for byte in range(256) if byte not in itself]
         alphabet = {0x100 + number: byte for number, byte in enumerate(moved)}
@@ -236,7 +196,7 @@ def _model_bytes(content: dict[str, Any], tokens: Sequence[str]) -> Iterator[byt
     inside, end_of_word = model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")
     spaced = bool(inside) or model.get("type") == "WordLevel"
     for token in tokens:
-        if model.get("byte_fallback") and (match := _BYTE_TOKEN.fullmatch(token)):
+        if model.get("byte_fallback") and (match := re.fullmatch("<0x([0-9A-F]{2})>", token)):
             yield bytes([int(match[1], 16)])
             continue
         text = token.replace("\u2581", " ")

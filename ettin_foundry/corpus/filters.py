@@ -27,38 +27,27 @@ SHORT, LONG, DUPLICATE, OVERSIZED = "short", "long", "duplicate", "oversized"
 
 @dataclass(frozen=True, kw_only=True)
 class FilterOptions:
-    """Which filters are on, and their settings. Picklable.
+    """Which filters are on, and their settings. Picklable."""
 
-    Raises:
-        ValueError: a setting out of range, or a predicate that cannot be used; the message names it.
-    """
-
-    min_characters: int | None = None
-    """Fewest characters (Unicode code points) of a document that is kept; empty ones are dropped anyway."""
+    min_characters: int | None = None  # Unicode code points; empty documents are dropped anyway
     max_characters: int | None = None
-    """Most of them."""
-    predicates: Sequence[str] = ()
-    """`package.module:function` each; True keeps the document."""
-    deduplicate: bool = False
-    """Drop documents that equal an earlier one."""
+    predicates: Sequence[str] = ()  # `package.module:function` each; True keeps the document
+    deduplicate: bool = False  # drop documents that equal an earlier one
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "predicates", tuple(self.predicates))  # hashable, for caches
         least, most = self.min_characters, self.max_characters
-        if not 2 <= (2 if least is None else least) or not max(least or 0, 1) <= (sys.maxsize if most is None else most):
+        if (least is not None and least < 2) or (most is not None and most < max(least or 0, 1)):
             raise ValueError("--min-characters must be at least 2 and at most --max-characters, got "
                              f"{least} and {most}; leave one out for no limit")
-        if len(set(self.predicates)) < len(self.predicates):
-            raise ValueError(f"--filter must be different names, got {', '.join(self.predicates)}")
         for name in self.predicates:
             _load_predicate(name)
 
     def record(self) -> dict[str, Any]:
         """All that shapes the data, as JSON, without places on this machine.
 
-        A predicate is told by the hash of the file that defines it; what that file imports is not looked at.
-        The keys of decontamination stay, so that a manifest is the same, byte for byte, as one of an earlier
-        conversion.
+        A predicate is told by the hash of the file that defines it; what that file imports is not looked at. The keys
+        of decontamination stay, so that a manifest is the same, byte for byte, as one of an earlier conversion.
         """
         files = {name: _load_predicate(name)[1].read_bytes() for name in self.predicates}
         return {"min_characters": self.min_characters, "max_characters": self.max_characters,
@@ -97,12 +86,7 @@ class FilterChain:
 
 
 def _load_predicate(name: str) -> tuple[Callable[[str, str], bool], Path]:
-    """The function of a dotted path, and the file that defines it.
-
-    Raises:
-        ValueError: there is none, or none that can be called with (text, id), has a name, and has a source
-            file.
-    """
+    """The function of a dotted path, and the file that defines it; ValueError where there is none of use."""
     try:
         module, _, attribute = name.partition(":")
         function = getattr(importlib.import_module(module), attribute)

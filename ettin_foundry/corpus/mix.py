@@ -184,7 +184,14 @@ def build_mix(spec: str | os.PathLike[str], out: str | os.PathLike[str], *, seed
         for member in rest:
             member.runs.append((0, member.shards))
         held_out = _write_split(partial, target, "validation", rest, head) if rest else {}
-        _copy_tokenizer(members[0].place, partial)
+        storage = open_storage(members[0].place)
+        files = [(name, size) for name, size in storage.list("tokenizer/") if size <= _MAX_TOKENIZER_BYTES]
+        if not files:
+            raise FileNotFoundError(f"{storage.where('tokenizer')} holds no file; put the original there")
+        for name, size in files:
+            if storage.is_local:
+                os.close(open_plain(Path(storage.url) / name))  # a link is an error
+            storage.get_file(name, partial / name, num_bytes=size)
         os.replace(partial, target)  # an empty folder is replaced
     total, width = sum(facts["tokens"] for facts in sources.values()), max(map(len, sources))
     chunks = sum(facts["chunks"] for facts in held_out.values())
@@ -208,11 +215,9 @@ def _open_members(entries: dict[str, Entry], split: str, scratch: Path) -> list[
             cache = scratch / f"{split}-{name_word(place)}"
             opened[place] = MDSSplit(cache, remote=where) if is_url(place) else MDSSplit(where)
         data, first = opened[place], next(iter(opened))
-        both = zip(("chunk_length", "tokenizer"), shared_identity(data), shared_identity(opened[first]))
-        for what, mine, other in both:
-            if mine != other:
-                raise ValueError(f"sets.{name}: {where} has {what} {mine!r:.300}, {first} has {other!r:.300}; "
-                                 "they must agree")
+        if (mine := shared_identity(data)) != (other := shared_identity(opened[first])):
+            raise ValueError(f"sets.{name}: {where} must have the chunk length and tokenizer of {first}, got "
+                             f"{mine!r:.300} and {other!r:.300}")
         sources = np.array(data.sources)
         own = np.flatnonzero(sources == source) if source else np.arange(data.num_shards)
         if split == "validation":  # a dataset behind two sources is evaluated on once
@@ -250,15 +255,3 @@ def _write_split(partial: Path, target: Path, split: str, members: list[_Member]
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in manifest.items())
     (partial / split / MANIFEST).write_text(f"{{\n{lines}\n}}\n")
     return sources
-
-
-def _copy_tokenizer(place: str, folder: Path) -> None:
-    """Copies a dataset's tokenizer/; a link in it is refused with a ValueError."""
-    storage = open_storage(place)
-    files = [(name, size) for name, size in storage.list("tokenizer/") if size <= _MAX_TOKENIZER_BYTES]
-    if not files:
-        raise FileNotFoundError(f"{join(place, 'tokenizer')} holds no file; put the dataset's own back")
-    for name, size in files:
-        if storage.is_local:
-            os.close(open_plain(Path(place) / name))
-        storage.get_file(name, folder / name, num_bytes=size)

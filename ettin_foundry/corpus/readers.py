@@ -1,8 +1,6 @@
-"""Reads the parts of a source as documents, in a fixed order: .jsonl, .json, .txt, .parquet, plain or
-compressed.
+"""Reads the parts of a source as documents, in a fixed order: .jsonl, .json, .txt, .parquet, plain, .gz or .zst.
 
-Two runs over the same corpus give the same documents, however it is cut into parts. Memory is bounded by the
-largest
+Two runs over the same corpus give the same documents, however it is cut into parts. Memory is bounded by the largest
 document: one above `ReadOptions.max_document_bytes` is left out and counted. An error names file and place.
 """
 
@@ -18,26 +16,15 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
-from ettin_foundry.corpus.sources import (
-    COMPRESSIONS,
-    DOCSTRINGS,
-    STDLIB,
-    Meter,
-    Part,
-    Source,
-    file_kind,
-    open_hub_dataset,
-    part_bytes,
-    read_module,
-    stdlib_docstrings,
-)
+from ettin_foundry.corpus import sources
+from ettin_foundry.corpus.sources import STDLIB, Meter, Part, Source
 from ettin_foundry.data.storage import Storage
 
 __all__ = ["Document", "ReadOptions", "read_parts"]
@@ -59,11 +46,10 @@ class Document(NamedTuple):
 class ReadOptions:
     """How records become documents."""
 
-    text_field: str = "text"
-    """The key or column that holds the text."""
+    text_field: str = "text"  # the key or column that holds the text
     id_field: str | None = None
-    """The key or column that holds a document's id. None takes `id` where a record has one, else the place of
-    the record: `file:byte` for .jsonl, `file:record` for .json and .parquet, `file` for .txt."""
+    """The key or column of the id. None takes `id` where a record has one, else the place of the record: `file:byte`
+    for .jsonl, `file:record` for .json and .parquet, `file` for .txt."""
     max_document_bytes: int = 256 << 20
     """A larger text (UTF-8) or .jsonl line is left out and counted in `Meter.oversized`."""
 
@@ -103,29 +89,25 @@ def read_parts(source: Source, parts: Sequence[Part], meter: Meter,
     storage = source.storage() if source.files else None
     for part in parts:
         meter.where = part.file
-        if source.location == STDLIB and part.file == DOCSTRINGS:
-            yield from itertools.starmap(Document, stdlib_docstrings())
+        if source.location == STDLIB and part.file == sources.DOCSTRINGS:
+            yield from itertools.starmap(Document, sources.stdlib_docstrings())
         elif source.location == STDLIB:
-            if (text := read_module(Path(source.root, part.file))) is not None:
+            if (text := sources.read_module(Path(source.root, part.file))) is not None:
                 yield Document(text, part.file)
         elif storage is None:
             yield from _read_hub(source, part, meter, options)
         else:
             yield from _read_file(source, storage, part, meter, options)
-        meter.finish(part_bytes(source, part))
+        meter.finish(sources.part_bytes(source, part))
 
 
 def _read_hub(source: Source, part: Part, meter: Meter, options: ReadOptions) -> Iterator[Document]:
-    records, number = open_hub_dataset(source)
+    records, number = sources.open_hub_dataset(source)
     if number != part.end:
-        raise ValueError(f"{source.location} must have the {part.end} data shards that were planned, got "
-                         f"{number}; use the version of `datasets` that the conversion began with, or "
-                         "another --out")
+        raise ValueError(f"{source.location} must have the {part.end} data shards that were planned, got {number}; "
+                         "convert with the version of `datasets` that planned them, or into another --out")
     shard = records if number == 1 else records.shard(num_shards=number, index=part.begin)
-    for row, record in enumerate(shard, 1):
-        where = f"{source.location} shard {part.begin} record {row}"
-        if document := _document(record, where, f"{part.begin}:{row}", meter, options):
-            yield document
+    yield from _documents(shard, f"{source.location} shard {part.begin}", part.begin, meter, options)
 
 
 def _read_file(source: Source, storage: Storage, part: Part, meter: Meter,
@@ -134,8 +116,7 @@ def _read_file(source: Source, storage: Storage, part: Part, meter: Meter,
     with storage.open(part.file) as raw:
         size, listed = raw.seek(0, io.SEEK_END), source.sizes.get(part.file)
         if size != listed:
-            raise ValueError(f"{shown} must have the {listed} bytes that were listed, got {size}: it "
-                             "changed; restore it, or begin again in another folder")
+            raise ValueError(f"{shown} must have the {listed} bytes that were listed, got {size}; restore the file")
         raw.seek(max(0, part.begin - 1) if name.endswith(".jsonl") else 0)
         path, content = None, raw
         try:
@@ -147,7 +128,8 @@ def _read_file(source: Source, storage: Storage, part: Part, meter: Meter,
                 content = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), _BLOCK_BYTES)
             else:
                 path = storage.local_path(part.file)
-            yield from _READERS[str(file_kind(name))](_File(part, shown, path, raw, content, meter, options))
+            file = _File(part, shown, path, raw, content, meter, options)
+            yield from _READERS[str(sources.file_kind(name))](file)
         except UnicodeDecodeError as error:
             raise _not_utf8(shown, error) from None
         except (EOFError, zlib.error, OSError) as error:  # BadGzipFile and pyarrow's errors are OSErrors
@@ -159,12 +141,7 @@ def _read_file(source: Source, storage: Storage, part: Part, meter: Meter,
 
 def _document(record: Any, where: str, default_id: str, meter: Meter,
               options: ReadOptions) -> Document | None:
-    """The document of a record; None for one that is too large, which is counted.
-
-    Raises:
-        ValueError: the record has no text, no id although one was asked for, or text that is not valid
-            Unicode.
-    """
+    """The document of a record, which must have text and the id asked for; None for a larger one, which is counted."""
     text = record.get(options.text_field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise ValueError(f"{where} must be an object whose {options.text_field!r} is a string, got "
@@ -189,6 +166,15 @@ def _document(record: Any, where: str, default_id: str, meter: Meter,
     return Document(text, identity)
 
 
+def _documents(records: Iterable[Any], shown: str, prefix: object, meter: Meter,
+               options: ReadOptions) -> Iterator[Document]:
+    """The documents of numbered records."""
+    for number, record in enumerate(records, 1):
+        where = f"{shown} record {number}"
+        if document := _document(record, where, f"{prefix}:{number}", meter, options):
+            yield document
+
+
 def _read_txt(file: _File) -> Iterator[Document]:
     data = bytearray()
     while block := file.content.read(_BLOCK_BYTES):
@@ -206,7 +192,7 @@ def _read_jsonl(file: _File) -> Iterator[Document]:
     options, limit = file.options, file.options.max_document_bytes
     text_field, key = options.text_field, options.id_field or "id"
     number = 0  # of the line, known only where reading begins with the file
-    for offset, lines in _line_groups(file.content, begin, end, limit):
+    for offset, lines in _line_groups(file.content, begin, sys.maxsize if end is None else end, limit):
         file.tick()
         for line in lines:
             number += 1
@@ -231,14 +217,12 @@ def _read_jsonl(file: _File) -> Iterator[Document]:
             offset += len(line) + 1
 
 
-def _line_groups(stream: BinaryIO, begin: int, end: int | None,
-                 limit: int) -> Iterator[tuple[int, list[bytes]]]:
+def _line_groups(stream: BinaryIO, begin: int, end: int, limit: int) -> Iterator[tuple[int, list[bytes]]]:
     """(byte offset, lines) of the lines that begin in the bytes [begin, end), without their ends.
 
-    Where `begin` is not 0 the stream stands one byte before it. A line of more than `limit` bytes is cut off
-    behind them; it is the last of its group.
+    Where `begin` is not 0 the stream stands one byte before it. A line of more than `limit` bytes is cut off behind
+    them; it is the last of its group.
     """
-    end = sys.maxsize if end is None else end
     position = begin - 1 + _skip_line(stream, end - begin + 1) if begin else 0
     while position < end and (block := stream.read(min(_BLOCK_BYTES, end - position))):
         skipped = 0
@@ -272,18 +256,11 @@ def _parse(line: bytes, where: str) -> Any:
 
 
 def _read_json(file: _File) -> Iterator[Document]:
-    for number, record in enumerate(_json_values(file), 1):
-        where, default_id = f"{file.shown} record {number}", f"{file.part.file}:{number}"
-        if document := _document(record, where, default_id, file.meter, file.options):
-            yield document
+    return _documents(_json_values(file), file.shown, file.part.file, file.meter, file.options)
 
 
 def _json_values(file: _File) -> Iterator[Any]:
-    """The elements of a list, or a single value; only the one being read is held.
-
-    Raises:
-        ValueError: no JSON, or a value that does not end within four times `max_document_bytes`.
-    """
+    """The elements of a list, or a single value; only the one being read is held."""
     stream = io.TextIOWrapper(file.content, "utf-8-sig", newline="")
     scan, window = json.JSONDecoder().raw_decode, stream.read(_BLOCK_BYTES).lstrip()
     is_list = window.startswith("[")
@@ -322,7 +299,7 @@ def _read_parquet(file: _File) -> Iterator[Document]:
     (name, begin, end), text_field = file.part, file.options.text_field
     with contextlib.ExitStack() as closing:
         seekable: Any = file.path or file.content
-        if name.lower().endswith(COMPRESSIONS):  # Parquet is read from its end
+        if name.lower().endswith(sources.COMPRESSIONS):  # Parquet is read from its end
             seekable = closing.enter_context(tempfile.TemporaryFile())
             shutil.copyfileobj(file.content, seekable, _BLOCK_BYTES)
             seekable.seek(0)

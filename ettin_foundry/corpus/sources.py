@@ -1,8 +1,7 @@
-"""Where text comes from, and in which parts it is read: files, folders, URLs, Hugging Face datasets, the
-standard library.
+"""Where text comes from, and in which parts it is read: files, folders, URLs, Hugging Face datasets, the stdlib.
 
-A source is resolved once into a sorted listing with sizes. The parts follow from the listing alone, so that
-the same corpus is cut into the same parts on every machine. Nothing is opened here: readers.py reads.
+A source is resolved once into a sorted listing with sizes. The parts follow from the listing alone, so that the same
+corpus is cut into the same parts on every machine. The files are read by readers.py.
 """
 
 from __future__ import annotations
@@ -35,13 +34,9 @@ log = logging.getLogger(__name__)
 
 _SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
-STDLIB = "python-stdlib"
-"""The running Python's standard library as a corpus: real English and code on every machine."""
-_HUB = "hub"
-"""The `file` of a part of a Hugging Face dataset; `begin` and `end` are a data shard and their number."""
-DOCSTRINGS = "docstrings"
-"""The `file` of the part of the standard library that is in no file."""
-
+STDLIB = "python-stdlib"  # the running Python's standard library: real English and code on every machine
+DOCSTRINGS = "docstrings"  # the `file` of the part of the standard library that is in no file
+_HUB = "hub"  # the `file` of a part of a Hugging Face dataset; `begin` and `end` are a data shard and their number
 _READABLE = ", ".join(_SUFFIXES) + " (plain, .gz or .zst)"
 _SPLITTABLE = (".jsonl", ".parquet")
 _SPLIT_FROM = 1.5  # units; a smaller file is one part
@@ -55,10 +50,8 @@ _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_tes
 class SourceFile(NamedTuple):
     """One file of a source."""
 
-    name: str
-    """Relative to the source's root, divided by slashes: no path of a machine gets into a dataset."""
-    size: int
-    """Bytes on disk."""
+    name: str  # relative to the source's root, divided by slashes: no path of a machine gets into a dataset
+    size: int  # bytes on disk
 
 
 class Part(NamedTuple):
@@ -66,8 +59,7 @@ class Part(NamedTuple):
 
     file: str
     begin: int = 0
-    end: int | None = None
-    """None: to the end of the file."""
+    end: int | None = None  # None: to the end of the file
 
 
 @dataclass
@@ -76,10 +68,8 @@ class Meter:
 
     finished_bytes: int = 0
     current_bytes: int = 0
-    where: str = ""
-    """The file being read."""
-    oversized: int = 0
-    """Documents left out because they are larger than `ReadOptions.max_document_bytes`."""
+    where: str = ""  # the file being read
+    oversized: int = 0  # documents left out because they are larger than `ReadOptions.max_document_bytes`
 
     def position(self) -> int:
         return self.finished_bytes + self.current_bytes
@@ -95,11 +85,9 @@ class Source:
     """One resolved corpus. `files` is empty for a Hugging Face dataset."""
 
     name: str
-    location: str
-    """As the user wrote it, without the name."""
+    location: str  # as the user wrote it, without the name
     files: tuple[SourceFile, ...] = ()
-    root: str = ""
-    """Folder or URL that the files' names are relative to."""
+    root: str = ""  # folder or URL that the files' names are relative to
     licence: str | None = None
     revision: str | None = None
 
@@ -118,8 +106,7 @@ class Source:
 
 
 def find_source(text: str, *, licence: str | None = None) -> Source:
-    """Resolves a SOURCE argument: `[NAME=]` file, folder, URL, Hugging Face dataset (`owner/name[:config]`)
-    or stdlib.
+    """Resolves a SOURCE argument: `[NAME=]` file, folder, URL, Hugging Face id (`owner/name[:config]`) or stdlib.
 
     Raises:
         FileNotFoundError: nothing is there, or the dataset cannot be reached. ValueError: a suffix that is
@@ -145,8 +132,7 @@ def find_source(text: str, *, licence: str | None = None) -> Source:
         file = SourceFile(_as_text(path.name, str(path.parent)), path.stat().st_size)
         return Source(name or _stem(path.name), location, (file,), str(path.parent), licence)
     if path.exists():
-        raise ValueError(f"{path} must be a file or folder, got a pipe or device, which cannot be read "
-                         "twice; write it to a file")
+        raise ValueError(f"{path} must be a file or folder, got a pipe or device; write it to a file")
     if _HUB_ID.fullmatch(location) and file_kind(location) is None:
         return _find_hub(name, location, licence)
     raise FileNotFoundError(f"{location}: no such file or folder; give a file ({_READABLE}), a folder of "
@@ -154,14 +140,10 @@ def find_source(text: str, *, licence: str | None = None) -> Source:
 
 
 def plan_parts(source: Source, unit_bytes: int) -> list[tuple[Part, ...]]:
-    """Cuts a source into units of about `unit_bytes` on disk, in the order of its documents; a function of
-    the listing.
+    """Cuts a source into units of about `unit_bytes` on disk, in the order of its documents.
 
-    Small neighbours share a unit. Plain .jsonl and .parquet files over 1.5 units are cut into ranges of equal
-    size. A Hugging Face dataset has one unit for each of its data shards.
-
-    Raises:
-        ValueError: `unit_bytes` below 1, or the dataset cannot be opened.
+    Small neighbours share a unit. Plain .jsonl and .parquet files over 1.5 units are cut into ranges of equal size. A
+    Hugging Face dataset has one unit for each of its data shards. It is a function of the listing.
     """
     if unit_bytes < 1:
         raise ValueError(f"--unit-size must be at least 1 byte, got {unit_bytes}; 256mb suits most corpora")
@@ -203,12 +185,7 @@ def file_kind(name: str) -> str | None:
 
 
 def open_hub_dataset(source: Source) -> tuple[Any, int]:
-    """The records of a Hugging Face dataset's train split, streamed at the source's revision, and its data
-    shards.
-
-    Raises:
-        ValueError: the dataset cannot be opened.
-    """
+    """The records of a dataset's train split, streamed at the source's revision; the number of its data shards."""
     from datasets import load_dataset
 
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -225,9 +202,9 @@ def open_hub_dataset(source: Source) -> tuple[Any, int]:
 def _find_stdlib(name: str) -> Source:
     """The .py files of the standard library without its test suites."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = {path.relative_to(root): path.stat().st_size for path in root.rglob("*.py")}
-    files = sorted(SourceFile(path.as_posix(), size) for path, size in paths.items()
-                   if not _SKIPPED_FOLDERS.intersection(path.parts))
+    names = [path.relative_to(root) for path in root.rglob("*.py")]
+    files = sorted(SourceFile(name.as_posix(), Path(root, name).stat().st_size) for name in names
+                   if not _SKIPPED_FOLDERS.intersection(name.parts))
     return Source(name, STDLIB, tuple(files), str(root), "PSF-2.0", platform.python_version())
 
 
@@ -279,9 +256,8 @@ def _find_hub(name: str | None, location: str, licence: str | None) -> Source:
         info = HfApi().dataset_info(repo)
     except Exception as error:  # offline, not found, gated, rate limited: the client has a class for each
         reason = str(error).strip().partition("\n")[0][:200]
-        raise FileNotFoundError(f"{location}: no such file or folder, and the Hugging Face dataset {repo} "
-                                f"cannot be reached ({type(error).__name__}: {reason}); correct the name, or "
-                                "download the dataset and name its folder") from error
+        raise FileNotFoundError(f"{location}: no such file or folder, and the Hugging Face dataset {repo} cannot be "
+                                f"reached ({type(error).__name__}: {reason}); correct the name") from error
     found = (info.card_data or {}).get("license")
     licence = licence or (", ".join(map(str, found)) if isinstance(found, list) else found and str(found))
     return Source(name or repo.replace("/", "--"), location, licence=licence, revision=info.sha)
@@ -297,11 +273,7 @@ def read_module(path: Path) -> str | None:
 
 
 def stdlib_docstrings() -> Iterator[tuple[str, str]]:
-    """(text, document id) of each module without a .py file: its docstrings.
-
-    Those of .py files are not repeated as documents: a text must not be on both sides of the validation
-    split.
-    """
+    """(text, document id) of each module without a .py file: its docstrings. Those of .py files are in these."""
     for name in sorted(sys.stdlib_module_names):
         if name.startswith(_SKIPPED_MODULES):
             continue

@@ -1,9 +1,8 @@
 """The tokenizer: load, train, fingerprint, check, and the two templates (encoder, decoder) of one vocabulary.
 
-Ettin uses OLMo's byte-level BPE with [UNK] [CLS] [SEP] [PAD] [MASK] after the ordinary entries; BOS is [CLS],
-EOS is [SEP]. Both members of a pair share the vocabulary and differ only in the template put around a text.
-Datasets carry a fingerprint of the vocabulary and of what the tokenizer does with a fixed text, so that
-training with another one is an error and not a bad model.
+Ettin uses OLMo's byte-level BPE with [UNK] [CLS] [SEP] [PAD] [MASK] after the ordinary entries; BOS is [CLS], EOS is
+[SEP]. Both members of a pair share the vocabulary and differ only in the template put around a text. Datasets carry a
+fingerprint of the vocabulary and of its use, so that training with another one is an error and not a bad model.
 """
 
 from __future__ import annotations
@@ -44,13 +43,9 @@ _PROBE = (
 
 
 def load(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
-    """Loads a tokenizer from a folder or by its Hugging Face id, without remote code.
+    """Loads a fast tokenizer from a folder or by its Hugging Face id, without remote code.
 
     BOS and EOS are set to [CLS] and [SEP] where the tokenizer names none, as ModernBERT's does.
-
-    Raises:
-        FileNotFoundError: neither a folder nor an id that can be reached. ValueError: not a fast tokenizer,
-            larger than `MAX_VOCAB_SIZE`, or without the special tokens needed.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -114,15 +109,11 @@ def vocab_size(tok: PreTrainedTokenizerFast) -> int:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE of Ettin's kind: NFC, no prefix space, the five special tokens as the last five
-    ids.
+    """Trains a byte-level BPE of Ettin's kind: NFC, no prefix space, the special tokens as the last five ids.
 
     Args:
         texts: the training text; read once, streamed.
-        vocab_size: entries in total, special tokens included.
-
-    Raises:
-        ValueError: `vocab_size` out of range, or the text is too small to give so many entries.
+        vocab_size: entries in total, special tokens included; ValueError where the text gives fewer.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -15,8 +15,7 @@ from ettin_foundry.data.packing import pack_lengths, piece_counts
 T = 64
 MIXED = ["b", "a", "a", "c", "a", "b", "a", "a", "a"]
 KINDS = pytest.mark.parametrize(
-    ("packing", "shuffle"), [(True, True), (True, False), (False, True), (False, False)],
-    ids=["packed-shuffled", "packed-stored", "unpacked-shuffled", "unpacked-stored"])
+    ("packing", "shuffle"), [(True, True), (True, False), (False, True), (False, False)])
 
 
 def make(data, *, packing=True, shuffle=True, seed=21, window=3, max_seq_len=T):
@@ -52,9 +51,9 @@ def written_out(data, *, packing, seed, window, epoch):
     for number, name in enumerate(sorted(set(data.sources))):
         members = [shard for shard, source in enumerate(data.sources) if source == name]
         phase, *shard_draws = draws(len(members) + 1, 1, seed, epoch, number)
-        passes = getattr(data, "passes", [0] * data.num_shards)
+        passes = getattr(data, "passes", [0] * len(data.stored))
         members = sort_by(members, [(passes[shard], draw) for shard, draw in zip(members, shard_draws)])
-        size = max(1, int(Fraction(window * len(members), data.num_shards) + Fraction(1, 2)))
+        size = max(1, int(Fraction(window * len(members), len(data.stored)) + Fraction(1, 2)))
         rows = []
         for first in range(0, len(members), size):
             together = [row for shard in members[first:first + size] for row in shard_rows(shard)]
@@ -65,13 +64,11 @@ def written_out(data, *, packing, seed, window, epoch):
     return [row for _, _, row in sorted(keyed)]
 
 
-@pytest.mark.parametrize("packing", [True, False], ids=["packed", "unpacked"])
-@pytest.mark.parametrize("sources", [None, MIXED], ids=["one source", "three sources"])
-@pytest.mark.parametrize("repeated", [False, True], ids=["once", "repeated"])
-def test_rows_and_tokens_are_those_of_an_epoch_written_out_row_by_row(packing, sources, repeated):
-    shards = small_set(9)._lengths
-    passes = [0, 0, 1, 0, 1, 1, 1, 0, 0] if repeated else None
-    data = MemorySet(shards, chunk_length=62, rows_at=(T,), sources=sources, passes=passes)
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("sources", [None, MIXED])
+@pytest.mark.parametrize("passes", [None, [0, 0, 1, 0, 1, 1, 1, 0, 0]])
+def test_rows_and_tokens_are_those_of_an_epoch_written_out_row_by_row(packing, sources, passes):
+    data = small_set(9, sources=sources, passes=passes)
     order = make(data, packing=packing, window=4)
     number = tokens = 0
     for epoch in range(3):
@@ -80,7 +77,7 @@ def test_rows_and_tokens_are_those_of_an_epoch_written_out_row_by_row(packing, s
         for shard, samples in rows:
             assert order.row(number) == (epoch, shard, samples)
             assert order.tokens_before(number) == tokens
-            tokens += sum(len(data.chunk(shard, sample)) + 2 for sample in samples)
+            tokens += sum(data.stored[shard][sample] + 2 for sample in samples)
             number += 1
     assert tokens == 3 * order.tokens_per_epoch
 
@@ -89,14 +86,14 @@ def test_rows_and_tokens_are_those_of_an_epoch_written_out_row_by_row(packing, s
 def test_an_epoch_holds_every_chunk_once_in_rows_that_fit_and_tokens_before_is_their_running_sum(packing, shuffle):
     data = small_set(9, sources=MIXED)
     order = make(data, packing=packing, shuffle=shuffle)
-    stored = [(shard, sample) for shard in range(data.num_shards) for sample in range(data.samples[shard])]
+    stored = [(shard, sample) for shard in range(len(data.stored)) for sample in range(data.samples[shard])]
     running = 0
     for epoch in range(3):
         rows = epoch_rows(order, epoch)
         assert sorted((shard, sample) for _, shard, samples in rows for sample in samples) == stored
         for at, (found, shard, samples) in enumerate(rows):
             assert found == epoch and order.tokens_before(epoch * order.rows_per_epoch + at) == running
-            tokens = sum(len(data.chunk(shard, sample)) + 2 for sample in samples)
+            tokens = sum(data.stored[shard][sample] + 2 for sample in samples)
             assert tokens <= T and (packing or len(samples) == 1)
             running += tokens
 
@@ -118,7 +115,7 @@ def test_stream_of_a_seed_is_the_same_on_every_machine():
     shards = [np.array([(37 * chunk + 11 * shard) % 62 + 1 for chunk in range(20 + 5 * shard)]) for shard in range(7)]
     for sources, shuffle, digest in [(None, True, "041b7e1858c890c3"), ("aababac", True, "8a42b442f444a08a"),
                                      ("aababac", False, "3a9d116f3ab00ec7")]:
-        order = make(MemorySet(shards, chunk_length=62, sources=sources and list(sources)), shuffle=shuffle)
+        order = make(MemorySet(shards, sources=sources and list(sources)), shuffle=shuffle)
         rows = [order.row(number) for number in range(2 * order.rows_per_epoch)]
         assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == digest
     assert ORDER_VERSION == 2
@@ -133,12 +130,12 @@ def test_stored_order_without_shuffle():
     firsts = [(shard, samples[0]) for _, shard, samples in packed]
     assert firsts == sorted(firsts)
     for _, shard, samples in packed:  # the first chunk of a row is its longest
-        assert len(data.chunk(shard, samples[0])) == max(len(data.chunk(shard, sample)) for sample in samples)
+        assert data.stored[shard][samples[0]] == data.stored[shard][list(samples)].max()
 
 
 def test_looking_up_a_place_reads_the_histograms_of_one_window_and_reading_on_builds_each_once():
     rng = np.random.default_rng(0)
-    data = MemorySet([rng.integers(1, 63, 20) for _ in range(400)], chunk_length=62, rows_at=(T,))
+    data = MemorySet([rng.integers(1, 63, 20) for _ in range(400)])
     order = make(data, window=16)
     assert not data.touched  # the start needs the manifest alone
     for share in (0.01, 0.5, 0.99):
@@ -156,30 +153,6 @@ def test_looking_up_a_place_reads_the_histograms_of_one_window_and_reading_on_bu
     assert data.touched == {"lengths": 12, "sample_lengths": 12}
 
 
-class Huge:
-    """70,000 shards of 2T tokens, of which only what the manifest states exists."""
-
-    shards = 70_000
-    samples = np.full(shards, 45_000)
-    tokens = 28_000_000 + np.arange(shards) % 1000
-    sources = [f"source-{shard % 7}" for shard in range(70_000)]
-
-    def rows(self, max_seq_len):
-        return np.full(self.shards, 27_500)
-
-    def lengths(self, shard):
-        raise AssertionError("read a histogram")
-
-    sample_lengths = lengths
-
-
-def test_start_of_a_2t_token_set_reads_the_manifest_only():
-    order = make(Huge(), max_seq_len=1024)
-    assert order.rows_per_epoch == 70_000 * 27_500
-    assert order.tokens_per_epoch == Huge.tokens.sum() + 2 * Huge.samples.sum()
-    assert order.tokens_before(3 * order.rows_per_epoch) == 3 * order.tokens_per_epoch
-
-
 def test_row_counts_missing_in_the_manifest_are_computed():
     orders = [make(small_set(rows_at=rows_at), max_seq_len=96) for rows_at in ((96,), ())]
     assert epoch_rows(orders[0], 0) == epoch_rows(orders[1], 0)
@@ -187,15 +160,15 @@ def test_row_counts_missing_in_the_manifest_are_computed():
 
 def test_data_that_contradicts_its_manifest_or_histogram_stops_naming_the_shard():
     data = small_set()
-    data._rows[T][4] += 1
+    data.packed[T][4] += 1
     with pytest.raises(ValueError, match="shard 4 .*manifest"):
         epoch_rows(make(data), 0)
     data = small_set()
-    data.sample_lengths = lambda shard: np.where(shard == 2, 7, data._lengths[shard])
+    data.sample_lengths = lambda shard: np.where(shard == 2, 7, data.stored[shard])
     with pytest.raises(ValueError, match="shard 2 .*lengths.npy"):
         epoch_rows(make(data), 0)
     with pytest.raises(ValueError, match="at least one chunk"):
-        make(MemorySet([np.zeros(0, int)], chunk_length=62, rows_at=(T,)))
+        make(MemorySet([np.zeros(0, int)]))
 
 
 def test_window_of_a_source_is_its_share_of_the_window_and_at_least_one_shard():

@@ -57,11 +57,9 @@ def test_sizes_share_the_tokens_asked_for_in_proportion_to_themselves(warmup, la
     assert [rows / size for rows, size in zip(spent, sizes)] == [ramp.steps_per_size] * len(sizes)
     asked, one_of_each = int(str(warmup["tokens"]).removesuffix("tok")), sum(sizes) * tokens_per_row
     assert abs(sum(spent) * tokens_per_row - asked) <= one_of_each / 2  # whole steps: half a step of each size at most
-
-
-def test_a_warm_up_of_few_tokens_has_one_step_of_each_size_and_none_is_one_size():
-    assert BatchRamp.build({"min_size": 8, "tokens": "1tok"}, max_size=32, tokens_per_row=60.0) == BatchRamp(8, 32, 1)
-    assert BatchRamp.build(None, max_size=32, tokens_per_row=60.0) == BatchRamp(32, 32)
+    assert BatchRamp.build(None, max_size=largest, tokens_per_row=tokens_per_row) == BatchRamp(largest, largest)
+    few = BatchRamp.build({**warmup, "tokens": 1}, max_size=largest, tokens_per_row=tokens_per_row)
+    assert few.steps_per_size == 1
 
 
 @pytest.mark.parametrize(("change", "machine", "message"), [

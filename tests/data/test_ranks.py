@@ -1,9 +1,7 @@
-"""One rank equals two ranks over gloo, with DDP and with FSDP2: rows exactly, the rest to 1e-6.
+"""One rank equals two ranks over gloo, with DDP and with FSDP2: rows exactly; gradients of the first step, losses, and
+the metrics of an evaluation in which a rank runs out of rows, to 1e-6.
 
-The rest: gradients of the first step, losses, and the metrics of an evaluation in which a rank runs out of rows.
-
-The two ranks are two processes that each run nano_run.py once for both kinds and both objectives: a host process takes
-many seconds to import, so it is started once.
+The two ranks are two processes that each run nano_run.py once for both kinds and both objectives.
 """
 
 import json

@@ -18,9 +18,7 @@ from composer.utils import create_interval_scheduler
 from omegaconf import OmegaConf
 
 from ettin_foundry.cli.main import main
-from ettin_foundry.data.loader import build_ettin_loader
 from ettin_foundry.data.shards import MDSSplit
-from ettin_foundry.data.tokenizer import load
 from ettin_foundry.tools import order as tool
 from ettin_foundry.tools.order import export_order, files_of, next_step, steps_of_run, stream_of, view_step
 from ettin_foundry.training.steps import read_steps
@@ -73,15 +71,8 @@ def test_the_view_of_a_step_is_what_the_run_read(rising_run, cfg, data_set):
         assert [chunk.tolist() for row in view.rows for chunk in row.chunks] == read
     assert len(view_step(stream, 9, rows=2).samples) == 2
     assert steps_of_run(cfg, stream) == range(len(read_steps(rising_run[0])))
-
-
-def test_a_warm_up_in_shares_of_the_run_is_the_loaders(cfg, data_set):
-    cfg["train_loader"]["batch_size_warmup"] = {"min_size": 2, "tokens": "0.5dur"}
-    stream = stream_of(cfg)
-    loader = build_ettin_loader(load(data_set / "tokenizer"), 8, dataset=cfg["train_loader"]["dataset"], objective="clm",
-                                max_seq_len=64, batch_size_warmup={"min_size": 2, "tokens": 1500})
-    for _, batch in zip(range(9), loader.dataloader):
-        assert view_step(stream, batch["step"], rows=0).ids_hash == batch["ids_hash"]
+    cfg["train_loader"]["batch_size_warmup"]["tokens"] = f"{1400 / 3000}dur"  # the same in shares of the run
+    assert str(stream_of(cfg).ramp) == str(stream.ramp)
 
 
 def test_the_dataset_may_lie_elsewhere_and_a_checkpoint_alone_names_the_next_step(rising_run, cfg, data_set, tmp_path):
