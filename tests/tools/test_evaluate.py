@@ -121,16 +121,6 @@ def test_a_decoder_under_mlm_sees_both_sides(encoder: tuple[Path, Path], data_se
         same(found[objective], expected[objective])
 
 
-def test_the_same_batches_every_time_and_only_the_first_when_asked(encoder: tuple[Path, Path], data_set: Path,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, again = (evaluate(encoder[0], data_set, ["mlm"])["mlm"] for _ in range(2))
-    assert whole == again
-    monkeypatch.setattr("ettin_foundry.tools.evaluate._BATCH_TOKENS", 4 * LENGTH)
-    assert evaluate(encoder[0], data_set, ["mlm"])["mlm"]["targets"] == whole["targets"]  # in more batches, the last short
-    counts = [evaluate(encoder[0], data_set, ["mlm"], max_batches=number)["mlm"]["targets"] for number in (1, 2)]
-    assert 0 < counts[0] < counts[1] < whole["targets"]
-
-
 @pytest.mark.parametrize("change, message", [
     ({"objectives": ["mlm", "nsp"]}, "--objective"), ({"objectives": []}, "--objective"),
     ({"max_batches": 0}, "--max-batches"),
