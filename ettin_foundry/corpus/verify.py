@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from ettin_foundry.corpus.card import CARD, read_block
-from ettin_foundry.corpus.finalize import describe_splits, read_plan, read_record
-from ettin_foundry.corpus.units import PLAN, Plan, record_name
+from ettin_foundry.corpus.finalize import describe_splits
+from ettin_foundry.corpus.plan import PLAN, Plan, read_plan, read_record, record_name
 from ettin_foundry.data.cache import fetch_tokenizer
 from ettin_foundry.data.inspect import Found, draw_samples, find_dataset
 from ettin_foundry.data.manifest import INDEX, LENGTHS, MANIFEST
@@ -37,13 +37,7 @@ _READERS = 16  # records of a remote dataset that are fetched at a time
 
 @dataclass
 class Report:
-    """What was found.
-
-    Attributes:
-        problems: each names a file and says what is wrong with it. notes: worth knowing, not wrong.
-        shards, num_bytes: read and hashed, in `seconds`.
-        counts: split -> (documents, chunks, tokens) as its manifest states them.
-    """
+    """What was found: problems, each beginning with a file; notes on what is worth knowing and not wrong."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -51,6 +45,7 @@ class Report:
     num_bytes: int = 0
     seconds: float = 0.0
     counts: dict[str, tuple[int | None, int, int]] = field(default_factory=dict)
+    """split -> (documents, chunks, tokens) as its manifest states them"""
 
     @property
     def ok(self) -> bool:

@@ -36,9 +36,11 @@ def test_the_commands_are_found():
 
 @pytest.mark.parametrize("line", CONVERTING, ids=range(len(CONVERTING)))
 def test_every_convert_command_has_known_options(line):
-    from ettin_foundry.corpus.options import make_parser
+    import typer
 
-    known = set(re.findall(r"--[a-z-]+", make_parser().format_help()))
+    from ettin_foundry.cli.convert import app
+
+    known = {option for parameter in typer.main.get_command(app).params for option in parameter.opts}
     assert {word for word in shlex.split(line) if word.startswith("--")} <= known
 
 

@@ -86,8 +86,7 @@ def test_a_worker_killed_mid_way_costs_no_result_and_ray_is_stopped_at_the_end(t
         over.set()
         killer.join()
     assert found == [n ** 2 for n in range(12)] and board.total == Tick(12, 120, 1200, 12_000)
-    assert f"worker {killed[0]} on {socket.gethostname()} died (WorkerCrashedError" in caplog.text
-    assert "in file-1; its task job-1 begins again, try 2 of 3" in caplog.text
+    assert "died (WorkerCrashedError" in caplog.text and "in job-1, which begins again" in caplog.text
     assert not ray.is_initialized()
 
 
@@ -106,7 +105,7 @@ def test_errors_logs_and_hopeless_tasks_are_as_in_a_local_pool(tmp_path: Path, c
         run_tasks(pool_jobs.raising, jobs(3, tmp_path)[::-2], **options)  # type: ignore[arg-type]
     assert raised.value.filename == "/data/corpus.jsonl" and "in raising" in str(raised.value.__cause__)
     assert list(tmp_path.glob("tidied.0.*"))  # the other one was ended, and could clean up
-    with pytest.raises(WorkerDeath, match="task job-3: 2 workers died in it, the last of WorkerCrashedError.* in file-3"):
+    with pytest.raises(WorkerDeath, match="job-3: 2 workers died in it, the last of WorkerCrashedError"):
         run_tasks(pool_jobs.dying, jobs(4, tmp_path, "9"), tries=2, **options)  # type: ignore[arg-type]
     assert len(list(tmp_path.glob("try.3.*"))) == 2
     (_, environment), = run_tasks(pool_jobs.looking_around, jobs(1), **options)  # type: ignore[arg-type]
@@ -137,7 +136,7 @@ def test_conversion_on_ray_with_a_killed_worker_writes_the_bytes_of_one_process(
     finally:
         over.set()
         killer.join()
-    assert "died (WorkerCrashedError" in caplog.text and "begins again, try 2 of 3" in caplog.text
+    assert "died (WorkerCrashedError" in caplog.text and "which begins again" in caplog.text
     assert files_of(tmp_path / "ray") == files_of(tmp_path / "one")
 
 
