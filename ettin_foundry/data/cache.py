@@ -1,14 +1,13 @@
 """A split's files on this node: fetched or decompressed once, ahead of need, within a limit.
 
 The raw shards that training maps lie in the split's local folder. They come from a remote folder or URL, or from
-compressed shards beside them. All processes of a node share the folder: one makes a shard while the others wait for
-it or make another. A file gets its name only when it is whole and of the stated hash; a wrong one is fetched once
-more, then it is an error. With a limit, room for a shard is reserved before a byte of it is fetched: the least recently
-used shards go first, never one that a process has mapped (it holds a shared lock on it, see manifest.map_file).
+compressed shards beside them. All processes of a node share the folder: one makes a shard while the others wait for it
+or make another; with a limit one shard is made at a time. A file gets its name only when it is whole and of the stated
+hash; a wrong one is fetched once more, then it is an error. To stay within the limit, the least recently used shards
+are removed, never one that a process has mapped (it holds a shared lock on it, see manifest.map_file).
 
-Layout of `.cache/` in the folder: `NAME.lock` (held with flock while a shard is made: the kernel releases it when its
-holder dies), `NAME.part/` (its files, and the sign that room is reserved for it), `lock` (held while room is counted),
-`remote` (the folder was filled by fetching).
+Layout of `.cache/` in the folder: `NAME.lock`, or `shards.lock` with a limit, and `lock` for the small files (held with
+flock: the kernel releases it when its holder dies), `NAME.part/` (files being made), `remote` (filled by fetching).
 """
 
 from __future__ import annotations
@@ -39,11 +38,7 @@ _POLL, _IDLE = 0.1, 0.5  # seconds between looks for room, for a shard that is n
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds a lock file that every process of the node sees; it ends with the block, or with the process.
-
-    Yields:
-        Whether it is held: False when another holds it and `wait` is False.
-    """
+    """Holds a lock file of all processes of the node; yields False when another holds it and `wait` is False."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -71,11 +66,7 @@ def _own_folder(path: Path) -> Path:
 
 
 def fetch_manifest(local: Path, remote: str) -> None:
-    """Puts the manifest of a remote split into its local folder, or makes sure that the one there is the same.
-
-    Raises:
-        ValueError: the local folder holds another dataset. FileNotFoundError and others: from storage.
-    """
+    """Puts the manifest of a remote split into its local folder; ValueError if another one is there."""
     storage, path, cache = open_storage(remote), local / MANIFEST, local / _CACHE
     try:
         data = storage.read_bytes(MANIFEST, at_most=MAX_JSON_BYTES)
@@ -94,14 +85,7 @@ def fetch_manifest(local: Path, remote: str) -> None:
 
 
 def fetch_table(local: Path, remote: str, name: str, num_bytes: int | None = None, *, again: bool = False) -> None:
-    """Puts lengths.npy or index.json of a remote split into its local folder, unless it is there.
-
-    Args:
-        num_bytes: what it must measure. again: replace the one that is there.
-
-    Raises:
-        ValueError: it has another size. FileNotFoundError and others: from storage.
-    """
+    """Puts lengths.npy or index.json of a remote split into its local folder, unless it is there and not `again`."""
     storage = open_storage(remote)
     with locked(_own_folder(local / _CACHE) / "lock"):
         if again or not os.path.lexists(local / name):
@@ -109,11 +93,7 @@ def fetch_table(local: Path, remote: str, name: str, num_bytes: int | None = Non
 
 
 def fetch_tokenizer(local: Path, remote: str) -> None:
-    """Puts the tokenizer/ of a remote dataset into its local folder, unless one is there.
-
-    Raises:
-        FileNotFoundError: the dataset has none. ValueError: a file's name or size is none of a tokenizer's.
-    """
+    """Puts the tokenizer/ of a remote dataset into its local folder, unless one is there."""
     storage, target, cache = open_storage(remote), local / "tokenizer", local / _CACHE
     with locked(_own_folder(cache) / "lock"):
         if os.path.lexists(target):
@@ -191,28 +171,27 @@ class ShardFiles:
             again: the file that is there turned out wrong; it is replaced, unless another process has done so.
 
         Raises:
-            ValueError: what was fetched is not what the manifest states, twice. OSError: no room. FileNotFoundError,
-            PermissionError, ConnectionError: from storage.
+            ValueError: what was fetched is not what the manifest states, twice. OSError: no room, or from storage.
         """
-        path, raw = self.path(shard), self._shards[shard]["raw"]
-        if not self.fetches or (os.path.lexists(path) and not again):
-            return
-        with locked(self._lock(path.name)):
-            if again:
-                try:
-                    map_file(path, raw["bytes"], raw["xxh64"])
-                except (FileNotFoundError, ValueError):
-                    path.unlink(missing_ok=True)
-            if os.path.lexists(path):
-                return
-            end = time.monotonic() + _PATIENCE
-            while not self._reserve(shard):
-                if not release():
-                    if time.monotonic() > end:
-                        raise OSError(f"dataset.cache_limit must be larger than {self.cache_limit} bytes: the "
-                                      f"processes of this node use all of it; {path.name} waited {_PATIENCE:.0f} s")
-                    time.sleep(_POLL)
-            self._make(shard, last=again)
+        path, raw, last = self.path(shard), self._shards[shard]["raw"], again
+        end = time.monotonic() + _PATIENCE
+        while self.fetches and (again or not os.path.lexists(path)):
+            with locked(self._lock(shard)):
+                if again:
+                    try:
+                        map_file(path, raw["bytes"], raw["xxh64"])
+                    except (FileNotFoundError, ValueError):
+                        path.unlink(missing_ok=True)
+                    again = False
+                if os.path.lexists(path):
+                    return
+                if self._make_room(shard):
+                    return self._make(shard, last=last)
+            if not release():
+                if time.monotonic() > end:
+                    raise OSError(f"dataset.cache_limit must be larger than {self.cache_limit} bytes: the processes of "
+                                  f"this node use all of it; {path.name} waited {_PATIENCE:.0f} s")
+                time.sleep(_POLL)
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Makes these shards in the background, in this order, leaving out those that other processes are making."""
@@ -220,22 +199,20 @@ class ShardFiles:
         if not self.fetches or wanted == self._wanted:
             return
         self._wanted = wanted
-        if self.cache_limit is not None:
-            for shard in reversed(shards):  # the one needed first is the last to go
-                with contextlib.suppress(OSError):
-                    os.utime(self.path(shard), follow_symlinks=False)
+        for shard in reversed(shards if self.cache_limit is not None else ()):  # the one needed first is the last to go
+            with contextlib.suppress(OSError):
+                os.utime(self.path(shard), follow_symlinks=False)
         threading.Thread(target=self._make_ahead, args=(wanted,), name="ettin-prefetch", daemon=True).start()
 
     def _make_ahead(self, wanted: tuple[int, tuple[int, ...]]) -> None:
         """Makes shards until others are wanted; without room it waits."""
         for shard in wanted[1]:
-            path = self.path(shard)
-            while self._wanted is wanted and not os.path.lexists(path):
+            while self._wanted is wanted and not os.path.lexists(self.path(shard)):
                 try:
-                    with locked(self._lock(path.name), wait=False) as held:
-                        if not held or os.path.lexists(path):
+                    with locked(self._lock(shard), wait=self.cache_limit is not None) as held:
+                        if not held or os.path.lexists(self.path(shard)):
                             break
-                        if self._reserve(shard, wanted[1]):
+                        if self._make_room(shard, wanted[1]):
                             self._make(shard)
                             break
                 except Exception as error:  # only a hint: who needs the shard meets the error
@@ -245,7 +222,8 @@ class ShardFiles:
 
     # -------------------------------------------------------------- making a file
 
-    def _lock(self, name: str) -> Path:
+    def _lock(self, shard: int) -> Path:
+        name = "shards" if self.cache_limit is not None else self.path(shard).name
         return _own_folder(self._cache) / f"{name}.lock"
 
     def _bytes_to_make(self, entry: dict[str, Any]) -> int:
@@ -254,19 +232,20 @@ class ShardFiles:
         return entry["raw"]["bytes"] + fetched
 
     def _make(self, shard: int, *, last: bool = False) -> None:
-        """Fetches and expands a shard, its lock held and room reserved; tries twice, or once where it is the last."""
+        """Fetches and expands a shard, its lock held; a wrong file is fetched once more, unless this is the last try."""
         entry, path = self._shards[shard], self.path(shard)
         work = self._cache / f"{path.name}.part"
-        try:
-            for use_local in (False,) if last else (True, False):
-                try:
-                    return os.replace(self._make_in(work, entry, use_local=use_local), path)
-                except ValueError as error:
-                    if self._storage is None or not use_local:
-                        raise
-                    log.warning("%s: it is fetched once more", error)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        for use_local in (False,) if last else (True, False):
+            shutil.rmtree(_own_folder(work))  # what a process that died has left
+            work.mkdir()
+            try:
+                return os.replace(self._make_in(work, entry, use_local=use_local), path)
+            except ValueError as error:
+                if self._storage is None or not use_local:
+                    raise
+                log.warning("%s: it is fetched once more", error)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
 
     def _make_in(self, work: Path, entry: dict[str, Any], *, use_local: bool) -> Path:
         raw, stored = entry["raw"], entry["zip"] or entry["raw"]
@@ -284,53 +263,23 @@ class ShardFiles:
         map_file(target, raw["bytes"], raw["xxh64"], name=f"{where}, expanded")
         return target
 
-    # -------------------------------------------------------------- room
-
-    def _reserve(self, shard: int, keep: Collection[int] = ()) -> bool:
-        """Makes the folder that reserves room for a shard, and removes other shards, not of `keep`, if that makes room.
-
-        Returns:
-            Whether there is room.
-        """
-        name = self.path(shard).name
-        work = self._cache / f"{name}.part"
-        with contextlib.nullcontext() if self.cache_limit is None else locked(self._cache / "lock"):
-            if self.cache_limit is not None:
-                left = self.cache_limit - self._bytes_to_make(self._shards[shard])
-                kept = {self.path(other).name for other in keep}
-                used, idle = self._usage(name)
-                for _, other, size in sorted(idle):
-                    if used > left and other not in kept and _remove(self.local / other):
-                        used -= size
-                if used > left:
-                    return False
-            shutil.rmtree(_own_folder(work))  # what a process that died has left
-            work.mkdir()
-        return True
-
-    def _usage(self, name: str) -> tuple[int, list[tuple[int, str, int]]]:
-        """Bytes taken, and what may go as (time of last use in ns, name, bytes); `name` itself is left out.
-
-        Shards being made are looked at before whole ones: one that is finished in between is counted, not missed.
-        """
-        used, making, idle = 0, {name}, []
+    def _make_room(self, shard: int, keep: Collection[int] = ()) -> bool:
+        """Whether there is room for a shard; removes others, not of `keep`, for it. The folder's lock is held."""
+        if self.cache_limit is None:
+            return True
         for part in self._cache.glob("*.part"):
-            if part.stem == name:
-                continue
-            with locked(part.with_suffix(".lock"), wait=False) as is_free:
-                if is_free or part.stem not in self._by_name:
-                    shutil.rmtree(part, ignore_errors=True)  # its maker died
-                    continue
-            making.add(part.stem)
-            used += self._bytes_to_make(self._by_name[part.stem])
+            shutil.rmtree(part, ignore_errors=True)  # its maker died
+        left = self.cache_limit - self._bytes_to_make(self._shards[shard])
+        kept, found = {self.path(other).name for other in keep}, []
         for entry in os.scandir(self.local):
-            if entry.name.endswith(".mds") and entry.name not in making:
-                with contextlib.suppress(FileNotFoundError):
-                    status = entry.stat(follow_symlinks=False)
-                    used += status.st_size
-                    if self._can_go(entry.name):
-                        idle.append((status.st_mtime_ns, entry.name, status.st_size))
-        return used, idle
+            if entry.name.endswith(".mds"):
+                status = entry.stat(follow_symlinks=False)
+                found.append((status.st_mtime_ns, entry.name, status.st_size))
+                left -= status.st_size
+        for _, name, size in sorted(found):
+            if left < 0 and name not in kept and self._can_go(name) and _remove(self.local / name):
+                left += size
+        return left >= 0
 
     def _can_go(self, name: str) -> bool:
         """Whether a raw shard could be made again."""

@@ -14,10 +14,8 @@ bytes per axis length) and the length.
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import re
-import tempfile
 import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
@@ -46,7 +44,7 @@ from ettin_foundry.data.packing import pack_lengths, piece_counts
 from ettin_foundry.data.quantities import parse_bytes
 from ettin_foundry.data.storage import open_storage
 
-__all__ = ["MDSSplit", "Shard", "check_content", "parse_shard", "read_columns"]
+__all__ = ["MDSSplit", "Shard", "parse_shard", "read_columns"]
 
 log = logging.getLogger(__name__)
 
@@ -64,16 +62,11 @@ class Shard(NamedTuple):
     """One checked, open shard. S samples."""
 
     buffer: Buffer
-    starts: np.ndarray
-    """(S,) int64: byte offset of each sample."""
-    token_starts: np.ndarray
-    """(S,) int64: byte offset of each chunk's first token."""
-    lengths: np.ndarray
-    """(S,) int32: tokens per chunk."""
-    last: np.ndarray
-    """(S,) bool: the chunk ends its document."""
-    sizes: np.ndarray
-    """(S, 3) int64: bytes of doc, source and tokens."""
+    starts: np.ndarray  # (S,) int64: byte offset of each sample
+    token_starts: np.ndarray  # (S,) int64: byte offset of each chunk's first token
+    lengths: np.ndarray  # (S,) int32: tokens per chunk
+    last: np.ndarray  # (S,) bool: the chunk ends its document
+    sizes: np.ndarray  # (S, 3) int64: bytes of doc, source and tokens
 
 
 def parse_shard(buffer: Buffer, path: Path | str, *, num_samples: int | None, chunk_length: int,
@@ -81,8 +74,7 @@ def parse_shard(buffer: Buffer, path: Path | str, *, num_samples: int | None, ch
     """Checks a shard's header, offsets, the layout of every sample and the range of every token.
 
     Args:
-        buffer: the whole raw shard.
-        path: its name in messages.
+        buffer: the whole raw shard. path: its name in messages.
         num_samples: what the header must state; None takes what it states.
         chunk_length, vocab_size: bounds of a chunk's tokens.
 
@@ -147,27 +139,19 @@ def _check_range(raw: np.ndarray, shard: Shard, path: Path | str, vocab_size: in
     """Raises ValueError for a token that is no entry of the vocabulary."""
     begins, ends = shard.token_starts, shard.token_starts + 2 * shard.lengths.astype(np.int64)
     for odd in (0, 1):
-        chosen = np.flatnonzero(begins % 2 == odd)
-        for group in np.split(chosen, range(_GROUP, len(chosen), _GROUP)):
-            if not group.size:
-                continue
-            first, past = int(begins[group[0]]), int(ends[group[-1]])
-            words = raw[first:past]
+        if (chosen := np.flatnonzero(begins % 2 == odd)).size:
             # numbers at odd places are copied to even ones, where comparing them is three times as fast
+            words = raw[odd:ends[chosen[-1]]]
             words = (words.copy() if odd else words).view("<u2")
-            bounds = (np.stack([begins[group], ends[group]], 1).reshape(-1) - first) // 2
+            bounds = (np.stack([begins[chosen], ends[chosen]], 1).reshape(-1) - odd) // 2
             largest = np.maximum.reduceat(words, bounds[:-1])[::2]  # the last range goes to the end by itself
             if (wrong := np.flatnonzero(largest >= vocab_size)).size:
-                raise bad_file(path, f"token {largest[wrong[0]]} in chunk {group[wrong[0]]}",
+                raise bad_file(path, f"token {largest[wrong[0]]} in chunk {chosen[wrong[0]]}",
                                f"the tokenizer has {vocab_size} entries")
 
 
 def read_columns(shard: Shard, index: int, path: Path | str) -> tuple[str, int, str]:
-    """doc, part and source of one chunk.
-
-    Raises:
-        ValueError: doc or source is not UTF-8.
-    """
+    """doc, part and source of one chunk; ValueError if a text is not UTF-8."""
     num_doc, num_source, _ = (int(size) for size in shard.sizes[index])
     doc_at = int(shard.starts[index]) + _HEAD_BYTES
     source_at = doc_at + num_doc + _FIXED_BYTES
@@ -179,44 +163,20 @@ def read_columns(shard: Shard, index: int, path: Path | str) -> tuple[str, int, 
         raise bad_file(path, f"doc or source of chunk {index} is not UTF-8 ({error})", "both must be UTF-8") from None
 
 
-def check_content(shard: Shard, path: Path | str, source: str | None = None) -> str:
-    """Checks what training does not look at: ids, parts and sources of all chunks.
-
-    Args:
-        shard: parsed. path: its name in messages. source: what every chunk must state; None takes the first one's.
-
-    Returns:
-        The source.
-
-    Raises:
-        ValueError: text that is not UTF-8, a document whose parts do not count up, or chunks of another source.
-    """
-    raw = np.frombuffer(shard.buffer, np.uint8)
-    source = read_columns(shard, 0, path)[2] if source is None else source
-    wanted = np.frombuffer(source.encode(), np.uint8)
-    doc_at, num_doc = shard.starts + _HEAD_BYTES, shard.sizes[:, 0]
-    source_at, named = doc_at + num_doc + _FIXED_BYTES, shard.sizes[:, 1] == len(wanted)
-    parts = _at(raw, "<i8", doc_at + num_doc + 8)
-    for first in range(0, len(parts), _GROUP):
+def _check_documents(shard: Shard, path: Path | str, source: str) -> None:
+    """Raises ValueError for a chunk of another source, or parts of a document that do not count up."""
+    raw, wanted = np.frombuffer(shard.buffer, np.uint8), np.frombuffer(source.encode(), np.uint8)
+    after_doc = shard.starts + _HEAD_BYTES + shard.sizes[:, 0]
+    for first in range(0, len(after_doc), _GROUP):
         group = slice(first, first + _GROUP)
-        # the bytes of all docs; the one after each is 0 or 1, so that no character reaches from one into the next
-        begins, sizes = doc_at[group], num_doc[group] + 1
-        places = np.repeat(begins - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
-        try:
-            raw[places].tobytes().decode()
-        except UnicodeDecodeError as error:
-            raise bad_file(path, f"the doc of a chunk is not UTF-8 ({error.reason})", "all must be UTF-8") from None
-        if named[group].all():
-            named[group] = (raw[source_at[group, None] + np.arange(len(wanted))] == wanted).all(axis=1)
-        if not named[group].all():
-            at = first + int(np.argmin(named[group]))
-            raise bad_file(path, f"chunk {at} is of source {read_columns(shard, at, path)[2]!r:.100}",
-                           f"all chunks of a shard have one source, here {source!r:.100}")
+        named = shard.sizes[group, 1] == len(wanted)
+        if not (named.all() and (raw[after_doc[group, None] + _FIXED_BYTES + np.arange(len(wanted))] == wanted).all()):
+            raise bad_file(path, "it holds chunks of another source", f"all must be of source {source!r:.100}")
+    parts = _at(raw, "<i8", after_doc + 8)
     expected = np.concatenate([parts[:1], np.where(shard.last[:-1], 0, parts[:-1] + 1)])
     if (wrong := np.flatnonzero((parts != expected) | (parts < 0))).size:
         raise bad_file(path, f"chunk {wrong[0]} is part {parts[wrong[0]]} of its document",
                        "parts count up to the one that is marked as last, and start at 0 after it")
-    return source
 
 
 _SPLITS: weakref.WeakSet[MDSSplit] = weakref.WeakSet()
@@ -233,14 +193,11 @@ os.register_at_fork(after_in_child=_unmap_after_fork)
 
 
 class MDSSplit(SplitFacts):
-    """One split folder: its manifest, and random access to its chunks.
-
-    Safe to pickle and to inherit through fork: open files are per process. At most `max_open` shards stay mapped, the
-    least recently used is dropped; all of a shard is checked each time it is mapped.
+    """One split folder: its manifest, and access to any chunk. It may be pickled, and inherited through fork.
 
     Args:
         local: the split's folder, e.g. `data/train`.
-        max_open: shards kept mapped at a time.
+        max_open: shards kept mapped at a time; the least recently used is dropped.
         remote: folder or URL of the same split; its files are fetched into `local`, shards when they are needed.
         cache_limit: most bytes that fetched or decompressed shards may take in `local`, such as "200gb"; the least
             recently used ones are removed.
@@ -250,10 +207,8 @@ class MDSSplit(SplitFacts):
         fetches: whether shards are fetched or decompressed before they are read, so that `prefetch` does something.
 
     Raises:
-        FileNotFoundError: no such folder, or it holds no manifest.
-        ValueError: a file is not what the manifest says, the manifest is not one of ours, or an argument is out of
-            range; it names the file or the key.
-        OSError: the remote place cannot be reached.
+        FileNotFoundError: no such folder, or it holds no manifest. OSError: the remote place cannot be reached.
+        ValueError: a file is not what the manifest says, or an argument is out of range; names the file or the key.
     """
 
     def __init__(self, local: str | os.PathLike[str], *, max_open: int = 32, remote: str | None = None,
@@ -277,11 +232,7 @@ class MDSSplit(SplitFacts):
         _SPLITS.add(self)
 
     def lengths(self, shard: int) -> np.ndarray:
-        """(chunk_length + 1,) uint32: number of chunks of each length in this shard.
-
-        Raises:
-            ValueError: lengths.npy is altered, or its row contradicts the manifest's counts.
-        """
+        """(chunk_length + 1,) uint32: number of chunks of each length; ValueError if the manifest's counts differ."""
         if self._lengths is None:
             self._lengths = self._map_lengths()
         row = self._lengths[shard]
@@ -301,11 +252,7 @@ class MDSSplit(SplitFacts):
         return self._shard(shard).last
 
     def chunk(self, shard: int, index: int) -> np.ndarray:
-        """(L,) uint16: the plain tokens of one chunk, a copy.
-
-        Raises:
-            IndexError: no such chunk. ValueError, OSError: see the class.
-        """
+        """(L,) uint16: the plain tokens of one chunk, a copy; IndexError if there is no such chunk."""
         opened = self._shard(shard)
         if not 0 <= index < len(opened.lengths):
             raise IndexError(f"chunk {index} of shard {shard}: the shard has {len(opened.lengths)} chunks")
@@ -335,13 +282,8 @@ class MDSSplit(SplitFacts):
     def check_shard(self, shard: int) -> int:
         """Checks all that can be known of one shard, without keeping anything; may run in several threads.
 
-        Files are read where they are: those of a remote split that are not here go through a temporary folder.
-
         Returns:
-            Bytes read and hashed.
-
-        Raises:
-            FileNotFoundError, OSError: a file cannot be read. ValueError: what is wrong first, naming its file.
+            Bytes read and hashed; the error raised names the file.
         """
         entry, path = self.manifest["shards"][shard], self.files.path(shard)
         raw, zipped = entry["raw"], entry["zip"]
@@ -355,7 +297,7 @@ class MDSSplit(SplitFacts):
             check_hash(buffer, path, raw["xxh64"])
             num_bytes += len(stored) + len(buffer)
         opened = self._parse(shard, buffer)
-        check_content(opened, path, entry["source"])
+        _check_documents(opened, path, entry["source"])
         where, documents = self.local / MANIFEST, int(opened.last.sum())
         if documents != entry.get("documents", documents):
             raise bad_file(where, f"shards.{shard}: documents is {entry['documents']}", f"{documents} end in it")
@@ -393,16 +335,14 @@ class MDSSplit(SplitFacts):
 
     # -------------------------------------------------------------- files
 
-    def _map(self, file: dict[str, Any]) -> mmap.mmap:
-        """A file of the split, of the stated size and hash; a remote one that is not here is not kept."""
+    def _map(self, file: dict[str, Any]) -> Buffer:
+        """A file of the split, of the stated size and hash; a remote one that is not here is read into memory."""
         path = self.local / file["basename"]
         if os.path.lexists(path) or self.remote is None:
             return map_file(path, file["bytes"], file["xxh64"])
-        storage = open_storage(self.remote)
-        with tempfile.TemporaryDirectory(prefix="ettin-") as folder:
-            path = Path(folder, file["basename"])
-            storage.get_file(path.name, path, num_bytes=file["bytes"])
-            return map_file(path, file["bytes"], file["xxh64"], name=storage.where(path.name))
+        data = open_storage(self.remote).read_bytes(path.name, at_most=file["bytes"])
+        check_hash(data, path, file["xxh64"])
+        return data
 
     def _map_lengths(self, *, again: bool = False) -> np.ndarray:
         """The histograms of lengths.npy, (shards, chunk_length + 1) uint32; read by hand, so that nothing is unpickled."""

@@ -28,7 +28,7 @@ __all__ = ["LocalStorage", "Storage", "atomic_file", "check_name", "is_url", "jo
 
 log = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 8 << 20  # asked for at a time from a network
+_BLOCK_BYTES = 8 << 20  # asked for ahead of need from a network
 _PART_BYTES = 64 << 20  # larger files go to S3 in parts of this size
 _TRIES = 5
 
@@ -46,11 +46,7 @@ def join(base: str | os.PathLike[str], *names: str) -> str:
 
 
 def open_storage(place: str | os.PathLike[str]) -> Storage:
-    """The storage of a folder or URL; nothing is read, nothing has to exist.
-
-    Raises:
-        ValueError: no place, no bucket, or a scheme that nothing installed here reads.
-    """
+    """The storage of a folder or URL, which need not exist; ValueError for a URL that cannot be read here."""
     if not os.fspath(place):
         raise ValueError("a place of files must be a folder or URL, got an empty text")
     return _RemoteStorage(os.fspath(place)) if is_url(place) else LocalStorage(join(place))
@@ -130,27 +126,16 @@ class Storage:
 
     def read_bytes(self, name: str, *, at_most: int | None = None) -> bytes:
         """A whole file; ValueError when it is larger than `at_most` bytes."""
-        return self.read_range(name, 0, self._check_size(name, None, at_most))
-
-    def read_range(self, name: str, begin: int, end: int) -> bytes:
-        """Exactly the bytes [begin, end) of a file; an OSError when it is shorter."""
-        with self.open(name, begin) as stream:
-            data = stream.read(end - begin)
-        if len(data) != end - begin:
-            raise OSError(f"{self.where(name)}: it ends before byte {end}; bytes {begin} to {end} were to be read")
-        return data
+        size = self._check_size(name, None, at_most)
+        with self.open(name) as stream:
+            return stream.read(size)
 
     def get_file(self, name: str, local_path: str | os.PathLike[str], *, num_bytes: int | None = None,
                  at_most: int | None = None) -> None:
-        """Copies a file to `local_path`, atomically; a present one is replaced, its folder is made.
-
-        Raises:
-            ValueError: it has not `num_bytes` bytes, or more than `at_most`; nothing was fetched.
-        """
-        found = self._check_size(name, num_bytes, at_most)
-        with atomic_file(Path(local_path)) as stream:
-            for begin in range(0, found, _BLOCK_BYTES):
-                stream.write(self.read_range(name, begin, min(found, begin + _BLOCK_BYTES)))
+        """Copies a file to `local_path`, atomically; ValueError if it has not `num_bytes`, or more than `at_most`."""
+        self._check_size(name, num_bytes, at_most)
+        with self.open(name) as source, atomic_file(Path(local_path)) as stream:
+            shutil.copyfileobj(source, stream, 1 << 20)
 
     def _check_size(self, name: str, num_bytes: int | None, at_most: int | None) -> int:
         found = self.size(name)
@@ -285,14 +270,6 @@ class _RemoteStorage(Storage):
             except ValueError as error:
                 log.warning("%s: left out: %s", self.url, error)
         return sorted(found)
-
-    def read_range(self, name: str, begin: int, end: int) -> bytes:
-        system, path = self._system(check_name(name))
-        with _errors(self.where(name)):
-            data = system.cat_file(path, start=begin, end=end) if begin < end else b""
-        if len(data) != end - begin:
-            raise OSError(f"{self.where(name)}: it ends before byte {end}, or the store serves no ranges of bytes")
-        return data
 
     def open(self, name: str, begin: int = 0) -> BinaryIO:
         system, path = self._system(check_name(name), fresh=True)

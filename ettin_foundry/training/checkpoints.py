@@ -1,8 +1,8 @@
 """Checkpoints of Composer, read: nothing pickled runs before it was checked, and the newest complete one is found.
 
-mosaicml 0.32.1 unpickles whatever it loads (`torch.load(weights_only=False)`). `scan_pickle` refuses every global that
-training does not write, and sharded checkpoints, whose parts are pickles of other kinds; `install_validation` makes
-Composer ask it before each load, also of files it downloaded.
+mosaicml 0.32.1 unpickles whatever it loads (`torch.load(weights_only=False)`). `load_checkpoint` reads with torch's
+unpickler of allow-listed types, and `install_validation` makes Composer ask it before each load, also of files it
+downloaded: what passes it names no other global, whoever loads it. Sharded checkpoints, pickles of other kinds, are refused.
 """
 
 from __future__ import annotations
@@ -12,18 +12,16 @@ import datetime
 import json
 import logging
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.torch_version import TorchVersion
-
-from ettin_foundry.training.pickle_scan import scan_archive
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +32,12 @@ _DATA_TYPES: list[Any] = [
     (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"), (_RECONSTRUCT, "numpy.core.multiarray._reconstruct")]
 
 
-def scan_pickle(path: str | Path) -> None:
-    """Refuses a checkpoint whose pickle names anything but the data types of a checkpoint; executes nothing.
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A Composer `.pt` file as a dict (`state`, `rng`), on the CPU, tensors mapped from the file rather than read.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a global outside the allow-list (the message names it), not a file of torch.save, or a sharded
-            checkpoint.
+        ValueError: a global outside the allow-list (the message names it), not a file of torch.save, or a folder.
     """
     path = Path(path)
     if path.name == ".metadata" or (path / ".metadata").exists():
@@ -49,16 +46,21 @@ def scan_pickle(path: str | Path) -> None:
                          f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE.pt`")
     if (path / "config.json").exists():
         raise ValueError(f"{path}: a Hugging Face folder, not a checkpoint; make one with `ettin import {path} FILE.pt`")
-    scan_archive(path)
+    if path.exists() and not is_complete(path):
+        raise ValueError(f"{path}: not a whole archive as torch.save writes it; give another checkpoint")
+    try:
+        with torch.serialization.safe_globals(_DATA_TYPES):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"its pickle asks for {found[1]}" if found else "its pickle is not one of torch.save"
+        raise ValueError(f"{path}: {what}; loading it could run code, so only checkpoints of tensors and plain data are "
+                         "read. If you trust its origin, write its weights anew, as safetensors") from error
 
 
 def validate(path: str | Path, specs: Sequence[tuple[int, int]] | None = None) -> bool:
-    """`scan_pickle` in the form that Composer calls before it reads a file (CHECKPOINT_VALIDATION_FUNCTION).
-
-    Returns:
-        True. A refusal is an error that says why, where a False would only say "invalid".
-    """
-    scan_pickle(path)
+    """`load_checkpoint` as Composer calls it before it reads a file; a refusal is an error, which says more than a False."""
+    load_checkpoint(path)
     return True
 
 
@@ -70,15 +72,8 @@ def install_validation() -> None:
                     os.environ["CHECKPOINT_VALIDATION_FUNCTION"])
 
 
-@dataclass(frozen=True)
-class Head:
-    """What a checkpoint says of itself.
-
-    Attributes:
-        record: what `clock.Clock` wrote about the run; empty for a run without it.
-        data: place in the training stream and what it is a stream of (`RowStream.state_dict`); empty if not saved.
-        has_moments: whether the optimizer's state is in it.
-    """
+class Head(NamedTuple):
+    """What a checkpoint says of itself: `Clock.state_dict`, `RowStream.state_dict`, and whether it has the optimizer's."""
 
     path: Path
     record: dict[str, Any]
@@ -86,23 +81,8 @@ class Head:
     has_moments: bool
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A Composer `.pt` file as a dict (`state`, `rng`), on the CPU, tensors mapped from the file rather than read.
-
-    Raises:
-        FileNotFoundError, ValueError: as `scan_pickle`.
-    """
-    scan_pickle(path)
-    with torch.serialization.safe_globals(_DATA_TYPES):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
 def locate(path: str | Path) -> Path:
-    """The checkpoint that a path means: a file itself, or, of a save folder, the newest complete one in it.
-
-    Raises:
-        FileNotFoundError: nothing is there, or a folder without a complete checkpoint.
-    """
+    """The checkpoint that a path means: a file itself, or, of a save folder, the newest complete one in it."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint; give a .pt file or a save folder")
@@ -113,14 +93,7 @@ def locate(path: str | Path) -> Path:
 
 
 def read_head(path: str | Path) -> Head:
-    """What a checkpoint says of itself, in a moment whatever its size.
-
-    Args:
-        path: as for `load_model_state`.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_model_state`.
-    """
+    """What a checkpoint (as for `load_model_state`) says of itself, in a moment whatever its size."""
     path = locate(path)
     state = load_checkpoint(path).get("state", {})
     return Head(path, decode_record(state.get("callbacks", {}).get("Clock", {})),
@@ -137,11 +110,7 @@ def load_model_state(path: str | Path, *,
         names: only these tensors, in our names.
 
     Returns:
-        ({name without the `model.` prefix: tensor on the CPU}, what `Clock.state_dict` names); the second is empty for a
-        checkpoint of a run without Clock.
-
-    Raises:
-        FileNotFoundError, ValueError: as `scan_pickle`, or there is no model in the checkpoint.
+        ({name without the `model.` prefix: tensor on the CPU}, what `Clock.state_dict` names, or nothing).
     """
     path = locate(path)
     state = load_checkpoint(path).get("state", {})
@@ -187,9 +156,6 @@ def repair_latest(save_folder: str | Path, *, latest: str = "latest-rank0.pt") -
 
     Composer removes the link and then makes it anew, and writes checkpoints under their final name: killed in between,
     there is no link, or it leads to half a file, and the run would start over or fail. Deletes nothing but that link.
-
-    Raises:
-        ValueError: `latest` is a file, not a link, and damaged.
     """
     link = Path(save_folder) / latest
     if is_complete(link):

@@ -9,7 +9,6 @@ optimizer, the data's files, the tokenizer against the data) is not repeated her
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from ettin_foundry.model.config import MASKED_OBJECTIVES
 from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule, check_together
 from ettin_foundry.training.keys import HOST_KEYS, MODEL_KEYS, check_effect, check_keys
 from ettin_foundry.training.run_config import (
-    TIME,
     config_text,
     loaders,
     model_config,
@@ -30,10 +28,8 @@ from ettin_foundry.training.run_config import (
 )
 from ettin_foundry.training.sources import check_start, prepare_start
 
-_NEEDED = ("model", "tokenizer", "optimizer", "scheduler", "train_loader", "max_duration", "max_seq_len",
-           "global_train_batch_size", "device_train_microbatch_size")
-_BLOCKS = _NEEDED[:5]
-_FREE_TEXT = ("variables", "loggers", "metadata", "run_name")  # holds text that only looks like a time
+_BLOCKS = ("model", "tokenizer", "optimizer", "scheduler", "train_loader")
+_NEEDED = (*_BLOCKS, "max_duration", "max_seq_len", "global_train_batch_size", "device_train_microbatch_size")
 
 
 def _is_ours(cfg: dict[str, Any]) -> bool:
@@ -49,16 +45,9 @@ def _is_count(value: Any) -> bool:
 
 
 def check_settings(cfg: dict[str, Any]) -> None:
-    """Refuses a config that no machine could run as written; reads no file and no device.
-
-    Args:
-        cfg: plain containers, interpolations resolved.
-
-    Raises:
-        ValueError: see the module docstring.
-    """
+    """Refuses a config (plain containers, resolved) that no machine could run as written; reads no file and no device."""
     if _is_ours(cfg):
-        for check in (_check_presence, check_keys, _check_pairing, _check_lengths, _check_objectives, _check_times,
+        for check in (_check_presence, _check_pairing, check_keys, _check_lengths, _check_objectives, _check_times,
                       check_effect, _check_amounts, check_start):
             check(cfg)
 
@@ -83,11 +72,11 @@ def _check_presence(cfg: dict[str, Any]) -> None:
 
 def _check_pairing(cfg: dict[str, Any]) -> None:
     """The loaders belong to the model, and each to its role."""
-    model, ours = cfg["model"]["name"], cfg["model"]["name"] in MODEL_KEYS
+    model = cfg["model"]["name"]
     for key, block in loaders(cfg):
-        if ours and block.get("name") != "ettin_text":
+        if model in MODEL_KEYS and block.get("name") != "ettin_text":
             raise must_be(f"{key}.name", f"ettin_text with model.name: {model}", block.get("name"), "set it")
-        if not ours and block.get("name") == "ettin_text":
+        if model not in (*MODEL_KEYS, "ettin_contrastive") and block.get("name") == "ettin_text":
             raise must_be("model.name", f"{' or '.join(MODEL_KEYS)} with {key}.name: ettin_text", model,
                           "for other models use name: text, since the shards are plain MDS")
         if not isinstance(block.get("dataset"), dict) or not block["dataset"].get("local"):
@@ -114,13 +103,12 @@ def _check_lengths(cfg: dict[str, Any]) -> None:
 
 def _check_objectives(cfg: dict[str, Any]) -> None:
     """Objectives and mask rates of model and loaders agree, over the whole run."""
-    schedule, total = objective_schedule(cfg), total_tokens(cfg)
-    train = cfg["train_loader"]
+    schedule, train = objective_schedule(cfg), cfg["train_loader"]
     if train.get("objective") != cfg["model"]["objective"]:
         raise must_be("train_loader.objective", f"{cfg['model']['objective']!r}, as model.objective is",
                       train.get("objective"), "set it once: variables.objective=...")
-    check_together(schedule, MaskRate.parse(train.get("mask_rate", 0.0), total=total, key="train_loader.mask_rate"),
-                   "train_loader.")
+    rate = MaskRate.parse(train.get("mask_rate", 0.0), total=total_tokens(cfg), key="train_loader.mask_rate")
+    check_together(schedule, rate, "train_loader.")
     for key, block in list(loaders(cfg))[1:]:
         names, rate = _evaluated(cfg, key, block), block.get("mask_rate", 0.0)
         if isinstance(rate, list):
@@ -146,28 +134,23 @@ def _check_times(cfg: dict[str, Any]) -> None:
     total, unit = parse_time("max_duration", cfg["max_duration"])
     if unit not in ("tok", "ba"):
         raise must_be("max_duration", "in tok or ba", cfg["max_duration"], "give it in tokens")
-    for key, value in walk({k: v for k, v in cfg.items() if k not in _FREE_TEXT}):
-        if isinstance(value, str) and (match := TIME.fullmatch(value)) and match[2].lower() == "ep":
-            parse_time(key, value)  # raises
     if cfg.get("save_folder") and cfg.get("save_interval") is not None:
         parse_time("save_interval", cfg["save_interval"])
     if len(list(loaders(cfg))) > 1 and (interval := cfg.get("eval_interval", 1)) != 0:  # 1, an epoch: the host's default
         parse_time("eval_interval", interval)
-    spent = 0.0
+    block, spent = cfg["scheduler"], 0.0
     for name in ("t_warmup", "t_decay"):
-        if name in (block := cfg["scheduler"]):
-            value, its_unit = parse_time(f"scheduler.{name}", block[name])
-            # tokens are counted in a run of batches too; that they fit into it is not known before
-            if value and its_unit not in ("dur", "tok", unit):
-                raise must_be(f"scheduler.{name}", f"in {unit} or dur, as max_duration ({cfg['max_duration']}) is",
-                              block[name], "change one of the two")
-            spent += value if its_unit == "dur" else value / total if its_unit == unit else 0.0
-            if name == "t_decay" and value == 0 and "alpha_f" in block:
-                raise ValueError(f"scheduler.alpha_f: {block['alpha_f']} given, the end of a decay, and t_decay is 0; "
-                                 "remove it or give t_decay")
+        value, its_unit = parse_time(f"scheduler.{name}", block.get(name, "0tok"))
+        # tokens are counted in a run of batches too; whether they fit into it is not known before
+        if value and its_unit not in ("dur", "tok", unit):
+            raise must_be(f"scheduler.{name}", f"in {unit} or dur, as max_duration ({cfg['max_duration']}) is", block[name],
+                          "change one of the two")
+        spent += value if its_unit == "dur" else value / total if its_unit == unit else 0.0
+        if name in block and name == "t_decay" and value == 0 and "alpha_f" in block:
+            raise must_be("scheduler.alpha_f", "left out where t_decay is 0", block["alpha_f"], "remove it or give t_decay")
     if spent > 1 + 1e-12:  # shares such as 0.3dur + 0.7dur may sum to a hair above 1
-        raise must_be("scheduler", f"a warm-up and a decay that fit into max_duration ({cfg['max_duration']})",
-                      {k: v for k, v in cfg["scheduler"].items() if k != "name"}, "shorten them or lengthen the run")
+        raise must_be("scheduler", f"a warm-up and a decay that fit into max_duration ({cfg['max_duration']})", block,
+                      "shorten them or lengthen the run")
 
 
 def _check_amounts(cfg: dict[str, Any]) -> None:
@@ -185,23 +168,19 @@ def _check_amounts(cfg: dict[str, Any]) -> None:
 
 
 def check_machine(cfg: dict[str, Any]) -> None:
-    """Refuses what this machine, with this number of processes, cannot run: batch sizes, precision, missing folders.
-
-    Raises:
-        ValueError, FileNotFoundError: see the module docstring.
-    """
+    """Refuses what this machine, with this number of processes, cannot run: batch sizes, precision, missing folders."""
     if not _is_ours(cfg):
         return
     import torch
 
-    world_size, cuda = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
+    world_size, cuda, fsdp = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available(), cfg.get("fsdp_config")
     check_files(cfg)
-    if not cuda and (precision := cfg.get("precision", "amp_bf16")) != "fp32":
-        raise must_be("precision", "fp32, since there is no GPU", precision, "set precision=fp32")
-    if cfg["model"].get("init_device", "cpu") != "cpu" and not cuda:
-        raise must_be("model.init_device", "cpu, since there is no GPU", cfg["model"]["init_device"], "set it")
+    for key, value, needed in (("precision", cfg.get("precision", "amp_bf16"), "fp32"),
+                               ("model.init_device", cfg["model"].get("init_device", "cpu"), "cpu")):
+        if not cuda and value != needed:
+            raise must_be(key, f"{needed}, since there is no GPU", value, f"set {key}={needed}")
     rows, micro = cfg["global_train_batch_size"], cfg["device_train_microbatch_size"]
-    if not _is_count(rows) or rows % world_size:
+    if rows % world_size:
         raise must_be("global_train_batch_size", f"a multiple of the number of processes ({world_size})", rows,
                       "change it or the number of processes")
     if not (_is_count(micro) and micro <= rows // world_size or micro == "auto" and cuda):
@@ -209,27 +188,21 @@ def check_machine(cfg: dict[str, Any]) -> None:
                       f"on {world_size} process(es)", micro, "lower it (auto needs a GPU)")
     if (warmup := cfg["train_loader"].get("batch_size_warmup")) is not None:
         check_warmup(warmup, rows, world_size=world_size, microbatch=micro, total=total_tokens(cfg))
-    if (fsdp := cfg.get("fsdp_config")) and world_size == 1:
-        raise must_be("fsdp_config", "left out, since one process has nothing to shard", fsdp, "remove it")
-    if fsdp and os.environ.get("FSDP_VERSION") != "2":
-        raise must_be("fsdp_config", "used with FSDP2 (FSDP1 cuts tensors into pieces that ettin_stable_adamw cannot use)",
-                      fsdp, "set the environment variable FSDP_VERSION=2")
+    if fsdp and (world_size == 1 or os.environ.get("FSDP_VERSION") != "2"):
+        raise must_be("fsdp_config", "used with several processes and FSDP2 (FSDP1 cuts tensors into pieces that "
+                      "ettin_stable_adamw cannot use)", fsdp, "remove it, or set the environment variable FSDP_VERSION=2")
     if fsdp and fsdp.get("state_dict_type", "full") != "full":
         raise must_be("fsdp_config.state_dict_type", "full", fsdp["state_dict_type"], "sharded checkpoints are not read")
 
 
 def check_files(cfg: dict[str, Any]) -> None:
-    """Refuses a run whose tokenizer or data is not here; looks at the loaders' folders only.
-
-    Raises:
-        FileNotFoundError: naming the key and the folder.
-    """
+    """Refuses a run whose tokenizer or data is not here; looks at the loaders' folders only."""
     name = cfg["tokenizer"]["name"]
     for _, block in loaders(cfg):
         local, remote = block["dataset"]["local"], block["dataset"].get("remote")
         # the host builds the tokenizer before the loader, so that of a remote dataset must be here by now
         if remote and Path(name) == Path(local, "tokenizer") and not Path(name).exists():
-            from ettin_foundry.data.remote import fetch_tokenizer
+            from ettin_foundry.data.cache import fetch_tokenizer
 
             fetch_tokenizer(Path(local), remote)
     # a hub id has at most one slash; with more, or below a folder that exists here, a folder is meant
@@ -250,15 +223,9 @@ def check_files(cfg: dict[str, Any]) -> None:
 def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     """The config transform `ettin_checks`: every check above, safe loading, and the clock that every run needs.
 
-    Args:
-        cfg: plain containers, interpolations resolved.
-
     Returns:
         The config with `callbacks.ettin_clock`, and without top-level keys set to null, which then take the host's
         defaults. A run without our model and loader is returned as it came.
-
-    Raises:
-        ValueError, FileNotFoundError: see the module docstring.
     """
     if not _is_ours(cfg):
         return cfg
@@ -285,19 +252,15 @@ def resolve_schedules(cfg: dict[str, Any]) -> None:
         train["mask_rate"] = MaskRate.parse(train["mask_rate"], total=total, key="train_loader.mask_rate").plain()
     if warmup := train.get("batch_size_warmup"):
         train["batch_size_warmup"] = {**warmup, "tokens": check_warmup(warmup, cfg["global_train_batch_size"], total=total)}
-    evals = list(_evaluations(cfg))
+    evals = []
+    for key, block in list(loaders(cfg))[1:]:
+        names, label = _evaluated(cfg, key, block), f"{block['label']}/" if block.get("label") else ""
+        for name in names:
+            evals.append({**block, "objective": name, **({"label": label + name} if len(names) > 1 else {})})
+            if len(names) > 1 and name not in MASKED_OBJECTIVES:
+                evals[-1].pop("mask_rate", None)
     if len(evals) == 1 and "label" not in evals[0]:
         cfg["eval_loader"] = evals[0]
     elif evals:  # the host takes a label from a list only, and hands it on from a dict
         cfg.pop("eval_loader", None)
         cfg["eval_loaders"] = evals
-
-
-def _evaluations(cfg: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for key, block in list(loaders(cfg))[1:]:
-        names = _evaluated(cfg, key, block)
-        label = f"{block['label']}/" if block.get("label") else ""
-        for name in names:
-            own = {**block, "objective": name, **({"label": label + name} if len(names) > 1 else {})}
-            kept = len(names) == 1 or name in MASKED_OBJECTIVES
-            yield own if kept else {k: v for k, v in own.items() if k != "mask_rate"}

@@ -1,7 +1,4 @@
-"""The callback that is in every run: it ties a step to the tokens before it, and guards what is loaded.
-
-checks.py adds it to each config, so that stock `llmfoundry train` has it too.
-"""
+"""The callback that checks.py adds to every run: it ties a step to the tokens before it, and guards what is loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +18,7 @@ from composer.utils import dist, format_name_with_dist
 from llmfoundry.interfaces import CallbackWithConfig
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from ettin_foundry.data.storage import atomic_file
 from ettin_foundry.data.tokenizer import fingerprint
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.weights import weights_checkpoint
@@ -35,7 +32,7 @@ _SETTINGS = ("initial_lr", "max_lr", "weight_decay", "beta1", "beta2", "betas", 
 
 
 class Clock(CallbackWithConfig):
-    """Ties a step to the tokens before it, and guards what is loaded.
+    """Ties a step to the tokens before it, guards what is loaded, and writes into every checkpoint what it is.
 
     - lr of batch k is exactly f(tokens before batch k), also after a resume. Composer evaluates schedules before it adds
       the finished batch to its clock, so its own value is one batch late.
@@ -47,12 +44,10 @@ class Clock(CallbackWithConfig):
       change in the middle of a run is compared (`check_resume`).
     - Initial weights, drawn and not loaded, are written to `<save_folder>/initial/step0.pt`, which autoresume never sees.
     - What this package logs is shown at the run's python_log_level.
-    - Every checkpoint says what it is: model, objective, tokenizer, tokens, where the weights came from, the config.
 
     Args:
         train_config: the run's config, given by LLM-Foundry.
-        run_config: the same as the user's files say it, as canonical JSON, given by the checks; by default made of
-            train_config.
+        run_config: the same as the user's files say it, as `config_text`, given by the checks.
     """
 
     def __init__(self, train_config: Mapping[str, Any], run_config: str | None = None):
@@ -99,9 +94,8 @@ class Clock(CallbackWithConfig):
                                          objective=self._model.objective)
             content["state"]["callbacks"]["Clock"] = self.state_dict()
             path = Path(format_name_with_dist(folder, state.run_name)) / "initial" / "step0.pt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(content, path.with_suffix(".partial"))
-            os.replace(path.with_suffix(".partial"), path)
+            with atomic_file(path) as file:
+                torch.save(content, file)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         batch, time = state.batch, state.timestamp

@@ -17,8 +17,7 @@ from ettin_foundry import REGISTRY
 from ettin_foundry.data.stream import DATASET_KEYS
 from ettin_foundry.training.run_config import FIELDS, loaders, value_at, walk
 
-# parameters that the host fills in
-_GIVEN = ("self", "tokenizer", "train_config", "params", "device_batch_size")
+_BY_HOST = ("self", "tokenizer", "train_config", "params", "device_batch_size")  # parameters that the host fills in
 
 
 def _literal(node: ast.expr | None) -> Any:
@@ -46,7 +45,7 @@ def read_parameters(target: str) -> dict[str, Any]:
     taken = node.args
     defaults = [*[None] * (len(taken.args) - len(taken.defaults)), *taken.defaults, *taken.kw_defaults]
     return {argument.arg: _literal(default) for argument, default in zip([*taken.args, *taken.kwonlyargs], defaults)
-            if argument.arg not in _GIVEN}
+            if argument.arg not in _BY_HOST}
 
 
 PARAMETERS: dict[str, dict[str, Any]] = {
@@ -66,25 +65,16 @@ HOST_DEFAULTS = {key: value for key, value in _HOST.items() if value is not None
 
 # pattern of key=value -> what to use instead
 _REMOVED = {
-    r"(.*\.)?objective\b.*\bmdlm\b.*": "masked diffusion was removed; use mlm, with a mask_rate schedule if need be",
+    r"(.*\.)?objective\b.*\bmdlm\b.*": "masked diffusion was removed; use mlm, with a schedule of mask_rate if need be",
     r"model\.name=ettin_contrastive|(.*\.)?objective\b.*\bsimcse\b.*":
         "the contrastive stage was removed; export the model and train it with sentence-transformers (examples/)",
     r"algorithms\.ema\b.*": "removed; average a run's checkpoints with `ettin average SAVE_FOLDER OUT.pt --last 5`",
     r".*\.dataset\.on_bad_shard=.*": "removed; a damaged shard stops the run, so copy it again or convert it again",
 }
-# features of the host that act on a HuggingFaceModel, on Streaming's datasets or around our checks -> what we have
-_HOST_ONLY = {
-    **dict.fromkeys(("icl_tasks", "icl_tasks_str", "eval_gauntlet", "eval_gauntlet_str", "callbacks.loss_perp_v_len",
-                     "callbacks.async_eval"), "eval_loader, or evaluate an exported folder"),
-    "only_hf_checkpoint": "`ettin export`",
-    "callbacks.hf_checkpointer": "callbacks.ettin_export, or `ettin export` afterwards",
-    "tp_config": "data parallelism or fsdp_config: every Ettin size fits one GPU",
-    **dict.fromkeys(("callbacks.generate_callback", "callbacks.eval_output_logging"), "callbacks.ettin_samples"),
-    **dict.fromkeys(("callbacks.curriculum_learning", "callbacks.dataset_swap"),
-                    "one run for each phase (yamls/phases)"),
-    "callbacks.load_checkpoint": "load_path, whose file is scanned before it is read",
-    "callbacks.global_lr_scaling": "optimizer.lr",
-}
+# features of the host that act on a HuggingFaceModel, or load what was not checked -> what we have
+_HOST_ONLY = {"icl_tasks": "eval_loader", "eval_gauntlet": "eval_loader", "only_hf_checkpoint": "`ettin export`",
+              "callbacks.hf_checkpointer": "callbacks.ettin_export", "callbacks.load_checkpoint": "load_path",
+              "callbacks.generate_callback": "callbacks.ettin_samples"}
 # a key -> the keys that do nothing without it -> their values that ask for nothing
 _INERT: dict[str, dict[str, tuple[Any, ...]]] = {
     "eval_loader": {"eval_interval": (0, "0ba", "0tok"), "eval_subset_num_batches": (-1,), "eval_first": (False,)},
@@ -95,45 +85,37 @@ _INERT: dict[str, dict[str, tuple[Any, ...]]] = {
 
 
 def check_keys(cfg: Mapping[str, Any]) -> None:
-    """Refuses removed keys and values, and unknown keys in blocks of ours.
-
-    Raises:
-        ValueError: naming the key, and the valid ones or what to use instead.
-    """
+    """Refuses removed keys and values, and unknown keys in blocks of ours, naming what to use instead."""
     for key, value in walk({name: block for name, block in cfg.items() if name != "variables"}):
         for pattern, instead in _REMOVED.items():
             if re.fullmatch(pattern, f"{key}={value}"):
                 raise ValueError(f"{key}: {value!r} given; {instead}")
-    blocks = [(key, cfg[key]["name"], cfg[key], ("name",)) for key in ("model", "optimizer", "scheduler")]
     for key, block in loaders(cfg):
-        blocks.append((key, block.get("name"), block, ("name", *(("label",) if key != "train_loader" else ()))))
-    blocks += [(f"callbacks.{name}", name, block or {}, ()) for name, block in (cfg.get("callbacks") or {}).items()]
-    for key, name, block, more in blocks:
-        if name in PARAMETERS:
-            allowed = [each for each in PARAMETERS[name] if "label" not in more or each != "batch_size_warmup"]
-            _check(key, block, (*more, *allowed))
+        training = key == "train_loader"
+        _check(key, block, ["name", *(each for each in PARAMETERS["ettin_text"] if training or each != "batch_size_warmup"),
+                            *(() if training else ("label",))])
         if isinstance(block.get("dataset"), Mapping):
             _check(f"{key}.dataset", block["dataset"], DATASET_KEYS)
+    for key in ("model", "optimizer", "scheduler"):
+        if (name := cfg[key]["name"]) in PARAMETERS:
+            _check(key, cfg[key], ["name", *PARAMETERS[name]])
+    for name, block in (cfg.get("callbacks") or {}).items():
+        if name in PARAMETERS:
+            _check(f"callbacks.{name}", block or {}, PARAMETERS[name])
 
 
-def _check(key: str, block: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
+def _check(key: str, block: Mapping[str, Any], allowed: Any) -> None:
     if unknown := sorted(set(block) - set(allowed)):
-        listed = f"the keys are {', '.join(allowed)}" if allowed else "it takes no key"
-        raise ValueError(f"{key}.{unknown[0]}: unknown key; {listed}")
+        raise ValueError(f"{key}.{unknown[0]}: unknown key; it takes {', '.join(allowed) or 'no key'}")
 
 
 def check_effect(cfg: Mapping[str, Any]) -> None:
-    """Refuses features of the host that need another kind of model or data, and settings that would do nothing.
-
-    Raises:
-        ValueError: naming the key, and what to use instead or what it depends on.
-    """
+    """Refuses features of the host that need another kind of model or data, and settings that would do nothing."""
     for key, instead in _HOST_ONLY.items():
-        block, _, name = key.rpartition(".")
-        if name in (cfg.get("callbacks") or {}) if block else cfg.get(key):
+        if value_at(cfg, key) is not None:
             raise ValueError(f"{key}: given; it does not work with model.name: {cfg['model']['name']}. Use {instead}")
     for cause, nothing in _INERT.items():
         keys = [key for key, values in nothing.items() if cfg.get(key) is not None and cfg[key] not in values]
-        if keys and not value_at(cfg, cause) and not (cause == "eval_loader" and cfg.get("eval_loaders")):
+        if keys and not cfg.get(cause) and not (cause == "eval_loader" and cfg.get("eval_loaders")):
             raise ValueError(f"{', '.join(keys)}: given without {cause}, which alone gives effect to it; give {cause}, "
                              f"or switch it off ({' '.join(f'{key}=null' for key in keys)})")

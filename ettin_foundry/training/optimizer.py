@@ -34,8 +34,8 @@ class StableAdamW(torch.optim.Optimizer):
         p  <- p - eta m / (sqrt(v) + eps)
 
     So `weight_decay` is what one step at the peak removes; it is not multiplied by lr. Sums are in a fixed order on any
-    device, so that replicas stay bit-equal, and nothing is read back by the host. Sharded parameters (FSDP2) take one
-    all-reduce a group, of one number per tensor.
+    device, so that replicas stay bit-equal, and the host reads nothing back. Sharded parameters (FSDP2) take one
+    all-reduce a group.
 
     Args:
         params: fp32 or fp64 parameters, or group dicts with a `params` key. Build before FSDP wraps the model: which
@@ -46,34 +46,28 @@ class StableAdamW(torch.optim.Optimizer):
         weight_decay: fraction of a weight removed per step at lr == max_lr.
         max_lr: lr at which `weight_decay` applies in full; `lr` unless given. Phases that start below the pretraining peak
             give that peak.
-
-    Raises:
-        ValueError: lr not above 0, weight_decay or eps out of range, or a group setting that would have no effect.
     """
 
     def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, *,
                  betas: tuple[float, float] = (0.9, 0.98), eps: float = 1e-6, weight_decay: float = 0.0,
                  max_lr: float | None = None):
-        for name, value, fits in (("lr", lr, lr > 0), ("max_lr", max_lr, max_lr is None or max_lr > 0),
-                                  ("betas", betas, all(0 <= beta < 1 for beta in betas)), ("eps", eps, eps > 0),
-                                  ("weight_decay", weight_decay, 0 <= weight_decay < 1)):
+        max_lr = lr if max_lr is None else max_lr
+        for name, value, fits, allowed in (
+                ("lr", lr, lr > 0, "above 0"), ("max_lr", max_lr, max_lr > 0, "above 0"), ("eps", eps, eps > 0, "above 0"),
+                ("betas", betas, all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
+                ("weight_decay", weight_decay, 0 <= weight_decay < 1, "in [0, 1)")):
             if not fits:
-                allowed = {"betas": "two numbers in [0, 1)", "weight_decay": "in [0, 1)"}.get(name, "above 0")
                 raise must_be(f"optimizer.{name}", allowed, value, "to freeze parameters, use disable_grad")
         if weight_decay > 1e-3:
             log.warning("optimizer.weight_decay: %s is removed from every weight in each step at the peak, and is not "
                         "multiplied by lr; the recipes use 1e-5", weight_decay)
         super().__init__(_split_by_decay(params), {
             "lr": lr, "beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay,
-            "max_lr": lr if max_lr is None else max_lr, "step": torch.tensor(0, dtype=torch.int32)})
+            "max_lr": max_lr, "step": torch.tensor(0, dtype=torch.int32)})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step on every parameter that has a gradient.
-
-        Raises:
-            ValueError: some parameters are sharded and some are not, or they are neither fp32 nor fp64.
-        """
+        """One step on every parameter that has a gradient."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         # torch.distributed.checkpoint makes an empty optimizer's state by a step at lr 0 with zero gradients; if it
@@ -126,13 +120,11 @@ class StableAdamW(torch.optim.Optimizer):
 def _split_by_decay(params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Groups in which tensors of one dimension or none (norms, biases) have a group of their own without weight decay."""
     given: list[Any] = list(params)
-    groups: list[dict[str, Any]] = given if given and isinstance(given[0], dict) else [{"params": given}]
-    allowed = ("params", "lr", "max_lr", "weight_decay", "eps")
     result = []
-    for group in groups:
-        if inert := sorted(set(group) - set(allowed)):
-            raise ValueError(f"optimizer.param_groups: {', '.join(inert)} would have no effect; a group may set "
-                             f"{', '.join(allowed[1:])}")
+    for group in given if given and isinstance(given[0], dict) else [{"params": given}]:
+        if inert := sorted(set(group) - {"params", "lr", "max_lr", "weight_decay", "eps"}):
+            raise ValueError(f"optimizer.param_groups: {', '.join(inert)} would have no effect; a group may set lr, max_lr, "
+                             "weight_decay and eps")
         members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         if "lr" in group:  # weight decay is relative to the group's own peak
             group = {"max_lr": group["lr"], **group}
@@ -151,7 +143,8 @@ class _Schedule(ComposerScheduler):
     """Times given as strings, each read on the clock of its own unit.
 
     A share (`dur`) is of max_duration. A time in tokens in a run of batches is read on the tokens seen; the run's end in
-    tokens, which a decay needs, is then estimated from the tokens of the batches so far.
+    tokens, which a decay needs, is then estimated from the tokens of the batches so far. alpha_f in [0, 1] is the factor on
+    the peak lr at the end.
     """
 
     def __init__(self, alpha_f: float, **times: str):
@@ -172,36 +165,21 @@ class _Schedule(ComposerScheduler):
 
 
 class WarmupStableDecay(_Schedule):
-    """`warmup_stable_decay` as a Composer scheduler.
-
-    Args:
-        t_warmup: length of the warm-up, in tok, ba or dur (a share of max_duration).
-        t_decay: length of the final linear decay; "0tok" for none.
-        t_max: when the decay ends.
-        alpha_f: factor on the peak lr at t_max, in [0, 1].
-    """
+    """`warmup_stable_decay` as a Composer scheduler: a warm-up, and a linear decay ("0tok" for none) that ends at t_max."""
 
     def __init__(self, t_warmup: str, t_decay: str, *, t_max: str = "1dur", alpha_f: float = 0.0):
         super().__init__(alpha_f, t_warmup=t_warmup, t_decay=t_decay, t_max=t_max)
 
     def __call__(self, state: State, ssr: float = 1.0) -> float:
-        now, warmup, end = self._read(state, "t_warmup")
-        if now >= warmup:
-            warmup = 0.0
-            now, decay, end = self._read(state, "t_decay")
-        else:
-            decay = 0.0
-        return warmup_stable_decay(now, warmup=warmup, decay=decay, total=end, alpha_f=self.alpha_f)
+        now, warmup, _ = self._read(state, "t_warmup")
+        if now < warmup:
+            return warmup_stable_decay(now, warmup=warmup, decay=0.0, total=0.0, alpha_f=1.0)
+        now, decay, end = self._read(state, "t_decay")
+        return warmup_stable_decay(now, warmup=0.0, decay=decay, total=end, alpha_f=self.alpha_f)
 
 
 class OneMinusSqrt(_Schedule):
-    """`one_minus_sqrt` as a Composer scheduler.
-
-    Args:
-        t_decay: length of the decay, above 0; by default the whole run.
-        t_max: when the decay ends.
-        alpha_f: factor on the peak lr at t_max, in [0, 1].
-    """
+    """`one_minus_sqrt` as a Composer scheduler: a decay, by default over the whole run, that ends at t_max."""
 
     def __init__(self, t_decay: str = "1dur", *, t_max: str = "1dur", alpha_f: float = 0.0):
         super().__init__(alpha_f, t_decay=t_decay, t_max=t_max)

@@ -19,10 +19,7 @@ from ettin_foundry.training.recipes import rows_from_tokens
 FIELDS = tuple(field.name for field in dataclasses.fields(EttinConfig)
                if field.name not in ("causal", "max_position_embeddings"))
 """Fields of the shape that a config may set; the other two follow from objective and max_seq_len."""
-TIME = re.compile(r"([0-9._]+(?:e[+-]?[0-9]+)?)(tok|ba|dur|ep|sp|sec|iter)", re.IGNORECASE)
-"""A time of the host: number and unit."""
-# written into the config by the host, from the number of processes
-_BY_HOST = ("n_gpus", "device_train_batch_size", "device_train_grad_accum")
+_TIME = re.compile(r"([0-9._]+(?:e[+-]?[0-9]+)?)(tok|ba|dur|sp|sec|iter)", re.IGNORECASE)
 
 
 def must_be(key: str, allowed: str, given: Any, advice: str) -> ValueError:
@@ -31,20 +28,13 @@ def must_be(key: str, allowed: str, given: Any, advice: str) -> ValueError:
 
 
 def parse_time(key: str, value: Any) -> tuple[float, str]:
-    """A time such as `3_000_000_000tok` as (number, unit).
-
-    Raises:
-        ValueError: not a time, or one in epochs; it names `key`.
-    """
-    match = TIME.fullmatch(value) if isinstance(value, str) else None
+    """A time of the host such as `3_000_000_000tok` as (number, unit); a ValueError that names `key` if it is none."""
+    match = _TIME.fullmatch(value) if isinstance(value, str) else None
     try:
-        number, unit = float(match[1]), match[2].lower()  # type: ignore[index]
+        return float(match[1]), match[2].lower()  # type: ignore[index]
     except (TypeError, ValueError):
-        number, unit = 0.0, "ep"
-    if unit == "ep":
-        raise must_be(key, "a number with the unit tok, ba or dur", value,
-                      "the loader's one epoch never ends, so give a time such as 8_500_000_000tok or 3000ba")
-    return number, unit
+        raise must_be(key, "a number with the unit tok, ba or dur", value, "the loader's one epoch never ends, so give a "
+                      "time such as 8_500_000_000tok or 3000ba") from None
 
 
 def total_tokens(cfg: Mapping[str, Any]) -> int | None:
@@ -54,22 +44,14 @@ def total_tokens(cfg: Mapping[str, Any]) -> int | None:
 
 
 def objective_schedule(cfg: Mapping[str, Any]) -> ObjectiveSchedule:
-    """The objective of a config's model over the run's tokens.
-
-    Raises:
-        ValueError: an unknown objective, or a schedule with a gap, an overlap, or past the end of the run.
-    """
+    """The objective of a config's model over the run's tokens."""
     value = cfg["model"].get("objective")
     total = None if isinstance(value, str) else total_tokens(cfg)  # a name alone needs no clock
     return ObjectiveSchedule.parse(value, total=total, key="model.objective")
 
 
 def model_config(cfg: Mapping[str, Any]) -> EttinConfig:
-    """The shape that a config's model block asks for; under a schedule, that of the objective it ends with.
-
-    Raises:
-        ValueError: an unknown size or objective, or a field out of range; it names the key.
-    """
+    """The shape that a config's model block asks for; under a schedule, that of the objective it ends with."""
     fields = {key: value for key, value in cfg["model"].items() if key in FIELDS}
     return EttinConfig.for_size(cfg["model"].get("size"), causal=objective_schedule(cfg).final == "clm",
                                 max_position_embeddings=cfg["max_seq_len"], **fields)
@@ -105,17 +87,15 @@ def walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def config_text(cfg: Mapping[str, Any]) -> str:
-    """The resolved config as canonical JSON: keys sorted, without nulls and without what the host derives.
-
-    So it is the same whatever the number of processes, and the same from `recipes.resolved` of a command line.
-    """
-    config = {key: value for key, value in cfg.items() if value is not None and key not in _BY_HOST}
+    """The resolved config as canonical JSON, without nulls; the same on any number of processes."""
+    derived = ("n_gpus", "device_train_batch_size", "device_train_grad_accum")  # by the host
+    config = {key: value for key, value in cfg.items() if value is not None and key not in derived}
     if "eval_loaders" in config:  # the host's name for a list
         config["eval_loader"] = config.pop("eval_loaders")
-    rows = ("device_train_microbatch_size", "device_eval_batch_size")  # made of tokens for this number of processes
-    bare = {key: value for key, value in config.items() if key not in rows}
-    if (derived := rows_from_tokens(bare)).items() <= config.items():
-        config |= rows_from_tokens(bare, world_size=1) if derived else {}
+    bare = {key: value for key, value in config.items()
+            if key not in ("device_train_microbatch_size", "device_eval_batch_size")}
+    if (rows := rows_from_tokens(bare)).items() <= config.items():  # made of tokens for this number of processes
+        config |= rows_from_tokens(bare, world_size=1) if rows else {}
     micro = config.get("device_train_microbatch_size")
     if config.get("device_eval_batch_size") == (1 if micro == "auto" else micro):  # the host's default
         config.pop("device_eval_batch_size", None)

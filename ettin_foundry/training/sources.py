@@ -11,10 +11,10 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ettin_foundry.data import tokenizer
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.objectives.schedule import MaskRate
 from ettin_foundry.training.run_config import (
@@ -42,19 +42,14 @@ _SAME = ("seed", "optimizer.name", "train_loader.packing", "train_loader.shuffle
 _OPTIMIZER = tuple(f"optimizer.{key}" for key in ("lr", "max_lr", "betas", "eps", "weight_decay"))
 PARTS_LEFT_OUT = ("state/timestamp", "state/dataset_state", "state/schedulers", "state/rank_zero_seed",
                   "state/train_metrics", "state/eval_metrics", "rng")
-"""Of a checkpoint, what a phase that starts from it does not take. A sharded one has no metrics of other labels to give."""
+"""Of a checkpoint, what a phase that starts from it does not take."""
 
 Differences = dict[str, tuple[Any, Any]]
 """{key: (the source's value, this run's)}."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint or Hugging Face folder to start from, as it describes itself; no tensor is read.
-
-    Attributes:
-        record: as `clock.Clock.state_dict` has it; of a folder what its config.json says.
-    """
+class Source(NamedTuple):
+    """A checkpoint or Hugging Face folder to start from; `record` is as `Clock.state_dict`, or what config.json says."""
 
     path: Path
     record: Mapping[str, Any]
@@ -64,16 +59,13 @@ class Source:
     @property
     def fingerprint(self) -> dict[str, Any] | None:
         """The tokenizer's, as recorded or of the tokenizer that it names; None if there is none."""
-        from ettin_foundry.data import tokenizer
-
         recorded, named = self.record.get("tokenizer_fingerprint"), self.record.get("tokenizer")
         if recorded or not named or not (Path(named) / "tokenizer.json").is_file():
             return recorded
         return tokenizer.fingerprint(tokenizer.load(named))
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """The run that starts: fields of its `EttinConfig`, objectives of its first batch, its tokenizer's fingerprint."""
 
     config: Mapping[str, Any]
@@ -82,28 +74,27 @@ class Target:
 
 
 def read_source(key: str, given: str) -> Source:
-    """What a source says of itself.
+    """What a source says of itself; reads no tensor.
 
     Args:
-        key: how the user calls it. given: a `.pt` file, a sharded folder, a save folder (then its newest complete
-            checkpoint), or a Hugging Face folder.
+        key: how the user calls it. given: a `.pt` file, a save folder (then its newest complete checkpoint), or a Hugging
+            Face folder.
 
     Raises:
         FileNotFoundError, ValueError: missing, partial, pickled with code, or without a record; it names the key.
     """
     from ettin_foundry.training.checkpoints import read_head
 
-    path = Path(given)
     try:
-        if (path / "config.json").is_file():
-            return _read_folder(path)
-        head = read_head(path)
+        if Path(given, "config.json").is_file():
+            return _read_folder(Path(given))
+        head = read_head(given)
+        if not head.record.get("config"):
+            raise ValueError(f"{head.path.name} does not say what model it holds; give a checkpoint of a run of "
+                             "ettin_foundry, or one that `ettin import` made")
     except (ValueError, OSError) as error:
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
         raise kind(f"{key}: {given!r} given; {error}") from error
-    if not head.record.get("config"):
-        raise ValueError(f"{key}: {given!r} given; {head.path.name} does not say what model it holds; give a checkpoint "
-                         "of a run of ettin_foundry, or one that `ettin import` made")
     return Source(head.path, head.record, head.has_moments)
 
 
@@ -123,8 +114,7 @@ def _read_folder(path: Path) -> Source:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is not a whole safetensors file ({error}); download or export it again") from error
     ours = json.loads((path / "config.json").read_text(encoding="utf-8")).get("ettin_foundry") or {}
-    lineage = tuple(ours.get("lineage") or ())
-    tokens = ours.get("tokens")
+    lineage, tokens = tuple(ours.get("lineage") or ()), ours.get("tokens")
     if tokens is not None:  # the card counts from initialisation, a record from the last start
         tokens -= sum(entry.get("tokens") or 0 for entry in lineage)
     return Source(path, {"config": dataclasses.asdict(config), "size": config.size, "objective": objective,
@@ -132,17 +122,11 @@ def _read_folder(path: Path) -> Source:
 
 
 def compare(key: str, source: Source, target: Target, accept: Sequence[str], *, crossing: bool) -> Differences:
-    """Compares a source with the run that starts from it.
+    """Compares a source with the run that starts from it; returns the differences that `accept` lists, refuses others.
 
     Args:
         key: the callback as the user calls it. accept: what may differ besides what always may.
         crossing: for `ettin_cross`; else for `ettin_phase`.
-
-    Returns:
-        The differences that `accept` lists.
-
-    Raises:
-        ValueError: another size, vocabulary, rotary base, tokenizer or objective, with both values.
     """
     old, new = source.record["config"], target.config
     found = {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
@@ -152,8 +136,7 @@ def compare(key: str, source: Source, target: Target, accept: Sequence[str], *, 
     free = (*FREE_FIELDS, *(("window_left",) if crossing or old["causal"] != new["causal"] else ()))
     found = {name: values for name, values in found.items() if name not in free}
     found |= _compare_tokenizers(source, target) | _compare_objectives(key, source, target, accept, crossing)
-    refused = {name: values for name, values in found.items() if name not in accept}
-    if refused:
+    if refused := {name: values for name, values in found.items() if name not in accept}:
         pairs = ", ".join(f"{name} {was} (here {now})" for name, (was, now) in refused.items())
         raise ValueError(f"{key}.source: {source.path} has {pairs}; set the same here (rotary bases: "
                          f"variables.rope_theta=...), or allow it: {key}.accept=[{', '.join(refused)}]")
@@ -162,9 +145,9 @@ def compare(key: str, source: Source, target: Target, accept: Sequence[str], *, 
 
 def _compare_tokenizers(source: Source, target: Target) -> Differences:
     old, new = source.fingerprint, target.fingerprint
-    if old is None and new is not None:
-        log.warning("%s names no tokenizer that is here: whether it is this run's is not checked", source.path)
     if old is None or new is None:
+        if new is not None:
+            log.warning("%s names no tokenizer that is here: whether it is this run's is not checked", source.path)
         return {}
     for name in ("vocab_size", "special_ids", "vocab_sha256", "probe_sha256"):
         if old.get(name) != new[name]:
@@ -175,18 +158,18 @@ def _compare_tokenizers(source: Source, target: Target) -> Differences:
 
 def _compare_objectives(key: str, source: Source, target: Target, accept: Sequence[str], crossing: bool) -> Differences:
     old, new = source.record.get("objective"), " + ".join(target.starts_with)
-    same = old in target.starts_with
     if crossing and old is None and target.starts_with != ("clm",) and not source.record["config"]["causal"]:
         raise ValueError(f"{key}.source: {source.path} does not say whether this encoder predicts masks as mlm or mntp; "
                          f"run `ettin import {source.path} FILE.pt --objective mlm` (official encoders) and give FILE.pt")
-    if crossing is not same:
+    if crossing is not (old in target.starts_with):
         return {}
     trained = f"{key}.source: {source.path} was trained with {old}, and this run starts with {new}; "
     if crossing:
         raise ValueError(f"{trained}use callbacks.ettin_phase to go on with the same objective")
-    if "clm" in (old, *target.starts_with) or "objective" not in accept:
-        allow = "" if "clm" in (old, *target.starts_with) else f", or allow it: {key}.accept=[objective]"
-        raise ValueError(f"{trained}use callbacks.ettin_cross (yamls/phases/cross.yaml) to change it{allow}")
+    decoder = "clm" in (old, *target.starts_with)
+    if decoder or "objective" not in accept:
+        raise ValueError(f"{trained}use callbacks.ettin_cross (yamls/phases/cross.yaml) to change it"
+                         + ("" if decoder else f", or allow it: {key}.accept=[objective]"))
     return {"objective": (old, new)}
 
 
@@ -194,27 +177,20 @@ def _compare_objectives(key: str, source: Source, target: Target, accept: Sequen
 
 
 def check_start(cfg: Mapping[str, Any]) -> None:
-    """Refuses settings of the start that contradict each other; reads no file.
-
-    Raises:
-        ValueError: naming the key, what was given and what to do.
-    """
-    callbacks = cfg.get("callbacks") or {}
-    given = [name for name in STARTS if name in callbacks]
+    """Refuses settings of the start that contradict each other; reads no file."""
+    given = {f"callbacks.{name}": block or {} for name, block in (cfg.get("callbacks") or {}).items() if name in STARTS}
     if len(given) > 1:
-        sources = " and ".join(f"callbacks.{name}: {(callbacks[name] or {}).get('source')!r}" for name in given)
-        raise ValueError(f"{sources} given; only one can give the weights: ettin_phase goes on with the same objective, "
+        raise ValueError(" and ".join(f"{key}.source: {block.get('source')!r}" for key, block in given.items())
+                         + " given; only one can give the weights: ettin_phase goes on with the same objective, "
                          "ettin_cross changes it")
-    for name in given:
-        key, block = f"callbacks.{name}", callbacks[name] or {}
+    for key, block in given.items():
         if not isinstance(block.get("source"), str) or not block["source"]:
             raise ValueError(f"{key}.source: not given; add variables.source=CHECKPOINT to the command line")
         for other in ("load_path", "load_ignore_keys"):
             if cfg.get(other):
                 raise ValueError(f"{other}: {cfg[other]!r} given, and {key} takes the weights from {block['source']!r}; "
                                  "remove one of the two")
-        possible = (*_ACCEPTABLE, *(("objective",) if name == "ettin_phase" else ()))
-        accept = block.get("accept", [])
+        possible, accept = (*_ACCEPTABLE, *(("objective",) if key.endswith("phase") else ())), block.get("accept", [])
         if not isinstance(accept, list) or not set(accept) <= set(possible):
             raise must_be(f"{key}.accept", f"a list of {', '.join(possible)}", accept,
                           "what decides the shapes of the weights cannot differ")
@@ -234,63 +210,58 @@ def prepare_start(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         Keys to set in the config, by which the host loads the source of `ettin_phase`.
-
-    Raises:
-        ValueError, FileNotFoundError: naming the key and both values.
     """
     from ettin_foundry.training import checkpoints
 
     checkpoints.install_validation()  # also for files that the host downloads
     folder = (cfg.get("save_folder") or "").replace("{run_name}", cfg.get("run_name") or os.environ.get("RUN_NAME", ""))
     if cfg.get("autoresume") and "://" not in folder:
-        rank, sharded = int(os.environ.get("RANK", "0")), _is_sharded(cfg)
-        latest = cfg.get("save_latest_filename") or f"latest-{'sharded-' if sharded else ''}rank{{rank}}" + (
-            "" if sharded else ".pt")
-        latest = latest.replace("{rank}", str(rank if sharded else 0))
-        if "{" not in folder + latest and (sharded or rank == 0):
+        latest = (cfg.get("save_latest_filename") or "latest-rank{rank}.pt").replace("{rank}", "0")
+        if "{" not in folder + latest and os.environ.get("RANK", "0") == "0":
             checkpoints.repair_latest(folder, latest=latest)
         if own := checkpoints.newest_complete(folder):
-            check_resume(checkpoints.read_head(own).record, _describe(cfg), place=str(own), own=True)
+            schedule = objective_schedule(cfg)
+            now = {"run_name": cfg.get("run_name") or os.environ.get("RUN_NAME"), "objective": schedule.final,
+                   "objective_schedule": schedule.plain(), "config": dataclasses.asdict(model_config(cfg)),
+                   "run_config": config_text(cfg)}  # what Clock will say
+            check_resume(checkpoints.read_head(own).record, now, place=str(own), own=True)
             return {}
     for name in STARTS:
         if name in (cfg.get("callbacks") or {}):
             return _prepare_source(cfg, name)
     path = cfg.get("load_path")
     if path and path.endswith((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.lzma")):
-        raise must_be("load_path", "a .pt file or a sharded folder", path, "the host unpacks archives without any check")
+        raise must_be("load_path", "a .pt file", path, "the host unpacks archives without any check")
     if path and "://" not in path and "{" not in path:
         if not Path(path).exists():
             raise FileNotFoundError(f"load_path: {path!r} given; no such file; give one such as runs/NAME/latest-rank0.pt")
-        checkpoints.scan_pickle(path)
+        checkpoints.load_checkpoint(path)
     return {}
 
 
 def _prepare_source(cfg: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Checks the source that a callback names; the keys by which the host loads it, none for `ettin_cross`."""
-    from ettin_foundry.data import tokenizer
-
     key, block = f"callbacks.{name}", cfg["callbacks"][name]
     given, crossing, keep_all = block["source"], name == "ettin_cross", block.get("keep") != "weights"
-    if "://" in given and crossing:
+    remote = "://" in given
+    if remote and crossing:
         raise must_be(f"{key}.source", "a local file or folder", given, "download it first")
     # of a file that the host fetches, the record comes with the callbacks' state, and EnterPhase checks it
-    ignored = [*PARTS_LEFT_OUT, *(() if "://" in given else ("state/callbacks",))]
-    loading = {"load_ignore_keys": ignored} if keep_all else {"load_weights_only": True}
-    if "://" in given:
-        return {"load_path": given, **loading}
-    if "://" in (cfg.get("save_folder") or "") and cfg.get("autoresume") and not Path(given).exists():
-        log.warning("%s.source: %s is not here; it is needed unless this run's own checkpoint is found", key, given)
+    loading: dict[str, Any] = {"load_weights_only": True} if not keep_all else {
+        "load_ignore_keys": [*PARTS_LEFT_OUT, *(() if remote else ("state/callbacks",))]}
+    own_is_remote = "://" in (cfg.get("save_folder") or "") and cfg.get("autoresume")
+    if remote or (own_is_remote and not Path(given).exists()):  # then it is needed unless the host finds this run's own
         return {} if crossing else {"load_path": given, **loading}
     source = read_source(f"{key}.source", given)
     if not crossing:
-        _check_loadable(key, source, keep_all, _is_sharded(cfg), cfg["optimizer"]["name"])
+        _check_loadable(key, source, keep_all, cfg["optimizer"]["name"])
     target = Target(dataclasses.asdict(model_config(cfg)), tuple(objective_schedule(cfg).at(0)),
                     tokenizer.fingerprint(tokenizer.load(cfg["tokenizer"]["name"])))
     compare(key, source, target, block.get("accept", []), crossing=crossing)
     return {} if crossing else {"load_path": str(source.path), **loading}
 
 
-def _check_loadable(key: str, source: Source, keep_all: bool, sharded: bool, optimizer: str) -> None:
+def _check_loadable(key: str, source: Source, keep_all: bool, optimizer: str) -> None:
     path, anew = source.path, f"set {key}.keep=weights to start the optimizer anew"
     if source.is_folder:
         raise ValueError(f"{key}.source: {path} is a Hugging Face folder, which holds no optimizer moments; give the run's "
@@ -299,25 +270,9 @@ def _check_loadable(key: str, source: Source, keep_all: bool, sharded: bool, opt
     if keep_all and (not source.has_moments or before != optimizer):
         has = f"moments of {before}, and optimizer.name is {optimizer}" if source.has_moments else "no optimizer moments"
         raise ValueError(f"{key}.source: {path} holds {has}; give a whole checkpoint of the same optimizer, or {anew}")
-    if path.is_dir() != sharded:
-        kind, needed = ("a sharded checkpoint", "sharded") if path.is_dir() else ("one file", "full")
-        raise ValueError(f"{key}.source: {path} is {kind}, which the host loads only with "
-                         f"fsdp_config.state_dict_type={needed}; set it")
-
-
-def _is_sharded(cfg: Mapping[str, Any]) -> bool:
-    return value_at(cfg, "fsdp_config.state_dict_type") == "sharded"
 
 
 # ------------------------------------------------------------------ going on
-
-
-def _describe(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """What Clock will say of the run that a config describes."""
-    schedule = objective_schedule(cfg)
-    return {"run_name": cfg.get("run_name") or os.environ.get("RUN_NAME"), "objective": schedule.final,
-            "objective_schedule": schedule.plain(), "config": dataclasses.asdict(model_config(cfg)),
-            "run_config": config_text(cfg)}
 
 
 def check_resume(then: Mapping[str, Any], now: Mapping[str, Any], *, place: str, own: bool) -> None:
@@ -327,9 +282,6 @@ def check_resume(then: Mapping[str, Any], now: Mapping[str, Any], *, place: str,
         then: the checkpoint's record. now: the same of this run, by the config or by `Clock`.
         place: the checkpoint, for messages.
         own: it lies in this run's own save folder, so run_name and optimizer must be the same.
-
-    Raises:
-        ValueError: the first difference, with both values.
     """
     pairs = [("run_name", now.get("run_name"), then.get("run_name"))] if own else []
     pairs += [("model.objective", _without_end(now.get(key)), _without_end(then.get(key)))
@@ -337,8 +289,8 @@ def check_resume(then: Mapping[str, Any], now: Mapping[str, Any], *, place: str,
     pairs += [(f"model.{key}", new, (then.get("config") or {}).get(key)) for key, new in (now.get("config") or {}).items()]
     if "run_config" in then:
         new_config, old_config = json.loads(now["run_config"]), json.loads(then["run_config"])
-        same = (*_SAME, *(_OPTIMIZER if own else ()))
-        pairs += [(key, value_at(new_config, key), value_at(old_config, key)) for key in same]
+        for key in (*_SAME, *(_OPTIMIZER if own else ())):
+            pairs.append((key, value_at(new_config, key), value_at(old_config, key)))
         pairs.append(("train_loader.mask_rate", _mask_rate(new_config), _mask_rate(old_config)))
         for key in (f"callbacks.{name}.source" for name in STARTS):
             new, old = value_at(new_config, key), value_at(old_config, key)
@@ -355,9 +307,8 @@ def check_resume(then: Mapping[str, Any], now: Mapping[str, Any], *, place: str,
 def _mask_rate(config: dict[str, Any]) -> Any:
     """Plain data in tokens; None without a loader of ours."""
     value = value_at(config, "train_loader.mask_rate")
-    if value is None:
-        return None
-    return _without_end(MaskRate.parse(value, total=total_tokens(config), key="train_loader.mask_rate").plain())
+    return None if value is None else _without_end(
+        MaskRate.parse(value, total=total_tokens(config), key="train_loader.mask_rate").plain())
 
 
 def _without_end(plain: Any) -> Any:

@@ -1,8 +1,7 @@
 """Callbacks that start from another run: entering a phase with weights and moments, or crossing objectives with weights.
 
-Sources are compared in sources.py, before work and again here with what was built. For `ettin_phase` the host loads, told
-by load_path and load_ignore_keys what to take; `clock.Clock` then sets the recipe's learning rate. A run that finds its own
-checkpoint enters nothing, so the clock starts anew exactly once.
+Sources are compared in sources.py, before work and again here with what was built. A run that finds its own checkpoint
+enters nothing, so the clock starts anew exactly once.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from composer.loggers import Logger
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from ettin_foundry.data import tokenizer
-from ettin_foundry.model import weights as hf
+from ettin_foundry.model.weights import import_folder
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
 from ettin_foundry.training.checkpoints import load_model_state
 from ettin_foundry.training.clock import Clock
@@ -50,16 +49,15 @@ class _Start(Callback):
         target = Target(dataclasses.asdict(model.config), tuple(ObjectiveSchedule.parse(model.objective_schedule).at(0)),
                         None if tokens is None else tokenizer.fingerprint(tokens))
         accepted = compare(self.key, source, target, self.accept, crossing=isinstance(self, CrossObjective))
-        clock, path, record = _clock(state), source.path.resolve(), source.record
-        if clock is not None:
-            clock.lineage = (*record.get("lineage", ()), {
-                "source": f"{path.parent.name}/{path.name}",
-                **{key: record.get(key) for key in ("objective", "tokens", "phase", "run_hash")},
-                "accepted": ", ".join(f"{name} {was} -> {now}" for name, (was, now) in accepted.items()) or None})
+        path, record = source.path.resolve(), source.record
+        _clock(state).lineage = (*record.get("lineage", ()), {
+            "source": f"{path.parent.name}/{path.name}",
+            **{key: record.get(key) for key in ("objective", "tokens", "phase", "run_hash")},
+            "accepted": ", ".join(f"{name} {was} -> {now}" for name, (was, now) in accepted.items()) or None})
 
 
-def _clock(state: State) -> Clock | None:
-    return next((callback for callback in state.callbacks if isinstance(callback, Clock)), None)
+def _clock(state: State) -> Clock:
+    return next(callback for callback in state.callbacks if isinstance(callback, Clock))  # the checks add it to every run
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -71,10 +69,10 @@ class EnterPhase(_Start):
     """Enters a phase: weights and optimizer moments of the phase before, everything else as this run's recipe says.
 
     Kept: weights, and the optimizer's moments and step count (not with keep: weights). New: clock, schedule, data order,
-    generators. One line in the log says what else the recipe changes. A run that resumes its own checkpoint is left alone.
+    generators. The host loads, told by load_path and load_ignore_keys what to take. A resumed run is left alone.
 
     Args:
-        source: a Composer checkpoint (file, sharded folder or save folder) of the same objective.
+        source: a Composer checkpoint (file or save folder) of the same objective.
         accept: fields of the model that this phase may change (`global_rope_theta`), `tokenizer`, or `objective` between
             encoders. What is listed and does not differ is no error.
         keep: `all`, or `weights` to start the optimizer anew.
@@ -100,14 +98,12 @@ class EnterPhase(_Start):
             raise ValueError(f"{self.key}.source: {self.source} gave no moments to {type(state.optimizers[0]).__name__}; "
                              f"take the optimizer that it was trained with, or set {self.key}.keep=weights")
         clock = _clock(state)
-        assert clock is not None  # the checks give it to every run
         if "://" not in state.load_path:
             source = read_source(f"{self.key}.source", state.load_path)
         elif clock.loaded and clock.loaded.get("config"):
             source = Source(Path(state.load_path), clock.loaded)
         else:
-            raise ValueError(f"{self.key}.source: {self.source} does not say what model it holds; download it, and give "
-                             "the file")
+            raise ValueError(f"{self.key}.source: {self.source} does not say what model it holds; download it first")
         self._accept(state, source)
         record, now = source.record, clock.state_dict()
         old, new = ({key: value for key, value in walk(json.loads(each.get("run_config") or "{}"))
@@ -122,11 +118,10 @@ class CrossObjective(_Start):
     """Continues from the weights of another kind of model: an encoder from a decoder, a decoder from an encoder, or one
     encoder's objective from another's.
 
-    Head, output bias and tied matrix come along; clock, optimizer and data start anew. Nothing happens when autoresume has
-    already loaded a checkpoint of this very run.
+    Head, output bias and tied matrix come along; clock, optimizer and data start anew. A resumed run is left alone.
 
     Args:
-        source: a Composer checkpoint (file, sharded folder or save folder), or a Hugging Face folder, also an official one.
+        source: a Composer checkpoint (file or save folder), or a Hugging Face folder, also an official one.
         accept: fields of the model that may differ (`global_rope_theta`, `local_rope_theta`), or `tokenizer`.
 
     Raises:
@@ -149,7 +144,7 @@ class CrossObjective(_Start):
         source = read_source(f"{self.key}.source", self.source)
         self._accept(state, source)
         # every rank reads: tensors are mapped from the file, not copied
-        weights = hf.import_folder(source.path)[0] if source.is_folder else load_model_state(source.path)[0]
+        weights = import_folder(source.path)[0] if source.is_folder else load_model_state(source.path)[0]
         named: dict[str, Any] = {f"model.{name}": tensor for name, tensor in weights.items()}
         given, own = ({name: tuple(tensor.shape) for name, tensor in tensors.items()}
                       for tensors in (named, get_model_state_dict(state.model)))
@@ -158,12 +153,10 @@ class CrossObjective(_Start):
                              f"model's, the first {wrong[0]} of shape {given.get(wrong[0])} (here {own.get(wrong[0])})")
         set_model_state_dict(state.model, named, options=StateDictOptions(full_state_dict=True, strict=True))
         model: Any = state.model
-        old, new = ({f"model.{key}": value for key, value in config.items()}
-                    for config in (source.record["config"], dataclasses.asdict(model.config)))
         log.info("crossing from %s (%s, %s tokens) to %s: kept weights; new clock, schedule, data order, generators, "
                  "optimizer; changed: %s", source.path, source.record.get("objective") or "objective unknown",
-                 source.record.get("tokens"), ObjectiveSchedule.parse(model.objective_schedule),
-                 _changes({**new, **old}, new))
+                 source.record.get("tokens"), model.objective, _changes(source.record["config"],
+                                                                        dataclasses.asdict(model.config)))
 
     def state_dict(self) -> dict[str, Any]:
         return {"source": self.source}

@@ -27,11 +27,7 @@ class StepLog(CallbackWithConfig):
     data/objective_NAME, the share of the step's rows that train it.
 
     Args:
-        train_config: the run's config, given by LLM-Foundry.
         folder: a local folder; save_folder if not given. `{run_name}` is filled in.
-
-    Raises:
-        ValueError: neither is given, or it is remote.
     """
 
     def __init__(self, train_config: Mapping[str, Any], folder: str | None = None):

@@ -7,7 +7,7 @@ import parity
 import pytest
 import torch
 
-from ettin_foundry.cli import main as cli
+from ettin_foundry.cli.main import main
 from ettin_foundry.hub.folder import export_model
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.weights import import_folder, weights_checkpoint
@@ -35,7 +35,7 @@ def decoder():
 def run(capsys, *arguments):
     """(exit code, stdout, stderr) of `ettin arguments...`"""
     with pytest.raises(SystemExit) as end:
-        cli.main([str(a) for a in arguments])
+        main([str(a) for a in arguments])
     return end.value.code or 0, *capsys.readouterr()
 
 

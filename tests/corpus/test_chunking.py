@@ -108,29 +108,31 @@ def cuts_by_reading(pieces: list[bytes], limit: int) -> list[int]:
     return [*ends, len(pieces)]
 
 
-def check_same(tokenizer: Tokenizer, tokens: np.ndarray, limit: int) -> list[int]:
+def check_same(tokenizer: Tokenizer, tokens: np.ndarray, limit: int, *, is_text: bool = True) -> int:
+    """Holds the cuts to the rule, and those of a text to what it promises: whole characters, no scraps."""
     pieces = token_bytes(tokenizer.to_str())
     ends = Chunker(tokenizer.to_str(), limit).cuts(tokens)
     assert ends == cuts_by_reading([pieces[token] for token in tokens.tolist()], limit)
-    return ends
+    sizes = np.diff([0, *ends])
+    assert sizes.min() >= 1 and sizes.max() <= limit and sizes.sum() == len(tokens)
+    if is_text and len(ends) > 1:
+        assert sizes.min() >= limit / 10
+        for chunk in np.split(tokens, ends[:-1]):
+            b"".join(pieces[token] for token in chunk.tolist()).decode()
+    return len(ends)
 
 
 @pytest.mark.parametrize("limit", [10, 37, 62, 200, 510])
 def test_cuts_are_those_of_the_rule_read_on_text(trained: Tokenizer, limit: int) -> None:
     rng = np.random.default_rng(limit)
-    for _ in range(8):
-        parts = [*MIXED.split(" "), *make_documents(6, seed=int(rng.integers(1 << 30)))]
-        text = "".join(rng.choice(parts) + rng.choice([" ", " ", " ", ". ", "\n", "\n\n", "\u3002"]) for _ in range(300))
-        check_same(trained, encode(trained, text), limit)
-
-
-@pytest.mark.parametrize("limit", [11, 40, 110, 300])
-def test_cuts_are_those_of_the_rule_on_nothing_but_punctuation_and_spaces(trained: Tokenizer, limit: int) -> None:
-    rng = np.random.default_rng(limit)
-    for words in (0.0, 0.1, 0.5):
-        text = "".join(rng.choice(list("aB3\u6c49")) if rng.random() < words else rng.choice(list(SPECIAL))
-                       for _ in range(2500))
-        check_same(trained, encode(trained, text), limit)
+    for words in (0.0, 0.1, 0.5, 1.0, 1.0, 1.0):
+        if words < 1:  # nearly nothing but punctuation and spaces
+            parts = [rng.choice(list("aB3\u6c49" if rng.random() < words else SPECIAL)) for _ in range(2500)]
+        else:
+            prose = [*MIXED.split(" "), *make_documents(6, seed=int(rng.integers(1 << 30)))]
+            ends = [" ", " ", " ", ". ", "\n", "\n\n", "\u3002"]
+            parts = [rng.choice(prose) + rng.choice(ends) for _ in range(300)]
+        assert check_same(trained, encode(trained, "".join(parts)), limit) > 1
 
 
 def test_cuts_are_those_of_the_rule_on_any_ids(trained: Tokenizer) -> None:
@@ -141,20 +143,18 @@ def test_cuts_are_those_of_the_rule_on_any_ids(trained: Tokenizer) -> None:
     for share in (0.0, 0.5, 0.9, 0.99):
         tokens = np.where(rng.random(3000) < share, rng.choice(inside, 3000), rng.integers(0, len(pieces), 3000))
         for limit in (1, 2, 3, 15, 60, 333):
-            check_same(trained, tokens.astype(np.uint16), limit)
+            check_same(trained, tokens.astype(np.uint16), limit, is_text=False)
 
 
 @pytest.mark.parametrize("limit", [24, 62, 510, 1022])
 def test_cuts_are_those_of_the_rule_with_the_real_vocabulary(ettin_tokenizer_dir: Path, limit: int) -> None:
     tokenizer = Tokenizer.from_file(str(ettin_tokenizer_dir / "tokenizer.json"))
-    code = Path(json.decoder.__file__).read_text(encoding="utf-8") + Path(argparse.__file__).read_text(encoding="utf-8")
-    ends = check_same(tokenizer, encode(tokenizer, code[:90_000] + MIXED * 20), limit)
-    assert len(ends) > 10
+    code = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (json.decoder, argparse))
+    assert check_same(tokenizer, encode(tokenizer, code[:90_000] + MIXED * 20), limit) > 10
 
 
 CASES = {  # limit 40: a chunk ends after 36 to 40 bytes; the tail after that is longer than 4
     "paragraph before sentence": ("x" * 30 + " line\n\n" + "Go. " + "y" * 40, "x" * 30 + " line\n\n"),
-    "latest paragraph": ("x" * 35 + "\n\n\n" + "y" * 40, "x" * 35 + "\n\n\n"),
     "blank line of spaces": ("x" * 33 + "\n \t\n  " + "y" * 40, "x" * 33 + "\n \t\n"),
     "blank line of CR LF": ("x" * 33 + "\r\n\r\n" + "y" * 40, "x" * 33 + "\r\n\r\n"),
     "one CR LF is a line end": ("x" * 30 + "end.a\r\n " + "y" * 40, "x" * 30 + "end.a\r\n"),
@@ -165,14 +165,12 @@ CASES = {  # limit 40: a chunk ends after 36 to 40 bytes; the tail after that is
     "full stop inside a word": ("x" * 33 + "a.py b" + "y" * 40, "x" * 33 + "a.py"),
     "digit before the full stop": ("x" * 33 + " 1. a" + "y" * 40, "x" * 33 + " 1."),
     "initial before the full stop": ("x" * 34 + " J. S" + "y" * 40, "x" * 34 + " J."),
-    "question mark after a capital": ("x" * 34 + " J? S" + "y" * 40, "x" * 34 + " J? "),
     "line before word": ("x" * 36 + "\na b" + "y" * 40, "x" * 36 + "\n"),
     "word before character": ("x" * 37 + " " + "y" * 40, "x" * 37),
     "as late as possible": ("x" * 80, "x" * 40),
     "not inside a character": ("x" * 39 + "\u00fc" + "y" * 40, "x" * 39),
     "not inside an emoji": ("x" * 37 + "\U0001f600" + "y" * 40, "x" * 37),
     "outside the tenth is no place": ("x" * 30 + ".\n\n" + "y" * 80, "x" * 30 + ".\n\n" + "y" * 7),
-    "first place of the tenth": ("x" * 34 + "\n\n" + "y" * 80, "x" * 34 + "\n\n"),
     "one before the tenth": ("x" * 33 + "\n\n" + "y" * 80, "x" * 33 + "\n\n" + "y" * 5),
 }
 
@@ -262,11 +260,6 @@ def test_bytes_of_words_with_an_end_mark() -> None:
     tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "a</w>": 1, ".</w>": 2}, merges=[], end_of_word_suffix="</w>"))
     assert token_bytes(tokenizer.to_str()) == [b"a", b"a ", b". "]
     assert Chunker(tokenizer.to_str(), 20).cuts(np.array([0] * 17 + [1, 2, 0] + [0] * 20, np.uint16))[0] == 19
-
-
-def test_ids_without_a_token_are_words(trained: Tokenizer) -> None:
-    tokens = np.full(100, 65_535, np.uint16)
-    assert Chunker(trained.to_str(), 40).cuts(tokens) == [40, 80, 100]
 
 
 @pytest.mark.parametrize("limit", [7, 40, 333])

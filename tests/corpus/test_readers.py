@@ -29,10 +29,13 @@ def test_every_format_gives_the_same_documents(tmp_path: Path, kind: str, packin
 
 
 @pytest.mark.parametrize("packing", PACKERS)
-def test_one_text_file_is_one_document(tmp_path: Path, packing: str) -> None:
+def test_one_text_file_is_one_document_and_a_line_is_named_by_its_first_byte(tmp_path: Path, packing: str) -> None:
     path = tmp_path / f"a.txt{packing}"
     path.write_bytes(PACKERS[packing](b"\xef\xbb\xbf" + "\n".join(TEXTS).encode()))
     assert read(path) == [(f"a.txt{packing}", "\n".join(TEXTS))]
+    path = tmp_path / f"a.jsonl{packing}"
+    path.write_bytes(PACKERS[packing](b'{"text": "\xc3\xbc"}\n\n{"text": "y"}\n'))
+    assert read(path) == [(f"a.jsonl{packing}:0", "\u00fc"), (f"a.jsonl{packing}:16", "y")]
 
 
 def test_json_may_be_one_record_or_a_list_with_blanks(tmp_path: Path) -> None:
@@ -65,20 +68,7 @@ def test_ids_are_exact(tmp_path: Path) -> None:
     expected = ["\u00fc", "7", "-3", str(2**64 - 1), str(2**64), str(10**30), "1.5", "True", ""]
     assert [identity for identity, _ in read(tmp_path / "a.jsonl")] == expected
     assert [identity for identity, _ in read(tmp_path / "a.jsonl", id_field="id")] == expected
-
-
-def test_default_id_is_the_byte_that_the_line_begins_at_before_compression(tmp_path: Path) -> None:
-    data = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
-    for packing, pack in PACKERS.items():
-        (tmp_path / f"a.jsonl{packing}").write_bytes(pack(data))
-        for identity, text in read(tmp_path / f"a.jsonl{packing}"):
-            offset = int(identity.removeprefix(f"a.jsonl{packing}:"))
-            assert json.loads(data[offset:].split(b"\n")[0])["text"] == text
-            assert offset == 0 or data[offset - 1:offset] == b"\n"
-
-
-def test_json_that_only_the_standard_library_reads_is_read(tmp_path: Path) -> None:
-    """NaN and huge numbers beside the text are not orjson's, and no reason to refuse a corpus."""
+    # NaN and huge numbers beside the text are not orjson's, and no reason to refuse a corpus
     (tmp_path / "a.jsonl").write_text('{"text": "x", "score": NaN}\n{"text": "y", "score": 1e400, "id": "i"}\n')
     assert read(tmp_path / "a.jsonl") == [("a.jsonl:0", "x"), ("i", "y")]
 
@@ -219,24 +209,19 @@ GOOD = content(".jsonl", TEXTS * 50)
 BAD_FILES = {  # name, content, where and what
     "UTF-8 in text": ("b.txt", b"ok \xff", r"b\.txt must be UTF-8.*at byte 3"),
     "UTF-8 in a line": ("b.jsonl", b'{"text": "ok"}\n{"text": "\xe4"}\n', r"line 2 \(byte 15\) must be UTF-8"),
-    "UTF-16": ("b.json", '{"text": "x"}'.encode("utf-16"), "must be UTF-8"),
     "UTF-8 in parquet": ("b.parquet", bad_parquet(), "rows 1 to 2 must be UTF-8"),
     "truncated gz": ("b.jsonl.gz", gzip.compress(GOOD)[:-20], "must be a whole file"),
-    "no gz": ("b.jsonl.gz", GOOD, "Not a gzipped"),
     "flipped gz": ("b.txt.gz", gzip.compress(GOOD)[:-8] + bytes(8), "CRC"),
-    "second gz member cut": ("b.jsonl.gz", gzip.compress(GOOD) + gzip.compress(GOOD)[:-9], "a whole file"),
     "truncated zst": ("b.jsonl.zst", PACKERS[".zst"](GOOD)[:-20], "Truncated"),
     "second zst frame cut": ("b.jsonl.zst", PACKERS[".zst"](GOOD) + PACKERS[".zst"](GOOD)[:-9], "Trunc"),
     "no zst": ("b.txt.zst", GOOD, "must be a whole file"),
     "truncated parquet": ("b.parquet", content(".parquet", TEXTS)[:-20], r"must be a whole \.parquet"),
-    "empty parquet": ("b.parquet", b"", r"must be a whole \.parquet"),
     "no column": ("b.parquet", content(".parquet", TEXTS).replace(b"text", b"tixt"), "have a column 'text'"),
     "no text": ("b.jsonl", b'{"text": "x"}\n{"id": 1}\n', r"line 2 \(byte 14\) .*'text' is a string"),
     "text null": ("b.jsonl", b'{"text": null}\n', r"line 1 \(byte 0\) .*'text' is a string"),
     "text a number": ("b.json", b'[{"text": "x"}, {"text": 3}]', "record 2 .*'text' is a string"),
     "no object": ("b.jsonl", b'\n["x"]\n', r"line 2 \(byte 1\) must be an object"),
     "no JSON": ("b.jsonl", b'{"text": "x"}\n{"text": \n', r"line 2 .*no JSON \(Expecting value"),
-    "two records in a line": ("b.jsonl", b'{"text": "x"},{"text": "y"}', r"line 1 .*no JSON \(Extra"),
     "control character": ("b.jsonl", b'{"text": "x\x01"}\n', r"line 1 .*no JSON \(Invalid control char"),
     "lines in .json": ("b.json", GOOD, r"got no JSON at its end .*\.jsonl"),
     "list ends early": ("b.json", b'[{"text": "x"},', r"no JSON at record 2 \(Expecting value"),
@@ -245,7 +230,6 @@ BAD_FILES = {  # name, content, where and what
     "nested JSON": ("b.jsonl", b"[" * 100_000, r"line 1 \(byte 0\) must be .*no JSON"),
     "nested .json": ("b.json", b"[" * 100_000, "no JSON"),
     "lone surrogate": ("b.jsonl", b'{"text": "ab\\ud800"}', r"line 1 \(byte 0\) must be valid Unicode.*character 2"),
-    "lone surrogate in .json": ("b.json", b'{"text": "ab\\ud800"}', "record 1 must be valid Unicode"),
     "lone surrogate in an id": ("b.jsonl", b'{"text": "", "id": "\\udc00"}', "line 1 .*must be valid Unicode"),
     "id a list": ("b.jsonl", b'{"text": "", "nr": []}', r"line 1 .*'nr' must be .* got \[\]"),
 }

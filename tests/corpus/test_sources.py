@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,13 +49,6 @@ def test_names_licences_and_places(tmp_path: Path) -> None:
     assert find_source(os.path.relpath(tmp_path / "c.txt")).name == "c"
     (tmp_path / "c.txt.parquet").symlink_to(tmp_path / "c.txt")
     assert find_source(str(tmp_path / "c.txt.parquet")).files == (("c.txt.parquet", 1),)  # read as what it is called
-
-
-def test_source_can_be_pickled(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("x")
-    source = find_source(str(tmp_path))
-    assert source.sizes == {"a.txt": 1}
-    assert pickle.loads(pickle.dumps(source)) == source
 
 
 def test_kind_of_a_file_is_its_suffix() -> None:
@@ -119,11 +111,6 @@ def test_every_byte_is_in_one_part() -> None:
         for name, size in source.files:
             cuts = [(part.begin, size if part.end is None else part.end) for part in parts if part.file == name]
             assert cuts[0][0] == 0 and cuts[-1][1] == size and all(a[1] == b[0] for a, b in zip(cuts, cuts[1:]))
-
-
-def test_unit_size_must_be_a_size() -> None:
-    with pytest.raises(ValueError, match="--unit-size must be at least 1"):
-        plan_parts(listed(("a.txt", 1)), 0)
 
 
 def test_units_together_read_what_the_source_holds(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pickle
 import random
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,15 +98,6 @@ def test_a_stream_reads_and_seeks_like_a_file(storage: Storage) -> None:
         assert list(stream) == [b"a\n", b"b\n"] * BLOCK
 
 
-def test_a_range_is_exact_or_an_error(storage: Storage) -> None:
-    storage.write_bytes("x", noise(50))
-    for begin, end in [(0, 50), (0, 1), (49, 50), (7, 7), (13, 29)]:
-        assert storage.read_range("x", begin, end) == noise(50)[begin:end]
-    for begin, end in [(40, 51), (60, 70)]:
-        with pytest.raises(OSError, match="x"):
-            storage.read_range("x", begin, end)
-
-
 def test_files_move_in_and_are_copied_out(storage: Storage, tmp_path: Path) -> None:
     data = noise(3 * BLOCK + 1)
     for folder in (storage.scratch(), tmp_path):
@@ -126,7 +118,7 @@ def test_files_move_in_and_are_copied_out(storage: Storage, tmp_path: Path) -> N
 def test_a_missing_file_is_one_clear_error(storage: Storage, tmp_path: Path) -> None:
     storage.write_bytes("folder/x", b"x")
     for name in ("y", "folder"):
-        for ask in (storage.size, storage.read_bytes, storage.open, lambda name: storage.read_range(name, 0, 1),
+        for ask in (storage.size, storage.read_bytes, storage.open,
                     lambda name: storage.get_file(name, tmp_path / "out")):
             with pytest.raises(FileNotFoundError, match=f"{name}: no such file"):
                 ask(name)
@@ -137,7 +129,7 @@ def test_a_missing_file_is_one_clear_error(storage: Storage, tmp_path: Path) -> 
 def test_a_name_that_leaves_the_folder_is_refused(storage: Storage, tmp_path: Path, name: str) -> None:
     (tmp_path / "x").write_bytes(b"secret")
     for ask in (storage.size, storage.exists, storage.read_bytes, storage.open, storage.delete,
-                lambda name: storage.read_range(name, 0, 1), lambda name: storage.write_bytes(name, b"bad"),
+                lambda name: storage.write_bytes(name, b"bad"),
                 lambda name: storage.get_file(name, tmp_path / "out"), lambda name: storage.put_file(tmp_path / "x", name)):
         with pytest.raises(ValueError, match="must be a plain name inside the folder"):
             ask(name)
@@ -222,16 +214,15 @@ def test_a_folder_that_cannot_be_listed_is_an_error_not_empty(tmp_path: Path, mo
 
 def test_lost_connections_and_busy_answers_cost_one_block_each(server: S3Server, tmp_path: Path,
                                                                caplog: pytest.LogCaptureFixture) -> None:
-    data = noise(6 * BLOCK)
+    data = noise(7 << 20)
     server.put("set/x", data)
     server.clear()
-    server.cut(lambda request: request.range == "bytes=1000-1999", times=2, after=10)
-    server.fail(lambda request: request.range == "bytes=3000-3999", status=503)
+    server.cut(lambda request: request.range is not None, times=2, after=10)
+    server.fail(lambda request: request.range is not None, status=503)
     open_storage(server.url("set")).get_file("x", tmp_path / "x")
-    assert (tmp_path / "x").read_bytes() == data
-    ranges = sorted(request.range for request in server.requests if request.method == "GET")
-    assert ranges == [f"bytes={begin}-{begin + 999}" for begin in (0, 1000, 1000, 1000, 2000, 3000, 3000, 4000, 5000)]
-    assert "try 2 of 5" in caplog.text
+    assert (tmp_path / "x").read_bytes() == data and not server.faults_left()
+    ranges = Counter(request.range for request in server.requests if request.method == "GET")
+    assert len(ranges) > 4 and ranges.total() == len(ranges) + 3 and "try 2 of 5" in caplog.text
 
 
 @pytest.mark.parametrize(("act", "method"), [
@@ -260,10 +251,10 @@ def test_refusals_are_final(server: S3Server) -> None:
     storage = open_storage(server.url("set"))
     for status, kind in [(403, PermissionError), (401, PermissionError), (404, FileNotFoundError), (400, OSError)]:
         server.clear()
-        server.fail(lambda request: True, times=9, status=status)
+        server.fail(lambda request: request.method == "GET", times=9, status=status)
         with pytest.raises(kind, match="s3://corpus/set/x"):
-            storage.read_range("x", 0, 2)
-        assert len(server.requests) == 1
+            storage.read_bytes("x")
+        assert server.faults_left() == 8
     server.clear()
     with pytest.raises(FileNotFoundError, match="s3://no-such-bucket/x"):
         open_storage("s3://no-such-bucket").read_bytes("x")
@@ -337,9 +328,9 @@ def test_errors_of_fsspec_drivers_become_pythons_own(monkeypatch: pytest.MonkeyP
                         (PermissionError(), PermissionError), (FileNotFoundError(), FileNotFoundError),
                         (http_error(503), ConnectionError), (ConnectionResetError(), ConnectionError),
                         (NotImplementedError(), OSError)]:
-        def cat_file(*_: Any, error: Exception = error, **__: Any) -> bytes:
+        def info(*_: Any, error: Exception = error, **__: Any) -> dict[str, Any]:
             raise error
 
-        monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.cat_file", cat_file)
+        monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.info", info)
         with pytest.raises(kind):
-            storage.read_range("y", 2, 5)
+            storage.size("y")

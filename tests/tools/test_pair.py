@@ -13,7 +13,7 @@ import pytest
 import test_recipes
 
 from ettin_foundry import REGISTRY
-from ettin_foundry.cli import main as cli
+from ettin_foundry.cli.main import main
 from ettin_foundry.data.stream import DATASET_KEYS
 from ettin_foundry.model.config import SIZES
 from ettin_foundry.tools.meaning import read_meaning
@@ -73,7 +73,7 @@ def verdicts(report):
     ({"optimizer.max_lr": 3e-3}, {"optimizer.betas": ..., "optimizer.eps": ...}),
     ({"optimizer.weight_decay": 0}, {"optimizer.weight_decay": ...}),
     ({"train_loader.shuffle_window": 16, "train_loader.shuffle_seed": 21}, {"train_loader.shuffle_seed": ...}),
-    ({"train_loader.dataset.remote": None}, {"train_loader.dataset.on_bad_shard": "stop"}),
+    ({"train_loader.dataset.remote": None}, {}),
     ({"train_loader.mask_rate": 0.3}, {"train_loader.mask_rate": [{"rate": 0.3}]}),
     ({"train_loader.mask_rate": [{"until": "2_000_000tok", "rate": 0.3}, {"rate": 0.1}]},
      {"train_loader.mask_rate": [{"until": "0.5dur", "rate": 0.3}, {"until": "1dur", "rate": 0.1}]}),
@@ -100,7 +100,7 @@ def test_a_list_of_evaluations_is_what_the_checks_make_of_one_with_several_objec
 
 
 def test_nothing_heavy_is_imported():
-    code = ("import sys, ettin_foundry.cli.lint, ettin_foundry.tools.pair\n"
+    code = ("import sys, ettin_foundry.cli.runs, ettin_foundry.tools.pair\n"
             "sys.exit(any(m in sys.modules for m in ('torch', 'llmfoundry', 'composer', 'transformers')))")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
@@ -306,7 +306,7 @@ def test_sets_are_compared_by_content_where_they_are_here(data_set, tmp_path):
 
 
 def test_a_config_that_cannot_be_read_is_named():
-    with pytest.raises(ValueError, match=r"^second: model\.size: '3b'"):
+    with pytest.raises(ValueError, match=r"^second: model\.size.*3b"):
         lint_pair(NANO, changed(NANO, {"model.size": "3b"}), names=("first", "second"))
     with pytest.raises(ValueError, match="^second: cannot be read: .*max_duration"):
         lint_pair(NANO, changed(NANO, {"max_duration": ...}), names=("first", "second"))
@@ -409,12 +409,12 @@ def test_the_table_is_aligned_unfair_first_and_ends_with_the_verdict():
     assert rows[0].split()[:4] == ["unfair", "seed", "21", "5"]
     columns = [head.index(word) for word in ("key", "one", "two", "why")]
     assert all(row[column - 1] == " " and row[column] != " " for row in rows for column in columns)
-    assert lines[-1].startswith("unfair pair: 1 unfair, ") and lines[-1].endswith("1 harmless; unfair: seed")
+    assert lines[-1].startswith("unfair pair: 1 unfair, 1 harmless, ") and lines[-1].endswith("; unfair: seed")
 
 
 def run(capsys, *arguments):
     with pytest.raises(SystemExit) as end:
-        cli.main(["lint", *map(str, arguments)])
+        main(["lint", *map(str, arguments)])
     return end.value.code or 0, *capsys.readouterr()
 
 
@@ -437,7 +437,7 @@ def test_the_command_takes_joined_files_and_keys_and_its_exit_code_is_the_verdic
     (("yamls/nano.yaml",), 2, "two runs are compared"), (("a.yaml", "b.yaml", "c.yaml"), 2, "--chain"), ((), 2, "A B"),
     (("yamls/nano.yaml", "none.yaml"), 1, "error: none.yaml: none.yaml: no such file"),
     (("yamls/nano.yaml", "yamls/nano.yaml+max_duration=1ep"), 1,
-     "error: yamls/nano.yaml+max_duration=1ep: max_duration: '1ep'"),
+     "error: yamls/nano.yaml+max_duration=1ep: max_duration"),
 ])
 def test_a_wrong_command_line_and_a_refused_run_are_told_apart(capsys, monkeypatch, arguments, code, words):
     monkeypatch.chdir(ROOT)

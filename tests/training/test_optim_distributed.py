@@ -21,22 +21,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ettin_foundry.training import optimizer as optim
 
 RANKS, STEPS, LR, DECAY = 3, 5, 0.01, 0.1  # 3 ranks: 5 rows are cut 2 + 2 + 1, and 4 rows 2 + 2 + 0
-
-
-class HostReads(TorchDispatchMode):
-    """Counts floating-point values that the host reads from tensors."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point():
-            self.count += 1
-        return func(*args, **(kwargs or {}))
 
 
 def model(dtype=torch.float32):
@@ -52,7 +40,7 @@ def loss_of(network, x):
     return network(x).square().mean()
 
 
-def train(rank, network, optimizer, factor, full, checked):
+def train(rank, network, optimizer, factor, full):
     """`STEPS` steps beside the formula; `full` gives the whole tensor of a parameter or gradient."""
     reference = model(torch.float64)
     formulas = [Formula(p, DECAY, LR) for p in reference.parameters()]
@@ -66,7 +54,7 @@ def train(rank, network, optimizer, factor, full, checked):
         for p, g in zip(network.parameters(), expected):
             # float32 against float64: rounding of gradients of the order of 1
             torch.testing.assert_close(full(p.grad).double(), g, rtol=1e-4, atol=1e-5)
-        checked(optimizer.step)
+        optimizer.step()
         with torch.no_grad():
             for formula, p, g in zip(formulas, reference.parameters(), expected):
                 formula.step(g, LR)
@@ -92,25 +80,7 @@ def fsdp2(rank):
     network, optimizer = sharded(rank)
     assert [p.to_local().shape[0] for p in network.parameters()][-1] == (2, 2, 0)[rank]
     factor = 1 / RANKS  # torch 2.7's FSDP2 sums gradients under gloo, where NCCL averages them
-    calls = []
-    original = dist.all_reduce
-
-    def counted(*args, **kwargs):
-        calls.append(args)
-        return original(*args, **kwargs)
-
-    def checked(step):
-        calls.clear()
-        dist.all_reduce = counted
-        try:
-            with HostReads() as reads:
-                step()
-        finally:
-            dist.all_reduce = original
-        assert len(calls) == 2, len(calls)  # one a group: matrices, and norms with biases
-        assert reads.count == 0, reads.count
-
-    train(rank, network, optimizer, factor, lambda tensor: tensor.full_tensor(), checked)
+    train(rank, network, optimizer, factor, lambda tensor: tensor.full_tensor())
     for options in (StateDictOptions(), StateDictOptions(full_state_dict=True)):
         other, resumed = sharded(rank)
         saved = copy.deepcopy((get_model_state_dict(network, options=options),  # else they share the first one's tensors
@@ -129,7 +99,7 @@ def fsdp2(rank):
 def ddp(rank):
     network = DistributedDataParallel(model())
     optimizer = optim.StableAdamW(network.parameters(), LR, weight_decay=DECAY)
-    train(rank, network, optimizer, 1.0, lambda tensor: tensor, lambda step: step())
+    train(rank, network, optimizer, 1.0, lambda tensor: tensor)
 
 
 def work(rank, port):

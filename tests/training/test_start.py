@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -74,25 +75,17 @@ def arguments(phase, *overrides):
             f"variables.warmup={WARMUP}tok", *overrides]
 
 
-class Said(logging.Handler):
+@contextlib.contextmanager
+def said():
     """The messages of start.py."""
-
-    def __init__(self):
-        super().__init__(logging.INFO)
-        self.messages = []
-        self.logger = logging.getLogger("ettin_foundry.training.start")
-
-    def emit(self, record):
-        self.messages.append(record.getMessage())
-
-    def __enter__(self):
-        self.logger.addHandler(self)
-        self.logger.setLevel(logging.INFO)
-        return self
-
-    def __exit__(self, *_):
-        self.logger.removeHandler(self)
-        self.logger.setLevel(logging.NOTSET)
+    logger, messages = logging.getLogger("ettin_foundry.training.start"), []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield messages
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +94,10 @@ def chain(data_set, tmp_path_factory):
     out, done, source = tmp_path_factory.mktemp("chain"), {}, None
     for phase in ("pretrain", "extend", "decay"):
         args = arguments(phase, *([f"variables.source={source}"] if source else []), *["seed=99"] * (phase == "decay"))
-        with Said() as said:
+        with said() as messages:
             trainer = nano_run.run(data_set, out, *args)
         config = om.to_container(nano_run.configure(data_set, out, *args), resolve=True)
-        done[phase] = {"seen": PhaseWatch.seen, "first": PhaseWatch.first, "said": said.messages, "config": config,
+        done[phase] = {"seen": PhaseWatch.seen, "first": PhaseWatch.first, "said": messages, "config": config,
                        "folder": out / config["run_name"], "tokens": int(trainer.state.timestamp.token)}
         trainer.close()
         source = done[phase]["folder"]
@@ -198,14 +191,14 @@ def test_a_phase_killed_before_and_after_its_first_checkpoint_is_entered_once(ch
     for die_at, begins, says in ((3, 0, "entering decay"), (6, 0, "entering decay"), (None, 4, "is not entered again")):
         args = arguments("decay", f"variables.source={source}", "seed=99", "save_interval=4ba",
                          *([] if die_at is None else [f"callbacks.phase_watch.die_at={die_at}"]))
-        with Said() as said:
+        with said() as messages:
             if die_at is None:
                 shutil.rmtree(source)
                 nano_run.run(data_set, tmp_path / "runs", *args).close()
             else:
                 with pytest.raises(RuntimeError, match="killed"):
                     nano_run.run(data_set, tmp_path / "runs", *args)
-        [message] = said.messages
+        [message] = messages
         assert says in message and PhaseWatch.seen == whole[begins:die_at]  # clock, lr and losses, to the last bit
     record = checkpoints.read_head(tmp_path / "runs" / "nano-mlm-decay").record
     assert [entry["phase"] for entry in record["lineage"]] == ["pretrain", "extend"]  # not once more
@@ -229,6 +222,47 @@ def test_a_cross_run_logs_the_losses_of_both_objectives_at_its_interval(chain, d
         ("pretrain", "mlm"), ("extend", "mlm"), ("decay", "mlm")]
     assert (record["objective"], record["phase"]) == ("clm", "cross") and record["config"]["causal"]
     trainer.close()
+
+
+# ------------------------------------------------------------------ going on from the middle of a run
+
+
+def test_another_lr_is_refused_in_a_run_and_taken_by_another_run_that_goes_on_from_it(chain, data_set, tmp_path):
+    """With the same clock, rows and moments; the learning rate is then the new recipe's in every place."""
+    source = chain["pretrain"]["folder"]
+    shutil.copytree(source, tmp_path / source.name)
+    args = arguments("pretrain", "max_duration=5000tok", "variables.peak_lr=1e-3")
+    with pytest.raises(ValueError, match="optimizer.lr: 0.001 in the config, 0.003 in the checkpoint"):
+        nano_run.run(data_set, tmp_path, *args)
+    nano_run.run(data_set, tmp_path, *args, "run_name=lower", f"load_path={checkpoints.newest_complete(source)}").close()
+    seen, before = PhaseWatch.seen, chain["pretrain"]
+    assert seen[0]["tokens"] == seen[0]["before"] == before["tokens"] and len(seen) > 2
+    assert min(PhaseWatch.first["steps"]) == len(before["seen"])
+    for batch in seen:
+        assert [(g["lr"], g["initial_lr"], g["max_lr"]) for g in batch["groups"]] == [(1e-3, 1e-3, 1e-3)] * 2
+    with pytest.raises(ValueError, match="model.objective: 'mntp' in the config, 'mlm' in the checkpoint.*ettin_cross"):
+        nano_run.run(data_set, tmp_path, *args, "run_name=other", "variables.objective=mntp",
+                     f"load_path={checkpoints.newest_complete(source)}")
+
+
+def test_a_stream_at_another_place_than_the_clock_is_refused(data_set, tmp_path):
+    class Displaced(Callback):
+        def after_dataloader(self, state, logger):
+            state.batch["tokens_before"] += 14
+
+    registry.callbacks.register("displaced", func=Displaced)
+    with pytest.raises(ValueError, match=r"after 14 tokens of the stream.*counted 0 at batch 0"):
+        nano_run.run(data_set, tmp_path, *arguments("pretrain", "callbacks.displaced={}"))
+
+
+def test_what_the_package_says_is_shown_at_the_level_of_the_run(monkeypatch):
+    """LLM-Foundry sets the level of its own loggers only, and the root's hides what is merely said."""
+    package = logging.getLogger("ettin_foundry")
+    monkeypatch.setattr(package, "level", logging.NOTSET)
+    Clock({"python_log_level": "error"})
+    assert package.level == logging.NOTSET
+    Clock({"python_log_level": "info"})
+    assert package.level == logging.INFO
 
 
 # ------------------------------------------------------------------ crossing, by itself
