@@ -97,6 +97,7 @@ def test_hostile_names_stay_text(whole: Path, tmp_path: Path) -> None:
     assert front_matter(whole, manifests)["pretty_name"] == f"code, {evil}"
     body = text.split("---\n", 2)[2]
     assert "\x1b" not in body and "<script>" not in body and body.count("-->") == 1 and body.endswith("-->\n")
+    assert "--" not in body[body.rindex("<!--") + 4:-4]
     tables = [line for line in body.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables if "script" in line} == {10, 3}  # no cell more
     (tmp_path / "README.md").write_text(text)
@@ -132,8 +133,6 @@ def test_picture_shows_the_shares(whole: Path) -> None:
         shares = np.array([weights[a:b].sum() for a, b in zip(edges[:-1], edges[1:])]) / weights.sum()
         # coordinates are printed with six decimals
         assert np.allclose(tops / tops.sum(), shares, atol=1e-6), axes
-
-
     image = picture({"_a": np.array([0, 3, 4]), "$\\frac{1}{2}$": np.array([0, 1, 1])})  # names are no formulas
     texts = [(element.text or "").strip() for element in ElementTree.fromstring(image).iter(f"{SVG}text")]
     assert {"_a", "$\\frac{1}{2}$"} <= set(texts)
