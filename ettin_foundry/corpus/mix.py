@@ -215,11 +215,9 @@ def _open_members(entries: dict[str, Entry], split: str, scratch: Path) -> list[
             cache = scratch / f"{split}-{name_word(place)}"
             opened[place] = MDSSplit(cache, remote=where) if is_url(place) else MDSSplit(where)
         data, first = opened[place], next(iter(opened))
-        both = zip(("chunk_length", "tokenizer"), shared_identity(data), shared_identity(opened[first]))
-        for what, mine, other in both:
-            if mine != other:
-                raise ValueError(f"sets.{name}: {where} has {what} {mine!r:.300}, {first} has "
-                                 f"{other!r:.300}; all datasets of a mixture must have the same")
+        if (mine := shared_identity(data)) != (other := shared_identity(opened[first])):
+            raise ValueError(f"sets.{name}: {where} must have the chunk length and tokenizer of {first}, got "
+                             f"{mine!r:.300} and {other!r:.300}")
         sources = np.array(data.sources)
         own = np.flatnonzero(sources == source) if source else np.arange(data.num_shards)
         if split == "validation":  # a dataset behind two sources is evaluated on once

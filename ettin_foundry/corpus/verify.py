@@ -37,13 +37,7 @@ _READERS = 16  # records of a remote dataset that are fetched at a time
 
 @dataclass
 class Report:
-    """What was found.
-
-    Attributes:
-        problems: each names a file and says what is wrong with it. notes: worth knowing, not wrong.
-        shards, num_bytes: read and hashed, in `seconds`.
-        counts: split -> (documents, chunks, tokens) as its manifest states them.
-    """
+    """What was found: problems, each beginning with a file; notes on what is worth knowing and not wrong."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -51,6 +45,7 @@ class Report:
     num_bytes: int = 0
     seconds: float = 0.0
     counts: dict[str, tuple[int | None, int, int]] = field(default_factory=dict)
+    """split -> (documents, chunks, tokens) as its manifest states them"""
 
     @property
     def ok(self) -> bool:

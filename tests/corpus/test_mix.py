@@ -167,6 +167,13 @@ def test_wrong_specification_is_refused_naming_the_key(sets, changes, message):
     assert sorted(os.listdir(sets.parent)) == ["mix.yaml", "sets"]
 
 
+@pytest.mark.parametrize("change", [{"chunk_length": 50}, {"tokenizer": {"name": "test", "vocab_size": 119}}], ids=str)
+def test_datasets_that_differ_in_tokenizer_or_chunk_length_are_refused(sets, change):
+    write_set(sets / "odd", {"odd": [np.full(20, 9)]}, **change)
+    with pytest.raises(ValueError, match="sets.odd: .* must have the chunk length and tokenizer of .*sets/web"):
+        build(sets, sets={**WEB, "odd": {"set": "sets/odd", "tokens": 100}})
+
+
 def test_unreadable_specification_used_folder_and_link_are_refused(sets):
     for text in ("{", "- a\n", "3"):
         (sets / "bad.yaml").write_text(text)

@@ -18,7 +18,6 @@ from ettin_foundry.cli import main as cli
 from ettin_foundry.corpus.mix import build_mix
 from ettin_foundry.corpus.plan import Plan, Unit, read_plan
 from ettin_foundry.corpus.verify import verify_dataset
-from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import open_storage
 
 SMALL = ["train/lengths.npy", "train/index.json", "train/manifest.json", "validation/manifest.json", "plan.json",
@@ -191,15 +190,6 @@ def test_index_is_held_to_the_manifest_hashes_too(bare: Path) -> None:
         assert f"{path}: " in problems(bare)
         path.write_text(good)
     assert verify_dataset(bare, threads=1).ok
-
-
-def test_altered_expanded_copy_of_a_compressed_shard_is_found(tokenizer_dir: Path, tmp_path: Path) -> None:
-    out = copy_set(tokenizer_dir, tmp_path, compression="zstd")
-    MDSSplit(out / "train").chunk(1, 0)
-    assert verify_dataset(out, threads=1).ok
-    [expanded] = (out / "train").glob("*.mds")
-    flip(expanded, -1)
-    assert str(expanded) in problems(out)
 
 
 def test_source_being_added_is_a_note_and_foreign_files_are_problems(private: Path) -> None:
