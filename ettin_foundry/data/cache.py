@@ -38,11 +38,7 @@ _POLL, _IDLE = 0.1, 0.5  # seconds between looks for room, for a shard that is n
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds a lock file that every process of the node sees; it ends with the block, or with the process.
-
-    Yields:
-        Whether it is held: False when another holds it and `wait` is False.
-    """
+    """Holds a lock file of all processes of the node; yields False when another holds it and `wait` is False."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -70,11 +66,7 @@ def _own_folder(path: Path) -> Path:
 
 
 def fetch_manifest(local: Path, remote: str) -> None:
-    """Puts the manifest of a remote split into its local folder, or makes sure that the one there is the same.
-
-    Raises:
-        ValueError: the local folder holds another dataset. FileNotFoundError and others: from storage.
-    """
+    """Puts the manifest of a remote split into its local folder; ValueError if another one is there."""
     storage, path, cache = open_storage(remote), local / MANIFEST, local / _CACHE
     try:
         data = storage.read_bytes(MANIFEST, at_most=MAX_JSON_BYTES)
@@ -93,14 +85,7 @@ def fetch_manifest(local: Path, remote: str) -> None:
 
 
 def fetch_table(local: Path, remote: str, name: str, num_bytes: int | None = None, *, again: bool = False) -> None:
-    """Puts lengths.npy or index.json of a remote split into its local folder, unless it is there.
-
-    Args:
-        num_bytes: what it must measure. again: replace the one that is there.
-
-    Raises:
-        ValueError: it has another size. FileNotFoundError and others: from storage.
-    """
+    """Puts lengths.npy or index.json of a remote split into its local folder, unless it is there and not `again`."""
     storage = open_storage(remote)
     with locked(_own_folder(local / _CACHE) / "lock"):
         if again or not os.path.lexists(local / name):
@@ -108,11 +93,7 @@ def fetch_table(local: Path, remote: str, name: str, num_bytes: int | None = Non
 
 
 def fetch_tokenizer(local: Path, remote: str) -> None:
-    """Puts the tokenizer/ of a remote dataset into its local folder, unless one is there.
-
-    Raises:
-        FileNotFoundError: the dataset has none. ValueError: a file's name or size is none of a tokenizer's.
-    """
+    """Puts the tokenizer/ of a remote dataset into its local folder, unless one is there."""
     storage, target, cache = open_storage(remote), local / "tokenizer", local / _CACHE
     with locked(_own_folder(cache) / "lock"):
         if os.path.lexists(target):
@@ -283,11 +264,7 @@ class ShardFiles:
         return target
 
     def _make_room(self, shard: int, keep: Collection[int] = ()) -> bool:
-        """Removes other shards, not of `keep`, until there is room for this one; the folder's lock is held.
-
-        Returns:
-            Whether there is room.
-        """
+        """Whether there is room for a shard; removes others, not of `keep`, for it. The folder's lock is held."""
         if self.cache_limit is None:
             return True
         for part in self._cache.glob("*.part"):

@@ -54,14 +54,7 @@ def bad_file(path: Path | str, found: str, allowed: str, advice: str = "fetch or
 
 
 def open_plain(path: Path) -> int:
-    """Opens a file of a dataset for reading, if it is a plain file: no link, folder, pipe or device.
-
-    Returns:
-        A file descriptor, to be closed by the caller.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: there is something else under this name.
-    """
+    """A descriptor of a file, to be closed by the caller; ValueError for a link, folder, pipe or device."""
     try:  # without O_NONBLOCK a named pipe would wait for a writer for ever
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -79,14 +72,12 @@ def map_file(path: Path, num_bytes: int | None, xxh64: str | None, *, shared: bo
     """Maps a file read-only after checking that it is a plain file of the stated size and hash.
 
     Args:
-        path: the file; a link is never followed.
         num_bytes, xxh64: what it must be; None leaves the check out.
-        shared: holds a shared lock on the file while it is mapped, so that cache.py does not remove it, and marks it as
-            just used.
+        shared: locks the file while it is mapped, so that cache.py does not remove it, and marks it as just used.
         name: what the file is called in messages, if not by its path.
 
     Raises:
-        FileNotFoundError: missing, or removed at this moment. ValueError: it is something else; the message says what.
+        FileNotFoundError: missing, or removed at this moment. ValueError: it is something else.
     """
     descriptor = open_plain(path)
     try:
@@ -112,13 +103,11 @@ def check_hash(data: Buffer, path: Path | str, xxh64: str | None) -> None:
         raise bad_file(path, f"xxh64 is {found}", f"the manifest states {xxh64}: the file was altered")
 
 
-def expand(data: Buffer, where: Path | str, num_bytes: int, *, exact: bool = True) -> Iterator[bytes]:
-    """Decompresses a zstd file in blocks of 1 MiB, which together have `num_bytes` bytes (not exact: at most that).
+def expand(data: Buffer, where: Path | str, num_bytes: int) -> Iterator[bytes]:
+    """Decompresses a zstd file in blocks of 1 MiB, which together have `num_bytes` bytes.
 
-    Memory is bounded by the block and zstd's window (128 MiB, more is refused), whatever the file claims.
-
-    Raises:
-        ValueError: it is no zstd file, it holds more or less, or something follows its content.
+    Memory is bounded by the block and zstd's window (128 MiB, more is refused), whatever the file claims. ValueError:
+    it is no zstd file, it holds more or less, or something follows its content.
     """
     import pyarrow as pa  # late: only compressed datasets need it
 
@@ -132,16 +121,12 @@ def expand(data: Buffer, where: Path | str, num_bytes: int, *, exact: bool = Tru
             yield block
     except (pa.ArrowException, OSError) as error:
         raise bad_file(where, f"is not a whole zstd file ({error})", "one written by convert.py is needed") from None
-    if left and exact:
+    if left:
         raise bad_file(where, f"expands to {num_bytes - left} bytes", f"the manifest states {num_bytes}")
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in a file of a dataset.
-
-    Raises:
-        FileNotFoundError: it is missing. ValueError: it is no plain file, larger than 1 GiB, or no JSON.
-    """
+    """The JSON in a file of a dataset; ValueError if it is no plain file, larger than 1 GiB, or no JSON."""
     with open(open_plain(path), "rb") as stream:
         if (size := os.fstat(stream.fileno()).st_size) > MAX_JSON_BYTES:
             raise bad_file(path, f"has {size} bytes", f"at most {MAX_JSON_BYTES} are read")
@@ -156,11 +141,7 @@ def read_json(path: Path) -> Any:
 
 
 def check_record(model: type[BaseModel], data: Any, where: Path | str) -> None:
-    """Holds a record from disk to a pydantic model.
-
-    Raises:
-        ValueError: names the file, the first field that is wrong, what it must be and what it is.
-    """
+    """Holds a record from disk to a pydantic model; ValueError names the first field that is wrong."""
     try:
         model.model_validate(data)
     except ValidationError as error:
@@ -204,12 +185,6 @@ class _Tokenizer(BaseModel, strict=True):
     vocab_size: int = Field(ge=0, le=1 << 16)  # tokens are uint16
 
 
-class _Totals(BaseModel, strict=True):
-    documents: Count
-    samples: Count
-    tokens: Count
-
-
 class _Manifest(BaseModel, strict=True):
     format: Literal["ettin-mds"]
     version: Literal[1]
@@ -218,7 +193,7 @@ class _Manifest(BaseModel, strict=True):
     chunk_length: int = Field(ge=1, le=MAX_CHUNK_LENGTH)
     split: str
     tokenizer: _Tokenizer
-    totals: _Totals
+    totals: dict[str, Any]
     lengths: _File
     shards: list[_Shard] = Field(min_length=1)
 
@@ -237,17 +212,13 @@ class _Manifest(BaseModel, strict=True):
             raise ValueError(f"tokens must be at most {self.chunk_length} in each sample")
         for key in ("documents", "samples", "tokens"):
             counts = [getattr(shard, key) for shard in shards]
-            if None not in counts and sum(counts) != getattr(self.totals, key):
-                raise ValueError(f"totals.{key} must be the sum over shards, {sum(counts)}")
+            if type(self.totals.get(key)) is not int or (None not in counts and sum(counts) != self.totals[key]):
+                raise ValueError(f"totals.{key} must be the sum over shards")
         return self
 
 
 def read_manifest(local: Path) -> dict[str, Any]:
-    """The manifest of a split folder, every field that anything relies on checked.
-
-    Raises:
-        FileNotFoundError: there is none. ValueError: it states what cannot be; the message names the field.
-    """
+    """The manifest of a split folder; ValueError if it states what cannot be."""
     manifest = read_json(local / MANIFEST)
     check_record(_Manifest, manifest, local / MANIFEST)
     return manifest
@@ -256,11 +227,7 @@ def read_manifest(local: Path) -> dict[str, Any]:
 class SplitFacts:
     """What the manifest of a split states, in the form that an order, a plan or a mixture needs. S shards.
 
-    Args:
-        manifest: from `read_manifest`.
-
     Attributes:
-        split: its name.
         chunk_length: most tokens a chunk may hold, special tokens not counted.
         tokenizer: the manifest's tokenizer block, see `tokenizer.fingerprint`.
         samples, tokens: (S,) int64, chunks per shard, and their tokens without special tokens.

@@ -47,22 +47,17 @@ class PartialShard(NamedTuple):
 
     first: int
     extra: tuple[int, ...]
-    lengths: np.ndarray
-    """(chunk_length + 1,) uint32 histogram of the chunks taken."""
+    lengths: np.ndarray  # (chunk_length + 1,) uint32 histogram of the chunks taken
 
 
 class Entries(NamedTuple):
     """The mixture's shards, one row per entry: V entries, runs before parts. All (V,) int64."""
 
     source: np.ndarray
-    set: np.ndarray
-    """Number of the dataset."""
-    passed: np.ndarray
-    """How many times the source has been gone through before."""
-    shard: np.ndarray
-    """Number within the dataset."""
-    part: np.ndarray
-    """Number of the partial shard, -1 for whole shards."""
+    set: np.ndarray  # number of the dataset
+    passed: np.ndarray  # how many times the source has been gone through before
+    shard: np.ndarray  # number within the dataset
+    part: np.ndarray  # number of the partial shard, -1 for whole shards
 
 
 def name_word(source: str) -> int:
@@ -158,12 +153,7 @@ def expand_entries(manifest: dict[str, Any]) -> tuple[Entries, list[PartialShard
 
 
 def open_split(local: str | os.PathLike[str], **options: Any) -> MDSSplit | MixtureSplit:
-    """Opens a split folder, of a converted dataset or of a mixture; the manifest says which.
-
-    Args:
-        local: the split's folder; for a remote split, where its files are kept.
-        options: as `shards.MDSSplit` has them.
-    """
+    """Opens a split folder, of a converted dataset or of a mixture; the options are those of `shards.MDSSplit`."""
     if options.get("remote") is not None:
         fetch_manifest(Path(local), options["remote"])
     found = read_json(Path(local) / MANIFEST)
@@ -204,7 +194,10 @@ class MixtureSplit(SplitFacts):
         shares = np.bincount(self._set, minlength=len(manifest["sets"])) / len(self._set)
         self._sets = [self._open_set(entry, remote, 4 + round(max_open * share))
                       for entry, share in zip(manifest["sets"], shares)]
-        self._check_ranges()
+        known = np.array([data.num_shards for data in self._sets])[self._set]
+        if (beyond := np.flatnonzero(self._shard >= known)).size:
+            raise bad_file(where, f"it names shard {self._shard[beyond[0]]} of dataset {self._set[beyond[0]]}",
+                           f"that has {known[beyond[0]]}", _REBUILD)
         self.fetches = any(data.fetches for data in self._sets)
         self.cache_limit = parse_bytes("dataset.cache_limit", cache_limit)
         if cache_limit is not None and not self.fetches:
@@ -262,23 +255,17 @@ class MixtureSplit(SplitFacts):
             data.prefetch(stored)
 
     def check_room(self, shards: Sequence[int]) -> None:
-        """Shares the cache limit out by what each dataset needs at a time, the rest by the bytes taken from it.
-
-        Raises:
-            ValueError: the limit is too small for these shards at a time; names the bytes needed.
-        """
+        """Shares the cache limit out by what each dataset needs at a time, the rest evenly."""
         if self.cache_limit is None:
             return
-        needs = {id(data): data.files.room_needed(len(stored)) for data, stored in self._by_set(shards)}
-        wanted = [(data, max(needs.get(id(data), 0), data.files.room_needed(1)),
-                   sum(data.manifest["shards"][shard]["raw"]["bytes"] for shard in np.unique(self._shard[self._set == at])))
-                  for at, data in enumerate(self._sets) if data.fetches]
-        need, taken = sum(entry[1] for entry in wanted), sum(entry[2] for entry in wanted)
-        if need > self.cache_limit:
-            raise ValueError(f"dataset.cache_limit must be at least {need} bytes for the {len(set(shards))} shards in use "
-                             f"at a time, got {self.cache_limit}; raise it, or lower train_loader.shuffle_window")
-        for data, own, size in wanted:
-            data.files.set_limit(own + (self.cache_limit - need) * size // max(taken, 1))
+        numbers = {id(data): len(stored) for data, stored in self._by_set(shards)}
+        fetching = [data for data in self._sets if data.fetches]
+        needs = [data.files.room_needed(numbers.get(id(data), 1)) for data in fetching]
+        if (rest := self.cache_limit - sum(needs)) < 0:
+            raise ValueError(f"dataset.cache_limit must be at least {sum(needs)} bytes for the {len(set(shards))} shards in "
+                             f"use at a time, got {self.cache_limit}; raise it, or lower train_loader.shuffle_window")
+        for data, need in zip(fetching, needs):
+            data.files.set_limit(need + rest // len(fetching))
 
     def check_shard(self, shard: int) -> int:
         """Checks a shard in full, see `MDSSplit.check_shard`; a partial one also for the lengths of its chunks."""
@@ -320,19 +307,6 @@ class MixtureSplit(SplitFacts):
         for number, wanted in stored.items():
             yield self._sets[number], list(wanted)
 
-    def _check_ranges(self) -> None:
-        """Raises ValueError for numbers of shards and chunks that the opened datasets do not have."""
-        where = self.local / MANIFEST
-        for number, shard, part in zip(self._set, self._shard, self._part):
-            data = self._sets[number]
-            if shard >= data.num_shards:
-                raise bad_file(where, f"it names shard {shard} of dataset {number}", f"that has {data.num_shards}", _REBUILD)
-            if part >= 0:
-                first, extra, _ = self._parts[part]
-                if max(first, max(extra, default=0) + 1) > data.samples[shard]:
-                    raise bad_file(where, f"it takes {first} chunks and numbers {extra!s:.200} of shard {shard} of dataset "
-                                   f"{number}", f"that shard has {data.samples[shard]} chunks", _REBUILD)
-
     def _of(self, shard: int) -> MDSSplit:
         return self._sets[self._set[shard]]
 
@@ -360,7 +334,8 @@ class MixtureSplit(SplitFacts):
             part, stored = self._parts[number], self._of(shard).sample_lengths(int(self._shard[shard]))
             order = chunk_permutation(self.manifest["seed"], self.sources[shard], int(self._shard[shard]), len(stored))
             chosen = np.unique(np.append(order[:part.first], part.extra).astype(np.int64))
-            if not np.array_equal(np.bincount(stored[chosen], minlength=part.lengths.size), part.lengths):
+            if chosen[-1] >= len(stored) or \
+                    not np.array_equal(np.bincount(stored[chosen], minlength=part.lengths.size), part.lengths):
                 raise bad_file(self.local / MANIFEST, f"the chunks that it takes of shard {self._shard[shard]} of dataset "
                                f"{self._set[shard]} are not of the lengths that it states", "they must be", _REBUILD)
             self._chosen[number] = chosen

@@ -62,16 +62,11 @@ class Shard(NamedTuple):
     """One checked, open shard. S samples."""
 
     buffer: Buffer
-    starts: np.ndarray
-    """(S,) int64: byte offset of each sample."""
-    token_starts: np.ndarray
-    """(S,) int64: byte offset of each chunk's first token."""
-    lengths: np.ndarray
-    """(S,) int32: tokens per chunk."""
-    last: np.ndarray
-    """(S,) bool: the chunk ends its document."""
-    sizes: np.ndarray
-    """(S, 3) int64: bytes of doc, source and tokens."""
+    starts: np.ndarray  # (S,) int64: byte offset of each sample
+    token_starts: np.ndarray  # (S,) int64: byte offset of each chunk's first token
+    lengths: np.ndarray  # (S,) int32: tokens per chunk
+    last: np.ndarray  # (S,) bool: the chunk ends its document
+    sizes: np.ndarray  # (S, 3) int64: bytes of doc, source and tokens
 
 
 def parse_shard(buffer: Buffer, path: Path | str, *, num_samples: int | None, chunk_length: int,
@@ -79,8 +74,7 @@ def parse_shard(buffer: Buffer, path: Path | str, *, num_samples: int | None, ch
     """Checks a shard's header, offsets, the layout of every sample and the range of every token.
 
     Args:
-        buffer: the whole raw shard.
-        path: its name in messages.
+        buffer: the whole raw shard. path: its name in messages.
         num_samples: what the header must state; None takes what it states.
         chunk_length, vocab_size: bounds of a chunk's tokens.
 
@@ -157,11 +151,7 @@ def _check_range(raw: np.ndarray, shard: Shard, path: Path | str, vocab_size: in
 
 
 def read_columns(shard: Shard, index: int, path: Path | str) -> tuple[str, int, str]:
-    """doc, part and source of one chunk.
-
-    Raises:
-        ValueError: doc or source is not UTF-8.
-    """
+    """doc, part and source of one chunk; ValueError if a text is not UTF-8."""
     num_doc, num_source, _ = (int(size) for size in shard.sizes[index])
     doc_at = int(shard.starts[index]) + _HEAD_BYTES
     source_at = doc_at + num_doc + _FIXED_BYTES
@@ -203,14 +193,11 @@ os.register_at_fork(after_in_child=_unmap_after_fork)
 
 
 class MDSSplit(SplitFacts):
-    """One split folder: its manifest, and random access to its chunks.
-
-    Safe to pickle and to inherit through fork: open files are per process. At most `max_open` shards stay mapped, the
-    least recently used is dropped; all of a shard is checked each time it is mapped.
+    """One split folder: its manifest, and access to any chunk. It may be pickled, and inherited through fork.
 
     Args:
         local: the split's folder, e.g. `data/train`.
-        max_open: shards kept mapped at a time.
+        max_open: shards kept mapped at a time; the least recently used is dropped.
         remote: folder or URL of the same split; its files are fetched into `local`, shards when they are needed.
         cache_limit: most bytes that fetched or decompressed shards may take in `local`, such as "200gb"; the least
             recently used ones are removed.
@@ -220,10 +207,8 @@ class MDSSplit(SplitFacts):
         fetches: whether shards are fetched or decompressed before they are read, so that `prefetch` does something.
 
     Raises:
-        FileNotFoundError: no such folder, or it holds no manifest.
-        ValueError: a file is not what the manifest says, the manifest is not one of ours, or an argument is out of
-            range; it names the file or the key.
-        OSError: the remote place cannot be reached.
+        FileNotFoundError: no such folder, or it holds no manifest. OSError: the remote place cannot be reached.
+        ValueError: a file is not what the manifest says, or an argument is out of range; names the file or the key.
     """
 
     def __init__(self, local: str | os.PathLike[str], *, max_open: int = 32, remote: str | None = None,
@@ -247,11 +232,7 @@ class MDSSplit(SplitFacts):
         _SPLITS.add(self)
 
     def lengths(self, shard: int) -> np.ndarray:
-        """(chunk_length + 1,) uint32: number of chunks of each length in this shard.
-
-        Raises:
-            ValueError: lengths.npy is altered, or its row contradicts the manifest's counts.
-        """
+        """(chunk_length + 1,) uint32: number of chunks of each length; ValueError if the manifest's counts differ."""
         if self._lengths is None:
             self._lengths = self._map_lengths()
         row = self._lengths[shard]
@@ -271,11 +252,7 @@ class MDSSplit(SplitFacts):
         return self._shard(shard).last
 
     def chunk(self, shard: int, index: int) -> np.ndarray:
-        """(L,) uint16: the plain tokens of one chunk, a copy.
-
-        Raises:
-            IndexError: no such chunk. ValueError, OSError: see the class.
-        """
+        """(L,) uint16: the plain tokens of one chunk, a copy; IndexError if there is no such chunk."""
         opened = self._shard(shard)
         if not 0 <= index < len(opened.lengths):
             raise IndexError(f"chunk {index} of shard {shard}: the shard has {len(opened.lengths)} chunks")
@@ -305,13 +282,8 @@ class MDSSplit(SplitFacts):
     def check_shard(self, shard: int) -> int:
         """Checks all that can be known of one shard, without keeping anything; may run in several threads.
 
-        Files are read where they are; those of a remote split that are not here are read into memory.
-
         Returns:
-            Bytes read and hashed.
-
-        Raises:
-            FileNotFoundError, OSError: a file cannot be read. ValueError: what is wrong first, naming its file.
+            Bytes read and hashed; the error raised names the file.
         """
         entry, path = self.manifest["shards"][shard], self.files.path(shard)
         raw, zipped = entry["raw"], entry["zip"]

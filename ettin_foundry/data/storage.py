@@ -46,11 +46,7 @@ def join(base: str | os.PathLike[str], *names: str) -> str:
 
 
 def open_storage(place: str | os.PathLike[str]) -> Storage:
-    """The storage of a folder or URL; nothing is read, nothing has to exist.
-
-    Raises:
-        ValueError: no place, no bucket, or a scheme that nothing installed here reads.
-    """
+    """The storage of a folder or URL, which need not exist; ValueError for a URL that cannot be read here."""
     if not os.fspath(place):
         raise ValueError("a place of files must be a folder or URL, got an empty text")
     return _RemoteStorage(os.fspath(place)) if is_url(place) else LocalStorage(join(place))
@@ -136,11 +132,7 @@ class Storage:
 
     def get_file(self, name: str, local_path: str | os.PathLike[str], *, num_bytes: int | None = None,
                  at_most: int | None = None) -> None:
-        """Copies a file to `local_path`, atomically; a present one is replaced, its folder is made.
-
-        Raises:
-            ValueError: it has not `num_bytes` bytes, or more than `at_most`; nothing was fetched.
-        """
+        """Copies a file to `local_path`, atomically; ValueError if it has not `num_bytes`, or more than `at_most`."""
         self._check_size(name, num_bytes, at_most)
         with self.open(name) as source, atomic_file(Path(local_path)) as stream:
             shutil.copyfileobj(source, stream, 1 << 20)
