@@ -7,15 +7,15 @@ PARITY_VERSIONS := 4.57.6 5.23.0
 
 .PHONY: demo suite test lint parity bench constraints gpu wheels-gpu clean
 
-demo: $(VENV)/.installed
-	$(BIN)/ettin demo --out runs/demo $(DEMO_ARGS)
+demo: $(VENV)/.installed data/demo/train/manifest.json
+	$(BIN)/ettin suite yamls/suite/demo.yaml $(DEMO_ARGS)
 
 # the whole suite at nano: three phases for encoder and decoder, both crosses, a biphasic run, and the report
 suite: $(VENV)/.installed data/nano/train/manifest.json
 	$(BIN)/ettin suite yamls/suite/nano.yaml $(SUITE_ARGS)
 
-data/nano/train/manifest.json: | $(VENV)/.installed
-	$(BIN)/python data_prep/convert.py python-stdlib --out data/nano --train-tokenizer 8192 --chunk-length 254 --validation 0.03
+data/nano/train/manifest.json data/demo/train/manifest.json: data/%/train/manifest.json: | $(VENV)/.installed
+	$(BIN)/python data_prep/convert.py python-stdlib --out data/$* --train-tokenizer 8192 --chunk-length 254 --validation 0.03
 
 # one process a core; a file's tests stay together, for they share fixtures
 test: $(VENV)/.installed

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         except (ValueError, OSError) as error:
             # raised by ours: bad data, tokenizer or checkpoint, said in full; from elsewhere the traceback matters
             raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-            if raised_in.parent != Path(ettin_foundry.__file__).parent:
+            if Path(ettin_foundry.__file__).parent not in raised_in.parents:
                 raise
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 1

@@ -62,8 +62,7 @@ class SimulatedSet:
 
 def stdlib_histogram(chunk_length: int) -> np.ndarray:
     """(chunk_length + 1,) chunks of each length in the standard library's files."""
-    from ettin_foundry.corpus.readers import read_module
-    from ettin_foundry.corpus.sources import find_source
+    from ettin_foundry.corpus.sources import find_source, read_module
 
     source = find_source("python-stdlib")
     counts = np.zeros(chunk_length + 1, np.int64)

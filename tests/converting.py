@@ -1,4 +1,4 @@
-"""Small corpora and conversions of them, for the tests of convert.py."""
+"""Small corpora and conversions of them, for tests of converting and of what reads its output."""
 
 from __future__ import annotations
 
@@ -27,16 +27,21 @@ def run(out: Path | str, sources: list[Path | str], tokenizer: Path | None, **mo
     return convert(options(out, sources, tokenizer, **more))
 
 
-def write_corpus(folder: Path, *, files: int = 3, documents: int = 40, seed: int = 0, longest: int = 60) -> list[str]:
-    """Writes .jsonl files with ids file-number; the texts in order."""
-    folder.mkdir(parents=True)
-    texts = []
-    for file in range(files):
-        found = make_documents(documents, seed=1000 * seed + file, longest=longest)
-        lines = [json.dumps({"id": f"{file}-{i}", "text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(found)]
-        (folder / f"{file}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        texts += found
-    return texts
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    """A file with ids STEM-0, STEM-1, ..."""
+    lines = [json.dumps({"id": f"{path.stem}-{i}", "text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def write_corpus(folder: Path, *, files: int = 3, documents: int = 40, seed: int = 0, longest: int = 60,
+                 first: int = 0) -> list[str]:
+    """Writes files 0.jsonl, 1.jsonl, ..., or from `first` on; the texts in order."""
+    lists = [make_documents(documents, seed=1000 * seed + file, longest=longest) for file in range(files)]
+    for file, texts in enumerate(lists, first):
+        write_jsonl(folder / f"{file}.jsonl", texts)
+    return [text for texts in lists for text in texts]
 
 
 def stored(split: Path) -> dict[str, np.ndarray]:
@@ -63,5 +68,5 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def is_finished(out: Path) -> bool:
-    """Whether a reader would take anything in OUT for a set."""
+    """Whether a reader would take anything in OUT for a dataset."""
     return bool(list(out.rglob("manifest.json")))

@@ -111,23 +111,35 @@ def write_split(folder: Path, shards: Sequence[tuple[str, Sequence[Document]]], 
     return folder
 
 
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes the manifest."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+def edit(folder: Path, change: Callable[[dict[str, Any]], object], name: str = "manifest.json") -> None:
+    """Changes the manifest, or another JSON file."""
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
 
 
 def seal(folder: Path) -> None:
     """Makes the manifest's sizes and hashes those of the files, so that what is tested is the check behind them."""
-    def entry(item: dict[str, Any] | None) -> None:
-        if item and (folder / item["basename"]).exists():
-            item.update(file_entry(item["basename"], (folder / item["basename"]).read_bytes()))
-
     def change(manifest: dict[str, Any]) -> None:
-        entry(manifest["lengths"])
-        for shard in manifest["shards"]:
-            entry(shard["raw"])
-            entry(shard["zip"])
+        for item in [manifest["lengths"], *(shard[kind] for shard in manifest["shards"] for kind in ("raw", "zip"))]:
+            if item and (folder / item["basename"]).exists():
+                item.update(file_entry(item["basename"], (folder / item["basename"]).read_bytes()))
 
     edit(folder, change)
+
+
+def shard_file(folder: Path, shard: int, end: str = "") -> Path:
+    return folder / (json.loads((folder / "manifest.json").read_text())["shards"][shard]["raw"]["basename"] + end)
+
+
+def flip(path: Path, at: int) -> None:
+    """Changes one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x10
+    path.write_bytes(data)
+
+
+def samples_of(data: Any) -> list[dict[str, Any]]:
+    """Every chunk with all its columns."""
+    return [{**sample, "tokens": sample["tokens"].tolist()} for shard in range(data.num_shards)
+            for sample in (data.sample(shard, index) for index in range(int(data.samples[shard])))]

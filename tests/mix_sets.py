@@ -16,7 +16,7 @@ def shards(number, *, seed, chunks=60, longest=62):
 
 
 def make_sets(folder):
-    """Three sets: web (also with validation) and code, and one of books and notes (with validation)."""
+    """Three datasets: web (with validation), code, and one of books and notes (with validation)."""
     write_set(folder / "web", {"web": shards(9, seed=1)}, seed=1)
     write_set(folder / "web", {"web": shards(2, seed=2, chunks=10)}, split="validation", seed=2)
     write_set(folder / "code", {"github": shards(5, seed=3)}, seed=3)

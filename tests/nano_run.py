@@ -81,8 +81,6 @@ def register_capture() -> type:
         def after_train_batch(self, state: Any, logger: Any) -> None:
             if not Capture.gradients:
                 for name, p in state.model.named_parameters():
-                    if p.grad is None:  # a head that the contrastive stage leaves alone
-                        continue
                     own = name.replace("_checkpoint_wrapped_module.", "").replace("module.", "")
                     Capture.gradients[own] = (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
 
@@ -91,6 +89,18 @@ def register_capture() -> type:
 
     registry.callbacks.register("capture", func=Capture)
     return Capture
+
+
+def register_averaging() -> None:
+    """Registers the callback `averaging`: torch 2.7's FSDP2 sums gradients under gloo, where NCCL averages them."""
+    from composer import Callback
+    from llmfoundry import registry
+
+    class Averaging(Callback):
+        def before_backward(self, state: Any, logger: Any) -> None:
+            state.loss.register_hook(lambda gradient: gradient / int(os.environ["WORLD_SIZE"]))
+
+    registry.callbacks.register("averaging", func=Averaging)
 
 
 def metrics(trainer: Any) -> dict[str, float]:
@@ -114,8 +124,10 @@ def main(argv: list[str]) -> None:
     out, overrides = Path(argv[0]), argv[1:]
     data = Path(next(o.split("=", 1)[1] for o in overrides if o.startswith("variables.data=")))
     capture = register_capture()
+    register_averaging()
     rank = int(os.environ["RANK"])
-    for name, version, extra in (("ddp", "1", []), ("fsdp2", "2", ["fsdp_config.activation_checkpointing=true"])):
+    for name, version, extra in (("ddp", "1", []), ("fsdp2", "2", ["fsdp_config.activation_checkpointing=true",
+                                                              "callbacks.averaging={}"])):
         os.environ["FSDP_VERSION"] = version
         for objective, clm in (("mlm", []), ("clm", CLM)):
             folder = out / f"{name}-{objective}"

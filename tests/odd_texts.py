@@ -1,10 +1,5 @@
 """Texts that tokenizer libraries disagree on, seeded: what a fast library must get right to be trusted with a corpus.
 
-Kinds: chance neighbourhoods of awkward fragments (special tokens written out and cut off, white space of every kind,
-contractions, what normalization composes, orders and leaves alone, emoji sequences, scripts, digits and letters out of the
-ordinary, code points beside the surrogates), code points drawn from all of Unicode and from single blocks, random bytes read
-as Latin-1 and as broken UTF-8, runs of white space, long words, and stacks of combining marks.
-
 Used by tests and by benchmarks/tokenizer_libraries.py.
 """
 

@@ -10,23 +10,12 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import socket
 import threading
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from types import TracebackType
+from types import SimpleNamespace
 from typing import Any, NamedTuple
-
-__all__ = ["Request", "S3Server", "noise"]
-
-Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
-
-
-def noise(number: int) -> bytes:
-    """So many bytes, the same ones every time."""
-    return random.Random(number).randbytes(number)
 
 
 class Request(NamedTuple):
@@ -40,15 +29,6 @@ class Request(NamedTuple):
     query: str
 
 
-@dataclass
-class _Fault:
-    matches: Callable[[Request], bool]
-    times: int
-    status: int | None
-    """The answer instead of the true one; None cuts the true one off."""
-    after: int = 0
-
-
 class S3Server:
     """Context manager: a server with a port of its own and one empty bucket. One at a time in a process.
 
@@ -59,7 +39,7 @@ class S3Server:
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
-        self.faults: list[_Fault] = []
+        self.faults: list[list[Any]] = []  # which requests match, how many times, status (None: cut off), after bytes
         self.lock = threading.Lock()
         self._client: Any = None
 
@@ -85,7 +65,7 @@ class S3Server:
         self.empty()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
@@ -94,15 +74,14 @@ class S3Server:
         """Makes this process talk to the server, without waiting between tries; children get `environment` by it too."""
         for name, value in self.environment.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr("ettin_foundry.data.storage_remote.FIRST_DELAY", 0.0)
+        monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=lambda seconds: None))
         if block_bytes:
-            monkeypatch.setattr("ettin_foundry.data.storage_remote.BLOCK_BYTES", block_bytes)
-            monkeypatch.setattr("ettin_foundry.data.storage.BLOCK_BYTES", block_bytes)
+            monkeypatch.setattr("ettin_foundry.data.storage._BLOCK_BYTES", block_bytes)
 
     def empty(self) -> None:
         """Back to one empty bucket, no faults, no requests: between tests that share a server."""
-        self.faults.clear()
-        reset = urllib.request.Request(f"{self.endpoint}/moto-api/reset", method="POST")  # moto's state outlives a server
+        self.clear()
+        reset = urllib.request.Request(f"{self.endpoint}/moto-api/reset", method="POST")  # its state outlives a server
         urllib.request.urlopen(reset).close()
         self.client().create_bucket(Bucket=self.bucket)
         self.clear()
@@ -133,16 +112,15 @@ class S3Server:
     def fail(self, matches: Callable[[Request], bool], *, times: int = 1, status: int = 503) -> None:
         """The next `times` requests that match get this status and nothing is done for them."""
         with self.lock:
-            self.faults.append(_Fault(matches, times, status))
+            self.faults.append([matches, times, status, 0])
 
     def cut(self, matches: Callable[[Request], bool], *, times: int = 1, after: int = 1000) -> None:
-        """The next `times` answers that match promise all their bytes, and the connection is lost after `after` of them."""
+        """The next `times` answers that match promise all their bytes; the connection is lost after `after` of them."""
         with self.lock:
-            self.faults.append(_Fault(matches, times, None, after))
+            self.faults.append([matches, times, None, after])
 
-    def clear_requests(self) -> None:
-        with self.lock:
-            self.requests.clear()
+    def faults_left(self) -> int:
+        return sum(fault[1] for fault in self.faults)
 
     def clear(self) -> None:
         """Forgets the faults that are left, and the requests."""
@@ -150,27 +128,26 @@ class S3Server:
             self.faults.clear()
             self.requests.clear()
 
-    def _with_faults(self, application: Application) -> Application:
+    def _with_faults(self, application: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
         def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
             request = Request(environ["REQUEST_METHOD"], environ.get("PATH_INFO", ""), environ.get("HTTP_RANGE"),
                               environ.get("QUERY_STRING", ""))
             with self.lock:
                 self.requests.append(request)
-                fault = next((fault for fault in self.faults if fault.times and fault.matches(request)), None)
+                fault = next((fault for fault in self.faults if fault[1] and fault[0](request)), None)
                 if fault:
-                    fault.times -= 1
-            if fault and fault.status:
-                start_response(f"{fault.status} Injected", [("Content-Length", "0")])
+                    fault[1] -= 1
+            if fault and fault[2]:
+                start_response(f"{fault[2]} Injected", [("Content-Length", "0")])
                 return [b""]
             body = application(environ, start_response)
-            return _cut_off(body, fault.after, environ["werkzeug.socket"]) if fault else body
+            return _cut_off(body, fault[3], environ["werkzeug.socket"]) if fault else body
 
         return answer
 
 
 def _cut_off(body: Iterable[bytes], after: int, connection: socket.socket) -> Iterator[bytes]:
-    data = b"".join(body)
-    yield data[:after]
+    yield b"".join(body)[:after]
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
     raise ConnectionResetError("injected")

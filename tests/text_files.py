@@ -1,4 +1,4 @@
-"""Corpora as files of every format, and reading them back, for the tests of sources and readers."""
+"""Corpora as files of every format, and reading them back, for the tests of sources, readers and conversions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-import pytest
 import zstandard
 from pyarrow import parquet
 
-from ettin_foundry.corpus import readers
 from ettin_foundry.corpus.readers import Document, ReadOptions, read_parts
 from ettin_foundry.corpus.sources import Meter, Source, find_source, plan_parts
 
@@ -38,11 +36,6 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress,
                                                 ".zst": lambda data: zstandard.ZstdCompressor().compress(data)}
 
 
-def pair(document: Document) -> tuple[str, str]:
-    """(id, text)."""
-    return document.id, document.text
-
-
 def read_all(source: Source, meter: Meter | None = None, **options: Any) -> list[Document]:
     """Every document of a source."""
     parts = [part for unit in plan_parts(source, 1 << 62) for part in unit]
@@ -52,11 +45,6 @@ def read_all(source: Source, meter: Meter | None = None, **options: Any) -> list
 def read(location: Path | str, **options: Any) -> list[tuple[str, str]]:
     """(id, text) of every document, after checking that the progress meter arrives at the end."""
     meter, source = Meter(), find_source(str(location))
-    found = [pair(document) for document in read_all(source, meter, **options)]
+    found = read_all(source, meter, **options)
     assert meter.position() == source.num_bytes
-    return found
-
-
-def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files are read in blocks of 50 bytes."""
-    monkeypatch.setattr(readers, "_BLOCK_BYTES", 50)
+    return [(document.id, document.text) for document in found]

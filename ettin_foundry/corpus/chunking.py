@@ -1,22 +1,23 @@
-"""Where a document's tokens are cut into chunks: at a paragraph or sentence end near the limit, never inside a character.
+"""Where a document's tokens are cut into chunks: at a paragraph or sentence end near the limit, outside of
+characters.
 
 A document of at most `chunk_length` tokens is one chunk. A longer one is cut, from its beginning, like this:
 
-1. While at least 1.1 chunks remain, the next chunk takes `chunk_length` tokens or up to a tenth of that fewer: it ends at
-   the best place of the last tenth, which is the latest paragraph end, else the latest sentence end, else the latest
-   line end, else the latest place before a space, else the latest place between two characters.
-2. When more than one but less than 1.1 chunks remain, they become two chunks of similar size, cut at the best place of the
-   tenth around their middle. So no cut leaves a scrap: every chunk of a longer document holds at least a tenth of
-   `chunk_length`, unless 3 applies.
-3. Where the whole tenth lies inside characters (a token may end one and begin the next), the latest place before it that
-   lies between two characters is taken; where the chunk has none, which takes a `chunk_length` of 1 to 3 or a vocabulary
-   made for it, the cut is made all the same.
+1. While at least 1.1 chunks remain, the next chunk ends at the best place of the last tenth of
+   `chunk_length`: the latest paragraph end, else sentence end, else line end, else place before a space, else
+   place between characters.
+2. When more than one but less than 1.1 chunks remain, they become two chunks of similar size, cut at the best
+   place of the tenth around their middle. So every chunk of a longer document holds at least a tenth of
+   `chunk_length`.
+3. Where the whole tenth lies inside characters (a token may end one and begin the next), the latest place
+   before it that lies between two characters is taken; where the chunk has none, the cut is made all the
+   same.
 
-What a token means for a cut depends on its bytes alone, so the rule is tables with one entry per id, filled once from
-tokenizer.json, and a small machine that runs over the tokens around the limit; no text is decoded. Paragraph end: after a
-blank line. Sentence end: after a terminator and its closing quotes or brackets, if a space follows (after a Chinese or
-Japanese terminator it need not), or after that space. A full stop after a digit or a capital ends no sentence ("3.14",
-"1. Item", "J. Smith"). A terminator that the vocabulary splits into bytes is not seen. Tokenizing and writing are not here.
+What a token means for a cut depends on its bytes alone, so the rule is tables with one entry per id, filled
+once from tokenizer.json, and a state machine that runs over the tokens around the limit. Paragraph end: after
+a blank line. Sentence end: after a terminator and its closing quotes or brackets, if a space follows (after a
+Chinese or Japanese terminator it need not), or after that space. A full stop after a digit or a capital ends
+no sentence ("3.14", "1. Item", "J. Smith"). A terminator that the vocabulary splits into bytes is not seen.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ from typing import Any
 import numpy as np
 import orjson
 
-from ettin_foundry.data.manifest import MAX_CHUNK_LENGTH
-
 __all__ = ["Chunker", "token_bytes"]
 
 _NUM_IDS = 1 << 16  # tokens are uint16: with a table entry for each, no id can be outside
 
 # Kinds of characters. A full stop is no plain terminator: after a capital or a digit it ends no sentence.
 _OTHER, _CAPITAL, _STOP, _TERMINATOR, _CJK_TERMINATOR, _CLOSER, _BLANK, _NEWLINE = range(8)
-_KINDS = {".": _STOP, **dict.fromkeys("\n\u2028\u2029", _NEWLINE),
-          **dict.fromkeys("\u3002\uff61\uff01\uff1f", _CJK_TERMINATOR),
-          # ! ? ellipsis, Greek and Arabic question marks, Urdu, Devanagari (2), Armenian, Ethiopic, Khmer, Burmese, Tibetan
-          **dict.fromkeys("!?\u2026\u037e\u061f\u06d4\u0964\u0965\u0589\u1362\u17d4\u104b\u0f0d", _TERMINATOR)}
+_KINDS = {
+    ".": _STOP, **dict.fromkeys("\n\u2028\u2029", _NEWLINE),
+    **dict.fromkeys("\u3002\uff61\uff01\uff1f", _CJK_TERMINATOR),
+    # ! ? ellipsis, Greek and Arabic question marks, Urdu, Devanagari (2), Armenian, Ethiopic, Khmer, Burmese,
+    # Tibetan
+    **dict.fromkeys("!?\u2026\u037e\u061f\u06d4\u0964\u0965\u0589\u1362\u17d4\u104b\u0f0d", _TERMINATOR)}
 
 # States of the machine: what the text before a place ends with.
 (_WORD,  # anything else
@@ -70,27 +71,18 @@ _BEGINS_WORD, _BEGINS_SPACE, _BEGINS_CLOSER, _BEGINS_INSIDE = range(4)
 _BEGINS = {_BLANK: _BEGINS_SPACE, _NEWLINE: _BEGINS_SPACE,
            **dict.fromkeys((_STOP, _TERMINATOR, _CJK_TERMINATOR, _CLOSER), _BEGINS_CLOSER)}
 
-# Ranks of a place, worst first.
+# Ranks of a place, worst first, by the state before it and by how the token after it begins.
 _INSIDE, _BETWEEN, _BEFORE_SPACE, _LINE_END, _SENTENCE_END, _PARAGRAPH_END = range(6)
+_RANKS = np.full((_NUM_STATES, 4), _BETWEEN, np.uint8)
+_RANKS[:, _BEGINS_SPACE] = _BEFORE_SPACE
+_RANKS[_LINE] = _LINE_END
+_RANKS[_ENDED, _BEGINS_SPACE] = _SENTENCE_END
+_RANKS[_CJK_ENDED, [_BEGINS_WORD, _BEGINS_SPACE]] = _SENTENCE_END
+_RANKS[[_SPACED, _ENDED_LINE]] = _SENTENCE_END
+_RANKS[_PARAGRAPH] = _PARAGRAPH_END
+_RANKS[:, _BEGINS_INSIDE] = _INSIDE
 
-_CONTEXT = 16  # tokens before the tenth that the machine runs over first, so as to know the state at its beginning
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-def _ranks() -> np.ndarray:
-    """(4 * states,) uint8: rank of a place, at 4 * (state before it) + (how the token after it begins)."""
-    table = np.full((_NUM_STATES, 4), _BETWEEN, np.uint8)
-    table[:, _BEGINS_SPACE] = _BEFORE_SPACE
-    table[_LINE] = _LINE_END
-    table[_ENDED, _BEGINS_SPACE] = _SENTENCE_END
-    table[_CJK_ENDED, [_BEGINS_WORD, _BEGINS_SPACE]] = _SENTENCE_END
-    table[[_SPACED, _ENDED_LINE]] = _SENTENCE_END
-    table[_PARAGRAPH] = _PARAGRAPH_END
-    table[:, _BEGINS_INSIDE] = _INSIDE
-    return table.ravel()
-
-
-_RANKS = _ranks()
+_CONTEXT = 16  # tokens before the tenth that the machine runs over first, to know the state at its beginning
 
 
 @functools.cache
@@ -99,8 +91,8 @@ def _kind(character: str) -> int:
         return _KINDS[character]
     if character.isspace():
         return _BLANK
-    if character in "\"'" or unicodedata.category(character) in ("Pe", "Pf", "Pi"):  # German closes with what English opens
-        return _CLOSER
+    if character in "\"'" or unicodedata.category(character) in ("Pe", "Pf", "Pi"):
+        return _CLOSER  # Pi too: German closes with what English opens
     return _CAPITAL if character.isupper() or character.isdigit() else _OTHER
 
 
@@ -109,60 +101,36 @@ def _steps(text: str) -> tuple[int, ...]:
     """State after `text`, per state before it."""
     states = tuple(range(_NUM_STATES))
     for character in text:
-        step = _STEPS[_kind(character)]
-        states = tuple(step[state] for state in states)
+        states = tuple(_STEPS[_kind(character)][state] for state in states)
     return states
 
 
 class Chunker:
     """Cuts documents of one tokenizer into chunks, as the module says.
 
-    Picklable, and cheap to build from its arguments: about 0.15 s for 50,000 entries.
-
     Args:
-        tokenizer_json: the content of a tokenizer.json.
-        chunk_length: most tokens in a chunk.
-        window: share of `chunk_length` in which the best place is looked for: the tenth of the module's description.
-            With 0 a chunk is as long as characters allow, and what remains at the end may be short.
-
-    Raises:
-        ValueError: not a tokenizer.json, or an argument is out of range.
+        tokenizer_json: the content of a tokenizer.json. chunk_length: most tokens in a chunk, 1 to 65,535.
+        window: share of `chunk_length`, 0 to 0.5, in which the best place is looked for: the tenth of the
+            module's description. With 0 a chunk is as long as characters allow, and what remains at the end
+            may be short.
     """
 
     def __init__(self, tokenizer_json: str, chunk_length: int, window: float = 0.1) -> None:
-        if not 1 <= chunk_length <= MAX_CHUNK_LENGTH:
-            raise ValueError(f"--chunk-length: {chunk_length} given; 1 to {MAX_CHUNK_LENGTH} tokens are possible. Use the "
-                             "row length of training minus 2")
-        if not 0 <= window <= 0.5:
-            raise ValueError(f"--cut-window: {window} given; 0 (cut as late as possible) to 0.5 is possible. 0.1 is usual")
         self.chunk_length, self.window = chunk_length, window
         self._tenth = int(chunk_length * window + 1e-9)
         self._after, self._begins, self._rows = _tables(token_bytes(tokenizer_json))
 
     def cuts(self, tokens: np.ndarray) -> list[int]:
-        """Where the chunks of one document end.
-
-        Args:
-            tokens: (L,) uint16, L >= 1.
-
-        Returns:
-            Ends of the chunks, increasing, the last one is L: chunk k is tokens[ends[k - 1]:ends[k]].
-        """
-        return list(self.iter_cuts(tokens))
-
-    def iter_cuts(self, tokens: np.ndarray) -> Iterator[int]:
-        """`cuts`, one after the other; of a memmap only the stretch around each is read, front to back."""
-        tokens = np.asarray(tokens)
-        length, limit, tenth = len(tokens), self.chunk_length, self._tenth
-        begin = 0
-        while (left := length - begin) > limit:
+        """Ends of the chunks of a document's (L,) tokens: chunk k is tokens[ends[k - 1]:ends[k]]."""
+        limit, tenth = self.chunk_length, self._tenth
+        ends = [0]
+        while (left := len(tokens) - ends[-1]) > limit:
             high = limit if left >= limit * (1 + self.window) - 1e-6 else left // 2 + tenth // 2
-            begin = self._best(tokens, begin, begin + high - tenth, begin + high)
-            yield begin
-        yield length
+            ends.append(self._best(tokens, ends[-1], ends[-1] + high - tenth, ends[-1] + high))
+        return [*ends[1:], len(tokens)]
 
     def _best(self, tokens: np.ndarray, begin: int, low: int, high: int) -> int:
-        """The best place in [low, high] to end the chunk that begins at `begin`; begin < low, high < len(tokens)."""
+        """The best place in [low, high] to end the chunk from `begin` on; begin < low, high < len(tokens)."""
         first = max(0, low - 1 - _CONTEXT)
         window = tokens[first:high + 1]  # one more than the places: what follows a place counts too
         after = self._after.take(window)
@@ -182,12 +150,13 @@ def _tables(pieces: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, list[tuple
     """Of each token: the state after it, and how it begins.
 
     Returns:
-        (65536,) uint8: the state after the token where that does not depend on what came before, else 9 + a row;
-        (65536,) uint8: how it begins; the rows: state after the token, per state before it. Only tokens made of nothing
-        but punctuation and spaces have one, and the machine allows few different ones: a test holds them below 247.
+        (65536,) uint8: the state after the token where that does not depend on what came before, else 9 + a
+        row; (65536,) uint8: how it begins; the rows: state after the token, per state before it. Only tokens
+        made of nothing but punctuation and spaces have one, and the machine allows fewer than 247 different
+        ones.
     """
     texts = [piece.decode("utf-8", "replace") for piece in pieces]
-    passing = "".join(character for character in set("".join(texts)) if _kind(character) not in (_OTHER, _CAPITAL))
+    passing = "".join(c for c in set("".join(texts)) if _kind(c) not in (_OTHER, _CAPITAL))
     rows: dict[tuple[int, ...], int] = {}
     after, begins = np.full(_NUM_IDS, _WORD, np.uint8), np.full(_NUM_IDS, _BEGINS_WORD, np.uint8)
     for token, (piece, text) in enumerate(zip(pieces, texts)):
@@ -198,56 +167,43 @@ def _tables(pieces: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, list[tuple
         if word:
             after[token] = steps[_INITIAL if _kind(word[-1]) == _CAPITAL else _WORD]
         else:
-            after[token] = steps[0] if len(set(steps)) == 1 else _NUM_STATES + rows.setdefault(steps, len(rows))
-        begins[token] = _BEGINS_INSIDE if 0x80 <= piece[0] < 0xC0 else _BEGINS.get(_kind(text[0]), _BEGINS_WORD)
+            is_fixed = len(set(steps)) == 1
+            after[token] = steps[0] if is_fixed else _NUM_STATES + rows.setdefault(steps, len(rows))
+        is_inside = 0x80 <= piece[0] < 0xC0
+        begins[token] = _BEGINS_INSIDE if is_inside else _BEGINS.get(_kind(text[0]), _BEGINS_WORD)
     return after, begins, [()] * _NUM_STATES + list(rows)
 
 
 def token_bytes(tokenizer_json: str) -> list[bytes]:
     """The bytes that each id stands for, b"" for ids that are not given.
 
-    Byte-level vocabularies exactly. Others as their decoders read them: a word mark U+2581 is a space, <0x0A> is a byte;
-    where pieces inside a word are marked (WordPiece), or none are (WordLevel), a piece that begins a word has a space
-    before it.
-
-    Raises:
-        ValueError: not the content of a tokenizer.json.
+    Byte-level vocabularies exactly. Others as their decoders read them: a word mark U+2581 is a space, <0x0A>
+    is a byte; where pieces inside a word are marked (WordPiece), or none are (WordLevel), a piece that begins
+    a word has a space before it. Added tokens are found in a text as they are.
     """
-    try:
-        content = orjson.loads(tokenizer_json)
-        vocab = content["model"]["vocab"]
-        ids = vocab if isinstance(vocab, dict) else {entry[0]: number for number, entry in enumerate(vocab)}
-        added = {entry["id"]: entry["content"].encode() for entry in content.get("added_tokens") or []}
-        if not all(0 <= number < _NUM_IDS for number in (*ids.values(), *added)):
-            raise ValueError(f"an id is outside 0 to {_NUM_IDS - 1}")
-        pieces = [b""] * (1 + max((*ids.values(), *added), default=0))
-        for piece, number in zip(_model_bytes(content, list(ids)), ids.values()):
-            pieces[number] = piece
-        for number, text in added.items():  # added tokens are found in the text as they are
-            pieces[number] = text
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"tokenizer.json: {tokenizer_json[:40]!r}... given, which cannot be read ({error!r}); the file of "
-                         "a fast tokenizer with at most 65,535 entries is needed. Save the tokenizer again") from error
-    return pieces
+    content = orjson.loads(tokenizer_json)
+    vocab = content["model"]["vocab"]
+    ids = vocab if isinstance(vocab, dict) else {entry[0]: number for number, entry in enumerate(vocab)}
+    pieces = dict(zip(ids.values(), _model_bytes(content, list(ids))))
+    pieces |= {entry["id"]: entry["content"].encode() for entry in content.get("added_tokens") or []}
+    return [pieces.get(number, b"") for number in range(1 + max(pieces, default=0))]
 
 
 def _model_bytes(content: dict[str, Any], tokens: Sequence[str]) -> Iterator[bytes]:
     """The bytes of each of the model's own tokens, in order."""
-    if any("ByteLevel" in _types(content.get(part)) for part in ("pre_tokenizer", "decoder")):
-        # GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for characters from U+0100 on, in order
+    if b'"ByteLevel"' in orjson.dumps([content.get("pre_tokenizer"), content.get("decoder")]):
+        # GPT-2's alphabet: printable Latin-1 is itself, the other bytes are characters from U+0100 on, in
+        # order
         itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         moved = [byte for byte in range(256) if byte not in itself]
         alphabet = {0x100 + number: byte for number, byte in enumerate(moved)}
-        joined = "".join(tokens).translate(alphabet).encode("latin-1", "replace")  # a byte for every character
-        end = 0
-        for token in tokens:
-            yield joined[end:(end := end + len(token))]
+        yield from (token.translate(alphabet).encode("latin-1", "replace") for token in tokens)
         return
     model = content["model"]
     inside, end_of_word = model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")
     spaced = bool(inside) or model.get("type") == "WordLevel"
     for token in tokens:
-        if model.get("byte_fallback") and (match := _BYTE_TOKEN.fullmatch(token)):
+        if model.get("byte_fallback") and (match := re.fullmatch("<0x([0-9A-F]{2})>", token)):
             yield bytes([int(match[1], 16)])
             continue
         text = token.replace("\u2581", " ")
@@ -255,15 +211,6 @@ def _model_bytes(content: dict[str, Any], tokens: Sequence[str]) -> Iterator[byt
             text = text[:-len(end_of_word)] + " "
         if inside and text.startswith(inside):
             text = text[len(inside):]
-        elif spaced and text[:1].isalnum():  # punctuation is a word of its own there, with or without a space before it
+        elif spaced and text[:1].isalnum():  # punctuation is a word of its own there, with a space or without
             text = " " + text
         yield text.encode()
-
-
-def _types(part: Any) -> set[str]:
-    """Every "type" in a part of tokenizer.json, which may be a sequence of parts."""
-    if isinstance(part, list):
-        return set().union(*map(_types, part))
-    if not isinstance(part, dict):
-        return set()
-    return {str(part.get("type"))}.union(*(_types(value) for value in part.values() if isinstance(value, (list, dict))))

@@ -1,63 +1,145 @@
-"""Text to a data set: plan the units, run them, put them together. Restartable, on one machine or many.
+"""Text to a dataset: plan the units, run them, put them together. Restartable, on one machine or many.
 
-Interrupted at any moment and started again, a conversion does only what is not done yet and ends with the same bytes
-(units.py says why). `--task-index` does one share of the units on one machine of many; `ettin finalize` then puts the
-shares together. Readers are in readers.py, the work on a unit in unit_worker.py, worker processes in pool.py.
+Interrupted at any moment and started again, a conversion does only what is not done yet and ends with the
+same bytes (see plan.py). `task_index` does one share of the units; `ettin finalize` then joins the shares.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import shutil
-import sys
+import tempfile
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import xxhash
 
 from ettin_foundry.corpus.duplicates import find_duplicates
-from ettin_foundry.corpus.executors import WorkerDeath, run_tasks
-from ettin_foundry.corpus.finalize import done_units, finalize, read_plan
-from ettin_foundry.corpus.options import ConvertOptions, make_parser, options_from
-from ettin_foundry.corpus.plan import check_given, check_place, find_sources, finished_units, plan_conversion
+from ettin_foundry.corpus.encoder import Engine
+from ettin_foundry.corpus.executors import run_tasks
+from ettin_foundry.corpus.filters import FilterOptions
+from ettin_foundry.corpus.finalize import done_units, finalize
+from ettin_foundry.corpus.plan import (
+    PLAN,
+    Plan,
+    Unit,
+    check_append,
+    check_place,
+    find_sources,
+    finished_units,
+    plan_conversion,
+    read_plan,
+)
 from ettin_foundry.corpus.progress import Board, Tick
 from ettin_foundry.corpus.readers import ReadOptions, read_parts
-from ettin_foundry.corpus.sources import Meter, Source, plan_parts
-from ettin_foundry.corpus.unit_hashes import HashUnit, drops_name, hashes_name
-from ettin_foundry.corpus.units import PLAN, Plan, Unit
-from ettin_foundry.corpus.worker import ConvertUnit, TokenizerSpec
+from ettin_foundry.corpus.sources import Meter, Source, part_bytes, plan_parts
+from ettin_foundry.corpus.worker import ConvertUnit, HashUnit, TokenizerSpec, drops_name, hashes_name
 from ettin_foundry.data import tokenizer as tokenizers
+from ettin_foundry.data.manifest import MAX_CHUNK_LENGTH
+from ettin_foundry.data.packing import SPECIALS_PER_PIECE
+from ettin_foundry.data.quantities import parse_bytes
 from ettin_foundry.data.storage import Storage, is_url, open_storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["ConvertOptions", "Summary", "convert", "main"]
+__all__ = ["ConvertOptions", "Summary", "convert"]
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """What to convert, and how; cli/convert.py says what each option means. Wrong ones raise ValueError."""
+
+    sources: Sequence[str]
+    out: str | os.PathLike[str]
+    tokenizer: str | os.PathLike[str] | None = None
+    train_tokenizer: int | None = None
+    chunk_length: int = 1024 - SPECIALS_PER_PIECE
+    cut_window: float = 0.1
+    validation: float = 0.005
+    text_field: str = ReadOptions.text_field
+    id_field: str | None = ReadOptions.id_field
+    max_document_bytes: int | str = ReadOptions.max_document_bytes
+    shard_size: int | str = "64mb"
+    unit_size: int | str = "256mb"
+    compression: str | None = None
+    limit_bytes: int | None = None
+    seed: int = 0
+    licence: str | None = None
+    filters: FilterOptions = field(default_factory=FilterOptions)
+    append: bool = False
+    workers: int | None = None
+    engine: Engine = "auto"
+    executor: str = "local"
+    ray_address: str | None = None
+    task_index: int | None = None
+    num_tasks: int | None = None
+    progress: bool | None = None
+    """Whether to show a progress bar; None shows it on a terminal only."""
+
+    def __post_init__(self) -> None:
+        most = 2**31 - 1 if self.compression else 2**32 - 1  # what the zstd package takes; offsets are uint32
+        task, tasks, trained = self.task_index, self.num_tasks, self.train_tokenizer is not None
+        num_tokenizers = trained + (self.tokenizer is not None)
+        sizes = {key: parse_bytes(_flag(key), getattr(self, key)) or 0 for key in _SIZES}
+        rules: list[tuple[str, str, bool]] = [  # option, what it must be, whether it is
+            ("sources", "a list with a source", bool(self.sources) and not isinstance(self.sources, str)),
+            ("tokenizer", "given, or --train-tokenizer, exactly one of the two (neither with --append)",
+             num_tokenizers == 1 or (self.append and not num_tokenizers)),
+            ("train_tokenizer", "left out with --append: a dataset keeps its tokenizer",
+             not (self.append and trained)),
+            ("train_tokenizer", "left out with --task-index: train it on a sample first, then name its folder",
+             task is None or not trained),
+            ("chunk_length", f"1 to {MAX_CHUNK_LENGTH} tokens", 1 <= self.chunk_length <= MAX_CHUNK_LENGTH),
+            ("cut_window", "a share from 0 (cut as late as possible) to 0.5", 0 <= self.cut_window <= 0.5),
+            ("validation", "a share of at least 0 and below 1", 0 <= self.validation < 1),
+            ("compression", "zstd, or left out", self.compression in (None, "zstd")),
+            ("shard_size", f"at most {most} bytes", sizes["shard_size"] <= most),
+            ("limit_bytes", "at least 1, or left out", self.limit_bytes is None or self.limit_bytes >= 1),
+            ("seed", "0 to 2**63 - 1", 0 <= self.seed < 2**63),
+            ("engine", " or ".join(get_args(Engine)), self.engine in get_args(Engine)),
+            ("executor", "local or ray", self.executor in ("local", "ray")),
+            ("workers", "at least 1, or left out for all cores", self.workers is None or self.workers >= 1),
+            ("ray_address", "left out without --executor ray", self.executor == "ray" or not self.ray_address),
+            ("task_index", f"0 to --num-tasks - 1, with --num-tasks {tasks}",
+             tasks is None if task is None else tasks is not None and 0 <= task < tasks),
+            ("task_index", "left out with --deduplicate, which compares all documents: use --executor ray",
+             task is None or not self.filters.deduplicate),
+        ]
+        for key, allowed, fits in rules:
+            if not fits:
+                raise ValueError(f"{_flag(key)} must be {allowed}, got {getattr(self, key)!r}")
+
+    def record(self) -> dict[str, Any]:
+        """The options that shape the data, without places on this machine."""
+        keys = ("train_tokenizer", "chunk_length", "cut_window", "validation", "text_field", "id_field",
+                "compression", "limit_bytes", "seed")
+        sizes = {key: parse_bytes(_flag(key), getattr(self, key)) for key in _SIZES}
+        if sizes["max_document_bytes"] == ReadOptions.max_document_bytes:
+            del sizes["max_document_bytes"]  # as in plans from before there was a limit
+        return {**{key: getattr(self, key) for key in keys}, **sizes, "filters": self.filters.record()}
+
+
+_SIZES = ("shard_size", "unit_size", "max_document_bytes")
+
+
+def _flag(key: str) -> str:
+    return key if key == "sources" else "--" + key.replace("_", "-")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a conversion did.
-
-    Attributes:
-        out: the set. sources: name -> counts of both splits together, as a manifest states them; empty for one task of
-        an array. validation_documents: documents of the validation split. seconds: of this call. units: done by this
-        call, of all. tokens_done: tokenized by this call.
-    """
+    """What a conversion did."""
 
     out: str
-    sources: Mapping[str, Mapping[str, Any]]
+    sources: Mapping[str, Mapping[str, Any]]  # name -> counts of both splits; empty for one task of an array
     validation_documents: int
     seconds: float
-    units: tuple[int, int]
-    tokens_done: int
+    units: tuple[int, int]  # done by this call, of all
+    tokens_done: int  # by this call
 
     @property
     def tokens(self) -> int:
@@ -73,179 +155,119 @@ class Summary:
             f"{name}: {c['documents']:,} documents, {c['tokens']:,} tokens, {c['bytes'] / 1e6:,.1f} MB"
             + "".join(f", {n:,} dropped ({reason})" for reason, n in c["dropped"].items())
             for name, c in self.sources.items())
-        earlier = f"; {of - done} of {of} units were done before" if done < of else ""
-        return f"{self.out}: {per_source}; {self.validation_documents:,} documents for validation{earlier}; {speed}"
+        earlier = f"{of - done} of {of} units were done before; " if done < of else ""
+        return (f"{self.out}: {per_source}; {self.validation_documents:,} documents for validation; {earlier}"
+                f"{speed}")
 
 
 def convert(options: ConvertOptions) -> Summary:
     """Converts a corpus into OUT/tokenizer, OUT/train and OUT/validation, or goes on with doing so.
 
     Raises:
-        FileNotFoundError, ValueError: the input cannot be converted, or OUT was begun with other options; names file and
-            record, or the option and both values. Finished units stay. FileExistsError: OUT holds something else.
+        OSError, ValueError: the input cannot be converted, or OUT holds something else, or was begun otherwise.
     """
-    begin = time.perf_counter()
-    storage = open_storage(options.out)
-    plan = read_plan(storage)
-    if plan is None:
-        check_place(storage, options)
-    sources = find_sources(options, plan)
-    tok = _tokenizer(options, storage, plan, sources)
-    fingerprint = tokenizers.fingerprint(tok)
-    record = options.record()
-    wanted = plan_conversion(options, plan, sources, record=record, fingerprint=fingerprint, storage=storage)
-    done = done_units(storage, wanted)
-    todo = [unit for unit in wanted.units if unit.number not in done]
-    check_given(todo, wanted, sources, storage)
-    _begin(storage, plan, wanted, tok)
+    begin, storage = time.perf_counter(), open_storage(options.out)
+    before = read_plan(storage)
+    if before is None:
+        check_place(storage, options.append)
+    sources = find_sources(options, before)
+    tok = _tokenizer(options, storage, before, sources)
+    facts = tokenizers.fingerprint(tok)
+    plan = plan_conversion(options, before, sources, tokenizer=facts, storage=storage)
+    done = done_units(storage, plan)
+    todo = [unit for unit in plan.units if unit.number not in done]
+    check_append(todo, plan, sources)
+    if plan != before:
+        if before is None or dict(before.tokenizer) != dict(plan.tokenizer):
+            with tempfile.TemporaryDirectory(dir=storage.scratch()) as folder:
+                tokenizers.save(tok, folder)
+                for path in sorted(Path(folder).iterdir()):
+                    storage.put_file(path, f"tokenizer/{path.name}")
+        if read_plan(storage) not in (before, plan):
+            raise ValueError(f"--out must not be used by two conversions at once, got {storage.url}, whose "
+                             f"{PLAN} has just changed")
+        storage.write_bytes(PLAN, plan.to_bytes())  # last: where there is a plan, there is a tokenizer
     if options.task_index is not None:
         todo = [unit for unit in todo if unit.number % int(options.num_tasks or 1) == options.task_index]
-    spec = TokenizerSpec(fingerprint["name"], tok.backend_tokenizer.to_str(), tuple(sorted(tokenizers.forbidden_ids(tok))),
-                         fingerprint["vocab_size"], options.engine)
+    forbidden = tuple(sorted(tokenizers.forbidden_ids(tok)))
+    spec = TokenizerSpec(facts["name"], tok.backend_tokenizer.to_str(), forbidden, facts["vocab_size"],
+                         options.engine)
     out = os.fspath(options.out)
-    job = ConvertUnit(out=out if is_url(out) else os.path.abspath(out), options=wanted.options, tokenizer=spec,
-                      filters=options.filters, sources={source.name: source for source in sources}, base_key=wanted.base_key)
-    tokens = _run(job, todo, wanted, options, storage)
-    units = (len(todo), len(wanted.units))
-    if options.task_index is not None:
-        return Summary(storage.url, {}, 0, time.perf_counter() - begin, units, tokens)
-    manifests = finalize(options.out)
-    return _summary(storage, manifests, time.perf_counter() - begin, units, tokens)
+    job = ConvertUnit(out if is_url(out) else os.path.abspath(out), plan.options,
+                      {source.name: source for source in sources}, plan.base_key, spec, options.filters)
+    if todo and options.filters.deduplicate:
+        _find_duplicates(job, plan, options, storage)
+    tokens = _execute(job, todo, "documents", options)
+    totals: dict[str, dict[str, Any]] = {}
+    manifests = finalize(options.out) if options.task_index is None else {}
+    for manifest in manifests.values():
+        for name, counts in manifest["sources"].items():
+            total = totals.setdefault(name, {"dropped": Counter()})
+            total["dropped"].update(counts["dropped"])
+            for key in ("documents", "chunks", "tokens", "bytes"):
+                total[key] = total.get(key, 0) + counts[key]
+    validation = manifests["validation"]["totals"]["documents"] if "validation" in manifests else 0
+    return Summary(storage.url, totals, validation, time.perf_counter() - begin, (len(todo), len(plan.units)),
+                   tokens)
 
 
-def _begin(storage: Storage, plan: Plan | None, wanted: Plan, tok: PreTrainedTokenizerFast) -> None:
-    """Writes what all units need, and the plan last: where there is a plan, there is a tokenizer.
+def _execute(job: HashUnit, units: Sequence[Unit], title: str, options: ConvertOptions) -> int:
+    """Does the units; tokens written."""
+    if not units:
+        return 0
+    workers = min(options.workers or len(os.sched_getaffinity(0)), len(units))
+    num_bytes = sum(part_bytes(job.sources[unit.source], part) for unit in units for part in unit.parts)
+    with Board(title, num_bytes, show=options.progress) as board:
+        return sum(run_tasks(job, units, workers=workers, board=board, ray=options.executor == "ray",
+                             ray_address=options.ray_address))
 
-    Raises:
-        ValueError: another conversion into the same place has begun meanwhile.
-    """
-    if wanted == plan:
-        return
-    if plan is None or dict(plan.tokenizer) != dict(wanted.tokenizer):
-        _save_tokenizer(tok, storage)
-    if read_plan(storage) not in (plan, wanted):
-        raise ValueError(f"--out {storage.url}: another conversion has changed {PLAN} just now; two at a time must be the "
-                         "same. Wait for the other one, then start this one again")
-    storage.write_bytes(PLAN, wanted.to_bytes())
+
+def _find_duplicates(job: ConvertUnit, plan: Plan, options: ConvertOptions, storage: Storage) -> None:
+    """Writes for each unit which of its documents repeat earlier ones, by the hashes of all documents."""
+    known = {name for name, _ in storage.list("work/hashes/")}
+    unhashed = [unit for unit in plan.units if hashes_name(unit, plan.base_key) not in known]
+    check_append(unhashed, plan, list(job.sources.values()))
+    _execute(HashUnit(job.out, job.options, job.sources, plan.base_key), unhashed, "hashes", options)
+    with tempfile.TemporaryDirectory(dir=storage.scratch()) as folder:
+        files = [Path(folder, "hashes", f"{unit.number:05d}.npy") for unit in plan.units]
+        for unit, path in zip(plan.units, files):
+            storage.get_file(hashes_name(unit, plan.base_key), path)
+        find_duplicates(files, Path(folder, "drops"))
+        for unit, path in zip(plan.units, files):
+            storage.put_file(Path(folder, "drops", path.name), drops_name(unit, plan.base_key))
 
 
 def _tokenizer(options: ConvertOptions, storage: Storage, plan: Plan | None,
                sources: Sequence[Source]) -> PreTrainedTokenizerFast:
-    """The tokenizer: the given one, the set's own, or one trained now.
-
-    Until a unit is finished, options and inputs may still change, and with them what a trained one is trained on.
-    """
+    """The given tokenizer, the dataset's own where a unit is finished, or one trained now."""
     if options.tokenizer is not None:
         tok = tokenizers.load(options.tokenizer)
     elif plan is None or not (options.append or finished_units(storage)):
         tok = _train(sources, options)
     else:
-        folder = storage.scratch() / f"tokenizer.{uuid.uuid4().hex[:8]}"
-        for name, size in storage.list("tokenizer/"):
-            storage.get_file(name, folder / Path(name).name, num_bytes=size)
-        tok = tokenizers.load(folder)
+        with tempfile.TemporaryDirectory(dir=storage.scratch()) as folder:
+            for name, size in storage.list("tokenizer/"):
+                storage.get_file(name, Path(folder, Path(name).name), num_bytes=size)
+            tok = tokenizers.load(folder)
         tok.name_or_path = plan.tokenizer["name"]
-        shutil.rmtree(folder)
     return tokenizers.with_template(tok, "encoder")
 
 
-def _save_tokenizer(tok: PreTrainedTokenizerFast, storage: Storage) -> None:
-    folder = storage.scratch() / f"tokenizer.{uuid.uuid4().hex[:8]}"
-    tokenizers.save(tok, folder)
-    for path in sorted(folder.iterdir()):
-        storage.put_file(path, f"tokenizer/{path.name}")
-    shutil.rmtree(folder)
+def _train(sources: Sequence[Source], options: ConvertOptions) -> PreTrainedTokenizerFast:
+    """Trains on the training split only: validation text must be as new to the tokenizer as to the model."""
+    meter, reading = Meter(), ReadOptions.of(options.record())
 
+    def texts() -> Iterator[str]:
+        for source in sources:
+            total, parts = 0, [part for parts in plan_parts(source, 1 << 62) for part in parts]
+            for document in read_parts(source, parts, meter, reading):
+                encoded = document.text.encode()
+                board.tick(0, Tick(1, 0, len(encoded), meter.position() - board.total.file_bytes))
+                if xxhash.xxh64_intdigest(encoded, seed=options.seed) >= options.validation * 2**64:
+                    yield document.text
+                total += len(encoded)
+                if options.limit_bytes is not None and total >= options.limit_bytes:
+                    break
 
-def _train(sources: Sequence[Source], options: ConvertOptions) -> Any:
-    """Trains on the documents of the training split only: validation text must be as new to it as to the model."""
-    meter = Meter()
     with Board("tokenizer", sum(source.num_bytes for source in sources), show=options.progress) as board:
-
-        def texts() -> Iterator[str]:
-            board.began(0, "the sources", str(os.getpid()))
-            for source in sources:
-                for text, num_bytes, digest in _texts(source, meter, options):
-                    board.tick(0, Tick(1, 0, num_bytes, meter.position() - board.total.file_bytes))
-                    if digest >= options.validation * 2**64:
-                        yield text
-
         return tokenizers.train_bpe(texts(), int(options.train_tokenizer or 0))
-
-
-def _texts(source: Source, meter: Meter, options: ConvertOptions) -> Iterator[tuple[str, int, int]]:
-    """Each document's text, its UTF-8 bytes, and the hash that decides its split."""
-    total = 0
-    for parts in plan_parts(source, 1 << 62):
-        for document in read_parts(source, parts, meter, ReadOptions.of(options.record())):
-            encoded = document.text.encode()
-            yield document.text, len(encoded), xxhash.xxh64_intdigest(encoded, seed=options.seed)
-            total += len(encoded)
-            if options.limit_bytes is not None and total >= options.limit_bytes:
-                return
-
-
-def _run(job: ConvertUnit, todo: Sequence[Unit], plan: Plan, options: ConvertOptions, storage: Storage) -> int:
-    """Does the units; tokens written."""
-    if not todo:
-        return 0
-    workers = min(options.workers or len(os.sched_getaffinity(0)), len(todo))
-    if options.filters.deduplicate:
-        known = {name for name, _ in storage.list("work/hashes/")}
-        unhashed = [unit for unit in plan.units if hashes_name(unit, plan.base_key) not in known]
-        check_given(unhashed, plan, list(job.sources.values()), storage)
-        hashing = HashUnit(job.out, job.options, job.sources, plan.base_key)
-        _execute(hashing, unhashed, "hashes", workers, options)
-        _find_duplicates(plan, storage)
-    return sum(result["tokens"] for result in _execute(job, todo, "documents", workers, options))
-
-
-def _execute(job: Callable[..., Any], units: Sequence[Unit], title: str, workers: int,
-             options: ConvertOptions) -> list[Any]:
-    with Board(title, sum(unit.num_bytes for unit in units), show=options.progress) as board:
-        return run_tasks(job, units, workers=workers, board=board, ray=options.executor == "ray",
-                         ray_address=options.ray_address)
-
-
-def _find_duplicates(plan: Plan, storage: Storage) -> None:
-    """From the hashes of all units, which documents of each unit repeat earlier ones."""
-    folder = storage.scratch() / f"duplicates.{uuid.uuid4().hex[:8]}"
-    try:
-        files = [folder / "hashes" / f"{unit.number:05d}.npy" for unit in plan.units]
-        for unit, path in zip(plan.units, files):
-            storage.get_file(hashes_name(unit, plan.base_key), path)
-        find_duplicates(files, folder / "drops")
-        for unit, path in zip(plan.units, files):
-            storage.put_file(folder / "drops" / path.name, drops_name(unit, plan.base_key))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _summary(storage: Storage, manifests: Mapping[str, dict[str, Any]], seconds: float, units: tuple[int, int],
-             tokens: int) -> Summary:
-    totals: dict[str, dict[str, Any]] = {}
-    for manifest in manifests.values():
-        for name, counts in manifest["sources"].items():
-            total = totals.setdefault(name, {"documents": 0, "chunks": 0, "tokens": 0, "bytes": 0, "dropped": {}})
-            for key in ("documents", "chunks", "tokens", "bytes"):
-                total[key] += counts[key]
-            for reason, number in counts["dropped"].items():
-                total["dropped"][reason] = total["dropped"].get(reason, 0) + number
-    validation = manifests["validation"]["totals"]["documents"] if "validation" in manifests else 0
-    return Summary(storage.url, totals, validation, seconds, units, tokens)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, 1 after one line that says what is wrong, 130 if interrupted."""
-    arguments = make_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        summary = convert(options_from(arguments))
-    except (ValueError, OSError, WorkerDeath) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted: finished units are kept; the same command goes on\n")
-        return 130
-    sys.stdout.write(f"{summary}\n")
-    return 0

@@ -1,17 +1,16 @@
-"""Builds a mixture: datasets and token budgets to a manifest that points at their shards, without copying text.
+"""Builds a mixture: a manifest that points at shards of datasets by token budgets, without copying text.
 
-A source's budget is filled with whole passes over its dataset, then with whole shards in a seeded order, then with
-chunks of the next shard in a seeded order, to the nearest chunk. Repeats are counted and stated. The specification:
+A budget is filled with whole passes over the source, then whole shards in a seeded order, then chunks of the
+next shard, to the nearest chunk. Tokens are counted without BOS and EOS. The specification is YAML:
 
-    phase: decay                  # a mixture of data_prep/sources.yaml ...
-    scale: 0.001                  # ... of which this share is taken (or `tokens:` for a total; all without either)
-    sets:                         # where each of its sources was converted to: folder (from this file) or URL
+    phase: decay             # a mixture of data_prep/sources.yaml ...
+    scale: 0.001             # ... of which this share is taken (or `tokens:` for a total; all without either)
+    sets:                    # where its sources were converted to: folder, seen from this file, or URL
       arxiv: ../sets/arxiv
       dclm_dolmino: {set: "s3://bucket/web", source: dclm}    # only what that dataset calls dclm
-    leave_out: [textbooks]        # sources of the phase that one does without; the others keep their budgets
+    leave_out: [textbooks]   # sources that one does without; the others keep their budgets
 
 or, without `phase`, a mixture of one's own: `sets: {wiki: {set: ../sets/wiki, tokens: 3000000000}}`.
-Tokens are those of the datasets' manifests: BOS and EOS are not counted. data/mixture.py reads what is built.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import yaml
@@ -35,25 +34,28 @@ from ettin_foundry.data.storage import is_url, join, open_storage
 from ettin_foundry.version import __version__
 
 CATALOGUE = Path(__file__).resolve().parents[2] / "data_prep" / "sources.yaml"
-_SHARDS = 5  # first word of the seed: what the draws are for, so that no two uses share a stream; chunks have 6
+_SHARDS = 5  # first word of the seed: no two uses share a stream; the choice of chunks has 6
 _MAX_TOKENIZER_BYTES = 64 << 20
 _Tokens = Annotated[float, Field(gt=0, le=1e15)]
 _Model = TypeVar("_Model", bound=BaseModel)
+_REMOVED = {"tolerance": "remove it: a budget is met to the nearest chunk"}
 
 
 class Entry(BaseModel, extra="forbid"):
-    """Folder or URL of a dataset, what that calls the source (None: all of it), the budget where there is no phase."""
+    """Folder or URL of a dataset, what that calls the source (None: all), the budget without a phase."""
 
     set: str = Field(min_length=1)
     source: str | None = None
     tokens: _Tokens | None = None
 
 
+_EntryOrPlace = Annotated[Entry, BeforeValidator(lambda x: {"set": x} if isinstance(x, str) else x)]
+
+
 class MixSpec(BaseModel, extra="forbid"):
     """A specification as it is written."""
 
-    sets: dict[str, Annotated[Entry, BeforeValidator(lambda x: {"set": x} if isinstance(x, str) else x)]] = Field(
-        min_length=1)
+    sets: dict[str, _EntryOrPlace] = Field(min_length=1)
     phase: str | None = None
     scale: float | None = Field(None, gt=0, le=1000)
     tokens: _Tokens | None = None
@@ -69,40 +71,33 @@ class Catalogue(BaseModel):
 
 
 def read_yaml(path: Path, model: type[_Model]) -> _Model:
-    """A YAML file as a checked record.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: it is not YAML, or a key is unknown, missing or out of range.
-    """
+    """A YAML file as a checked record; a ValueError names a key that is unknown, missing or out of range."""
     try:
         return model.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} must be YAML: {' '.join(str(error).split()):.200}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r:.80}; "
-                         f"possible keys are {', '.join(model.model_fields)}") from None
+        key, advice = ".".join(map(str, first["loc"])), f"keys are {', '.join(model.model_fields)}"
+        raise ValueError(f"{path}: {key}: {first['msg']}, got {first['input']!r:.80}; "
+                         f"{_REMOVED.get(key, advice)}") from None
 
 
 def budgets_of(spec: MixSpec, path: Path) -> tuple[dict[str, int], float | None]:
-    """Source -> tokens of a specification at `path`, and the scale of its phase.
-
-    Raises:
-        ValueError: sources and phase do not fit together; names the key.
-    """
+    """Source -> tokens of a specification at `path`, and the scale of its phase."""
     own = {name: entry.tokens for name, entry in spec.sets.items()}
     if spec.phase is None:
         if spec.scale or spec.tokens or spec.leave_out or spec.catalogue or None in own.values():
-            raise ValueError(f"{path}: without phase, sets must be {{NAME: {{set: ..., tokens: ...}}}} and no other key "
-                             "is possible; name a phase, or give each source its tokens")
+            raise ValueError(f"{path}: without phase, sets must be {{NAME: {{set: ..., tokens: ...}}}}, and "
+                             "no other key is possible")
         return {name: max(1, round(tokens or 0)) for name, tokens in own.items()}, None
     phases = read_yaml(path.parent / spec.catalogue if spec.catalogue else CATALOGUE, Catalogue).phases
     if (wanted := phases.get(spec.phase)) is None:
         raise ValueError(f"{path}: phase must be one of {', '.join(phases)}, got {spec.phase!r}")
     names = [*spec.sets, *spec.leave_out]
     if wrong := {*names, *wanted} - {name for name in wanted if names.count(name) == 1}:
-        raise ValueError(f"{path}: every source of phase {spec.phase} ({', '.join(wanted)}), and no other, must stand "
-                         f"once in sets or leave_out; see {', '.join(sorted(wrong))}")
+        raise ValueError(f"{path}: the sources of phase {spec.phase} ({', '.join(wanted)}), and no others, "
+                         f"must stand once in sets or leave_out; see {', '.join(sorted(wrong))}")
     if (spec.scale and spec.tokens) or any(own.values()):
         raise ValueError(f"{path}: with phase, scale or tokens may be given, not both, and no tokens in sets")
     kept = {name: billions * 1e9 for name, billions in wanted.items() if name in spec.sets}
@@ -112,7 +107,7 @@ def budgets_of(spec: MixSpec, path: Path) -> tuple[dict[str, int], float | None]
 
 @dataclass
 class _Member:
-    """One source while it is chosen: its dataset, those shards of it that are its own, what is taken of them."""
+    """One source while it is chosen: its dataset, the shards that are its own, what is taken of them."""
 
     name: str
     place: str
@@ -123,11 +118,7 @@ class _Member:
     wanted: int | None = None
 
     def fill(self, wanted: int, seed: int) -> None:
-        """Takes passes, shards and chunks until a budget of tokens is met to the nearest chunk.
-
-        Raises:
-            ValueError: it is less than half a chunk.
-        """
+        """Takes passes, shards and chunks until a budget of tokens is met to the nearest chunk."""
         tokens, self.wanted = self.data.tokens[self.shards], wanted
         passes, rest = divmod(wanted, int(tokens.sum()))
         self.runs += [(number, self.shards) for number in range(passes)]
@@ -140,63 +131,48 @@ class _Member:
             lengths = np.asarray(self.data.sample_lengths(shard), np.int64)
             lengths = lengths[chunk_permutation(seed, self.name, shard, len(lengths))]
             first = int(np.argmin(np.abs(np.concatenate([[0], np.cumsum(lengths)]) - left)))
-            counts = {str(length): int(count) for length, count in zip(*np.unique(lengths[:first], return_counts=True))}
+            counts = np.bincount(lengths[:first])
             if first:
-                self.parts.append({"pass": passes, "shard": shard, "first": first, "extra": [], "lengths": counts})
+                self.parts.append({"pass": passes, "shard": shard, "first": first, "extra": [],
+                                   "lengths": {str(n): int(counts[n]) for n in np.flatnonzero(counts)}})
         if not self.runs and not self.parts:
-            raise ValueError(f"sets.{self.name}: its budget must be at least half a chunk, got {wanted} tokens")
+            raise ValueError(f"sets.{self.name}: its budget must be half a chunk at least, got {wanted}")
 
     def facts(self) -> dict[str, Any]:
         """The source as the manifest states it; tokens without BOS and EOS."""
         whole = np.concatenate([np.zeros(0, np.int64), *(shards for _, shards in self.runs)])
         counts = [(int(length), count) for part in self.parts for length, count in part["lengths"].items()]
         tokens = int(self.data.tokens[whole].sum()) + sum(length * count for length, count in counts)
-        stated, names = self.data.manifest.get("sources") or {}, {self.data.sources[shard] for shard in self.shards}
-        licences = sorted({str(stated[name]["licence"]) for name in names if stated.get(name, {}).get("licence")})
-        facts = {"chunks": int(self.data.samples[whole].sum()) + sum(count for _, count in counts), "tokens": tokens,
-                 "licence": ", ".join(licences) or None}
+        chunks = int(self.data.samples[whole].sum()) + sum(count for _, count in counts)
+        names = np.unique(np.array(self.data.sources)[self.shards]).tolist()
+        stated = self.data.manifest.get("sources") or {}
+        licences = {(stated.get(name) or {}).get("licence") for name in names} - {None, ""}
+        facts = {"chunks": chunks, "tokens": tokens, "licence": ", ".join(sorted(map(str, licences))) or None}
         if self.wanted is not None:
             available = int(self.data.tokens[self.shards].sum())
             facts |= {"wanted": self.wanted, "available": available, "repeats": round(tokens / available, 6)}
         return facts
 
 
-class MixSummary(NamedTuple):
-    """What was built: the folder, the facts of each source in training, chunks for validation."""
-
-    out: Path
-    sources: dict[str, dict[str, Any]]
-    validation_chunks: int
-
-    def __str__(self) -> str:
-        width, total = max(map(len, self.sources)), sum(facts["tokens"] for facts in self.sources.values())
-        lines = [f"{name:<{width}}  {facts['tokens']:>17,} tokens  {facts['tokens'] / total:7.2%}  "
-                 f"{facts['tokens'] / facts['wanted'] - 1:+.4%} of the budget  {facts['repeats']:.3f} passes"
-                 for name, facts in self.sources.items()]
-        return "\n".join([f"{self.out}: {total:,} tokens; {self.validation_chunks:,} chunks for validation", *lines])
-
-
-def build_mix(spec: str | os.PathLike[str], out: str | os.PathLike[str], *, seed: int = 21) -> MixSummary:
-    """Builds a mixture into OUT/tokenizer, OUT/train and OUT/validation (the validation splits of all its datasets).
+def build_mix(spec: str | os.PathLike[str], out: str | os.PathLike[str], *, seed: int = 21) -> list[str]:
+    """Builds a mixture into OUT/tokenizer, OUT/train and OUT/validation; what is in it, in lines for people.
 
     Args:
-        spec: a YAML file, see above. out: folder to be made; must not exist, or be empty.
+        spec: a YAML file, see above. out: local folder to be made; must not exist, or be empty.
         seed: 0 to 2**32 - 1; of the choice of shards and chunks where a source is not taken whole.
-
-    Raises:
-        FileNotFoundError, ValueError: the specification or a dataset is wrong. FileExistsError: OUT holds something.
     """
     target, path = Path(os.path.realpath(out)), Path(spec)
     if is_url(out) or not 0 <= seed < 2**32:
-        raise ValueError(f"out must be a local folder and seed 0 to 2**32 - 1, got {out} and {seed}; a mixture is a few "
-                         "small files: build it here and copy the folder")
+        raise ValueError(f"out must be a local folder and seed 0 to 2**32 - 1, got {out} and {seed}; build a "
+                         "mixture here and copy the folder, which is small")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} must be a new or an empty folder; choose another, or remove it")
     written = read_yaml(path, MixSpec)
     budgets, scale = budgets_of(written, path)
     head = {"seed": seed, "phase": written.phase, "scale": scale}
-    entries = {name: (place if is_url(place := written.sets[name].set) else os.path.realpath(path.parent / place),
-                      written.sets[name].source) for name in budgets}
+    entries = {name: written.sets[name] for name in budgets}
+    for entry in entries.values():
+        entry.set = entry.set if is_url(entry.set) else os.path.realpath(path.parent / entry.set)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         partial = Path(scratch) / "mix"
@@ -208,41 +184,49 @@ def build_mix(spec: str | os.PathLike[str], out: str | os.PathLike[str], *, seed
         for member in rest:
             member.runs.append((0, member.shards))
         held_out = _write_split(partial, target, "validation", rest, head) if rest else {}
-        _copy_tokenizer(members[0].place, partial)
+        storage = open_storage(members[0].place)
+        if not (files := storage.list("tokenizer/")):
+            raise FileNotFoundError(f"{storage.where('tokenizer')} holds no file; put the original there")
+        for name, _ in files:
+            if storage.is_local:
+                os.close(open_plain(Path(storage.url) / name))  # a link is an error
+            storage.get_file(name, partial / name, at_most=_MAX_TOKENIZER_BYTES)
         os.replace(partial, target)  # an empty folder is replaced
-    return MixSummary(target, sources, sum(facts["chunks"] for facts in held_out.values()))
+    total, width = sum(facts["tokens"] for facts in sources.values()), max(map(len, sources))
+    chunks = sum(facts["chunks"] for facts in held_out.values())
+    return [f"{target}: {total:,} tokens; {chunks:,} chunks for validation"] + [
+        f"{name:<{width}}  {facts['tokens']:>17,} tokens  {facts['tokens'] / total:7.2%}  "
+        f"{facts['tokens'] / facts['wanted'] - 1:+.4%} of the budget  {facts['repeats']:.3f} passes"
+        for name, facts in sources.items()]
 
 
-def _open_members(entries: dict[str, tuple[str, str | None]], split: str, scratch: Path) -> list[_Member]:
-    """The sources of a split with the shards that are theirs. Of validation, datasets without one are left out.
-
-    Raises:
-        FileNotFoundError, ValueError: a dataset is missing, has no such source, or differs from the first.
-    """
+def _open_members(entries: dict[str, Entry], split: str, scratch: Path) -> list[_Member]:
+    """The sources of a split with the shards that are theirs; a dataset may have no validation."""
     opened: dict[str, MDSSplit] = {}
     members: list[_Member] = []
-    for name, (place, source) in entries.items():
-        where = join(place, split)
+    for name, entry in entries.items():
+        place, source, where = entry.set, entry.source, join(entry.set, split)
         if place not in opened:
             if not open_storage(where).exists(MANIFEST):
                 if split == "validation":
                     continue
-                raise FileNotFoundError(f"sets.{name}: {where} holds no {MANIFEST}; convert it, or correct the path")
-            opened[place] = MDSSplit(where) if not is_url(place) else MDSSplit(
-                scratch / f"{split}-{name_word(place)}", remote=where)
+                raise FileNotFoundError(f"sets.{name}: {where} holds no {MANIFEST}; correct the path")
+            cache = scratch / f"{split}-{name_word(place)}"
+            opened[place] = MDSSplit(cache, remote=where) if is_url(place) else MDSSplit(where)
         data, first = opened[place], next(iter(opened))
-        for what, mine, other in zip(("chunk_length", "tokenizer"), shared_identity(data), shared_identity(opened[first])):
-            if mine != other:
-                raise ValueError(f"sets.{name}: {where} has {what} {mine!r:.300}, {first} has {other!r:.300}; both must "
-                                 "be the same")
+        if (mine := shared_identity(data)) != (other := shared_identity(opened[first])):
+            raise ValueError(f"sets.{name}: {where} must have the chunk length and tokenizer of {first}, got "
+                             f"{mine!r:.300} and {other!r:.300}")
         sources = np.array(data.sources)
         own = np.flatnonzero(sources == source) if source else np.arange(data.num_shards)
         if split == "validation":  # a dataset behind two sources is evaluated on once
             for member in members:
                 own = np.setdiff1d(own, member.shards) if member.place == place else own
         elif not own.size:
-            raise ValueError(f"sets.{name}.source must be one of {', '.join(sorted(set(data.sources)))}, got {source!r}")
-        members += [_Member(name, place, data, own)] if own.size else []
+            known = ", ".join(sorted(set(data.sources)))
+            raise ValueError(f"sets.{name}.source must be one of {known}, got {source!r}")
+        if own.size:
+            members.append(_Member(name, place, data, own))
     return members
 
 
@@ -256,29 +240,17 @@ def _write_split(partial: Path, target: Path, split: str, members: list[_Member]
         "format": MIX_FORMAT, "version": MIX_VERSION, "split": split, **head,
         "chunk_length": members[0].data.chunk_length, "tokenizer": members[0].data.tokenizer,
         "code_version": __version__,
-        "sets": [{"path": place if is_url(place) else os.path.relpath(place, target), "fingerprint": data.fingerprint}
-                 for place, data in datasets.items()],
+        "sets": [{"path": place if is_url(place) else os.path.relpath(place, target),
+                  "fingerprint": data.fingerprint} for place, data in datasets.items()],
         "sources": sources,
-        "runs": [{"source": member.name, "set": number[member.place], "pass": passed, "shards": shards.tolist()}
-                 for member in members for passed, shards in member.runs],
+        "runs": [{"source": member.name, "set": number[member.place], "pass": number_of_pass,
+                  "shards": shards.tolist()} for member in members for number_of_pass, shards in member.runs],
         "parts": [{"source": member.name, "set": number[member.place], **part}
                   for member in members for part in member.parts],
-        "totals": {"samples": sum(facts["chunks"] for facts in sources.values()),
-                   "tokens": sum(facts["tokens"] for facts in sources.values())},
+        "totals": {key: sum(facts[name] for facts in sources.values())
+                   for key, name in (("samples", "chunks"), ("tokens", "tokens"))},
     }
     (partial / split).mkdir(parents=True)
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in manifest.items())
     (partial / split / MANIFEST).write_text(f"{{\n{lines}\n}}\n")
     return sources
-
-
-def _copy_tokenizer(place: str, folder: Path) -> None:
-    """Copies a dataset's tokenizer/; a link in it is refused (ValueError), a missing one is a FileNotFoundError."""
-    storage = open_storage(place)
-    files = [(name, size) for name, size in storage.list("tokenizer/") if size <= _MAX_TOKENIZER_BYTES]
-    if not files:
-        raise FileNotFoundError(f"{join(place, 'tokenizer')} holds no file; put the dataset's own tokenizer back")
-    for name, size in files:
-        if storage.is_local:
-            os.close(open_plain(Path(place) / name))
-        storage.get_file(name, folder / name, num_bytes=size)

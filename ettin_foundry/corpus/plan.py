@@ -1,71 +1,159 @@
-"""What a conversion is to do: its sources and its plan, held to what was begun in the same place before.
+"""What a conversion will do: its units of work, and the plan that every later start is held to.
 
-Until a first unit is finished everything may still change. After that, options never do, inputs only where no finished
-unit was read, and sources only by `append`. Nothing is written here; convert.py does that when all is agreed.
+A unit is a run of small input files, one file, or a range of a large one. The units follow from the listing
+of the inputs and the options alone, and what a unit writes follows from the unit alone, so that a dataset
+does not depend on workers, machines or interruptions. Until the first unit is finished everything may change.
+After that options never do, inputs only where no finished unit was read, sources only by append.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from ettin_foundry.corpus.options import ConvertOptions
-from ettin_foundry.corpus.sources import STDLIB, Source, find_source
-from ettin_foundry.corpus.units import PLAN, Plan, Unit, add_sources, make_plan
+import pydantic
+import xxhash
+
+from ettin_foundry.corpus.sources import STDLIB, Part, Source, find_source, plan_parts
 from ettin_foundry.data.storage import Storage, is_url
 
-__all__ = ["check_given", "check_place", "find_sources", "finished_units", "plan_conversion"]
+if TYPE_CHECKING:
+    from ettin_foundry.corpus.convert import ConvertOptions
+
+__all__ = ["PLAN", "Plan", "Unit", "check_append", "check_place", "find_sources", "finished_units",
+           "plan_conversion", "read_plan", "read_record", "record_key", "record_name"]
+
+PLAN = "plan.json"
 
 
-def check_place(storage: Storage, options: ConvertOptions) -> None:
-    """Refuses a place without a plan that holds something, or that `append` finds empty.
+@dataclass(frozen=True)
+class Unit:
+    """One unit of work: parts of one source, to be read in order."""
 
-    Raises:
-        FileExistsError, FileNotFoundError: what is there, or is not.
-    """
-    ours = ("tokenizer/", "work/")  # written before the plan
-    found = [name for name, _ in storage.list() if not name.startswith(ours) and name != PLAN]
-    if found:
-        raise FileExistsError(f"--out {storage.url}: it holds {found[0]} and no {PLAN}, so no conversion was begun there; "
-                              "nothing is ever written over. Name another folder, or remove this one")
-    if options.append:
-        raise FileNotFoundError(f"--append: given, but {storage.url} holds no set; a finished one is needed. Leave --append "
-                                "out to start one")
+    number: int
+    source: str
+    parts: tuple[Part, ...]
+    sizes: tuple[int, ...]  # bytes on disk of each part's file when the plan was made; 0 where it is no file
 
+    @property
+    def label(self) -> str:
+        """Its name in messages."""
+        files = self.parts[0].file + (f" and {len(self.parts) - 1} more" if len(self.parts) > 1 else "")
+        return f"unit {self.number} ({self.source}: {files})"
 
-def find_sources(options: ConvertOptions, plan: Plan | None) -> list[Source]:
-    """The sources, with absolute places, so that workers elsewhere find them; hub datasets at the plan's revision.
-
-    Raises:
-        FileNotFoundError, ValueError: from `sources.find_source`; two of one name; OUT is inside one.
-    """
-    sources = [find_source(text, licence=options.licence) for text in options.sources]
-    names = [source.name for source in sources]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"sources: {', '.join(sorted(twice))} is the name of more than one source; each needs a name "
-                         "of its own in the manifest. Write NAME=SOURCE")
-    found = []
-    for source in sources:
-        _check_apart(source, options)
-        then = plan.sources.get(source.name) if plan else None
-        if then is not None and not source.files and source.location != STDLIB:
-            source = replace(source, revision=then["revision"])
-        root = source.root if is_url(source.root) else os.path.abspath(source.root)
-        found.append(replace(source, root=root))
-    return found
+    def to_json(self) -> dict[str, Any]:
+        return {"source": self.source, "parts": [[*part, size] for part, size in zip(self.parts, self.sizes)]}
 
 
-def _check_apart(source: Source, options: ConvertOptions) -> None:
-    """OUT inside a source would be read as text by the next start."""
-    out, location = os.fspath(options.out), source.location
-    inside = (out.rstrip("/") + "/").startswith(location.rstrip("/") + "/") if is_url(location) or is_url(out) else \
-        Path(location).is_dir() and Path(out).resolve().is_relative_to(Path(location).resolve())
-    if inside:
-        raise ValueError(f"--out: {out} lies in the source {location}, whose files are all read; a place outside of it is "
-                         "needed. Name another --out")
+@dataclass(frozen=True)
+class Plan:
+    """Everything that determines the bytes of a dataset."""
+
+    options: Mapping[str, Any]  # name -> value of each option that shapes the data
+    tokenizer: Mapping[str, Any]  # its fingerprint
+    sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> licence and revision
+    units: Sequence[Unit] = ()
+
+    @functools.cached_property
+    def base_key(self) -> str:
+        """Hash of all but the sources: what a unit's output depends on besides the unit."""
+        tokenizer = {key: value for key, value in self.tokenizer.items() if key != "name"}
+        return xxhash.xxh64(json.dumps([self.options, tokenizer], sort_keys=True).encode()).hexdigest()
+
+    def with_sources(self, sources: Iterable[Source]) -> Plan:
+        """The plan with the units of further sources behind its own."""
+        names, units = {name: dict(facts) for name, facts in self.sources.items()}, list(self.units)
+        for source in sources:
+            names[source.name] = {"licence": source.licence, "revision": source.revision}
+            groups = plan_parts(source, self.options["unit_size"])
+            if self.options["limit_bytes"] is not None:  # where it falls is known only by reading up to it
+                groups = [tuple(part for group in groups for part in group)]
+            for parts in groups:
+                sizes = tuple(source.sizes.get(part.file, 0) for part in parts)
+                units.append(Unit(len(units), source.name, tuple(parts), sizes))
+        return replace(self, sources=names, units=tuple(units))
+
+    def to_bytes(self) -> bytes:
+        """plan.json, with one unit a line."""
+        head = {"format": "ettin-plan", "version": 1, "options": self.options, "tokenizer": self.tokenizer,
+                "sources": self.sources}
+        units = ",\n".join("  " + json.dumps(unit.to_json()) for unit in self.units)
+        return (json.dumps(head, indent=1)[:-2] + f',\n "units": [\n{units}\n ]\n}}\n').encode()
+
+
+class _StoredUnit(pydantic.BaseModel):
+    source: str
+    parts: list[tuple[str, int, int | None, int]]
+
+
+class _StoredPlan(pydantic.BaseModel):
+    format: Literal["ettin-plan"]
+    version: Literal[1]
+    options: dict[str, Any]
+    tokenizer: dict[str, Any]
+    sources: dict[str, dict[str, Any]]
+    units: list[_StoredUnit]
+
+
+class _SplitCounts(pydantic.BaseModel):
+    documents: int
+    chunks: int
+    tokens: int
+    bytes: int
+    dropped: dict[str, int]
+    shards: list[dict[str, Any]]
+
+
+class _Record(pydantic.BaseModel):
+    unit: int
+    key: str
+    source: str
+    read: int
+    splits: dict[str, _SplitCounts]
+
+
+def _read(model: type[pydantic.BaseModel], storage: Storage, name: str) -> Any:
+    try:
+        return model.model_validate_json(storage.read_bytes(name))
+    except pydantic.ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        raise ValueError(f"{storage.where(name)}: must be as a conversion wrote it, got {found['loc']}: "
+                         f"{found['msg'][:200]}; remove it and convert again") from None
+
+
+def read_plan(storage: Storage) -> Plan | None:
+    """The plan of a dataset, or None where no conversion was started. Raises ValueError for what is not a plan."""
+    if not storage.exists(PLAN):
+        return None
+    stored = _read(_StoredPlan, storage, PLAN)
+    units = [Unit(number, unit.source, tuple(Part(*part[:3]) for part in unit.parts),
+                  tuple(part[3] for part in unit.parts)) for number, unit in enumerate(stored.units)]
+    return Plan(stored.options, stored.tokenizer, stored.sources, tuple(units))
+
+
+def record_name(unit: int) -> str:
+    """The completion record of a unit, relative to the dataset's folder."""
+    return f"units/{unit:05d}.json"
+
+
+def record_key(base_key: str, unit: Unit) -> str:
+    """What a completion record must hold to count for this unit of this plan."""
+    key = xxhash.xxh64(json.dumps(unit.to_json(), separators=(",", ":")).encode()).hexdigest()
+    return xxhash.xxh64(f"{base_key}{key}".encode()).hexdigest()
+
+
+def read_record(storage: Storage, plan: Plan, unit: int) -> dict[str, Any]:
+    """A unit's completion record. Raises ValueError if it is not one, or is of another unit."""
+    record: dict[str, Any] = _read(_Record, storage, record_name(unit)).model_dump()
+    if record["key"] != (needed := record_key(plan.base_key, plan.units[unit])):
+        raise ValueError(f"{storage.where(record_name(unit))}: is of another unit; key must be {needed}, got "
+                         f"{record['key']}; remove it and convert again")
+    return record
 
 
 def finished_units(storage: Storage) -> set[int]:
@@ -73,84 +161,84 @@ def finished_units(storage: Storage) -> set[int]:
     return {int(Path(name).stem) for name, _ in storage.list("units/") if Path(name).stem.isdigit()}
 
 
-def plan_conversion(options: ConvertOptions, plan: Plan | None, sources: Sequence[Source], *, record: Mapping[str, Any],
-                    fingerprint: Mapping[str, Any], storage: Storage) -> Plan:
-    """What is to be done; an earlier plan must agree with it in all that shapes the data.
+def check_place(storage: Storage, append: bool) -> None:
+    """Refuses a place without a plan that holds something, or that `append` finds empty."""
+    ours = ("tokenizer/", "work/")  # written before the plan
+    if found := [name for name, _ in storage.list() if not name.startswith(ours) and name != PLAN]:
+        raise FileExistsError(f"--out must be new, or where a conversion was begun, got {storage.url}, which "
+                              f"holds {found[0]} and no {PLAN}; name another folder")
+    if append:
+        raise FileNotFoundError(f"--append needs a finished dataset, got {storage.url}, which holds none")
 
-    Args:
-        plan: the one that was begun, or None. record: the options that shape the data. fingerprint: the tokenizer's.
 
-    Raises:
-        ValueError: it does not; names what differs, and both values.
-    """
-    finished = finished_units(storage)
-    if plan is None or not (finished or options.append):
-        return make_plan(sources, options=record, tokenizer=fingerprint)
-    _check_options(plan, record, fingerprint, sources, options=options, storage=storage)
-    names = [source.name for source in sources]
-    if options.append:
-        wanted = add_sources(_before(plan, names, finished, storage), sources)
-    elif names != list(plan.sources):
-        raise ValueError(f"sources: {', '.join(names)} given, but {storage.url} was begun with {', '.join(plan.sources)}; "
-                         "they must be the same. Use --append with the new sources alone, or another --out")
-    else:
-        wanted = add_sources(Plan(plan.options, plan.tokenizer), sources)
+def find_sources(options: ConvertOptions, plan: Plan | None) -> list[Source]:
+    """The sources, with absolute places for workers elsewhere; hub datasets at the plan's revision."""
+    found: dict[str, Source] = {}
+    out = os.fspath(options.out)
+    for source in (find_source(text, licence=options.licence) for text in options.sources):
+        name, place = source.name, source.location
+        if name in found:
+            raise ValueError(f"sources must have different names, got {name} twice; write NAME=SOURCE")
+        if (out.rstrip("/") + "/").startswith(place.rstrip("/") + "/") if is_url(place) or is_url(out) else \
+                Path(place).is_dir() and Path(out).resolve().is_relative_to(Path(place).resolve()):
+            raise ValueError(f"--out must be outside of the sources, got {out} inside of {place}")
+        if plan and name in plan.sources and not source.files and place != STDLIB:
+            source = replace(source, revision=plan.sources[name]["revision"])
+        root = source.root if is_url(source.root) else os.path.abspath(source.root)
+        found[name] = replace(source, root=root)
+    return list(found.values())
+
+
+def plan_conversion(options: ConvertOptions, before: Plan | None, sources: Sequence[Source], *,
+                    tokenizer: Mapping[str, Any], storage: Storage) -> Plan:
+    """What is to be done; the plan `before` must agree with it in all that shapes the data, else ValueError."""
+    finished, names = finished_units(storage), [source.name for source in sources]
+    wanted = Plan(options.record(), tokenizer)
+    if before is None or not (finished or options.append):
+        return wanted.with_sources(sources)
+    _check_options(before, wanted, sources, append=options.append)
+    earlier, kept = list(before.sources), []
+    if options.append:  # a later source of which nothing was finished may be left out again
+        begun = {*earlier[:1], *(unit.source for unit in before.units if unit.number in finished)}
+        kept = [name for name in earlier if name in begun and name not in names]
+        if kept != earlier[:len(kept)]:
+            raise ValueError(f"--append must name new sources, or the last ones of {', '.join(earlier)}, got "
+                             f"{', '.join(names)}")
+    elif names != earlier:
+        raise ValueError(f"sources must be those that --out was begun with, {', '.join(earlier)}, got "
+                         f"{', '.join(names)}; use --append with new sources alone, or another --out")
+    wanted = replace(before, sources={name: before.sources[name] for name in kept},
+                     units=[unit for unit in before.units if unit.source in kept]).with_sources(sources)
     if options.filters.deduplicate:  # which copy stays depends on every document before it
-        finished = set(range(min(len(plan.units), len(wanted.units)))) | finished
-    _check_inputs(plan, wanted, finished)
+        finished |= set(range(min(len(before.units), len(wanted.units))))
+    for number in sorted(finished):
+        then, now = ((*plan.units[number:number + 1], None)[0] for plan in (before, wanted))
+        if then and then != now:
+            same = list(zip(now.parts, now.sizes)) if now else []
+            changed = [part.file for part, size in zip(then.parts, then.sizes) if (part, size) not in same]
+            raise ValueError(f"{then.label}: the input was changed after it was converted "
+                             f"({', '.join(changed[:1])}); restore it, or convert into another --out")
     return wanted
 
 
-def check_given(todo: Sequence[Unit], plan: Plan, sources: Sequence[Source], storage: Storage) -> None:
-    """`append` needs the other sources to be finished, and says how to finish them.
-
-    Raises:
-        ValueError: a unit to do is of a source that was not given.
-    """
+def check_append(todo: Sequence[Unit], plan: Plan, sources: Sequence[Source]) -> None:
+    """Refuses units to do whose source was not given: `append` needs the others to be finished."""
     names = {source.name for source in sources}
     if others := [unit for unit in todo if unit.source not in names]:
-        old = [name for name in plan.sources if name not in names]
-        raise ValueError(f"--append: {storage.url} is not finished: {len(others)} of its units are not done, the first is "
-                         f"{others[0].label}; a finished set is needed. Run the conversion of {', '.join(old)} again first, "
-                         "without --append")
+        missing = ", ".join(name for name in plan.sources if name not in names)
+        raise ValueError(f"--append needs a finished dataset, got one with {len(others)} units not done: "
+                         f"first {others[0].label}; run that of {missing} again before, without --append")
 
 
-def _before(plan: Plan, names: Sequence[str], finished: set[int], storage: Storage) -> Plan:
-    """The plan without the sources that are appended (again), and without later ones of which nothing was finished."""
-    kept = [name for name in plan.sources if name not in names]
-    while len(kept) > 1 and not any(unit.source == kept[-1] and unit.number in finished for unit in plan.units):
-        kept.pop()
-    if list(plan.sources)[:len(kept)] != kept:
-        raise ValueError(f"--append: {', '.join(names)} given, but {storage.url} has its sources in the order "
-                         f"{', '.join(plan.sources)}; only the last ones can be added again. Name new sources")
-    units = tuple(unit for unit in plan.units if unit.source in kept)
-    return Plan(plan.options, plan.tokenizer, {name: plan.sources[name] for name in kept}, units)
-
-
-def _check_options(plan: Plan, record: Mapping[str, Any], fingerprint: Mapping[str, Any], sources: Sequence[Source], *,
-                   options: ConvertOptions, storage: Storage) -> None:
-    differing = [f"{key} ({plan.options.get(key)!r} then, {record.get(key)!r} now)" for key in {**plan.options, **record}
-                 if plan.options.get(key) != record.get(key) and not (options.append and key == "train_tokenizer")]
-    differing += [f"tokenizer {key} ({plan.tokenizer.get(key)} then, {fingerprint[key]} now)"
-                  for key in ("vocab_size", "special_ids", "vocab_sha256", "probe_sha256")
-                  if plan.tokenizer.get(key) != fingerprint[key]]
-    differing += [f"{key} of {source.name} ({plan.sources[source.name][key]!r} then, {getattr(source, key)!r} now)"
-                  for source in sources if source.name in plan.sources for key in ("licence", "revision")
-                  if plan.sources[source.name][key] != getattr(source, key)]
+def _check_options(before: Plan, wanted: Plan, sources: Sequence[Source], *, append: bool) -> None:
+    keys = ("vocab_size", "special_ids", "vocab_sha256", "probe_sha256")
+    then, now = ({**plan.options, **{f"tokenizer {key}": plan.tokenizer.get(key) for key in keys}}
+                 for plan in (before, wanted))
+    for source in sources:
+        for key, value in before.sources.get(source.name, {}).items():
+            then[f"{key} of {source.name}"], now[f"{key} of {source.name}"] = value, getattr(source, key)
+    differing = [f"{key} ({then.get(key)!r} then, {now.get(key)!r} now)" for key in then | now
+                 if then.get(key) != now.get(key) and not (append and key == "train_tokenizer")]
     if differing:
-        raise ValueError(f"--out {storage.url}: it was begun with other options: {'; '.join(differing)}. The options of a "
-                         "set never change: give the same ones to go on, or another --out")
-
-
-def _check_inputs(plan: Plan, wanted: Plan, finished: set[int]) -> None:
-    """Inputs may have changed only where no finished unit was read."""
-    for number in sorted(finished):
-        then = plan.units[number] if number < len(plan.units) else None
-        now = wanted.units[number] if number < len(wanted.units) else None
-        if then != now:
-            what = now if then is None else then
-            changed = [part.file for part, size in zip(then.parts, then.sizes)
-                       if now is None or (part, size) not in zip(now.parts, now.sizes)] if then else []
-            raise ValueError(f"{what.label if what else number}: the input was changed after it was converted"
-                             f"{' (' + changed[0] + ')' if changed else ''}; finished units keep their input. Restore the "
-                             "files as they were, or convert into another --out")
+        raise ValueError(f"--out was begun with other options: {'; '.join(differing)}; options of a dataset "
+                         "never change: give the same ones, or another --out")

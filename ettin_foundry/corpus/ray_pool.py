@@ -1,6 +1,6 @@
-"""The workers of executors.py on a Ray cluster. The package must be importable on every machine, in the same version.
+"""The workers of executors.py on a Ray cluster, whose machines can import the package, in the same version.
 
-Ray starts processes and carries pickles. Its own retries are off, since they would be neither counted nor shown.
+Ray starts processes and carries pickles. Its own retries are off: they would be neither counted nor logged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
-from ettin_foundry.corpus.executors import ONE_CORE, Key, SendRecords, WorkerLost, sendable
+from ettin_foundry.corpus.executors import ONE_CORE, Key, WorkerLost, send_records, sendable
 
 __all__ = ["RayPool"]
 
@@ -25,15 +25,10 @@ _STORE_BYTES = 80 << 20  # about the least that Ray takes
 
 
 class RayPool:
-    """Workers of one CPU each on a Ray cluster.
+    """Workers of one CPU each on a Ray cluster; the methods are those of `executors._LocalPool`.
 
-    Args:
-        work: as of `executors.run_tasks`. workers: CPUs of a Ray that is started here.
-        address: of a running cluster, as `ray.init` takes it; None takes RAY_ADDRESS, the Ray that this process has
-            started, or starts one on this machine and stops it at the end.
-
-    Raises:
-        ValueError: Ray is not installed. ConnectionError: no cluster at the address.
+    Takes the Ray of this process, the cluster at `address` (as of `ray.init`) or RAY_ADDRESS, or starts one with
+    `workers` CPUs here and stops it at the end. Raises ValueError without Ray, ConnectionError without a cluster.
     """
 
     def __init__(self, work: Any, workers: int, address: str | None) -> None:
@@ -41,27 +36,28 @@ class RayPool:
             self.ray: Any = importlib.import_module("ray")
             queues: Any = importlib.import_module("ray.util.queue")
         except ImportError as error:
-            raise ValueError(f"--executor must be local, or ray where Ray can be imported ({error}); install it with "
+            raise ValueError(f"--executor must be local, or ray where that is installed ({error}): "
                              "pip install 'ettin-foundry[ray]'") from error
         self.begun_here = not self.ray.is_initialized()
         if self.begun_here:
             self._connect(workers, address or os.environ.get("RAY_ADDRESS"))
-        self.setup = self.ray.put((pickle.dumps(work), logging.getLogger().getEffectiveLevel()))
+        self.setup = self.ray.put(pickle.dumps(work))
         self.mail = queues.Queue(actor_options={"num_cpus": 0})
         self.attempt = self.ray.remote(num_cpus=1, max_retries=0)(_attempt)
         self.references: dict[Future[Any], Any] = {}
 
     def _connect(self, workers: int, address: str | None) -> None:
         options: dict[str, Any] = {"address": address} if address else {
-            "address": "local", "num_cpus": workers, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
+            "address": "local", "num_cpus": workers, "include_dashboard": False,
+            "object_store_memory": _STORE_BYTES}
         try:
             host, _, port = (address or "").removeprefix("ray://").rpartition(":")
             if host and port.isdecimal():  # else Ray would try for minutes
                 socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
             self.ray.init(**options, logging_level=logging.WARNING)
-        except Exception as error:  # Ray raises a bare Exception where starting takes too long
-            raise ConnectionError("--ray-address must be HOST:PORT of a running cluster's head, auto on one of its "
-                                  f"machines, or left out to start Ray here, got {address}: {error}") from error
+        except Exception as error:  # a bare Exception where starting takes too long
+            raise ConnectionError("--ray-address must be HOST:PORT of a running cluster's head, auto on one of "
+                                  f"its machines, or left out to start Ray, got {address}: {error}") from error
 
     def submit(self, task: Any, key: Key) -> Future[Any]:
         reference = self.attempt.remote(self.setup, pickle.dumps(task), key, self.mail)
@@ -78,39 +74,35 @@ class RayPool:
         except self.ray.exceptions.RayError as error:
             raise WorkerLost(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}") from error
 
-    def messages(self) -> Iterator[tuple[Any, ...]]:
+    def messages(self) -> Iterator[Any]:
         while number := self.mail.qsize():
             yield from self.mail.get_nowait_batch(number)
 
     def stop(self) -> None:
         try:
-            for reference in self.references.values():
-                self.ray.cancel(reference, force=False)  # first without force, so that half-written files go
-            if self.references:
-                self.ray.wait(list(self.references.values()), num_returns=len(self.references), timeout=_GRACE_SECONDS)
-            for reference in self.references.values():
-                self.ray.cancel(reference, force=True)
+            references = list(self.references.values())
+            for force in (False, True):  # first without force, so that half-written files go
+                for reference in references:
+                    self.ray.cancel(reference, force=force)
+                if references and not force:
+                    self.ray.wait(references, num_returns=len(references), timeout=_GRACE_SECONDS)
             self.mail.shutdown(force=True)
         finally:
             if self.begun_here:
                 self.ray.shutdown()
 
 
-def _attempt(setup: tuple[bytes, int], task: bytes, key: Key, mail: Any) -> bytes:
+def _attempt(setup: bytes, task: bytes, key: Key, mail: Any) -> bytes:
     """Does a task in a process of Ray's."""
     for name, value in ONE_CORE.items():
         os.environ.setdefault(name, value)
 
-    def send(kind: str, *content: Any) -> None:
+    def send(message: Any) -> None:
         with contextlib.suppress(Exception):  # the main process is gone; Ray ends this one
-            mail.put_nowait((key, kind, *content))
+            mail.put_nowait((key, message))
 
-    send("begin", f"{os.getpid()} on {socket.gethostname()}")
-    root = logging.getLogger()
-    root.setLevel(setup[1])
-    root.handlers[:] = [SendRecords(send)]
+    send_records(send)
     try:
-        work = pickle.loads(setup[0])
-        return pickle.dumps(work(pickle.loads(task), lambda tick: send("tick", tuple(tick))))
+        return pickle.dumps(pickle.loads(setup)(pickle.loads(task), send))
     except Exception as error:
         raise sendable(error) from error.__cause__

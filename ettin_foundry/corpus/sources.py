@@ -1,53 +1,57 @@
-"""Where text comes from, and in which parts it is read: files, folders, URLs, Hugging Face datasets, the standard library.
+"""Where text comes from, and in which parts it is read: files, folders, URLs, Hugging Face datasets, stdlib.
 
-A source is resolved once into a sorted listing with sizes. The parts follow from the listing alone, so that the same
-corpus is cut into the same parts on every machine. Nothing is opened here: readers.py reads.
+A source is resolved once into a sorted listing with sizes. The parts follow from the listing alone, so that
+the same corpus is cut into the same parts on every machine.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.machinery
+import importlib.util
+import inspect
 import logging
 import os
 import platform
 import re
+import sys
 import sysconfig
+import tokenize
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ettin_foundry.data.storage import LocalStorage, Storage, check_name, is_url, open_storage
+from ettin_foundry.data.storage import LocalStorage, check_name, is_url, open_storage
 
-__all__ = ["COMPRESSIONS", "DOCSTRINGS", "HUB", "STDLIB", "SUFFIXES", "Meter", "Part", "Source", "SourceFile",
-           "file_kind", "find_source", "open_hub_dataset", "part_bytes", "plan_parts"]
+__all__ = ["COMPRESSIONS", "DOCSTRINGS", "STDLIB", "Meter", "Part", "Source", "SourceFile", "file_kind",
+           "find_source", "open_hub_dataset", "part_bytes", "plan_parts", "read_module", "stdlib_docstrings"]
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
+_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
-STDLIB = "python-stdlib"
-"""The running Python's standard library as a corpus: real English and code on every machine."""
-HUB = "hub"
-"""The `file` of a part of a Hugging Face dataset; its `begin` and `end` are a data shard and the number of them."""
-DOCSTRINGS = "docstrings"
-"""The `file` of the part of the standard library that is in no file."""
-
-_READABLE = ", ".join(SUFFIXES) + " (plain, .gz or .zst)"
+STDLIB = "python-stdlib"  # the running Python's standard library: real English and code on every machine
+DOCSTRINGS = "docstrings"  # the `file` of the part of the standard library that is in no file
+_HUB = "hub"  # the `file` of a part of a Hugging Face dataset; `begin`: a data shard, `end`: their number
+_READABLE = ", ".join(_SUFFIXES) + " (plain, .gz or .zst)"
 _SPLITTABLE = (".jsonl", ".parquet")
 _SPLIT_FROM = 1.5  # units; a smaller file is one part
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.DOTALL)
-_STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+# prefixes: test modules, and those whose import touches the terminal or needs a display library
+_SKIPPED_MODULES = ("_test", "xx", "_xx", "_ctypes_test", "readline", "antigravity", "_tkinter")
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 class SourceFile(NamedTuple):
     """One file of a source."""
 
-    name: str
-    """Relative to the source's root, divided by slashes: no path of a machine gets into a dataset."""
-    size: int
-    """Bytes on disk."""
+    name: str  # relative to the source's root, divided by slashes: no path of a machine gets into a dataset
+    size: int  # bytes on disk
 
 
 class Part(NamedTuple):
@@ -55,20 +59,17 @@ class Part(NamedTuple):
 
     file: str
     begin: int = 0
-    end: int | None = None
-    """None: to the end of the file."""
+    end: int | None = None  # None: to the end of the file
 
 
 @dataclass
 class Meter:
-    """How far the reading is, in bytes on disk: moved by the readers, read by the progress line from any thread."""
+    """How far the reading is, in bytes on disk: moved by the readers, read from any thread."""
 
     finished_bytes: int = 0
     current_bytes: int = 0
-    where: str = ""
-    """The file being read."""
-    oversized: int = 0
-    """Documents left out because they are larger than `ReadOptions.max_document_bytes`."""
+    where: str = ""  # the file being read
+    oversized: int = 0  # documents left out because they are larger than `ReadOptions.max_document_bytes`
 
     def position(self) -> int:
         return self.finished_bytes + self.current_bytes
@@ -84,11 +85,9 @@ class Source:
     """One resolved corpus. `files` is empty for a Hugging Face dataset."""
 
     name: str
-    location: str
-    """As the user wrote it, without the name."""
+    location: str  # as the user wrote it, without the name
     files: tuple[SourceFile, ...] = ()
-    root: str = ""
-    """Folder or URL that the files' names are relative to."""
+    root: str = ""  # folder or URL that the files' names are relative to
     licence: str | None = None
     revision: str | None = None
 
@@ -102,23 +101,20 @@ class Source:
         """File name -> bytes on disk."""
         return dict(self.files)
 
-    def storage(self) -> Storage:
-        return open_storage(self.root)
-
 
 def find_source(text: str, *, licence: str | None = None) -> Source:
-    """Resolves a SOURCE argument: `[NAME=]` file, folder, URL, Hugging Face dataset (`owner/name[:config]`) or stdlib.
+    """Resolves a SOURCE argument: `[NAME=]` file, folder, URL, `owner/name[:config]` on the hub, or stdlib.
 
     Raises:
-        FileNotFoundError: nothing is there, or the dataset cannot be reached. ValueError: a suffix that is not read, or
-            a file name that cannot be written into a dataset.
+        FileNotFoundError: nothing is there, or the dataset cannot be reached. ValueError: a suffix that is
+            not read, or a file name that cannot be written into a dataset.
     """
     if not text:
         raise ValueError("source must be a file, folder, URL or dataset id, got an empty name")
     named = _NAMED.fullmatch(text) if not Path(text).exists() else None
     name, location = named.groups() if named else (None, text)
     if location == STDLIB:
-        return Source(name or STDLIB, location, *_stdlib_files(), licence="PSF-2.0", revision=platform.python_version())
+        return _find_stdlib(name or STDLIB)
     if is_url(location):
         return _find_url(name, location, licence)
     path = Path(location.removeprefix("file://"))
@@ -133,35 +129,30 @@ def find_source(text: str, *, licence: str | None = None) -> Source:
         file = SourceFile(_as_text(path.name, str(path.parent)), path.stat().st_size)
         return Source(name or _stem(path.name), location, (file,), str(path.parent), licence)
     if path.exists():
-        raise ValueError(f"{path} must be a file or folder, got a pipe or device, which cannot be read twice; write it "
-                         "to a file")
+        raise ValueError(f"{path} must be a file or folder, got a pipe or device; write it to a file")
     if _HUB_ID.fullmatch(location) and file_kind(location) is None:
         return _find_hub(name, location, licence)
-    raise FileNotFoundError(f"{location}: no such file or folder; give a file ({_READABLE}), a folder of them, a URL "
-                            f"(s3://...), a Hugging Face dataset id (owner/name) or {STDLIB}")
+    raise FileNotFoundError(f"{location}: no such file or folder; give a file ({_READABLE}), a folder of "
+                            f"them, a URL (s3://...), a Hugging Face dataset id (owner/name) or {STDLIB}")
 
 
 def plan_parts(source: Source, unit_bytes: int) -> list[tuple[Part, ...]]:
-    """Cuts a source into units of about `unit_bytes` on disk, in the order of its documents; a function of the listing.
+    """Cuts a source into units of about `unit_bytes` on disk, in the order of its documents.
 
-    Small neighbours share a unit. Plain .jsonl and .parquet files over 1.5 units are cut into ranges of equal size. A
-    Hugging Face dataset has one unit for each of its data shards.
-
-    Raises:
-        ValueError: `unit_bytes` below 1, or the dataset cannot be opened.
+    Small neighbours share a unit. Plain .jsonl and .parquet files over 1.5 units are cut into ranges of equal
+    size. A Hugging Face dataset has one unit for each of its data shards.
     """
     if unit_bytes < 1:
         raise ValueError(f"--unit-size must be at least 1 byte, got {unit_bytes}; 256mb suits most corpora")
     if not source.files and source.location != STDLIB:
-        number = max(1, int(getattr(open_hub_dataset(source), "n_shards", 1)))
-        return [(Part(HUB, shard, number),) for shard in range(number)]
+        _, number = open_hub_dataset(source)
+        return [(Part(_HUB, shard, number),) for shard in range(number)]
     units: list[tuple[Part, ...]] = []
     open_unit: list[Part] = []
     held = 0
     for name, size in source.files:
-        number = 1
-        if source.location != STDLIB and name.lower().endswith(_SPLITTABLE) and size > _SPLIT_FROM * unit_bytes:
-            number = -(-size // unit_bytes)
+        is_cut = name.lower().endswith(_SPLITTABLE) and size > _SPLIT_FROM * unit_bytes
+        number = -(-size // unit_bytes) if is_cut else 1
         if open_unit and (number > 1 or held + size > unit_bytes):
             units.append(tuple(open_unit))
             open_unit, held = [], 0
@@ -177,7 +168,7 @@ def plan_parts(source: Source, unit_bytes: int) -> list[tuple[Part, ...]]:
 
 
 def part_bytes(source: Source, part: Part) -> int:
-    """Bytes on disk to read for a part; 0 where unknown. Over the parts of a plan they sum to `source.num_bytes`."""
+    """Bytes on disk to read for a part; 0 where unknown. Over all parts they sum to `source.num_bytes`."""
     size = source.sizes.get(part.file, 0)
     return max(0, (size if part.end is None else min(part.end, size)) - part.begin)
 
@@ -187,37 +178,30 @@ def file_kind(name: str) -> str | None:
     suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
+    return suffixes[-1] if suffixes and suffixes[-1] in _SUFFIXES else None
 
 
-def open_hub_dataset(source: Source) -> Any:
-    """The records of a Hugging Face dataset's train split, streamed at the source's revision.
-
-    Raises:
-        ValueError: the dataset cannot be opened.
-    """
+def open_hub_dataset(source: Source) -> tuple[Any, int]:
+    """The records of a dataset's train split, streamed at the source's revision; how many shards it has."""
     from datasets import load_dataset
 
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     repo, _, config = source.location.partition(":")
-    try:
-        return load_dataset(repo, config or None, split="train", streaming=True, revision=source.revision)
-    except Exception as error:
-        raise ValueError(f"{source.location} must be a dataset with a train split and no code of its own, got "
-                         f"{type(error).__name__} ({str(error)[:300]}); name a configuration as owner/name:config, or "
-                         "download the files") from error
+    records = load_dataset(repo, config or None, split="train", streaming=True, revision=source.revision)
+    return records, max(1, int(getattr(records, "n_shards", 1)))
 
 
-def _stdlib_files() -> tuple[tuple[SourceFile, ...], str]:
-    """The .py files of the standard library without its test suites, and its folder."""
+def _find_stdlib(name: str) -> Source:
+    """The .py files of the standard library without its test suites."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = [path for path in root.rglob("*.py") if not _STDLIB_SKIPPED.intersection(path.relative_to(root).parts)]
-    files = [SourceFile(path.relative_to(root).as_posix(), path.stat().st_size) for path in paths]
-    return tuple(sorted(files)), str(root)
+    names = [path.relative_to(root) for path in root.rglob("*.py")]
+    files = sorted(SourceFile(name.as_posix(), Path(root, name).stat().st_size) for name in names
+                   if not _SKIPPED_FOLDERS.intersection(name.parts))
+    return Source(name, STDLIB, tuple(files), str(root), "PSF-2.0", platform.python_version())
 
 
 def _stem(name: str) -> str:
-    for suffix in (*COMPRESSIONS, *SUFFIXES):
+    for suffix in (*COMPRESSIONS, *_SUFFIXES):
         name = name[:-len(suffix)] if name.lower().endswith(suffix) else name
     return name
 
@@ -227,7 +211,7 @@ def _as_text(name: str, folder: str) -> str:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{folder}: file names must be UTF-8, got {os.fsencode(name)!r}; rename the file") from None
+        raise ValueError(f"{folder}: names must be UTF-8, got {os.fsencode(name)!r}; rename it") from None
     return check_name(name)
 
 
@@ -252,7 +236,7 @@ def _find_url(name: str | None, location: str, licence: str | None) -> Source:
             return Source(name or _stem(last), location, (file,), folder, licence)
     storage = open_storage(location)
     if not (found := storage.list()):
-        raise FileNotFoundError(f"{location}: nothing is there; give a file ({_READABLE}) or a folder of them")
+        raise FileNotFoundError(f"{location}: nothing is there; give a file or folder of {_READABLE}")
     return Source(name or last, location, _readable_files(storage.url, found), storage.url, licence)
 
 
@@ -264,9 +248,47 @@ def _find_hub(name: str | None, location: str, licence: str | None) -> Source:
         info = HfApi().dataset_info(repo)
     except Exception as error:  # offline, not found, gated, rate limited: the client has a class for each
         reason = str(error).strip().partition("\n")[0][:200]
-        raise FileNotFoundError(f"{location}: no such file or folder, and the Hugging Face dataset {repo} cannot be "
-                                f"reached ({type(error).__name__}: {reason}); correct the name, or download the dataset "
-                                "and name its folder") from error
+        raise FileNotFoundError(f"{location}: no such file or folder, and the Hugging Face dataset {repo} "
+                                f"cannot be reached ({type(error).__name__}: {reason})") from error
     found = (info.card_data or {}).get("license")
     licence = licence or (", ".join(map(str, found)) if isinstance(found, list) else found and str(found))
     return Source(name or repo.replace("/", "--"), location, licence=licence, revision=info.sha)
+
+
+def read_module(path: Path) -> str | None:
+    """The text of a .py file of the standard library; None for one that does not decode."""
+    try:
+        with tokenize.open(path) as stream:  # honours a file's coding line
+            return stream.read()
+    except (SyntaxError, UnicodeDecodeError):  # deliberately odd encodings, as in lib2to3's data
+        return None
+
+
+def stdlib_docstrings() -> Iterator[tuple[str, str]]:
+    """(docstrings, document id) of each module without a .py file."""
+    for name in sorted(sys.stdlib_module_names):
+        if name.startswith(_SKIPPED_MODULES):
+            continue
+        try:
+            origin = getattr(importlib.util.find_spec(name), "origin", None) or ""
+            is_extension = origin.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES))
+            if name not in sys.builtin_module_names and not is_extension:
+                continue
+            with warnings.catch_warnings():  # some modules announce their removal when imported
+                warnings.simplefilter("ignore")
+                module = importlib.import_module(name)
+        except (ImportError, ValueError):  # built without its C library
+            continue
+        parts = [f"{name}\n\n{inspect.getdoc(module) or ''}"]
+        for attribute, value in sorted(vars(module).items()):
+            if inspect.isroutine(value) or inspect.isclass(value):
+                parts.append(_described(f"{name}.{attribute}", value))
+                if inspect.isclass(value) and value.__module__ == name:
+                    parts += [_described(f"{name}.{attribute}.{key}", member)
+                              for key, member in sorted(vars(value).items()) if not key.startswith("_")]
+        yield "\n\n".join(part for part in parts if part).strip() + "\n", f"docstrings/{name}"
+
+
+def _described(name: str, value: Any) -> str:
+    doc, signature = getattr(value, "__doc__", None), getattr(value, "__text_signature__", None) or ""
+    return f"{name}{signature}\n\n{inspect.cleandoc(doc)}" if isinstance(doc, str) and doc else ""

@@ -1,9 +1,8 @@
 """Compares every byte of a dataset with what the dataset states of itself, and lists all that is wrong.
 
-Checked are: every shard's hash, layout, counts, lengths, packed rows and token range; index.json and the
-manifest's sums; files that nothing names; the tokenizer against its fingerprint; the small files against plan and
-records, where these are kept, and against the data card. Nothing is written into the dataset. (A mixture is opened
-as a loader opens it, which may expand compressed shards beside themselves.)
+Checked are every shard's hash, layout, counts, lengths, packed rows and token range; index.json; files that
+nothing names; the tokenizer; the small files against plan, records and data card, where these are kept.
+Nothing is written, but a mixture is opened as a loader opens it, which may expand compressed shards.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import pickle
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from ettin_foundry.corpus.card import CARD, read_block
-from ettin_foundry.corpus.finalize import describe_splits, read_plan, read_record
-from ettin_foundry.corpus.units import PLAN, Plan, record_name
+from ettin_foundry.corpus.finalize import describe_splits
+from ettin_foundry.corpus.plan import PLAN, Plan, read_plan, read_record, record_name
 from ettin_foundry.data.cache import fetch_tokenizer
 from ettin_foundry.data.inspect import Found, draw_samples, find_dataset
 from ettin_foundry.data.manifest import INDEX, LENGTHS, MANIFEST
@@ -34,18 +33,11 @@ from ettin_foundry.data.shards import MDSSplit
 
 _SAMPLES = 16  # chunks of each source and split that are searched for special tokens
 _READERS = 16  # records of a remote dataset that are fetched at a time
-_COUNTS = {"documents": "documents", "chunks": "samples", "tokens": "tokens"}  # of a source: of a shard
 
 
 @dataclass
 class Report:
-    """What was found.
-
-    Attributes:
-        problems: each names a file and says what is wrong with it. notes: worth knowing, not wrong.
-        shards, num_bytes: read and hashed. seconds: how long that took.
-        counts: split -> (documents, chunks, tokens) as its manifest states them.
-    """
+    """What was found: problems, each beginning with a file; notes on what is worth knowing and not wrong."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -53,15 +45,16 @@ class Report:
     num_bytes: int = 0
     seconds: float = 0.0
     counts: dict[str, tuple[int | None, int, int]] = field(default_factory=dict)
+    """split -> (documents, chunks, tokens) as its manifest states them"""
 
     @property
     def ok(self) -> bool:
-        """Nothing is wrong."""
         return not self.problems
 
     def __str__(self) -> str:
         speed = self.num_bytes / 1e6 / max(self.seconds, 1e-9)
-        text = f"{self.shards:,} shards, {format_bytes(self.num_bytes)} in {self.seconds:.1f} s, {speed:,.0f} MB/s"
+        size = format_bytes(self.num_bytes)
+        text = f"{self.shards:,} shards, {size} in {self.seconds:.1f} s, {speed:,.0f} MB/s"
         for split, (documents, chunks, tokens) in self.counts.items():
             stated = "" if documents is None else f"{documents:,} documents, "
             text += f"; {split}: {stated}{chunks:,} chunks, {tokens:,} tokens"
@@ -76,9 +69,6 @@ def verify_dataset(location: str | os.PathLike[str], *, threads: int | None = No
         location: folder or URL. Shards behind a URL are read into memory.
         threads: shards checked at a time; None takes every core that this process may use.
         tick: called with the bytes of each shard when it is done, from any thread.
-
-    Raises:
-        FileNotFoundError: no dataset is there.
     """
     found, begin = find_dataset(location), time.perf_counter()
     check = _Check(found, tick)
@@ -132,12 +122,11 @@ class _Check:
                 shards = np.unique(columns, axis=1, return_index=True)[1].tolist()
             else:
                 self.attempt(data.check_index)
-                self.report.problems += _wrong_sums(data)
                 self._check_names(split, data)
             self._check_shards(data, shards, pool)
             if self.storage.is_local:
                 self._check_special_tokens(data)
-        here, there = str(scratch / split), self.storage.where(split)  # files of a remote split are named by URL
+        here, there = str(scratch / split), self.storage.where(split)
         self.report.problems[first:] = [text.replace(here, there) for text in self.report.problems[first:]]
 
     def _check_shards(self, data: Any, shards: Iterable[int], pool: ThreadPoolExecutor) -> None:
@@ -163,22 +152,22 @@ class _Check:
 
     def _check_special_tokens(self, data: Any) -> None:
         """Chunks hold plain tokens only; a few of each source are looked at."""
-        special = set((data.tokenizer.get("special_ids") or {}).values())
+        special = {n for n in (data.tokenizer.get("special_ids") or {}).values() if isinstance(n, int)}
         try:
             samples = draw_samples(data, None, per_source=_SAMPLES)
         except (ValueError, OSError):
             return  # whatever it is, it is listed already
         for sample in samples:
             if inside := special & set(sample.tokens.tolist()):
-                self.report.problems.append(f"{data.local}: part {sample.part} of document {sample.doc!r:.100} "
-                                            f"holds the special token {min(inside)}; convert it again")
+                self.report.problems.append(f"{data.local}: part {sample.part} of {sample.doc!r:.100} holds "
+                                            f"the special token {min(inside)}; convert again")
 
     def check_tokenizer(self, scratch: Path) -> None:
         """tokenizer/ against the manifests' fingerprints."""
         from ettin_foundry.data.tokenizer import check, load
 
         if not self.storage.list("tokenizer/"):
-            (self.wrong if self.found.whole else self.note)("tokenizer", "missing; put the dataset's own back")
+            (self.wrong if self.found.whole else self.note)("tokenizer", "missing; put the original there")
             return
         folder = Path(self.storage.url)
         try:
@@ -229,25 +218,10 @@ class _Check:
         """Every small file against the sha256 in the data card; the splits that the card states."""
         block = self.attempt(lambda: read_block(self.storage))
         if block is None:
-            self.note(CARD, "is no data card of ettin finalize; some alterations of small files cannot be found")
+            self.note(CARD, "is no data card of ettin finalize; not every change of a small file is found")
             return set()
         for name, stated in block["files"].items():
             data = self.attempt(lambda name=name: self.storage.read_bytes(name))
             if data is not None and (found := hashlib.sha256(data).hexdigest()) != stated:
                 self.wrong(name, f"sha256 is {found}; {CARD} states {stated!r:.100}")
         return set(block["splits"])
-
-
-def _wrong_sums(data: MDSSplit) -> Iterator[str]:
-    """Where the manifest's counts of a source are not the sums of its shards."""
-    where, sources = data.local / MANIFEST, data.manifest.get("sources")
-    if not isinstance(sources, dict) or not all(isinstance(counts, dict) for counts in sources.values()):
-        yield f"{where}: sources must map a name to counts, got {sources!r:.100}"
-        return
-    for name in dict.fromkeys([*sources, *data.sources]):
-        shards = [shard for shard in data.manifest["shards"] if shard["source"] == name]
-        for key, of_shard in _COUNTS.items():
-            if all(of_shard in shard for shard in shards):  # an older manifest counts no documents there
-                held, stated = sum(shard[of_shard] for shard in shards), sources.get(name, {}).get(key)
-                if held != stated:
-                    yield f"{where}: source {name!r:.100} states {stated!r:.50} {key}, its shards hold {held}"

@@ -1,9 +1,8 @@
-"""Does one unit of a conversion: read, filter, split, tokenize, cut, write, and say so in a completion record.
+"""Does one unit of a conversion: read, filter, split, tokenize, cut, write, and a completion record at the end.
 
-Runs in worker processes, on one machine or many, and depends on nothing but the unit and the options: the same unit
-gives the same shards and the same record. The record is written last and at once, so a unit is done or it is not.
-Reading goes on in a thread while the unit's own thread tokenizes, and shards are hashed, synced and uploaded in another.
-Which units there are is units.py's work; running them is pool.py's, ray_pool.py's or an array job's.
+Runs in worker processes, on one machine or many, and depends on nothing but the unit and the options: the same
+unit gives the same shards and the same record. The record is written last, so a unit is done or it is not. Reading
+goes on in one thread while another tokenizes and a third one writes shards.
 """
 
 from __future__ import annotations
@@ -11,34 +10,39 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import xxhash
 
 from ettin_foundry.corpus.chunking import Chunker
+from ettin_foundry.corpus.duplicates import hash_text, read_drops, write_hashes
 from ettin_foundry.corpus.encoder import Engine, TextEncoder
+from ettin_foundry.corpus.executors import Report
 from ettin_foundry.corpus.filters import DUPLICATE, OVERSIZED, FilterChain, FilterOptions
+from ettin_foundry.corpus.plan import Unit, record_key, record_name
 from ettin_foundry.corpus.progress import Tick
+from ettin_foundry.corpus.readers import Document, ReadOptions, read_parts
 from ettin_foundry.corpus.sources import Meter, Source
-from ettin_foundry.corpus.unit_hashes import load_drops
-from ettin_foundry.corpus.unit_io import Ticker, ahead, documents_of
-from ettin_foundry.corpus.units import Unit, record_key, record_name
 from ettin_foundry.corpus.writer import ShardGroupWriter
-from ettin_foundry.data.storage import Storage, open_storage
+from ettin_foundry.data.storage import open_storage
 
-__all__ = ["ConvertUnit", "TokenizerSpec"]
+__all__ = ["ConvertUnit", "HashUnit", "TokenizerSpec", "drops_name", "hashes_name"]
 
-Report = Callable[[Tick], None]
+T = TypeVar("T")
+
 _BATCH_BYTES = 1 << 20  # text tokenized at a time: enough to make calls cheap, little enough to hold a few of
 _BATCH_DOCUMENTS = 4096
+_READ_AHEAD = 2  # batches
+_TICK_SECONDS = 0.5
 
 
-@dataclass(frozen=True)
-class TokenizerSpec:
+class TokenizerSpec(NamedTuple):
     """A tokenizer as workers need it: without transformers, whose import takes seconds."""
 
     name: str
@@ -46,10 +50,92 @@ class TokenizerSpec:
     forbidden: tuple[int, ...]
     """Ids that no text may give: the special tokens."""
     vocab_size: int
-    engine: Engine = "auto"
+    engine: Engine
 
 
-class _Texts(NamedTuple):
+def hashes_name(unit: Unit, base_key: str) -> str:
+    """Hashes of all documents of a unit, relative to the dataset's folder; the name tells input and options."""
+    return f"work/hashes/{unit.number:05d}.{record_key(base_key, unit)}.npy"
+
+
+def drops_name(unit: Unit, base_key: str) -> str:
+    """Ordinals of a unit's documents that repeat earlier ones."""
+    return f"work/drops/{unit.number:05d}.{record_key(base_key, unit)}.npy"
+
+
+@dataclass(frozen=True)
+class HashUnit:
+    """Writes a hash of every document of a unit, in reading order, from which duplicates.py finds the copies."""
+
+    out: str  # the dataset's folder or URL
+    options: Mapping[str, Any]  # the plan's
+    sources: Mapping[str, Source]  # as found on this machine
+    base_key: str  # the plan's
+
+    def __call__(self, unit: Unit, report: Report) -> int:
+        storage, reading = open_storage(self.out), _Reading(self, unit, report)
+        hashes = bytearray()
+        for document in reading.documents():
+            hashes += hash_text(document.text)
+            reading.count(Tick(1))
+        path = storage.scratch() / f"hashes.{unit.number:05d}.{os.getpid()}.npy"
+        write_hashes(path, hashes)
+        storage.put_file(path, hashes_name(unit, self.base_key))
+        return 0
+
+
+@dataclass(frozen=True)
+class ConvertUnit(HashUnit):
+    """Converts a unit and writes its record; returns the number of tokens.
+
+    Raises:
+        ValueError, OSError: the input cannot be converted; names file and record.
+    """
+
+    tokenizer: TokenizerSpec
+    filters: FilterOptions
+
+    def __call__(self, unit: Unit, report: Report) -> int:
+        record = _Conversion(self, unit, report).run()
+        open_storage(self.out).write_bytes(record_name(unit.number), json.dumps(record).encode() + b"\n")
+        return sum(counts["tokens"] for counts in record["splits"].values())
+
+
+class _Reading:
+    """The documents of a unit, and reports of how far it is."""
+
+    def __init__(self, job: HashUnit, unit: Unit, report: Report) -> None:
+        self.options, self.source, self.unit, self.report = job.options, job.sources[unit.source], unit, report
+        self.meter = Meter()
+        self.reported, self.position, self.waiting = 0.0, 0, Tick()
+
+    def documents(self) -> Iterator[Document]:
+        """The documents in order, up to the one in which `limit_bytes` is reached."""
+        num_bytes, limit = 0, self.options["limit_bytes"]
+        for document in read_parts(self.source, self.unit.parts, self.meter, ReadOptions.of(self.options)):
+            yield document
+            if limit is not None and (num_bytes := num_bytes + len(document.text.encode())) >= limit:
+                return
+
+    def count(self, tick: Tick, *, last: bool = False) -> None:
+        """Reports about twice a second."""
+        self.waiting = self.waiting.plus(tick)
+        if last or time.monotonic() - self.reported > _TICK_SECONDS:
+            position = self.meter.position()
+            self.report(self.waiting._replace(file_bytes=position - self.position))
+            self.reported, self.position, self.waiting = time.monotonic(), position, Tick()
+
+
+@functools.lru_cache(maxsize=1)
+def _tools(spec: TokenizerSpec, filters: FilterOptions, chunk_length: int,
+           cut_window: float) -> tuple[TextEncoder, FilterChain, Chunker]:
+    """What takes time to make, kept for the next unit."""
+    encoder = TextEncoder(spec.json, forbidden=spec.forbidden, vocab_size=spec.vocab_size, engine=spec.engine,
+                          name=spec.name)
+    return encoder, FilterChain(filters), Chunker(spec.json, chunk_length, cut_window)
+
+
+class _Batch(NamedTuple):
     """Documents of one split, ready to be tokenized."""
 
     split: str
@@ -58,174 +144,89 @@ class _Texts(NamedTuple):
     sizes: list[int]  # UTF-8 bytes
 
 
-@dataclass
-class _Counts:
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-
-    def drop(self, reason: str, number: int = 1) -> None:
-        self.dropped[reason] = self.dropped.get(reason, 0) + number
-
-
-@functools.lru_cache(maxsize=1)
-def _encoder(spec: TokenizerSpec) -> TextEncoder:
-    return TextEncoder(spec.json, forbidden=spec.forbidden, vocab_size=spec.vocab_size, engine=spec.engine,
-                       name=spec.name)
-
-
-@functools.lru_cache(maxsize=1)
-def _chunker(spec: TokenizerSpec, chunk_length: int, cut_window: float) -> Chunker:
-    return Chunker(spec.json, chunk_length, cut_window)
-
-
-@functools.lru_cache(maxsize=1)
-def _filters(options: FilterOptions) -> FilterChain:
-    return FilterChain(options)
-
-
-def _place(storage: Storage, split: str, path: Path, basename: str) -> None:
-    storage.put_file(path, f"{split}/{basename}")
-
-
-@dataclass(frozen=True)
-class ConvertUnit:
-    """Picklable; called with a unit by whoever runs it.
-
-    Attributes:
-        out: the set's folder or URL.
-        options: the plan's options.
-        sources: name -> source, as found on this machine.
-        tokenizer: what tokenizes.
-        filters: which documents are kept.
-        base_key: the plan's.
-    """
-
-    out: str
-    options: Mapping[str, Any]
-    sources: Mapping[str, Source]
-    tokenizer: TokenizerSpec
-    filters: FilterOptions
-    base_key: str
-
-    def __call__(self, unit: Unit, report: Report) -> dict[str, Any]:
-        """Does the unit and writes its record.
-
-        Raises:
-            ValueError, OSError: the input cannot be converted; names file and record.
-        """
-        record = _Conversion(self, unit, report).run()
-        open_storage(self.out).write_bytes(record_name(unit.number), json.dumps(record).encode() + b"\n")
-        return {"tokens": sum(counts["tokens"] for counts in record["splits"].values())}
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return ("train", "validation") if self.options["validation"] else ("train",)
-
-
 class _Conversion:
-    """The state of one unit being done."""
+    """The state of one unit being converted."""
 
     def __init__(self, job: ConvertUnit, unit: Unit, report: Report) -> None:
-        self.job, self.unit = job, unit
-        self.storage = open_storage(job.out)
-        self.meter = Meter()
-        self.ticker = Ticker(report, self.meter, unit)
-        self.counts = {split: _Counts() for split in job.splits}
-        self.encoder = _encoder(job.tokenizer)
-        self.chain = _filters(job.filters)
-        self.drops, self.hashed = load_drops(self.storage, unit, job.base_key) if job.filters.deduplicate else (None, 0)
-        self.skipped = {split: _Counts() for split in job.splits}  # by the reading thread, which shares nothing it writes
-        self.threshold = job.options["validation"] * 2**64
-        self.read = 0
+        self.job, self.unit, self.options, self.storage = job, unit, job.options, open_storage(job.out)
+        self.reading, self.read = _Reading(job, unit, report), 0
+        splits = ("train", "validation") if self.options["validation"] else ("train",)
+        self.counts = {split: Counter[str]() for split in splits}
+        self.dropped = {split: Counter[str]() for split in splits}
+        self.skipped = {split: Counter[str]() for split in splits}  # by the reading thread, which shares no counts
+        self.encoder, self.filters, chunker = _tools(job.tokenizer, job.filters, self.options["chunk_length"],
+                                                     self.options["cut_window"])
+        self.writers = {split: ShardGroupWriter(
+            self.storage.scratch(), stem=f"shard.{unit.number:05d}", source=unit.source, chunker=chunker,
+            shard_bytes=self.options["shard_size"], compression=self.options["compression"],
+            place=lambda path, name, split=split: self.storage.put_file(path, f"{split}/{name}"))  # type: ignore[misc]
+            for split in splits}
 
     def run(self) -> dict[str, Any]:
-        options = self.job.options
-        scratch = self.storage.scratch()
-        self.writers = {split: ShardGroupWriter(
-            scratch, stem=f"shard.{self.unit.number:05d}", source=self.unit.source,
-            chunker=_chunker(self.job.tokenizer, options["chunk_length"], options["cut_window"]),
-            shard_bytes=options["shard_size"],
-            compression=options["compression"], place=functools.partial(_place, self.storage, split))
-            for split in self.job.splits}
+        """The completion record."""
         try:
-            for item in ahead(self._prepared()):
-                self._write(item)
+            for batch in _ahead(self._batches()):
+                self._write(batch)
             shards = {split: writer.finish() for split, writer in self.writers.items()}
         except BaseException:
             for writer in self.writers.values():
                 writer.abort()
             raise
-        self.ticker.flush()
+        self.reading.count(Tick(), last=True)
         return self._record(shards)
 
-    def _prepared(self) -> Iterator[_Texts]:
+    def _batches(self) -> Iterator[_Batch]:
         """Batches of documents to keep, in order within each split; runs in the reading thread."""
-        open_batches = {split: _Texts(split, [], [], []) for split in self.counts}
-        waiting = dict.fromkeys(self.counts, 0)
-        for document in documents_of(self.unit, self.job.sources[self.unit.source], self.job.options, self.meter):
-            ordinal, self.read = self.read, self.read + 1
-            text = document.text
-            encoded = text.encode()
-            split = self._split(xxhash.xxh64_intdigest(encoded, seed=self.job.options["seed"]))
-            if not text or text.isspace():
-                self.skipped[split].drop("empty")
-                continue
-            if self._is_duplicate(ordinal):
-                self.skipped[split].drop(DUPLICATE)
-                continue
-            batch = open_batches[split]
-            batch.texts.append(text)
-            batch.ids.append(document.id)
-            batch.sizes.append(len(encoded))
-            waiting[split] += len(encoded)
-            if waiting[split] >= _BATCH_BYTES or len(batch.texts) >= _BATCH_DOCUMENTS:
-                yield batch
-                open_batches[split], waiting[split] = _Texts(split, [], [], []), 0
-        yield from (batch for batch in open_batches.values() if batch.texts)
+        batches, waiting = {split: _Batch(split, [], [], []) for split in self.counts}, Counter[str]()
+        copies = self._copies()
+        for ordinal, document in enumerate(self.reading.documents()):
+            self.read += 1
+            encoded = document.text.encode()
+            # by the text alone, so that copies of a document are on one side, wherever they come from
+            digest = xxhash.xxh64_intdigest(encoded, seed=self.options["seed"])
+            split = "validation" if digest < self.options["validation"] * 2**64 else "train"
+            if not document.text or document.text.isspace():
+                self.skipped[split]["empty"] += 1
+            elif ordinal in copies:
+                self.skipped[split][DUPLICATE] += 1
+            else:
+                batch = batches[split]
+                batch.texts.append(document.text)
+                batch.ids.append(document.id)
+                batch.sizes.append(len(encoded))
+                waiting[split] += len(encoded)
+                if waiting[split] >= _BATCH_BYTES or len(batch.texts) >= _BATCH_DOCUMENTS:
+                    yield batch
+                    batches[split], waiting[split] = _Batch(split, [], [], []), 0
+        yield from (batch for batch in batches.values() if batch.texts)
 
-    def _split(self, digest: int) -> str:
-        """By the text alone, so that copies of a document are on one side, wherever they come from."""
-        return "validation" if digest < self.threshold else "train"
+    def _copies(self) -> frozenset[int]:
+        """Ordinals of the unit's documents that repeat earlier ones."""
+        if not self.job.filters.deduplicate:
+            return frozenset()
+        path = self.storage.scratch() / f"drops.{self.unit.number:05d}.{os.getpid()}.npy"
+        self.storage.get_file(drops_name(self.unit, self.job.base_key), path)
+        copies = frozenset(read_drops(path).tolist())
+        path.unlink()
+        return copies
 
-    def _is_duplicate(self, ordinal: int) -> bool:
-        if self.drops is None:
-            return False
-        at = int(np.searchsorted(self.drops, ordinal))
-        return at < len(self.drops) and int(self.drops[at]) == ordinal
-
-    def _filtered(self, batch: _Texts) -> _Texts:
-        """The documents of a batch that the filters keep; the others are counted."""
-        reasons = [self.chain.reason(text, id) for text, id in zip(batch.texts, batch.ids)]
-        for reason in reasons:
-            if reason is not None:
-                self.counts[batch.split].drop(reason)
+    def _write(self, batch: _Batch) -> None:
+        dropped = self.dropped[batch.split]
+        reasons = [self.filters.reason(text, id) for text, id in zip(batch.texts, batch.ids)]
+        dropped.update(reason for reason in reasons if reason is not None)
         keep = [reason is None for reason in reasons]
-        return _Texts(batch.split, list(itertools.compress(batch.texts, keep)), list(itertools.compress(batch.ids, keep)),
-                      list(itertools.compress(batch.sizes, keep)))
-
-    def _write(self, batch: _Texts) -> None:
-        batch = self._filtered(batch)
-        if not batch.texts:
+        texts, ids, sizes = (list(itertools.compress(values, keep)) for values in batch[1:])
+        if not texts:
             return
-        tokens, lengths = self.encoder.encode(batch.texts)
-        counts, ids, sizes = self.counts[batch.split], batch.ids, np.array(batch.sizes)
+        tokens, lengths = self.encoder.encode(texts)
         if not lengths.all():  # text of which the tokenizer's normalizer leaves nothing
-            kept = lengths > 0
-            counts.drop("empty", int((~kept).sum()))
-            ids = [doc for doc, keep in zip(ids, kept) if keep]
-            lengths, sizes = lengths[kept], sizes[kept]
-        self._count(batch.split, ids, tokens, lengths, int(sizes.sum()))
-
-    def _count(self, split: str, ids: list[str], tokens: np.ndarray, lengths: np.ndarray, num_bytes: int) -> None:
+            dropped["empty"] += int((lengths == 0).sum())
+            ids, sizes = (list(itertools.compress(values, lengths > 0)) for values in (ids, sizes))
+            lengths = lengths[lengths > 0]
         if ids:
-            self.writers[split].write(ids, tokens, lengths)
-        counts = self.counts[split]
-        counts.documents += len(ids)
-        counts.tokens += len(tokens)
-        counts.bytes += num_bytes
-        self.ticker.add(documents=len(ids), tokens=len(tokens), text_bytes=num_bytes)
+            self.writers[batch.split].write(ids, tokens, lengths)
+        self.counts[batch.split].update(documents=len(ids), tokens=len(tokens), bytes=sum(sizes))
+        self.reading.count(Tick(len(ids), len(tokens), sum(sizes)))
 
     def _record(self, shards: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         """The completion record.
@@ -233,25 +234,29 @@ class _Conversion:
         Raises:
             RuntimeError: documents or tokens were lost or doubled; a bug, not an input.
         """
-        splits = {}
-        if self.meter.oversized:
-            self.skipped["train"].drop(OVERSIZED, self.meter.oversized)
+        splits, read = {}, self.read + self.reading.meter.oversized
+        self.skipped["train"][OVERSIZED] = self.reading.meter.oversized
         for split, counts in self.counts.items():
-            for reason, number in self.skipped[split].dropped.items():
-                counts.drop(reason, number)
-            held = sum(entry["tokens"] for entry in shards[split]), sum(entry["documents"] for entry in shards[split])
-            if held != (counts.tokens, counts.documents):
-                raise RuntimeError(f"{self.unit.label}: shards of {split} hold (tokens, documents) {held}, "
-                                   f"{(counts.tokens, counts.documents)} were given to them")
-            splits[split] = {"documents": counts.documents, "chunks": sum(entry["samples"] for entry in shards[split]),
-                             "tokens": counts.tokens, "bytes": counts.bytes,
-                             "dropped": dict(sorted(counts.dropped.items())), "shards": shards[split]}
-        if self.drops is not None and self.read != self.hashed:
-            raise ValueError(f"{self.unit.label}: {self.read} documents read, {self.hashed} when copies were looked for; "
-                             "the input was changed meanwhile. Restore it, or convert into another --out")
-        kept = sum(counts.documents + sum(counts.dropped.values()) for counts in self.counts.values())
-        read = self.read + self.meter.oversized
-        if kept != read:
+            dropped = self.dropped[split] + self.skipped[split]
+            held = {key: sum(entry[key] for entry in shards[split]) for key in ("documents", "samples", "tokens")}
+            if (held["documents"], held["tokens"]) != (counts["documents"], counts["tokens"]):
+                raise RuntimeError(f"{self.unit.label}: shards of {split} hold {held}, {counts} were given to them")
+            splits[split] = {"documents": held["documents"], "chunks": held["samples"], "tokens": held["tokens"],
+                             "bytes": counts["bytes"], "dropped": dict(sorted(dropped.items())),
+                             "shards": shards[split]}
+        if (kept := sum(s["documents"] + sum(s["dropped"].values()) for s in splits.values())) != read:
             raise RuntimeError(f"{self.unit.label}: {read} documents read, {kept} written or dropped")
         return {"unit": self.unit.number, "key": record_key(self.job.base_key, self.unit),
                 "source": self.unit.source, "read": read, "splits": splits}
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, made in a thread up to `_READ_AHEAD` before they are asked for."""
+    thread = ThreadPoolExecutor(1, thread_name_prefix="reading")
+    try:
+        ready = deque(thread.submit(next, items, None) for _ in range(_READ_AHEAD))
+        while (item := ready.popleft().result()) is not None:
+            ready.append(thread.submit(next, items, None))
+            yield item
+    finally:
+        thread.shutdown(cancel_futures=True)

@@ -26,40 +26,28 @@ Batch = dict[str, Any]
 class Collator:
     """Rows to one device batch.
 
-    A row is, for each piece, BOS + chunk + EOS, then padding; the same for encoders and decoders, so that a
-    pair's rows and token clocks are identical. The EOS of a chunk whose document goes on in another chunk is
-    no target of clm.
+    A row is, for each piece, BOS + chunk + EOS, then padding. The EOS of a chunk whose document goes on in
+    another chunk is no target of clm.
 
     Args:
-        objective: a name, a schedule, or what `ObjectiveSchedule.parse` reads. mask_rate: likewise, of mlm
-            and mntp.
+        objective, mask_rate: as in YAML, see objectives/schedule.py.
         vocab: ids of special and text tokens. max_seq_len: T. seed: the loader's shuffle_seed.
-
-    Raises:
-        ValueError: an unknown objective, or a mask rate that it cannot use.
     """
 
     def __init__(self, objective: Any, vocab: TextVocab, *, max_seq_len: int, mask_rate: Any,
                  seed: int) -> None:
-        parsed = isinstance(objective, ObjectiveSchedule)
-        self.objective = objective if parsed else ObjectiveSchedule.parse(objective)
-        self.mask_rate = mask_rate if isinstance(mask_rate, MaskRate) else MaskRate.parse(mask_rate)
+        self.objective, self.mask_rate = ObjectiveSchedule.parse(objective), MaskRate.parse(mask_rate)
         check_together(self.objective, self.mask_rate)
         self.vocab, self.max_seq_len, self.seed = vocab, max_seq_len, seed
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
-        """A batch with these entries.
+        """A batch: (B, T) int64 input_ids, labels and sequence_id (-1 on padding), and Python scalars.
 
-        input_ids, labels, sequence_id (-1 on padding): (B, T) int64 each. Of a mixture of objectives: causal,
-        (B,) bool, rows of clm; row_weight, (B,) float32, and loss_tokens, (B,) int64, see `targets.Inputs`.
-        Python scalars: objective (of a mixture, its names joined by +), mask_rate, step, tokens_before, and
-        ids_hash, the sum of `hash_row` over the rows, below 2**48; the sum over ranks modulo 2**48 tells
-        whether two runs read the same global batch.
+        ids_hash is the sum of `hash_row` over the rows; the sum over ranks modulo 2**48 tells whether two
+        runs read the same global batch. A mixture of objectives also has causal, (B,) bool, rows of clm;
+        row_weight, (B,) float32, and loss_tokens, (B,) int64, see `targets.Inputs`.
         """
         step, clock = rows[0].step, rows[0].tokens_before
-        if step != rows[-1].step:
-            raise RuntimeError(f"a batch must hold rows of one step, got steps {step} and {rows[-1].step}: "
-                               "the DataLoader's batch_size is not the dataset's")
         shares, rate = self.objective.at(clock), self.mask_rate.at(clock)
         mixed = len(shares) > 1
         input_ids = np.full((len(rows), self.max_seq_len), self.vocab.pad)
@@ -67,7 +55,7 @@ class Collator:
         causal, weight = np.zeros(len(rows), bool), np.ones(len(rows), np.float32)
         loss_tokens, ids_hash = np.zeros(len(rows), np.int64), 0
         for at, row in enumerate(rows):
-            fill_row(input_ids[at], sequence_id[at], row.chunks, cls=self.vocab.cls, sep=self.vocab.sep)
+            fill_row(input_ids[at], sequence_id[at], row, cls=self.vocab.cls, sep=self.vocab.sep)
             ids_hash += hash_row(input_ids[at], row.place)
             if not row.chunks:
                 continue
@@ -88,13 +76,7 @@ class Collator:
 def flatten(batch: Batch) -> Batch:
     """A (B, T) batch as one flat stream without padding; of a mixture, rows of clm come first.
 
-    Returns:
-        input_ids (N,), position_ids (N,) int64 restarting at each document, cu_seqlens (D + 1,) int32,
-        max_seqlen, target_positions (n,) and target_labels (n,) int64, num_rows (empty ones not counted),
-        num_tokens, num_targets, num_loss_tokens (the divisor of the loss), num_causal_documents and
-        num_causal_tokens (how many of the stream's first see the past only), the batch's Python scalars, and
-        of a mixture target_weights (n,) fp32. All counts are Python ints: the step never reads back from the
-        device. Without any token, N = D = 0 and cu_seqlens is [0].
+    All counts are Python ints: the step never reads back from the device. Without any token, N = D = 0.
     """
     if "causal" in batch:
         batch = _causal_first(batch)
@@ -110,21 +92,23 @@ def flatten(batch: Batch) -> Batch:
     causal = batch.get("causal", torch.full((len(real),), batch["objective"] == "clm"))
     num_causal_tokens = int(real[causal].sum())
     flat = {
-        "input_ids": input_ids,
-        "position_ids": torch.arange(len(document)) - torch.repeat_interleave(starts, lengths),
-        "cu_seqlens": bounds.to(torch.int32),
+        "input_ids": input_ids,  # (N,) int64
+        "position_ids": torch.arange(len(document)) - torch.repeat_interleave(starts, lengths),  # (N,) int64
+        "cu_seqlens": bounds.to(torch.int32),  # (D + 1,), [0] without any token
         "max_seqlen": int(lengths.max()) if len(lengths) else 0,
-        "target_positions": targets,
-        "target_labels": labels[targets],
-        "num_rows": int(real[:, 0].sum()),
+        "target_positions": targets,  # (n,) int64
+        "target_labels": labels[targets],  # (n,) int64
+        "num_rows": int(real[:, 0].sum()),  # empty ones not counted
         "num_tokens": len(document),
         "num_targets": len(targets),
+        # the divisor of the loss
         "num_loss_tokens": int(batch["loss_tokens"].sum()) if "loss_tokens" in batch else len(targets),
+        # how many of the stream's first see the past only
         "num_causal_documents": int((starts < num_causal_tokens).sum()),
         "num_causal_tokens": num_causal_tokens,
         **{key: value for key, value in batch.items() if not isinstance(value, torch.Tensor)},
     }
-    if "row_weight" in batch:
+    if "row_weight" in batch:  # (n,) fp32, of a mixture
         flat["target_weights"] = batch["row_weight"][:, None].expand_as(real)[real][targets]
     return flat
 
@@ -136,20 +120,13 @@ def _causal_first(batch: Batch) -> Batch:
 
 
 def split_batch(batch: Batch, microbatch_size: int | float, *, pin: bool = False) -> list[Batch]:
-    """Flat microbatches of `microbatch_size` rows, the last one possibly of fewer; see `flatten`.
+    """Flat microbatches of `microbatch_size` rows of a (B, T) batch, the last one possibly of fewer.
 
-    Args:
-        batch: (B, T) tensors and Python scalars; not changed.
-        microbatch_size: rows.
-        pin: put the flat tensors into page-locked memory. From pageable memory, their copy to the device
-            would wait for the work that is queued there.
-
-    Raises:
-        ValueError: microbatch_size is not an integer >= 1.
+    With `pin`, the flat tensors lie in page-locked memory: from pageable memory, their copy to the device
+    would wait for the work that is queued there.
     """
     if int(microbatch_size) != microbatch_size or microbatch_size < 1:
-        raise ValueError(f"device_train_microbatch_size must be an integer >= 1, got {microbatch_size}; if "
-                         "one row does not fit, shorten max_seq_len")
+        raise ValueError(f"device_train_microbatch_size must be an integer >= 1, got {microbatch_size}")
     if "causal" in batch:  # sorted here already, at most one microbatch has rows of both kinds
         batch = _causal_first(batch)
     size, tensors = int(microbatch_size), {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
@@ -160,8 +137,7 @@ def split_batch(batch: Batch, microbatch_size: int | float, *, pin: bool = False
 
 
 def count_samples(batch: Batch) -> int:
-    """Rows of a (B, T) or flat batch that hold a token; Composer's sample count, hence the stream's
-    position."""
+    """Rows of a (B, T) or flat batch that hold a token; Composer counts them for the stream's position."""
     return batch["num_rows"] if "num_rows" in batch else int((batch["sequence_id"][:, 0] >= 0).sum())
 
 

@@ -1,7 +1,7 @@
-"""Finds a dataset that a user named and says what is in it: counts by source, lengths of chunks, decoded samples.
+"""Finds a dataset that a user named and says what is in it: counts by source, lengths, decoded samples.
 
-A location is a folder or URL of a dataset, of one of its splits, or of a mixture; a remote one is read through a temporary
-folder. Counts come from manifests and lengths.npy alone; only samples open shards. Nothing is written into the dataset.
+A location is a folder or URL of a dataset, of one split, or of a mixture; a remote one is read through a
+temporary folder. Counts come from small files alone; only samples open shards. Nothing is written there.
 """
 
 from __future__ import annotations
@@ -14,26 +14,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ettin_foundry.data.manifest import INDEX, MANIFEST
+from ettin_foundry.data.manifest import INDEX, MANIFEST, expand, map_file
 from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
 from ettin_foundry.data.quantities import quantiles
-from ettin_foundry.data.shards import Buffer, MDSSplit, expand_all, map_file, parse_shard, read_columns
+from ettin_foundry.data.shards import MDSSplit, parse_shard, read_columns
 from ettin_foundry.data.storage import Storage, is_url, open_storage
 
 _MAX_TOKENIZER_BYTES = 64 << 20
 _SHOWN = 400  # characters of a sample
+_HEADER = ("source", "documents", "chunks", "tokens", "share", "mean", "10%", "median", "90%", "full", "rows",
+           "fill", "bytes/token", "licence")
 
 
 class Found(NamedTuple):
-    """Where a dataset lies: its folder, the names of the splits meant, train first, and whether these are all of it."""
+    """Where a dataset lies: its folder, the splits that are meant, train first, and whether these are all."""
 
     storage: Storage
     splits: tuple[str, ...]
     whole: bool
 
     def open(self, split: str, scratch: Path) -> Any:
-        """The `MDSSplit` or `MixtureSplit` of a split; of a remote one what is fetched is kept in `scratch`."""
+        """The `MDSSplit` or `MixtureSplit`; of a remote one what is fetched is kept in `scratch`."""
         if self.storage.is_local:
             return open_split(Path(self.storage.url) / split)
         return open_split(scratch / split, remote=self.storage.where(split))
@@ -47,24 +49,20 @@ def find_dataset(location: str | os.PathLike[str]) -> Found:
     """
     place = os.fspath(location) if is_url(location) else os.path.abspath(open_storage(location).url)
     storage = open_storage(place)
-    found = (name.rpartition("/") for name, _ in storage.list())
-    folders = {folder for folder, _, name in found if name in (MANIFEST, INDEX)}
+    files = (name.rpartition("/") for name, _ in storage.list())
+    folders = {folder for folder, _, name in files if name in (MANIFEST, INDEX)}
     if "" in folders:  # the location is itself a split
         parent, _, name = storage.url.rpartition("/")
         return Found(open_storage(parent or "/"), (name,), whole=False)
-    splits = sorted((folder for folder in folders if "/" not in folder), key=lambda split: (split != "train", split))
+    splits = [folder for folder in folders if "/" not in folder]
     if not splits:
-        raise FileNotFoundError(f"{location} must be a dataset or a split, got no {MANIFEST} there or one folder down; "
-                                "convert text with ettin convert, or correct the path")
-    return Found(storage, tuple(splits), whole=True)
+        raise FileNotFoundError(f"{location} must be a dataset or a split, got no {MANIFEST} there or one "
+                                "folder down; convert text with ettin convert, or correct the path")
+    return Found(storage, tuple(sorted(splits, key=lambda split: (split != "train", split))), whole=True)
 
 
 def load_decoder(storage: Storage) -> Any | None:
-    """The `tokenizers.Tokenizer` of a dataset; None where it has no tokenizer/ folder.
-
-    Raises:
-        ValueError: tokenizer.json cannot be read.
-    """
+    """The `tokenizers.Tokenizer` of a dataset, None where it has none; ValueError where it cannot be read."""
     from tokenizers import Tokenizer
 
     name = "tokenizer/tokenizer.json"
@@ -76,50 +74,48 @@ def load_decoder(storage: Storage) -> Any | None:
     try:
         return Tokenizer.from_str(text.decode())
     except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{storage.where(name)} cannot be read ({error!s:.200}); put the dataset's own back") from None
+        raise ValueError(f"{storage.where(name)} must be a tokenizer, got {error!s:.200}") from None
 
 
 def plain(text: str, limit: int | None = None) -> str:
-    """Foreign text for a terminal: one line, control and formatting characters as escapes, cut at `limit` characters."""
+    """Foreign text for a terminal: one line, control characters as escapes, cut at `limit` characters."""
     cut = text if limit is None or len(text) <= limit else text[:limit] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 class SourceStatistics(NamedTuple):
-    """One source in one split. Tokens are counted without BOS and EOS."""
+    """One source in one split, tokens counted without BOS and EOS.
+
+    `stated` is what the manifest says of it, `share` that of the split's tokens, `rows` packed rows of
+    chunk_length + 2 tokens in an epoch (None where none are counted), `fill` the share of their places that
+    hold a token, BOS and EOS included, `lengths` (chunk_length + 1,) int64 chunks of each length.
+    """
 
     name: str
     stated: Mapping[str, Any]
-    """What the manifest says of it: documents, bytes of text, licence, dropped; any may be missing."""
     shards: int
     chunks: int
     tokens: int
     share: float
-    """Of the split's tokens."""
     rows: int | None
-    """Packed rows of chunk_length + 2 tokens in an epoch; None where the manifest does not count them."""
     fill: float | None
-    """Share of the rows' places that hold a token, BOS and EOS included."""
     lengths: np.ndarray
-    """(chunk_length + 1,) int64: chunks of each length."""
 
 
 def source_statistics(data: Any) -> list[SourceStatistics]:
-    """Statistics of every source of an open split, the source of most tokens first.
-
-    Raises:
-        ValueError: lengths.npy was altered.
-    """
-    names, total, width = np.array(data.sources), int(np.sum(data.tokens)), data.chunk_length + SPECIALS_PER_PIECE
-    rows, result = data.rows(width), []
+    """Statistics of every source of an open split, the source of most tokens first."""
+    names, total = np.array(data.sources), max(1, int(data.tokens.sum()))
+    width, result = data.chunk_length + SPECIALS_PER_PIECE, []
+    all_rows = data.rows(width)
     for name in dict.fromkeys(data.sources):
         shards = np.flatnonzero(names == name)
         lengths = np.sum([data.lengths(int(shard)) for shard in shards], axis=0, dtype=np.int64)
         chunks, tokens = int(data.samples[shards].sum()), int(data.tokens[shards].sum())
-        num_rows = None if rows is None else int(rows[shards].sum())
-        fill = (tokens + SPECIALS_PER_PIECE * chunks) / (num_rows * width) if num_rows else None
-        result.append(SourceStatistics(name, data.manifest.get("sources", {}).get(name) or {}, len(shards), chunks, tokens,
-                                       tokens / max(1, total), num_rows, fill, lengths))
+        rows = None if all_rows is None else int(all_rows[shards].sum())
+        fill = (tokens + SPECIALS_PER_PIECE * chunks) / (rows * width) if rows else None
+        stated = data.manifest.get("sources", {}).get(name) or {}
+        share = tokens / total
+        result.append(SourceStatistics(name, stated, len(shards), chunks, tokens, share, rows, fill, lengths))
     return sorted(result, key=lambda source: -source.tokens)
 
 
@@ -135,50 +131,37 @@ class Sample(NamedTuple):
 
 
 def draw_samples(data: Any, decoder: Any | None, *, per_source: int, seed: int = 0) -> list[Sample]:
-    """Chunks drawn from each source: every chunk of a source is equally probable, none comes twice.
-
-    Args:
-        data: `MDSSplit` or `MixtureSplit`. decoder: a `tokenizers.Tokenizer`, or None.
-
-    Raises:
-        ValueError: a shard is not what the manifest says.
-    """
+    """Chunks drawn from each source of an open split: each is equally probable, none comes twice."""
     names, samples = np.array(data.sources), []
     for number, name in enumerate(sorted(set(data.sources))):
         shards = np.flatnonzero(names == name)
-        ends = np.asarray(data.samples, np.int64)[shards].cumsum()
+        ends = data.samples[shards].cumsum()
         rng = np.random.default_rng([seed, number])
         drawn = rng.choice(int(ends[-1]), size=min(per_source, int(ends[-1])), replace=False)
-        for place in sorted(int(value) for value in drawn):
+        for place in sorted(drawn.tolist()):
             at = int(np.searchsorted(ends, place, side="right"))
             found = _read_sample(data, int(shards[at]), place - int(ends[at - 1] if at else 0))
-            text = decoder.decode(found["tokens"].tolist(), skip_special_tokens=False) if decoder else None
-            samples.append(Sample(name, found["doc"], found["part"], bool(found["last"]), found["tokens"], text))
+            tokens = found["tokens"]
+            text = decoder.decode(tokens.tolist(), skip_special_tokens=False) if decoder else None
+            samples.append(Sample(name, found["doc"], found["part"], bool(found["last"]), tokens, text))
     return samples
 
 
 def _read_sample(data: Any, shard: int, index: int) -> dict[str, Any]:
-    """As `data.sample`; a compressed shard that lies here is expanded in memory, so that looking leaves no file behind."""
+    """As `data.sample`; a compressed shard that lies here is expanded in memory: looking leaves no file."""
     entry = data.manifest["shards"][shard] if isinstance(data, MDSSplit) else {"zip": None}
     if entry["zip"] is None or not (path := data.local / entry["zip"]["basename"]).is_file():
         return data.sample(shard, index)
-    buffer: Buffer = expand_all(map_file(path, None, None), path, entry["raw"]["bytes"])
+    buffer = b"".join(expand(map_file(path, None, None), path, entry["raw"]["bytes"]))
     opened = parse_shard(buffer, path, num_samples=None, chunk_length=data.chunk_length,
                          vocab_size=data.tokenizer["vocab_size"])
     doc, part, _ = read_columns(opened, index, path)
     tokens = np.frombuffer(buffer, "<u2", int(opened.lengths[index]), int(opened.token_starts[index])).copy()
-    return {"tokens": tokens, "doc": doc, "part": part, "last": bool(opened.last[index])}
+    return {"tokens": tokens, "doc": doc, "part": part, "last": opened.last[index]}
 
 
 def show_lines(location: str | os.PathLike[str], *, samples: int = 1, seed: int = 0) -> Iterator[str]:
-    """Lines that describe a dataset, a split or a mixture.
-
-    Args:
-        samples: decoded chunks of each source and split. seed: chooses them.
-
-    Raises:
-        FileNotFoundError, ValueError: no dataset, or one whose small files contradict each other.
-    """
+    """Lines that describe a dataset, split or mixture, with `samples` decoded chunks of each source."""
     found = find_dataset(location)
     decoder = load_decoder(found.storage) if samples else None
     with tempfile.TemporaryDirectory(prefix="ettin-") as scratch:
@@ -186,9 +169,8 @@ def show_lines(location: str | os.PathLike[str], *, samples: int = 1, seed: int 
             data = found.open(split, Path(scratch))
             yield from _split_lines(split, data)
             for sample in draw_samples(data, decoder, per_source=samples, seed=seed):
-                end = ", ends its document" if sample.last else ""
                 yield (f"  [{plain(sample.source)}] {plain(sample.doc, 100)}, part {sample.part}, "
-                       f"{len(sample.tokens):,} tokens{end}")
+                       f"{len(sample.tokens):,} tokens" + ", ends its document" * sample.last)
                 yield "    " + (plain(sample.text, _SHOWN) if sample.text is not None else
                                 f"no tokenizer/ beside the dataset; ids {sample.tokens[:32].tolist()}")
             yield ""
@@ -196,24 +178,24 @@ def show_lines(location: str | os.PathLike[str], *, samples: int = 1, seed: int 
 
 def _split_lines(split: str, data: Any) -> Iterator[str]:
     tokenizer, sources = data.tokenizer, source_statistics(data)
-    yield (f"{plain(split)}: {sum(s.chunks for s in sources):,} chunks of at most {data.chunk_length:,} tokens, "
-           f"{sum(s.tokens for s in sources):,} tokens, {data.num_shards:,} shards; tokenizer "
+    yield (f"{plain(split)}: {int(data.samples.sum()):,} chunks of at most {data.chunk_length:,} tokens, "
+           f"{int(data.tokens.sum()):,} tokens, {data.num_shards:,} shards; tokenizer "
            f"{plain(str(tokenizer.get('name', 'unnamed')))} ({tokenizer['vocab_size']:,} entries)")
-    rows = [("source", "documents", "chunks", "tokens", "share", "mean", "10%", "median", "90%", "full", "rows", "fill",
-             "bytes/token", "licence")]
+    rows = [_HEADER]
     for s in sources:
         per_token = (s.stated.get("bytes") or 0) / max(1, s.tokens)
-        rows.append((plain(s.name), _cell(s.stated.get("documents"), ","), f"{s.chunks:,}", f"{s.tokens:,}",
-                     f"{s.share:.1%}", f"{s.tokens / max(1, s.chunks):,.1f}", *(f"{n:,}" for n in quantiles(s.lengths)),
-                     f"{int(s.lengths[-1]) / max(1, s.chunks):.1%}", _cell(s.rows, ","), _cell(s.fill, ".1%"),
-                     _cell(per_token or None, ".2f"), plain(s.stated.get("licence") or "unknown")))
+        rows.append((
+            plain(s.name), _cell(s.stated.get("documents"), ","), f"{s.chunks:,}", f"{s.tokens:,}",
+            f"{s.share:.1%}", f"{s.tokens / max(1, s.chunks):,.1f}", *map(str, quantiles(s.lengths)),
+            f"{s.lengths[-1] / max(1, s.chunks):.1%}", _cell(s.rows, ","), _cell(s.fill, ".1%"),
+            _cell(per_token or None, ".2f"), plain(s.stated.get("licence") or "unknown")))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for first, *middle, last in rows:
         cells = [cell.rjust(width) for cell, width in zip(middle, widths[1:])]
         yield "  " + "  ".join([first.ljust(widths[0]), *cells, last]).rstrip()
     for s in sources:
-        if dropped := s.stated.get("dropped"):
-            yield f"  {plain(s.name)}: dropped " + ", ".join(f"{number:,} {plain(why)}" for why, number in dropped.items())
+        if dropped := [f"{number:,} {plain(why)}" for why, number in (s.stated.get("dropped") or {}).items()]:
+            yield f"  {plain(s.name)}: dropped {', '.join(dropped)}"
 
 
 def _cell(value: Any, form: str) -> str:

@@ -5,53 +5,37 @@ stream so spreads its rows at even distances over the whole: in any run of rows 
 share p is off by less than (1 - p) + p * (streams - 1). A phase per stream keeps a stream of few rows from
 always being in the same place.
 
-Nothing is written out. How many rows of a stream lie below a key follows from the key alone, so a place is
-found in time that grows with the number of streams, not of rows; the rows around it are merged in blocks, the
-last of which are kept. Keys are compared as float64: one addition and one division, each correctly rounded by
-IEEE 754, so the same everywhere, and never decreasing in j, which is all that exactness needs.
+Nothing is written out: how many rows of a stream lie below a key follows from the key, so a place is found in
+time that grows with the number of streams, and the rows around it are merged in blocks. Keys are float64: one
+addition and one division, each correctly rounded by IEEE 754, so the same everywhere, and never decreasing in
+j.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Interleave", "keep_last"]
+__all__ = ["Interleave"]
 
 Ints = npt.NDArray[np.int64]
-Value = TypeVar("Value")
 
 _BLOCK_ROWS = 8192  # about a millisecond to merge, and more than a batch
-
-
-def keep_last(kept: dict[Any, Value], key: Any, make: Callable[[], Value]) -> Value:
-    """`make()`, or what it gave for this key before. The last two are kept: a reader goes forward, and
-    looking back across a border makes nothing again."""
-    kept[key] = value = kept.pop(key) if key in kept else make()
-    if len(kept) > 2:
-        del kept[next(iter(kept))]
-    return value
 
 
 class _Block(NamedTuple):
     """The rows between two keys, merged. n rows, S streams."""
 
-    first: int  # row of the whole that the block begins with
+    first: int  # of the whole
     starts: Ints  # (S,) rows of each stream before the block
     streams: Ints  # (n,) stream of each row
     indices: Ints  # (n,) row within its stream
 
 
 class Interleave:
-    """The merged order of S streams.
-
-    Args:
-        rows: (S,) rows of each stream; may be 0.
-        phases: (S,) numbers from 0 to below 1: how far into its first interval a stream begins.
-    """
+    """The merged order of S streams, from the rows of each and its phase, from 0 to below 1."""
 
     def __init__(self, rows: npt.ArrayLike, phases: npt.ArrayLike) -> None:
         self._rows = np.asarray(rows, np.int64)
@@ -59,8 +43,7 @@ class Interleave:
         self._divisors = np.maximum(self._rows, 1).astype(np.float64)
         self.num_rows = int(self._rows.sum())
         self._num_blocks = max(1, -(-self.num_rows // _BLOCK_ROWS))
-        self._blocks: dict[int, _Block] = {}
-        self._last: _Block | None = None
+        self._blocks: list[_Block] = []
 
     def at(self, row: int, /) -> tuple[int, int]:
         """The stream that gives row `row` of the whole, and the row's number within that stream."""
@@ -79,8 +62,9 @@ class Interleave:
         return float((index + self._phases[stream]) / self._divisors[stream])
 
     def _block_of(self, row: int) -> _Block:
-        if self._last and self._last.first <= row < self._last.first + len(self._last.streams):
-            return self._last
+        for block in self._blocks:
+            if block.first <= row < block.first + len(block.streams):
+                return block
         if not 0 <= row < self.num_rows:
             raise IndexError(f"row must be 0 to {self.num_rows - 1}, got {row}")
         number = row * self._num_blocks // self.num_rows  # off by one at most
@@ -88,8 +72,8 @@ class Interleave:
             number -= 1
         while int(self._below(number + 1).sum()) <= row:
             number += 1
-        self._last = keep_last(self._blocks, number, lambda: self._merge(number))
-        return self._last
+        self._blocks = [*self._blocks[-1:], self._merge(number)]  # two, for looking back across a border
+        return self._blocks[-1]
 
     def _below(self, number: int) -> Ints:
         """(S,) rows of each stream with a key below the first of block `number`."""

@@ -1,16 +1,14 @@
 """Rows to batches to Composer's DataSpec: the `ettin_text` loader.
 
 `stream.py` says which rows a step reads; here a rank and a worker take their share of them, and `batch.py`
-turns it into tensors with masks and labels. Every step is a pure function of (data, seed, step), so there is
-no state but the number of rows consumed, which Composer counts, and resuming on another number of ranks or
-workers gives the same global batches. Streaming's own iteration is not used: no shared memory, and no lock
-file or background thread as long as the shards lie here uncompressed.
+turns it into tensors. The only state is the number of rows consumed, which Composer counts, so resuming on
+another number of ranks or workers gives the same global batches. Streaming's own iteration is not used: no
+shared memory, no lock file.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -21,11 +19,8 @@ from composer.utils import dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ettin_foundry.data.batch import Collator, count_samples, count_tokens, split_batch
-from ettin_foundry.data.mixture import MixtureSplit
-from ettin_foundry.data.order import Order
-from ettin_foundry.data.ramp import BatchRamp, check_warmup
-from ettin_foundry.data.shards import MDSSplit
-from ettin_foundry.data.stream import Row, RowStream, check_values, open_stream
+from ettin_foundry.data.ramp import check_warmup
+from ettin_foundry.data.stream import Row, RowStream, open_stream
 from ettin_foundry.data.tokenizer import check as check_tokenizer
 from ettin_foundry.objectives.targets import TextVocab
 
@@ -34,22 +29,17 @@ __all__ = ["RowDataset", "build_ettin_loader", "clm_collator", "mlm_collator", "
 
 
 class RowDataset(RowStream, IterableDataset):
-    """This rank's share of the stream, a whole batch at a time.
+    """This rank's share of the stream, a batch at a time; worker w of n serves the steps w, w + n, ..."""
 
-    The ranks have contiguous shares of a step's rows, and worker w of n serves the steps w, w + n, ... after
-    the first.
-    """
-
-    def __init__(self, data: MDSSplit | MixtureSplit, order: Order, ramp: BatchRamp) -> None:
-        super().__init__(data, order, ramp)
+    def __init__(self, stream: RowStream) -> None:
+        super().__init__(stream.data, stream.order, stream.ramp)
         self.world_size = dist.get_world_size()
 
     def __iter__(self) -> Iterator[list[Row]]:
         world_size, rank = dist.get_world_size(), dist.get_global_rank()
         if world_size != self.world_size or not 0 <= rank < world_size:
             # a worker that lost sight of the other ranks would silently give every rank the same rows
-            raise RuntimeError(f"loader built for {self.world_size} ranks, iterated as rank {rank} of "
-                               f"{world_size}")
+            raise RuntimeError(f"loader of {self.world_size} ranks, iterated as rank {rank} of {world_size}")
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         for step in itertools.count(self.start_step + first, stride):
@@ -65,12 +55,11 @@ class RowDataset(RowStream, IterableDataset):
 
 
 def _collator_of(objective: str | None) -> Callable[..., tuple[Collator, int]]:
-    """A collator as LLM-Foundry's registry holds it, of one objective or of what the loader's block says."""
+    """A collator for LLM-Foundry's registry, of one objective or of what the loader's block says."""
 
     def build(dataloader_cfg: Mapping[str, Any], tokenizer: Any,
               dataset_batch_size: int) -> tuple[Collator, int]:
-        """A collator and its batch size; dataloader_cfg has max_seq_len, shuffle_seed, mask_rate (0 if not
-        given) and, for ettin_scheduled, objective: a name or a schedule."""
+        """A collator and the batch size; the block is that of `ettin_text`."""
         cfg, vocab = dataloader_cfg, TextVocab.from_tokenizer(tokenizer)
         return Collator(objective or cfg["objective"], vocab, max_seq_len=cfg["max_seq_len"],
                         mask_rate=cfg.get("mask_rate", 0.0), seed=cfg["shuffle_seed"]), dataset_batch_size
@@ -88,65 +77,47 @@ def build_ettin_loader(
     shuffle_seed: int = 21, shuffle_window: int | None = None,
     batch_size_warmup: Mapping[str, Any] | None = None, num_workers: int = 0,
     prefetch_factor: int | None = None, pin_memory: bool = True, persistent_workers: bool = False,
-    timeout: float = 0, **unknown: Any,
+    timeout: float = 0,
 ) -> DataSpec:
     """Builds the `ettin_text` loader; every key may stand in YAML under train_loader or eval_loader.
 
     Args:
-        tokenizer: must be the one that the data was converted with.
-        device_batch_size: rows per batch on this rank.
+        tokenizer: the one that the data was converted with. device_batch_size: rows per batch on this rank.
         dataset: {local: folder made by data_prep/convert.py or `ettin mix`, split: train or validation}. With
             `remote`, a folder or URL of such a dataset, `local` is where its files are kept as they are
             needed, at most `cache_limit` bytes of shards for the split, such as 200gb.
-        objective: mlm, clm or mntp, or a schedule of them on the token clock, times in tokens
-            (objectives/schedule.py).
-        max_seq_len: tokens of a row, T.
+        objective: mlm, clm or mntp, or a schedule of them, times in tokens (objectives/schedule.py).
         mask_rate: share of tokens that mlm and mntp choose, or a schedule of it; 0 where neither occurs.
-        packing: several chunks a row (best fit), or one.
+        max_seq_len: tokens of a row. packing: several chunks a row (best fit), or one.
         shuffle: True gives the endless training stream; False one epoch as it is stored, for evaluation.
-        shuffle_seed: seed of order and masks.
-        shuffle_window: shards whose rows are mixed (16 if not given); not with shuffle: false.
-        batch_size_warmup: {min_size: rows of the first step over all ranks, tokens: of the whole warm-up},
-            see ramp.py; only in training.
+        shuffle_seed: seed of order and masks. shuffle_window: shards whose rows are mixed (16 if not given).
+        batch_size_warmup: {min_size: rows of the first step over all ranks, tokens: of the warm-up}.
         num_workers, prefetch_factor, persistent_workers, timeout: as torch's DataLoader has them.
         pin_memory: page-locked microbatches, see `batch.split_batch`; acts only where there is a GPU.
 
     Raises:
-        ValueError, FileNotFoundError: a key is unknown, out of range or without effect, or the data does not
-            fit.
+        ValueError, FileNotFoundError: a key is out of range or without effect, or the data does not fit.
     """
-    if unknown:
-        valid = [name for name, parameter in inspect.signature(build_ettin_loader).parameters.items()
-                 if parameter.kind is parameter.KEYWORD_ONLY]
-        raise ValueError(f"train_loader must have the keys {', '.join(['name', *valid])}, got "
-                         f"{', '.join(map(repr, unknown))}; correct or remove it")
-    workers: dict[str, Any] = {"prefetch_factor": prefetch_factor, "timeout": timeout,
-                               "persistent_workers": persistent_workers}
-    given = {key: value for key, value in workers.items() if value is not None}
-    check_values(device_batch_size=device_batch_size, num_workers=num_workers, pin_memory=pin_memory, **given)
-    if not num_workers and (idle := [key for key, value in given.items() if value]):
-        raise ValueError(f"{idle[0]} must be left out with num_workers: 0, where it does nothing, got "
-                         f"{given[idle[0]]}")
     batch_size, world_size = int(device_batch_size), dist.get_world_size()
+    if batch_size < 1 or batch_size != device_batch_size:  # LLM-Foundry's division may leave 8.0
+        raise ValueError(f"device_batch_size must be an integer >= 1, got {device_batch_size}")
     if batch_size_warmup is not None:
         check_warmup(batch_size_warmup, batch_size * world_size, world_size=world_size)
-    settings = {"objective": objective, "mask_rate": mask_rate, "max_seq_len": max_seq_len,
-                "shuffle_seed": shuffle_seed}
-    collate, _ = scheduled_collator(settings, tokenizer, batch_size)
+    block = {"objective": objective, "mask_rate": mask_rate, "max_seq_len": max_seq_len,
+             "shuffle_seed": shuffle_seed}
+    collate, _ = scheduled_collator(block, tokenizer, batch_size)
     stream = open_stream(dataset=dataset, max_seq_len=max_seq_len, packing=packing, shuffle=shuffle,
                          shuffle_seed=shuffle_seed, shuffle_window=shuffle_window,
                          batch_size_warmup=batch_size_warmup, global_batch_size=batch_size * world_size)
     check_tokenizer(tokenizer, stream.data.tokenizer)
-    rows = RowDataset(stream.data, stream.order, stream.ramp)
     loader = DataLoader(
-        rows, batch_size=None, collate_fn=collate, num_workers=num_workers, **workers,
-        # DataLoader draws a seed for its workers at each start; from the default generator that would shift
-        # dropout
+        RowDataset(stream), batch_size=None, collate_fn=collate, num_workers=num_workers,
+        prefetch_factor=prefetch_factor, persistent_workers=persistent_workers, timeout=timeout,
+        # it draws a seed for its workers at each start; from the default generator that would shift dropout
         generator=torch.Generator().manual_seed(shuffle_seed))
-    # the dataset makes the batches; the host still asks the loader for their size, and the loader itself for
-    # its length
+    # the dataset makes the batches; Composer still asks the loader for their size
     object.__setattr__(loader, "batch_size", batch_size)
-    return DataSpec(loader, num_samples=None if shuffle else rows.order.rows_per_epoch,
+    return DataSpec(loader, num_samples=None if shuffle else stream.order.rows_per_epoch,
                     split_batch=functools.partial(split_batch, pin=pin_memory and torch.cuda.is_available()),
                     get_num_samples_in_batch=count_samples,
                     get_num_tokens_in_batch=count_tokens)  # type: ignore[arg-type]

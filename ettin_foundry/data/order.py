@@ -2,12 +2,11 @@
 
 Nothing here is saved: a run resumes, on any number of ranks, by naming the row to go on from. A chunk is used
 exactly once per epoch. Rows are packed inside one shard, so that a shard's rows and tokens follow from its
-histogram of lengths; prefix sums over shards then lead to any row and to the real tokens before it. Shuffled,
+histogram of lengths; prefix sums over shards lead to any row and to the real tokens before it. Shuffled,
 every source is a stream of rows of its own (its shards permuted, rows permuted within windows of its shards),
-and the streams are merged row by row (`interleave.py`), so that each source has its share of any stretch of
-rows. What is built at start is O(shards), from the manifest; what is built later is one window of shards per
-source. Random numbers come from the raw output of numpy's bit generators (whose streams numpy keeps fixed
-between versions), seeded by integers.
+and the streams are merged row by row (`interleave.py`). What is built at start is O(shards); what is built
+later is one window of shards per source. Random numbers are the raw output of numpy's bit generators, whose
+streams numpy keeps fixed between versions.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ import bisect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ettin_foundry.data.interleave import Interleave, keep_last
+from ettin_foundry.data.interleave import Interleave
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE, pack_lengths, piece_counts
 
 __all__ = ["ORDER_VERSION", "ChunkTable", "Order", "raw_draws"]
@@ -33,32 +32,26 @@ ORDER_VERSION = 2
 
 Ints = npt.NDArray[np.int64]
 
-# first word of every seed: what the numbers are for, so that no two uses share a stream; objectives have 4
-# and 5
+# first word of every seed: what the numbers are for, so that no two uses share them; objectives have 4 and 5
 _SHARDS, _ROWS, _CHUNKS = 1, 2, 3
 
 
 class ChunkTable(Protocol):
     """What an order needs to know of a dataset: S shards, M tokens in the longest chunk.
 
-    samples: (S,) chunks per shard. tokens: (S,) of them, BOS and EOS not counted. sources: S names, where the
-    shard's text came from. rows: (S,) packed rows per shard at this row length, None when the manifest does
-    not have them. lengths: (M + 1,) histogram of the shard's chunk lengths. sample_lengths: (samples of the
-    shard,) length of each chunk as it is stored.
-
-    A dataset that holds shards several times also has `passes`, (S,) integers: a source's shards of pass 0
-    then all come before those of pass 1, so that a chunk's repeats are far apart.
+    One that holds shards several times also has `passes`, (S,) integers: a source's shards of pass 0 then all
+    come before those of pass 1, so that a chunk's repeats are far apart.
     """
 
     @property
-    def samples(self) -> Ints: ...
+    def samples(self) -> Ints: ...  # (S,) chunks per shard
     @property
-    def tokens(self) -> Ints: ...
+    def tokens(self) -> Ints: ...  # (S,) without BOS and EOS
     @property
-    def sources(self) -> Sequence[str]: ...
-    def rows(self, max_seq_len: int, /) -> Ints | None: ...
-    def lengths(self, shard: int, /) -> npt.NDArray[np.integer]: ...
-    def sample_lengths(self, shard: int, /) -> npt.NDArray[np.integer]: ...
+    def sources(self) -> Sequence[str]: ...  # S names: where the shard's text came from
+    def rows(self, max_seq_len: int, /) -> Ints | None: ...  # (S,) packed rows; None: not in the manifest
+    def lengths(self, shard: int, /) -> npt.NDArray[np.integer]: ...  # (M + 1,) histogram of chunk lengths
+    def sample_lengths(self, shard: int, /) -> npt.NDArray[np.integer]: ...  # of each chunk as it is stored
 
 
 def raw_draws(count: int, *words: int) -> npt.NDArray[np.uint64]:
@@ -70,10 +63,14 @@ def _starts(counts: Ints) -> Ints:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 
+def _last(kept: dict[int, Any]) -> dict[int, Any]:
+    """The newest entry: two are kept, so that looking back across a border builds nothing again."""
+    return dict([*kept.items()][-1:])
+
+
 @dataclass
 class _Layout:
-    """Rows of one shard: places of given length, and (filled when first needed) the chunk that takes each
-    place."""
+    """Rows of one shard: places of given length, and, once it is needed, the chunk that takes each place."""
 
     shard: int
     lengths: Ints  # (P,) piece lengths, row after row
@@ -81,29 +78,23 @@ class _Layout:
     samples: Ints | None = None  # (P,) index of the chunk in the shard
 
 
-class _ShardRows:
-    """Rows of each shard, held against the manifest's counts, on which the sums over shards rest."""
+class _Shards:
+    """Rows of each shard; an error where histogram, stored chunks and manifest contradict each other."""
 
-    def __init__(self, table: ChunkTable, max_seq_len: int, *, packing: bool, shuffle: bool,
-                 seed: int) -> None:
+    def __init__(self, table: ChunkTable, max_seq_len: int, packing: bool, shuffle: bool, seed: int) -> None:
         self.table, self.max_seq_len, self.packing = table, max_seq_len, packing
         self.shuffle, self.seed = shuffle, seed
         self.samples = np.asarray(table.samples, np.int64)
         self.tokens = np.asarray(table.tokens, np.int64) + SPECIALS_PER_PIECE * self.samples
         rows = table.rows(max_seq_len) if packing else self.samples
         if rows is None:
-            log.info("The manifest has no packed row counts for max_seq_len=%d: packing the histograms of %d "
-                     "shards", max_seq_len, len(self.samples))
+            log.info("no packed row counts in the manifest for max_seq_len=%d: packing here", max_seq_len)
             rows = [pack_lengths(piece_counts(table.lengths(shard)), max_seq_len).num_rows
                     for shard in range(len(self.samples))]
         self.rows = np.asarray(rows, np.int64)
 
     def layout(self, shard: int) -> _Layout:
-        """Places of one shard's rows, from its histogram.
-
-        Raises:
-            ValueError: the histogram contradicts the manifest, so prefix sums over shards would be wrong.
-        """
+        """Places of one shard's rows, from its histogram."""
         counts = piece_counts(self.table.lengths(shard))
         if self.packing:
             lengths, offsets = pack_lengths(counts, self.max_seq_len).expand()
@@ -111,18 +102,14 @@ class _ShardRows:
             lengths = np.repeat(np.arange(counts.size)[::-1], counts[::-1])
             offsets = np.arange(lengths.size + 1)
         found = (lengths.size, int(lengths.sum()), offsets.size - 1)
-        if found != (stated := (self.samples[shard], self.tokens[shard], self.rows[shard])):
-            raise ValueError(f"shard {shard} of index.json must have the chunks, tokens and rows that its "
-                             f"manifest states, {tuple(map(int, stated))}, got {found} from its histogram of "
-                             f"lengths at max_seq_len={self.max_seq_len}; copy or convert the dataset again")
+        if found != (stated := tuple(int(each[shard]) for each in (self.samples, self.tokens, self.rows))):
+            raise ValueError(f"shard {shard} of index.json must have the chunks, tokens and rows of its "
+                             f"manifest, {stated}, got {found} by its histogram; copy or convert the dataset "
+                             "again")
         return _Layout(shard, lengths, offsets)
 
     def assign(self, layout: _Layout, epoch: int) -> Ints:
-        """Gives every place a chunk of its length: as they are stored, or permuted by (seed, epoch, shard).
-
-        Raises:
-            ValueError: the stored chunks' lengths are not those of the histogram.
-        """
+        """The chunk of each place, of its length: as they are stored, or permuted by (seed, epoch, shard)."""
         chunks = np.asarray(self.table.sample_lengths(layout.shard), np.int64) + SPECIALS_PER_PIECE
         dealt = np.arange(chunks.size)
         if self.shuffle:
@@ -130,23 +117,11 @@ class _ShardRows:
         dealt = dealt[np.argsort(chunks[dealt], kind="stable")]
         places = np.argsort(layout.lengths, kind="stable")
         if not np.array_equal(chunks[dealt], layout.lengths[places]):
-            raise ValueError(f"shard {layout.shard} of index.json must hold {places.size} chunks of the "
-                             f"lengths in lengths.npy, got {chunks.size} chunks of others; copy or convert "
-                             "the dataset again")
+            raise ValueError(f"shard {layout.shard} of index.json must hold chunks of the lengths in "
+                             "lengths.npy, got others; copy or convert the dataset again")
         samples = np.empty(places.size, np.int64)
         samples[places] = dealt
         return samples
-
-
-@dataclass
-class _Window:
-    """Consecutive shards of a source whose rows are permuted together."""
-
-    first_row: int  # of the source's epoch
-    tokens_before: Ints  # (R + 1,) real tokens of the source's epoch before each row of the window
-    permutation: Ints  # (R,) place in the window -> row in the concatenation of the layouts
-    row_starts: list[int]  # first row of each layout in that concatenation
-    layouts: list[_Layout]
 
 
 @dataclass
@@ -159,20 +134,29 @@ class _Epoch:
     phase: float  # see Interleave
 
 
+@dataclass
+class _Window:
+    """Consecutive shards of a source whose rows are permuted together."""
+
+    epoch: int
+    first_row: int  # of the source's epoch
+    tokens_before: Ints  # (R + 1,) real tokens of the source's epoch before each row of the window
+    permutation: Ints  # (R,) place in the window -> row in the concatenation of the layouts
+    row_starts: list[int]  # first row of each layout in that concatenation
+    layouts: list[_Layout]
+
+
 class _Source:
     """The rows of one source, epoch after epoch.
 
     Args:
-        shards: of the whole dataset.
-        number: of the source, for its seeds.
-        members: (S,) its shards, as they are stored.
-        window: shards whose rows are permuted together.
+        shards: of the whole dataset. members: (S,) the source's shards, as they are stored.
+        number: of the source, for its seeds. window: shards whose rows are permuted together.
         first_window: windows of the sources before it; a window's seed is its number among those of all
             sources.
     """
 
-    def __init__(self, shards: _ShardRows, number: int, members: Ints, *, window: int,
-                 first_window: int) -> None:
+    def __init__(self, shards: _Shards, number: int, members: Ints, window: int, first_window: int) -> None:
         self.window = min(window, len(members))
         self.num_windows = -(-len(members) // self.window)
         self.num_rows = int(shards.rows[members].sum())
@@ -180,11 +164,19 @@ class _Source:
         self._shards, self._number, self._members, self._first_window = shards, number, members, first_window
         self._passes = np.asarray(getattr(shards.table, "passes", np.zeros(len(shards.rows))))[members]
         self._epochs: dict[int, _Epoch] = {}
-        self._windows: dict[tuple[int, int], _Window] = {}
-        self._last: tuple[int, _Window] | None = None  # epoch and window of the last row asked for
+        self._windows: list[_Window] = []
 
     def epoch(self, epoch: int) -> _Epoch:
-        return keep_last(self._epochs, epoch, lambda: self._order_shards(epoch))
+        """The source's shards in the order of an epoch."""
+        if epoch not in self._epochs:
+            shards, members, phase = self._shards, self._members, 0.0
+            if shards.shuffle:
+                draws = raw_draws(len(members) + 1, _SHARDS, shards.seed, epoch, self._number)
+                members = members[np.lexsort((draws[1:], self._passes))]
+                phase = float(draws[0] >> np.uint64(44)) / 2.0**20
+            starts = _starts(shards.rows[members]), _starts(shards.tokens[members])
+            self._epochs = _last(self._epochs) | {epoch: _Epoch(members, *starts, phase)}
+        return self._epochs[epoch]
 
     def row(self, epoch: int, row: int) -> tuple[int, tuple[int, ...]]:
         """Shard and sample indices of a row of an epoch of this source."""
@@ -212,27 +204,16 @@ class _Source:
         """The shards of a window."""
         return self.epoch(epoch).shards[number * self.window:][:self.window].tolist()
 
-    def _order_shards(self, epoch: int) -> _Epoch:
-        members, phase = self._members, 0.0
-        if self._shards.shuffle:
-            draws = raw_draws(len(members) + 1, _SHARDS, self._shards.seed, epoch, self._number)
-            members = members[np.lexsort((draws[1:], self._passes))]
-            phase = float(draws[0] >> np.uint64(44)) / 2.0**20
-        shards = self._shards
-        return _Epoch(members, _starts(shards.rows[members]), _starts(shards.tokens[members]), phase)
-
     def _window_at(self, epoch: int, row: int) -> _Window:
-        if self._last and self._last[0] == epoch:
-            window = self._last[1]
-            if 0 <= row - window.first_row < window.permutation.size:
+        for window in self._windows:
+            if window.epoch == epoch and 0 <= row - window.first_row < window.permutation.size:
                 return window
-        number = self.window_number(epoch, row)
-        window = keep_last(self._windows, (epoch, number), lambda: self._build_window(epoch, number))
-        self._last = epoch, window
+        window = self._build_window(epoch, self.window_number(epoch, row))
+        self._windows = [*self._windows[-1:], window]
         return window
 
     def _build_window(self, epoch: int, number: int) -> _Window:
-        state, first, shards = self.epoch(epoch), number * self.window, self._shards
+        shards, first = self._shards, number * self.window
         layouts = [shards.layout(shard) for shard in self.window_shards(epoch, number)]
         row_tokens = np.concatenate([np.diff(_starts(layout.lengths)[layout.offsets]) for layout in layouts])
         if shards.shuffle:
@@ -242,35 +223,27 @@ class _Source:
             [layout] = layouts  # without shuffle, a window is one shard
             layout.samples = shards.assign(layout, epoch)
             permutation = np.argsort(layout.samples[layout.offsets[:-1]], kind="stable")
-        return _Window(
-            first_row=int(state.row_starts[first]),
-            tokens_before=int(state.token_starts[first]) + _starts(row_tokens[permutation]),
-            permutation=permutation,
-            row_starts=_starts(np.array([layout.offsets.size - 1 for layout in layouts])).tolist()[:-1],
-            layouts=layouts)
+        order = self.epoch(epoch)
+        tokens_before = int(order.token_starts[first]) + _starts(row_tokens[permutation])
+        row_starts = _starts(np.array([len(layout.offsets) - 1 for layout in layouts])).tolist()[:-1]
+        return _Window(epoch, int(order.row_starts[first]), tokens_before, permutation, row_starts, layouts)
 
 
 class Order:
     """Rows of the endless stream: epoch after epoch over all shards of one dataset.
 
     Args:
-        table: the dataset's counts.
-        max_seq_len: tokens of a row, T; only packing depends on it.
-        packing: best-fit rows of several chunks, or one chunk a row.
+        table: the dataset's counts. max_seq_len: tokens of a row. packing: several chunks a row, or one.
         shuffle: permute each source's shards, rows within a window of shards, and chunks among places of
             their length, and mix the sources row by row. Otherwise shards as they are stored, and a shard's
             rows by the stored place of their first (longest) chunk.
-        seed: 0 to 2**32 - 1.
-        window: shards whose rows are mixed at a time; a source has its share of them, at least one, and a
-            batch mixes rows of all. Without shuffle: 1.
+        window: shards whose rows are mixed at a time; a source has its share of them, at least one. Without
+            shuffle: 1.
 
     Attributes:
-        rows_per_epoch: rows of one epoch; row n is in epoch n // rows_per_epoch.
-        tokens_per_epoch: real tokens of one epoch: chunks with BOS and EOS, no padding.
+        rows_per_epoch: row n is in epoch n // rows_per_epoch.
+        tokens_per_epoch: real tokens: chunks with BOS and EOS, no padding.
         shards_at_once: shards of which the rows around any place are taken, all sources' windows together.
-
-    Raises:
-        ValueError: the dataset has no chunk, or a shard contradicts the manifest.
     """
 
     def __init__(self, table: ChunkTable, max_seq_len: int, *, packing: bool, shuffle: bool, seed: int,
@@ -278,7 +251,7 @@ class Order:
         self.table, self.max_seq_len, self.packing = table, max_seq_len, packing
         self.shuffle, self.seed = shuffle, seed
         self.window = window if shuffle else 1
-        shards = _ShardRows(table, max_seq_len, packing=packing, shuffle=shuffle, seed=seed)
+        shards = _Shards(table, max_seq_len, packing, shuffle, seed)
         self.rows_per_epoch = int(shards.rows.sum())
         self.tokens_per_epoch = int(shards.tokens.sum())
         if self.rows_per_epoch == 0:
@@ -288,8 +261,7 @@ class Order:
         self._merged: dict[int, Interleave] = {}
 
     def row(self, number: int, /) -> tuple[int, int, tuple[int, ...]]:
-        """Epoch, shard and sample indices (in the order of their pieces in the row) of row `number` of the
-        stream."""
+        """Epoch, shard and sample indices, in the order of their pieces, of row `number` of the stream."""
         epoch, row = divmod(number, self.rows_per_epoch)
         source, index = self._merge(epoch).at(row)
         return epoch, *self._sources[source].row(epoch, index)
@@ -322,18 +294,18 @@ class Order:
         wanted = [shard for group in (now, later) for _, shards in sorted(group) for shard in shards]
         return list(dict.fromkeys(wanted))
 
-    def _make_sources(self, shards: _ShardRows) -> list[_Source]:
+    def _make_sources(self, shards: _Shards) -> list[_Source]:
         """In the order of their names; without shuffle all shards are one."""
         total = len(shards.samples)
         if not self.shuffle:
-            return [_Source(shards, 0, np.arange(total), window=1, first_window=0)]
+            return [_Source(shards, 0, np.arange(total), 1, 0)]
         _, source_of = np.unique(np.asarray(self.table.sources, dtype=str), return_inverse=True)
         grouped = np.split(np.argsort(source_of, kind="stable"), np.cumsum(np.bincount(source_of))[:-1])
         sources: list[_Source] = []
         for number, members in enumerate(grouped):
             share = (2 * self.window * len(members) + total) // (2 * total)
-            sources.append(_Source(shards, number, members, window=max(1, share),
-                                   first_window=sum(source.num_windows for source in sources)))
+            first_window = sum(source.num_windows for source in sources)
+            sources.append(_Source(shards, number, members, max(1, share), first_window))
         return sources
 
     def _key(self, source: int, epoch: int, row: int) -> float:
@@ -341,6 +313,8 @@ class Order:
         return epoch + self._merge(epoch).key(source, row)
 
     def _merge(self, epoch: int) -> Interleave:
-        return keep_last(self._merged, epoch, lambda: Interleave(
-            [source.num_rows for source in self._sources],
-            [source.epoch(epoch).phase for source in self._sources]))
+        if epoch not in self._merged:
+            phases = [source.epoch(epoch).phase for source in self._sources]
+            merged = Interleave([source.num_rows for source in self._sources], phases)
+            self._merged = _last(self._merged) | {epoch: merged}
+        return self._merged[epoch]

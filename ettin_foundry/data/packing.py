@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["SPECIALS_PER_PIECE", "Packing", "pack_lengths", "piece_counts", "too_long"]
+__all__ = ["SPECIALS_PER_PIECE", "Packing", "pack_lengths", "piece_counts"]
 
 SPECIALS_PER_PIECE = 2
 """BOS before and EOS after every chunk, for encoders and decoders alike: both read identical rows."""
@@ -22,15 +22,10 @@ SPECIALS_PER_PIECE = 2
 
 @dataclass(frozen=True)
 class Packing:
-    """Rows of one shard, as groups of identical rows.
+    """Rows of one shard, as groups of identical rows."""
 
-    Attributes:
-        patterns: one entry per group; each is a sequence of (piece length, how many of it), longest first.
-        multiplicities: (groups,) int64, rows in each group.
-    """
-
-    patterns: tuple[tuple[tuple[int, int], ...], ...]
-    multiplicities: npt.NDArray[np.int64]
+    patterns: tuple[tuple[tuple[int, int], ...], ...]  # per group: (piece length, how many), ...
+    multiplicities: npt.NDArray[np.int64]  # (groups,) rows in each group
 
     @property
     def num_rows(self) -> int:
@@ -38,12 +33,7 @@ class Packing:
         return int(self.multiplicities.sum())
 
     def expand(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Writes every row out.
-
-        Returns:
-            (P,) int64 piece lengths, row after row, and (R + 1,) int64 offsets: row r holds pieces
-            offsets[r] to offsets[r + 1].
-        """
+        """(P,) int64 piece lengths, row after row, and (R + 1,) int64 offsets of the rows in them."""
         rows = [np.repeat(*np.array(runs).T) for runs in self.patterns]
         if not rows:
             return np.zeros(0, np.int64), np.zeros(1, np.int64)
@@ -57,33 +47,23 @@ def piece_counts(lengths: npt.ArrayLike) -> npt.NDArray[np.int64]:
     return np.concatenate([np.zeros(SPECIALS_PER_PIECE, np.int64), np.asarray(lengths, np.int64)])
 
 
-def too_long(chunk_length: int, max_seq_len: int) -> ValueError:
-    """The error of a chunk that no row has room for."""
-    return ValueError(f"max_seq_len must be at least {chunk_length + SPECIALS_PER_PIECE}, the longest chunk "
-                      f"({chunk_length} tokens) with BOS and EOS, got {max_seq_len}; raise it, or convert "
-                      "with a smaller chunk length")
-
-
 def pack_lengths(counts: npt.ArrayLike, capacity: int) -> Packing:
     """Packs pieces into rows by best-fit decreasing.
 
     Longest pieces first; each goes into the row with the least space that still takes it, or into a new row.
     Rows with the same content so far are one group, and all pieces of one length are placed into a group at
     once: a row that took a piece has less space than before, hence is again the best fit as long as another
-    one goes in, so that every row of the group takes space // length pieces before the next row is touched.
-    The result equals placing the pieces one by one (a test holds it to that).
+    one goes in, so that every row of the group takes space // length pieces before the next row is touched. A
+    test holds the result to placing the pieces one by one.
 
     Args:
         counts: (M + 1,) integers; entry n is the number of pieces of n tokens, BOS and EOS included.
         capacity: tokens of a row.
-
-    Raises:
-        ValueError: a piece is longer than a row.
     """
     table = np.asarray(counts, np.int64)
     used = np.flatnonzero(table)
     if used.size and used[-1] > capacity:
-        raise too_long(int(used[-1]) - SPECIALS_PER_PIECE, capacity)
+        raise ValueError(f"max_seq_len must be at least {used[-1]}, got {capacity}")
     # space left -> groups of (pattern, rows) with that space, first opened first; `spaces` are its keys in
     # order
     groups: dict[int, list[tuple[tuple[tuple[int, int], ...], int]]] = {}

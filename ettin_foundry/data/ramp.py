@@ -1,10 +1,8 @@
-"""Batch-size warm-up: how many rows each step has, and which row of the stream it begins with, in closed
-form.
+"""Batch-size warm-up: how many rows each step has, and with which row of the stream it begins.
 
 Sizes go up by equal steps, min_size, 2 * min_size, ... to the global batch, and each holds for the same
 number of steps, hence for tokens in proportion to it, as in ModernBERT's sequence packer. Step and row follow
-from one another by arithmetic, so a ramp has no state: it is the same for encoder and decoder, packed or not,
-on any number of ranks, and after a resume. Without warm-up there is one size from the start.
+from one another by arithmetic, so a ramp has no state. Without warm-up there is one size from the start.
 
 In YAML: train_loader.batch_size_warmup: {min_size: 352, tokens: 50_000_000_000tok}
 """
@@ -25,37 +23,18 @@ _KEY = "train_loader.batch_size_warmup"
 
 @dataclass(frozen=True)
 class BatchRamp:
-    """Rows of each step, over all ranks: min_size in the first `steps_per_size` steps, then twice that, and
-    so on.
+    """Rows of each step: min_size in the first `steps_per_size` steps, then twice that, ..."""
 
-    Attributes:
-        min_size: rows of the first step; divides max_size.
-        max_size: the global batch, of every step after the warm-up.
-        steps_per_size: steps of each size below max_size.
-    """
-
-    min_size: int
-    max_size: int
-    steps_per_size: int = 1
+    min_size: int  # rows of the first step; divides max_size
+    max_size: int  # the global batch, of every step after the warm-up
+    steps_per_size: int = 1  # steps of each size below max_size
 
     @classmethod
-    def build(cls, warmup: Mapping[str, Any] | None, *, max_size: int, tokens_per_row: float,
-              total: int | None = None) -> BatchRamp:
-        """The ramp that `train_loader.batch_size_warmup` asks for.
-
-        Args:
-            warmup: {min_size: rows, tokens: a time in tok, or a number of tokens}; None: every step has
-                max_size rows.
-            max_size: global_train_batch_size.
-            tokens_per_row: real tokens of a row of the data, on average over an epoch.
-            total: as for `check_warmup`.
-
-        Raises:
-            ValueError: as `check_warmup`.
-        """
+    def build(cls, warmup: Mapping[str, Any] | None, *, max_size: int, tokens_per_row: float) -> BatchRamp:
+        """The ramp that a block of `check_warmup` asks for; of None, max_size rows in every step."""
         if warmup is None:
             return cls(max_size, max_size)
-        tokens, smallest = check_warmup(warmup, max_size, total=total), warmup["min_size"]
+        tokens, smallest = check_warmup(warmup, max_size), warmup["min_size"]
         sizes = max_size // smallest
         rows_of_each_size_once = smallest * sizes * (sizes - 1) // 2  # sizes below the last
         return cls(smallest, max_size, max(1, round(tokens / (rows_of_each_size_once * tokens_per_row))))
@@ -82,16 +61,11 @@ class BatchRamp:
         return done * self.steps_per_size + beyond // (self.min_size * (done + 1))
 
     def step_of(self, row: int) -> int:
-        """The step that begins with a row.
-
-        Raises:
-            ValueError: no step begins there.
-        """
+        """The step that begins with a row; an error where none does."""
         step = self.step_at(row)
-        if (first := self.first_row(step)) != row:
-            raise ValueError(f"global_train_batch_size must be such that a step begins with row {row}, where "
-                             f"the checkpoint stands, got {self}, whose steps begin with rows {first} and "
-                             f"{self.first_row(step + 1)}; restore the batch sizes it was trained with")
+        if self.first_row(step) != row:
+            raise ValueError("global_train_batch_size must be what the checkpoint was trained with, got "
+                             f"{self}: no step begins with its row {row}")
         return step
 
     def __str__(self) -> str:
@@ -108,9 +82,8 @@ def check_warmup(warmup: Any, max_size: int, *, world_size: int = 1, microbatch:
     """The tokens of a batch-size warm-up, which must be one that can be carried out as written.
 
     Args:
-        warmup: the block train_loader.batch_size_warmup.
-        max_size: global_train_batch_size.
-        world_size: number of processes.
+        warmup: the block {min_size: rows of the first step, tokens: of the warm-up, a number or a time}.
+        max_size: global_train_batch_size. world_size: number of processes.
         microbatch: device_train_microbatch_size.
         total: tokens of the run, which a time in dur is a share of; without it only tok is possible.
 
@@ -118,24 +91,20 @@ def check_warmup(warmup: Any, max_size: int, *, world_size: int = 1, microbatch:
         ValueError: naming the key and both values that do not fit.
     """
     if not isinstance(warmup, Mapping) or set(warmup) != {"min_size", "tokens"}:
-        raise ValueError(f"{_KEY} must have the keys min_size (rows of the first step) and tokens (of the "
-                         f"warm-up), got {warmup!r}; correct or remove it")
-    smallest = warmup["min_size"]
+        raise ValueError(f"{_KEY} must have the keys min_size (rows) and tokens, got {warmup!r}")
+    smallest, key = warmup["min_size"], f"{_KEY}.min_size"
     tokens = parse_tokens(f"{_KEY}.tokens", warmup["tokens"], total)
     if type(smallest) is not int or not 1 <= smallest < max_size or max_size % smallest:
-        raise ValueError(f"{_KEY}.min_size must be a smaller number that divides global_train_batch_size, "
-                         f"{max_size}, got {smallest!r}; change one of the two")
+        raise ValueError(f"{key} must be below global_train_batch_size, {max_size}, and divide it, got "
+                         f"{smallest!r}")
     if not 0 < tokens <= (tokens if total is None else total):
-        raise ValueError(f"{_KEY}.tokens must be above 0 and at most max_duration ({total} tokens), got "
-                         f"{warmup['tokens']!r}; correct it")
+        raise ValueError(f"{_KEY}.tokens must be above 0 and within max_duration, got {warmup['tokens']!r}")
     if smallest % world_size:
-        raise ValueError(f"{_KEY}.min_size must be a multiple of the number of processes, {world_size}, got "
-                         f"{smallest}; change one of the two")
+        raise ValueError(f"{key} must be a multiple of the {world_size} processes, got {smallest}")
     if microbatch == "auto":
         raise ValueError(f"device_train_microbatch_size must be a number with {_KEY}, whose first batches "
-                         "say nothing of the memory that the last ones take, got 'auto'; give rows")
+                         "say nothing of the memory that the last ones take, got 'auto'")
     if (smallest // world_size) % microbatch:
         raise ValueError(f"device_train_microbatch_size must divide the {smallest // world_size} rows that "
-                         f"each of {world_size} process(es) has of {_KEY}.min_size, {smallest}, got "
-                         f"{microbatch}; lower it")
+                         f"each of {world_size} process(es) has of {key}, {smallest}, got {microbatch}")
     return tokens

@@ -1,130 +1,89 @@
 """One small interface over local folders, S3 and whatever fsspec reaches: names in, bytes out.
 
-Corpora, converted sets and the shards of a training run may lie on a disk or in a bucket; the rest of the package does
-not ask which. Writing is atomic everywhere, so that a name is either absent or whole. Reading from a network goes in
-ranges of 8 MiB, each tried several times: a lost connection costs one range, not the file. S3 is spoken through boto3
-(Streaming brings it), any other scheme (gs://, hf://, ...) through fsspec and its driver: storage_remote.py and what it
-names.
-
-Not here: what the files mean, hashes of their content (mds.py), caches and their limits (remote.py).
+Corpora, converted datasets and the shards of a training run may lie on a disk or in a bucket; the rest of the package
+does not ask which. Writing is atomic: a name is either absent or whole. S3 is spoken through boto3, which Streaming
+brings, any other scheme (gs://, hf://, ...) through fsspec and its driver; these try requests again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import logging
+import multiprocessing.util
 import os
 import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
-__all__ = ["BLOCK_BYTES", "LocalStorage", "Storage", "check_name", "folder_of", "is_url", "join", "missing",
-           "open_storage", "too_short"]
+import fsspec
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
+
+__all__ = ["LocalStorage", "Storage", "atomic_file", "check_name", "is_url", "join", "open_storage"]
 
 log = logging.getLogger(__name__)
 
-BLOCK_BYTES = 8 << 20
-"""Bytes asked for at a time from a network."""
-_SCRATCH = ".scratch"
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_BLOCK_BYTES = 8 << 20  # asked for ahead of need from a network
+_PART_BYTES = 64 << 20  # larger files go to S3 in parts of this size
+_TRIES = 5
 
 
 def is_url(text: str | os.PathLike[str]) -> bool:
     """Whether a place is reached through a network client; `file://` is a way to write a path."""
-    return bool(_URL.match(os.fspath(text))) and not os.fspath(text).lower().startswith("file://")
+    return bool(re.match(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(text)))
 
 
 def join(base: str | os.PathLike[str], *names: str) -> str:
     """A place below a folder or URL."""
     if is_url(base):
         return "/".join([os.fspath(base).rstrip("/"), *names])
-    return os.path.join(_as_path(base), *names)
+    return os.path.join(os.fspath(base).removeprefix("file://"), *names)
 
 
 def open_storage(place: str | os.PathLike[str]) -> Storage:
-    """The storage of a folder or URL; nothing is read, nothing has to exist.
-
-    Raises:
-        ValueError: a URL of no use: no bucket, a scheme that nothing installed here reads.
-    """
+    """The storage of a folder or URL, which need not exist; ValueError for a URL that cannot be read here."""
     if not os.fspath(place):
-        raise ValueError("place of files: an empty one given; a folder or URL is needed. Name it")
-    if not is_url(place):
-        return LocalStorage(_as_path(place))
-    if os.fspath(place).lower().startswith("s3://"):
-        from ettin_foundry.data.storage_s3 import S3Storage
-
-        return S3Storage(os.fspath(place))
-    from ettin_foundry.data.storage_fsspec import FsspecStorage
-
-    return FsspecStorage(os.fspath(place))
+        raise ValueError("a place of files must be a folder or URL, got an empty text")
+    return _RemoteStorage(os.fspath(place)) if is_url(place) else LocalStorage(join(place))
 
 
 def check_name(name: str) -> str:
-    """The name, if it is relative and stays inside the folder.
-
-    Raises:
-        ValueError: it is empty, absolute, or has a part that is empty, `.` or `..`.
-    """
+    """The name, if it is relative and stays inside the folder; else ValueError."""
     if "\0" in name or not all(part not in ("", ".", "..") for part in name.split("/")):
-        raise ValueError(f"file name {name!r:.200}: it is not a plain name inside the folder; parts divided by single "
-                         "slashes, none of them '.' or '..', are allowed. Correct the name, or do not use this set")
+        raise ValueError(f"file name {name!r:.200} must be a plain name inside the folder: parts divided by single "
+                         "slashes, none of them '.' or '..'")
     return name
 
 
-def folder_of(prefix: str) -> str:
-    """The folder that names beginning with `prefix` are in; empty for the folder of the storage itself.
-
-    Raises:
-        ValueError: it is outside.
-    """
+def _folder_of(prefix: str) -> str:
+    """The folder that names beginning with `prefix` are in; empty for the folder of the storage itself."""
     upper, slash, _ = prefix.rpartition("/")
     return check_name(upper) if slash else ""
 
 
-def _as_path(place: str | os.PathLike[str]) -> str:
-    text = os.fspath(place)
-    return text[len("file://"):] if text.lower().startswith("file://") else text
-
-
 @contextlib.contextmanager
-def _partial_file(path: Path, folder: Path) -> Iterator[IO[bytes]]:
-    """A hidden file in `folder`, open for writing, which becomes `path` when the block ends without an error."""
+def atomic_file(path: Path, folder: Path | None = None) -> Iterator[IO[bytes]]:
+    """A hidden file in `folder` (default: beside `path`), open for writing, renamed to `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{path.name[:100]}.{uuid.uuid4().hex[:16]}.partial"
+    partial = (folder or path.parent) / f".{path.name[:100]}.{uuid.uuid4().hex[:16]}.partial"
     try:
         with open(partial, "xb") as stream:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        _replace(partial, path)
+        _place(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
-def missing(place: str) -> FileNotFoundError:
-    """The error for a file that is not there, to be raised by the caller."""
-    return FileNotFoundError(f"{place}: no such file; a present one is needed. Correct the name, or fetch or write it again")
-
-
-def too_short(place: str, begin: int, end: int) -> OSError:
-    """The error for a file that ends before what was asked for, to be raised by the caller."""
-    return OSError(f"{place}: it ends before byte {end}; bytes {begin} to {end} were to be read. Fetch or write it again")
-
-
-def _unreadable(error: OSError) -> None:
-    """What cannot be listed is an error, not an empty folder; what is missing is empty."""
-    if not isinstance(error, FileNotFoundError):
-        raise error
-
-
-def _replace(source: str | os.PathLike[str], target: Path) -> None:
-    """Renames, and makes the new name survive a power cut."""
+def _place(source: str | os.PathLike[str], target: Path) -> None:
+    """Renames a file so that content and name survive a power cut."""
+    with open(source, "rb") as stream:
+        os.fsync(stream.fileno())
     os.replace(source, target)
     folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -138,88 +97,52 @@ class Storage:
 
     Names are relative, divided by slashes; hidden ones (a part starts with a dot) are read and written like others but
     never listed. Every method raises ValueError for a name that is not plain, FileNotFoundError for a missing one,
-    PermissionError where access is refused, ConnectionError when a network fails `TRIES` times, OSError for the rest.
+    PermissionError where access is refused, ConnectionError when a network fails, OSError for the rest. Besides what is
+    below, `LocalStorage` documents `local_path size list open write_bytes put_file delete scratch`.
     """
 
     is_local = False
+    size: Callable[[str], int]
+    open: Callable[..., BinaryIO]
+    scratch: Callable[[], Path]
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/") or url
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.url!r})"
 
     def where(self, name: str) -> str:
         """How a file is called in messages."""
         return join(self.url, name)
 
     def local_path(self, name: str = "") -> Path | None:
-        """The file's own path on this machine; None for remote storage."""
+        """The path on this machine of a file, or of the folder; None for remote storage."""
         return None
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of this name; folders do not count."""
         try:
-            self.size(name)
+            return self.size(name) >= 0
         except FileNotFoundError:
             return False
-        return True
 
-    def size(self, name: str) -> int:
-        """Bytes of a file."""
-        raise NotImplementedError
-
-    def list(self, prefix: str = "") -> list[tuple[str, int]]:
-        """(name, bytes) of every file whose name begins with `prefix`, in the order of names; none when nothing is there."""
-        raise NotImplementedError
-
-    def read_bytes(self, name: str) -> bytes:
-        """A whole file."""
+    def read_bytes(self, name: str, *, at_most: int | None = None) -> bytes:
+        """A whole file; ValueError when it is larger than `at_most` bytes."""
+        size = self._check_size(name, None, at_most)
         with self.open(name) as stream:
-            return stream.read()
+            return stream.read(size)
 
-    def read_range(self, name: str, begin: int, end: int) -> bytes:
-        """Exactly the bytes [begin, end) of a file; an OSError when it is shorter."""
-        raise NotImplementedError
+    def get_file(self, name: str, local_path: str | os.PathLike[str], *, num_bytes: int | None = None,
+                 at_most: int | None = None) -> None:
+        """Copies a file to `local_path`, atomically; ValueError if it has not `num_bytes`, or more than `at_most`."""
+        self._check_size(name, num_bytes, at_most)
+        with self.open(name) as source, atomic_file(Path(local_path)) as stream:
+            shutil.copyfileobj(source, stream, 1 << 20)
 
-    def open(self, name: str, begin: int = 0) -> BinaryIO:
-        """A seekable stream of a file's bytes, standing at `begin`; to be closed."""
-        raise NotImplementedError
-
-    def write_bytes(self, name: str, data: bytes) -> None:
-        """Writes a file, or replaces one, atomically."""
-        raise NotImplementedError
-
-    def put_file(self, local_path: str | os.PathLike[str], name: str) -> None:
-        """Moves a local file into place atomically; it is gone from where it was. Cheapest from `scratch()`."""
-        raise NotImplementedError
-
-    def get_file(self, name: str, local_path: str | os.PathLike[str], *, num_bytes: int | None = None) -> None:
-        """Copies a file to `local_path`: block by block into a hidden partial file beside it, which is then renamed.
-
-        Args:
-            name: the file here.
-            local_path: the file there; a present one is replaced. Its folder is made.
-            num_bytes: what the file must measure. Not a byte more is fetched.
-
-        Raises:
-            OSError: the file has another size; nothing was fetched.
-        """
+    def _check_size(self, name: str, num_bytes: int | None, at_most: int | None) -> int:
         found = self.size(name)
-        if num_bytes is not None and found != num_bytes:
-            raise OSError(f"{self.where(name)}: {found} bytes; {num_bytes} are stated for it. Upload or convert it again")
-        target = Path(local_path)
-        with _partial_file(target, target.parent) as stream:
-            for begin in range(0, found, BLOCK_BYTES):
-                stream.write(self.read_range(name, begin, min(found, begin + BLOCK_BYTES)))
-
-    def delete(self, name: str) -> None:
-        """Removes a file; a missing one is fine."""
-        raise NotImplementedError
-
-    def scratch(self) -> Path:
-        """A local folder for temporary files: inside the storage where that is local, else one for this process."""
-        raise NotImplementedError
+        if num_bytes not in (None, found) or found > (at_most or found):
+            raise ValueError(f"{self.where(name)} must have {'at most ' if num_bytes is None else ''}"
+                             f"{at_most if num_bytes is None else num_bytes} bytes, got {found}; upload or convert it again")
+        return found
 
     def clear_scratch(self) -> None:
         """Removes `scratch()` with all that killed processes left in it. Only for who works here alone."""
@@ -232,27 +155,31 @@ class LocalStorage(Storage):
     is_local = True
 
     def local_path(self, name: str = "") -> Path:
-        return self._path(name) if name else Path(self.url)
+        return Path(self.url, check_name(name)) if name else Path(self.url)
 
-    def _path(self, name: str) -> Path:
-        return Path(self.url, check_name(name))
+    def _path(self, name: str, *, existing: bool = False) -> Path:
+        path = Path(self.url, check_name(name))
+        if existing and not path.is_file():  # also keeps the reader out of devices and pipes
+            raise FileNotFoundError(f"{path}: no such file")
+        return path
 
     def size(self, name: str) -> int:
-        path = self._path(name)
-        if not path.is_file():
-            raise missing(str(path))
-        return path.stat().st_size
+        """Bytes of a file."""
+        return self._path(name, existing=True).stat().st_size
 
     def list(self, prefix: str = "") -> list[tuple[str, int]]:
+        """(name, bytes) of every file whose name begins with `prefix`, in the order of names."""
+        def unreadable(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):  # what cannot be listed is an error, not an empty folder
+                raise error
+
         found: list[tuple[str, int]] = []
-        below = os.path.join(self.url, upper) if (upper := folder_of(prefix)) else self.url
-        for folder, folders, files in os.walk(below, onerror=_unreadable):
-            relative = Path(folder).relative_to(self.url).as_posix()
-            start = "" if relative == "." else relative + "/"
+        for folder, folders, files in os.walk(os.path.join(self.url, _folder_of(prefix)), onerror=unreadable):
+            start = os.path.relpath(folder, self.url)
+            start = "" if start == "." else start + "/"
             folders[:] = [name for name in folders if not name.startswith(".")]
-            if linked := [name for name in folders if os.path.islink(os.path.join(folder, name))]:
-                log.warning("%s: it is a link to a folder and not followed; name the folder itself",
-                            os.path.join(folder, linked[0]))
+            for link in filter(os.path.islink, (os.path.join(folder, name) for name in folders)):
+                log.warning("%s: it is a link to a folder and not followed; name the folder itself", link)
             for name in files:
                 if not name.startswith(".") and (start + name).startswith(prefix):
                     with contextlib.suppress(FileNotFoundError):  # a link to nothing, or removed just now
@@ -260,41 +187,213 @@ class LocalStorage(Storage):
                         found += [(start + name, entry.st_size)] if stat.S_ISREG(entry.st_mode) else []
         return sorted(found)
 
-    def read_range(self, name: str, begin: int, end: int) -> bytes:
-        with self.open(name, begin) as stream:
-            data = stream.read(end - begin)
-        if len(data) != end - begin:
-            raise too_short(self.where(name), begin, end)
-        return data
-
     def open(self, name: str, begin: int = 0) -> BinaryIO:
-        path = self._path(name)
-        if not path.is_file():  # also keeps the reader out of devices and pipes
-            raise missing(str(path))
-        stream = open(path, "rb", buffering=1 << 20)
+        """A seekable stream of a file's bytes, standing at `begin`; to be closed."""
+        stream = open(self._path(name, existing=True), "rb", buffering=1 << 20)
         stream.seek(begin)
         return stream
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        with _partial_file(self._path(name), self.scratch()) as stream:
+        """Writes a file, or replaces one, atomically."""
+        with atomic_file(self._path(name), self.scratch()) as stream:
             stream.write(data)
 
     def put_file(self, local_path: str | os.PathLike[str], name: str) -> None:
+        """Moves a local file into place atomically; it is gone from where it was. Cheapest from `scratch()`."""
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         if os.stat(local_path).st_dev == path.parent.stat().st_dev:
-            with open(local_path, "rb") as stream:
-                os.fsync(stream.fileno())
-            _replace(local_path, path)
-            return
-        with open(local_path, "rb") as source, _partial_file(path, self.scratch()) as stream:
+            return _place(local_path, path)
+        with open(local_path, "rb") as source, atomic_file(path, self.scratch()) as stream:
             shutil.copyfileobj(source, stream, 1 << 20)
         os.unlink(local_path)
 
     def delete(self, name: str) -> None:
+        """Removes a file; a missing one is fine."""
         self._path(name).unlink(missing_ok=True)
 
     def scratch(self) -> Path:
-        folder = self.local_path() / _SCRATCH
+        """A local folder for temporary files: inside the storage where that is local, else one for this process."""
+        folder = Path(self.url, ".scratch")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+
+class _RemoteStorage(Storage):
+    """A bucket or a folder of one, or a folder of a file system that fsspec knows."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        scheme, _, rest = self.url.partition("://")
+        if scheme == "s3":
+            if not re.match("[^/]", rest):
+                raise ValueError(f"{url} must be s3://BUCKET or s3://BUCKET/FOLDER, no bucket is given")
+            return
+        try:
+            if "::" in url:
+                raise ValueError("chained URLs are not read")
+            fsspec.get_filesystem_class(scheme)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"{url}: {scheme}:// cannot be read here ({error}); local paths, s3:// and what fsspec has "
+                             "an installed driver for can; install it (gs:// needs gcsfs, az:// adlfs)") from error
+
+    def _system(self, name: str, *, fresh: bool = False) -> tuple[AbstractFileSystem, str]:
+        """The client of this process and a file's path; `fresh`: nothing that the client remembers counts."""
+        system, root = _client(self.url, os.getpid(), os.environ.get("S3_ENDPOINT_URL"))
+        if fresh:
+            system.invalidate_cache()
+        return system, f"{root}/{name}" if name else root
+
+    def size(self, name: str) -> int:
+        system, path = self._system(check_name(name), fresh=True)
+        with _errors(self.where(name)):
+            info = system.info(path)
+            if info.get("type") == "directory":
+                raise FileNotFoundError
+        if info.get("size") is None:
+            raise OSError(f"{self.where(name)}: the store does not tell its size; copy it to a disk or bucket")
+        return int(info["size"])
+
+    def list(self, prefix: str = "") -> list[tuple[str, int]]:
+        system, path = self._system(_folder_of(prefix), fresh=True)
+        root, found = self._system("")[1] + "/", []
+        with _errors(self.where(prefix)):
+            try:
+                paths = system.find(path, detail=True, **({"start": root + prefix} if isinstance(system, _S3) else {}))
+            except FileNotFoundError:
+                paths = {}
+        for name, info in ((path.removeprefix(root), info) for path, info in paths.items()):
+            try:
+                hidden = any(part.startswith(".") and part.strip(".") for part in name.split("/"))
+                if name.startswith(prefix) and not name.endswith("/") and not hidden:
+                    found.append((check_name(name), int(info["size"])))
+            except ValueError as error:
+                log.warning("%s: left out: %s", self.url, error)
+        return sorted(found)
+
+    def open(self, name: str, begin: int = 0) -> BinaryIO:
+        system, path = self._system(check_name(name), fresh=True)
+        with _errors(self.where(name)):
+            stream = io.BufferedReader(system.open(path, "rb", block_size=_BLOCK_BYTES), 1 << 20)
+            stream.seek(begin)
+        return stream
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        system, path = self._system(check_name(name))
+        with _errors(self.where(name)):
+            system.pipe_file(path, data)
+
+    def put_file(self, local_path: str | os.PathLike[str], name: str) -> None:
+        system, path = self._system(check_name(name))
+        with _errors(self.where(name)):
+            system.put_file(os.fspath(local_path), path)
+        os.unlink(local_path)
+
+    def delete(self, name: str) -> None:
+        system, path = self._system(check_name(name))
+        with contextlib.suppress(FileNotFoundError), _errors(self.where(name)):
+            system.rm_file(path)
+
+    def scratch(self) -> Path:
+        # multiprocessing removes its folder when the process that made it ends
+        folder = Path(multiprocessing.util.get_temp_dir(), f"{os.getpid()}-{abs(hash(self.url))}")
+        folder.mkdir(exist_ok=True)
+        return folder
+
+
+@functools.lru_cache(maxsize=64)
+def _client(url: str, process: int, endpoint: str | None) -> tuple[AbstractFileSystem, str]:
+    """The client of this process for a URL, and the folder as it writes it; forked processes share no connections."""
+    if url.startswith("s3://"):
+        return _S3(endpoint), url[len("s3://"):]
+    system, root = fsspec.core.url_to_fs(url, skip_instance_cache=True)
+    return system, root.rstrip("/")
+
+
+@contextlib.contextmanager
+def _errors(place: str) -> Iterator[None]:
+    """Turns what clients raise into Python's own errors, which name the place."""
+    try:
+        yield
+    except Exception as error:
+        cause: Any = error.__context__ if type(error).__name__ == "S3UploadFailedError" else error
+        response = getattr(cause, "response", None)  # boto3's is a dictionary
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else \
+            getattr(response, "status_code", None) or getattr(cause, "status", None) or getattr(cause, "code", None)
+        if isinstance(cause, FileNotFoundError) or status == 404:
+            raise FileNotFoundError(f"{place}: no such file") from error
+        if isinstance(cause, PermissionError) or status in (401, 403) or type(cause).__name__ == "NoCredentialsError":
+            raise PermissionError(f"{place}: access is refused ({cause}); credentials that may read, write and list it "
+                                  "are needed (without leave to list, a missing file is refused too)") from error
+        if isinstance(cause, NotImplementedError) or (isinstance(status, int) and status < 500):
+            raise OSError(f"{place}: the store refuses this ({cause}); see URL, region and S3_ENDPOINT_URL") from error
+        if isinstance(cause, (OSError, ValueError)) and type(cause).__module__ == "builtins":
+            raise
+        raise ConnectionError(f"{place}: {type(cause).__name__}: {cause}; see the network and the endpoint") from error
+
+
+class _S3(AbstractFileSystem):
+    """The calls that `_RemoteStorage` makes, through boto3; paths are BUCKET/KEY. boto3 tries requests again itself."""
+
+    cachable = False
+
+    def __init__(self, endpoint: str | None) -> None:
+        super().__init__(use_listings_cache=False)
+        from boto3.session import Session
+        from botocore import UNSIGNED
+        from botocore.config import Config
+
+        session = Session()
+        options: dict[str, Any] = {} if session.get_credentials() else {"signature_version": UNSIGNED}
+        # the standard mode gives up at once when its quota of retries is used up, which a shaky network does
+        config = Config(retries={"mode": "legacy", "total_max_attempts": _TRIES}, connect_timeout=10, **options)
+        self.client = session.client("s3", endpoint_url=endpoint or None, config=config)  # Streaming's variable
+
+    @staticmethod
+    def _key(path: str) -> dict[str, str]:
+        bucket, _, key = path.partition("/")
+        return {"Bucket": bucket, "Key": key}
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        head = self.client.head_object(**self._key(path))
+        return {"name": path, "type": "file", "size": head["ContentLength"], "version": head.get("ETag")}
+
+    def find(self, path: str, *, start: str = "", **_: Any) -> dict[str, dict[str, Any]]:
+        bucket, _, prefix = start.partition("/")
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return {f"{bucket}/{entry['Key']}": {"size": entry["Size"]} for page in pages for entry in page.get("Contents", ())}
+
+    def cat_file(self, path: str, start: int, end: int, version: str | None = None, **_: Any) -> bytes:
+        match = {"IfMatch": version} if version else {}
+        for number in range(1, _TRIES + 1):
+            answer = self.client.get_object(**self._key(path), Range=f"bytes={start}-{end - 1}", **match)
+            try:
+                return answer["Body"].read()
+            except Exception as error:  # lost in the middle of an answer, where boto3 does not try again
+                log.warning("s3://%s: %s: %s; try %d of %d", path, type(error).__name__, error, number, _TRIES)
+                if number == _TRIES:
+                    raise ConnectionError(f"s3://{path}: no whole answer in {_TRIES} tries ({error})") from error
+        raise AssertionError
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> AbstractBufferedFile:
+        return _S3File(self, path, mode, **options)
+
+    def pipe_file(self, path: str, value: bytes, **_: Any) -> None:
+        self.client.put_object(**self._key(path), Body=value)
+
+    def put_file(self, lpath: str, rpath: str, **_: Any) -> None:
+        from boto3.s3.transfer import TransferConfig
+
+        config = TransferConfig(multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES, use_threads=False)
+        self.client.upload_file(lpath, *self._key(rpath).values(), Config=config)
+
+    def rm_file(self, path: str) -> None:
+        self.client.delete_object(**self._key(path))
+
+
+class _S3File(AbstractBufferedFile):
+    """An object as a seekable stream. One that is replaced while it is read is an error, not a mixture of two."""
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        with _errors(f"s3://{self.path}"):
+            return self.fs.cat_file(self.path, start, end, self.details["version"])

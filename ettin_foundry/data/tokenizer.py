@@ -1,9 +1,8 @@
-"""The tokenizer: load, train, check, and the two templates (encoder, decoder) of one vocabulary.
+"""The tokenizer: load, train, fingerprint, check, and the two templates (encoder, decoder) of one vocabulary.
 
-Ettin uses OLMo's byte-level BPE with [UNK] [CLS] [SEP] [PAD] [MASK] after the ordinary entries; BOS is [CLS], EOS is
-[SEP]. Both members of a pair share the vocabulary and differ only in the template put around a text. Data sets carry a
-fingerprint of the vocabulary and of what the tokenizer does with a fixed text, so that training with another one is an
-error and not a bad model. Special tokens around chunks are the loader's work (data.py), not done here.
+Ettin uses OLMo's byte-level BPE with [UNK] [CLS] [SEP] [PAD] [MASK] after the ordinary entries; BOS is [CLS], EOS
+is [SEP]. Both members of a pair share the vocabulary and differ only in the template put around a text. Datasets
+carry a fingerprint of the tokenizer, so that training with another one is an error and not a bad model.
 """
 
 from __future__ import annotations
@@ -21,14 +20,13 @@ import numpy as np
 if TYPE_CHECKING:  # importing transformers takes seconds, which readers of a manifest need not wait for
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["MAX_VOCAB_SIZE", "check", "fingerprint", "forbidden_ids", "load", "save", "special_ids", "train_bpe",
-           "vocab_size", "with_template"]
+__all__ = ["MAX_VOCAB_SIZE", "check", "fingerprint", "forbidden_ids", "load", "save", "special_ids",
+           "train_bpe", "vocab_size", "with_template"]
 
 MAX_VOCAB_SIZE = 65_535
 """Tokens are stored as uint16."""
 
 _SPECIALS = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
-_NUM_BYTES = 256
 
 # What a fingerprint tokenizes. Never change it: every manifest on disk holds its hash.
 _PROBE = (
@@ -45,80 +43,56 @@ _PROBE = (
 
 
 def load(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
-    """Loads a tokenizer from a folder or by its Hugging Face id, without remote code.
+    """Loads a fast tokenizer from a folder or by its Hugging Face id, without remote code.
 
     BOS and EOS are set to [CLS] and [SEP] where the tokenizer names none, as ModernBERT's does.
-
-    Raises:
-        FileNotFoundError: neither a folder nor an id that can be reached. ValueError: not a fast tokenizer, larger than
-            `MAX_VOCAB_SIZE`, or without the special tokens needed; each says what to do.
     """
     from transformers import PreTrainedTokenizerFast
 
     name = os.fspath(name_or_folder)
     folder = Path(name).is_dir()
-    if folder and not (Path(name) / "tokenizer.json").is_file():
-        raise ValueError(f"tokenizer {name}: the folder has no tokenizer.json; a folder saved by a fast tokenizer's "
-                         "save_pretrained is needed. Name another folder, or train one with --train-tokenizer")
     try:
-        if folder and _class_name(Path(name)) == "PreTrainedTokenizerFast":
+        config = Path(name, "tokenizer_config.json")
+        config = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        if config.get("tokenizer_class") == "PreTrainedTokenizerFast":
             # at once: AutoTokenizer imports a good part of transformers
             tok = PreTrainedTokenizerFast.from_pretrained(name, local_files_only=True)
         else:
             from transformers import AutoTokenizer
 
-            tok = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False, local_files_only=folder)
+            tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=folder)
     except Exception as error:  # the hub client raises many kinds, also for a malformed tokenizer.json
-        if folder:
-            raise ValueError(f"tokenizer {name}: cannot be read ({_first_line(error)}); a folder saved by a fast "
-                             "tokenizer's save_pretrained is needed. Save it again or name another") from error
-        raise FileNotFoundError(f"tokenizer {name}: neither a folder nor a Hugging Face id that can be loaded here "
-                                f"({_first_line(error)}). Name a folder, or connect to the network") from error
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        kind = ValueError if folder else FileNotFoundError
+        raise kind(f"tokenizer {name} must be a folder of a fast tokenizer, or a Hugging Face id that can be "
+                   f"loaded here, got one that cannot be read ({reason})") from error
     if not isinstance(tok, PreTrainedTokenizerFast):
-        raise ValueError(f"tokenizer {name}: it is a {type(tok).__name__}; a fast tokenizer (with tokenizer.json) is "
-                         "needed. Convert it with transformers, or name another")
+        raise ValueError(f"tokenizer {name} must be a fast one (with tokenizer.json), got a "
+                         f"{type(tok).__name__}; convert it with transformers")
     tok.bos_token, tok.eos_token = tok.bos_token or tok.cls_token, tok.eos_token or tok.sep_token
     special_ids(tok)
     return tok
 
 
-def _class_name(folder: Path) -> str | None:
-    """The class that a tokenizer folder names; None where it names none."""
-    try:
-        return json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
-    except (OSError, ValueError, AttributeError):
-        return None  # AutoTokenizer says what is wrong
-
-
 def special_ids(tok: PreTrainedTokenizerFast) -> dict[str, int | None]:
-    """Ids of unk, cls (also BOS), sep (also EOS), pad and mask; only unk may be None, a byte-level BPE needs none.
-
-    Raises:
-        ValueError: one is missing, two are equal, or the vocabulary exceeds `MAX_VOCAB_SIZE`.
-    """
-    name = _name(tok)
+    """Ids of unk, cls (also BOS), sep (also EOS), pad and mask; only unk may be None."""
     if vocab_size(tok) > MAX_VOCAB_SIZE:
-        raise ValueError(f"tokenizer {name}: its vocabulary has {vocab_size(tok)} entries; at most {MAX_VOCAB_SIZE} "
-                         "are allowed, tokens are stored as uint16. Choose or train a smaller one")
+        raise ValueError(f"tokenizer {_name(tok)} must have at most {MAX_VOCAB_SIZE} entries, as tokens are "
+                         f"stored as uint16, got {vocab_size(tok)}")
     found: dict[str, Any] = {"unk": tok.unk_token_id, "cls": tok.cls_token_id, "sep": tok.sep_token_id,
                              "pad": tok.pad_token_id, "mask": tok.mask_token_id}
-    ids = {key: None if value is None else int(value) for key, value in found.items()}
-    needed = {key: ids[key] for key in ("cls", "sep", "pad", "mask")}
-    missing = [key for key, value in needed.items() if value is None]
-    if missing:
-        raise ValueError(f"tokenizer {name}: no {', '.join(key + '_token' for key in missing)}; cls, sep, pad and mask "
-                         "tokens are needed. Add them and save the tokenizer, or train one with --train-tokenizer")
-    if len(set(needed.values())) != len(needed):
-        raise ValueError(f"tokenizer {name}: special tokens share ids, {needed}; cls, sep, pad and mask must all "
-                         "differ. Give each a token of its own and save the tokenizer")
-    return ids
+    needed = [found[key] for key in ("cls", "sep", "pad", "mask")]
+    if None in needed or len(set(needed)) < len(needed):
+        raise ValueError(f"tokenizer {_name(tok)} must have different cls, sep, pad and mask tokens, got "
+                         f"{found}; add them and save it again, or train one with --train-tokenizer")
+    return {key: None if value is None else int(value) for key, value in found.items()}
 
 
 def forbidden_ids(tok: PreTrainedTokenizerFast) -> set[int]:
-    """Ids that ordinary text must never give: the special tokens, and every added token that is marked special."""
-    backend: Any = tok.backend_tokenizer
+    """Ids that ordinary text must never give: the special tokens, and every added token marked special."""
+    added = tok.backend_tokenizer.get_added_tokens_decoder()
     return {value for value in special_ids(tok).values() if value is not None} \
-        | {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
+        | {number for number, token in added.items() if token.special}
 
 
 def vocab_size(tok: PreTrainedTokenizerFast) -> int:
@@ -127,22 +101,19 @@ def vocab_size(tok: PreTrainedTokenizerFast) -> int:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE of Ettin's kind: NFC, no prefix space, the five special tokens as the last five ids.
+    """Trains a byte-level BPE of Ettin's kind: NFC, no prefix space, the special tokens as the last five ids.
 
     Args:
         texts: the training text; read once, streamed.
-        vocab_size: entries in total, special tokens included.
-
-    Raises:
-        ValueError: `vocab_size` out of range, or the text is too small to give so many entries.
+        vocab_size: entries in total, special tokens included; ValueError where the text gives fewer.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    smallest = _NUM_BYTES + len(_SPECIALS)
+    smallest = 256 + len(_SPECIALS)
     if not smallest <= vocab_size <= MAX_VOCAB_SIZE:
-        raise ValueError(f"--train-tokenizer: {vocab_size} given; {smallest} (every byte and the special tokens) to "
-                         f"{MAX_VOCAB_SIZE} entries are possible. Ettin's demo uses 8192")
+        raise ValueError(f"--train-tokenizer must be {smallest} (every byte and the special tokens) to "
+                         f"{MAX_VOCAB_SIZE} entries, got {vocab_size}; the demo uses 8192")
     backend: Any = Tokenizer(models.BPE())  # Any: the stubs of tokenizers 0.21 lack setters and keywords
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -153,8 +124,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     backend.train_from_iterator(texts, trainer=trainer)
     found = backend.get_vocab_size() + len(_SPECIALS)
     if found != vocab_size:
-        raise ValueError(f"--train-tokenizer: {vocab_size} given; the corpus gives only {found} entries. Ask for at "
-                         f"most {found}, or give more text")
+        raise ValueError(f"--train-tokenizer must be at most the {found} entries that the corpus gives, got "
+                         f"{vocab_size}; give more text, or ask for fewer")
     # added after training: the trainer would put them first, Ettin has them last
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False, lstrip=key == "mask")
                                 for key, token in _SPECIALS.items()])
@@ -162,7 +133,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         tokenizer_object=backend, bos_token="[CLS]", eos_token="[SEP]", unk_token="[UNK]", cls_token="[CLS]",
         sep_token="[SEP]", pad_token="[PAD]",
         mask_token=AddedToken("[MASK]", special=True, normalized=False, lstrip=True),
-        clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"], name_or_path="trained")
+        clean_up_tokenization_spaces=False, name_or_path="trained",
+        model_input_names=["input_ids", "attention_mask"])
     return with_template(tok, "encoder")
 
 
@@ -170,19 +142,15 @@ def with_template(tok: PreTrainedTokenizerFast, kind: str) -> PreTrainedTokenize
     """A copy that puts the template of an encoder or of a decoder around a text.
 
     encoder: [CLS] A [SEP], pairs [CLS] A [SEP] B [SEP], padding on the right.
-    decoder: [CLS] A: BOS always, EOS never, since a prompt must not say that it is over; padding on the left, so that
-    generation continues every prompt of a batch at its end.
-
-    Raises:
-        ValueError: `kind` is neither.
+    decoder: [CLS] A: BOS always, EOS never, since a prompt must not say that it is over; padding on the left,
+    so that generation continues every prompt of a batch at its end.
     """
     from tokenizers.processors import TemplateProcessing
 
     if kind not in ("encoder", "decoder"):
-        raise ValueError(f"template: {kind!r} given; 'encoder' or 'decoder' is possible")
+        raise ValueError(f"template must be 'encoder' or 'decoder', got {kind!r}")
     result = copy.deepcopy(tok)
-    cls, sep = str(tok.cls_token), str(tok.sep_token)
-    ids = special_ids(tok)
+    cls, sep, ids = str(tok.cls_token), str(tok.sep_token), special_ids(tok)
     single, pair = (f"{cls} $A {sep}", f"{cls} $A {sep} $B:1 {sep}:1") if kind == "encoder" else \
         (f"{cls} $A", f"{cls} $A $B:1")
     backend: Any = result.backend_tokenizer
@@ -219,8 +187,7 @@ def fingerprint(tok: PreTrainedTokenizerFast) -> dict[str, Any]:
     probe = np.array(backend.encode(_PROBE, add_special_tokens=False).ids, "<u2")
     if found := forbidden_ids(tok).intersection(probe.tolist()):
         raise ValueError(f"tokenizer {_name(tok)}: text must never give a special token, got "
-                         f"{backend.id_to_token(min(found))!r} from one written out; mark it special=True in "
-                         "tokenizer.json, or use another")
+                         f"{backend.id_to_token(min(found))!r}; mark it special=True in tokenizer.json")
     vocab = sorted(tok.get_vocab().items())
     return {"name": _name(tok), "vocab_size": vocab_size(tok), "special_ids": special_ids(tok),
             "vocab_sha256": hashlib.sha256(json.dumps(vocab).encode()).hexdigest(),
@@ -228,24 +195,16 @@ def fingerprint(tok: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def check(tok: PreTrainedTokenizerFast, manifest_block: dict[str, Any]) -> None:
-    """Holds a tokenizer to the one a data set was made with.
-
-    Raises:
-        ValueError: they differ; names both and what differs first.
-    """
+    """Raises ValueError where a tokenizer is not the one that a dataset was made with."""
     mine = fingerprint(tok)
     for key in ("vocab_size", "special_ids", "vocab_sha256", "probe_sha256"):
         if mine[key] != manifest_block.get(key):
-            raise ValueError(f"tokenizer {mine['name']}: its {key} is {mine[key]}, the data set was made with "
-                             f"{manifest_block.get('name')!r}, whose {key} is {manifest_block.get(key)}. Use the data "
-                             "set's own tokenizer folder, or convert the corpus again with this one")
+            raise ValueError(f"tokenizer must be the dataset's, {manifest_block.get('name')!r} with {key} "
+                             f"{manifest_block.get(key)}, got {mine['name']} with {mine[key]}; use the "
+                             "dataset's own tokenizer folder, or convert the corpus again")
 
 
 def _name(tok: PreTrainedTokenizerFast) -> str:
     """A hub id as it is; of a folder only its last part, so that manifests hold no paths of a machine."""
     name = str(tok.name_or_path or "unnamed")
     return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Exports in the course of a run: Hugging Face folders of its weights."""
+"""The callback `ettin_export`: Hugging Face folders of the weights in the course of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from ettin_foundry.model.config import CONTRASTIVE
+from ettin_foundry.hub.folder import export_model
+from ettin_foundry.hub.load import facts_of
+from ettin_foundry.hub.revisions import revision_name
 from ettin_foundry.training.callbacks import interval_passed
 from ettin_foundry.training.checkpoints import decode_record
 from ettin_foundry.training.clock import Clock
@@ -22,11 +24,10 @@ log = logging.getLogger(__name__)
 
 
 class ExportHF(Callback):
-    """Writes Hugging Face folders of the trained weights at an interval and at the end of training; of the contrastive stage
-    sentence-transformers folders.
+    """Writes Hugging Face folders of the trained weights at an interval and at the end of training.
 
-    They are named as `ettin export --every` names them (`revisions.revision_name`): step1000, ext1000, decay1000 by the
-    phase, ba1000 where the config names none. A run whose weights are drawn, not loaded, writes step0 before its first step.
+    They are named as `ettin export --every` names them (`revisions.revision_name`). A run whose weights are drawn, not
+    loaded, writes step0 before its first step.
 
     Args:
         interval: a time in ba, tok or sp.
@@ -35,15 +36,14 @@ class ExportHF(Callback):
 
     def __init__(self, interval: str, folder: str):
         if "://" in folder:
-            raise ValueError(f"callbacks.ettin_export.folder: {folder!r} given; only a local folder is written. Upload it "
-                             "after training, for instance with huggingface-cli")
+            raise ValueError(f"callbacks.ettin_export.folder must be a local folder, got {folder!r}; upload it afterwards")
         self.folder = folder
         self._due = interval_passed("callbacks.ettin_export.interval", interval)
         self._model: Any = None
         self._last_batch = -1
 
     def init(self, state: State, logger: Logger) -> None:
-        self._model = state.model
+        self._model = state.model  # the model before DDP wraps it
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if state.timestamp.batch == 0 and state.load_path is None and not self._record(state).get("lineage"):
@@ -75,18 +75,10 @@ class ExportHF(Callback):
         return next((decode_record(c.state_dict()) for c in state.callbacks if isinstance(c, Clock)), {})
 
     def _export(self, state: State, weights: dict[str, Any]) -> None:
-        from ettin_foundry.hub import sentence_export
-        from ettin_foundry.hub.revisions import facts_of, revision_name
-        from ettin_foundry.model import weights as hf
-
         record = self._record(state)
         name = "step0" if self._last_batch == 0 else revision_name(record.get("phase"), self._last_batch)
         folder = Path(format_name_with_dist(self.folder, state.run_name)) / name
         facts = facts_of(record) if record else {"tokens": state.timestamp.token.value}
-        options: dict[str, Any] = {"objective": self._model.objective, "overwrite": True, "facts": facts}
-        if self._model.objective == CONTRASTIVE:
-            sentence_export.export_sentence_model(weights, self._model.config, self._model.tokenizer, folder,
-                                                  pooling=self._model.pooling, **options)
-        else:
-            hf.export_model(weights, self._model.config, self._model.tokenizer, folder, **options)
+        export_model(weights, self._model.config, self._model.tokenizer, folder, objective=self._model.objective,
+                     facts=facts, overwrite=True)
         log.info("wrote %s", folder)

@@ -1,11 +1,11 @@
 """Attention over a flat stream of documents: one signature, a flash path and a reference path.
 
-A microbatch is one stream of N tokens with no padding; `Documents` says where documents begin. Attention never crosses a
-document's border. The window says the rest, in flash-attn's sense: (left, right), both ends included, -1 for no limit;
-causal attention is right == 0. Encoders use (-1, -1) and (64, 64), decoders (-1, 0) and (63, 0).
+A microbatch is one stream of N tokens; `Documents` says where documents begin. Attention never crosses a document's
+border. Windows are flash-attn's: (left, right), both ends included, -1 for no limit; causal attention is right == 0.
+Encoders use (-1, -1) and (64, 64), decoders (-1, 0) and (63, 0).
 
-The reference path defines the meaning: plain SDPA, on any device and dtype. The flash path is flash-attn 3 or 2 when
-installed, else torch's own `varlen_attn` (torch >= 2.11). Which one runs is decided once by `select_backend`.
+The reference path defines the meaning: SDPA, on any device and dtype. The flash path is flash-attn 3 or 2 if
+installed, else torch's `varlen_attn` (torch >= 2.11). `select_backend` chooses once.
 
 Shapes: N tokens, D documents, H heads, K head dimension, W block width.
 """
@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["Backend", "Documents", "attention", "describe_backend", "select_backend"]
-
-log = logging.getLogger(__name__)
 
 
 class Documents:
@@ -37,12 +34,10 @@ class Documents:
     """
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, position_ids: Tensor) -> None:
-        self.cu_seqlens = cu_seqlens
-        self.max_seqlen = max_seqlen
-        self.position_ids = position_ids
-        self._cache: dict[object, Tensor | list[int]] = {}  # masks are the same in every layer of one forward
+        self.cu_seqlens, self.max_seqlen, self.position_ids = cu_seqlens, max_seqlen, position_ids
+        self._cache: dict[object, Any] = {}  # masks are the same in every layer of one forward
 
-    def cached(self, key: object, make: Callable[[], Tensor | list[int]]) -> Tensor | list[int]:
+    def cached(self, key: object, make: Callable[[], Any]) -> Any:
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
@@ -59,43 +54,34 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window_size
     """Softmax attention inside each document, scale K ** -0.5.
 
     Args:
-        q, k, v: (N, H, K), same dtype; bf16 or fp16 for the flash backends.
-        documents: borders of the documents in the stream.
+        q, k, v: (N, H, K), same dtype, which is that of the result; bf16 or fp16 for the flash backends.
         window_size: (left, right) tokens a query sees to each side, itself not counted; -1 is unlimited.
         backend: a `Backend.name`.
-
-    Returns:
-        (N, H, K), dtype of `q`.
-
-    Source: the reference trainer's flash-attn calls (bert24 src/bert_layers/attention.py:917-936).
     """
     if q.shape[0] == 0:  # flash kernels refuse it; returned as it is, so that every rank has gradients to reduce
         return q
     if backend == "reference":
-        if window_size[0] < 0:
-            return _reference_global(q, k, v, documents, causal=window_size[1] == 0)
-        return _reference_local(q, k, v, documents, window_size)
+        path = _reference_global if window_size[0] < 0 else _reference_local
+        return path(q, k, v, documents, window_size)
     cu_seqlens, max_seqlen = documents.cu_seqlens, documents.max_seqlen
+    borders = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     if backend == "varlen_attn":
         from torch.nn.attention.varlen import varlen_attn  # type: ignore
 
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=window_size)
+        return varlen_attn(q, k, v, *borders, window_size=window_size)
     if backend == "flash_attn_2":
         from flash_attn import flash_attn_varlen_func  # type: ignore
-    elif backend == "flash_attn_3":
-        from flash_attn_interface import flash_attn_varlen_func  # type: ignore
     else:
-        raise ValueError(f"attention backend {backend!r} is unknown")
-    out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-                                 causal=window_size[1] == 0, window_size=window_size)
+        from flash_attn_interface import flash_attn_varlen_func  # type: ignore
+    out = flash_attn_varlen_func(q, k, v, *borders, causal=window_size[1] == 0, window_size=window_size)
     return out[0] if isinstance(out, tuple) else out  # early flash-attn 3 returns (out, lse)
 
 
-def _reference_global(q: Tensor, k: Tensor, v: Tensor, documents: Documents, causal: bool) -> Tensor:
+def _reference_global(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window_size: tuple[int, int]) -> Tensor:
     """Every key of the document (up to the query's place when causal)."""
+    causal = window_size[1] == 0
     if q.device.type == "cpu":  # the borders are readable here: no padding is computed
         lengths = documents.cached("lengths", lambda: documents.cu_seqlens.diff().tolist())
-        assert isinstance(lengths, list)
         # split, not one slice a document: the backward of a slice writes zeros for the whole stream
         parts = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))  # (1, H, L, K) each
         out = [F.scaled_dot_product_attention(q_d, k_d, v_d, is_causal=causal) for q_d, k_d, v_d in zip(*parts)]
@@ -119,11 +105,10 @@ def _reference_local(q: Tensor, k: Tensor, v: Tensor, documents: Documents, wind
 
     W is at least the window's reach, so one block to each side holds every visible key: N * 3W scores, not N ** 2.
     """
-    left, right = window_size
     num_tokens, heads, dim = q.shape
-    width = max(left, right, 16)
+    width = max(*window_size, 16)
     blocks = -(-num_tokens // width)
-    sides = (1, 1 if right else 0)  # blocks of keys to the left and to the right of a query's own
+    sides = (1, 1 if window_size[1] else 0)  # blocks of keys to the left and to the right of a query's own
 
     def keys(x: Tensor) -> Tensor:
         x = F.pad(x, (0, 0, 0, 0, sides[0] * width, blocks * width - num_tokens + sides[1] * width))
@@ -132,7 +117,6 @@ def _reference_local(q: Tensor, k: Tensor, v: Tensor, documents: Documents, wind
 
     mask = documents.cached(("local", window_size, q.dtype),
                             lambda: _local_mask(documents, window_size, num_tokens, width, sides, q.dtype))
-    assert isinstance(mask, Tensor)
     queries = F.pad(q, (0, 0, 0, 0, 0, blocks * width - num_tokens)).view(blocks, width, heads, dim).transpose(1, 2)
     out = F.scaled_dot_product_attention(queries, keys(k), keys(v), attn_mask=mask)
     return out.transpose(1, 2).reshape(blocks * width, heads, dim)[:num_tokens]
@@ -142,8 +126,7 @@ def _local_mask(documents: Documents, window_size: tuple[int, int], num_tokens: 
                 sides: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """(blocks, 1, W, (1 + sum(sides)) * W), 0 where a key is visible and -inf elsewhere."""
     device = documents.position_ids.device
-    blocks = -(-num_tokens // width)
-    span = (1 + sum(sides)) * width
+    blocks, span = -(-num_tokens // width), (1 + sum(sides)) * width
     start = torch.arange(num_tokens, device=device) - documents.position_ids        # where a token's document begins
     # padding is a document of its own, -1: a query without any key would give NaN gradients
     padded = F.pad(start, (sides[0] * width, blocks * width - num_tokens + sides[1] * width), value=-1)
@@ -153,24 +136,20 @@ def _local_mask(documents: Documents, window_size: tuple[int, int], num_tokens: 
                 - torch.arange(width, device=device)[:, None] - sides[0] * width)   # key place - query place
     near = (distance >= -window_size[0]) & (distance <= window_size[1])
     visible = (key_start[:, None, :] == query_start[:, :, None]) & near
-    mask = torch.zeros(visible.shape, dtype=dtype, device=device)
-    return mask.masked_fill_(~visible, float("-inf"))[:, None]
+    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))[:, None]
 
 
 @torch.compiler.disable
 @functools.cache
 def _flash_candidates() -> tuple[Backend, ...]:
     """The flash implementations that this environment and GPU can run, best first."""
-    capability = torch.cuda.get_device_capability()
-    found = []
+    capability, found = torch.cuda.get_device_capability(), []
     if importlib.util.find_spec("flash_attn_interface") and capability[0] == 9:
         found.append(Backend("flash_attn_3", "flash-attn 3 is installed and this is a Hopper GPU"))
-    if capability < (8, 0):
-        return ()
-    if importlib.util.find_spec("flash_attn"):
+    if capability >= (8, 0) and importlib.util.find_spec("flash_attn"):
         found.append(Backend("flash_attn_2", "flash-attn 2 is installed"))
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version >= (2, 11):  # 2.10 has the function, but without windows
+    if capability >= (8, 0) and version >= (2, 11):  # 2.10 has the function, but without windows
         found.append(Backend("varlen_attn", f"torch {torch.__version__} brings varlen_attn with windows"))
     return tuple(found)
 
@@ -179,13 +158,10 @@ def select_backend(wish: str, device_type: str, dtype: torch.dtype) -> Backend:
     """The attention implementation for tensors of this device and dtype.
 
     Args:
-        wish: `auto`, `flash` (any flash implementation) or `reference`.
-
-    Raises:
-        ValueError: the wish is unknown or cannot be met here; the message says why and what to do.
+        wish: `auto`, `flash` (any flash implementation; an error where there is none) or `reference`.
     """
     if wish not in ("auto", "flash", "reference"):
-        raise ValueError(f"model.attn_impl: {wish!r} is unknown; choose auto, flash or reference")
+        raise ValueError(f"model.attn_impl must be auto, flash or reference, got {wish!r}")
     if wish == "reference":
         return Backend("reference", "asked for by model.attn_impl")
     if device_type != "cuda":
@@ -193,12 +169,11 @@ def select_backend(wish: str, device_type: str, dtype: torch.dtype) -> Backend:
     elif dtype not in (torch.bfloat16, torch.float16):
         obstacle = f"flash kernels need bf16 or fp16 and this is {dtype}"
     elif not _flash_candidates():
-        obstacle = "no flash implementation is here (an Ampere GPU or newer with flash-attn, or torch >= 2.11, is needed)"
+        obstacle = "flash kernels need an Ampere GPU or newer with flash-attn, or torch >= 2.11"
     else:
         return _flash_candidates()[0]
     if wish == "flash":
-        raise ValueError(f"model.attn_impl: flash was asked for, but {obstacle}. Use a GPU with precision amp_bf16 and "
-                         "flash-attn (README says how to install it), or set model.attn_impl to auto")
+        raise ValueError(f"model.attn_impl must be auto or reference here, got 'flash': {obstacle}")
     return Backend("reference", obstacle)
 
 

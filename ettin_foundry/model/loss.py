@@ -1,11 +1,10 @@
 """Cross-entropy over target positions, with the vocabulary projection inside and never all logits at once.
 
-A decoder predicts at every token: with 50,368 entries and 32k tokens, logits in fp32 are 6.6 GB, and autograd keeps them
-twice. Here the projection, the loss and its gradients are done for a slice of targets at a time, in the forward pass;
-what is kept for backward is one (n, C) and one (V, C) gradient, scaled there into a copy. The number of matrix products
-is that of the plain way.
+A decoder predicts at every token: with 50,368 entries and 32k tokens, logits in fp32 are 6.6 GB, and autograd keeps
+them twice. Here the projection, the loss and its gradients are done for a slice of targets at a time, in the forward
+pass; what is kept for backward is one (n, C) and one (V, C) gradient. The number of matrix products is the plain way's.
 
-Shapes: n targets, C hidden, V vocabulary.
+Shapes: n targets, s targets of a slice, C hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,21 +24,21 @@ _SLICE_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 @torch.compiler.disable  # the number of slices depends on the batch; tracing the loop would recompile for each
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
                          target_weights: Tensor | None = None) -> Tensor:
-    """Sum over targets of -log softmax(hidden @ weight.T + bias)[label], each times its weight if there are any.
+    """Sum over targets of -log softmax(hidden @ weight.T + bias)[label], each times its weight: scalar fp32, in nats.
+
+    Softmax and sums are in fp32 or wider; products in the autocast dtype when autocast is on.
 
     Args:
         hidden: (n, C) states at the targets; n may be 0, the result is then 0 with zero gradients.
         weight: (V, C). bias: (V,). labels: (n,) int64 in [0, V). target_weights: (n,) fp32, 1 each if None.
-
-    Returns:
-        scalar fp32, in nats. Softmax and sums are in fp32 or wider; products in the autocast dtype when autocast is on.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad or bias.requires_grad):
         return _LinearCrossEntropy.apply(hidden, weight, bias, labels, target_weights)  # type: ignore[return-value]
     total = hidden.new_zeros((), dtype=torch.float32)
     with torch.no_grad(), _in_compute_dtype(hidden, weight, bias) as (hidden, weight, bias):
         for logits, index, part in _slices(hidden, weight, bias, labels):
-            losses = _losses(logits, index)
+            logits = logits.float()
+            losses = torch.logsumexp(logits, -1) - logits.gather(-1, index[:, None])[:, 0]
             total += (losses if target_weights is None else losses * target_weights[part]).sum()
     return total
 
@@ -76,11 +75,6 @@ def _slices(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor):
         part = slice(start, start + step)
         logits = torch.addmm(bias, hidden[part], weight.t(), out=buffer[:labels[part].shape[0]])
         yield logits, labels[part], part
-
-
-def _losses(logits: Tensor, labels: Tensor) -> Tensor:
-    logits = logits.float()
-    return torch.logsumexp(logits, -1) - logits.gather(-1, labels[:, None])[:, 0]
 
 
 def _losses_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

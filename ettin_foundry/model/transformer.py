@@ -1,12 +1,11 @@
 """The Ettin transformer in plain torch: one stream of tokens in, hidden states or a loss out.
 
-Encoder and decoder are the same modules with the same parameters; causal or not changes the windows given to attention and
-nothing else, so one model can run streams of either kind, or of both. The order of operations is the reference's (bert24
-src/bert_layers/model.py, layers.py): token embedding, norm, pre-norm blocks whose first attention has no norm of its own,
-final norm; then dense, GELU, norm, and the embedding matrix as output with a bias of its own.
+Encoder and decoder are the same modules with the same parameters; causal or not changes only the windows given to
+attention, so one model runs streams of either kind, or of both. The order of operations is the reference's (bert24
+src/bert_layers/model.py, layers.py): token embedding, norm, pre-norm blocks whose first attention has no norm of its
+own, final norm; then dense, GELU, norm, and the embedding matrix as output with a bias of its own.
 
-No Composer, no Hugging Face here. Shapes: N tokens of the flat stream, n targets, C hidden, I GLU width, H heads, K head
-dimension, V vocabulary.
+Shapes: N tokens of the flat stream, D documents, n targets, C hidden, H heads, K head dimension, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ettin_foundry.model.attention import Backend, Documents, attention, select_
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.loss import count_correct, linear_cross_entropy
 
-__all__ = ["Block", "Ettin", "Stream", "TargetLoss", "Trunk", "init_parameters", "rotary"]
+__all__ = ["Block", "Ettin", "Span", "Stream", "TargetLoss", "Trunk", "init_parameters", "rotary"]
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +31,12 @@ class TargetLoss(NamedTuple):
     """Sums over the targets of one stream; divide by their number for means."""
 
     nll: Tensor
-    """scalar fp32, in nats, differentiable; weighted where the targets have weights."""
+    """scalar fp32, in nats; weighted where the targets have weights."""
     correct: Tensor | None
     """scalar int64: targets whose label is the most probable entry; None unless asked for."""
 
 
-class Part(NamedTuple):
+class Span(NamedTuple):
     """A run of whole documents of the stream in which attention is all causal or all bidirectional."""
 
     documents: Documents
@@ -46,39 +45,36 @@ class Part(NamedTuple):
 
 
 class Stream:
-    """What every block needs to know of the flat stream besides its hidden states.
-
-    Args:
-        position_ids: (N,) int64. cu_seqlens: (D + 1,) int32. max_seqlen: longest document.
-        causal: (documents, tokens) at the begin that see the past only; the rest sees both sides.
-    """
+    """What every block needs to know of the flat stream besides its hidden states; arguments as of `Ettin.forward`."""
 
     def __init__(self, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: tuple[int, int]) -> None:
         documents, tokens = causal
-        # theta -> (cos, sin) of every token, fp32. Here, and not an argument of the blocks, because FSDP2's mixed precision
-        # casts every tensor among a block's arguments to bf16, and bf16 loses the angle at 8k
+        # theta -> (cos, sin) of every token, fp32. Not an argument of the blocks, because FSDP2's mixed precision casts
+        # every tensor among a block's arguments to bf16, and bf16 loses the angle at 8k
         self.angles: dict[float, tuple[Tensor, Tensor]] = {}
         self.position_ids = position_ids
         if tokens in (0, position_ids.shape[0]):
-            self.parts = [Part(Documents(cu_seqlens, max_seqlen, position_ids), slice(None), tokens > 0)]
+            self.spans = [Span(Documents(cu_seqlens, max_seqlen, position_ids), slice(None), tokens > 0)]
         else:
             first = Documents(cu_seqlens[:documents + 1], max_seqlen, position_ids[:tokens])
             rest = Documents(cu_seqlens[documents:] - tokens, max_seqlen, position_ids[tokens:])
-            self.parts = [Part(first, slice(0, tokens), True), Part(rest, slice(tokens, None), False)]
+            self.spans = [Span(first, slice(0, tokens), True), Span(rest, slice(tokens, None), False)]
 
 
-def _drawn(module: nn.Linear | nn.Embedding, config: EttinConfig, std: float) -> Any:
+def _drawn(module: Any, config: EttinConfig, std: float) -> Any:
     """Marks how `init_parameters` draws this weight, also when FSDP materialises it from `meta`."""
-    module.init_std, module.init_cut = std, config.initializer_cutoff_factor * std  # type: ignore[assignment]
+    module.init_std, module.init_cut = std, config.initializer_cutoff_factor * std
     return module
 
 
-def _linear(config: EttinConfig, rows_in: int, rows_out: int, std: float) -> nn.Linear:
-    return _drawn(nn.Linear(rows_in, rows_out, bias=False), config, std)
+def _linear(config: EttinConfig, size_in: int, size_out: int, *, is_output: bool = False) -> nn.Linear:
+    """A matrix without bias; `is_output`: it writes to the residual stream and is drawn smaller, by the depth."""
+    std = config.initializer_range / ((2 * config.num_hidden_layers) ** 0.5 if is_output else 1)
+    return _drawn(nn.Linear(size_in, size_out, bias=False), config, std)
 
 
-def _out_std(config: EttinConfig) -> float:
-    return config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
+def _norm(config: EttinConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
 
 
 def rotary(position_ids: Tensor, theta: float, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -98,20 +94,16 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Embeddings(nn.Module):
     def __init__(self, config: EttinConfig) -> None:
         super().__init__()
-        self.tok_embeddings = _drawn(nn.Embedding(config.vocab_size, config.hidden_size), config,
-                                     config.initializer_range)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+        table = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.tok_embeddings = _drawn(table, config, config.initializer_range)
+        self.norm = _norm(config)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.norm(self.tok_embeddings(input_ids))  # (N, C)
 
 
 class Attention(nn.Module):
-    """Attention of either kind; which one, a part of the stream says.
-
-    Args:
-        windows: {causal: (left, right)} of local layers.
-    """
+    """Attention, causal or bidirectional as each span of the stream says; windows: {causal: (left, right)}."""
 
     def __init__(self, config: EttinConfig, layer: int, windows: Mapping[bool, tuple[int, int]]) -> None:
         super().__init__()
@@ -119,16 +111,16 @@ class Attention(nn.Module):
         is_global = config.is_global(layer)
         self.windows = {True: (-1, 0), False: (-1, -1)} if is_global else dict(windows)
         self.theta = config.global_rope_theta if is_global else config.local_rope_theta
-        self.Wqkv = _linear(config, config.hidden_size, 3 * config.hidden_size, config.initializer_range)
-        self.Wo = _linear(config, config.hidden_size, config.hidden_size, _out_std(config))
+        self.Wqkv = _linear(config, config.hidden_size, 3 * config.hidden_size)
+        self.Wo = _linear(config, config.hidden_size, config.hidden_size, is_output=True)
         self.dropout = config.attn_out_dropout
 
     def forward(self, x: Tensor, stream: Stream, backend: str) -> Tensor:
         qkv = self.Wqkv(x).view(-1, 3 * self.num_heads, self.head_dim)
         qk, v = qkv.split((2 * self.num_heads, self.num_heads), dim=1)
         q, k = _rotate(qk, *stream.angles[self.theta]).chunk(2, dim=1)          # (N, H, K) each
-        outs = [attention(q[part.tokens], k[part.tokens], v[part.tokens], part.documents, self.windows[part.causal], backend)
-                for part in stream.parts]
+        outs = [attention(q[span.tokens], k[span.tokens], v[span.tokens], span.documents, self.windows[span.causal],
+                          backend) for span in stream.spans]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return F.dropout(self.Wo(out.reshape(-1, self.num_heads * self.head_dim)), self.dropout, self.training)
 
@@ -136,8 +128,8 @@ class Attention(nn.Module):
 class GLU(nn.Module):
     def __init__(self, config: EttinConfig) -> None:
         super().__init__()
-        self.Wi = _linear(config, config.hidden_size, 2 * config.intermediate_size, config.initializer_range)
-        self.Wo = _linear(config, config.intermediate_size, config.hidden_size, _out_std(config))
+        self.Wi = _linear(config, config.hidden_size, 2 * config.intermediate_size)
+        self.Wo = _linear(config, config.intermediate_size, config.hidden_size, is_output=True)
 
     def forward(self, x: Tensor) -> Tensor:
         activated, gate = self.Wi(x).chunk(2, dim=-1)  # the first half goes through GELU, as in the reference
@@ -149,10 +141,9 @@ class Block(nn.Module):
 
     def __init__(self, config: EttinConfig, layer: int, windows: Mapping[bool, tuple[int, int]]) -> None:
         super().__init__()
-        self.attn_norm = (nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False) if layer
-                          else nn.Identity())
+        self.attn_norm = _norm(config) if layer else nn.Identity()
         self.attn = Attention(config, layer, windows)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+        self.mlp_norm = _norm(config)
         self.mlp = GLU(config)
 
     def forward(self, x: Tensor, stream: Stream, backend: str) -> Tensor:
@@ -168,7 +159,7 @@ class Trunk(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Block(config, i, windows) for i in range(config.num_hidden_layers))
-        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+        self.final_norm = _norm(config)
 
     def forward(self, input_ids: Tensor, stream: Stream, backend: str) -> Tensor:
         for theta in sorted({self.config.global_rope_theta, self.config.local_rope_theta}):
@@ -184,8 +175,8 @@ class Head(nn.Module):
 
     def __init__(self, config: EttinConfig) -> None:
         super().__init__()
-        self.dense = _linear(config, config.hidden_size, config.hidden_size, config.initializer_range)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+        self.dense = _linear(config, config.hidden_size, config.hidden_size)
+        self.norm = _norm(config)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.norm(F.gelu(self.dense(hidden)))
@@ -194,24 +185,20 @@ class Head(nn.Module):
 class Ettin(nn.Module):
     """An Ettin encoder or decoder with its prediction head.
 
-    Parameters are drawn as in the reference (`full_megatron`): truncated normals whose deviation follows the role of the
-    matrix. One deliberate difference: the output bias starts at zero. The reference never passes the tied output layer to
-    its initialiser, so its bias keeps torch's uniform default, a random preference among 50,368 entries that means nothing.
+    Parameters are drawn as in the reference (`full_megatron`), except that the output bias starts at zero: the
+    reference never initialises it, so it keeps torch's default, a random preference among 50,368 entries.
 
     Args:
         config: the shape. On `torch.device("meta")` nothing is drawn; call `init_parameters` on materialised modules.
         attn_impl: `auto`, `flash` or `reference` (see `attention.select_backend`).
-        twin: this shape as the other kind, for streams of that kind: the same parameters under the other mask;
-            `config.of_kind` unless given.
+        other: the same shape with the other attention, for streams of that kind; `config.with_causal` unless given.
     """
 
-    def __init__(self, config: EttinConfig, attn_impl: str = "auto", twin: EttinConfig | None = None) -> None:
+    def __init__(self, config: EttinConfig, attn_impl: str = "auto", other: EttinConfig | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.attn_impl = attn_impl
-        twin = twin or config.of_kind(not config.causal)
-        self.kinds: dict[bool, EttinConfig] = {config.causal: config, twin.causal: twin}
-        self.trunk = Trunk(config, {kind: own.local_window for kind, own in self.kinds.items()})
+        self.config, self.attn_impl = config, attn_impl
+        self.configs = {config.causal: config, not config.causal: other or config.with_causal(not config.causal)}
+        self.trunk = Trunk(config, {causal: shape.local_window for causal, shape in self.configs.items()})
         self.head = Head(config)
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self._backends: dict[tuple[str, torch.dtype], Backend] = {}
@@ -219,32 +206,26 @@ class Ettin(nn.Module):
 
     def backend(self, device_type: str, dtype: torch.dtype) -> Backend:
         """The attention implementation for this device and dtype: chosen and logged once."""
-        if (device_type, dtype) not in self._backends:
-            chosen = select_backend(self.attn_impl, device_type, dtype)
-            self._backends[device_type, dtype] = chosen
+        key = (device_type, dtype)
+        if key not in self._backends:
+            self._backends[key] = select_backend(self.attn_impl, *key)
             if not torch.compiler.is_compiling():
-                log.info("attention on %s in %s: %s (%s)", device_type, dtype, chosen.name, chosen.reason)
-        return self._backends[device_type, dtype]
+                log.info("attention on %s in %s: %s (%s)", *key, *self._backends[key])
+        return self._backends[key]
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int,
                 target_positions: Tensor | None = None, target_labels: Tensor | None = None, count: bool = False, *,
                 causal: tuple[int, int] | None = None, target_weights: Tensor | None = None) -> Tensor | TargetLoss:
-        """Hidden states, or the loss at the targets.
-
-        The loss is computed in here, not by the caller, because under FSDP the output matrix is whole only inside this
-        call.
+        """(N, C) hidden states, or with targets a `TargetLoss`, made in here because FSDP unshards weights inside only.
 
         Args:
             input_ids: (N,) int64. position_ids: (N,) int64, restarting at 0 in each document.
             cu_seqlens: (D + 1,) int32 borders of documents. max_seqlen: longest document.
             target_positions: (n,) int64 places in the stream. target_labels: (n,) int64 what they must predict.
             count: also count correct predictions (a second projection; for evaluation).
-            causal: (documents, tokens) at the begin of the stream that see the past only, the rest being bidirectional;
-                all or none, as the config says, unless given.
+            causal: (documents, tokens) at the start of the stream that see the past only, the rest being
+                bidirectional; all or none, as the config says, unless given.
             target_weights: (n,) fp32, what each target weighs in the sum; 1 unless given.
-
-        Returns:
-            (N, C) hidden states without targets, else a `TargetLoss`.
         """
         device = input_ids.device.type
         dtype = (torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device)
@@ -269,13 +250,12 @@ class Ettin(nn.Module):
 def init_parameters(module: nn.Module) -> None:
     """Draws the parameters that `module` itself owns, by role (reference: bert24 initialization.py:107-137).
 
-    Normal of mean 0, cut at `initializer_cutoff_factor` (2) deviations: 0.02 for embedding, Wqkv, Wi and the head's dense;
-    0.02 / sqrt(2 * layers) for both Wo. Norm weights 1, output bias 0. Nothing happens on `meta`.
+    Normal of mean 0, cut at 2 deviations (`initializer_cutoff_factor`): 0.02 for embedding, Wqkv, Wi and the head's
+    dense; 0.02 / sqrt(2 * layers) for both Wo. Norm weights 1, output bias 0. Nothing happens on `meta`.
     """
-    std = getattr(module, "init_std", None)
-    if std is not None:
-        cut = module.init_cut
-        nn.init.trunc_normal_(module.weight, std=std, a=-cut, b=cut)  # type: ignore[arg-type,operator]
+    if hasattr(module, "init_std"):
+        cut: Any = module.init_cut
+        nn.init.trunc_normal_(module.weight, std=module.init_std, a=-cut, b=cut)  # type: ignore[arg-type]
     elif isinstance(module, nn.LayerNorm):
         module.weight.fill_(1.0)
     elif isinstance(module, Ettin):

@@ -1,66 +1,77 @@
-"""What changes in the course of a run besides the learning rate: its objective and its mask rate, as functions of tokens.
+"""Objective and mask rate as functions of the tokens read so far.
 
-A schedule is a list of segments on the token clock (real tokens before a batch). A batch takes the value that holds at the
-tokens before it, so the value of a step follows from the data alone: it is the same after a resume, on any number of ranks,
-and for both members of a pair. Nothing here imports torch or the host.
-
-In YAML (times in `tok`, or in `dur`, a share of max_duration; the last segment ends with the run):
+A schedule is a list of segments on the token clock (real tokens before a batch). A batch takes the value that holds at
+the tokens before it, so the value follows from the data alone: it is the same after a resume, on any number of ranks,
+and for both members of a pair. Times are in `tok`, or in `dur`, a share of max_duration; the last segment ends with the
+run. Nothing here imports torch or the host.
 
     objective: clm                                              # constant
-    objective:                                                  # one after the other (arXiv 2507.00994: CLM, then MLM)
+    objective:                                                  # one after the other (arXiv 2507.00994)
       - {until: 0.25dur, objective: clm}
       - {until: 1dur, objective: mlm}
     objective:                                                  # alternating blocks (AntLM, arXiv 2412.03275)
       - cycle: [{tokens: 4_000_000tok, objective: clm}, {tokens: 16_000_000tok, objective: mlm}]
     objective: {mntp: 0.9375, clm: 0.0625}                      # drawn for each row (GPT-BERT, arXiv 2410.24159)
-
     mask_rate: 0.3
-    mask_rate:                                                  # steps (mmBERT, arXiv 2509.06888)
-      - {until: 0.9dur, rate: 0.30}
-      - {until: 1dur, rate: 0.15}
-    mask_rate:                                                  # linear (GPT-BERT)
-      - {from: 0.30, to: 0.15}
+    mask_rate: [{until: 0.9dur, rate: 0.30}, {until: 1dur, rate: 0.15}]     # steps (mmBERT, arXiv 2509.06888)
+    mask_rate: [{from: 0.30, to: 0.15}]                                     # linear (GPT-BERT)
 """
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ettin_foundry.model.config import CONTRASTIVE, MASKED_OBJECTIVES, OBJECTIVES
-from ettin_foundry.objectives.segments import Block, check_segment_keys, parse_tokens, segments_of
+from ettin_foundry.model.config import MASKED_OBJECTIVES, OBJECTIVES
 
 __all__ = ["MaskRate", "ObjectiveSchedule", "check_together", "parse_tokens"]
 
 Shares = tuple[tuple[str, float], ...]
 """(objective, share of the rows), in the order given; the shares sum to 1."""
+_TIME = re.compile(r"([0-9._]+(?:e[+-]?[0-9]+)?)(tok|dur)", re.IGNORECASE)
 
 
-def _shares(key: str, value: Any) -> Shares:
-    """An objective's name, or a block of shares that sum to 1."""
-    if isinstance(value, Mapping):
-        for name, share in value.items():
-            if name not in OBJECTIVES:
-                raise ValueError(f"{key}.{name}: no objective; they are {', '.join(OBJECTIVES)}. Correct the key")
-            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-                raise ValueError(f"{key}.{name}: {share!r} given; a share of the rows above 0 and up to 1 is needed. "
-                                 "Correct it")
-        total = sum(value.values())
-        if not value or abs(total - 1) > 1e-9:
-            raise ValueError(f"{key}: shares {dict(value)} given, which sum to {total:g}; they must sum to 1. Correct them")
-        return tuple((str(name), float(share)) for name, share in value.items())
-    if value not in OBJECTIVES:
-        raise ValueError(f"{key}: {value!r} given; it must be one of {', '.join(OBJECTIVES)}, shares of them, or a list of "
-                         "segments. Correct the key")
-    return ((str(value), 1.0),)
+@dataclass(frozen=True)
+class Segment:
+    """A segment of the token clock, in tokens."""
+
+    start: int
+    end: int | None
+    """None where the length of the run is not known."""
+    value: Any
+    """(rate at the start, rate at the end), or blocks (tokens, `Shares`) that repeat, one block having tokens None."""
 
 
-def _plain_shares(shares: Shares) -> Any:
-    return shares[0][0] if len(shares) == 1 else dict(shares)
+class _Schedule:
+    """What both schedules share."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self._segments = tuple(segments)
+
+    def _segment(self, tokens: int) -> Segment:
+        return next(segment for segment in reversed(self._segments) if segment.start <= tokens)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Schedule) and self._segments == other._segments
+
+    def _content(self, segment: Segment) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def plain(self) -> Any:
+        """The schedule as plain data in tokens, for checkpoints and hashes: `parse(plain())` is equal to it."""
+        contents = [self._content(segment) for segment in self._segments]
+        if len(contents) == 1 and self._segments[0].end is None and contents[0].keys() <= {"objective", "rate"}:
+            return next(iter(contents[0].values()))
+        return [{**({} if segment.end is None else {"until": segment.end}), **content}
+                for segment, content in zip(self._segments, contents)]
+
+    def __str__(self) -> str:
+        return _describe(self.plain())
 
 
-class ObjectiveSchedule:
+class ObjectiveSchedule(_Schedule):
     """Which objective holds at each token of a run: a constant, segments, alternating blocks, or a mixture of rows.
 
     Attributes:
@@ -68,12 +79,11 @@ class ObjectiveSchedule:
         final: what the model is trained on at the end, and exported as; of a mixture, the first named.
     """
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        self._blocks = tuple(blocks)
-        self._begins = [block.begin for block in self._blocks]
-        every = [name for block in self._blocks for shares in self._all_shares(block) for name, _ in shares]
-        self.objectives: tuple[str, ...] = tuple(dict.fromkeys(every))
-        self.final: str = self._all_shares(self._blocks[-1])[-1][0][0]
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        super().__init__(segments)
+        self._mixtures: list[Shares] = [shares for segment in self._segments for _, shares in segment.value]
+        self.objectives = tuple(dict.fromkeys(name for shares in self._mixtures for name, _ in shares))
+        self.final: str = self._mixtures[-1][0][0]
 
     @classmethod
     def parse(cls, value: Any, *, total: int | None = None, key: str = "objective") -> ObjectiveSchedule:
@@ -84,36 +94,30 @@ class ObjectiveSchedule:
             key: what the value is called in messages.
 
         Raises:
-            ValueError: an unknown objective or key, shares that do not sum to 1, or segments with a gap, an overlap, or
-                past the end of the run; it names the key and both values.
+            ValueError: no objectives, or segments that do not fill the run; it names the key and the value.
         """
-        if value == CONTRASTIVE:
-            return cls([Block(0, None, ((CONTRASTIVE, 1.0),))])
         if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
-            return cls([Block(0, None, _shares(key, value))])
-        blocks = []
-        for i, (begin, end, segment) in enumerate(segments_of(key, value, total)):
-            where = f"{key}[{i}]"
-            check_segment_keys(where, segment, ("until", "objective", "cycle"))
-            if ("cycle" in segment) == ("objective" in segment):
-                raise ValueError(f"{where}: {dict(segment)} given; a segment has either objective or cycle. Give one")
-            if "cycle" in segment:
-                blocks.append(Block(begin, end, None, _cycle(f"{where}.cycle", segment["cycle"], total)))
-            else:
-                blocks.append(Block(begin, end, _shares(f"{where}.objective", segment["objective"])))
-        return cls(blocks)
-
-    @staticmethod
-    def _all_shares(block: Block) -> list[Shares]:
-        return [shares for _, shares in block.cycle] if block.cycle else [block.value]
+            return cls([Segment(0, None, ((None, _shares(key, value)),))])
+        segments = []
+        for where, start, end, content in _segments(key, value, total, ("objective",), ("cycle",)):
+            blocks: Any = content.get("cycle", [{"tokens": None, **content}])
+            if "cycle" in content and (not isinstance(blocks, Sequence) or len(blocks) < 2 or not all(
+                    isinstance(block, Mapping) and set(block) == {"tokens", "objective"} for block in blocks)):
+                raise ValueError(f"{where}.cycle must be a list of at least two blocks {{tokens: ..., objective: ...}}, "
+                                 f"got {blocks!r}")
+            parsed = [(None if "objective" in content else
+                       parse_tokens(f"{where}.cycle[{i}].tokens", block["tokens"], total, least=1),
+                       _shares(f"{where}.objective", block["objective"])) for i, block in enumerate(blocks)]
+            segments.append(Segment(start, end, tuple(parsed)))
+        return cls(segments)
 
     def at(self, tokens: int) -> dict[str, float]:
         """{objective: share of the rows} of the batch that comes after `tokens` tokens; the shares sum to 1."""
-        block = self._blocks[bisect.bisect_right(self._begins, tokens) - 1]
-        if not block.cycle:
-            return dict(block.value)
-        place = (tokens - block.begin) % block.cycle[-1][0]
-        return dict(next(shares for end, shares in block.cycle if place < end))
+        segment = self._segment(tokens)
+        if len(segment.value) == 1:
+            return dict(segment.value[0][1])
+        place, end = (tokens - segment.start) % sum(length for length, _ in segment.value), 0
+        return dict(next(shares for length, shares in segment.value if place < (end := end + length)))
 
     @property
     def masks(self) -> bool:
@@ -123,155 +127,136 @@ class ObjectiveSchedule:
     @property
     def is_constant(self) -> bool:
         """Whether every batch has the same shares."""
-        return len({shares for block in self._blocks for shares in self._all_shares(block)}) == 1
+        return len(set(self._mixtures)) == 1
 
     @property
     def is_single(self) -> bool:
-        """Whether there is one objective from begin to end."""
+        """Whether there is one objective from start to end."""
         return len(self.objectives) == 1
 
-    def joints(self, total: int) -> list[int]:
-        """Token counts, 0 included, at which the value may change, below `total`; for pictures and sums."""
+    def breakpoints(self, total: int) -> list[int]:
+        """Token counts, 0 included, at which the value may change, below `total`."""
         found = {0}
-        for block in self._blocks:
-            end = total if block.end is None else min(block.end, total)
-            found.add(min(block.begin, total))
-            turn = block.begin
-            while block.cycle and turn < end:
-                found.update(turn + part for part, _ in block.cycle)
-                turn += block.cycle[-1][0]
+        for segment in self._segments:
+            end, at = total if segment.end is None else min(segment.end, total), segment.start
+            found.add(at)
+            while len(segment.value) > 1 and at < end:
+                for length, _ in segment.value:
+                    at += length
+                    found.add(min(at, end))
         return sorted(t for t in found if t < total)
 
-    def plain(self) -> Any:
-        """The schedule as plain data in tokens, for checkpoints and hashes: `parse(plain())` is equal to it."""
-        if len(self._blocks) == 1 and self._blocks[0].end is None and not self._blocks[0].cycle:
-            return _plain_shares(self._blocks[0].value)
-        result = []
-        for block in self._blocks:
-            entry: dict[str, Any] = {} if block.end is None else {"until": block.end}
-            if block.cycle:
-                ends = [0, *(end for end, _ in block.cycle)]
-                entry["cycle"] = [{"tokens": end - begin, "objective": _plain_shares(shares)}
-                                  for begin, (end, shares) in zip(ends, block.cycle)]
-            else:
-                entry["objective"] = _plain_shares(block.value)
-            result.append(entry)
-        return result
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ObjectiveSchedule) and self._blocks == other._blocks
-
-    def __str__(self) -> str:
-        return _describe(self.plain())
+    def _content(self, segment: Segment) -> dict[str, Any]:
+        blocks = [{"tokens": length, "objective": shares[0][0] if len(shares) == 1 else dict(shares)}
+                  for length, shares in segment.value]
+        return {"cycle": blocks} if len(blocks) > 1 else {"objective": blocks[0]["objective"]}
 
 
-def _cycle(key: str, value: Any, total: int | None) -> tuple[tuple[int, Shares], ...]:
-    if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence) or len(value) < 2:
-        raise ValueError(f"{key}: {value!r} given; a list of at least two blocks {{tokens: ..., objective: ...}} is needed. "
-                         "Correct it")
-    blocks, end = [], 0
-    for i, block in enumerate(value):
-        if not isinstance(block, Mapping) or set(block) != {"tokens", "objective"}:
-            raise ValueError(f"{key}[{i}]: {block!r} given; a block is {{tokens: ..., objective: ...}}. Correct it")
-        length = parse_tokens(f"{key}[{i}].tokens", block["tokens"], total)
-        if length < 1:
-            raise ValueError(f"{key}[{i}].tokens: {block['tokens']!r} given; at least 1 token is needed. Correct it")
-        end += length
-        blocks.append((end, _shares(f"{key}[{i}].objective", block["objective"])))
-    return tuple(blocks)
-
-
-class MaskRate:
-    """The share of tokens that mlm and mntp choose, at each token of a run: a constant, steps, or linear stretches."""
-
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        self._blocks = tuple(blocks)
-        self._begins = [block.begin for block in self._blocks]
+class MaskRate(_Schedule):
+    """The share of tokens that mlm and mntp choose, at each token of a run: a constant, steps, or linear segments."""
 
     @classmethod
     def parse(cls, value: Any, *, total: int | None = None, key: str = "mask_rate") -> MaskRate:
-        """Reads the forms of the module docstring; also what `plain` gave.
-
-        Raises:
-            ValueError: a rate outside (0, 1] (a constant 0, which masks nothing, is possible), an unknown key, or segments
-                with a gap, an overlap, or past the end of the run; it names the key and both values.
-        """
+        """As `ObjectiveSchedule.parse`; rates are in (0, 1], or a constant 0, which masks nothing."""
         if not isinstance(value, Sequence) or isinstance(value, str):
-            if value != 0 or isinstance(value, bool):
-                _check_rate(key, value)
-            return cls([Block(0, None, (float(value), float(value)))])
-        blocks = []
-        for i, (begin, end, segment) in enumerate(segments_of(key, value, total)):
-            where = f"{key}[{i}]"
-            check_segment_keys(where, segment, ("until", "rate", "from", "to"))
-            given = set(segment) - {"until"}
-            if given == {"rate"}:
-                _check_rate(f"{where}.rate", segment["rate"])
-                pair = (float(segment["rate"]), float(segment["rate"]))
-            elif given == {"from", "to"}:
-                for name in ("from", "to"):
-                    _check_rate(f"{where}.{name}", segment[name])
-                if end is None:
-                    raise ValueError(f"{where}: a linear stretch without an end given; its `until` is needed where "
-                                     "max_duration is not in tokens. Add it")
-                pair = (float(segment["from"]), float(segment["to"]))
-            else:
-                raise ValueError(f"{where}: {dict(segment)} given; a segment has either rate, or from and to. Correct it")
-            blocks.append(Block(begin, end, pair))
-        return cls(blocks)
+            rate = 0.0 if value == 0 and not isinstance(value, bool) else _rate(key, value)
+            return cls([Segment(0, None, (rate, rate))])
+        segments = []
+        for where, start, end, content in _segments(key, value, total, ("rate",), ("from", "to")):
+            if end is None and "from" in content:
+                raise ValueError(f"{where}.until must be given for a linear segment where max_duration is not in tokens")
+            names = ("rate", "rate") if "rate" in content else ("from", "to")
+            segments.append(Segment(start, end, tuple(_rate(f"{where}.{name}", content[name]) for name in names)))
+        return cls(segments)
 
     def at(self, tokens: int) -> float:
         """The rate of the batch that comes after `tokens` tokens."""
-        block = self._blocks[bisect.bisect_right(self._begins, tokens) - 1]
-        first, last = block.value
-        if first == last or block.end is None:
+        segment = self._segment(tokens)
+        first, last = segment.value
+        if first == last or segment.end is None:
             return first
-        # a batch may begin past the end of the run's tokens only by rounding; the rate then stays at its end
-        return first + (last - first) * min(1.0, (tokens - block.begin) / (block.end - block.begin))
+        # a batch may start past the end of the run's tokens only by rounding; the rate then stays at its end
+        return first + (last - first) * min(1.0, (tokens - segment.start) / (segment.end - segment.start))
 
     @property
     def is_zero(self) -> bool:
         """Whether nothing is ever masked: the rate of clm."""
-        return all(block.value == (0.0, 0.0) for block in self._blocks)
+        return all(segment.value == (0.0, 0.0) for segment in self._segments)
 
-    @property
-    def is_constant(self) -> bool:
-        """Whether every batch has the same rate."""
-        return len({rate for block in self._blocks for rate in block.value}) == 1
-
-    def joints(self, total: int) -> list[int]:
+    def breakpoints(self, total: int) -> list[int]:
         """Token counts, 0 included, at which the rate jumps or its slope changes, below `total`."""
-        return [begin for begin in self._begins if begin < total]
+        return [segment.start for segment in self._segments if segment.start < total]
 
-    def plain(self) -> Any:
-        """The rate as plain data in tokens, for checkpoints and hashes: `parse(plain())` is equal to it."""
-        if len(self._blocks) == 1 and self._blocks[0].end is None:
-            return self._blocks[0].value[0]
-        result = []
-        for block in self._blocks:
-            first, last = block.value
-            until = {} if block.end is None else {"until": block.end}
-            result.append({**until, **({"rate": first} if first == last else {"from": first, "to": last})})
-        return result
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, MaskRate) and self._blocks == other._blocks
-
-    def __str__(self) -> str:
-        return _describe(self.plain())
+    def _content(self, segment: Segment) -> dict[str, Any]:
+        first, last = segment.value
+        return {"rate": first} if first == last else {"from": first, "to": last}
 
 
-def _check_rate(key: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ValueError(f"{key}: {value!r} given; a share of the tokens above 0 and up to 1 is needed. The recipes "
-                         "use 0.3, and 0.15 in decay")
+def parse_tokens(key: str, value: Any, total: int | None, *, least: int = 0) -> int:
+    """A time such as `3_000_000_000tok`, `0.25dur` or a plain number of tokens, in tokens.
+
+    Args:
+        key: what it is called in messages.
+        total: tokens of the run, which `dur` is a share of; None when max_duration is not in tokens.
+    """
+    match = _TIME.fullmatch(value) if isinstance(value, str) else None
+    if match and match[2].lower() == "dur" and total is None:
+        raise ValueError(f"{key} must be in tok where max_duration is not in tokens, got {value!r}")
+    try:
+        number = float(match[1]) * (total or 0 if match[2].lower() == "dur" else 1) if match else value
+        if isinstance(number, (int, float)) and not isinstance(value, (bool, float)) and round(number) >= least:
+            return round(number)
+    except ValueError:
+        pass
+    raise ValueError(f"{key} must be at least {least} tokens or a share of the run, such as 8_500_000_000tok or 0.25dur, "
+                     f"got {value!r}")
+
+
+def _segments(key: str, value: Sequence[Any], total: int | None,
+              *forms: tuple[str, ...]) -> list[tuple[str, int, int | None, Mapping[str, Any]]]:
+    """(key, start, end, content without until) of segments, up to the end of the run; `forms`: the keys they may have."""
+    found, start = [], 0
+    for i, segment in enumerate(value):
+        where = f"{key}[{i}]"
+        if not isinstance(segment, Mapping) or set(segment) - {"until"} not in map(set, forms):
+            raise ValueError(f"{where} must have the keys {' or '.join(' and '.join(form) for form in forms)}, with "
+                             f"until, got {segment!r}")
+        if "until" not in segment and i < len(value) - 1:
+            raise ValueError(f"{where}.until must be given; only the last segment may leave it out")
+        end = parse_tokens(f"{where}.until", segment["until"], total) if "until" in segment else total
+        if end is not None and (end <= start or (total is not None and end > total)):
+            raise ValueError(f"{where}.until must be after the segment's start ({start:,} tokens) and not past the end of "
+                             f"the run ({total} tokens), got {segment.get('until', end)!r} ({end:,} tokens)")
+        found.append((where, start, end, {name: part for name, part in segment.items() if name != "until"}))
+        start = end if end is not None else start
+    if not found:
+        raise ValueError(f"{key} must have at least one segment, got an empty list")
+    if total is not None and start < total:
+        raise ValueError(f"{found[-1][0]}.until must be the end of the run, {total:,} tokens, or absent, got {start:,}")
+    return found
+
+
+def _shares(key: str, value: Any) -> Shares:
+    """An objective's name, or a mapping of objectives to shares that sum to 1."""
+    shares = value if isinstance(value, Mapping) else {value: 1.0} if isinstance(value, str) else {}
+    valid = all(name in OBJECTIVES and type(share) in (int, float) and 0 < share <= 1 for name, share in shares.items())
+    if not valid or abs(sum(shares.values()) - 1) > 1e-9:
+        raise ValueError(f"{key} must be one of {', '.join(OBJECTIVES)}, shares of them that sum to 1, or a list of "
+                         f"segments, got {value!r}")
+    return tuple((str(name), float(share)) for name, share in shares.items())
+
+
+def _rate(key: str, value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value <= 1:
+        raise ValueError(f"{key} must be above 0 and at most 1, a share of the tokens, got {value!r}")
+    return float(value)
 
 
 def _describe(plain: Any) -> str:
     """A schedule in one line for people."""
     if isinstance(plain, Mapping):
         return " + ".join(f"{share:g} {name}" for name, share in plain.items())
-    if not isinstance(plain, Iterable) or isinstance(plain, str):
+    if not isinstance(plain, list):
         return str(plain)
     parts = []
     for segment in plain:
@@ -286,18 +271,8 @@ def _describe(plain: Any) -> str:
 
 
 def check_together(objective: ObjectiveSchedule, mask_rate: MaskRate, key: str = "") -> None:
-    """Refuses a mask rate that nothing would use, and objectives that lack one.
-
-    Args:
-        key: what stands before `mask_rate` in messages, such as `train_loader.`.
-
-    Raises:
-        ValueError: naming both values.
-    """
-    if not objective.masks and not mask_rate.is_zero:
-        raise ValueError(f"{key}mask_rate: {mask_rate} given with objective: {objective}, which has no use for it; it must "
-                         f"be 0 or absent. Set it to 0 (variables.mask_rate and variables.eval_mask_rate in the recipes), "
-                         f"or train {' or '.join(MASKED_OBJECTIVES)}")
-    if objective.masks and mask_rate.is_zero:
-        raise ValueError(f"{key}mask_rate: {mask_rate} given with objective: {objective}; it must be above 0 and at most 1, "
-                         "the share of tokens to predict. Set mask_rate (the recipes use 0.3, in the decay phase 0.15)")
+    """Refuses a mask rate that nothing would use, and objectives that lack one; `key` stands before `mask_rate`."""
+    if objective.masks == mask_rate.is_zero:
+        needed = "above 0 and at most 1" if objective.masks else "0 or absent"
+        raise ValueError(f"{key}mask_rate must be {needed} with objective: {objective}, got {mask_rate}; set "
+                         "variables.mask_rate (and variables.eval_mask_rate)")

@@ -1,12 +1,10 @@
-"""mlm, clm, mntp and mdlm: from one row of tokens to what the model reads and what it must predict.
+"""mlm, clm and mntp: from one row of tokens to what the model reads and what it must predict.
 
-Labels are aligned: labels[t] is what the hidden state at t must predict, so the model never shifts. T is the row length,
-P the number of pieces (documents) in the row. Every draw comes from the generator passed in, seeded by (seed, epoch,
-row), so that masks are the same on any worker, rank or resume. Numpy only. Rows and batches are made in `batches.py`.
+Labels are aligned: labels[t] is what the hidden state at t must predict, so the model never shifts. Every draw comes
+from a generator seeded by (seed, epoch, row), so that masks are the same on any worker, rank or resume. Numpy only.
 
-The masking scheme is BERT's 80/10/10 (arXiv 1810.04805, 3.1), at Ettin's rates; mntp predicts a masked token from the
-position before it (LLM2Vec, arXiv 2404.05961, and Ettin's encoder-from-decoder runs); mdlm is masked diffusion (MDLM,
-arXiv 2406.07524). Which objective a batch has is the work of `schedules.py`.
+Masking is BERT's 80/10/10 (arXiv 1810.04805, 3.1), at Ettin's rates; mntp predicts a masked token from the position
+before it (LLM2Vec, arXiv 2404.05961). Shapes: T row length, P pieces (documents) in the row.
 """
 
 from __future__ import annotations
@@ -18,19 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ettin_foundry.model.config import CONTRASTIVE, OBJECTIVES
-
-__all__ = ["IGNORED", "Inputs", "LEAST_RATE", "TextVocab", "draw_objective", "make_inputs", "row_generator"]
+__all__ = ["IGNORED", "Inputs", "TextVocab", "draw_objective", "make_inputs", "row_generator"]
 
 IGNORED = -100
 """Label of a position that is no target."""
-
 MASK_SHARE, RANDOM_SHARE = 0.8, 0.1
 """Of the chosen tokens: replaced by [MASK], by a random text token; the rest stays as it is."""
-
-LEAST_RATE = 1e-3
-"""mdlm draws its rate from here to 1, so that a weight is at most 1,000 (as LLaDA does)."""
-
 _MASKS, _OBJECTIVES = 4, 5  # first word of the seed; order.py uses 1 to 3, so that no two uses share a stream
 
 Ints = npt.NDArray[np.int64]
@@ -58,35 +49,24 @@ class TextVocab:
         """Reads the ids from a Hugging Face tokenizer.
 
         Raises:
-            ValueError: the tokenizer lacks one of the four special tokens, or has no text token.
+            ValueError: the tokenizer lacks one of the four special tokens.
         """
         named: dict[str, Any] = {name: getattr(tokenizer, f"{name}_token_id", None)
                                  for name in ("cls", "sep", "pad", "mask")}
-        missing = [f"{name}_token" for name, number in named.items() if number is None]
-        if missing:
-            raise ValueError(
-                f"tokenizer: {getattr(tokenizer, 'name_or_path', tokenizer)!r} has no {', '.join(missing)}; all of "
-                "cls_token, sep_token, pad_token, mask_token are needed. Use the tokenizer folder that the converter "
-                "wrote beside the data")
+        if missing := [f"{name}_token" for name, number in named.items() if number is None]:
+            raise ValueError(f"tokenizer must have cls_token, sep_token, pad_token and mask_token, and "
+                             f"{getattr(tokenizer, 'name_or_path', tokenizer)!r} has no {', '.join(missing)}; use the one "
+                             "that the converter wrote beside the data")
         entries = np.unique(np.fromiter(tokenizer.get_vocab().values(), np.int64))
         special = np.union1d(np.array(tokenizer.all_special_ids, np.int64), np.array(list(named.values()), np.int64))
         is_special = np.zeros(int(max(entries[-1], special[-1])) + 1, bool)
         is_special[special] = True
-        text = entries[~is_special[entries]]
-        if not text.size:
-            raise ValueError("tokenizer: its vocabulary holds special tokens only; text tokens are needed. Use the "
-                             "tokenizer folder that the converter wrote beside the data")
-        return cls(**{name: int(number) for name, number in named.items()}, text=text, is_special=is_special)
+        named = {name: int(number) for name, number in named.items()}
+        return cls(**named, text=entries[~is_special[entries]], is_special=is_special)
 
 
 def row_generator(seed: int, epoch: int, row: int) -> np.random.Generator:
-    """The generator of a row's masks.
-
-    Args:
-        seed: the loader's shuffle_seed.
-        epoch: epoch of the row.
-        row: number of the row in its epoch.
-    """
+    """The generator of a row's masks: of the loader's shuffle_seed, the row's epoch, and its number in the epoch."""
     return _generator(_MASKS, seed, epoch, row)
 
 
@@ -95,11 +75,7 @@ def _generator(*words: int) -> np.random.Generator:
 
 
 def draw_objective(shares: Mapping[str, float], seed: int, epoch: int, row: int) -> str:
-    """Which objective of a mixture a row has: drawn with these shares, the same on any worker, rank or resume.
-
-    Args:
-        shares: {objective: share}, summing to 1. The rest as for `row_generator`, whose stream is another one.
-    """
+    """Which objective of a mixture ({objective: share}, summing to 1) a row has; the rest as for `row_generator`."""
     if len(shares) == 1:
         return next(iter(shares))
     ends = np.cumsum(list(shares.values()))
@@ -113,7 +89,7 @@ class Inputs(NamedTuple):
     input_ids: Ints
     """(T,) int64."""
     labels: Ints
-    """(T,) int64, IGNORED where there is no target."""
+    """(T,) int64, IGNORED where there is no target. A row with any text token has at least one target."""
     weight: float
     """What each target of the row weighs in the sum of losses."""
     loss_tokens: int
@@ -124,68 +100,34 @@ def make_inputs(objective: str, ids: Ints, sequence_id: Ints, ends_document: npt
                 mask_rate: float, vocab: TextVocab, rng: np.random.Generator, mixed: bool = False) -> Inputs:
     """What the model reads and what it must predict, for one row.
 
-    Of a single objective, the loss of a batch is the mean over its targets: weight 1, one loss token a target. In a mixture
-    that would give clm, which predicts every token, several times the share that it has of the rows. There each target of
-    mlm and mntp weighs 1 / mask_rate and a row counts by the tokens that could be targets, so that in expectation the loss
-    is the sum of the objectives' means, weighted by their shares. mdlm does so anyway: its rate is drawn for each row, and
-    1 / rate is its weight (arXiv 2406.07524; arXiv 2502.09992, eq. 3).
+    Of a single objective, the loss of a batch is the mean over its targets: weight 1, one loss token a target. In a
+    mixture that would give clm, which predicts every token, several times the share that it has of the rows. There each
+    target of mlm and mntp weighs 1 / mask_rate and a row counts by the tokens that could be targets, so that in
+    expectation the loss is the sum of the objectives' means, weighted by their shares.
 
     Args:
-        objective: mlm, clm, mntp, mdlm, or simcse (the row as it is, no targets, counted as one).
+        objective: mlm, clm or mntp.
         ids: (T,) int64; each piece is BOS, chunk, EOS; padding at the end. Not changed.
         sequence_id: (T,) int64, number of the piece in the row, -1 on padding.
         ends_document: (P,) bool, False when the piece's chunk is continued in another chunk of its document.
-        mask_rate: share of text tokens chosen by mlm and mntp; others ignore it.
-        vocab: ids of special and text tokens.
+        mask_rate: share of text tokens chosen by mlm and mntp; clm ignores it.
         rng: source of every draw; unused for clm.
         mixed: rows of the batch have different objectives.
-
-    Returns:
-        `Inputs`. A row with any text token has at least one target, except of mdlm, where a forced one would be no draw.
-
-    Raises:
-        ValueError: unknown objective, or a mask rate that it cannot use.
     """
-    if objective == CONTRASTIVE:
-        return Inputs(ids, np.full_like(ids, IGNORED), 1.0, 1)
-    if objective == "clm":
-        labels = _next_tokens(ids, sequence_id, ends_document)
-        return Inputs(ids, labels, 1.0, int((labels != IGNORED).sum()))
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective: {objective!r} given; it must be one of {', '.join(OBJECTIVES)}. Correct the key")
-    maskable = ~vocab.is_special[ids] & (sequence_id >= 0)
-    if objective == "mdlm":
-        return _diffuse(ids, maskable, vocab, rng)
-    if not 0 < mask_rate <= 1:
-        raise ValueError(f"mask_rate: {mask_rate} given with objective: {objective}; it must be above 0 and at most 1, "
-                         "the share of tokens to predict. Set mask_rate (the recipes use 0.3, in the decay phase 0.15)")
-    chosen = _choose(maskable, mask_rate, rng)
-    input_ids = _corrupt(ids, chosen, vocab, rng)
     labels = np.full_like(ids, IGNORED)
+    if objective == "clm":
+        inside = (sequence_id[1:] == sequence_id[:-1]) & (sequence_id[1:] >= 0)
+        labels[:-1][inside] = ids[1:][inside]
+        # where a document goes on in another chunk, the piece's EOS is no target
+        ends = np.cumsum(np.bincount(sequence_id[sequence_id >= 0], minlength=len(ends_document))) - 1
+        labels[ends[~np.asarray(ends_document, bool)] - 1] = IGNORED
+        return Inputs(ids, labels, 1.0, int((labels != IGNORED).sum()))
+    maskable = ~vocab.is_special[ids] & (sequence_id >= 0)
+    chosen = _choose(maskable, mask_rate, rng)
     # a text token follows BOS at the earliest, so position t - 1 exists and lies in the same piece
     labels[chosen - 1 if objective == "mntp" else chosen] = ids[chosen]
-    if mixed:
-        return Inputs(input_ids, labels, 1.0 / mask_rate, int(maskable.sum()))
-    return Inputs(input_ids, labels, 1.0, chosen.size)
-
-
-def _diffuse(ids: Ints, maskable: npt.NDArray[np.bool_], vocab: TextVocab, rng: np.random.Generator) -> Inputs:
-    """Masked diffusion: a rate of its own for the row, every chosen token becomes [MASK]."""
-    rate = LEAST_RATE + (1.0 - LEAST_RATE) * rng.random()
-    chosen = np.flatnonzero(maskable & (rng.random(maskable.size) < rate))
-    input_ids, labels = ids.copy(), np.full_like(ids, IGNORED)
-    input_ids[chosen], labels[chosen] = vocab.mask, ids[chosen]
-    return Inputs(input_ids, labels, 1.0 / rate, int(maskable.sum()))
-
-
-def _next_tokens(ids: Ints, sequence_id: Ints, ends_document: npt.NDArray[np.bool_]) -> Ints:
-    """Labels of clm: the next token of the same piece, but no EOS where a document goes on in another chunk."""
-    labels = np.full_like(ids, IGNORED)
-    inside = (sequence_id[1:] == sequence_id[:-1]) & (sequence_id[1:] >= 0)
-    labels[:-1][inside] = ids[1:][inside]
-    last = np.cumsum(np.bincount(sequence_id[sequence_id >= 0], minlength=len(ends_document))) - 1  # place of each EOS
-    labels[last[~np.asarray(ends_document, bool)] - 1] = IGNORED
-    return labels
+    weight, loss_tokens = (1.0 / mask_rate, int(maskable.sum())) if mixed else (1.0, chosen.size)
+    return Inputs(_corrupt(ids, chosen, vocab, rng), labels, weight, loss_tokens)
 
 
 def _choose(maskable: npt.NDArray[np.bool_], rate: float, rng: np.random.Generator) -> Ints:

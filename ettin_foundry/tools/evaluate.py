@@ -1,22 +1,20 @@
-"""Losses of a trained model on a set's validation split, under any objective, whatever it was trained on.
+"""Losses of a trained model on a dataset's validation split under any objective, whatever it was trained on.
 
 The rows, masks and batches are those that the loader gives an evaluation in a run, so two models of one vocabulary are
-compared on the same targets, and a run's own last evaluation gives the same numbers. A decoder evaluated under mlm sees
-both sides, an encoder under clm only the past: the same weights with other windows (`EttinModel` does so batch by batch).
-One process, one device; during training it is `eval_loader` that evaluates.
+compared on the same targets. A decoder evaluated under mlm sees both sides, an encoder under clm only the past: the same
+weights with other windows, which `EttinModel` chooses batch by batch. One process, one device.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ettin_foundry.model.config import MASKED_OBJECTIVES, OBJECTIVES, EttinConfig
+from ettin_foundry.model.config import MASKED_OBJECTIVES, OBJECTIVES
 
-__all__ = ["DEFAULT_OBJECTIVES", "build_model", "evaluate"]
+__all__ = ["DEFAULT_OBJECTIVES", "evaluate"]
 
 DEFAULT_OBJECTIVES = ("clm", "mlm", "mntp")
 _SEED = 21  # of the masks: the recipes' shuffle_seed
@@ -30,8 +28,7 @@ def evaluate(source: str | Path, data: str | Path, objectives: Sequence[str] = D
 
     Args:
         source: a Composer checkpoint (.pt file, sharded folder, save folder), or a Hugging Face folder.
-        data: folder of a converted set, tokenized with the model's tokenizer. split: of it.
-        objectives: names in `config.OBJECTIVES`.
+        data: folder of a dataset tokenized with the model's tokenizer.
         mask_rate: of mlm and mntp, in (0, 1].
         max_batches: of 16,384 token positions (one row at least), from the split's begin; all of it if not given.
         max_seq_len: length of a row; the model's own if not given.
@@ -41,29 +38,32 @@ def evaluate(source: str | Path, data: str | Path, objectives: Sequence[str] = D
         {objective: {loss: nats per target, accuracy: share of targets, perplexity, targets: how many}}.
 
     Raises:
-        ValueError, FileNotFoundError: an argument out of range, or the set does not fit the model; each says what to do.
+        ValueError, FileNotFoundError: an argument out of range, or the dataset does not fit the model.
     """
     import torch
 
     from ettin_foundry.data.stream import open_stream
-    from ettin_foundry.data.tokenizer import check
+    from ettin_foundry.data.tokenizer import check, load
+    from ettin_foundry.hub.load import build_model, load_model
     from ettin_foundry.objectives.targets import TextVocab
 
     if unknown := [name for name in objectives if name not in OBJECTIVES] or not objectives:
-        raise ValueError(f"--objective: {unknown or objectives!r} given; they are {', '.join(OBJECTIVES)}. Correct it")
+        raise ValueError(f"--objective must be one of {', '.join(OBJECTIVES)}, got {unknown or objectives!r}")
     if max_batches is not None and max_batches < 1:
-        raise ValueError(f"--max-batches: {max_batches} given; at least 1 is needed. Leave it out for the whole split")
-    model, tokenizer = build_model(source, fallback_tokenizer=Path(data) / "tokenizer")
-    longest = model.config.max_position_embeddings
+        raise ValueError(f"--max-batches must be at least 1, got {max_batches}; leave it out for the whole split")
+    loaded = load_model(source, default_objective="mlm")
+    own = loaded.tokenizer  # of a checkpoint it may lie on the machine of the run
+    tokenizer = load(own if own and Path(own).is_dir() else str(Path(data) / "tokenizer"))
+    longest = loaded.config.max_position_embeddings
     length = longest if max_seq_len is None else max_seq_len
     if not 3 <= length <= longest:
-        raise ValueError(f"--max-seq-len: {length} given; the model was made for 3 to {longest}. Lower it")
+        raise ValueError(f"--max-seq-len must be 3 to {longest}, the length the model was made for, got {length}")
     stream = open_stream(dataset={"local": str(data), "split": split}, max_seq_len=length, shuffle=False, shuffle_seed=_SEED,
                          global_batch_size=max(1, _BATCH_TOKENS // length))
     check(tokenizer, stream.data.tokenizer)
     vocab = TextVocab.from_tokenizer(tokenizer)
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    model.to(place)
+    model = build_model(loaded, tokenizer).to(place)
     rates = {name: mask_rate if name in MASKED_OBJECTIVES else 0.0 for name in objectives}
     return {name: _measure(model, _batches(stream, vocab, name, rate, max_batches), place) for name, rate in rates.items()}
 
@@ -71,65 +71,25 @@ def evaluate(source: str | Path, data: str | Path, objectives: Sequence[str] = D
 def _measure(model: Any, batches: Iterator[dict[str, Any]], device: Any) -> dict[str, float]:
     import torch
 
-    nll = correct = targets = divisor = 0
+    nll = correct = targets = 0
     # flash kernels have no fp32; on the reference path evaluation is in the precision of the weights
-    lower = device.type == "cuda" and model.model.attn_impl != "reference"
-    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=lower):
+    half = device.type == "cuda" and model.model.attn_impl != "reference"
+    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
         for batch in batches:
             moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
             out = model(moved, count=True)
             nll += float(out["nll"])
             correct += int(out["correct"])
             targets += out["num_targets"]
-            divisor += out["num_loss_tokens"]
-    if not targets:
-        raise ValueError("the split has no target at all in the batches evaluated; raise --max-batches or --mask-rate")
-    loss = nll / divisor
-    return {"loss": loss, "accuracy": correct / targets, "perplexity": math.exp(loss), "targets": targets}
+    loss = nll / targets if targets else math.nan
+    return {"loss": loss, "accuracy": correct / targets if targets else math.nan,
+            "perplexity": math.exp(min(loss, 700.0)), "targets": targets}
 
 
 def _batches(stream: Any, vocab: Any, objective: str, mask_rate: float, most: int | None) -> Iterator[dict[str, Any]]:
-    """Flat batches of the stream's first steps; the same ones at each call."""
+    """The flat batches of the stream's first steps; the same ones at each call."""
     from ettin_foundry.data.batch import Collator, flatten
 
     collate = Collator(objective, vocab, max_seq_len=stream.max_seq_len, mask_rate=mask_rate, seed=_SEED)
     for step in range(stream.num_steps if most is None else min(most, stream.num_steps)):
         yield flatten(collate(stream.rows_of(step)))
-
-
-def build_model(source: str | Path, *, fallback_tokenizer: str | Path | None = None) -> tuple[Any, Any]:
-    """A model with the weights of `source`, in eval mode, and its tokenizer.
-
-    Args:
-        source: as of `evaluate`. fallback_tokenizer: folder used where the source's own tokenizer is not here any more.
-
-    Returns:
-        (`composer_model.EttinModel`, tokenizer).
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such model, or a checkpoint without a record of its config.
-    """
-    from ettin_foundry.data.tokenizer import load
-    from ettin_foundry.model.composer import EttinModel
-    from ettin_foundry.model.weights import import_folder
-    from ettin_foundry.training.checkpoints import load_model_state
-
-    source = Path(source)
-    if (source / "config.json").is_file():
-        state, config, objective = import_folder(source)
-        name = str(source) if (source / "tokenizer.json").is_file() else None
-    else:
-        state, record = load_model_state(source)
-        if not record:
-            raise ValueError(f"{source}: holds no record of its config (it was not trained with ettin_foundry's clock); "
-                             "make a Hugging Face folder of it with `ettin export`, and evaluate that")
-        config, objective, name = EttinConfig(**record["config"]), record["objective"], record.get("tokenizer")
-    if name is None or (not Path(name).is_dir() and fallback_tokenizer is not None):
-        name = str(fallback_tokenizer)
-    fields = dataclasses.asdict(config)
-    causal, longest = fields.pop("causal"), fields.pop("max_position_embeddings")
-    tokenizer = load(name)
-    model = EttinModel(tokenizer, size="nano", objective=objective or ("clm" if causal else "mlm"), max_seq_len=longest,
-                       **fields)  # every field of the size is replaced
-    model.model.load_state_dict(state)
-    return model.eval(), tokenizer

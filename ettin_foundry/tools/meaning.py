@@ -1,7 +1,7 @@
-"""What the settings of a run mean: one flat table of keys and values in which two spellings of one thing are equal.
+"""The settings of a run as one flat table in which two spellings of one thing are equal.
 
-`10000` is `10000.0`, `1dur` is the run's length, a key that is left out is the default that the code takes, a size is
-the shape it stands for. `variables` do not count, only what they fill in. Which differences matter is lint.py's matter.
+`10000` is `10000.0`, `1dur` is the run's length, a key that is left out is the default that the code takes, a size is the
+shape it stands for. `variables` do not count, only what they fill in.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ettin_foundry.data.manifest import MANIFEST, SplitFacts, read_json, read_manifest
-from ettin_foundry.data.mixture import MIX_FORMAT
+from ettin_foundry.data.mixture import MIX_FORMAT, open_split
 from ettin_foundry.data.stream import DEFAULT_WINDOW
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule
-from ettin_foundry.training.defaults import DEFAULTS, HOST_DEFAULTS
+from ettin_foundry.training.keys import DEFAULTS, HOST_DEFAULTS
 from ettin_foundry.training.run_config import model_config, objective_schedule, parse_time
 
-__all__ = ["Data", "Meaning", "data_of", "read_meaning"]
+__all__ = ["Meaning", "data_of", "read_meaning"]
 
 _SHAPE = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-_OWN = "that of the data"
 
 
 @dataclass(frozen=True)
@@ -33,51 +32,115 @@ class Meaning:
 
     name: str
     cfg: Mapping[str, Any]
-    """The config it was read from."""
     values: Mapping[str, Any]
-    """Dotted key -> value; keys that are absent and have no default are not there."""
+    """Dotted key -> value; a key that is absent and has no default is not in it."""
     config: EttinConfig
-    objective: ObjectiveSchedule
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.values.get(key, default)
 
-    def tells(self, key: str) -> bool:
-        """Whether the key, or one below it, is there."""
+    def has(self, key: str) -> bool:
+        """Whether the key, or one below it, is set."""
         return any(k == key or k.startswith((f"{key}.", f"{key}[")) for k in self.values)
 
 
 def read_meaning(name: str, cfg: Mapping[str, Any]) -> Meaning:
-    """The meaning of a config.
-
-    Args:
-        name: what the run is called in messages.
-        cfg: plain containers, interpolations resolved, as `recipes.resolved` gives them or as a checkpoint holds them.
+    """The meaning of a config: plain containers, as `recipes.resolved` gives them or as a checkpoint holds them.
 
     Raises:
         ValueError: a size, objective or schedule that cannot be read; the message begins with `name`.
     """
     cfg = {key: value for key, value in cfg.items() if value is not None and key != "variables"}
     try:
-        cfg["model"] = _filled(cfg["model"])
-        config, objective = model_config(cfg), objective_schedule(cfg)
-        amount, unit = parse_time("max_duration", cfg["max_duration"])
-        run = {**HOST_DEFAULTS, **cfg, "model": _model(cfg["model"], config, objective)}
-        run["train_loader"] = _loader(cfg["train_loader"], amount if unit == "tok" else None)
-        run["optimizer"], run["scheduler"] = _optimizer(cfg["optimizer"]), _scheduler(cfg["scheduler"])
-        run["callbacks"] = {"ettin_clock": {}, **_named(cfg.get("callbacks") or {})}  # checks.py gives it to every run
-        if cfg.get("algorithms"):
-            run["algorithms"] = _named(cfg["algorithms"])
-        # the host's own default is another, but checks.py sets this one, and data parallelism does not narrow either
-        run["fsdp_config"] = {"mixed_precision": "FULL", **(cfg.get("fsdp_config") or {})}
-        run["tokenizer"] = _tokenizer(cfg.get("tokenizer") or {}, cfg["train_loader"])
-        _evaluation(run, amount if unit == "tok" else None)
+        config, (amount, unit) = model_config(cfg), parse_time("max_duration", cfg["max_duration"])
+        run = _read_blocks(cfg, config, round(amount) if unit == "tok" else None)
         values = {key: _in_one_unit(value, amount, unit) for key, value in _leaves(run)}
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{name}: cannot be read: {error!r}; a config that train.py would take is needed") from error
-    return Meaning(name, cfg, values, config, objective)
+    return Meaning(name, cfg, values, config)
+
+
+def _read_blocks(cfg: dict[str, Any], config: EttinConfig, total: int | None) -> dict[str, Any]:
+    """The config with every default filled in."""
+    run = {**HOST_DEFAULTS, **cfg}
+    shape = "{num_hidden_layers} layers of {hidden_size}, GLU {intermediate_size}, {num_attention_heads} heads"
+    fields = dataclasses.asdict(config)
+    # causal and the length follow from objective and max_seq_len, which are compared themselves
+    run["model"] = {key: value for key, value in {**_filled(cfg["model"]), **fields}.items()
+                    if key not in (*_SHAPE, "causal", "max_position_embeddings")}
+    run["model"] |= {"size": config.size or shape.format(**fields), "objective": _plain(objective_schedule(cfg))}
+    run["train_loader"] = _loader(cfg["train_loader"], total)
+    run["optimizer"], run["scheduler"] = _filled(cfg["optimizer"]), _filled(cfg["scheduler"])
+    if run["optimizer"].get("max_lr") == run["optimizer"]["lr"]:
+        run["optimizer"].pop("max_lr")  # its default
+    if parse_time("scheduler.t_decay", run["scheduler"].get("t_decay", "1dur"))[0] == 0:
+        run["scheduler"].pop("alpha_f", None)  # the end of a decay, of which there is none
+    callbacks = {"ettin_clock": {}, **(cfg.get("callbacks") or {})}  # the checks give the clock to every run
+    run["callbacks"] = {name: _filled(block or {}, name) for name, block in callbacks.items()}
+    # FULL: the checks set it, and without sharding nothing is narrowed either
+    run["fsdp_config"] = {"mixed_precision": "FULL", **(cfg.get("fsdp_config") or {})}
+    run["tokenizer"] = dict(cfg.get("tokenizer") or {})
+    if Path(run["tokenizer"].get("name", ".")) == Path(cfg["train_loader"]["dataset"]["local"], "tokenizer"):
+        run["tokenizer"]["name"] = "that of the data"  # whose fingerprint tells what it does
+    _read_evaluation(run, total)
+    return run
+
+
+def _filled(block: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
+    """A block of ours with its defaults; `name` for blocks without the key."""
+    defaults = DEFAULTS.get(name or block.get("name", ""), {})
+    return {**defaults, **{key: value for key, value in block.items() if value is not None}}
+
+
+def _loader(block: Mapping[str, Any], total: int | None) -> dict[str, Any]:
+    filled = _filled(block, "ettin_text")
+    filled["mask_rate"] = _plain(MaskRate.parse(filled["mask_rate"], total=total))
+    if isinstance(filled.get("objective"), (str, dict, list)):
+        filled["objective"] = _plain(ObjectiveSchedule.parse(filled["objective"], total=total))
+    if filled["shuffle"]:
+        filled.setdefault("shuffle_window", DEFAULT_WINDOW)
+    return {**filled, "dataset": {k: v for k, v in block["dataset"].items() if v is not None}}
+
+
+def _plain(schedule: ObjectiveSchedule | MaskRate) -> Any:
+    """A schedule as a name or number if it never changes, else as text that keeps the order of its parts."""
+    value = schedule.plain()
+    if isinstance(value, list):
+        contents = [{key: item for key, item in segment.items() if key != "until"} for segment in value]
+        if contents[0].keys() <= {"objective", "rate"} and all(content == contents[0] for content in contents):
+            [value] = contents[0].values()
+    return value if isinstance(value, (str, float)) else json.dumps(value)
+
+
+def _read_evaluation(run: dict[str, Any], total: int | None) -> None:
+    """Each evaluation under its label, with all objectives that it is done for, and the rows that it reads.
+
+    The checks make an evaluation of several objectives into one for each; here these are one again.
+    """
+    given = run.pop("eval_loaders", None) or run.get("eval_loader") or []
+    run.pop("eval_loader", None)
+    found: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    for block in [given] if isinstance(given, Mapping) else given:
+        value, label = block.get("objective"), str(block.get("label", ""))
+        is_names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        names = value if is_names else list(ObjectiveSchedule.parse(value, total=total).objectives) if value else []
+        if len(names) == 1 and label.rpartition("/")[2] == names[0]:
+            label = label.rpartition("/")[0]
+        merged, before = found.setdefault("eval_loader" if label in ("", "eval") else f"eval_loader({label})", ({}, []))
+        merged.update({k: v for k, v in block.items() if k not in ("label", "objective") and (k != "mask_rate" or v != 0)})
+        before += names
+    for key, (block, names) in found.items():
+        run[key] = {**_loader(block, total), "objective": names[0] if len(names) == 1 else sorted(names)}
+    if not found:
+        for key in ("eval_interval", "eval_subset_num_batches", "eval_first", "device_eval_batch_size"):
+            run.pop(key, None)
+        return
+    rows = run["device_train_microbatch_size"]
+    rows = run.setdefault("device_eval_batch_size", 1 if rows == "auto" else rows)  # the host's default
+    if run["eval_subset_num_batches"] != -1:
+        run["eval_subset_num_batches"] = f"{run['eval_subset_num_batches'] * rows} rows on each device"
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -93,151 +156,42 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _in_one_unit(value: Any, amount: float, unit: str) -> Any:
-    """A time as `8_500_000_000tok`, shares of the run in its own unit; anything else as it is."""
+    """A time as `8_500_000_000tok`, shares of the run in the run's own unit; anything else as it is."""
+    if not isinstance(value, str):
+        return value
     try:
-        number, its_unit = parse_time("", value) if isinstance(value, str) else (None, "")
+        number, own_unit = parse_time("", value)
     except ValueError:
         return value
-    if number is None:
-        return value
-    if its_unit == "dur" or number == 0:
-        number, its_unit = number * amount, unit
-    number = round(number) if its_unit == "tok" else round(number, 6)
-    return f"{int(number) if number == int(number) else number:_}{its_unit}"
-
-
-def _filled(block: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
-    """A block of ours with its defaults; `name` for blocks that have none."""
-    defaults = DEFAULTS.get(name or block.get("name", ""), {})
-    return {**defaults, **{key: value for key, value in block.items() if value is not None}}
-
-
-def _model(block: Mapping[str, Any], config: EttinConfig, objective: ObjectiveSchedule) -> dict[str, Any]:
-    fields = dataclasses.asdict(config)
-    for derived in ("causal", "max_position_embeddings"):  # from objective and max_seq_len, which are compared themselves
-        fields.pop(derived)
-    shape = [fields.pop(name) for name in _SHAPE]
-    size = config.size or "{} layers of {}, GLU {}, {} heads".format(*shape)
-    rest = {key: value for key, value in block.items() if key not in _SHAPE}
-    return {**rest, **fields, "size": size, "objective": _plain(objective)}
-
-
-def _plain(schedule: ObjectiveSchedule | MaskRate) -> Any:
-    """A schedule as a name or number if it never changes, else as text that keeps the order of its parts."""
-    value = schedule.plain()
-    if schedule.is_constant and isinstance(value, list) and "cycle" not in value[0]:
-        value = type(schedule).parse(value[:1]).at(0)
-        value = next(iter(value)) if isinstance(value, dict) and len(value) == 1 else value
-    return value if isinstance(value, (str, float)) else json.dumps(value)
-
-
-def _loader(block: Mapping[str, Any], total: float | None) -> dict[str, Any]:
-    whole = None if total is None else round(total)
-    filled = _filled(block, "ettin_text")
-    filled["mask_rate"] = _plain(MaskRate.parse(filled["mask_rate"], total=whole))
-    if "objective" in filled:
-        filled["objective"] = _plain(ObjectiveSchedule.parse(filled["objective"], total=whole))
-    if filled["shuffle"]:
-        filled.setdefault("shuffle_window", DEFAULT_WINDOW)
-    filled["dataset"] = {"on_bad_shard": "stop", **{k: v for k, v in block["dataset"].items() if v is not None}}
-    return filled
-
-
-def _optimizer(block: Mapping[str, Any]) -> dict[str, Any]:
-    filled = _filled(block)
-    if filled.get("max_lr") == filled["lr"]:
-        filled.pop("max_lr")  # what it is if it is not given
-    return filled
-
-
-def _scheduler(block: Mapping[str, Any]) -> dict[str, Any]:
-    filled = _filled(block)
-    if block["name"] == "warmup_stable_decay" and parse_time("scheduler.t_decay", filled["t_decay"])[0] == 0:
-        filled.pop("alpha_f")  # the end of a decay, of which there is none
-    return filled
-
-
-def _named(blocks: Mapping[str, Any]) -> dict[str, Any]:
-    """Callbacks or algorithms, whose name is their key."""
-    return {name: _filled(block or {}, name) for name, block in blocks.items()}
-
-
-def _tokenizer(block: Mapping[str, Any], loader: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the tokenizer beside the data only that it is this one: what it does is in the data's fingerprint."""
-    beside = "name" in block and Path(block["name"]) == Path(loader["dataset"]["local"], "tokenizer")
-    return {**block, "name": _OWN} if beside else dict(block)
-
-
-def _evaluation(run: dict[str, Any], total: float | None) -> None:
-    """Each evaluation under its label, with all objectives that it is done for, and the rows that it reads.
-
-    checks.py makes an evaluation of several objectives into one for each; here these are one again.
-    """
-    given = run.pop("eval_loaders", None) or run.pop("eval_loader", None) or []
-    run.pop("eval_loader", None)
-    blocks: dict[str, dict[str, Any]] = {}
-    for block in [given] if isinstance(given, Mapping) else given:
-        names, label = _names(block.get("objective"), total), block.get("label")
-        if len(names) == 1 and str(label).rpartition("/")[2] == names[0]:
-            label = str(label).rpartition("/")[0] or None
-        key = "eval_loader" if label in (None, "eval") else f"eval_loader({label})"
-        before = blocks.get(key, {})
-        fields = {k: v for k, v in block.items() if k != "label" and (k != "mask_rate" or v != 0)}
-        blocks[key] = {**before, **fields, "objective": [*before.get("objective", []), *names]}
-    for key, block in blocks.items():
-        names = block.pop("objective")
-        run[key] = {**_loader(block, total), "objective": names[0] if len(names) == 1 else sorted(names)}
-    if not blocks:
-        for key in ("eval_interval", "eval_subset_num_batches", "eval_first", "device_eval_batch_size"):
-            run.pop(key, None)
-        return
-    rows = run["device_train_microbatch_size"]
-    rows = run.setdefault("device_eval_batch_size", 1 if rows == "auto" else rows)  # the host's default
-    if run["eval_subset_num_batches"] != -1:
-        run["eval_subset_num_batches"] = f"{run['eval_subset_num_batches'] * rows} rows on each device"
-
-
-def _names(value: Any, total: float | None) -> list[str]:
-    """The objectives of an evaluation: a name, a list of names, or all of a schedule."""
-    if isinstance(value, list) and all(isinstance(name, str) for name in value):
-        return value
-    whole = None if total is None else round(total)
-    return [] if value is None else list(ObjectiveSchedule.parse(value, total=whole).objectives)
+    if own_unit == "dur" or number == 0:
+        number, own_unit = number * amount, unit
+    number = round(number) if own_unit == "tok" else round(number, 6)
+    return f"{int(number) if number == int(number) else number:_}{own_unit}"
 
 
 class Data(NamedTuple):
-    """What a loader reads, as far as this machine knows it."""
+    """What a loader reads, as far as this machine knows it; fingerprint and tokenizer are None without the manifest."""
 
     place: str
-    """Folder or URL of the split."""
     fingerprint: str | None = None
-    """Of its content; None without its manifest."""
     tokenizer: dict[str, Any] | None = None
-    """The manifest's tokenizer block, without the name; None without a manifest."""
 
 
-def data_of(meaning: Meaning, loader: str) -> Data:
-    """The split that a loader reads.
-
-    Args:
-        loader: `train_loader`, or the key of an evaluation.
+def data_of(run: Meaning, loader: str) -> Data:
+    """The split that a loader (`train_loader`, or the key of an evaluation) reads.
 
     Raises:
-        FileNotFoundError, ValueError: there is a manifest, but it states what cannot be.
+        FileNotFoundError, ValueError: its manifest is invalid.
     """
-    local, split, remote = (meaning.get(f"{loader}.dataset.{key}") for key in ("local", "split", "remote"))
+    local, split, remote = (run.get(f"{loader}.dataset.{key}") for key in ("local", "split", "remote"))
     place, path = f"{remote or local}/{split}", Path(str(local)) / str(split) / MANIFEST
     if not path.is_file():
         return Data(place)
-    if (read_json(path) or {}).get("format") == MIX_FORMAT:
-        from ettin_foundry.data.mixture import open_split
-
-        try:
-            facts: SplitFacts = open_split(path.parent)
-        except OSError:
-            if remote is None:
-                raise
-            return Data(place)  # its sets will be fetched
-    else:
-        facts = SplitFacts(read_manifest(path.parent))
+    try:
+        is_mixture = (read_json(path) or {}).get("format") == MIX_FORMAT
+        facts = open_split(path.parent) if is_mixture else SplitFacts(read_manifest(path.parent))
+    except OSError:
+        if remote is None:
+            raise
+        return Data(place)  # the mixture's datasets will be fetched
     return Data(place, facts.fingerprint, {key: value for key, value in facts.tokenizer.items() if key != "name"})

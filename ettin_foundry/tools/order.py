@@ -1,19 +1,23 @@
-"""What any step of a run reads: from its config, or from a checkpoint alone, which also gives the exact next batch.
+"""`ettin order`: what any step of a run reads, and the order of a run as Parquet files.
 
-The order is a function of (set, settings), so nothing is replayed: a step late in a run takes as long as the first. Only
-`next_batch` needs torch. Writing the order into files is in order_export.py, the command in cli_order.py.
+Nothing is replayed: a step late in a run takes as long as the first.
+
+The files have the format of jhu-clsp/ettin-data-order: a folder for what was read between two checkpoints
+(checkpoint_000001; ext_, decay_ and cross_ in the later phases), in it a file for every 100 steps, in it a
+row group for each step. input_ids (list of uint16) are a row's real tokens before masking; step (uint64)
+counts from 1, where steps.jsonl and `--step` count from 0. A file gets its name when it is complete, so a
+stopped export goes on with the next file.
 """
 
 from __future__ import annotations
 
 import bisect
+import inspect
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,212 +25,189 @@ from ettin_foundry.data.manifest import MANIFEST
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
 from ettin_foundry.data.ramp import check_warmup
 from ettin_foundry.data.storage import is_url
-from ettin_foundry.data.stream import HASH_MODULUS, STREAM_KEYS, Row, RowStream, fill_row, hash_row, open_stream
+from ettin_foundry.data.stream import HASH_MODULUS, Row, RowStream, fill_row, hash_row, open_stream
 from ettin_foundry.training.run_config import parse_time, total_tokens
 
-if TYPE_CHECKING:
-    from ettin_foundry.data.batch import Batch
+__all__ = ["StepView", "export_order", "files_of", "next_step", "steps_of_run", "stream_of", "view_step"]
 
-__all__ = ["Piece", "StepView", "is_past_end", "length_of_run", "next_batch", "next_step", "row_tokens", "special_ids",
-           "stream_of", "view_step"]
+STEPS_PER_FILE = 100
 
-
-@dataclass(frozen=True)
-class Piece:
-    """A chunk in a row. `tokens` counts its BOS and EOS."""
-
-    row: int
-    """Place of the row in the global batch."""
-    tokens: int
-    doc: str
-    part: int
-    last: bool
-    source: str
-    chunk: np.ndarray
-    """(tokens - 2,) uint16."""
+_PREFIXES = {"pretrain": "checkpoint", "extend": "ext"}  # the other phases are called by their name
 
 
-@dataclass(frozen=True)
-class StepView:
-    """A step of a stream, over all ranks."""
+def stream_of(cfg: Mapping[str, Any], location: str | None = None) -> RowStream:
+    """The rows that a run with this config (plain containers, resolved) reads.
 
-    step: int
-    epoch: int
-    """Of its first row."""
-    rows: int
-    tokens: int
-    """Real tokens of the step, BOS and EOS included."""
-    tokens_before: int
-    ids_hash: int
-    """As in steps.jsonl."""
-    pieces: list[Piece]
-    """Of its first rows, in order."""
-
-
-def stream_of(cfg: Mapping[str, Any], location: str | os.PathLike[str] | None = None) -> RowStream:
-    """The rows that a run with this config reads.
-
-    Args:
-        cfg: plain containers, interpolations resolved.
-        location: folder or URL of the set, or of the split, instead of train_loader.dataset.
-
-    Raises:
-        ValueError, FileNotFoundError: as the loader raises them, or the loader is not ours.
+    location: folder or URL of the dataset, or of the split, instead of train_loader.dataset.
     """
     loader, rows = cfg.get("train_loader") or {}, cfg.get("global_train_batch_size")
     if loader.get("name") != "ettin_text":
-        raise ValueError(f"train_loader.name: {loader.get('name')!r} given; the order of ettin_text is known only. Give a "
-                         "recipe of this project")
-    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-        raise ValueError(f"global_train_batch_size: {rows!r} given; a whole number of at least 1 row is needed. Correct it")
-    keys = {key: loader[key] for key in STREAM_KEYS if loader.get(key) is not None}
+        raise ValueError(f"train_loader.name must be ettin_text, got {loader.get('name')!r}")
+    if type(rows) is not int or rows < 1:
+        raise ValueError(f"global_train_batch_size must be an integer >= 1, got {rows!r}")
+    asked = inspect.signature(open_stream).parameters
+    keys = {key: loader[key] for key in asked if loader.get(key) is not None}
     if "batch_size_warmup" in keys:
         tokens = check_warmup(keys["batch_size_warmup"], rows, total=total_tokens(dict(cfg)))
         keys["batch_size_warmup"] = {**keys["batch_size_warmup"], "tokens": tokens}
-    if location is not None:
-        keys["dataset"] = _elsewhere(keys.get("dataset") or {}, os.fspath(location))
+    if location is not None and is_url(location):
+        keys["dataset"] = {**keys["dataset"], "remote": location}
+    elif location is not None:
+        folder, is_split = Path(location), (Path(location) / MANIFEST).is_file()
+        split = folder.name if is_split else keys["dataset"]["split"]
+        keys["dataset"] = {"local": str(folder.parent if is_split else folder), "split": split}
     return open_stream(**keys, global_batch_size=rows)
 
 
-def next_step(checkpoint: str | os.PathLike[str], location: str | os.PathLike[str] | None = None
-              ) -> tuple[dict[str, Any], RowStream, int]:
-    """What the run of a checkpoint reads next, from the checkpoint alone and the set.
+def next_step(checkpoint: Path, location: str | None = None) -> tuple[dict[str, Any], RowStream, int]:
+    """The config, the rows and the next step of the run that a checkpoint was saved by.
 
-    Args:
-        checkpoint: a .pt file, a sharded folder or a save folder (its newest).
-        location: where the set lies, if not where the run had it.
-
-    Returns:
-        (the run's config, its stream, number of the next step).
-
-    Raises:
-        FileNotFoundError, ValueError: no such checkpoint, one without the run's config or place in the data, or the set is
-            another one than it was trained on.
+    checkpoint: a .pt file, or a save folder (its newest). location: as for `stream_of`.
     """
-    from ettin_foundry.training.checkpoints import read_head
+    from ettin_foundry.training.checkpoints import read_head  # torch
 
-    head = read_head(Path(checkpoint))
+    head = read_head(checkpoint)
     if not head.record.get("run_config") or not head.data:
-        what = "place in the data" if head.record.get("run_config") else "record of its config"
-        raise ValueError(f"{head.path}: holds no {what}, as every checkpoint of a training run with ettin_text does. Give "
-                         "one of those")
+        what = "place in the data" if head.record.get("run_config") else "config"
+        raise ValueError(f"{head.path} must be of a run with ettin_text, got one without its {what}")
     cfg = json.loads(head.record["run_config"])
     stream = stream_of(cfg, location)
     stream.load_state_dict(head.data)
     return cfg, stream, stream.start_step
 
 
-def next_batch(checkpoint: str | os.PathLike[str], location: str | os.PathLike[str] | None = None, *, rank: int = 0,
-               world_size: int = 1) -> Batch:
-    """The batch that a run resumed from a checkpoint reads first, masks and labels included, bit for bit.
+class StepView(NamedTuple):
+    """A step of a stream, over all ranks."""
 
-    Args:
-        checkpoint, location: as for `next_step`.
-        rank, world_size: whose share of the global batch; any number of ranks that divides it.
-
-    Raises:
-        FileNotFoundError, ValueError: as `next_step`, or the set's tokenizer is missing or another one.
-    """
-    from ettin_foundry.data.batch import Collator
-    from ettin_foundry.data.tokenizer import check, load
-    from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule
-    from ettin_foundry.objectives.targets import TextVocab
-
-    cfg, stream, step = next_step(checkpoint, location)
-    if stream.ramp.min_size % world_size or not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of {world_size}: the number of ranks must divide {stream.ramp.min_size} rows")
-    name = Path(cfg["tokenizer"]["name"])
-    tokenizer = load(name if name.is_dir() else stream.data.local.parent / "tokenizer")
-    check(tokenizer, stream.data.tokenizer)
-    loader, total = cfg["train_loader"], total_tokens(cfg)
-    collate = Collator(ObjectiveSchedule.parse(loader["objective"], total=total), TextVocab.from_tokenizer(tokenizer),
-                       max_seq_len=stream.max_seq_len, seed=stream.order.seed,
-                       mask_rate=MaskRate.parse(loader.get("mask_rate", 0.0), total=total))
-    return collate(stream.rows_of(step, rank=rank, world_size=world_size))
+    rows: list[Row]
+    num_tokens: int  # real tokens of the step, BOS and EOS included
+    ids_hash: int  # as in steps.jsonl
+    samples: list[list[dict[str, Any]]]  # all columns of the chunks of its first rows
 
 
 def view_step(stream: RowStream, step: int, *, rows: int | None = None) -> StepView:
-    """A step's counts and hash, and the documents of its first `rows` rows (all if not given)."""
-    ids, first = special_ids(stream), stream.ramp.first_row(step)
-    _open_shards(stream, first)
-    read = stream.rows_of(step)
-    ids_hash, tokens, filler = 0, 0, np.empty(stream.max_seq_len, np.int64)
-    sequence_id = np.empty_like(filler)
+    """A step's rows and hash, and the stored chunks of its first `rows` rows (all if not given)."""
+    first = stream.ramp.first_row(step)
+    if not stream.data.fetches:
+        # opening a shard, which hashes it, takes most of the time: several at a time
+        shards = stream.order.shards_ahead(first)[:stream.order.shards_at_once]
+        stream.data.prefetch(shards)  # so that none is closed before it is used
+        stream.data.lengths(shards[0])  # the one file of all shards
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(stream.data.sample_lengths, shards))
+    read, num_tokens, ids_hash = stream.rows_of(step), 0, 0
+    padded = np.empty(stream.max_seq_len, np.int64)
     for row in read:
-        filler.fill(ids["pad"])
-        tokens += fill_row(filler, sequence_id, row.chunks, cls=ids["cls"], sep=ids["sep"])
-        ids_hash += hash_row(filler, row.place)
-    pieces = []
-    for row in read[:rows]:
-        _, shard, samples = stream.order.row(first + row.place)
-        for sample, chunk in zip(samples, row.chunks):
-            stored = stream.data.sample(shard, sample)
-            pieces.append(Piece(row.place, len(chunk) + SPECIALS_PER_PIECE, stored["doc"], stored["part"],
-                                bool(stored["last"]), stored["source"], chunk))
-    return StepView(step, read[0].epoch, len(read), tokens, read[0].tokens_before, ids_hash % HASH_MODULUS, pieces)
+        tokens = _row_tokens(row, stream)
+        padded[:len(tokens)], padded[len(tokens):] = tokens, _special_ids(stream)["pad"]
+        num_tokens += len(tokens)
+        ids_hash += hash_row(padded, row.place)
+    addresses = [stream.order.row(first + row.place)[1:] for row in read[:rows]]
+    samples = [[stream.data.sample(shard, sample) for sample in samples] for shard, samples in addresses]
+    return StepView(read, num_tokens, ids_hash % HASH_MODULUS, samples)
 
 
-def _open_shards(stream: RowStream, row: int) -> None:
-    """Opens the shards that the rows around `row` are drawn from, several at a time: all of a shard is hashed and checked
-    when it is opened, which would take most of the time of looking at one step, and does not hold Python's lock.
-    """
-    if stream.data.fetches:
-        return  # rows_of has them fetched in the background
-    shards = stream.order.shards_ahead(row)[:stream.order.shards_at_once]
-    stream.data.prefetch(shards)  # so that none is closed before it is used
-    stream.data.lengths(shards[0])
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(stream.data.sample_lengths, shards))
+def _special_ids(stream: RowStream) -> dict[str, int]:
+    """cls, sep and pad of the tokenizer that the dataset was made with."""
+    return {key: stream.data.tokenizer["special_ids"][key] for key in ("cls", "sep", "pad")}
 
 
-def special_ids(stream: RowStream) -> dict[str, int]:
-    """cls, sep and pad of the tokenizer that the set was made with, as its manifest states them.
-
-    Raises:
-        ValueError: it does not.
-    """
-    found = stream.data.tokenizer.get("special_ids") or {}
-    if not all(isinstance(found.get(key), int) for key in ("cls", "sep", "pad")):
-        raise ValueError(f"{stream.data.local / MANIFEST}: tokenizer.special_ids is {found!r}; cls, sep and pad are needed. "
-                         "Fetch or convert the set again")
-    return {key: found[key] for key in ("cls", "sep", "pad")}
-
-
-def row_tokens(row: Row, ids: Mapping[str, int]) -> np.ndarray:
-    """(n,) uint16: a row's real tokens, each piece BOS + chunk + EOS, before masking and without padding.
-
-    Args:
-        ids: from `special_ids`.
-    """
+def _row_tokens(row: Row, stream: RowStream) -> np.ndarray:
+    """(n,) uint16: a row's real tokens, each piece BOS + chunk + EOS, before masking and without padding."""
+    special = _special_ids(stream)
     tokens = np.empty(sum(map(len, row.chunks)) + SPECIALS_PER_PIECE * len(row.chunks), np.uint16)
-    fill_row(tokens, np.empty(tokens.shape, np.int64), row.chunks, cls=ids["cls"], sep=ids["sep"])
+    fill_row(tokens, np.empty(tokens.shape, np.int64), row, cls=special["cls"], sep=special["sep"])
     return tokens
 
 
-def is_past_end(cfg: Mapping[str, Any], view: StepView) -> bool:
-    """Whether a run is over before it comes to a step."""
+def steps_of_run(cfg: Mapping[str, Any], stream: RowStream, first: int = 0, last: int | None = None) -> range:
+    """The steps `first` to `last` - 1 of a run, or to its end: the first step that reaches max_duration."""
     amount, unit = parse_time("max_duration", cfg["max_duration"])
-    return (view.tokens_before if unit == "tok" else view.step) >= amount
+    if unit not in ("tok", "ba"):
+        raise ValueError(f"max_duration must be in tok or ba, got {cfg['max_duration']!r}")
+    beyond = (int(amount) // stream.order.tokens_per_epoch + 1) * stream.order.rows_per_epoch
+    end = int(amount) if unit == "ba" else bisect.bisect_left(
+        range(stream.ramp.step_at(beyond) + 1), amount, key=stream.tokens_before)
+    last = end if last is None else last
+    if not 0 <= first < last <= end:
+        raise ValueError(f"--from must be below --to, and --to at most {end}, got {first} and {last}")
+    return range(first, last)
 
 
-def length_of_run(cfg: Mapping[str, Any], stream: RowStream) -> int:
-    """Steps of a run: it ends with the first that reaches max_duration."""
-    amount, unit = parse_time("max_duration", cfg["max_duration"])
-    if unit == "ba":
-        return int(amount)
-    if unit != "tok":
-        raise ValueError(f"max_duration: {cfg['max_duration']!r} given; only tok and ba are possible. Give it in tokens")
-    order = stream.order
-    beyond = stream.ramp.step_at((int(amount) // order.tokens_per_epoch + 1) * order.rows_per_epoch) + 1
-    return bisect.bisect_left(range(beyond), amount, key=stream.tokens_before)
+def export_order(cfg: Mapping[str, Any], stream: RowStream, out: Path, steps: range) -> Iterator[int]:
+    """Writes steps of a run, yielding each, into a folder that is new or holds a part of this very export."""
+    phase = (cfg.get("variables") or {}).get("phase") or "pretrain"
+    prefix, interval = _PREFIXES.get(phase, phase), cfg.get("save_interval") or "1000ba"  # Composer's default
+    files = files_of(stream, interval, steps)
+    order = {"format": "ettin-order", "version": 1, "phase": phase, "save_interval": interval,
+             "steps": [steps.start, steps.stop], "batches": str(stream.ramp),
+             "special_ids": _special_ids(stream), **stream.identity()}
+    if not any(out.glob("*")):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "order.json").write_text(json.dumps(order, indent=1) + "\n")
+    elif not (out / "order.json").is_file() or json.loads((out / "order.json").read_text()) != order:
+        raise ValueError(f"--export must be a new folder or hold a part of this export, got {str(out)!r}")
+    for number, part in files:
+        path = out / f"{prefix}_{number:06d}" / f"steps_{part.start + 1:06d}_to_{part.stop:06d}.parquet"
+        complete = _is_complete(path, stream.ramp.first_row(part.stop) - stream.ramp.first_row(part.start))
+        yield from part if complete else _write(path, stream, part)
 
 
-def _elsewhere(dataset: Mapping[str, Any], location: str) -> dict[str, Any]:
-    """A loader's dataset block with the set at another place; options of fetching go where nothing is fetched."""
-    if is_url(location):
-        return {**dataset, "remote": location}
-    kept = {key: value for key, value in dataset.items() if key not in ("local", "remote", "cache_limit")}
-    folder = Path(location)
-    if (folder / MANIFEST).is_file():
-        return {**kept, "local": str(folder.parent), "split": folder.name}
-    return {**kept, "local": location}
+def files_of(stream: RowStream, interval: Any, steps: range) -> Iterator[tuple[int, range]]:
+    """(number of the checkpoint that comes after them, steps) of each file.
+
+    Cut where a checkpoint is saved, and every 100 steps from there. A checkpoint is saved after the first
+    step whose end has passed a multiple of the interval, as Composer does it.
+    """
+    (amount, unit), rows = parse_time("save_interval", interval), stream.ramp.max_size
+    clocks: dict[str, tuple[Callable[[int], int], int]] = {  # by unit; with the most that one step adds
+        "tok": (stream.tokens_before, rows * stream.max_seq_len), "ba": (int, 1),
+        "sp": (stream.ramp.first_row, rows)}
+    if unit not in clocks or amount < 1:
+        raise ValueError(f"save_interval must be in tok, ba or sp, got {interval!r}")
+    clock, most = clocks[unit]
+    return _cut(lambda step: int(clock(step) // amount), most <= amount, steps)
+
+
+def _cut(passed: Callable[[int], int], one_at_most: bool, steps: range) -> Iterator[tuple[int, range]]:
+    """`files_of`, by the multiples of the interval that are passed before a step."""
+    first, last = steps.start, steps.stop
+    number = passed(first) if one_at_most else sum(passed(s + 1) > passed(s) for s in range(first))
+    begin = bisect.bisect_left(range(first + 1), passed(first), key=passed)  # where its folder begins
+    while begin < last:
+        # up to the first step that begins with another checkpoint behind it
+        end = bisect.bisect_right(range(begin + STEPS_PER_FILE), passed(begin), lo=begin + 1, key=passed)
+        if end > first:
+            yield number + 1, range(max(begin, first), min(end, last))
+        number += passed(end) > passed(begin)
+        begin = end
+
+
+def _is_complete(path: Path, rows: int) -> bool:
+    """Whether a file is there with all its rows; one cut short by a crash of the machine is not."""
+    import pyarrow
+    from pyarrow.parquet import read_metadata
+
+    try:
+        return path.is_file() and read_metadata(path).num_rows == rows
+    except (pyarrow.ArrowException, OSError):
+        return False
+
+
+def _write(path: Path, stream: RowStream, steps: range) -> Iterator[int]:
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
+
+    schema = pa.schema([("input_ids", pa.list_(pa.uint16())), ("step", pa.uint64())],
+                       metadata={"sequence_length": str(stream.max_seq_len)})
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with ParquetWriter(partial, schema, compression="zstd", compression_level=3) as writer:
+        for step in steps:
+            rows = [_row_tokens(row, stream) for row in stream.rows_of(step)]
+            offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+            ids = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(rows)))
+            numbers = pa.array(np.full(len(rows), step + 1, np.uint64))
+            writer.write_table(pa.table([ids, numbers], schema=schema))
+            yield step
+    partial.replace(path)

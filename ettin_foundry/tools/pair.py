@@ -1,82 +1,123 @@
-"""Whether two runs are a fair pair: they read the same rows in the same order at the same sizes and schedule, and differ
-only where their objectives demand it.
+"""Whether two runs are a fair pair, and whether the phases of one model continue each other.
 
-Every leaf of the two configs is compared by what it means (meaning.py). A difference is `objective` or `harmless` only by a
-rule that stands here with its reason; whatever has no rule is `unfair`, so a key that is new, or not known, is never passed
-over. The phases of one model, one after the other, are lint_chain.py's; files of settings are lint_settings.py's.
+A fair pair reads the same rows in the same order at the same sizes and schedule, and differs only where the objectives
+demand it. A difference is `objective` or `harmless` only by a rule below; any other key, known or not, is `unfair`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ettin_foundry.model.config import MASKED_OBJECTIVES
-from ettin_foundry.objectives.schedule import ObjectiveSchedule
-from ettin_foundry.tools.lint_chain import lint_chain
-from ettin_foundry.tools.lint_report import ABSENT, HARMLESS, OBJECTIVE, UNFAIR, Difference, Report
+from ettin_foundry.tools.curves import learning_rates
 from ettin_foundry.tools.meaning import Meaning, data_of, read_meaning
 
-__all__ = ["Difference", "Report", "lint_chain", "lint_pair"]
+__all__ = ["HARMLESS", "OBJECTIVE", "UNFAIR", "Difference", "Report", "lint_chain", "lint_pair"]
+
+UNFAIR, HARMLESS, OBJECTIVE = "unfair", "harmless", "objective"
+ABSENT = "absent"
+_WIDEST = 48
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One key in which two runs, or two phases of one model, differ."""
+
+    key: str
+    a: Any
+    b: Any
+    verdict: str
+    reason: str
+    where: str = ""
+    """The phase, when the report is about a chain."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every difference, and notes about what could not be compared."""
+
+    names: tuple[str, str]
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...] = ()
+    what: str = "pair"
+
+    @property
+    def unfair(self) -> tuple[Difference, ...]:
+        return tuple(d for d in self.differences if d.verdict == UNFAIR)
+
+    @property
+    def fair(self) -> bool:
+        return not self.unfair
+
+    def __str__(self) -> str:
+        """A table, unfair differences first, then the notes, then one line with the verdict."""
+        order = (UNFAIR, HARMLESS, OBJECTIVE)
+        found = sorted(self.differences, key=lambda d: (order.index(d.verdict), d.key))
+        rows = [("verdict", "key", *self.names, "why")]
+        rows += [(d.verdict, d.key, _shown(d.a), _shown(d.b), f"{d.where}: {d.reason}".removeprefix(": ")) for d in found]
+        widths = [*(max(map(len, column)) for column in list(zip(*rows))[:4]), 0]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows if found]
+        counts = [f"{sum(d.verdict == verdict for d in found)} {verdict}" for verdict in order]
+        counts = [count for count in counts if not count.startswith("0 ")] or ["no difference"]
+        keys = f"; unfair: {', '.join(sorted({d.key for d in self.unfair}))}" if self.unfair else ""
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes),
+                          f"{'fair' if self.fair else 'unfair'} {self.what}: {', '.join(counts)}{keys}"])
+
+
+def _shown(value: Any) -> str:
+    """As in YAML; numbers as short as they are exact; cut where it is long."""
+    short = isinstance(value, float) and float(f"{value:g}") == value
+    text = str(value).lower() if isinstance(value, bool) else f"{value:g}" if short else str(value)
+    return text if len(text) <= _WIDEST else text[:_WIDEST - 3] + "..."
+
+
+# ------------------------------------------------------------------ pairs
 
 _LOADER = r"(?:train_loader|eval_loader(?:\(.*?\))?)"
-_WATCHERS = ("speed_monitor", "lr_monitor", "runtime_estimator", "scheduled_gc", "memory_monitor", "memory_snapshot",
-             "oom_observer", "optimizer_monitor", "system_metrics_monitor", "ettin_clock", "ettin_monitor", "ettin_samples",
-             "ettin_export", "ettin_steps")
+_OBSERVERS = ("speed_monitor|lr_monitor|runtime_estimator|scheduled_gc|memory_monitor|memory_snapshot|oom_observer|"
+              "optimizer_monitor|system_metrics_monitor|ettin_clock|ettin_monitor|ettin_samples|ettin_export|ettin_steps")
 
 # pattern of a whole key -> why a difference in it cannot change what is learnt
 _HARMLESS = {
-    rf"{_LOADER}\.(num_workers|prefetch_factor|pin_memory|persistent_workers|timeout)":
+    rf"{_LOADER}\.(num_workers|prefetch_factor|pin_memory|persistent_workers|timeout|dataset\.cache_limit)":
         "how rows are fetched; which ones follows from data and seed alone",
-    rf"{_LOADER}\.dataset\.cache_limit": "how much of the set is kept on disk",
-    r"model\.attn_impl": "the same function, up to rounding",
-    r"dist_timeout|max_split_size_mb|expandable_segments|cuda_load_lazy|profiler(\..*)?": "memory and time, no values",
-    r"progress_bar|log_to_console|console_log_interval|python_log_level|log_config|(loggers|metadata)(\..*)?|"
-    r"flatten_metadata": "what is logged",
+    r"model\.(attn_impl|compile)": "the same function, up to rounding",
+    r"(loggers|metadata|profiler)(\..*)?|progress_bar|log_to_console|console_log_interval|python_log_level|log_config|"
+    r"flatten_metadata|dist_timeout|max_split_size_mb|expandable_segments|cuda_load_lazy": "logging, memory and time only",
     r"save_interval|save_filename|save_latest_filename|save_overwrite|save_num_checkpoints_to_keep|"
-    r"only_composer_checkpoint|autoresume": "what is kept on disk; a run that resumes goes on exactly",
+    r"only_composer_checkpoint|autoresume": "what is kept on disk; a run that resumes continues exactly",
     r"eval_interval|eval_first": "evaluating changes no weight",
-    rf"callbacks\.({'|'.join(_WATCHERS)})(\..*)?": "it watches or writes, and changes no weight",
-    r"callbacks\.ettin_(phase|cross)\.accept": "it lets a run begin, and acts no further",
+    r"device_eval_batch_size": "metrics are sums over targets, whatever the batch",
+    rf"callbacks\.({_OBSERVERS})(\..*)?": "it observes or writes, and changes no weight",
+    r"callbacks\.ettin_(phase|cross)\.accept": "it lets a run begin, and has no further effect",
     r"fsdp_config\.(state_dict_type|activation_checkpointing|activation_cpu_offload|reshard_after_forward|verbose|"
     r"load_monolith_rank0_only)": "where tensors lie, not what they hold",
 }
-
-# pattern of a whole key -> what an unfair difference in it does; the first that fits is said
+# what an unfair difference in a key does; the first that matches is said
 _UNFAIR = {
-    rf"{_LOADER}\.(shuffle|shuffle_seed|shuffle_window|packing|dataset\.on_bad_shard)":
-        "the members would not read the same rows in the same order",
+    rf"{_LOADER}\.(shuffle|shuffle_seed|shuffle_window|packing)|global_train_batch_size|max_duration|"
+    r"train_loader\.batch_size_warmup.*|(.*\.)?max_seq_len": "the members would not read the same rows in the same steps",
     r"eval_loader.*|eval_subset_num_batches": "the members' validation losses could not be compared",
-    r"global_train_batch_size|train_loader\.batch_size_warmup.*|(model|train_loader)\.max_seq_len|max_seq_len":
-        "the members' steps would not hold the same rows",
-    r"max_duration": "one member would see more tokens",
-    r"seed": "first weights and dropout are drawn from it",
-    r"(optimizer|scheduler|algorithms)\b.*": "the members would be trained another way",
     r"model\..*": "the members would differ in more than their attention mask",
-    r"tokenizer\b.*": "the members would not see the same tokens",
-    r"precision|fsdp_config\..*|compile_config.*": "the members would compute in another way",
-    r"accumulate_train_batch_on_tokens": "a target would not weigh the same",
-    r"load_.*|callbacks\.ettin_(phase|cross).*|reset_time|restart_override": "the members would not begin alike",
-    r"save_weights_only|save_ignore_keys": "a later phase, or a resume, would not find the same state",
+    r"load_.*|callbacks\.ettin_(phase|cross).*|seed": "the members would not begin alike",
+    r"(optimizer|scheduler|algorithms|precision|tokenizer|fsdp_config)\b.*": "the members would be trained another way",
+    r".*": "not known to be without effect on what is learnt",
 }
-_UNKNOWN = "not known to be without effect on what is learnt"
-
-_Ruling = tuple[str, str]
 
 
 def lint_pair(a: Mapping[str, Any], b: Mapping[str, Any], *, names: tuple[str, str] = ("a", "b")) -> Report:
     """Compares two runs as the members of a pair.
 
     Args:
-        a, b: configs as plain containers, interpolations resolved; both must pass `checks.check_settings`, which is not
-            repeated here.
-        names: what the runs are called in the report.
+        a, b: configs as plain containers, interpolations resolved, that `checks.check_settings` accepts.
 
     Returns:
-        Every difference with its verdict. Where the data's manifests are on this machine, sets are compared by their
+        Every difference with its verdict. Where the data's manifests are on this machine, datasets are compared by their
         fingerprints; else by where they lie, which a note says.
 
     Raises:
@@ -84,16 +125,20 @@ def lint_pair(a: Mapping[str, Any], b: Mapping[str, Any], *, names: tuple[str, s
     """
     first, second = read_meaning(names[0], a), read_meaning(names[1], b)
     found, notes = _compare_data(first, second)
-    done = {d.key for d in found}
-    place = re.compile(rf"{_LOADER}\.dataset\.(local|split|remote)")
-    for keys in _grouped(first, second):
-        keys = [key for key in keys if key not in done and not place.fullmatch(key)]
-        if not keys:
-            continue
-        rulings = {key: _rule(key, first, second) for key in keys}
-        worst = min(keys, key=lambda key: (UNFAIR, HARMLESS, OBJECTIVE).index(rulings[key][0]))
-        shown = keys[0] if len(keys) == 1 else _missing_block(keys[0], first, second)
-        found.append(Difference(shown, _value(shown, first), _value(shown, second), *rulings[worst]))
+    compared = re.compile("|".join([rf"{_LOADER}\.dataset\.(local|split|remote)", *(re.escape(d.key) for d in found)]))
+    blocks: dict[str, list[str]] = {}  # the keys of a block that one side lacks are one difference
+    for key in dict.fromkeys([*first.values, *second.values]):
+        if not _same(first.get(key, ABSENT), second.get(key, ABSENT)) and not compared.fullmatch(key):
+            parts = key.split(".")
+            above = [".".join(parts[:n]) for n in range(1, len(parts))]
+            block = next((block for block in above if first.has(block) != second.has(block)), key)
+            blocks.setdefault(block, []).append(key)
+    for block, keys in blocks.items():
+        shown = keys[0] if len(keys) == 1 else block
+        values = [run.values[shown] if shown in run.values else "given" if run.has(shown) else ABSENT
+                  for run in (first, second)]
+        rules = [_rule(key, first, second) for key in keys]
+        found.append(Difference(shown, *values, *min(rules, key=lambda r: (UNFAIR, HARMLESS, OBJECTIVE).index(r[0]))))
     return Report(names, tuple(found), tuple(notes))
 
 
@@ -101,142 +146,157 @@ def _same(a: Any, b: Any) -> bool:
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
-def _grouped(a: Meaning, b: Meaning) -> Iterator[list[str]]:
-    """The keys whose values differ; those of a block that one side lacks altogether in one group."""
-    groups: dict[str, list[str]] = {}
-    for key in dict.fromkeys([*a.values, *b.values]):
-        if not _same(a.get(key, ABSENT), b.get(key, ABSENT)):
-            groups.setdefault(_missing_block(key, a, b), []).append(key)
-    yield from groups.values()
-
-
-def _missing_block(key: str, a: Meaning, b: Meaning) -> str:
-    """The highest block above a key of which one side has nothing, or the key."""
-    parts = key.split(".")
-    for depth in range(1, len(parts)):
-        above = ".".join(parts[:depth])
-        if a.tells(above) != b.tells(above):
-            return above
-    return key
-
-
-def _value(key: str, run: Meaning) -> Any:
-    return run.values[key] if key in run.values else "given" if run.tells(key) else ABSENT
-
-
-# ------------------------------------------------------------------ rules
-
-
-def _rule(key: str, a: Meaning, b: Meaning) -> _Ruling:
-    for pattern, rule in _RULES.items():
-        if re.fullmatch(pattern, key):
-            return rule(key, a, b)
-    if reason := _reason(_HARMLESS, key):
-        return HARMLESS, reason
-    return UNFAIR, _reason(_UNFAIR, key) or _UNKNOWN
-
-
-def _reason(reasons: Mapping[str, str], key: str) -> str | None:
-    return next((reason for pattern, reason in reasons.items() if re.fullmatch(pattern, key)), None)
-
-
-def _of_member(reason: str, a: Meaning, b: Meaning) -> _Ruling:
-    """What has to be each member's own; of two runs of one objective nothing is demanded by it."""
-    return (HARMLESS if _same(a.get("model.objective"), b.get("model.objective")) else OBJECTIVE), reason
-
-
-def _name(key: str, a: Meaning, b: Meaning) -> _Ruling:
-    return _of_member("names the run", a, b)
-
-
-def _source(key: str, a: Meaning, b: Meaning) -> _Ruling:
-    if key not in a.values or key not in b.values:
-        return UNFAIR, "one member begins with trained weights, the other does not"
-    return _of_member("each run goes on from its own checkpoint", a, b)
-
-
-def _objective(key: str, a: Meaning, b: Meaning) -> _Ruling:
-    if _same(a.get("model.objective"), b.get("model.objective")):
-        return UNFAIR, "trained alike, the members would be validated on different tasks"
-    return OBJECTIVE, "what a pair is for"
-
-
-def _mask_rate(key: str, a: Meaning, b: Meaning) -> _Ruling:
-    block = key.rpartition(".")[0]
-    if all(_masks(run.get(f"{block}.objective", run.values["model.objective"])) for run in (a, b)):
-        return UNFAIR, "both members mask, so they must mask alike"
-    return OBJECTIVE, "only one member masks"
-
-
-def _masks(objective: Any) -> bool:
-    """Of an objective as `Meaning` has it: whether a mask rate acts in it."""
-    if isinstance(objective, str) and objective.startswith(("[", "{")):
-        objective = json.loads(objective)
-    if isinstance(objective, list) and all(isinstance(name, str) for name in objective):
-        return any(name in MASKED_OBJECTIVES for name in objective)
-    return ObjectiveSchedule.parse(objective).masks
-
-
-def _window(key: str, a: Meaning, b: Meaning) -> _Ruling:
-    usual = [run.config.window_left == dataclasses.replace(run.config, window_left=-1).window_left for run in (a, b)]
-    if a.config.causal != b.config.causal and all(usual):
-        return OBJECTIVE, "transformers keeps half the window of tokens to the left in encoders, one less in decoders"
-    return UNFAIR, "the members would not see equally far"
-
-
-def _microbatch(key: str, a: Meaning, b: Meaning) -> _Ruling:
-    if not _all_ettin(a, b):
-        return UNFAIR, "the loss depends on which rows are together in a microbatch"
-    if all(run.get("accumulate_train_batch_on_tokens") is True for run in (a, b)):
-        return HARMLESS, "every target of a step weighs the same, whatever the microbatch"
-    return UNFAIR, "microbatches are weighted by rows, so that their size changes what a target weighs"
-
-
-def _eval_batch(key: str, a: Meaning, b: Meaning) -> _Ruling:
-    if not _all_ettin(a, b):
-        return UNFAIR, "the metric depends on which rows are together in a batch"
-    return HARMLESS, "metrics are sums over targets, whatever the batch"
-
-
-def _all_ettin(a: Meaning, b: Meaning) -> bool:
-    return all(run.get("model.name") == "ettin" for run in (a, b))
-
-
-_RULES: dict[str, Callable[[str, Meaning, Meaning], _Ruling]] = {
-    r"run_name|save_folder": _name,
-    r"load_path|callbacks\.ettin_(phase|cross)\.source": _source,
-    rf"(model|{_LOADER})\.objective": _objective,
-    rf"{_LOADER}\.mask_rate": _mask_rate,
-    r"model\.window_left": _window,
-    r"device_train_microbatch_size|device_train_batch_size|device_train_grad_accum|n_gpus": _microbatch,
-    r"device_eval_batch_size": _eval_batch,
-}
-
-
-# ------------------------------------------------------------------ data
+def _rule(key: str, a: Meaning, b: Meaning) -> tuple[str, str]:
+    """(verdict, reason) of a key in which two runs differ."""
+    one_objective = _same(a.get("model.objective"), b.get("model.objective"))
+    own = HARMLESS if one_objective else OBJECTIVE  # what each member must have for itself
+    if key in ("run_name", "save_folder"):
+        return own, "names the run"
+    if re.fullmatch(r"load_path|callbacks\.ettin_(phase|cross)\.source", key):
+        both = key in a.values and key in b.values
+        return (own, "each run continues its own checkpoint") if both else (UNFAIR, "only one member begins with weights")
+    if re.fullmatch(rf"(model|{_LOADER})\.objective", key):
+        if one_objective:
+            return UNFAIR, "trained alike, the members would be validated on different tasks"
+        return OBJECTIVE, "what a pair is for"
+    if re.fullmatch(rf"{_LOADER}\.mask_rate", key):
+        objectives = [str(run.get(f"{key.rpartition('.')[0]}.objective", run.get("model.objective"))) for run in (a, b)]
+        both = all(any(name in objective for name in MASKED_OBJECTIVES) for objective in objectives)
+        return (UNFAIR, "both members mask, so they must mask alike") if both else (OBJECTIVE, "only one member masks")
+    if key == "model.window_left":
+        usual = [run.config.window_left == dataclasses.replace(run.config, window_left=-1).window_left for run in (a, b)]
+        if a.config.causal != b.config.causal and all(usual):
+            return OBJECTIVE, "transformers keeps half the window of tokens to the left in encoders, one less in decoders"
+        return UNFAIR, "the members would not see equally far"
+    if key in ("device_train_microbatch_size", "device_train_batch_size", "device_train_grad_accum", "n_gpus"):
+        if all(run.get("accumulate_train_batch_on_tokens") is True for run in (a, b)):
+            return HARMLESS, "every target of a step weighs the same, whatever the microbatch"
+        return UNFAIR, "microbatches are weighted by rows, so that their size changes what a target weighs"
+    for verdict, reasons in ((HARMLESS, _HARMLESS), (UNFAIR, _UNFAIR)):
+        for pattern, reason in reasons.items():
+            if re.fullmatch(pattern, key):
+                return verdict, reason
+    raise AssertionError(key)  # the last pattern matches every key
 
 
 def _compare_data(a: Meaning, b: Meaning) -> tuple[list[Difference], list[str]]:
-    """Differences of the sets that the loaders read, and what was compared."""
+    """Differences of the datasets that the loaders read, and notes on how they were compared."""
     found, notes = [], []
-    loaders = dict.fromkeys(key.removesuffix(".dataset.local") for run in (a, b) for key in run.values
-                            if key.endswith(".dataset.local"))
-    for loader in loaders:
+    for loader in dict.fromkeys(key.removesuffix(".dataset.local") for run in (a, b) for key in run.values
+                                if key.endswith(".dataset.local")):
         key = f"{loader}.dataset"
-        if not (a.tells(key) and b.tells(key)):
+        if not (a.has(key) and b.has(key)):
             continue  # the loader itself is a difference
         one, other = data_of(a, loader), data_of(b, loader)
         if one.fingerprint and other.fingerprint:
             marks = one.fingerprint[:12], other.fingerprint[:12]
             if one.fingerprint != other.fingerprint:
-                found.append(Difference(key, *marks, UNFAIR, "the members would not read the same text (fingerprints of the "
-                                        "sets)"))
+                found.append(Difference(key, *marks, UNFAIR, "the members would not read the same text (fingerprints)"))
             elif one.place != other.place:
-                found.append(Difference(key, one.place, other.place, HARMLESS, "copies of one set, by their fingerprints"))
+                found.append(Difference(key, one.place, other.place, HARMLESS, "copies of one dataset, by fingerprint"))
             notes.append(f"{key}: fingerprint {' and '.join(dict.fromkeys(marks))}")
         elif one.place != other.place:
-            found.append(Difference(key, one.place, other.place, UNFAIR, "another set, as far as can be seen: the manifests "
-                                    "are not both on this machine"))
+            found.append(Difference(key, one.place, other.place, UNFAIR,
+                                    "another dataset, as far as can be seen: the manifests are not both on this machine"))
         else:
             notes.append(f"{key}: {one.place} is not on this machine, so only its place was compared")
     return found, notes
+
+
+# ------------------------------------------------------------------ chains of phases
+
+_MODEL_KEYS = [f"model.{key}" for key in ("size", "vocab_size", "global_attn_every_n_layers", "local_attention", "norm_eps")]
+_Found = Iterator[tuple[str, Any, Any, str]]
+
+
+def lint_chain(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> Report:
+    """Compares each phase of a model with the one before it: shape, tokenizer, row length, rotary theta, clock, learning
+    rate and weight decay must continue. Data, budget, batch and mask rate may change.
+
+    Args:
+        runs: (name, config) in the order in which they are run, configs as for `lint_pair`; a cross run follows the run
+            whose weights it takes.
+    """
+    chain = [read_meaning(name, cfg) for name, cfg in runs]
+    found, notes = [], []
+    for i, now in enumerate(chain[1:], 1):
+        for check in (_check_model, _check_theta, _check_optimizer):
+            found += [Difference(key, a, b, UNFAIR, reason, now.name) for key, a, b, reason in check(chain[:i], now)]
+        if unknown := [run.get("scheduler.name") for run in chain[i - 1:i + 1] if learning_rates(dict(run.cfg)) is None]:
+            notes.append(f"{now.name}: the learning rates of {unknown[0]} are not known here, so they were not compared")
+    return Report(("before", "now"), tuple(found), tuple(notes), "chain")
+
+
+def _start(run: Meaning) -> str:
+    """How a run begins: `scratch`, `weights` of another run, a new `phase` with the optimizer kept, or `loaded` with the
+    checkpoint's clock."""
+    if run.has("callbacks.ettin_cross") or run.get("callbacks.ettin_phase.keep") == "weights":
+        return "weights"
+    if run.has("callbacks.ettin_phase"):
+        return "phase"
+    if run.get("load_path") is None:
+        return "scratch"
+    return "weights" if run.get("load_weights_only") else "loaded"
+
+
+def _changed(keys: Sequence[str], before: Meaning, now: Meaning, reason: str) -> _Found:
+    for key in keys:
+        if (old := before.get(key, ABSENT)) != (new := now.get(key, ABSENT)):
+            yield key, old, new, reason
+
+
+def _check_model(past: Sequence[Meaning], now: Meaning) -> _Found:
+    before = past[-1]
+    same_kind = before.config.causal == now.config.causal
+    yield from _changed([*_MODEL_KEYS, *(["model.window_left"] if same_kind else [])], before, now,
+                        "the weights belong to another model")
+    if not same_kind and not (now.has("callbacks.ettin_cross") or now.get("load_weights_only")):
+        yield from _changed(["model.objective"], before, now, "encoder and decoder continue as each other with the weights "
+                            "alone, as callbacks.ettin_cross takes them")
+    names = [run.get("tokenizer.name", ABSENT) for run in (before, now)]
+    own = [str(run.cfg.get("tokenizer", {}).get("name")) for run in (before, now)]
+    if names[0] == names[1] and own[0] != own[1]:  # both beside their data: what the manifests say of them
+        names = [data_of(run, "train_loader").tokenizer for run in (before, now)]
+    if None not in names and names[0] != names[1]:
+        yield "tokenizer.name", *own, "the embedding's rows would stand for other tokens"
+    if now.values["max_seq_len"] < before.values["max_seq_len"]:
+        yield from _changed(["max_seq_len"], before, now, "rows shrink: long documents are not trained on any more")
+
+
+def _check_theta(past: Sequence[Meaning], now: Meaning) -> _Found:
+    """A theta may go up once: positions that were learnt under one are read under another."""
+    keys = ("model.global_rope_theta", "model.local_rope_theta")
+    moved = {key: (past[-1].values[key], now.values[key]) for key in keys if past[-1].values[key] != now.values[key]}
+    for key, (old, new) in moved.items():
+        history = {run.values[key] for run in past}
+        if new in history:
+            yield key, old, new, "rotary theta goes back to what it was in an earlier phase"
+        elif new < old:
+            yield key, old, new, "rotary theta goes down"
+        elif len(history) > 1:
+            yield key, old, new, "rotary theta goes up for a second time"
+        elif key == "model.local_rope_theta" and len(moved) == 1:
+            yield key, old, new, "local layers get another rotary theta in a phase that leaves global layers theirs"
+
+
+def _check_optimizer(past: Sequence[Meaning], now: Meaning) -> _Found:
+    before, start = past[-1], _start(now)
+    if start == "scratch":
+        yield "load_path", before.values["max_duration"], ABSENT, "nothing is loaded: the phase would train a new model"
+        return
+    if start == "loaded":
+        yield ("load_path", before.values["max_duration"], now.values["max_duration"], "the checkpoint's clock is not set "
+               "back: the phase is past its end, or begins in the middle of its schedule")
+    if start != "weights":
+        yield from _changed(("optimizer.name", "optimizer.weight_decay"), before, now,
+                            "the optimizer is kept, and would do something else")
+    ours, last = learning_rates(dict(now.cfg)), learning_rates(dict(before.cfg))
+    if start != "loaded" and ours and last:
+        begin, end, given = ours[1][0], last[1][-1], now.values["optimizer.lr"]
+        if begin > end and not math.isclose(begin, end, rel_tol=1e-6):
+            yield "optimizer.lr", end, begin, "the learning rate jumps up from where the phase before ended"
+        elif start == "phase" and 1e-6 * given <= begin < end * (1 - 1e-6):  # below that it warms up
+            yield "optimizer.lr", end, begin, "the learning rate falls from where the phase before ended"
+    old, new = (run.get("optimizer.max_lr", run.values["optimizer.lr"]) for run in (before, now))
+    if start == "phase" and old != new:
+        yield "optimizer.max_lr", old, new, "weight decay is relative to max_lr: at one learning rate it would be another"

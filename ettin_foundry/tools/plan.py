@@ -1,7 +1,8 @@
-"""Arithmetic before a run: from a config, and the data's manifest when it is there, to steps, tokens and operations.
+"""What a run will take, from its config and its data's manifest: steps, tokens, operations, memory, hours and disk space.
 
-Nothing is built, loaded or written here. Without data, rows are taken to be full and documents to be as long as a row,
-which `Plan.measured` says and the report too. What a run costs is in plan_cost.py, its memory in plan_memory.py.
+Nothing is built, loaded or written. Without the data, rows are taken to be full and documents to be as long as a row.
+Hours assume a share of the GPU's peak, counting 6 operations per parameter and token: the one that the original reached at
+a published size, or `--mfu`. Evaluations, checkpoint writing and start-up are not counted.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +20,26 @@ import numpy as np
 
 from ettin_foundry.data.manifest import MANIFEST
 from ettin_foundry.data.mixture import MixtureSplit, open_split
-from ettin_foundry.data.ramp import BatchRamp
+from ettin_foundry.data.quantities import format_bytes, format_count
+from ettin_foundry.data.ramp import BatchRamp, check_warmup
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.objectives.schedule import parse_tokens
-from ettin_foundry.tools.plan_course import Course, course
-from ettin_foundry.training.keys import MODEL_KEYS
+from ettin_foundry.tools.curves import Curves, run_curves
+from ettin_foundry.training.checks import check_settings
 from ettin_foundry.training.run_config import model_config, parse_time, total_tokens
 
-__all__ = ["DataFacts", "Plan", "aligned", "batch_ramp", "data_facts", "kinds", "lines", "plan_with", "report", "run_plan",
-           "split_facts"]
+__all__ = ["DataFacts", "Plan", "as_json", "batch_ramp", "data_facts", "memory_bytes", "plan_run", "plan_runs", "report",
+           "text", "totals"]
+
+SLACK_GIB = 2.0  # left free when a microbatch is said to fit
+GPUS = {"h100": (1.979e15 / 2, 79.1), "h100-pcie": (1.513e15 / 2, 79.1), "h200": (1.979e15 / 2, 139.8),
+        "a100": (312e12, 79.1), "a100-40gb": (312e12, 39.4), "a10": (125e12, 22.0)}
+"""{name: (peak FLOP/s in dense bf16 as in Composer's speed_monitor.py, memory in GiB)}; h100, h200, a100 are SXM modules."""
+
+# Ettin's repository, pretraining/README.md: hours for 2T tokens, all phases, on 4x H100
+ORIGINAL_HOURS = {"17m": 141, "32m": 212, "68m": 300, "150m": 470, "400m": 950, "1b": 2170}
+ORIGINAL_TOKENS, ORIGINAL_GPUS = 2_000_000_000_000, 4
 
 
 @dataclass(frozen=True)
@@ -37,59 +50,69 @@ class DataFacts:
     num_chunks: int
     num_rows: int
     documents: tuple[tuple[int, int], ...]
-    """(length with BOS and EOS, how many) of the chunks, each of which is a document to the model."""
+    """(length with BOS and EOS, number) of the chunks, each of which is a document to the model."""
 
     def attended_pairs(self, config: EttinConfig) -> int:
         """(query, key) pairs of all documents, summed over layers."""
         return sum(number * config.attended_pairs(length) for length, number in self.documents)
 
-    @property
-    def tokens_per_row(self) -> float:
-        return self.num_tokens / self.num_rows
 
-    @property
-    def text_share(self) -> float:
-        """Share of the tokens that are neither BOS nor EOS."""
-        return 1 - 2 * self.num_chunks / self.num_tokens
+def data_facts(split: MDSSplit | MixtureSplit, max_seq_len: int, *, packing: bool) -> DataFacts | None:
+    """Sums over a split's manifest and length histograms; None when packed rows were not counted for this length."""
+    rows = split.rows(max_seq_len) if packing else split.samples
+    if rows is None:
+        return None
+    counts = np.sum([split.lengths(shard).astype(np.int64) for shard in range(split.num_shards)], axis=0)
+    num_chunks = int(split.samples.sum())
+    return DataFacts(int(split.tokens.sum()) + 2 * num_chunks, num_chunks, int(rows.sum()),
+                     tuple((int(n) + 2, int(counts[n])) for n in np.flatnonzero(counts)))
 
-    @property
-    def first_share(self) -> float:
-        """Share of the tokens that are the first of a document."""
-        return self.num_chunks / self.num_tokens
+
+def _split_facts(cfg: dict[str, Any]) -> DataFacts | None:
+    """What a config's training split holds, None when it is not on this machine."""
+    loader = cfg["train_loader"]
+    folder = Path(loader["dataset"]["local"]) / loader["dataset"].get("split", "train")
+    if not (folder / MANIFEST).is_file():
+        return None
+    try:
+        return data_facts(open_split(folder), cfg["max_seq_len"], packing=loader.get("packing", True))
+    except OSError:
+        if not loader["dataset"].get("remote"):  # else the loader fetches what is missing
+            raise
+    return None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run in numbers. Real tokens are those of chunks, BOS and EOS; padding is never counted."""
+    """A run in numbers. Real tokens are those of chunks, BOS and EOS; padding is not counted."""
 
+    name: str
     size: str
     objective: str
-    """As a schedule is written for people."""
-    causal: bool
-    """What the model is at the end: a decoder."""
+    causal: bool  # a decoder at the end
     parameters: int
     max_seq_len: int
-    rows_per_step: int
-    """Of the full batch, after a warm-up."""
-    first_rows: int
-    """Rows of the first step; rows_per_step without a batch-size warm-up."""
-    warmup_steps: int
-    """Steps with fewer than rows_per_step rows."""
-    tokens_per_step: int
-    """Real tokens of an average step of the full batch."""
+    rows_per_step: int  # of the full batch
+    first_rows: int  # of the first step of a batch-size warm-up
+    warmup_steps: int  # steps with fewer than rows_per_step rows
+    tokens_per_step: int  # real tokens of an average step of the full batch
     num_steps: int
-    num_tokens: int
-    """Real tokens of the whole run."""
-    epochs: float | None
-    """Passes over the data, None when the data is not there."""
-    shares: dict[str, float]
-    """{objective: share of the run's tokens}."""
+    num_tokens: int  # real tokens of the whole run
+    epochs: float | None  # passes over the data; None when the data is not here
+    shares: dict[str, float]  # {objective: share of the run's tokens}
     targets_per_token: float
-    """Over the whole run, whatever its schedules."""
-    flops_per_token: int
-    """Useful operations of forward and backward per real token, see `EttinConfig.flops`, over the whole run."""
-    measured: bool
-    """True when fill and lengths are the data's, False when every row is taken to be one full document."""
+    flops_per_token: int  # useful work of forward and backward (`EttinConfig.flops`), mean over the run
+    num_gpus: int
+    gpu: str  # a key of GPUS, or cpu
+    microbatch: int  # rows on a device
+    memory_bytes: dict[str, int]  # at the peak of a step on a device, by what they belong to
+    largest_microbatch: int | None  # rows that fit with SLACK_GIB to spare; None on a CPU
+    mfu: float | None  # assumed share of the peak, 6 operations per parameter and token
+    hours: float | None
+    checkpoints: int  # those that exist after the run
+    storage_bytes: int
+    cfg: dict[str, Any]
+    curves: Curves
 
     @property
     def fill(self) -> float:
@@ -98,48 +121,54 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        """Useful operations of the whole run."""
         return self.flops_per_token * self.num_tokens
 
     @property
     def flops_6n(self) -> int:
-        """Operations of the whole run in the usual short count: 6 per parameter and token, attention left out."""
         return 6 * self.parameters * self.num_tokens
 
+    @property
+    def fits(self) -> bool:
+        return self.largest_microbatch is None or self.microbatch <= self.largest_microbatch
 
-def data_facts(mds: MDSSplit | MixtureSplit, max_seq_len: int, *, packing: bool) -> DataFacts | None:
-    """Sums over a split's manifest and length histograms; None when packed rows were not counted for this length."""
-    rows = mds.rows(max_seq_len) if packing else mds.samples
-    if rows is None:
-        return None
-    counts = np.zeros(mds.chunk_length + 1, dtype=np.int64)
-    for shard in range(mds.num_shards):
-        counts += mds.lengths(shard)
-    documents = tuple((int(n) + 2, int(counts[n])) for n in np.flatnonzero(counts))
-    num_chunks = int(mds.samples.sum())
-    return DataFacts(int(mds.tokens.sum()) + 2 * num_chunks, num_chunks, int(rows.sum()), documents)
+    @property
+    def machine(self) -> str:
+        return f"{self.num_gpus}x {self.gpu.upper()}" if self.gpu in GPUS else "one CPU process"
+
+    @property
+    def memory_gib(self) -> float:
+        return sum(self.memory_bytes.values()) / 2**30
 
 
-def split_facts(cfg: dict[str, Any]) -> DataFacts | None:
-    """What a config's training split holds, None when it is not here.
+# ------------------------------------------------------------------ arithmetic
 
-    Raises:
-        ValueError: the data's files contradict their manifest.
+# bytes that autograd keeps of a token in a layer, for each unit of (hidden_size, intermediate_size), in 16 bits or fp32
+_ACTIVATIONS = {True: (24, 6), False: (48, 16)}
+
+
+def memory_bytes(config: EttinConfig, num_tokens: int, targets_per_token: float, *, half: bool = True, ranks: int = 1,
+                 fsdp: bool = False, recompute: bool = False) -> dict[str, int]:
+    """Peak memory of a training step on one device, by what it belongs to.
+
+    A closed form fitted to measured peaks, which it meets within 5%: amp_bf16 with compiled blocks and flash attention on
+    one H200 (150m mlm, 65,536 tokens: 39 GiB; 1b clm, 16,384 tokens: 48.6 GiB), and fp32 with the reference attention on a
+    CPU (benchmarks/plan_memory.py). The CUDA context and unusable memory of the allocator are not counted.
+
+    Args:
+        num_tokens: token positions of a microbatch. half: amp_bf16 or amp_fp16, else fp32.
+        fsdp: weights and optimizer are sharded over the ranks. recompute: a layer keeps its input only.
     """
-    loader = cfg["train_loader"]
-    folder = Path(loader["dataset"]["local"]) / loader["dataset"].get("split", "train")
-    if not (folder / MANIFEST).is_file():
-        return None
-    try:
-        return data_facts(open_split(folder), cfg["max_seq_len"], packing=loader.get("packing", True))
-    except OSError:
-        if not loader["dataset"].get("remote"):
-            raise  # else the loader fetches what is missing
-    return None
-
-
-def _full_rows(length: int) -> DataFacts:
-    return DataFacts(length, 1, 1, ((length, 1),))
+    weights = 4 * config.num_parameters
+    model = 4 * weights / (ranks if fsdp else 1)  # weights, gradients and two moments
+    model += (weights if ranks > 1 and not fsdp else 0) + (weights / 2 if half else 0)  # DDP's buckets; casts to 16 bits
+    per_width, per_glu = _ACTIVATIONS[half]
+    layer = num_tokens * (per_width * config.hidden_size + per_glu * config.intermediate_size)
+    kept = 4 * num_tokens * config.hidden_size * config.num_hidden_layers
+    # a slice of logits with its gradient, and the output matrix twice (its gradient, and that of the embedding)
+    logits = min(num_tokens * targets_per_token * config.vocab_size, 2**28 if half else 2**25)
+    loss = logits * (8 if half else 4) + 8 * config.vocab_size * config.hidden_size
+    return {"model": round(model), "activations": round(kept + layer if recompute else config.num_hidden_layers * layer),
+            "loss": round(loss)}
 
 
 def batch_ramp(cfg: dict[str, Any], tokens_per_row: float) -> BatchRamp:
@@ -151,83 +180,223 @@ def batch_ramp(cfg: dict[str, Any], tokens_per_row: float) -> BatchRamp:
     return BatchRamp.build(warmup, max_size=cfg["global_train_batch_size"], tokens_per_row=tokens_per_row)
 
 
-def kinds(cfg: dict[str, Any]) -> dict[bool, EttinConfig]:
-    """{causal: shape}: what a config's model computes for rows of clm, and for the others (composer_model.py)."""
+def _flops_per_token(cfg: dict[str, Any], data: DataFacts, causal: float, targets: float) -> int:
+    """Layers, head at the targets, and attention of either kind by its share of the run."""
     config = model_config(cfg)
     window = -1 if config.causal else cfg["model"].get("window_left", -1)
-    return {config.causal: config,
-            not config.causal: dataclasses.replace(config, causal=not config.causal, window_left=window)}
+    other = dataclasses.replace(config, causal=not config.causal, window_left=window)
+    shares = ((config, causal if config.causal else 1 - causal), (other, 1 - causal if config.causal else causal))
+    pairs = sum(share * data.attended_pairs(shape) for shape, share in shares if share)
+    per_token = (config.flops(data.num_tokens, 0, 0) + config.flops(0, 0, 1) * pairs) / data.num_tokens
+    return round(per_token + config.flops(0, 1, 0) * targets)
 
 
-def _flops_per_token(cfg: dict[str, Any], data: DataFacts, shares: dict[str, float], targets: float) -> float:
-    """Useful operations per token: layers, head at the targets, and attention of each kind by its share of the run."""
-    shapes = kinds(cfg)
-    causal = shares.get("clm", 0.0)
-    pairs = sum(share * data.attended_pairs(shapes[kind]) for kind, share in ((True, causal), (False, 1 - causal)) if share)
-    layers = shapes[False].flops(data.num_tokens, 0, 0) + shapes[False].flops(0, 0, 1) * pairs
-    return layers / data.num_tokens + shapes[False].flops(0, 1, 0) * targets
+def num_checkpoints(cfg: dict[str, Any], num_steps: int, num_tokens: int, tokens_per_step: int) -> int:
+    """Checkpoints that exist after the run: one whenever the clock passes a multiple of save_interval, and the last."""
+    if not cfg.get("save_folder"):
+        return 0
+    value, unit = parse_time("save_interval", cfg.get("save_interval", "1000ba"))  # the host's default
+    total, step = (num_steps, 1) if unit == "ba" else (num_tokens, tokens_per_step)
+    interval = value * total if unit == "dur" else value
+    number = min(num_steps, math.floor(total / interval))
+    number += math.floor(total / interval) == math.floor((total - step) / interval)
+    kept = cfg.get("save_num_checkpoints_to_keep", -1)
+    return number if kept < 0 else min(number, kept)
 
 
-def run_plan(cfg: dict[str, Any]) -> Plan:
-    """The plan of a config that `checks.check_settings` accepts.
+def _machine(cfg: dict[str, Any], gpus: str | None) -> tuple[int, str]:
+    """(number, kind) of `--gpus`; else the original's 4x H100, or fewer if the batch needs it, or one CPU for fp32."""
+    if gpus is not None:
+        match = re.fullmatch(r"(?:([1-9][0-9]*)x)?([a-z][a-z0-9-]*)", gpus, re.IGNORECASE)
+        name = match[2].lower().removesuffix("-sxm") if match else ""
+        if match is None or name not in GPUS:
+            raise ValueError(f"--gpus must be a number and one of {', '.join(GPUS)}, such as 4xH100, got {gpus!r}")
+        return int(match[1] or 1), name
+    if cfg.get("precision") == "fp32":
+        return 1, "cpu"
+    rows, micro = cfg["global_train_batch_size"], cfg["device_train_microbatch_size"]
+    least = micro if isinstance(micro, int) else 1
+    return next(n for n in (ORIGINAL_GPUS, 2, 1) if n == 1 or (rows % n == 0 and n * least <= rows)), "h100"
+
+
+def plan_run(cfg: dict[str, Any], *, name: str | None = None, gpus: str | None = None, mfu: float | None = None,
+             facts: DataFacts | None = None) -> Plan:
+    """The plan of a config that `check_settings` accepts.
+
+    Args:
+        gpus: such as 4xH100. mfu: share of the peak; None: the original's, where it is known.
+        facts: what the training split holds; None: read from its manifest, if that is here.
 
     Raises:
-        ValueError: the data's files contradict their manifest.
+        ValueError: gpus or mfu is not possible, or the data's files contradict their manifest.
     """
-    return plan_with(cfg, split_facts(cfg))[0]
-
-
-def plan_with(cfg: dict[str, Any], facts: DataFacts | None) -> tuple[Plan, DataFacts, Course]:
-    """`run_plan` of a split whose facts are known (None: not here), with what the rest of a plan is computed from."""
-    config = model_config(cfg)
-    data = facts or _full_rows(cfg["max_seq_len"])
-    ramp = batch_ramp(cfg, data.tokens_per_row)
+    num_gpus, gpu = _machine(cfg, gpus)
+    if mfu is not None and not (gpu in GPUS and 0 < mfu <= 1):
+        raise ValueError(f"--mfu must be above 0, at most 1, and used with GPUs, got {mfu} on {gpu}; add --gpus")
+    facts, config, length = facts or _split_facts(cfg), model_config(cfg), cfg["max_seq_len"]
+    data = facts or DataFacts(length, 1, 1, ((length, 1),))
+    per_row = data.num_tokens / data.num_rows
+    ramp = batch_ramp(cfg, per_row)
     amount, unit = parse_time("max_duration", cfg["max_duration"])
-    if unit == "tok":  # the first step that has this many tokens behind it
-        longest = math.ceil(amount / data.tokens_per_row / ramp.min_size) + 1
-        steps = bisect.bisect_left(range(longest + 1), amount, key=lambda k: ramp.first_row(k) * data.tokens_per_row)
-    else:
-        steps = int(amount)
-    tokens = round(ramp.first_row(steps) * data.tokens_per_row)
-    along = course(cfg, max(1, tokens))
-    shares, targets = along.shares(), along.predicted(data.text_share, data.first_share)
-    objective = str(along.schedule)
-    plan = Plan(size=config.size or "custom", objective=objective, causal=config.causal, parameters=config.num_parameters,
-                max_seq_len=cfg["max_seq_len"], rows_per_step=ramp.max_size, first_rows=ramp.min_size,
-                warmup_steps=min(steps, ramp.num_steps), tokens_per_step=round(data.tokens_per_row * ramp.max_size),
-                num_steps=steps, num_tokens=tokens, epochs=tokens / data.num_tokens if facts else None, shares=shares,
-                targets_per_token=targets, flops_per_token=round(_flops_per_token(cfg, data, shares, targets)),
-                measured=facts is not None)
-    return plan, data, along
+    steps = int(amount)
+    if unit == "tok":  # the first step with this many tokens before it
+        most = math.ceil(amount / per_row / ramp.min_size) + 1
+        steps = bisect.bisect_left(range(most + 1), amount, key=lambda k: ramp.first_row(k) * per_row)
+    tokens, per_step = round(ramp.first_row(steps) * per_row), round(per_row * ramp.max_size)
+    curves = run_curves(cfg, max(1, tokens))
+    shares = {name: float(share[0]) for name, share in curves.shares_between([0, max(1, tokens)]).items()}
+    first_share = data.num_chunks / data.num_tokens
+    targets, most_targets = curves.targets_per_token(1 - 2 * first_share, first_share)
+    half, sharding = cfg.get("precision", "amp_bf16").startswith("amp_"), cfg.get("fsdp_config") or {}
+
+    def memory(rows: int) -> dict[str, int]:
+        return memory_bytes(config, rows * length, most_targets, half=half, ranks=num_gpus, fsdp=bool(sharding),
+                            recompute=bool(sharding.get("activation_checkpointing")))
+
+    largest = hours = None
+    if gpu in GPUS:
+        peak, gib = GPUS[gpu]
+        largest = bisect.bisect_right(range(1, ramp.max_size // num_gpus + 1), (gib - SLACK_GIB) * 2**30,
+                                      key=lambda rows: sum(memory(rows).values()))
+        if mfu is None and half and config.size in ORIGINAL_HOURS:
+            gpu_seconds = ORIGINAL_HOURS[config.size] * 3600 * ORIGINAL_GPUS
+            mfu = 6 * config.num_parameters * ORIGINAL_TOKENS / (gpu_seconds * GPUS["h100"][0])
+        hours = None if mfu is None else 6 * config.num_parameters * tokens / (num_gpus * peak * mfu) / 3600
+    micro = cfg["device_train_microbatch_size"]
+    micro = max(1, largest or 0) if micro == "auto" else micro
+    checkpoints = num_checkpoints(cfg, steps, tokens, per_step)
+    return Plan(
+        name=name or cfg.get("run_name") or "without a name", size=config.size or "custom", objective=str(curves.schedule),
+        causal=config.causal, parameters=config.num_parameters, max_seq_len=length, rows_per_step=ramp.max_size,
+        first_rows=ramp.min_size, warmup_steps=min(steps, ramp.num_steps), tokens_per_step=per_step, num_steps=steps,
+        num_tokens=tokens, epochs=tokens / data.num_tokens if facts else None, shares=shares, targets_per_token=targets,
+        flops_per_token=_flops_per_token(cfg, data, shares.get("clm", 0.0), targets), num_gpus=num_gpus, gpu=gpu,
+        microbatch=micro, memory_bytes=memory(micro), largest_microbatch=largest, mfu=mfu, hours=hours,
+        checkpoints=checkpoints, cfg=cfg, curves=curves,
+        storage_bytes=checkpoints * 4 * config.num_parameters * (1 if cfg.get("save_weights_only") else 3))
 
 
-def lines(cfg: dict[str, Any], plan: Plan) -> list[tuple[str, str]]:
-    """(name, text) of what every report begins with."""
-    basis = "as counted in the data" if plan.measured else "the data is not there yet: full rows, longest documents"
+def plan_runs(stages: Sequence[tuple[str, dict[str, Any]]], *, gpus: str | None = None,
+              mfu: float | None = None) -> list[Plan]:
+    """Plans of runs (name, resolved config), in order.
+
+    Raises:
+        ValueError: what `check_settings` and `plan_run` refuse, or a batch that the GPUs cannot divide; of several runs
+            the message begins with the run's name.
+    """
+    found = []
+    for name, cfg in stages:
+        try:
+            if (model := (cfg.get("model") or {}).get("name")) != "ettin":
+                raise ValueError(f"model.name must be ettin to be planned, got {model!r}; start from a recipe in yamls/")
+            check_settings(cfg)
+            num_gpus, rows = _machine(cfg, gpus)[0], cfg["global_train_batch_size"]
+            micro, warmup = cfg["device_train_microbatch_size"], cfg["train_loader"].get("batch_size_warmup")
+            if rows % num_gpus or (isinstance(micro, int) and micro > rows // num_gpus):
+                raise ValueError(f"global_train_batch_size must be a multiple of the {num_gpus} GPUs with at least "
+                                 f"device_train_microbatch_size ({micro}) rows for each, got {rows}; change --gpus")
+            if warmup is not None:
+                check_warmup(warmup, rows, world_size=num_gpus, microbatch=micro)
+            found.append(plan_run(cfg, name=name, gpus=gpus, mfu=mfu))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}" if len(stages) > 1 else str(error)) from error
+    return found
+
+
+# ------------------------------------------------------------------ text
+
+
+def _lines(plan: Plan) -> dict[str, str]:
+    """What every report begins with."""
+    basis = "the data is not here: full rows, longest documents" if plan.epochs is None else "as counted in the data"
     epochs = "" if plan.epochs is None else f", {plan.epochs:.3g} passes over the data"
-    kind = "decoder" if plan.causal else "encoder"
     ramp = f", after {plan.warmup_steps:,} steps of {plan.first_rows:,} rows and more" if plan.warmup_steps else ""
-    return [
-        ("run", cfg.get("run_name") or "without a name"),
-        ("model", f"{plan.size} {kind}, {plan.parameters:,} parameters, objective {plan.objective}"),
-        ("step", f"{plan.rows_per_step:,} rows of {plan.max_seq_len:,}: {plan.tokens_per_step:,} real tokens, "
-                 f"{plan.fill:.1%} full ({basis}){ramp}"),
-        ("length", f"{plan.num_steps:,} steps, {plan.num_tokens:,} tokens{epochs}"),
-        ("work", f"{plan.flops_per_token:.4g} FLOPs per token, {plan.flops:.4g} in all"),
-    ]
+    return {
+        "run": plan.name,
+        "model": f"{_model(plan)}, {plan.parameters:,} parameters, objective {plan.objective}",
+        "step": f"{plan.rows_per_step:,} rows of {plan.max_seq_len:,}: {plan.tokens_per_step:,} real tokens, "
+                f"{plan.fill:.1%} full ({basis}){ramp}",
+        "length": f"{plan.num_steps:,} steps, {plan.num_tokens:,} tokens{epochs}",
+        "work": f"{plan.flops_per_token:.4g} FLOPs per token, {plan.flops:.4g} in all; 6 per parameter and token: "
+                f"{plan.flops_6n:.4g}",
+    }
 
 
-def aligned(pairs: list[tuple[str, str]]) -> str:
-    """One line a fact."""
-    return "\n".join(f"{name:10} {text}" for name, text in pairs)
+def _model(plan: Plan) -> str:
+    return f"{plan.size} {'decoder' if plan.causal else 'encoder'}"
+
+
+def _aligned(lines: dict[str, str]) -> str:
+    return "\n".join(f"{name:10} {line}" for name, line in lines.items())
 
 
 def report(cfg: dict[str, Any]) -> str:
     """What train.py prints before a run, one fact a line; empty for a run without our model."""
-    if cfg.get("model", {}).get("name") not in MODEL_KEYS:
+    if cfg.get("model", {}).get("name") != "ettin":
         return ""
-    from ettin_foundry.model.attention import describe_backend  # imports torch, which the arithmetic above does without
+    from ettin_foundry.model.attention import describe_backend  # imports torch, which the arithmetic does without
 
     backend = describe_backend(cfg["model"].get("attn_impl", "auto"), cfg.get("precision", "amp_bf16"))
-    return aligned([*lines(cfg, run_plan(cfg)), ("attention", f"{backend.name}: {backend.reason}"),
-                    ("folder", cfg.get("save_folder") or "nothing is saved")])
+    return _aligned({**_lines(plan_run(cfg)), "attention": f"{backend.name}: {backend.reason}",
+                     "folder": cfg.get("save_folder") or "nothing is saved"})
+
+
+def text(plans: Sequence[Plan]) -> str:
+    """One fact a line for one run; one line a stage and their sums for several."""
+    if len(plans) > 1:
+        return _table(plans)
+    [plan] = plans
+    lines, fit = _lines(plan), ""
+    rate = f", mask rate {plan.curves.mask_rate}" if plan.curves.schedule.masks else ""
+    lines["targets"] = f"{plan.targets_per_token:.4f} a token{rate}"
+    parts = ", ".join(f"{part} {number / 2**30:.2f}" for part, number in plan.memory_bytes.items())
+    where = f"of {GPUS[plan.gpu][1]:g} on each GPU" if plan.gpu in GPUS else "in the process"
+    lines["memory"] = f"{plan.memory_gib:.1f} GiB {where}: {parts}"
+    if plan.largest_microbatch is not None:
+        fit = f"; {plan.largest_microbatch:,} rows would fit with {SLACK_GIB:g} GiB to spare"
+    lines["microbatch"] = (f"{'' if plan.fits else 'DOES NOT FIT: '}{plan.microbatch:,} rows, "
+                           f"{plan.microbatch * plan.max_seq_len:,} tokens{fit}")
+    lines["hours"] = "not known: the original has none for this size and precision; give --gpus and --mfu"
+    if plan.hours is not None:
+        gpu_hours = plan.hours * plan.num_gpus
+        lines["hours"] = (f"{plan.hours:,.2f} on {plan.machine}, {gpu_hours:,.1f} GPU hours: "
+                          f"{plan.num_tokens / gpu_hours / 3600:,.0f} tokens/s a GPU at an assumed MFU of {plan.mfu:.1%}")
+    lines["storage"] = f"{plan.checkpoints:,} checkpoints, {format_bytes(plan.storage_bytes)} in all"
+    return _aligned(lines)
+
+
+def totals(plans: Sequence[Plan]) -> dict[str, Any]:
+    """Sums over runs; hours are None where a run has none."""
+    keys = ("num_tokens", "num_steps", "flops", "checkpoints", "storage_bytes")
+    hours = [plan.hours for plan in plans]
+    return {**{key: sum(getattr(plan, key) for plan in plans) for key in keys},
+            "hours": None if None in hours else sum(hours)}  # type: ignore[arg-type]
+
+
+def _table(plans: Sequence[Plan]) -> str:
+    def hours(value: float | None) -> str:
+        return "-" if value is None else f"{value:,.1f}"
+
+    total = totals(plans)
+    rows = [["stage", "model", "objective", "tokens", "steps", "rows", "length", "GiB", "hours", "checkpoints", "storage"]]
+    rows += [[plan.name, _model(plan), plan.objective, format_count(plan.num_tokens), f"{plan.num_steps:,}",
+              f"{plan.rows_per_step:,}", f"{plan.max_seq_len:,}", f"{plan.memory_gib:.1f}{'' if plan.fits else '!'}",
+              hours(plan.hours), f"{plan.checkpoints:,}", format_bytes(plan.storage_bytes)] for plan in plans]
+    rows.append(["total", "", "", format_count(total["num_tokens"]), f"{total['num_steps']:,}", "", "", "",
+                 hours(total["hours"]), f"{total['checkpoints']:,}", format_bytes(total["storage_bytes"])])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) if i < 3 else cell.rjust(width)
+                       for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+    lines.append(f"on {' and '.join(dict.fromkeys(plan.machine for plan in plans))}; GiB: of one device at its peak"
+                 + ("" if all(plan.fits for plan in plans) else "; ! does not fit"))
+    if any(plan.epochs is None for plan in plans):
+        lines.append("some data is not here: full rows, longest documents")
+    return "\n".join(lines)
+
+
+def as_json(plans: Sequence[Plan]) -> dict[str, Any]:
+    """Everything that `text` shows as plain data, in bytes, hours, operations and tokens."""
+    derived = ("fill", "flops", "flops_6n", "fits", "machine")
+    names = [field.name for field in dataclasses.fields(Plan) if field.name not in ("cfg", "curves")]
+    return {"stages": [{name: getattr(plan, name) for name in (*names, *derived)} for plan in plans],
+            "totals": totals(plans)}

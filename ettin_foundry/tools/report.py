@@ -1,26 +1,30 @@
-"""What a finished suite has made: Hugging Face folders, losses of each under every objective, a table and pictures.
+"""What a finished suite has made: Hugging Face folders, their losses under every objective, samples, a table and pictures.
 
 Everything is read from the stages' newest checkpoints and from what their runs logged (steps.jsonl), so the report may be
-made again at any time. Written into the suite's root: models/NAME, report.json, report.md, losses.png, and a picture of
-each run whose objective changes.
+made again at any time. Written into the suite's root: models/NAME, report.json, report.md, losses.png. What is
+missing (the log of a run, an evaluation that is refused) is replaced by the reason.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ettin_foundry.hub.revisions import facts_of
-from ettin_foundry.model.config import MASKED_OBJECTIVES, EttinConfig
-from ettin_foundry.model.weights import export_model
+from rich.console import Console
+from rich.markdown import Markdown
+
+from ettin_foundry.data.quantities import format_count, format_duration
+from ettin_foundry.data.tokenizer import load as load_tokenizer
+from ettin_foundry.hub.folder import export_model
+from ettin_foundry.hub.load import LoadedModel, build_model, load_model
+from ettin_foundry.model.config import MASKED_OBJECTIVES
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
 from ettin_foundry.tools.evaluate import evaluate
-from ettin_foundry.tools.suite import Stage, Suite
-from ettin_foundry.tools.suite_picture import Course, draw_losses, draw_run
-from ettin_foundry.tools.suite_process import say, time_text
-from ettin_foundry.tools.suite_run import compare_pair, inspect
-from ettin_foundry.training import checkpoints as checkpoint
+from ettin_foundry.tools.pictures import LoggedRun, draw_losses
+from ettin_foundry.tools.suite import Samples, Stage, Suite
+from ettin_foundry.tools.suite_run import compare_pair, say, stage_state
 from ettin_foundry.training.steps import read_steps
 
 __all__ = ["write_report"]
@@ -38,55 +42,58 @@ def write_report(suite: Suite, fairness: Mapping[str, Mapping[str, Any]], *, sec
     Raises:
         ValueError: a stage is not finished, members of a pair read different rows, or an export is refused.
     """
-    courses, stages = [], []
-    for stage in suite.stages:
-        course, facts = _read_stage(stage)
-        courses.append(course)
-        stages.append(facts)
-    pairs = {pair: {"members": [m.name for m in members], "steps_with_equal_rows": compare_pair(members)}
-             for pair, members in suite.pairs().items()}
-    models = [_make_model(suite, name, suite.stage(stage)) for name, stage in suite.exports.items()]
     suite.root.mkdir(parents=True, exist_ok=True)
-    pictures = [suite.root / "losses.png"]
-    draw_losses(courses, {m["model"]: m["evaluation"] for m in models if m["evaluation"]}, pictures[0],
-                f"{suite.name}: the same rows in the same order" if pairs else suite.name)
-    for course in courses:
-        if len(set(course.objectives)) > 1:
-            pictures.append(suite.root / f"{course.name}.png")
-            draw_run(course, pictures[-1])
-    trained = sum(facts["seconds"] for facts in stages)
+    stages, runs = [], []
+    for stage in suite.stages:
+        facts, run = _read_stage(stage)
+        stages.append(facts)
+        runs += [run] if run else []
+    pairs = {}
+    for pair, members in suite.pairs().items():
+        pairs[pair] = {"members": [member.name for member in members]}
+        try:
+            pairs[pair]["steps_with_equal_rows"] = compare_pair(members)
+        except FileNotFoundError as error:
+            pairs[pair]["missing"] = str(error)
+    models = [_make_model(suite, name, suite.stage(stage)) for name, stage in suite.exports.items()]
+    if runs:
+        draw_losses(runs, {model["model"]: model["evaluation"] for model in models if model["evaluation"]},
+                    suite.root / "losses.png", f"{suite.name}: the same rows in the same order" if pairs else suite.name)
+    trained = sum(facts["seconds"] or 0 for facts in stages)
     report = {"name": suite.name, "suite": suite.path, "root": str(suite.root), "stages": stages, "pairs": pairs,
               "fairness": fairness, "allowed_unfair": [key for key, entry in fairness.items() if not entry["fair"]],
-              "models": models, "pictures": [path.name for path in pictures], "training_seconds": trained,
+              "models": models, "pictures": ["losses.png"] if runs else [], "training_seconds": trained,
               "seconds": round(seconds, 1)}
     (suite.root / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     (suite.root / "report.md").write_text("\n".join(_markdown(suite, report)) + "\n", encoding="utf-8")
-    _print_table(suite, report)
-    tokens = sum(facts["tokens"] for facts in stages)
-    return (f"{suite.name}: {len(stages)} stages, {tokens:,} tokens in {time_text(trained)} of training; {len(models)} "
-            f"models in {suite.root / 'models'}, report in {suite.root / 'report.md'}; this call took {time_text(seconds)}")
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(Markdown("\n".join(_models(suite, report))))
+    return (f"{suite.name}: {len(stages)} stages, {sum(facts['tokens'] for facts in stages):,} tokens in "
+            f"{format_duration(trained)} of training; {len(models)} models in {suite.root / 'models'}, report in "
+            f"{suite.root / 'report.md'}; this call took {format_duration(seconds)}")
 
 
-def _read_stage(stage: Stage) -> tuple[Course, dict[str, Any]]:
-    """What a finished stage logged, for pictures, and its row of the report."""
-    state = inspect(stage)
+def _read_stage(stage: Stage) -> tuple[dict[str, Any], LoggedRun | None]:
+    """A finished stage's row of the report, and what it logged, if it did."""
+    state = stage_state(stage)
     if not state.finished:
-        raise ValueError(f"stages.{stage.name}: not finished, and a report is about finished stages. Run it first")
-    lines = read_steps(stage.folder)
-    columns = {key: [line[key] for line in lines] for key in ("tokens", "loss", "lr", "mask_rate", "objective", "seconds")}
-    course = Course(stage.name, stage.source, state.record["objective"], columns["tokens"], columns["loss"], columns["lr"],
-                    columns["mask_rate"], columns["objective"], state.tokens)
-    seconds = sum(columns["seconds"])
+        raise ValueError(f"stages.{stage.name}: not finished; run it before the report")
     facts = {"stage": stage.name, "from": stage.source, "pair": stage.pair, "objective": _objective(state.record),
-             "tokens": state.tokens, "steps": len(lines), "seconds": round(seconds, 1),
-             "tokens_per_second": round(state.tokens / seconds) if seconds else None,
-             "first_loss": round(columns["loss"][0], 4), "last_loss": round(_mean(columns["loss"][-20:]), 4),
-             "folder": str(stage.folder), "checkpoint": str(state.checkpoint), "run_hash": state.record.get("run_hash")}
-    return course, facts
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+             "tokens": state.tokens, "steps": None, "seconds": None, "tokens_per_second": None, "first_loss": None,
+             "last_loss": None, "folder": str(stage.folder), "checkpoint": str(state.checkpoint),
+             "run_hash": state.record.get("run_hash")}
+    try:
+        steps = read_steps(stage.folder)
+        losses, seconds = [float(step["loss"]) for step in steps], sum(float(step["seconds"]) for step in steps)
+        if not steps:
+            raise ValueError(f"{stage.folder}: its log of steps is empty")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return {**facts, "missing": f"no losses and times: {error}"}, None
+    last = losses[-20:]
+    facts |= {"steps": len(steps), "seconds": round(seconds, 1), "first_loss": round(losses[0], 4),
+              "last_loss": round(sum(last) / len(last), 4),
+              "tokens_per_second": round(state.tokens / seconds) if seconds else None}
+    return facts, LoggedRun(stage.name, stage.source, steps, state.tokens)
 
 
 def _objective(record: Mapping[str, Any]) -> str:
@@ -94,92 +101,86 @@ def _objective(record: Mapping[str, Any]) -> str:
 
 
 def _make_model(suite: Suite, name: str, stage: Stage) -> dict[str, Any]:
-    """One export with its evaluation: a row of the table."""
-    state, record = checkpoint.load_model_state(stage.folder)
-    chain = [{"stage": each.name, "objective": _objective(inspect(each).record), "tokens": inspect(each).tokens}
-             for each in suite.chain(stage)]
-    facts = facts_of(record)
-    folder = export_model(state, EttinConfig(**record["config"]), record["tokenizer"], suite.root / "models" / name,
-                          objective=record["objective"], facts=facts, overwrite=True)
+    """One export with its evaluation and samples."""
+    loaded = load_model(stage.folder)
+    folder = export_model(loaded.state, loaded.config, loaded.tokenizer_name(), suite.root / "models" / name,
+                          objective=loaded.objective, facts=loaded.facts, overwrite=True)
     say(f"{name}: wrote {folder}")
-    found: dict[str, dict[str, float]] = {}
-    if suite.evaluation is not None:
-        wanted = suite.evaluation
-        found = evaluate(folder, wanted.data, wanted.objectives, mask_rate=wanted.mask_rate,
-                         max_batches=wanted.max_batches)
-        say(f"{name}: " + ", ".join(f"{key} {value['loss']:.3f}" for key, value in found.items()))
-    return {"model": name, "stage": stage.name, "objective": chain[-1]["objective"], "chain": chain,
-            "tokens": facts["tokens"], "parameters": EttinConfig(**record["config"]).num_parameters, "folder": str(folder),
-            "evaluation": found}
+    states = [(each.name, stage_state(each)) for each in suite.chain(stage)]
+    chain = [{"stage": each, "objective": _objective(state.record), "tokens": state.tokens} for each, state in states]
+    found = {"model": name, "stage": stage.name, "objective": chain[-1]["objective"], "chain": chain,
+             "tokens": loaded.facts["tokens"], "parameters": loaded.config.num_parameters, "folder": str(folder),
+             "evaluation": {}, "samples": _samples(loaded, suite.samples)}
+    if (wanted := suite.evaluation) is not None:
+        try:
+            found["evaluation"] = evaluate(folder, wanted.data, wanted.objectives, mask_rate=wanted.mask_rate,
+                                           max_batches=wanted.max_batches)
+            say(f"{name}: " + ", ".join(f"{key} {value['loss']:.3f}" for key, value in found["evaluation"].items()))
+        except (OSError, ValueError) as error:
+            found["missing"] = f"not evaluated: {error}"
+    return found
+
+
+def _samples(loaded: LoadedModel, wanted: Samples) -> list[str]:
+    """Prompts continued by a decoder, masks filled by an encoder."""
+    texts = list(wanted.prompts if loaded.config.causal else wanted.masked)
+    if not texts:
+        return []
+    model = build_model(loaded, load_tokenizer(loaded.tokenizer_name()))
+    if loaded.config.causal:
+        return [prompt + rest for prompt, rest in zip(texts, model.generate(texts, max_new_tokens=24))]
+    return [f"{text} -> {', '.join(repr(token) for token, _ in best[:4])}"
+            for text, best in zip(texts, model.fill_mask(texts))]
 
 
 # ------------------------------------------------------------------ text
 
 
-def _tokens(number: int) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return str(number)
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    header, *rest = [f"| {' | '.join(row)} |" for row in rows]
+    return [header, "|" + "---|" * len(rows[0]), *rest, ""]
 
 
-def _rows(suite: Suite, report: Mapping[str, Any]) -> list[list[str]]:
-    """The suite's table, its header first: a row a model, a column an objective."""
-    wanted = suite.evaluation
-    names = [] if wanted is None else [f"{name} {wanted.mask_rate:.0%}" if name in MASKED_OBJECTIVES else name
-                                       for name in wanted.objectives]
-    rows = [["model", "objective", "tokens", *(f"{name}: loss (accuracy)" for name in names)]]
+def _models(suite: Suite, report: Mapping[str, Any]) -> list[str]:
+    """Markdown: a row a model and a column an objective, then samples, and what is missing with its reason."""
+    wanted, lines = suite.evaluation, []
+    names = [] if wanted is None else list(wanted.objectives)
+    titles = [f"{name} {wanted.mask_rate:.0%}" if wanted and name in MASKED_OBJECTIVES else name for name in names]
+    rows = [["model", "objective", "tokens", *(f"{title}: loss (accuracy)" for title in titles)]]
     for model in report["models"]:
-        rows.append([model["model"], _kinds(model["chain"]), " + ".join(_tokens(part["tokens"]) for part in model["chain"]),
-                     *(f"{value['loss']:.3f} ({value['accuracy']:.1%})" for value in model["evaluation"].values())])
-    return rows
-
-
-def _kinds(chain: list[dict[str, Any]]) -> str:
-    """The objectives of a chain in order, each once in a row."""
-    names = [part["objective"] for part in chain]
-    return ", then ".join(name for i, name in enumerate(names) if i == 0 or name != names[i - 1])
+        objectives = [name for name, _ in itertools.groupby(part["objective"] for part in model["chain"])]
+        losses = [f"{value['loss']:.3f} ({value['accuracy']:.1%})" for value in model["evaluation"].values()]
+        rows.append([model["model"], ", then ".join(objectives),
+                     " + ".join(format_count(part["tokens"]) for part in model["chain"]), *(losses or ["-"] * len(names))])
+        if model["samples"]:
+            lines += [f"**{model['model']}**", "", *(f"- `{sample!r}`" for sample in model["samples"]), ""]
+    entries = [(entry["stage"], entry) for entry in report["stages"]] + [(m["model"], m) for m in report["models"]]
+    entries += list(report["pairs"].items())
+    missing = [f"- {name}: {entry['missing']}" for name, entry in entries if "missing" in entry]
+    return [*(_table(rows) if report["models"] else []), *lines, *missing]
 
 
 def _markdown(suite: Suite, report: Mapping[str, Any]) -> list[str]:
-    def table(rows: list[list[str]]) -> list[str]:
-        header, *rest = [f"| {' | '.join(row)} |" for row in rows]
-        return [header, "|" + "---|" * len(rows[0]), *rest, ""]
-
     lines = [f"# {suite.name}", ""]
     if report["allowed_unfair"]:
         lines += ["**Not a fair comparison**, and allowed by hand (--allow-unfair); what differs is at the end.", ""]
-    if report["models"]:
-        lines += table(_rows(suite, report))
-        if suite.evaluation is not None:
-            most = suite.evaluation.max_batches
-            part = "whole" if most is None else f"its first {most} batches"
-            lines += [f"Losses in nats per target on the validation split of {suite.evaluation.data} ({part}), the same "
-                      "targets for every model. Under clm a model sees the past only, under the others both sides, whatever "
-                      "it was trained on.", ""]
+    lines += _models(suite, report)
+    if (wanted := suite.evaluation) is not None:
+        part = "whole" if wanted.max_batches is None else f"its first {wanted.max_batches} batches"
+        lines += ["", f"Losses in nats per target on the validation split of {wanted.data} ({part}), the same targets for "
+                  "every model. Under clm a model sees the past only, under the others both sides.", ""]
     lines += [f"![{name}]({name})" for name in report["pictures"]] + [""]
-    stages = [["stage", "from", "objective", "tokens", "steps", "tokens/s", "first loss", "last loss"]]
-    stages += [[f["stage"], f["from"] or "initialisation", f["objective"], f"{f['tokens']:,}", f"{f['steps']:,}",
-                f"{f['tokens_per_second'] or 0:,}", f"{f['first_loss']:.3f}", f"{f['last_loss']:.3f}"]
-               for f in report["stages"]]
-    lines += table(stages)
-    for pair, entry in report["pairs"].items():
-        lines.append(f"- {pair}: {', '.join(entry['members'])} read the same rows at each of "
-                     f"{entry['steps_with_equal_rows']:,} steps.")
+
+    def cell(value: Any, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    rows = [["stage", "from", "objective", "tokens", "steps", "tokens/s", "first loss", "last loss"]]
+    rows += [[f["stage"], f["from"] or "initialisation", f["objective"], f"{f['tokens']:,}", cell(f["steps"], ","),
+              cell(f["tokens_per_second"], ","), cell(f["first_loss"], ".3f"), cell(f["last_loss"], ".3f")]
+             for f in report["stages"]]
+    lines += _table(rows)
+    lines += [f"- {pair}: {', '.join(entry['members'])} read the same rows at each of {entry['steps_with_equal_rows']:,} "
+              "steps." for pair, entry in report["pairs"].items() if "steps_with_equal_rows" in entry]
     for key, entry in report["fairness"].items():
         lines += ["", f"{key}:", "```", entry["findings"], "```"]
-    lines += ["", f"{time_text(report['training_seconds'])} of training."]
-    return lines
-
-
-def _print_table(suite: Suite, report: Mapping[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    if not report["models"]:
-        return
-    header, *rows = _rows(suite, report)
-    table = Table(*header, title=suite.name)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if Console().is_terminal else 160).print(table)
+    return [*lines, "", f"{format_duration(report['training_seconds'])} of training."]

@@ -1,32 +1,54 @@
 """Runs the stages of a suite in order: skips finished ones, continues an interrupted one, stops at the first that fails.
 
-All of it is checked before the first process starts: every stage's settings and data, that pairs are pairs, and that what
-lies in the stages' folders is theirs. What a stage has reached is read from its newest complete checkpoint, never from notes
-of an earlier suite, so a stage may as well be started alone, on another machine, or by a scheduler. Reading suite files is
-in suite.py, the process of one stage in suite_process.py, the report in suite_report.py.
+Everything is checked before the first process starts: settings and data of every stage, that pairs are fair, and that what
+lies in the stages' folders belongs to them. What a stage has reached is read from its newest complete checkpoint, so a stage
+may as well be started alone, on another machine, or by a scheduler.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ettin_foundry.tools.lint_report import HARMLESS
-from ettin_foundry.tools.pair import lint_chain, lint_pair
+from rich.console import Console
+
+from ettin_foundry.data.quantities import format_duration
+from ettin_foundry.tools.pair import HARMLESS, lint_chain, lint_pair
 from ettin_foundry.tools.suite import Stage, Suite
-from ettin_foundry.tools.suite_process import run_process, say, time_text
-from ettin_foundry.training import checkpoints as checkpoint
-from ettin_foundry.training import checks, starts
+from ettin_foundry.training import checkpoints, checks
+from ettin_foundry.training.run_config import config_hash, config_text, parse_time
 from ettin_foundry.training.steps import STEPS, compare_steps, read_steps
 
-__all__ = ["StageFailed", "State", "check_suite", "compare_pair", "inspect", "run_suite"]
+__all__ = ["StageFailed", "State", "Stopped", "check_suite", "compare_pair", "run_suite", "say", "signals", "stage_state"]
+
+LOG = "suite.log"  # in each stage's folder
+_POLL_SECONDS = 0.25
+_SAY_SECONDS = 10.0  # between lines where there is no terminal
+_STOP_SECONDS = 40.0  # Composer's launcher gives its processes 30 s to end
+_SPEED_STEPS = 20
 
 
 class StageFailed(RuntimeError):
     """A stage ended without having finished its run."""
+
+
+class Stopped(KeyboardInterrupt):
+    """This process was told to end by signal `signum`."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
 
 
 class State(NamedTuple):
@@ -44,84 +66,68 @@ class State(NamedTuple):
         return int(self.record.get("tokens") or 0)
 
 
-def inspect(stage: Stage) -> State:
+def say(text: str) -> None:
+    """One line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def stage_state(stage: Stage) -> State:
     """Reads a stage's newest complete checkpoint.
 
     Raises:
         ValueError: the checkpoint is of a run with other settings; each that may change what is learnt is named with both
             values.
     """
-    newest = checkpoint.newest_complete(stage.folder)
+    newest = checkpoints.newest_complete(stage.folder)
     if newest is None:
         return State(None, {}, False)
-    record, config = checkpoint.read_head(newest).record, stage.config()
-    if differing := _other_settings(stage, record, config):
-        raise ValueError(f"stages.{stage.name}: {newest} was trained with other settings: {'; '.join(differing[:8])}"
-                         f"{f'; and {len(differing) - 8} more' if len(differing) > 8 else ''}. Restore them, or give "
-                         "another root, or move that folder away")
-    amount, unit = checks.parse_time("max_duration", config["max_duration"])
+    record, config = checkpoints.read_head(newest).record, stage.config()
+    text = config_text(config)
+    if record.get("run_hash") != config_hash(text):
+        if "run_config" not in record:
+            raise ValueError(f"stages.{stage.name}: {newest} holds no config, so it is not one of train.py's; move it away")
+        found = lint_pair(json.loads(record["run_config"]), json.loads(text), names=("then", "now")).differences
+        differing = [f"{d.key}: {d.a} then, {d.b} now" for d in found
+                     if d.verdict != HARMLESS or d.key.endswith(".source")]
+        if differing:
+            raise ValueError(f"stages.{stage.name}: {newest} was trained with other settings: {'; '.join(differing[:8])}"
+                             f"{f'; and {len(differing) - 8} more' if len(differing) > 8 else ''}. Restore them, or give "
+                             "another root, or move that folder away")
+    amount, unit = parse_time("max_duration", config["max_duration"])
     return State(newest, record, int(record.get("tokens" if unit == "tok" else "batch") or 0) >= amount)
 
 
-def _other_settings(stage: Stage, record: dict[str, Any], config: dict[str, Any]) -> list[str]:
-    """`key: then, now` of each difference, between a checkpoint's run and the stage's, that may change what is learnt."""
-    text = starts.config_text(config)
-    if record.get("run_hash") == starts.config_hash(text):
-        return []
-    if "run_config" not in record:
-        return ["its config is not in it, so it is not one of train.py's"]
-    found = lint_pair(json.loads(record["run_config"]), json.loads(text), names=("then", "now")).differences
-    return [f"{d.key}: {d.a} then, {d.b} now" for d in found if d.verdict != HARMLESS or d.key.endswith(".source")]
-
-
-# ------------------------------------------------------------------ before anything starts
-
-
 def check_suite(suite: Suite, *, allow_unfair: bool = False) -> dict[str, dict[str, Any]]:
-    """Refuses a suite of which some stage could not run as written, or whose pairs are none.
-
-    Args:
-        allow_unfair: go on with an unfair pair or chain.
+    """Refuses a suite of which some stage could not run as written, or whose pairs or chains are unfair.
 
     Returns:
-        {pair or last stage of a chain: {members, fair, findings}}, for the report; findings is the linter's text.
+        {pair or chain: {members, fair, findings}} for the report; findings is the linter's text.
 
     Raises:
         ValueError, FileNotFoundError: naming the stage and the key.
     """
     configs = {stage.name: stage.config() for stage in suite.stages}
-    for stage in suite.stages:
+    for name, config in configs.items():
         try:
-            checks.check_settings(configs[stage.name])
+            checks.check_settings(config)
         except ValueError as error:
-            raise ValueError(f"stages.{stage.name}: {error}") from error
-    found = {}
-    for pair, members in suite.pairs().items():
-        first = members[0].name
-        for other in (member.name for member in members[1:]):
-            report = lint_pair(configs[first], configs[other], names=(first, other))
-            found[f"pair {pair}: {first}, {other}"] = {"members": [first, other], "fair": report.fair,
-                                                       "findings": str(report)}
+            raise ValueError(f"stages.{name}: {error}") from error
+    reports = []
+    for pair, (first, *others) in suite.pairs().items():
+        for other in others:
+            names = (first.name, other.name)
+            report = lint_pair(configs[first.name], configs[other.name], names=names)
+            reports.append((f"pair {pair}: {', '.join(names)}", names, report))
     followed = {stage.source for stage in suite.stages}
     for stage in suite.stages:
-        chain = suite.chain(stage)
-        if stage.name not in followed and len(chain) > 1:
-            report = lint_chain([(each.name, configs[each.name]) for each in chain])
-            names = [each.name for each in chain]
-            found[f"chain {' -> '.join(names)}"] = {"members": names, "fair": report.fair, "findings": str(report)}
-    unfair = [f"{key}\n{entry['findings']}" for key, entry in found.items() if not entry["fair"]]
+        names = tuple(each.name for each in suite.chain(stage))
+        if stage.name not in followed and len(names) > 1:
+            reports.append((f"chain {' -> '.join(names)}", names, lint_chain([(name, configs[name]) for name in names])))
+    unfair = [f"{key}\n{report}" for key, _, report in reports if not report.fair]
     if unfair and not allow_unfair:
         raise ValueError("\n".join([f"{suite.path}: its models could not be compared:", *unfair,
                                     "Make the settings equal, or pass --allow-unfair, which the report will say"]))
-    return found
-
-
-def _check_data(stage: Stage) -> None:
-    """Data of a late phase that is missing is found before the first phase has run for weeks."""
-    try:
-        checks.check_files(stage.config())
-    except (ValueError, OSError) as error:
-        raise type(error)(f"stages.{stage.name}: {error}") from error
+    return {key: {"members": list(names), "fair": report.fair, "findings": str(report)} for key, names, report in reports}
 
 
 # ------------------------------------------------------------------ running
@@ -133,65 +139,183 @@ def run_suite(suite: Suite, *, only: Sequence[str] = (), report_only: bool = Fal
     Args:
         only: names of stages; nothing but these is trained, and nothing is reported.
         report_only: nothing is trained; every stage must be finished.
-        allow_unfair: see `check_suite`.
 
     Raises:
-        ValueError, FileNotFoundError: a setting, a folder, data, or a pair that read different rows; nothing is started, or
-            nothing more.
-        StageFailed: a stage failed. The message has its reason.
+        ValueError, FileNotFoundError: a setting, a folder, data, or a pair that read different rows; nothing more is
+            started.
+        StageFailed: a stage failed; the message has its reason.
         Stopped: this process was told to end; the stage's process was ended before.
     """
     begin = time.monotonic()
     stages = [suite.stage(name) for name in only] or list(suite.stages)
-    found = check_suite(suite, allow_unfair=allow_unfair)
-    open_stages = [stage for stage in stages if not inspect(stage).finished]
-    if report_only and open_stages:
-        raise ValueError(f"--report: given, but {', '.join(s.name for s in open_stages)} not finished. Run ettin suite "
-                         f"{suite.path} without it")
-    for stage in open_stages:
-        _check_data(stage)
+    fairness = check_suite(suite, allow_unfair=allow_unfair)
+    unfinished = [stage for stage in stages if not stage_state(stage).finished]
+    if report_only and unfinished:
+        raise ValueError(f"--report: {', '.join(s.name for s in unfinished)} not finished; run ettin suite {suite.path} "
+                         "without it")
+    for stage in unfinished:
+        try:
+            checks.check_files(stage.config())  # data of a late phase, before the first has run for weeks
+        except (ValueError, OSError) as error:
+            raise type(error)(f"stages.{stage.name}: {error}") from error
     for number, stage in enumerate(stages, 1):
-        _train(suite, stage, f"{number}/{len(stages)} {stage.name}", finished=stage not in open_stages)
+        _train(suite, stage, f"{number}/{len(stages)} {stage.name}", finished=stage not in unfinished)
         if stage.pair is not None:
             compare_pair(suite.pairs()[stage.pair])
     if not only:
         from ettin_foundry.tools.report import write_report
 
-        say(write_report(suite, found, seconds=time.monotonic() - begin))
+        say(write_report(suite, fairness, seconds=time.monotonic() - begin))
 
 
 def _train(suite: Suite, stage: Stage, title: str, *, finished: bool) -> None:
     if finished:
-        say(f"{title}: finished, {inspect(stage).tokens:,} tokens")
+        say(f"{title}: finished, {stage_state(stage).tokens:,} tokens")
         return
-    if stage.source is not None and not inspect(suite.stage(stage.source)).finished:
-        raise ValueError(f"stages.{stage.name}: starts from {stage.source}, which is not finished. Run that first: ettin "
+    if stage.source is not None and not stage_state(suite.stage(stage.source)).finished:
+        raise ValueError(f"stages.{stage.name}: starts from {stage.source}, which is not finished; run that first: ettin "
                          f"suite {suite.path} --stage {stage.source}")
     begin = time.monotonic()
-    failed = run_process(stage, suite.words(stage), title)
-    state = inspect(stage)
+    failed = _run_process(stage, suite.words(stage), title)
+    state = stage_state(stage)
     if failed is None and not state.finished:
         failed = (f"it ended with exit code 0, but its newest checkpoint has {state.tokens:,} tokens, and max_duration is "
                   f"{stage.config()['max_duration']}; see {stage.folder}")
     if failed is not None:
         raise StageFailed(f"{stage.name} failed: {failed}")
-    say(f"{title}: done, {state.tokens:,} tokens in {time_text(time.monotonic() - begin)}")
+    say(f"{title}: done, {state.tokens:,} tokens in {format_duration(time.monotonic() - begin)}")
 
 
 def compare_pair(members: Sequence[Stage]) -> int:
-    """Holds the finished members of a pair to one another: the same rows at every step, by the hashes that the runs logged.
+    """Checks that the finished members of a pair read the same rows at every step, by the hashes that the runs logged.
 
     Returns:
         Steps compared; 0 while fewer than two members are finished.
 
     Raises:
-        ValueError: they read different rows at some step; FileNotFoundError: a member has no record of its steps.
+        ValueError: they read different rows at some step. FileNotFoundError: a member has no record of its steps.
     """
-    done = [stage for stage in members if inspect(stage).finished]
-    for other in done[1:]:
-        step = compare_steps(done[0].folder, other.folder)
+    first, *others = [stage for stage in members if stage_state(stage).finished] or [members[0]]
+    for other in others:
+        step = compare_steps(first.folder, other.folder)
         if step is not None:
-            raise ValueError(f"pair {done[0].pair}: {done[0].name} and {other.name} did not read the same rows at step "
-                             f"{step} ({done[0].folder / STEPS}, {other.folder / STEPS}), so they cannot be compared. Was "
-                             "the data changed between them? Move the folder of the wrong one away and run the suite again")
-    return len(read_steps(done[0].folder)) if len(done) > 1 else 0
+            raise ValueError(f"pair {first.pair}: {first.name} and {other.name} did not read the same rows at step {step} "
+                             f"({first.folder / STEPS}, {other.folder / STEPS}), so they cannot be compared; move the "
+                             "folder of the wrong one away and run the suite again")
+    return len(read_steps(first.folder)) if others else 0
+
+
+# ------------------------------------------------------------------ the process of a stage
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[None]:
+    """Within it, Ctrl-C and SIGTERM, which schedulers send, raise `Stopped`."""
+    def stop(signum: int, _: Any) -> None:
+        raise Stopped(signum)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run_process(stage: Stage, words: Sequence[str], title: str) -> str | None:
+    """Trains a stage in a process of its own, and leaves only when that has ended.
+
+    Returns:
+        None if it ended with 0, else how it ended and the lines of its log that say why.
+
+    Raises:
+        ValueError: another process trains in the stage's folder, or the command cannot be started.
+    """
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    path = stage.folder / LOG
+    # the environment of this interpreter comes first, whether or not it is activated
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    with (stage.folder / ".suite.lock").open("a") as lock, path.open("ab") as output:
+        try:  # the process inherits the lock, which holds as long as it lives, even after this one is killed
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"stages.{stage.name}: another process trains in {stage.folder}; wait for it, or end "
+                             "it") from None
+        begin = output.tell()
+        output.write(f"$ {shlex.join(words)}\n".encode())
+        output.flush()
+        try:
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                                       env={**os.environ, "PATH": places}, start_new_session=True, pass_fds=[lock.fileno()])
+        except OSError as error:
+            raise ValueError(f"command: {words[0]!r} cannot be started ({error}); correct the suite's command") from error
+        try:
+            _watch(process, stage, title)
+        finally:
+            _end(process)
+    if process.returncode == 0:
+        return None
+    how = (f"exit code {process.returncode}" if process.returncode > 0 else
+           f"ended by {signal.Signals(-process.returncode).name}")
+    return f"{how}; {path}:\n{_last_error(path, begin)}"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the process and all that it started: SIGTERM, then SIGKILL."""
+    for signum, seconds in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, None)):
+        if process.poll() is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signum)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+
+
+def _last_error(path: Path, begin: int, most: int = 12) -> str:
+    """The last error in a log from byte `begin` on, or else its last lines; at most `most` lines."""
+    with path.open("rb") as file:
+        file.seek(max(begin, path.stat().st_size - 1_000_000))
+        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    errors = [i for i, line in enumerate(lines) if re.match(r"error: |[A-Za-z_.]*(Error|Exception|Interrupt)\b", line)]
+    chosen = lines[errors[-1]:errors[-1] + most] if errors else lines[-most:]
+    return "\n".join("  " + line[:2000] for line in chosen) or "  it is empty"
+
+
+def _watch(process: subprocess.Popen[bytes], stage: Stage, title: str) -> None:
+    """Shows one line about the stage until its process ends."""
+    console, begin = Console(stderr=True), time.time()
+    amount, unit = parse_time("max_duration", stage.config()["max_duration"])
+    last_said, said = time.monotonic(), ""
+    with console.status(f"{title}: starting") if console.is_terminal else contextlib.nullcontext() as status:
+        while process.poll() is None:
+            time.sleep(_POLL_SECONDS)
+            line = f"{title}: {_progress(stage.folder / STEPS, begin, amount, unit)}"
+            if status is not None:
+                status.update(line)
+            elif line != said and time.monotonic() - last_said >= _SAY_SECONDS:
+                last_said, said = time.monotonic(), line
+                say(line)
+
+
+def _progress(path: Path, begin: float, amount: float, unit: str) -> str:
+    """How far a run is, how fast, and how long it still takes, from the end of its steps.jsonl.
+
+    Args:
+        begin: when the process started; a file that is older is of an earlier one. amount: of the run, in `unit` (tok, ba).
+    """
+    steps = []
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - 400 * _SPEED_STEPS))
+        for text in file.read().split(b"\n") if os.fstat(file.fileno()).st_mtime >= begin else ():
+            with contextlib.suppress(ValueError):  # begins or ends in the middle of a line
+                steps.append(json.loads(text))
+    if not steps:
+        return "starting"
+    now, first = steps[-1], steps[-_SPEED_STEPS:][0]
+    seconds = sum(step["seconds"] for step in steps[-_SPEED_STEPS:][1:])
+    speed = (now["tokens"] - first["tokens"]) / seconds if seconds else 0.0
+    share = (now["tokens"] if unit == "tok" else now["step"]) / amount
+    left = f", {format_duration((1 - share) / share * now['tokens'] / speed)} left" if speed and share else ""
+    return (f"{share:4.0%}, {now['tokens']:,} tokens, {speed:,.0f} tokens/s, loss {now['loss']:.3f} ({now['objective']})"
+            f"{left}")

@@ -1,7 +1,6 @@
 """Callbacks that a recipe asks for by name: samples, figures of the data.
 
-Composer keeps callback state under the class name: one of each per run. `Clock`, which every run has, is in clock.py; what
-starts from another run's checkpoint in phases.py.
+Composer keeps callback state under the class name: one of each per run.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 
-__all__ = ["DataMonitor", "LogSamples", "interval_passed"]
+from ettin_foundry.training.run_config import must_be
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +23,7 @@ def interval_passed(key: str, value: str) -> Any:
     """Composer's function of (state, event) that says when an interval has passed."""
     time = Time.from_input(value, TimeUnit.EPOCH)
     if time.unit not in (TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE) or time.value < 1:
-        raise ValueError(f"{key}: {value!r} given; a time of at least 1 in ba, tok or sp is needed, such as 1000ba")
+        raise must_be(key, "at least 1, in ba, tok or sp", value, "give a time such as 1000ba")
     return create_interval_scheduler(value, include_end_of_training=False)
 
 
@@ -41,19 +40,16 @@ class LogSamples(Callback):
 
     def __init__(self, interval: str, prompts: list[str], max_new_tokens: int = 32, top_k: int = 3):
         if isinstance(prompts, str) or not prompts:
-            raise ValueError(f"callbacks.ettin_samples.prompts: {prompts!r} given; a list of at least one text is needed. "
-                             "Write it as a YAML list")
+            raise must_be("callbacks.ettin_samples.prompts", "a list of at least one text", prompts, "write a YAML list")
         self.prompts, self.max_new_tokens, self.top_k = list(prompts), max_new_tokens, top_k
         self._due = interval_passed("callbacks.ettin_samples.interval", interval)
         self._model: Any = None
 
     def init(self, state: State, logger: Logger) -> None:
+        if state.fsdp_config is not None:
+            raise ValueError("callbacks.ettin_samples: given with fsdp_config; one rank alone cannot run a sharded model, "
+                             "so use callbacks.ettin_export and sample from its folders")
         self._model = state.model
-
-    def fit_start(self, state: State, logger: Logger) -> None:
-        if state.fsdp_enabled:
-            raise ValueError("callbacks.ettin_samples: given with fsdp_config; one rank alone cannot run a sharded model. "
-                             "Use callbacks.ettin_export and sample from its folders")
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if not self._due(state, Event.BATCH_CHECKPOINT) or dist.get_global_rank() != 0:
@@ -62,18 +58,17 @@ class LogSamples(Callback):
         self._model.eval()
         try:
             with torch.random.fork_rng(), torch.no_grad(), get_precision_context(state.precision):
-                rows = list(zip(self.prompts, self._sample()))
+                if self._model.objective == "clm":
+                    texts = map(repr, self._model.generate(self.prompts, max_new_tokens=self.max_new_tokens))
+                else:
+                    texts = (", ".join(f"{token!r} {share:.3f}" for token, share in candidates)
+                             for candidates in self._model.fill_mask(self.prompts, top_k=self.top_k))
+                rows = [[prompt, text] for prompt, text in zip(self.prompts, texts)]
         finally:
             self._model.train(was_training)
         for prompt, text in rows:
             log.info("batch %d: %r -> %s", state.timestamp.batch.value, prompt, text)
-        logger.log_table(["prompt", "output"], [list(row) for row in rows], name="samples")
-
-    def _sample(self) -> list[str]:
-        if self._model.objective == "clm":
-            return [repr(text) for text in self._model.generate(self.prompts, max_new_tokens=self.max_new_tokens)]
-        filled = self._model.fill_mask(self.prompts, top_k=self.top_k)
-        return [", ".join(f"{token!r} {share:.3f}" for token, share in candidates) for candidates in filled]
+        logger.log_table(["prompt", "output"], rows, name="samples")
 
 
 class DataMonitor(Callback):
@@ -86,9 +81,6 @@ class DataMonitor(Callback):
         sequence_id, labels = state.batch["sequence_id"], state.batch["labels"]
         real = sequence_id >= 0
         tokens, targets = int(real.sum()), int((labels != -100).sum())
-        logger.log_metrics({
-            "data/fill": tokens / max(1, real.numel()),
-            "data/documents": int((sequence_id.amax(dim=1) + 1).sum()),
-            "data/targets": targets,
-            "data/target_rate": targets / max(1, tokens),
-        })
+        logger.log_metrics({"data/fill": tokens / max(1, real.numel()), "data/targets": targets,
+                            "data/documents": int((sequence_id.amax(dim=1) + 1).sum()),
+                            "data/target_rate": targets / max(1, tokens)})

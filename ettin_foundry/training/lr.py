@@ -1,14 +1,8 @@
-"""The learning-rate schedules of the recipe as plain functions of time.
-
-Nothing is imported but math, so that a plan can draw them without torch or the host. `optim.py` makes Composer schedulers
-of them.
-"""
+"""The learning-rate schedules of the recipe as plain functions of time, so that a plan can draw them without torch."""
 
 from __future__ import annotations
 
 import math
-
-__all__ = ["one_minus_sqrt", "warmup_stable_decay"]
 
 
 def warmup_stable_decay(t: float, *, warmup: float, decay: float, total: float, alpha_f: float) -> float:

@@ -89,12 +89,12 @@ def resolved(args: Sequence[str]) -> dict[str, Any]:
     return om.to_container(configure(args), resolve=True)  # type: ignore[return-value]
 
 
-def rows_from_tokens(cfg: dict[str, Any]) -> dict[str, int]:
+def rows_from_tokens(cfg: dict[str, Any], world_size: int | None = None) -> dict[str, int]:
     """Rows a GPU takes at once, where the config gives token positions instead.
 
     `variables.microbatch_tokens` gives `device_train_microbatch_size`: the most rows of `max_seq_len` that it holds and
-    that divide every batch of a process evenly (WORLD_SIZE processes). `variables.eval_tokens` gives
-    `device_eval_batch_size`. A key that the config has itself is left alone.
+    that divide every batch of a process evenly (of `world_size` processes; by default WORLD_SIZE).
+    `variables.eval_tokens` gives `device_eval_batch_size`. A key that the config has itself is left alone.
 
     Args:
         cfg: plain containers, interpolations resolved.
@@ -115,7 +115,7 @@ def rows_from_tokens(cfg: dict[str, Any]) -> dict[str, int]:
             warmup = (cfg.get("train_loader") or {}).get("batch_size_warmup") or {}
             smallest = warmup.get("min_size") if isinstance(warmup, dict) else None
             share = math.gcd(batch, smallest if isinstance(smallest, int) else 0)
-            share = max(1, share // int(os.environ.get("WORLD_SIZE", "1")))
+            share = max(1, share // (world_size or int(os.environ.get("WORLD_SIZE", "1"))))
             rows = next(n for n in range(min(rows, share), 0, -1) if share % n == 0)
         found[key] = rows
     return found

@@ -1,91 +1,82 @@
-"""What a run's config says: times, tokens, objective and shape, read out of plain containers.
+"""Reads a run's config from plain containers: times, tokens, objective, shape, loaders, and the config as text.
 
-Nothing is refused here but what cannot be read; what may stand in a config is checked in checks.py.
+What may stand in a config is checked in checks.py. Neither torch nor the host is imported.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ettin_foundry.model.config import OBJECTIVES, EttinConfig
+from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
-from ettin_foundry.training.keys import FIELDS
+from ettin_foundry.training.recipes import rows_from_tokens
 
-__all__ = ["TIME", "loaders", "model_config", "objective_schedule", "parse_time", "refusal", "total_tokens", "walk"]
+FIELDS = tuple(field.name for field in dataclasses.fields(EttinConfig)
+               if field.name not in ("causal", "max_position_embeddings"))
+"""Fields of the shape that a config may set; the other two follow from objective and max_seq_len."""
+_TIME = re.compile(r"([0-9._]+(?:e[+-]?[0-9]+)?)(tok|ba|dur|sp|sec|iter)", re.IGNORECASE)
 
-TIME = re.compile(r"([0-9._]+(?:e[+-]?[0-9]+)?)(tok|ba|dur|ep|sp|sec|iter)", re.IGNORECASE)
-"""A time of the host: number and unit."""
 
-
-def refusal(key: str, given: Any, allowed: str, advice: str) -> ValueError:
-    """The error of a setting that cannot be: the key as one types it, what was given, what is allowed, what to do."""
-    return ValueError(f"{key}: {given!r} given; {allowed}. {advice}")
+def must_be(key: str, allowed: str, given: Any, advice: str) -> ValueError:
+    """The error of a setting that cannot be: the key as one types it, what is allowed, what was given, what to do."""
+    return ValueError(f"{key} must be {allowed}, got {given!r}; {advice}")
 
 
 def parse_time(key: str, value: Any) -> tuple[float, str]:
-    """A time such as `3_000_000_000tok` as (number, unit).
-
-    Raises:
-        ValueError: not a time, or one in epochs; it names `key`.
-    """
-    match = TIME.fullmatch(value) if isinstance(value, str) else None
-    if (isinstance(value, int) and not isinstance(value, bool)) or (match and match[2].lower() == "ep"):
-        raise refusal(key, value, "it means epochs, and our loader is endless: its one epoch never ends",
-                      "Give tokens or batches, such as 8_500_000_000tok or 3000ba")
+    """A time of the host such as `3_000_000_000tok` as (number, unit); a ValueError that names `key` if it is none."""
+    match = _TIME.fullmatch(value) if isinstance(value, str) else None
     try:
         return float(match[1]), match[2].lower()  # type: ignore[index]
     except (TypeError, ValueError):
-        raise refusal(key, value, "a number with its unit is needed: tok, ba or dur",
-                      "Write it like 8_500_000_000tok, 3000ba or 0.2dur") from None
+        raise must_be(key, "a number with the unit tok, ba or dur", value, "the loader's one epoch never ends, so give a "
+                      "time such as 8_500_000_000tok or 3000ba") from None
 
 
-def total_tokens(cfg: dict[str, Any]) -> int | None:
+def total_tokens(cfg: Mapping[str, Any]) -> int | None:
     """Tokens of the run, which a `dur` in a schedule is a share of; None when max_duration is not in tokens."""
     amount, unit = parse_time("max_duration", cfg["max_duration"])
     return round(amount) if unit == "tok" else None
 
 
-def objective_schedule(cfg: dict[str, Any]) -> ObjectiveSchedule:
-    """The objective of a config's model over the run's tokens.
-
-    Raises:
-        ValueError: an unknown objective, or a schedule with a gap, an overlap, or past the end of the run.
-    """
+def objective_schedule(cfg: Mapping[str, Any]) -> ObjectiveSchedule:
+    """The objective of a config's model over the run's tokens."""
     value = cfg["model"].get("objective")
-    if value is None:
-        raise refusal("model.objective", value, f"one of {', '.join(OBJECTIVES)} is needed",
-                      "clm makes a decoder, the others an encoder")
     total = None if isinstance(value, str) else total_tokens(cfg)  # a name alone needs no clock
     return ObjectiveSchedule.parse(value, total=total, key="model.objective")
 
 
-def model_config(cfg: dict[str, Any]) -> EttinConfig:
-    """The shape that a config's model block asks for; under a schedule, that of the objective it ends with.
-
-    Raises:
-        ValueError: an unknown size or objective, or a field out of range; it names the key.
-    """
-    model = cfg["model"]
-    fields = {key: value for key, value in model.items() if key in FIELDS}
-    return EttinConfig.for_size(model.get("size"), causal=objective_schedule(cfg).final == "clm",
+def model_config(cfg: Mapping[str, Any]) -> EttinConfig:
+    """The shape that a config's model block asks for; under a schedule, that of the objective it ends with."""
+    fields = {key: value for key, value in cfg["model"].items() if key in FIELDS}
+    return EttinConfig.for_size(cfg["model"].get("size"), causal=objective_schedule(cfg).final == "clm",
                                 max_position_embeddings=cfg["max_seq_len"], **fields)
 
 
-def loaders(cfg: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def loaders(cfg: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(key, block) of every loader, the training loader first."""
     yield "train_loader", cfg.get("train_loader") or {}
     evals = cfg.get("eval_loaders") or cfg.get("eval_loader") or []  # the host renames a list to eval_loaders
-    if isinstance(evals, dict):
-        yield "eval_loader", evals
+    if isinstance(evals, Mapping):
+        yield "eval_loader", dict(evals)
     else:
         yield from ((f"eval_loader[{i}]", block) for i, block in enumerate(evals))
 
 
+def value_at(cfg: Any, key: str) -> Any:
+    """The value of a dotted key, or None."""
+    for part in key.split("."):
+        cfg = cfg.get(part) if isinstance(cfg, Mapping) else None
+    return cfg
+
+
 def walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf."""
-    if isinstance(value, dict):
+    """(dotted key, value) of every leaf; an empty block is a leaf."""
+    if isinstance(value, dict) and value:
         for name, item in value.items():
             yield from walk(item, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
@@ -93,3 +84,26 @@ def walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from walk(item, f"{key}[{i}]")
     else:
         yield key, value
+
+
+def config_text(cfg: Mapping[str, Any]) -> str:
+    """The resolved config as canonical JSON, without nulls; the same on any number of processes."""
+    derived = ("n_gpus", "device_train_batch_size", "device_train_grad_accum")  # by the host
+    config = {key: value for key, value in cfg.items() if value is not None and key not in derived}
+    if "eval_loaders" in config:  # the host's name for a list
+        config["eval_loader"] = config.pop("eval_loaders")
+    bare = {key: value for key, value in config.items()
+            if key not in ("device_train_microbatch_size", "device_eval_batch_size")}
+    if (rows := rows_from_tokens(bare)).items() <= config.items():  # made of tokens for this number of processes
+        config |= rows_from_tokens(bare, world_size=1) if rows else {}
+    micro = config.get("device_train_microbatch_size")
+    if config.get("device_eval_batch_size") == (1 if micro == "auto" else micro):  # the host's default
+        config.pop("device_eval_batch_size", None)
+    if callbacks := config.get("callbacks"):
+        config["callbacks"] = {name: block for name, block in callbacks.items() if name != "ettin_clock"}
+    return json.dumps(config, sort_keys=True, separators=(",", ":"))
+
+
+def config_hash(text: str) -> str:
+    """sha256 of a `config_text`, in hex."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,7 +1,4 @@
-"""The callback `ettin_steps`: writes what each step read and gave to steps.jsonl (see steps.py), and logs its objective.
-
-The hash of the global batch is the one thing that takes the other ranks: one whole number, summed while the step computes.
-"""
+"""The callback `ettin_steps`: writes what each step read and gave to steps.jsonl (see steps.py), and logs its objective."""
 
 from __future__ import annotations
 
@@ -18,32 +15,27 @@ from composer.utils import dist, format_name_with_dist
 from llmfoundry.interfaces import CallbackWithConfig
 
 from ettin_foundry.data.stream import HASH_MODULUS
+from ettin_foundry.training.run_config import must_be
 from ettin_foundry.training.steps import STEPS, cut_steps
-
-__all__ = ["StepLog"]
 
 
 class StepLog(CallbackWithConfig):
     """Appends one line a step to `<folder>/steps.jsonl`, on rank 0, and flushes it.
 
-    A run that resumes first cuts off the lines of steps that it does again. Metrics: data/mask_rate, and where the
-    objective changes or is mixed, data/objective_NAME, the share of the step's rows that train it.
+    A run that resumes first cuts off the lines of steps that it does again. The hash of the global batch is summed over
+    ranks while the step computes. Metrics: data/mask_rate, and where the objective changes or is mixed,
+    data/objective_NAME, the share of the step's rows that train it.
 
     Args:
-        train_config: the run's config, given by LLM-Foundry.
         folder: a local folder; save_folder if not given. `{run_name}` is filled in.
-
-    Raises:
-        ValueError: neither is given, or it is remote.
     """
 
     def __init__(self, train_config: Mapping[str, Any], folder: str | None = None):
         super().__init__(dict(train_config))
         given = folder or train_config.get("save_folder")
         if not given or "://" in given:
-            key = "callbacks.ettin_steps.folder" if folder else "save_folder"
-            raise ValueError(f"callbacks.ettin_steps: {key} is {given!r}, and {STEPS} is written to a local folder only. "
-                             "Set callbacks.ettin_steps.folder to one, or remove callbacks.ettin_steps")
+            raise must_be("callbacks.ettin_steps.folder" if folder else "save_folder", f"a local folder, for {STEPS}", given,
+                          "set callbacks.ettin_steps.folder to one, or remove callbacks.ettin_steps")
         self.folder: str = given
         self._file: TextIO | None = None
         self._hash = torch.zeros(1, dtype=torch.int64)
@@ -51,24 +43,26 @@ class StepLog(CallbackWithConfig):
         self._entry: dict[str, Any] = {}
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        if dist.get_global_rank() != 0:
-            return
-        folder = Path(format_name_with_dist(self.folder, state.run_name))
-        folder.mkdir(parents=True, exist_ok=True)
-        self._close_file()
-        cut_steps(folder / STEPS, state.timestamp.batch.value)
-        self._file = (folder / STEPS).open("a", buffering=1, encoding="utf-8")  # each line reaches the disk's cache
+        if dist.get_global_rank() == 0:
+            folder = Path(format_name_with_dist(self.folder, state.run_name))
+            folder.mkdir(parents=True, exist_ok=True)
+            cut_steps(folder / STEPS, state.timestamp.batch.value)
+            self._file = (folder / STEPS).open("a", buffering=1, encoding="utf-8")  # each line reaches the disk's cache
 
     def batch_start(self, state: State, logger: Logger) -> None:
         batch: Any = state.batch
         self._hash = torch.tensor([batch["ids_hash"]], dtype=torch.int64)
-        self._summed = None
         if dist.get_world_size() > 1:
             if state.device.name == "gpu":  # from pageable memory the copy would wait for the work that is queued there
                 self._hash = self._hash.pin_memory().to(torch.device("cuda", torch.cuda.current_device()), non_blocking=True)
             self._summed = torch.distributed.all_reduce(self._hash, async_op=True)
         self._entry = {"objective": batch["objective"], "mask_rate": batch["mask_rate"]}
-        logger.log_metrics({"data/mask_rate": batch["mask_rate"], **_shares(state, batch["tokens_before"])})
+        schedule = getattr(getattr(state.train_dataloader, "collate_fn", None), "objective", None)
+        shares: dict[str, float] = {}
+        if schedule is not None and len(schedule.objectives) > 1:
+            now = schedule.at(batch["tokens_before"])
+            shares = {f"data/objective_{name}": now.get(name, 0.0) for name in schedule.objectives}
+        logger.log_metrics({"data/mask_rate": batch["mask_rate"], **shares})
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         self._entry["lr"] = state.optimizers[0].param_groups[0]["lr"]  # the clock has set it, at BATCH_START
@@ -87,18 +81,6 @@ class StepLog(CallbackWithConfig):
         self._file.write(json.dumps(line) + "\n")
 
     def close(self, state: State, logger: Logger) -> None:
-        self._close_file()
-
-    def _close_file(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-
-def _shares(state: State, tokens_before: int) -> dict[str, float]:
-    """data/objective_NAME of every objective of the run's schedule; empty where it has one only."""
-    schedule = getattr(getattr(state.train_dataloader, "collate_fn", None), "objective", None)
-    if schedule is None or len(schedule.objectives) < 2:
-        return {}
-    now = schedule.at(tokens_before)
-    return {f"data/objective_{name}": now.get(name, 0.0) for name in schedule.objectives}

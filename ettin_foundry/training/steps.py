@@ -1,11 +1,10 @@
-"""The log of a run's steps, steps.jsonl in its save folder: one JSON object a line for each step, and how to read it.
+"""Reads and cuts the log of a run's steps, steps.jsonl in its save folder: one JSON object a line.
 
     {"step": 41, "tokens": 352140, "rows": 32, "objective": "mlm", "mask_rate": 0.3, "lr": 0.003, "loss": 5.114,
      "ids_hash": "09f1c2aa7730", "seconds": 0.21}
 
-step counts from 0 as the host's batch number before the step, tokens are those before it, rows and ids_hash are the global
-batch's: two runs whose lines agree in both read the same documents in the same order. step_log.py writes it; nothing here
-imports torch or the host.
+step is the host's batch number before the step, tokens are those before it, rows and ids_hash are the global batch's: two
+runs whose lines agree in both read the same documents in the same order. Neither torch nor the host is imported.
 """
 
 from __future__ import annotations
@@ -15,72 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["STEPS", "compare_steps", "cut_steps", "read_steps"]
-
 STEPS = "steps.jsonl"
-_COMPARED = ("step", "tokens", "rows", "ids_hash")
-
-
-def read_steps(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Every step of a log, in order; a last line that a killed run left unfinished is passed over.
-
-    Args:
-        path: the file, or the save folder that holds it.
-
-    Raises:
-        FileNotFoundError: there is none. ValueError: a line is no step; it names the line.
-    """
-    path = _find(path)
-    lines = path.read_bytes().split(b"\n")  # what follows the last newline was cut short
-    steps = []
-    for number, line in enumerate(lines[:-1], 1):
-        entry = _parse(line)
-        if entry is None:
-            raise ValueError(f"{path} line {number}: {line[:100]!r} found; each line is a JSON object with a step. Restore "
-                             "the file, or remove it before the run goes on")
-        steps.append(entry)
-    return steps
-
-
-def compare_steps(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> int | None:
-    """The first step at which two runs did not read the same rows, as their logs tell; None where they always did.
-
-    Args:
-        first, second: as for `read_steps`. A step that only one of them has is a difference.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_steps`.
-    """
-    mine, other = read_steps(first), read_steps(second)
-    for one, two in zip(mine, other):
-        if any(one.get(key) != two.get(key) for key in _COMPARED):
-            return min(one["step"], two["step"])
-    rest = max(mine, other, key=len)[min(len(mine), len(other)):]
-    return rest[0]["step"] if rest else None
-
-
-def cut_steps(path: Path, step: int) -> int:
-    """Removes, from the end of a log, an unfinished line and all from `step` on, which will be done again.
-
-    Returns:
-        Lines that are left. A file that does not exist has none.
-    """
-    if not path.is_file():
-        return 0
-    lines = path.read_bytes().split(b"\n")[:-1]
-    while lines and ((entry := _parse(lines[-1])) is None or entry["step"] >= step):
-        lines.pop()
-    os.truncate(path, sum(len(line) + 1 for line in lines))
-    return len(lines)
-
-
-def _find(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    found = path / STEPS if path.is_dir() else path
-    if not found.is_file():
-        raise FileNotFoundError(f"{found}: no such file; a run with callbacks.ettin_steps and a local save_folder writes "
-                                "it. Give that run's folder")
-    return found
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -89,3 +23,44 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
+
+
+def read_steps(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Every step of a log (a file, or the save folder that holds it), in order.
+
+    A last line that a killed run left unfinished is passed over.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: a line is no step; it names the line.
+    """
+    path = Path(path, STEPS) if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give the folder of a run with callbacks.ettin_steps")
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was cut short
+    steps = [_parse(line) for line in lines]
+    if None in steps:
+        number = steps.index(None)
+        raise ValueError(f"{path} line {number + 1} must be a JSON object with a step, got {lines[number][:100]!r}")
+    return steps  # type: ignore[return-value]
+
+
+def compare_steps(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> int | None:
+    """The first step at which two runs did not read the same rows, as their logs tell; None where they always did.
+
+    A step that only one of them has is a difference.
+    """
+    mine, other = read_steps(first), read_steps(second)
+    for one, two in zip(mine, other):
+        if any(one.get(key) != two.get(key) for key in ("step", "tokens", "rows", "ids_hash")):
+            return min(one["step"], two["step"])
+    rest = max(mine, other, key=len)[min(len(mine), len(other)):]
+    return rest[0]["step"] if rest else None
+
+
+def cut_steps(path: Path, step: int) -> None:
+    """Removes, from the end of a log, an unfinished line and all from `step` on, which will be done again."""
+    if path.is_file():
+        lines = path.read_bytes().split(b"\n")[:-1]
+        while lines and ((entry := _parse(lines[-1])) is None or entry["step"] >= step):
+            lines.pop()
+        os.truncate(path, sum(len(line) + 1 for line in lines))

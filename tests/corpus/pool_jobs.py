@@ -39,13 +39,13 @@ def jobs(number: int, folder: Path | str = "", text: str | bytes = "") -> list[J
 def in_steps(job: Job, report: Report) -> int:
     for _ in range(5):
         time.sleep(0.004)
-        report(Tick(1, 10, 100, 1000, f"file-{job.number}"))
+        report(Tick(1, 10, 100, 1000))
     return job.number ** 2
 
 
 def dying(job: Job, report: Report) -> int:
     """Job 3 kills its worker as `text` says, each time; job 5 only the first time."""
-    report(Tick(1, 10, 100, 1000, f"file-{job.number}"))
+    report(Tick(1, 10, 100, 1000))
     if job.number == 3 or (job.number == 5 and job.trace("death") == 1):
         job.trace("try")
         if str(job.text).startswith("SIG"):
@@ -64,7 +64,7 @@ class Awkward(Exception):
 
 def raising(job: Job, report: Report) -> int:
     """Job 2 raises when job 0 is under way; the others say in their folder when they were ended tidily."""
-    report(Tick(where=f"file-{job.number}"))
+    report(Tick())
     if job.number == 2:
         while not list(Path(job.folder).glob("begun.0.*")):
             time.sleep(0.01)
@@ -82,17 +82,6 @@ def raising(job: Job, report: Report) -> int:
         job.trace("tidied")
 
 
-def standing_still(job: Job, report: Report) -> int:
-    """Job 1 hangs the first time: asleep, or stopped so that it cannot hear."""
-    report(Tick(1, 10, 100, 1000, f"file-{job.number}"))
-    if job.number == 1 and job.trace("hang") == 1:
-        if job.text == "stopped":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        time.sleep(20)
-    return job.number ** 2
-
-
 def looking_around(job: Job, report: Report) -> tuple[list[str], dict[str, str]]:
-    logging.getLogger("pool_jobs").info("all say so")
-    logging.getLogger("pool_jobs").info("job %d\nsays so", job.number)
+    logging.getLogger("pool_jobs").warning("job %d\nsays so", job.number)
     return sorted(sys.modules), dict(os.environ)

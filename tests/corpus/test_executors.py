@@ -7,7 +7,6 @@ import logging
 import multiprocessing
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -20,15 +19,14 @@ import pool_jobs
 import pytest
 from pool_jobs import jobs
 
-from ettin_foundry.corpus import executors
 from ettin_foundry.corpus.executors import WorkerDeath, run_tasks
 from ettin_foundry.corpus.progress import Board, Tick
 
 HEAVY = {"torch", "transformers", "streaming", "boto3", "ray", "matplotlib", "pyarrow", "tokenizers"}
 
 
-def board(**options: float) -> Board:
-    return Board("test", 0, **options)  # type: ignore[arg-type]
+def board() -> Board:
+    return Board("test", 0)
 
 
 def alive(pid: int) -> bool:
@@ -74,7 +72,7 @@ def test_workers_killed_at_random_moments_cost_no_result_and_no_count(caplog: py
         while len(killed) < 12 and not done.is_set():
             time.sleep(rng.uniform(0, 0.2))
             with contextlib.suppress(IndexError, ProcessLookupError, RuntimeError):
-                pid = int(rng.choice([job.worker for job in shown._jobs.values()]))
+                pid = rng.choice([child.pid for child in multiprocessing.active_children()])
                 os.kill(pid, rng.choice([signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM]))
                 killed.append(pid)
 
@@ -88,12 +86,12 @@ def test_workers_killed_at_random_moments_cost_no_result_and_no_count(caplog: py
     assert len(killed) > 5, "too few kills to prove anything"
     assert found == [n ** 2 for n in range(150)]
     assert shown.total == Tick(750, 7500, 75_000, 750_000)  # what the dead had counted of unfinished tasks is taken back
-    assert "SIGKILL" in caplog.text and "begins again, try 2 of 1000" in caplog.text
+    assert "SIGKILL" in caplog.text and "which begins again" in caplog.text
 
 
 @pytest.mark.parametrize("how, named", [("SIGKILL", "SIGKILL"), ("7", "exit status 7")])
 def test_a_task_that_kills_every_worker_is_given_up_after_its_tries(tmp_path: Path, how: str, named: str) -> None:
-    with pytest.raises(WorkerDeath, match=f"task job-3: 2 workers died in it, the last of {named} in file-3"):
+    with pytest.raises(WorkerDeath, match=f"job-3: 2 workers died in it, the last of {named};"):
         run_tasks(pool_jobs.dying, jobs(8, tmp_path, how), workers=2, board=board(), tries=2)
     assert len(list(tmp_path.glob("try.3.*"))) == 2
     others = [job for job in jobs(8, tmp_path / "..", how) if job.number != 3]
@@ -114,46 +112,13 @@ def test_what_cannot_be_pickled_is_an_error_and_no_hang(tmp_path: Path, text: st
         run_tasks(pool_jobs.raising, jobs(3, tmp_path, text), workers=3, board=board())
 
 
-def test_a_hanging_worker_is_named_and_its_task_survives_its_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A user does what the warning about the worker in file-1 advises."""
-    named = re.compile(r"worker (\d+) has said nothing for \d+ s; it is in file-1\.")
-
-    def user() -> None:
-        wait_until(lambda: named.search(caplog.text))
-        os.kill(int(named.findall(caplog.text)[0]), signal.SIGKILL)
-
-    thread = threading.Thread(target=user)
-    thread.start()
-    with board(stall_seconds=1.0) as shown:
-        assert run_tasks(pool_jobs.standing_still, jobs(4, tmp_path), workers=2, board=shown) == [0, 1, 4, 9]
-    thread.join()
-    assert shown.total == Tick(4, 40, 400, 4000)
-
-
-def test_an_error_ends_also_a_worker_that_cannot_hear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executors, "_GRACE_SECONDS", 0.3)
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    stopped = jobs(2, tmp_path, "stopped")
-    thread = threading.Thread(target=lambda: (wait_until(lambda: list(tmp_path.glob("hang.1.*"))),
-                                              os.kill(os.getpid(), signal.SIGUSR2)))
-    before = signal.signal(signal.SIGUSR2, stop)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        run_tasks(pool_jobs.standing_still, stopped, workers=2, board=board())
-    signal.signal(signal.SIGUSR2, before)
-    assert not alive(int(next(tmp_path.glob("hang.1.*")).suffix[1:]))
-
-
 def test_workers_start_light_with_one_thread_each_and_log_through_the_parent(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     for modules, environment in run_tasks(pool_jobs.looking_around, jobs(2), workers=2, board=board()):
         assert not HEAVY & set(modules)
         assert environment["RAYON_NUM_THREADS"] == "1" and environment["TOKENIZERS_PARALLELISM"] == "false"
     said = [record.getMessage() for record in caplog.records if record.name == "pool_jobs"]
-    assert {"job 0\nsays so", "job 1\nsays so"} <= set(said) and said.count("all say so") == 1
+    assert {"job 0\nsays so", "job 1\nsays so"} == set(said)
 
 
 PROGRAM = """

@@ -15,71 +15,23 @@ import termios
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from ettin_foundry.corpus import progress
-from ettin_foundry.corpus.progress import Board, Tick, plain
+from ettin_foundry.corpus.progress import Board, Tick
 
 
 def test_counts_of_a_lost_task_are_taken_back_and_those_of_finished_ones_stay() -> None:
     board = Board("test", 1000)
     for key in (7, 8):
-        board.began(key, "unit", f"worker {key}")
-        board.tick(key, Tick(1, 20, 300, 40, "a"))
-    board.done(7)
-    board.tick(7, Tick(5, 5, 5, 5, "late"))
-    assert board.total == Tick(2, 40, 600, 80)
-    assert board.lost(8) == ("worker 8", "a") and board.total == Tick(1, 20, 300, 40)
-    assert board.lost(9) == ("that never began", "an unknown file")
-
-
-def test_many_threads_may_tick_at_once() -> None:
-    board = Board("test", 0)
-
-    def tick(key: int) -> None:
-        board.began(key, "unit", "")
-        for _ in range(2000):
-            board.tick(key, Tick(1, 2, 3, 4))
-
-    threads = [threading.Thread(target=tick, args=(key,)) for key in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert board.total == Tick(8000, 16_000, 24_000, 32_000)
-
-
-def test_a_silent_worker_is_named_again_after_twice_the_time_until_it_speaks(monkeypatch: pytest.MonkeyPatch,
-                                                                             caplog: pytest.LogCaptureFixture) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    board = Board("convert", 0)
-    board.began(3, "unit 3", "41 on node7")
-    board.tick(3, Tick(where="a.jsonl"))
-    board.began(4, "unit 4", "42")
-
-    def seconds_of_warnings(number: int) -> list[float]:
-        said = []
-        for _ in range(number):
-            now[0] += 1
-            board.tick(4, Tick(1))
-            caplog.clear()
-            board.check()
-            said += [now[0] - 1000 for record in caplog.records if "worker 41 on node7" in record.getMessage()]
-        return said
-
-    assert seconds_of_warnings(300) == [60, 120, 240]
-    board.tick(3, Tick(1))
-    assert seconds_of_warnings(70) == [360]
-
-
-@pytest.mark.parametrize("name, shown", [
-    ("plain.jsonl", "plain.jsonl"), ("a\nERROR forged line", "a\\nERROR forged line"), ("\x1b[2Jwipe", "\\x1b[2Jwipe"),
-    ("\u202etxt.exe", "\\u202etxt.exe"), ("x" * 200 + "/end.jsonl", "..." + "x" * 47 + "/end.jsonl")])
-def test_names_cannot_forge_lines_or_move_the_cursor(name: str, shown: str) -> None:
-    assert plain(name) == shown and len(shown) <= 60
+        board.tick(key, Tick(1, 20, 300, 40))
+    board.end(7)
+    board.tick(7, Tick(1, 1, 1, 1))
+    assert board.total == Tick(3, 41, 601, 81)
+    for key in (7, 8, 9):
+        board.end(key, done=False)
+    assert board.total == Tick(1, 20, 300, 40)
 
 
 def test_log_lines_come_while_it_runs_and_once_at_the_end(monkeypatch: pytest.MonkeyPatch,
@@ -88,8 +40,7 @@ def test_log_lines_come_while_it_runs_and_once_at_the_end(monkeypatch: pytest.Mo
     monkeypatch.setattr(progress, "_DRAW_SECONDS", 0.05)
     caplog.set_level(logging.INFO)
     with Board("convert", 1000, show=False) as board:
-        board.began(1, "a", "")
-        board.tick(1, Tick(1, 2, 3, 500, "a"))
+        board.tick(1, Tick(1, 2, 3, 500))
         end = time.monotonic() + 5
         while len(caplog.records) < 2 and time.monotonic() < end:
             time.sleep(0.02)
@@ -108,10 +59,9 @@ import logging, sys, time
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 from ettin_foundry.corpus.progress import Board, Tick
 with Board("convert [bold]", 400) as board:
-    board.began(1, "unit", "")
     for number in range(4):
         time.sleep(0.3)
-        board.tick(1, Tick(10, 1000, 5000, 100, "x.jsonl"))
+        board.tick(1, Tick(10, 1000, 5000, 100))
         logging.warning("warning %d", number)
 """
 

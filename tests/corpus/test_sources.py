@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from s3_server import S3Server
-from text_files import PACKERS, content, pair, read_all
+from text_files import PACKERS, content, read_all
 
 from ettin_foundry.corpus.readers import read_parts
 from ettin_foundry.corpus.sources import Meter, Part, Source, SourceFile, file_kind, find_source, part_bytes, plan_parts
@@ -52,13 +51,6 @@ def test_names_licences_and_places(tmp_path: Path) -> None:
     assert find_source(str(tmp_path / "c.txt.parquet")).files == (("c.txt.parquet", 1),)  # read as what it is called
 
 
-def test_source_can_be_pickled(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("x")
-    source = find_source(str(tmp_path))
-    assert source.sizes == {"a.txt": 1}
-    assert pickle.loads(pickle.dumps(source)) == source
-
-
 def test_kind_of_a_file_is_its_suffix() -> None:
     assert [file_kind(name) for name in ("a.jsonl", "b/A.JSON.GZ", "a.b.txt.zst", "a.parquet", "a.csv", "a.gz", "a", ".txt",
                                          "a.txt.bz2", "x.txt/a", "txt")] == \
@@ -66,13 +58,13 @@ def test_kind_of_a_file_is_its_suffix() -> None:
 
 
 BAD = {
-    "missing": ("{tmp}/nowhere.jsonl", FileNotFoundError, r"nowhere\.jsonl: no such file or folder; .*Correct the path"),
-    "unknown suffix": ("{tmp}/a.csv", ValueError, r"a\.csv: suffix \.csv is not read; \.jsonl, \.json, \.txt, \.parquet"),
-    "empty folder": ("{tmp}/empty", ValueError, "empty: the folder holds 0 files, none of them readable"),
-    "nothing readable": ("{tmp}", ValueError, r"holds 1 files, none of them readable; .*Put the corpus there"),
-    "offline dataset": ("owner/name", FileNotFoundError, "owner/name: no such file or folder, and the Hugging Face dataset"),
-    "empty": ("", ValueError, "source: an empty name given"),
-    "pipe": ("{tmp}/pipe", ValueError, "pipe: neither a file nor a folder.*Write it to a file"),
+    "missing": ("{tmp}/nowhere.jsonl", FileNotFoundError, r"nowhere\.jsonl: no such file or folder"),
+    "unknown suffix": ("{tmp}/a.csv", ValueError, r"a\.csv: suffix must be \.jsonl, \.json, \.txt, \.parquet"),
+    "empty folder": ("{tmp}/empty", ValueError, "empty must hold .* got 0 files"),
+    "nothing readable": ("{tmp}", ValueError, "got 1 files, none of them readable"),
+    "offline dataset": ("owner/name", FileNotFoundError, "the Hugging Face dataset owner/name cannot be reached"),
+    "empty": ("", ValueError, "an empty name"),
+    "pipe": ("{tmp}/pipe", ValueError, "pipe must be a file or folder"),
     "scheme": ("nope://x/y", ValueError, "nope:// cannot be read here"),
 }
 
@@ -92,7 +84,7 @@ def test_file_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
     with open(os.path.join(os.fsencode(tmp_path), b"a\xff.txt"), "wb"):
         pass
     for place in (str(tmp_path), os.fsdecode(os.path.join(os.fsencode(tmp_path), b"a\xff.txt"))):
-        with pytest.raises(ValueError, match=r"file name b'a\\xff\.txt' is not UTF-8; .*Rename the file"):
+        with pytest.raises(ValueError, match=r"must be UTF-8, got b'a\\xff\.txt'"):
             find_source(place)
 
 
@@ -121,18 +113,13 @@ def test_every_byte_is_in_one_part() -> None:
             assert cuts[0][0] == 0 and cuts[-1][1] == size and all(a[1] == b[0] for a, b in zip(cuts, cuts[1:]))
 
 
-def test_unit_size_must_be_a_size() -> None:
-    with pytest.raises(ValueError, match="unit size: 0 bytes given; at least 1"):
-        plan_parts(listed(("a.txt", 1)), 0)
-
-
 def test_units_together_read_what_the_source_holds(tmp_path: Path) -> None:
     rng = random.Random(5)
     for number in range(9):
         lines = [json.dumps({"text": "x" * rng.randint(0, 60)}) for _ in range(rng.randint(0, 40))]
         (tmp_path / f"{number}.jsonl").write_text("\n".join(lines))
     source = find_source(str(tmp_path))
-    whole = list(read_all(source))
+    whole = read_all(source)
     for unit_bytes in (1, 50, 333, 10**6):
         meter, found = Meter(), []
         for unit in plan_parts(source, unit_bytes):
@@ -153,12 +140,12 @@ def test_bucket_is_a_corpus_like_a_folder(server: S3Server, tmp_path: Path, capl
     assert (there.files, there.name, there.root) == (here.files, "lang=en", "s3://corpus/lang=en")
     assert len(server.requests) == 1 and "1 of 3 files are not read, the first is x.csv" in caplog.text
     assert find_source(server.url("lang=en") + "/").files == here.files
-    assert list(read_all(there)) == list(read_all(here))
+    assert read_all(there) == read_all(here)
     one = find_source("one=" + server.url("lang=en/b.jsonl"), licence="MIT")
     assert one == Source("one", server.url("lang=en/b.jsonl"), (SourceFile("b.jsonl", 32),), "s3://corpus/lang=en", "MIT")
     assert find_source(server.url()).name == "corpus" and len(find_source(server.url()).files) == 3
     for missing in ("nothing", "nothing.txt"):
-        with pytest.raises(FileNotFoundError, match=rf"s3://corpus/{missing}: nothing is there; .*Correct the URL"):
+        with pytest.raises(FileNotFoundError, match=rf"s3://corpus/{missing}: nothing is there"):
             find_source(server.url(missing))
 
 
@@ -171,11 +158,11 @@ def test_reading_from_a_bucket_survives_lost_connections(server: S3Server, monke
             data = "".join(texts).encode() if kind == ".txt" else content(kind, texts)
             server.put(f"in/a{kind}{packing}", pack(data))
             source = find_source(server.url(f"in/a{kind}{packing}"))
-            server.fail(lambda request: (request.range or "").startswith("bytes=300-"), times=2)
+            server.fail(lambda request: request.range is not None, times=2)
             server.cut(lambda request: request.range is not None, times=2, after=100)
-            assert "".join(pair(document)[1] for document in read_all(source)) == "".join(texts)
-            assert not any(fault.times for fault in server.faults)
-            server.fail(lambda request: (request.range or "").startswith("bytes=300-"), times=99)
-            with pytest.raises(ConnectionError, match="no answer after 5 tries"):
-                list(read_all(source))
+            assert "".join(document.text for document in read_all(source)) == "".join(texts)
+            assert not server.faults_left()
+            server.fail(lambda request: request.range is not None, times=99)
+            with pytest.raises(ConnectionError):
+                read_all(source)
             server.clear()

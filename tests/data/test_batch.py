@@ -1,39 +1,35 @@
-"""Claims of batches.py: flat microbatches equal loops over tokens, and the host's counts of them."""
+"""Flat microbatches equal loops over tokens, and Composer's counts of them."""
 
-import itertools
+import hashlib
 
 import numpy as np
 import pytest
 import torch
-from composer.devices import DeviceCPU
 
-from ettin_foundry.data.batch import count_tokens, flatten, split_batch
-from ettin_foundry.data.loader import build_ettin_loader
+from ettin_foundry.data.batch import Collator, count_samples, count_tokens, flatten, split_batch
+from ettin_foundry.data.stream import hash_row, open_stream
 from ettin_foundry.data.tokenizer import load
+from ettin_foundry.objectives.targets import TextVocab
 
 T, B = 64, 4
 TENSORS = ("input_ids", "labels", "sequence_id")
-MIXED = {"mntp": 0.5, "clm": 0.3, "mdlm": 0.2}
+MIXED = {"mntp": 0.6, "clm": 0.4}
 OBJECTIVES = pytest.mark.parametrize(
-    ("objective", "rate"), [("mlm", 0.3), ("clm", 0.0), ("mntp", 0.15), ("mdlm", 0.0), (MIXED, 0.15)],
-    ids=["mlm", "clm", "mntp", "mdlm", "mixed"])
-
-
-@pytest.fixture(scope="module")
-def tokenizer(data_set):
-    return load(data_set / "tokenizer")
+    ("objective", "rate"), [("mlm", 0.3), ("clm", 0.0), ("mntp", 0.15), (MIXED, 0.15)],
+    ids=["mlm", "clm", "mntp", "mixed"])
 
 
 @pytest.fixture
-def build(data_set, tokenizer):
-    def build(objective="mlm", mask_rate=0.3):
-        return build_ettin_loader(tokenizer, B, dataset={"local": str(data_set), "split": "train"},
-                                  objective=objective, mask_rate=mask_rate, max_seq_len=T)
-    return build
+def take(data_set):
+    """The first batches of the training stream of an objective."""
+    vocab = TextVocab.from_tokenizer(load(data_set / "tokenizer"))
+    stream = open_stream(dataset={"local": str(data_set), "split": "train"}, max_seq_len=T, global_batch_size=B)
 
+    def take(number, objective="mlm", mask_rate=0.3):
+        collate = Collator(objective, vocab, max_seq_len=T, mask_rate=mask_rate, seed=21)
+        return [collate(stream.rows_of(step)) for step in range(number)]
 
-def take(spec, number):
-    return list(itertools.islice(iter(spec.dataloader), number))
+    return take
 
 
 def flat_by_loops(batch):
@@ -82,8 +78,8 @@ def with_empty_rows(batch, rows):
 
 @OBJECTIVES
 @pytest.mark.parametrize("empty", [[], [1], [2, 3], [0, 1, 2, 3]], ids=["full", "one empty", "half", "all empty"])
-def test_flat_stream_equals_loops_over_tokens(build, objective, rate, empty):
-    for batch in take(build(objective=objective, mask_rate=rate), 3):
+def test_flat_stream_equals_loops_over_tokens(take, objective, rate, empty):
+    for batch in take(3, objective=objective, mask_rate=rate):
         batch = with_empty_rows(batch, empty)
         flat, expected = flatten(batch), flat_by_loops(batch)
         assert flat.keys() == expected.keys()
@@ -96,60 +92,38 @@ def test_flat_stream_equals_loops_over_tokens(build, objective, rate, empty):
         assert flat["cu_seqlens"][-1] == flat["num_tokens"] and flat["cu_seqlens"][0] == 0
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 9])
-def test_microbatches_put_together_are_the_flat_batch(build, size):
-    for batch in take(build(), 3):
-        batch = with_empty_rows(batch, [2])
-        whole, parts = flatten(batch), split_batch(batch, size)
-        assert len(parts) == -(-B // size)
-        for key in ("input_ids", "position_ids", "target_labels"):
-            assert torch.equal(torch.cat([part[key] for part in parts]), whole[key])
-        for key in ("num_rows", "num_tokens", "num_targets"):
-            assert sum(part[key] for part in parts) == whole[key]
-        tokens = np.cumsum([0, *(part["num_tokens"] for part in parts)])
-        for key, each in (("target_positions", slice(None)), ("cu_seqlens", slice(1, None))):
-            moved = torch.cat([part[key][each] + int(before) for part, before in zip(parts, tokens)])
-            assert torch.equal(moved, whole[key][each])
-        assert max(part["max_seqlen"] for part in parts) == whole["max_seqlen"]
-
-
-def stream_of(parts):
-    """Microbatches one after the other as the documents, targets and scalars they hold, whatever the split."""
-    documents, targets, scalars = [], [], []
-    for part in parts:
-        bounds = part["cu_seqlens"].tolist()
-        before = sum(len(document) for document in documents)
-        documents += [part["input_ids"][a:b].tolist() for a, b in zip(bounds, bounds[1:])]
-        targets += zip((part["target_positions"] + before).tolist(), part["target_labels"].tolist())
-        scalars.append({key: part[key] for key in ("objective", "step", "tokens_before")})
-    return documents, targets, scalars[0], all(each == scalars[0] for each in scalars)
-
-
 @OBJECTIVES
-def test_the_same_batch_split_again_and_again_gives_the_same_stream(build, objective, rate):
-    """As the host does when it searches a microbatch that fits: 8 rows run out of memory, then 4, 2, 1 are tried."""
-    two = take(build(objective=objective, mask_rate=rate), 2)
+def test_a_batch_split_into_any_microbatches_gives_the_same_stream(take, objective, rate):
+    """As Composer does it when it searches a microbatch that fits: 8 rows run out of memory, then 4, 2, 1 are tried."""
+    two = take(2, objective=objective, mask_rate=rate)
     batch = {key: torch.cat([each[key] for each in two]) if isinstance(value, torch.Tensor) else value
              for key, value in two[0].items()}
     batch = with_empty_rows(batch, [5])
-    before = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-    splits = {size: split_batch(batch, size) for size in (8, 4, 2, 1)}
-    assert {size: len(parts) for size, parts in splits.items()} == {8: 1, 4: 2, 2: 4, 1: 8}
-    streams = [stream_of(parts) for parts in splits.values()]
+    before = with_empty_rows(batch, [])
     expected = flat_by_loops(before)
-    documents, targets, _, alike = streams[0]
-    assert [token for document in documents for token in document] == expected["input_ids"]
-    assert targets == list(zip(expected["target_positions"], expected["target_labels"])) and alike
-    assert all(stream == streams[0] for stream in streams)
-    assert batch.keys() == before.keys()
+    for size, number in ((8, 1), (5, 2), (4, 2), (2, 4), (1, 8)):
+        parts = split_batch(batch, size)
+        assert len(parts) == number
+        for key in ("input_ids", "position_ids", "target_labels"):
+            assert torch.cat([part[key] for part in parts]).tolist() == expected[key]
+        tokens = np.cumsum([0, *(part["num_tokens"] for part in parts)]).tolist()
+        for key, skipped in (("target_positions", 0), ("cu_seqlens", 1)):
+            moved = torch.cat([part[key][skipped:] + ahead for part, ahead in zip(parts, tokens)])
+            assert moved.tolist() == expected[key][skipped:]
+        for key in ("num_rows", "num_tokens", "num_targets", "num_loss_tokens", "num_causal_documents"):
+            assert sum(part[key] for part in parts) == expected[key]
+        assert all(part[key] == before[key] for part in parts for key in ("objective", "step", "tokens_before"))
     for key, value in before.items():
         assert torch.equal(batch[key], value) if isinstance(value, torch.Tensor) else batch[key] == value, key
+    for size in (0, 0.5):
+        with pytest.raises(ValueError, match=f"device_train_microbatch_size must be an integer >= 1, got {size}"):
+            split_batch(batch, size)
 
 
-def test_rows_of_a_mixture_are_those_of_the_single_objectives(build):
+def test_rows_of_a_mixture_are_those_of_the_single_objectives(take):
     """A row of a mixture has the inputs and labels that it has in a run of its objective alone, at this mask rate."""
-    mixed = take(build(objective={"mntp": 0.6, "clm": 0.4}, mask_rate=0.15), 40)
-    alone = {name: take(build(objective=name, mask_rate=rate), 40) for name, rate in (("mntp", 0.15), ("clm", 0.0))}
+    mixed = take(40, objective=MIXED, mask_rate=0.15)
+    alone = {name: take(40, objective=name, mask_rate=rate) for name, rate in (("mntp", 0.15), ("clm", 0.0))}
     causal = []
     for at, batch in enumerate(mixed):
         assert batch["objective"] == "mntp+clm" and batch["mask_rate"] == 0.15
@@ -163,36 +137,12 @@ def test_rows_of_a_mixture_are_those_of_the_single_objectives(build):
             assert batch["loss_tokens"][row].item() == (int((labels != -100).sum()) if sees_past else text)
         causal += batch["causal"].tolist()
     assert abs(sum(causal) - 0.4 * len(causal)) <= 5 * np.sqrt(len(causal) * 0.24)  # five deviations
-    again = take(build(objective={"mntp": 0.6, "clm": 0.4}, mask_rate=0.15), 40)
-    assert all(torch.equal(a["causal"], b["causal"]) for a, b in zip(mixed, again))
 
 
-def test_mdlm_masks_each_row_at_a_rate_of_its_own_and_weighs_by_its_inverse(build):
-    rates, kept, batches = [], [], take(build(objective="mdlm", mask_rate=0.0), 100)
-    plain = take(build(objective="clm", mask_rate=0.0), 100)
-    for batch, unmasked in zip(batches, plain):
-        for row in range(B):
-            ids, labels = batch["input_ids"][row], batch["labels"][row]
-            text = (unmasked["sequence_id"][row] >= 0) & (unmasked["input_ids"][row] < 507)
-            chosen = labels != -100
-            rate = 1 / batch["row_weight"][row].item()
-            assert torch.equal(labels[chosen], unmasked["input_ids"][row][chosen])
-            assert torch.equal(ids[~chosen], unmasked["input_ids"][row][~chosen]) and not (chosen & ~text).any()
-            assert len(set(ids[chosen].tolist())) <= 1 and batch["loss_tokens"][row] == text.sum()
-            rates.append(rate)
-            n = int(text.sum())
-            kept.append((int(chosen.sum()) - rate * n) / np.sqrt(max(rate * (1 - rate) * n, 1e-9)))
-    assert min(rates) >= 1e-3 * (1 - 1e-6) and max(rates) <= 1
-    quarters = np.histogram(rates, bins=4, range=(0, 1))[0]
-    assert (np.abs(quarters - 100) <= 5 * np.sqrt(400 * 0.25 * 0.75)).all()  # uniform, within five deviations
-    assert abs(np.mean(kept)) < 5 / np.sqrt(400) and 0.8 < np.std(kept) < 1.2  # binomial at the row's rate
-
-
-def test_schedules_act_at_the_tokens_before_a_batch(build):
-    spec = build(objective=[{"until": 2000, "objective": "clm"}, {"objective": "mlm"}],
-                 mask_rate=[{"until": 4000, "from": 0.5, "to": 0.1}, {"rate": 0.1}])
+def test_schedules_act_at_the_tokens_before_a_batch(take):
     seen = set()
-    for batch in take(spec, 40):
+    for batch in take(40, objective=[{"until": 2000, "objective": "clm"}, {"objective": "mlm"}],
+                      mask_rate=[{"until": 4000, "from": 0.5, "to": 0.1}, {"rate": 0.1}]):
         tokens = batch["tokens_before"]
         assert batch["objective"] == ("clm" if tokens < 2000 else "mlm")
         expected = 0.0 if tokens < 2000 else 0.5 - 0.4 * min(tokens, 4000) / 4000
@@ -201,50 +151,30 @@ def test_schedules_act_at_the_tokens_before_a_batch(build):
     assert len(seen) == 3
 
 
-def test_the_hash_tells_rows_and_their_places(build):
-    batch, other = take(build(), 2)
-    assert 0 <= batch["ids_hash"] < 2**48 and batch["ids_hash"] != other["ids_hash"]
-    from ettin_foundry.data.batch import hash_row
-    clm = take(build(objective="clm", mask_rate=0.0), 1)[0]
-    ids = clm["input_ids"].numpy()
-    assert clm["ids_hash"] == batch["ids_hash"] == sum(hash_row(row, at) for at, row in enumerate(ids)) % 2**48
+def test_a_rows_hash_depends_on_its_ids_its_padding_and_its_place_and_a_batch_has_their_sum(take):
+    [batch] = take(1, objective="clm", mask_rate=0.0)
+    ids = batch["input_ids"].numpy()
+    content = b"".join(int(i).to_bytes(8, "little") for i in ids[1])
+    digest = hashlib.blake2b(content, digest_size=6, salt=(1).to_bytes(8, "little"))
+    assert hash_row(ids[1], 1) == int.from_bytes(digest.digest(), "little")
+    total = sum(hash_row(row, at) for at, row in enumerate(ids)) % 2**48
+    assert batch["ids_hash"] == total == take(1)[0]["ids_hash"]  # before masking
     changed = ids.copy()
     changed[1, 5] += 1
-    for rows in (changed, ids[[1, 0, 2, 3]]):
-        assert sum(hash_row(row, at) for at, row in enumerate(rows)) % 2**48 != clm["ids_hash"]
+    for rows in (changed, ids[[1, 0, 2, 3]], ids[:, :-1]):
+        assert sum(hash_row(row, at) for at, row in enumerate(rows)) % 2**48 != total
 
 
-def test_split_batch_refuses_a_part_of_a_row(build):
-    [batch] = take(build(), 1)
-    for size in (0, 0.5):
-        with pytest.raises(ValueError, match=f"device_train_microbatch_size: {size} given"):
-            split_batch(batch, size)
-
-
-def test_host_counts_rows_tokens_and_targets_alike_before_and_after_the_split(build):
-    spec = build()
-    [batch] = take(spec, 1)
+def test_composer_counts_rows_tokens_and_targets_alike_before_and_after_the_split(take):
+    [batch] = take(1)
     batch = with_empty_rows(batch, [3])
     real, targets = int((batch["sequence_id"] >= 0).sum()), int((batch["labels"] != -100).sum())
-    for counted in ([batch], [flatten(batch)], spec.split_batch(batch, 1)):
-        assert sum(spec.get_num_samples_in_batch(part) for part in counted) == B - 1
-        assert sum(spec.get_num_tokens_in_batch(part) for part in counted) == real
-        found = sum(spec.get_num_tokens_in_batch(part, token_type="loss_generating") for part in counted)
+    for counted in ([batch], [flatten(batch)], split_batch(batch, 1)):
+        assert sum(count_samples(part) for part in counted) == B - 1
+        assert sum(count_tokens(part)["total"] for part in counted) == real
+        found = sum(count_tokens(part)["loss_generating"] for part in counted)
         assert found == pytest.approx(targets, abs=1e-5)  # an empty microbatch counts 1e-6
-
-
-def test_batch_without_targets_counts_above_zero_and_as_a_float(build):
-    [batch] = take(build(), 1)
     for empty in (batch | {"labels": torch.full_like(batch["labels"], -100)}, with_empty_rows(batch, [0, 1, 2, 3])):
         for form in (empty, flatten(empty)):
-            counts = count_tokens(form)
+            counts = count_tokens(form)  # of one dtype on all ranks, and no division by zero
             assert 0 < counts["loss_generating"] <= 1e-6 and type(counts["loss_generating"]) is float
-    full = count_tokens(batch)["loss_generating"]
-    assert type(full) is float  # all ranks reduce one dtype
-    assert torch.tensor(full) + torch.tensor(1e-6) == full  # and an empty rank changes no sum
-
-
-def test_host_moves_the_tensors_of_a_microbatch_and_keeps_its_scalars(build):
-    [flat] = split_batch(take(build(), 1)[0], B)
-    moved = DeviceCPU().batch_to_device(flat)
-    assert {key: type(value) for key, value in moved.items()} == {key: type(value) for key, value in flat.items()}

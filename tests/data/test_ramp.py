@@ -26,14 +26,14 @@ def simulate(smallest, largest, steps_each, number):
 def test_every_step_and_every_row_equals_the_simulation(smallest, largest, steps_each):
     ramp = BatchRamp(smallest, largest, steps_each)
     steps = simulate(smallest, largest, steps_each, ramp.num_steps + 25)
-    borders = {first: step for step, (_, first) in enumerate(steps)}
+    borders = {first for _, first in steps}
     for step, (rows, first) in enumerate(steps):
         assert (ramp.rows(step), ramp.first_row(step), ramp.step_of(first)) == (rows, first, step)
     last = steps[-1][1]
     for row in range(last) if last < 2000 else random.Random(7).sample(range(last), 300):
         assert ramp.step_at(row) == max(step for step, (_, first) in enumerate(steps) if first <= row)
         if row not in borders:
-            with pytest.raises(ValueError, match=f"no step begins with row {row} of the stream"):
+            with pytest.raises(ValueError, match=f"no step begins with its row {row}"):
                 ramp.step_of(row)
     assert steps[ramp.num_steps][0] == largest and (ramp.num_steps == 0 or steps[ramp.num_steps - 1][0] < largest)
 
@@ -57,41 +57,24 @@ def test_sizes_share_the_tokens_asked_for_in_proportion_to_themselves(warmup, la
     assert [rows / size for rows, size in zip(spent, sizes)] == [ramp.steps_per_size] * len(sizes)
     asked, one_of_each = int(str(warmup["tokens"]).removesuffix("tok")), sum(sizes) * tokens_per_row
     assert abs(sum(spent) * tokens_per_row - asked) <= one_of_each / 2  # whole steps: half a step of each size at most
+    assert BatchRamp.build(None, max_size=largest, tokens_per_row=tokens_per_row) == BatchRamp(largest, largest)
+    few = BatchRamp.build({**warmup, "tokens": 1}, max_size=largest, tokens_per_row=tokens_per_row)
+    assert few.steps_per_size == 1
 
 
-def test_a_warm_up_of_few_tokens_has_one_step_of_each_size_and_none_is_one_size():
-    assert BatchRamp.build({"min_size": 8, "tokens": "1tok"}, max_size=32, tokens_per_row=60.0) == BatchRamp(8, 32, 1)
-    assert BatchRamp.build(None, max_size=32, tokens_per_row=60.0) == BatchRamp(32, 32)
-    assert BatchRamp.build({"min_size": 8, "tokens": "0.5dur"}, max_size=32, tokens_per_row=10.0, total=96_000) == (
-        BatchRamp(8, 32, 100))
-
-
-def changed(**keys):
-    return {key: value for key, value in {**RECIPE, **keys}.items() if value is not None}
-
-
-@pytest.mark.parametrize(("warmup", "machine", "message"), [
-    (352, {}, "batch_size_warmup: 352 given; the keys min_size .* and tokens .* are needed"),
-    (changed(tokens=None), {}, "batch_size_warmup: .*'min_size': 352.* given; the keys"),
-    (changed(step=3), {}, "batch_size_warmup: .*'step': 3"),
-    (changed(min_size=0), {}, "batch_size_warmup.min_size: 0 given; a whole number"),
-    (changed(min_size=2.0), {}, "batch_size_warmup.min_size: 2.0 given"),
-    (changed(tokens="0tok"), {}, "batch_size_warmup.tokens: '0tok' given; more than 0"),
-    (changed(tokens="1ba"), {}, "batch_size_warmup.tokens: '1ba' given"),
-    (changed(tokens="0.1dur"), {}, "batch_size_warmup.tokens: '0.1dur' given, a share of a run"),
-    (changed(), {"total": 10**9}, "tokens: .50_000_000_000tok. given, max_duration is 1,000,000,000 tokens"),
-    (changed(min_size=300), {}, "min_size: 300 given, global_train_batch_size is 2816; a smaller number that divides"),
-    (changed(min_size=2816), {}, "min_size: 2816 given, global_train_batch_size is 2816; a smaller number"),
-    (changed(), {"world_size": 3}, "min_size: 352 given on 3 processes; a multiple"),
-    (changed(), {"world_size": 8, "microbatch": 88}, "microbatch_size: 88 given, .*min_size is 352, which is 44"),
-    (changed(), {"microbatch": "auto"}, "device_train_microbatch_size: 'auto' given with train_loader.batch_size_warmup")],
-    ids=str)
-def test_a_warm_up_that_cannot_be_carried_out_is_refused_naming_both_values(warmup, machine, message):
+@pytest.mark.parametrize(("change", "machine", "message"), [
+    ({"step": 3}, {}, "batch_size_warmup must have the keys min_size"),
+    ({"min_size": 2.0}, {}, "min_size must be .*2816, .*got 2.0"),
+    ({"min_size": 300}, {}, "min_size must be .*2816, .*got 300"),
+    ({"min_size": 2816}, {}, "min_size must be .*2816, .*got 2816"),
+    ({"tokens": "0tok"}, {}, "tokens must be above 0"),
+    ({"tokens": "1ba"}, {}, "batch_size_warmup.tokens"),
+    ({"tokens": "0.1dur"}, {}, "batch_size_warmup.tokens"),
+    ({}, {"total": 10**9}, "within max_duration"),
+    ({}, {"world_size": 3}, "min_size must be a multiple of the 3 processes, got 352"),
+    ({}, {"world_size": 8, "microbatch": 88}, "device_train_microbatch_size must divide the 44 rows .*got 88"),
+    ({}, {"microbatch": "auto"}, "device_train_microbatch_size must be a number")], ids=str)
+def test_a_warm_up_that_cannot_be_carried_out_is_refused_naming_the_key(change, machine, message):
     with pytest.raises(ValueError, match=message):
-        check_warmup(warmup, 2816, **machine)
-
-
-def test_a_warm_up_that_fits_passes():
-    assert check_warmup(RECIPE, 2816, world_size=8, microbatch=44) == 50_000_000_000
-    with pytest.raises(ValueError, match="the first must divide the last"):
-        BatchRamp(3, 8)
+        check_warmup({**RECIPE, **change}, 2816, **machine)
+    assert check_warmup(RECIPE, 2816, world_size=8, microbatch=44, total=10**11) == 50_000_000_000

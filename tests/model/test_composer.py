@@ -1,4 +1,4 @@
-"""Claims of composer_model.py: FLOPs, refusals and samples equal naive loops over documents and tokens."""
+"""EttinModel: FLOPs, refusals and samples equal naive loops over documents and tokens."""
 
 from types import SimpleNamespace
 
@@ -80,24 +80,24 @@ def test_flops_of_a_batch_are_those_of_a_loop_over_its_documents(objective):
                 pairs += sum(i - left <= j <= i + right for i in range(length) for j in range(length))
     assert (tokens, targets > 10) == (87, True)
     assert model.flops_per_batch(batch) == config.flops(tokens, targets, pairs)
+    assert model.flops_per_batch(batch_of(objective, rows=((), ()))) == 0
 
 
 @pytest.mark.parametrize(("given", "reach"), [({}, 63), ({"window_left": 64}, 64)], ids=["usual", "original"])
 @pytest.mark.parametrize("last", ["clm", "mlm"])
 def test_rows_of_clm_have_the_decoders_window_whatever_the_model_ends_as(last, given, reach):
     first = "mlm" if last == "clm" else "clm"
-    schedule = [{"until": 10, "objective": first}, {"objective": last}]
-    model = EttinModel(size="nano", objective=schedule, max_seq_len=512, **given)
-    windows = model.model.trunk.layers[1].attn.windows
-    assert windows == {True: (reach, 0), False: (64, 64)}
-    assert model.model.trunk.layers[0].attn.windows == {True: (-1, 0), False: (-1, -1)}
-    assert model.config.window_left == (reach if last == "clm" else 64)
+    model = EttinModel(size="nano", objective=[{"until": 10, "objective": first}, {"objective": last}], max_seq_len=512,
+                       **given)
+    windows = [layer.attn.windows for layer in model.model.trunk.layers]
+    assert windows[:2] == [{True: (-1, 0), False: (-1, -1)}, {True: (reach, 0), False: (64, 64)}]
+    assert model.config.window_left == (reach if last == "clm" else 64) and model.objective == last
 
 
-def test_the_loss_of_mdlm_is_divided_by_the_tokens_that_could_be_masked():
-    """The bound on -log p a token: each nll weighs 1 / rate, and the divisor is the row's text, also in the metric."""
-    model = model_of("mdlm").eval()
-    batch = batch_of("mdlm")
+def test_weighted_targets_are_divided_by_the_loss_tokens_in_loss_and_metric():
+    """As rows of a mixture are: each nll has its row's weight, and the divisor is the batch's own."""
+    model = model_of("mlm").eval()
+    batch = batch_of("mlm")
     weights, texts = [2.0, 1.25, 10.0, 1.0], [31, 38, 6, 0]
     batch |= {"row_weight": torch.tensor(weights), "loss_tokens": torch.tensor(texts)}
     total = 0.0
@@ -117,69 +117,38 @@ def test_the_loss_of_mdlm_is_divided_by_the_tokens_that_could_be_masked():
     assert flat["num_targets"] != sum(texts)
 
 
-def test_flops_of_a_batch_without_any_token_are_zero():
-    assert model_of("mlm").flops_per_batch(batch_of("mlm", rows=((), ()))) == 0
-
-
-@pytest.mark.parametrize(("objective", "other"), [("mlm", "clm"), ("clm", "mlm"), ("mntp", "mlm")])
-def test_forward_refuses_a_batch_of_another_objective(objective, other):
-    model = model_of(objective)
-    with pytest.raises(ValueError, match=rf"model.objective is {objective},.*labels for '{other}'. Set the objective of"):
-        model(flatten(batch_of(other)))
-    assert model(flatten(batch_of(objective)))["loss"].isfinite()
-
-
-def test_forward_refuses_a_batch_that_was_not_flattened():
-    with pytest.raises(ValueError, match="the batch has no cu_seqlens: pass it through ettin_foundry.data.loader.split_batch"):  # noqa: E501
-        model_of("mlm")(batch_of("mlm"))
-
-
-def test_vocabulary_smaller_than_the_tokenizers_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="model.vocab_size: 511 given.*has 512 entries. Set .* to at least 512"):
-        EttinModel(tokenizer, size="nano", objective="mlm", max_seq_len=64, vocab_size=511)
-    EttinModel(tokenizer, size="nano", objective="mlm", max_seq_len=64, vocab_size=512)
-
-
-def test_samples_of_the_wrong_kind_of_model_are_refused(tokenizer):
-    for objective in ("mlm", "mntp"):
-        with pytest.raises(ValueError, match=f"generate needs a decoder, .* built for {objective}; use fill_mask"):
-            model_of(objective, tokenizer).generate(["x"])
-    with pytest.raises(ValueError, match="fill_mask needs an encoder, .* built for clm; use generate"):
-        model_of("clm", tokenizer).fill_mask(["[MASK]"])
-
-
-def test_samples_without_a_tokenizer_are_refused():
-    with pytest.raises(ValueError, match="without a tokenizer; pass one to EttinModel"):
-        model_of("clm").generate(["x"])
-    with pytest.raises(ValueError, match="without a tokenizer; pass one to EttinModel"):
-        model_of("mlm").fill_mask(["[MASK]"])
-
-
-def test_fill_mask_refuses_a_text_without_a_mask_and_one_that_is_too_long(tokenizer):
-    model = model_of("mlm", tokenizer, max_seq_len=16)
-    with pytest.raises(ValueError, match=r"'kalo' has no \[MASK\]; put one where"):
-        model.fill_mask(["[MASK]", "kalo"])
-    with pytest.raises(ValueError, match="has 17 tokens; this model takes at most 16"):
-        model.fill_mask(["[MASK]" * 15])
-    assert model.fill_mask(["[MASK]" * 14], top_k=1)
+def test_what_does_not_fit_is_refused(tokenizer):
+    for objective, other in (("mlm", "clm"), ("clm", "mlm"), ("mntp", "mlm")):
+        model = model_of(objective)
+        with pytest.raises(ValueError, match=f"model.objective is {objective}.*'{other}'"):
+            model(flatten(batch_of(other)))
+        assert model(flatten(batch_of(objective)))["loss"].isfinite()
+    for call, words in (
+            (lambda: model_of("mlm")(batch_of("mlm")), "no cu_seqlens"),
+            (lambda: model_of("mlm", tokenizer, vocab_size=511), "vocab_size must be at least the 512 entries.*511"),
+            (lambda: model_of("rtd"), "model.objective must be"), (lambda: model_of("mlm", causal=True), "model.causal"),
+            (lambda: model_of("mntp", tokenizer).generate(["x"]), "generate needs a decoder"),
+            (lambda: model_of("clm", tokenizer).fill_mask(["[MASK]"]), "fill_mask needs an encoder"),
+            (lambda: model_of("clm").generate(["x"]), "tokenizer"), (lambda: model_of("mlm").fill_mask(["x"]), "tokenizer"),
+            (lambda: model_of("mlm", tokenizer).fill_mask(["[MASK]", "kalo"]), "must have a .MASK.*'kalo'"),
+            (lambda: model_of("mlm", tokenizer, max_seq_len=16).fill_mask(["[MASK]" * 15]), "at most 16 tokens.*17")):
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert model_of("mlm", tokenizer, max_seq_len=16).fill_mask(["[MASK]" * 14], top_k=1)
 
 
 @pytest.mark.parametrize(("objective", "before"), [("mlm", 0), ("mntp", 1)])
 def test_fill_mask_reads_an_mlm_model_at_the_mask_and_an_mntp_model_one_before(objective, before, tokenizer):
     model = model_of(objective, tokenizer)
     texts = ["kalo [MASK] mi ter", "[MASK] andre", "vol sta ge quo [MASK] hy [MASK]"]
-    found = model.fill_mask(texts, top_k=3)
-    for text, answer in zip(texts, found, strict=True):
+    for text, answer in zip(texts, model.fill_mask(texts, top_k=3), strict=True):
         ids = [tokenizer.cls_token_id, *tokenizer.encode(text, add_special_tokens=False), tokenizer.sep_token_id]
-        logits = naive_logits(model, ids)
         at = ids.index(tokenizer.mask_token_id)
-        best = logits.softmax(-1).topk(3)
-        expected = [(tokenizer.decode([i]), p) for i, p in zip(best.indices[at - before].tolist(),
-                                                               best.values[at - before].tolist())]
+        best = naive_logits(model, ids).softmax(-1).topk(3)
         assert best.indices[at].tolist() != best.indices[at - 1].tolist()  # else the places could not be told apart
-        assert [token for token, _ in answer] == [token for token, _ in expected]
+        assert [token for token, _ in answer] == [tokenizer.decode([i]) for i in best.indices[at - before].tolist()]
         # alone or beside others: fp32 sums in another order
-        assert [p for _, p in answer] == pytest.approx([p for _, p in expected], rel=1e-4)
+        assert [p for _, p in answer] == pytest.approx(best.values[at - before].tolist(), rel=1e-4)
 
 
 def continued(model, ids, eos, number):
@@ -206,11 +175,6 @@ def test_greedy_generation_equals_a_loop_over_argmax(tokenizer):
                                       encode=tokenizer.encode, decode=tokenizer.decode)
     expected = [continued(model, ids, eos, 12) for ids in starts]
     assert [why for _, why in expected] == ["EOS", "number", "context full", "number"]  # all three ways to stop
+    model.train()
     assert model.generate(prompts, max_new_tokens=12) == [tokenizer.decode(new) for new, _ in expected]
-
-
-def test_samples_leave_the_model_in_its_mode(tokenizer):
-    for training in (True, False):
-        model = model_of("clm", tokenizer).train(training)
-        model.generate(["kalo"], max_new_tokens=1)
-        assert model.training is training and model.model.training is training
+    assert model.training and model.model.training  # samples leave the model in its mode

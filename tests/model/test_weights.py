@@ -1,4 +1,4 @@
-"""Hugging Face folders written: names, config, round trip, parity with the installed transformers, whole or not at all.
+"""Weights and config.json of Hugging Face: names, parity with transformers, foreign folders read, and what is refused.
 
 The decoder class does not exist in the installed transformers, so decoders are held to a naive model written here from the
 Hugging Face names; tests/parity.py holds them to the real class under newer versions.
@@ -6,23 +6,20 @@ Hugging Face names; tests/parity.py holds them to the real class under newer ver
 
 import dataclasses
 import json
+import re
+import shutil
 
 import parity
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
-from ettin_foundry.hub.card import card
+from ettin_foundry.hub.folder import export_model
 from ettin_foundry.model import hf_config
-from ettin_foundry.model import weights as hf
 from ettin_foundry.model.config import SIZES, EttinConfig
-from ettin_foundry.model.weights import export_model, import_folder, tensor_table, to_hf
+from ettin_foundry.model.weights import from_hf, import_folder, plain_state, tensor_table, to_hf
 
-# what TEI's ModernBERT needs without a default (facts: its config struct)
-TEI_KEYS = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_activation "
-            "max_position_embeddings initializer_range initializer_cutoff_factor norm_eps norm_bias pad_token_id "
-            "eos_token_id bos_token_id cls_token_id sep_token_id global_rope_theta attention_bias attention_dropout "
-            "global_attn_every_n_layers local_attention local_rope_theta classifier_activation").split()
 IDS = {"unk": 295, "cls": 296, "sep": 297, "pad": 298, "mask": 299}
 
 
@@ -31,51 +28,49 @@ def shape(causal: bool, **changes) -> EttinConfig:
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return parity.tiny_tokenizer()
+def models():
+    return {"encoder": parity.random_model(shape(False)), "decoder": parity.random_model(shape(True))}
 
 
 @pytest.fixture(scope="module")
-def encoder():
-    return parity.random_model(shape(False))
-
-
-@pytest.fixture(scope="module")
-def decoder():
-    return parity.random_model(shape(True))
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory, encoder, decoder, tokenizer):
+def exported(tmp_path_factory, models):
     """Two exports; tests copy what they change."""
-    root = tmp_path_factory.mktemp("exported")
-    return {"encoder": export_model(encoder, encoder.config, tokenizer, root / "encoder", objective="mlm"),
-            "decoder": export_model(decoder, decoder.config, tokenizer, root / "decoder", objective="clm")}
+    root, tokenizer = tmp_path_factory.mktemp("exported"), parity.tiny_tokenizer()
+    return {kind: export_model(model, model.config, tokenizer, root / kind, objective="clm" if kind == "decoder" else "mlm")
+            for kind, model in models.items()}
+
+
+@pytest.fixture
+def edited(exported, tmp_path):
+    """edited(kind, drop, **changes): the config.json of an export with keys removed and changed, as a path."""
+
+    def edit(kind, drop=(), **changes):
+        content = json.loads((exported[kind] / "config.json").read_text())
+        content = {k: v for k, v in {**content, **changes}.items() if k not in drop}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        return tmp_path / "config.json"
+
+    return edit
 
 
 # ---------------------------------------------------------------- names and numbers
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_encoder_names_and_shapes_are_transformers_own(size):
+def test_names_and_shapes_are_our_models_and_transformers_own(size):
     from transformers import ModernBertConfig, ModernBertForMaskedLM
 
     config = EttinConfig.for_size(size, causal=False)
+    content = hf_config.config_json(config, objective="mlm", special_ids=IDS)
     with torch.device("meta"):
-        theirs = ModernBertForMaskedLM(ModernBertConfig(**hf_config.config_json(config, objective="mlm",
-                                                                                special_ids=IDS))).state_dict()
+        theirs = ModernBertForMaskedLM(ModernBertConfig(**content)).state_dict()
+        ours = {causal: parity.Ettin(config.with_causal(causal)).state_dict() for causal in (False, True)}
     theirs.pop("decoder.weight")  # tied
     rows = tensor_table(config)
     assert {row.hf_names[0]: row.shape for row in rows} == {name: tuple(t.shape) for name, t in theirs.items()}
-    assert all(len(row.hf_names) == 1 for row in rows)
-    assert sum(torch.Size(row.shape).numel() for row in rows) == config.num_parameters
-
-
-@pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])
-def test_table_names_our_model_exactly(causal):
-    config = shape(causal)
-    ours = {name: tuple(t.shape) for name, t in parity.Ettin(config).state_dict().items()}
-    assert {row.name: row.shape for row in tensor_table(config)} == ours
+    for causal, state in ours.items():
+        table = {row.name: row.shape for row in tensor_table(config.with_causal(causal))}
+        assert table == {name: tuple(t.shape) for name, t in state.items()}
 
 
 def naive_decoder_logits(weights, config, ids):
@@ -123,14 +118,14 @@ def test_exported_decoder_equals_a_naive_model_of_its_names(window_left):
 
 
 @pytest.mark.parametrize("case", [c for c, (_, causal, _, _) in parity.CASES.items() if not causal])
-def test_exported_encoder_equals_installed_transformers(case, tokenizer, tmp_path):
+def test_exported_encoder_equals_installed_transformers(case, tmp_path):
     """Logits at 16, 200 and 1,500 tokens, eager and SDPA; the card's code; the tokenizer; and a save by transformers."""
-    for result in parity.run_case(case, tokenizer, tmp_path):
+    for result in parity.run_case(case, parity.tiny_tokenizer(), tmp_path):
         assert parity.passed(result), result
         assert result.get("saved_again", "same, then same") == "same, then same"
 
 
-def test_padded_batch_in_transformers_equals_documents_alone(exported, encoder):
+def test_padded_batch_in_transformers_equals_documents_alone(exported, models):
     from transformers import AutoModelForMaskedLM
 
     theirs = AutoModelForMaskedLM.from_pretrained(str(exported["encoder"]), attn_implementation="sdpa").eval()
@@ -140,190 +135,146 @@ def test_padded_batch_in_transformers_equals_documents_alone(exported, encoder):
     with torch.no_grad():
         logits = theirs(input_ids=ids, attention_mask=mask).logits
     for document, got in zip(documents, logits):
-        assert (parity.our_logits(encoder, document) - got[: len(document)]).abs().max() < parity.TOLERANCE
+        assert (parity.our_logits(models["encoder"], document) - got[: len(document)]).abs().max() < parity.TOLERANCE
 
 
-# ---------------------------------------------------------------- out and in
+# ---------------------------------------------------------------- the table
 
 
-@pytest.mark.parametrize("objective, changes", [
-    ("mlm", {}), ("mdlm", {}), ("mntp", {"global_rope_theta": 160_000.0, "local_rope_theta": 160_000.0}),
-    ("mlm", {"local_attention": 64, "attn_out_dropout": 0.0, "max_position_embeddings": 7999, "norm_eps": 1e-6}),
-    ("clm", {}), ("clm", {"window_left": 64, "attn_out_dropout": 0.25}), ("clm", {"local_attention": 32}),
-    ("clm", {"local_rope_theta": 50_000.0, "global_attn_every_n_layers": 2}),
-], ids=str)
-def test_out_and_in_is_bit_equal(objective, changes, tokenizer, tmp_path):
-    config = shape(objective == "clm", **changes)
-    model = parity.random_model(config)
-    folder = export_model(model, config, tokenizer, tmp_path / "out", objective=objective,
-                          facts={"tokens": 7, "lineage": [{"objective": "mlm", "tokens": 5}]})
-    state, read, read_objective = import_folder(folder)
-    assert (read, read_objective) == (config, objective)
-    assert state.keys() == model.state_dict().keys()
-    assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
-    assert json.loads((folder / "config.json").read_text())["ettin_foundry"]["tokens"] == 7
-
-
-def test_half_precision_weights_come_out_as_exact_fp32(encoder):
-    half = {f"model.{name}": t.bfloat16() for name, t in encoder.state_dict().items()}
-    out = to_hf(hf.plain_state(half), encoder.config)
-    assert all(t.dtype == torch.float32 and t.is_contiguous() for t in out.values())
-    assert torch.equal(out["head.dense.weight"], half["model.head.dense.weight"].float())
-
-
-def test_only_what_must_change_is_copied(decoder):
+def test_weights_come_out_in_fp32_and_only_what_must_change_is_copied(models):
     """An export of a mapped checkpoint must not hold the weights twice."""
-    out = to_hf(decoder.state_dict(), decoder.config)
-    own = {t.untyped_storage().data_ptr() for t in decoder.state_dict().values()}
+    state, config = models["decoder"].state_dict(), models["decoder"].config
+    out = to_hf(state, config)
+    own = {t.untyped_storage().data_ptr() for t in state.values()}
     assert {t.untyped_storage().data_ptr() for t in out.values()} == own and all(t.is_contiguous() for t in out.values())
-    query, _, value = decoder.state_dict()["trunk.layers.1.attn.Wqkv.weight"].chunk(3)
-    assert torch.equal(out["model.layers.1.attn.q_proj.weight"], query)
-    assert torch.equal(out["model.layers.1.attn.v_proj.weight"], value)
-    turned = to_hf({name: t.t().contiguous().t() for name, t in decoder.state_dict().items()}, decoder.config)
-    assert all(t.is_contiguous() and torch.equal(t, out[name]) for name, t in turned.items())
+    assert torch.equal(out["model.layers.1.attn.v_proj.weight"], state["trunk.layers.1.attn.Wqkv.weight"].chunk(3)[2])
+    half = to_hf(plain_state({f"model.{name}": t.t().bfloat16().contiguous().t() for name, t in state.items()}), config)
+    assert all(t.dtype == torch.float32 and t.is_contiguous() for t in half.values())
+    assert all(torch.equal(t, out[name].bfloat16().float()) for name, t in half.items())
 
 
-def test_weights_file_says_pt_and_has_no_tied_matrix(exported):
-    from safetensors import safe_open
-
-    for folder in exported.values():
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            assert file.metadata() == {"format": "pt"} and "decoder.weight" not in file.keys()
-    assert sorted(p.name for p in exported["decoder"].iterdir()) == [
-        "README.md", "config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json",
-        "tokenizer.json", "tokenizer_config.json"]
-    assert not (exported["encoder"] / "generation_config.json").exists()
-
-
-def test_config_json_speaks_to_both_generations(exported):
-    encoder, decoder = (json.loads((exported[k] / "config.json").read_text()) for k in ("encoder", "decoder"))
-    for content in (encoder, decoder):
-        assert not set(TEI_KEYS) - set(content)
-        assert content["rope_parameters"]["sliding_attention"] == {"rope_theta": 10_000.0, "rope_type": "default"}
-        assert content["layer_types"][:4] == ["full_attention"] + 2 * ["sliding_attention"] + ["full_attention"]
-        assert content["torch_dtype"] == content["dtype"] == "float32" and content["tie_word_embeddings"] is True
-        assert all(type(content[f"{name}_token_id"]) is int for name in ("bos", "eos", "cls", "sep", "pad"))
-        assert content["bos_token_id"] == content["cls_token_id"] == IDS["cls"]
-    assert "sliding_window" not in encoder and encoder["local_attention"] == 128
-    assert (decoder["local_attention"], decoder["sliding_window"]) == (128, 64)
-    original = hf_config.config_json(shape(True, window_left=64), objective="clm", special_ids=IDS)
-    assert (original["local_attention"], original["sliding_window"]) == (130, 65)
-    generation = json.loads((exported["decoder"] / "generation_config.json").read_text())
-    assert generation == {"bos_token_id": IDS["cls"], "eos_token_id": IDS["sep"], "pad_token_id": IDS["pad"]}
+def test_both_directions_are_strict_and_name_what_is_wrong(models):
+    state, config = models["encoder"].state_dict(), models["encoder"].config
+    good = to_hf(state, config)
+    embedding = good["model.embeddings.tok_embeddings.weight"]
+    assert from_hf({**good, "decoder.weight": embedding.clone()}, config).keys() == state.keys()  # tied, stored twice
+    for function, given, changes, words in (
+            (to_hf, {k: v for k, v in state.items() if k != "output_bias"}, {}, "missing output_bias"),
+            (to_hf, {**state, "output_bias": torch.full((320,), torch.nan)}, {}, "output_bias: has NaN"),
+            (from_hf, {k: v for k, v in good.items() if k != "head.norm.weight"}, {}, "missing head.norm.weight"),
+            (from_hf, {**good, "classifier.weight": torch.zeros(2, 128)}, {}, "unknown classifier.weight"),
+            (from_hf, {**good, "decoder.bias": torch.zeros(5)}, {}, r"decoder.bias: shape .*\(5,\)"),
+            (from_hf, good, {"causal": True, "window_left": -1}, "missing.*q_proj"),
+            (from_hf, {**good, "decoder.weight": embedding + 1e-7 * embedding.abs().max()}, {}, "decoder.weight.*differs")):
+        with pytest.raises(ValueError, match=words):
+            function(given, dataclasses.replace(config, **changes))
 
 
-@pytest.mark.parametrize("changes, word", [({"window_left": 64}, "drop that key"),
-                                           ({"local_rope_theta": 5e4}, "4.x ignores")])
-def test_what_a_version_of_transformers_gets_wrong_is_warned_of_and_on_the_card(changes, word, caplog):
-    config = shape(True, **changes)
-    hf_config.config_json(config, objective="clm", special_ids=IDS)
-    text = card(config, objective="clm", name="x")
-    assert word in caplog.text and word in text
-    assert f"Needs transformers {'5.0' if 'local_rope_theta' in changes else '4.56'} or newer" in text
-    caplog.clear()
-    hf_config.config_json(shape(True), objective="clm", special_ids=IDS)
-    assert not caplog.text
-
-
-def test_mntp_says_everywhere_that_the_mask_is_read_one_before(encoder, tokenizer, tmp_path, caplog):
-    folder = export_model(encoder, encoder.config, tokenizer, tmp_path / "m", objective="mntp")
-    content = json.loads((folder / "config.json").read_text())
-    text = (folder / "README.md").read_text()
-    assert "BEFORE the mask" in caplog.text and "BEFORE the mask" in text and "place - 1]" in text
-    assert content["ettin_foundry"]["objective"] == "mntp"
-    assert "before the mask" in content["ettin_foundry"]["mask_is_predicted_at"]
-    assert content["architectures"] == ["ModernBertForMaskedLM"]
-    printed = parity.run_card(folder)  # the card's code reads that position: the same tokens as our model gives there
-    ids = torch.tensor(hf.load_tokenizer(tokenizer, encoder.config)("def add(a, b): return a [MASK] b")["input_ids"])
-    place = ids.tolist().index(IDS["mask"]) - 1
-    best = parity.our_logits(encoder, ids)[place].topk(5).indices.tolist()
-    assert printed.strip() == str(tokenizer.convert_ids_to_tokens(best))
+# ---------------------------------------------------------------- import of foreign folders
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
-def test_exported_tokenizer_has_the_template_of_its_kind(kind, exported, tokenizer):
-    assert parity.check_tokenizer(exported[kind], tokenizer, kind == "decoder")
-    content = json.loads((exported[kind] / "tokenizer_config.json").read_text())
-    assert content["tokenizer_class"] == "PreTrainedTokenizerFast" and content["model_max_length"] == 1024
-    assert content["padding_side"] == ("left" if kind == "decoder" else "right")
-    assert content["model_input_names"] == ["input_ids", "attention_mask"]
+def test_old_and_new_keys_alone_read_the_same(kind, edited):
+    want = hf_config.read_config(edited(kind))
+    old = edited(kind, drop=("rope_parameters", "layer_types", "sliding_window", "dtype", "ettin_foundry"))
+    assert hf_config.read_config(old)[0] == want[0]
+    # the keys that 5.x drops when it saves
+    new = edited(kind, drop=("global_rope_theta", "local_rope_theta", "global_attn_every_n_layers", "torch_dtype",
+                             "ettin_foundry"))
+    assert hf_config.read_config(new)[0] == want[0]
+    # and 4.54 to 5.0, for decoders
+    if kind == "decoder":
+        assert hf_config.read_config(edited(kind, drop=("local_attention", "ettin_foundry")))[0] == want[0]
 
 
-def test_exported_folder_holds_no_path_of_this_machine(encoder, tokenizer, tmp_path):
-    tokenizer.save_pretrained(str(tmp_path / "tokens"))
-    folder = export_model(encoder, encoder.config, str(tmp_path / "tokens"), tmp_path / "out", objective="mlm")
-    for file in folder.iterdir():
-        assert str(tmp_path).encode() not in file.read_bytes(), file.name
+@pytest.mark.parametrize("kind, version, local", [("encoder", "4.48.0", 10_000.0), ("encoder", "5.23.0", 10_000.0),
+                                                  ("decoder", "4.57.6", 160_000.0), ("decoder", "5.0.0", 10_000.0)])
+def test_missing_bases_are_those_of_the_version_that_saved(kind, version, local, edited, caplog):
+    path = edited(kind, drop=("rope_parameters", "global_rope_theta", "local_rope_theta", "ettin_foundry"),
+                  transformers_version=version)
+    config, _ = hf_config.read_config(path)
+    assert (config.global_rope_theta, config.local_rope_theta) == (160_000.0, local)
+    assert "no rotary base for local layers" in caplog.text
 
 
-# ---------------------------------------------------------------- writing
+@pytest.mark.parametrize("kind, changes, words", [
+    ("encoder", {"attention_bias": True}, "attention_bias must be False, got True"),
+    ("decoder", {"decoder_bias": False}, "decoder_bias"), ("decoder", {"tie_word_embeddings": False}, "tie_word_embeddings"),
+    ("encoder", {"hidden_activation": "silu"}, "hidden_activation"),
+    ("decoder", {"classifier_activation": "relu"}, "classifier_activation"),
+    ("encoder", {"rope_scaling": {"type": "linear"}}, "rope_scaling"),
+    ("encoder", {"rope_parameters": {"full_attention": {"rope_theta": 1e4, "rope_type": "yarn"}}}, "rope_parameters"),
+    ("encoder", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters"),
+    ("encoder", {"local_rope_theta": 160000.0}, "local_rope_theta contradict"),
+    ("encoder", {"sliding_window": 128}, "sliding_window 128 contradict"),
+    ("decoder", {"sliding_window": 65}, "sliding_window 65 contradict"),
+    ("decoder", {"local_attention": 130, "sliding_window": 65}, "trained with window_left 63"),
+    ("decoder", {"sliding_window": -1}, "sliding_window must be"),
+    ("encoder", {"layer_types": ["full_attention"] * 4}, "layer_types"),
+    ("encoder", {"num_attention_heads": 4}, "hidden_size"),
+    ("encoder", {"hidden_size": "128"}, "hidden_size"),
+    ("encoder", {"model_type": "bert"}, "model_type"),
+    ("encoder", {"ettin_foundry": {"objective": "clm"}}, "ettin_foundry.objective"),
+], ids=lambda v: v if isinstance(v, str) else "")
+def test_unsupported_or_ambiguous_settings_are_refused_by_name(kind, changes, words, edited):
+    path = edited(kind, **changes)
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        hf_config.read_config(path)
+    assert str(path) in str(error.value)
 
 
-def test_failed_export_leaves_nothing_behind(encoder, tokenizer, tmp_path, monkeypatch):
-    """Neither a new folder, nor a changed old one, nor a partial one."""
-    folder = export_model(encoder, encoder.config, tokenizer, tmp_path / "m", objective="mlm")
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
-
-    def full_disk(*args, **kwargs):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(hf, "card", full_disk)
-    for name in ("m", "new"):
-        with pytest.raises(OSError, match="no space"):
-            export_model(encoder, encoder.config, tokenizer, tmp_path / name, objective="mntp", overwrite=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["m"]
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+def test_window_lost_by_transformers_4_is_noticed(edited):
+    """What 4.57 writes when it loads and saves an export with window 64 twice: the plain keys say 63 again."""
+    block = hf_config.config_json(shape(True, window_left=64), objective="clm", special_ids=IDS)["ettin_foundry"]
+    path = edited("decoder", drop=("local_attention",), sliding_window=64, ettin_foundry=block)
+    with pytest.raises(ValueError, match="trained with window_left 64.*Set local_attention to 130 and sliding_window to 65"):
+        hf_config.read_config(path)
 
 
-def test_altered_file_does_not_pass_the_check_after_writing(encoder, tokenizer, tmp_path, monkeypatch):
-    write = hf.write_files
-
-    def bad_disk(folder, config, weights, tok):
-        write(folder, config, {**weights, "decoder.bias": weights["decoder.bias"] + 1}, tok)
-
-    monkeypatch.setattr(hf, "write_files", bad_disk)
-    with pytest.raises(ValueError, match="does not read back the same.*decoder.bias"):
-        export_model(encoder, encoder.config, tokenizer, tmp_path / "m", objective="mlm")
-    assert not list(tmp_path.iterdir())
-
-
-def test_only_an_earlier_export_is_overwritten_and_only_when_asked(encoder, tokenizer, tmp_path):
-    def export(folder, **options):
-        return export_model(encoder, encoder.config, tokenizer, folder, objective="mlm", **options)
-
-    folder = export(tmp_path / "m")
-    with pytest.raises(ValueError, match="not empty"):
-        export(folder)
-    (folder / "stale.txt").write_text("x")
-    assert not (export(folder, overwrite=True) / "stale.txt").exists()
-    (tmp_path / "work" / "sub").mkdir(parents=True)
-    for name in ("config.json", "work"):
-        (tmp_path / "work" / name).write_text("{}")
-    with pytest.raises(ValueError, match="not an exported model"):
-        export(tmp_path / "work", overwrite=True)
-    assert (tmp_path / "work" / "sub").is_dir()
-    (tmp_path / "link").symlink_to(folder)
-    with pytest.raises(ValueError, match="is a link"):
-        export(tmp_path / "link", overwrite=True)
+def shard(folder, out, names=("a.safetensors", "b.safetensors")):
+    """The folder with its weights in two files and an index, as transformers writes large models."""
+    shutil.copytree(folder, out)
+    weights = load_file(out / "model.safetensors")
+    (out / "model.safetensors").unlink()
+    weight_map = {name: names[i % 2] for i, name in enumerate(sorted(weights))}
+    for file in names:
+        save_file({n: t for n, t in weights.items() if weight_map[n] == file}, out / file.replace("/", "_"))
+    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return out
 
 
-def test_export_refuses_contradictions(encoder, decoder, tokenizer, tmp_path):
-    for model, objective in ((encoder, "clm"), (decoder, "mlm"), (decoder, "mntp"), (decoder, "mdlm"), (encoder, "rtd")):
-        with pytest.raises(ValueError, match=f"objective: '{objective}' given"):
-            export_model(model, model.config, tokenizer, tmp_path / "m", objective=objective)
-    small = dataclasses.replace(encoder.config, vocab_size=299)
-    with pytest.raises(ValueError, match="300 entries given; the model has 299"):
-        export_model(encoder, small, tokenizer, tmp_path / "m", objective="mlm")
-    with pytest.raises(ValueError, match="tokenizer: none given"):
-        export_model(encoder, encoder.config, None, tmp_path / "m", objective="mlm")
-    with pytest.raises(ValueError, match="unknown key.*colour"):
-        export_model(encoder, encoder.config, tokenizer, tmp_path / "m", objective="mlm", facts={"colour": "red"})
-    assert not list(tmp_path.iterdir())
+def test_sharded_weights_are_read_and_broken_files_refused(exported, tmp_path, models):
+    folder = shard(exported["encoder"], tmp_path / "s")
+    state, _, _ = import_folder(folder)
+    assert all(torch.equal(state[name], t) for name, t in models["encoder"].state_dict().items())
+    whole = shutil.copytree(exported["encoder"], tmp_path / "f")
+    weights = (whole / "model.safetensors").read_bytes()
+    for broken, damage, words in (
+            (shard(exported["encoder"], tmp_path / "outside", ("a.safetensors", "../b.safetensors")), None,
+             "names the shard '../b.safetensors'"),
+            (folder, lambda: (folder / "b.safetensors").unlink(), "b.safetensors: not found"),
+            (folder, lambda: shutil.copy(folder / "a.safetensors", folder / "b.safetensors"), "holds other tensors"),
+            (folder, lambda: (folder / "model.safetensors.index.json").write_text("[]"), "not an index"),
+            (whole, lambda: (whole / "model.safetensors").write_bytes(weights[:-100]), "not a whole safetensors file"),
+            (whole, lambda: (whole / "model.safetensors").rename(whole / "pytorch_model.bin"), "bin is a pickle"),
+            (whole, lambda: (whole / "config.json").write_text("{"), "config.json: Expecting"),
+            (whole, lambda: (whole / "config.json").unlink(), "config.json: not found")):
+        if damage:
+            damage()
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            import_folder(broken)
 
 
-def test_to_hf_refuses_wrong_and_diverged_states(encoder):
-    state = encoder.state_dict()
-    with pytest.raises(ValueError, match="missing output_bias"):
-        to_hf({k: v for k, v in state.items() if k != "output_bias"}, encoder.config)
-    with pytest.raises(ValueError, match="output_bias: has NaN"):
-        to_hf({**state, "output_bias": torch.full((320,), torch.nan)}, encoder.config)
+def test_official_decoder_config_is_read(tmp_path):
+    """Keys and values of the published tiny config derived from the official decoders, at nano's shape."""
+    content = {"architectures": ["ModernBertDecoderForCausalLM"], "model_type": "modernbert-decoder", "hidden_size": 128,
+               "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 50368,
+               "max_position_embeddings": 7999, "global_rope_theta": 160000.0, "local_rope_theta": 160000.0,
+               "local_attention": 128, "sliding_window": 64, "causal_mask": True, "is_causal": True,
+               "classifier_pooling": "mean", "position_embedding_type": "sans_pos", "layer_norm_eps": 1e-5,
+               "decoder_bias": True, "masked_prediction": False, "bos_token": "[CLS]", "eos_token": "[SEP]",
+               "tokenizer_class": "PreTrainedTokenizerFast", "reference_compile": False, "attention_bias": False}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    want = EttinConfig.for_size("nano", causal=True, max_position_embeddings=7999, global_rope_theta=160_000.0,
+                                local_rope_theta=160_000.0)
+    assert hf_config.read_config(tmp_path / "config.json") == (want, "clm")

@@ -5,18 +5,18 @@ import dataclasses
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import test_recipes
 
-from ettin_foundry.cli import main as cli
+from ettin_foundry import REGISTRY
+from ettin_foundry.cli.main import main
+from ettin_foundry.data.stream import DATASET_KEYS
 from ettin_foundry.model.config import SIZES
 from ettin_foundry.tools.meaning import read_meaning
 from ettin_foundry.tools.pair import lint_chain, lint_pair
-from ettin_foundry.training import defaults, keys, recipes
+from ettin_foundry.training import keys, recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = [size for size in SIZES if size != "nano"]
@@ -71,7 +71,7 @@ def verdicts(report):
     ({"optimizer.max_lr": 3e-3}, {"optimizer.betas": ..., "optimizer.eps": ...}),
     ({"optimizer.weight_decay": 0}, {"optimizer.weight_decay": ...}),
     ({"train_loader.shuffle_window": 16, "train_loader.shuffle_seed": 21}, {"train_loader.shuffle_seed": ...}),
-    ({"train_loader.dataset.remote": None}, {"train_loader.dataset.on_bad_shard": "stop"}),
+    ({"train_loader.dataset.remote": None}, {}),
     ({"train_loader.mask_rate": 0.3}, {"train_loader.mask_rate": [{"rate": 0.3}]}),
     ({"train_loader.mask_rate": [{"until": "2_000_000tok", "rate": 0.3}, {"rate": 0.1}]},
      {"train_loader.mask_rate": [{"until": "0.5dur", "rate": 0.3}, {"until": "1dur", "rate": 0.1}]}),
@@ -95,12 +95,6 @@ def test_a_list_of_evaluations_is_what_the_checks_make_of_one_with_several_objec
     assert not lint_pair(one, several).differences
     split[1]["mask_rate"] = 0.15
     assert [(d.key, d.a, d.b) for d in lint_pair(one, several).unfair] == [("eval_loader.mask_rate", 0.3, 0.15)]
-
-
-def test_nothing_heavy_is_imported():
-    code = ("import sys, ettin_foundry.cli.lint, ettin_foundry.tools.pair\n"
-            "sys.exit(any(m in sys.modules for m in ('torch', 'llmfoundry', 'composer', 'transformers')))")
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 # ------------------------------------------------------------------ our recipes
@@ -191,13 +185,14 @@ def test_adding_any_key_that_a_recipe_lacks_to_one_member_is_unfair_unless_it_is
             "n_gpus", "train_loader.prefetch_factor", "train_loader.pin_memory", "train_loader.persistent_workers",
             "train_loader.timeout", "train_loader.dataset.cache_limit", "model.attn_impl",
             "scheduler.alpha_f"}  # the end of a decay, of which there is none
-    known = [*defaults.HOST_KEYS - {"variables", "eval_loaders"}, *(f"model.{key}" for key in keys.MODEL_KEYS["ettin"]),
-             *(f"train_loader.{key}" for key in keys.LOADER_KEYS),
-             *(f"train_loader.dataset.{key}" for key in keys.DATASET_KEYS),
-             *(f"optimizer.{key}" for key in keys.BLOCK_KEYS["optimizer"]["ettin_stable_adamw"]),
-             *(f"scheduler.{key}" for key in keys.BLOCK_KEYS["scheduler"]["warmup_stable_decay"]),
-             *(f"callbacks.{name}" for name in keys.CALLBACK_KEYS), "anything", "train_loader.anything",
-             "callbacks.anything", "algorithms.gradient_clipping", "fsdp_config.mixed_precision", "compile_config"]
+    known = [*keys.HOST_KEYS - {"variables", "eval_loaders"}, *(f"model.{key}" for key in keys.MODEL_KEYS["ettin"]),
+             *(f"train_loader.{key}" for key in keys.PARAMETERS["ettin_text"]),
+             *(f"train_loader.dataset.{key}" for key in DATASET_KEYS),
+             *(f"optimizer.{key}" for key in keys.PARAMETERS["ettin_stable_adamw"]),
+             *(f"scheduler.{key}" for key in keys.PARAMETERS["warmup_stable_decay"]),
+             *(f"callbacks.{name}" for name in {**REGISTRY["callbacks"], **REGISTRY["callbacks_with_config"]}),
+             "anything", "train_loader.anything", "callbacks.anything", "algorithms.gradient_clipping",
+             "fsdp_config.mixed_precision", "compile_config"]
     given = set(read_meaning("dec", dec).cfg) | {".".join(map(str, path)) for path, _ in leaves(dec)}
     watchers = {f"callbacks.ettin_{name}" for name in ("clock", "export", "monitor", "samples", "steps")}
     known = [key for key in known if key not in ("model.hidden_size", "model.num_attention_heads")]  # only both together
@@ -303,7 +298,7 @@ def test_sets_are_compared_by_content_where_they_are_here(data_set, tmp_path):
 
 
 def test_a_config_that_cannot_be_read_is_named():
-    with pytest.raises(ValueError, match=r"^second: model\.size: '3b'"):
+    with pytest.raises(ValueError, match=r"^second: model\.size.*3b"):
         lint_pair(NANO, changed(NANO, {"model.size": "3b"}), names=("first", "second"))
     with pytest.raises(ValueError, match="^second: cannot be read: .*max_duration"):
         lint_pair(NANO, changed(NANO, {"max_duration": ...}), names=("first", "second"))
@@ -374,26 +369,6 @@ def test_theta_may_go_up_once(thetas, at):
     assert [(d.key, d.where) for d in lint_chain(runs).differences] == [(key, str(i)) for i in at for key in keys_found]
 
 
-def test_tokenizers_beside_the_data_are_compared_by_their_manifests(data_set, tmp_path):
-    def on(cfg, folder):
-        return changed(cfg, {"train_loader.dataset.local": str(folder), "tokenizer.name": f"{folder}/tokenizer"})
-
-    (tmp_path / "train").mkdir()
-    manifest = json.loads((data_set / "train/manifest.json").read_text())
-    (tmp_path / "train/manifest.json").write_text(json.dumps(manifest))
-    assert lint_chain([("a", on(FIRST, data_set)), ("b", on(SECOND, tmp_path))]).fair
-    manifest["tokenizer"]["vocab_size"] -= 1
-    (tmp_path / "train/manifest.json").write_text(json.dumps(manifest))
-    report = lint_chain([("a", on(FIRST, data_set)), ("b", on(SECOND, tmp_path))])
-    assert [d.key for d in report.unfair] == ["tokenizer.name"]
-
-
-def test_a_scheduler_of_the_host_is_said_to_be_left_out():
-    cosine = changed(SECOND, {"scheduler": {"name": "cosine_with_warmup", "t_warmup": "0tok", "alpha_f": 0.1}})
-    report = lint_chain([("first", FIRST), ("second", cosine)])
-    assert report.fair and "cosine_with_warmup" in str(report) and "not compared" in str(report)
-
-
 # ------------------------------------------------------------------ report and command
 
 
@@ -406,12 +381,12 @@ def test_the_table_is_aligned_unfair_first_and_ends_with_the_verdict():
     assert rows[0].split()[:4] == ["unfair", "seed", "21", "5"]
     columns = [head.index(word) for word in ("key", "one", "two", "why")]
     assert all(row[column - 1] == " " and row[column] != " " for row in rows for column in columns)
-    assert lines[-1].startswith("unfair pair: 1 unfair, ") and lines[-1].endswith("1 harmless; unfair: seed")
+    assert lines[-1].startswith("unfair pair: 1 unfair, 1 harmless, ") and lines[-1].endswith("; unfair: seed")
 
 
 def run(capsys, *arguments):
     with pytest.raises(SystemExit) as end:
-        cli.main(["lint", *map(str, arguments)])
+        main(["lint", *map(str, arguments)])
     return end.value.code or 0, *capsys.readouterr()
 
 
@@ -428,15 +403,3 @@ def test_the_command_takes_joined_files_and_keys_and_its_exit_code_is_the_verdic
     assert code == 0 and out == "fair chain: no difference\n"
     code, out, _ = run(capsys, "--chain", extend, nano)
     assert code == 1 and "load_path" in out
-
-
-@pytest.mark.parametrize("arguments, code, words", [
-    (("yamls/nano.yaml",), 2, "two runs are compared"), (("a.yaml", "b.yaml", "c.yaml"), 2, "--chain"), ((), 2, "A B"),
-    (("yamls/nano.yaml", "none.yaml"), 1, "error: none.yaml: none.yaml: no such file"),
-    (("yamls/nano.yaml", "yamls/nano.yaml+max_duration=1ep"), 1,
-     "error: yamls/nano.yaml+max_duration=1ep: max_duration: '1ep'"),
-])
-def test_a_wrong_command_line_and_a_refused_run_are_told_apart(capsys, monkeypatch, arguments, code, words):
-    monkeypatch.chdir(ROOT)
-    found, _, err = run(capsys, *arguments)
-    assert found == code and words in " ".join(err.split()), err

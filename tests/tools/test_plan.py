@@ -1,26 +1,33 @@
-"""The plan's arithmetic against sums written out by hand."""
+"""`ettin plan`: its arithmetic against sums written out by hand, the original's figures, and the host's own counting."""
 
 import copy
+import functools
+import json
+import math
+import random
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf as om
 
+from ettin_foundry.cli.main import main
 from ettin_foundry.model.config import EttinConfig
-from ettin_foundry.tools import plan
-from ettin_foundry.training.checks import model_config
+from ettin_foundry.tools import pictures, plan
+from ettin_foundry.tools.curves import learning_rates, run_curves
+from ettin_foundry.training import recipes
+from ettin_foundry.training.run_config import model_config
 
 ROOT = Path(__file__).resolve().parents[2]
-NANO = om.to_container(om.load(ROOT / "yamls/nano.yaml"), resolve=True)
-
-
+NANO = recipes.resolved([str(ROOT / "yamls/nano.yaml")])
+ENC = str(ROOT / "yamls/ettin-enc-150m.yaml")
 CHUNKS = (1, 2, 3, 1, 2, 2, 3)
-"""Lengths of the chunks of `Data`."""
 
 
 class Data:
-    """Two shards in the shape of MDSSplit: chunks of 1, 2 and 3 tokens, rows counted for length 8 only."""
+    """Two shards with CHUNKS, in the shape of a split; rows counted for length 8 only."""
 
     chunk_length, num_shards = 3, 2
     samples, tokens = np.array([3, 4]), np.array([6, 8])
@@ -42,17 +49,15 @@ def pairs_by_mask(config, length):
     return total
 
 
-@pytest.mark.parametrize("objective", ["mlm", "clm"])
-def test_data_facts_are_sums_over_documents(objective):
-    cfg = copy.deepcopy(NANO)
-    cfg["model"].update(objective=objective, local_attention=4)
-    config = model_config(cfg)
-    facts = plan.data_facts(Data(), 8, packing=True)  # type: ignore[arg-type]
+def test_data_facts_are_sums_over_documents():
+    facts = plan.data_facts(Data(), 8, packing=True)
     assert (facts.num_tokens, facts.num_chunks, facts.num_rows) == (14 + 2 * 7, 7, 5)
-    assert facts.attended_pairs(config) == sum(pairs_by_mask(config, n + 2) for n in CHUNKS)
     assert facts.documents == ((3, 2), (4, 3), (5, 2))
-    assert plan.data_facts(Data(), 8, packing=False).num_rows == 7  # type: ignore[arg-type]
-    assert plan.data_facts(Data(), 16, packing=True) is None  # type: ignore[arg-type]
+    for causal in (True, False):
+        config = EttinConfig.for_size("nano", causal=causal, local_attention=4)
+        assert facts.attended_pairs(config) == sum(pairs_by_mask(config, n + 2) for n in CHUNKS)
+    assert plan.data_facts(Data(), 8, packing=False).num_rows == 7
+    assert plan.data_facts(Data(), 16, packing=True) is None
 
 
 @pytest.fixture
@@ -62,7 +67,6 @@ def small(tmp_path, monkeypatch):
     (tmp_path / "train").mkdir()
     (tmp_path / "train/manifest.json").touch()
     monkeypatch.setattr(plan, "open_split", lambda folder: Data())
-    cfg["model"].update(max_seq_len=8)
     cfg["train_loader"].update(dataset={"local": str(tmp_path), "split": "train"})
     cfg.update(max_seq_len=8, global_train_batch_size=10, max_duration="1_000tok")
     return cfg
@@ -76,19 +80,17 @@ def work_per_token(cfg, targets, pairs):
 
 @pytest.mark.parametrize("objective, rate, targets", [("mlm", 0.5, 7), ("clm", 0.0, 21)])
 def test_a_plan_counts_real_tokens_steps_and_operations(small, objective, rate, targets):
-    cfg = small
-    cfg["model"].update(objective=objective)
-    cfg["train_loader"].update(mask_rate=rate)
-    result = plan.run_plan(cfg)
-    assert result.measured and result.tokens_per_step == 56  # 28 tokens in 5 rows, 10 rows a step
-    assert result.fill == 56 / 80
+    small["model"].update(objective=objective)
+    small["train_loader"].update(mask_rate=rate)
+    result = plan.plan_run(small)
+    assert result.tokens_per_step == 56 and result.fill == 56 / 80  # 28 tokens in 5 rows, 10 rows a step
     assert result.num_steps == 18 and result.num_tokens == 18 * 56  # 17 steps are 952 tokens
     assert result.epochs == 18 * 56 / 28
-    pairs = sum(pairs_by_mask(model_config(cfg), n + 2) for n in CHUNKS)
-    assert result.flops_per_token == round(work_per_token(cfg, targets / 28, pairs / 28))
+    pairs = sum(pairs_by_mask(model_config(small), n + 2) for n in CHUNKS)
+    assert result.flops_per_token == round(work_per_token(small, targets / 28, pairs / 28))
     assert result.targets_per_token == pytest.approx(targets / 28, rel=1e-12)
     assert result.flops_6n == 6 * result.parameters * result.num_tokens
-    assert plan.run_plan({**cfg, "max_duration": "7ba"}).num_steps == 7
+    assert plan.plan_run({**small, "max_duration": "7ba"}).num_steps == 7
 
 
 def test_a_schedule_is_weighed_by_its_tokens(small):
@@ -96,9 +98,8 @@ def test_a_schedule_is_weighed_by_its_tokens(small):
     objective = [{"until": 250, "objective": "clm"}, {"objective": {"mntp": 0.75, "clm": 0.25}}]
     small["model"].update(objective=objective, local_attention=4)
     small["train_loader"].update(objective=objective, mask_rate=[{"from": 0.4, "to": 0.2}])
-    result = plan.run_plan(small)
+    result = plan.plan_run(small)
     tokens = result.num_tokens
-    assert tokens == 18 * 56
     causal = (250 + 0.25 * (tokens - 250)) / tokens
     assert result.shares == pytest.approx({"clm": causal, "mntp": 1 - causal}, rel=1e-12)
     rates = [0.4 - 0.2 * min(1.0, t / 1000) for t in range(tokens)]
@@ -108,8 +109,6 @@ def test_a_schedule_is_weighed_by_its_tokens(small):
     pairs = {kind: sum(pairs_by_mask(config, n + 2) for n in CHUNKS) / 28 for kind, config in kinds.items()}
     work = work_per_token(small, targets, causal * pairs[True] + (1 - causal) * pairs[False])
     assert result.flops_per_token == round(work)
-    assert not result.causal and result.size == "nano"  # a mixture ends as the objective that it names first
-
 
 
 @pytest.mark.parametrize("warmup_tokens, max_tokens", [(20_000, 100_000), (20_000, 9_000), (1_000, 100_000), (300, 50_000)])
@@ -123,25 +122,183 @@ def test_steps_with_a_batch_size_warm_up_are_those_of_a_walk(small, warmup_token
         size = min(40, 4 * (steps // each + 1))
         warm += size < 40
         rows, steps = rows + size, steps + 1
-    result = plan.run_plan(small)
+    result = plan.plan_run(small)
     assert (result.num_steps, result.warmup_steps, result.num_tokens) == (steps, warm, round(rows * 28 / 5))
-    assert (result.first_rows, result.rows_per_step) == (4, 40)
-    text = plan.aligned(plan.lines(small, result))
-    assert f"after {warm} steps of 4 rows and more" in text
-    share = {"min_size": 4, "tokens": f"{warmup_tokens / max_tokens}dur"}
-    small["train_loader"]["batch_size_warmup"] = share
-    assert plan.run_plan(small) == result
 
 
-def test_without_data_rows_are_taken_to_be_full_and_the_report_says_so(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    result = plan.run_plan(NANO)  # type: ignore[arg-type]
-    assert not result.measured and result.epochs is None and result.fill == 1
-    assert result.num_steps == -(-4_000_000 // 8192)
-    text = plan.report(NANO)  # type: ignore[arg-type]
-    for words in ("1,631,488 parameters", "8,192 real tokens", "489 steps", "the data is not there yet", "reference:"):
-        assert words in text
+def test_means_of_random_schedules_are_those_of_single_tokens():
+    """Segments, cycles and mixtures, with a mask rate that is constant or linear, against a walk over the tokens."""
+    rng, text, first = random.Random(7), 0.97, 0.015
+    for _ in range(200):
+        total, end = rng.randint(40, 80), rng.randint(10, 30)
+        share, low, high = rng.randint(1, 7) / 8, rng.uniform(0.01, 1), rng.uniform(0.01, 1)
+        length, other = rng.randint(1, 9), rng.randint(1, 9)
+        objective = [{"until": end, "objective": {"mlm": share, "clm": 1 - share}},
+                     {"cycle": [{"tokens": length, "objective": "mntp"}, {"tokens": other, "objective": "clm"}]}]
+        masked = [share] * end + [float(t % (length + other) < length) for t in range(total - end)]
+        rates = [low + (high - low) * t / total for t in range(total)]
+        found = run_curves({"model": {"objective": objective}, "train_loader": {"mask_rate": [{"from": low, "to": high}]},
+                            "max_duration": f"{total}tok"}, total)
+        each = [m * rate * text + (1 - m) * (1 - first) for m, rate in zip(masked, rates)]
+        mean, most = found.targets_per_token(text, first)
+        assert mean == pytest.approx(math.fsum(each) / total, rel=1e-12)  # float64 sums of up to 80 numbers below 1
+        assert most == pytest.approx(max(each), abs=abs(high - low) * text)  # a piece's larger share at its larger rate
+        bounds = sorted({0, total, *rng.sample(range(1, total), 5)})
+        shares = found.shares_between(bounds)
+        for i, (a, b) in enumerate(zip(bounds, bounds[1:])):
+            assert shares["clm"][i] == pytest.approx(sum(1 - m for m in masked[a:b]) / (b - a), abs=1e-12)
 
 
-def test_a_run_of_another_model_has_no_report():
-    assert plan.report({"model": {"name": "mpt_causal_lm"}}) == ""
+@pytest.mark.parametrize("scheduler, formula", [
+    ({"name": "warmup_stable_decay", "t_warmup": "100tok", "t_decay": "0.2dur", "alpha_f": 0.1},
+     lambda t: 1e-10 + (1 - 1e-10) * t / 100 if t < 100 else 1.0 if t < 800 else 1 - 0.9 * (t - 800) / 200),
+    ({"name": "one_minus_sqrt", "t_decay": "1dur", "alpha_f": 0.5}, lambda t: 0.5 + 0.5 * (1 - math.sqrt(t / 1000))),
+    ({"name": "one_minus_sqrt", "t_decay": "500tok", "t_max": "900tok"},
+     lambda t: 1 - math.sqrt(min(1.0, max(0.0, (t - 400) / 500)))),
+])
+def test_learning_rates_follow_the_recipe(scheduler, formula):
+    cfg = {"scheduler": scheduler, "optimizer": {"lr": 8e-4}, "max_duration": "1000tok"}
+    places, rates = learning_rates(cfg, np.linspace(0, 1, 301))
+    assert rates == pytest.approx([8e-4 * formula(1000 * p) for p in places], rel=1e-9)
+    assert learning_rates({**cfg, "scheduler": {"name": "cosine_with_warmup"}}) is None  # the host's is not guessed
+
+
+# Ettin's repository, pretraining/README.md: hours on 4x H100 for 2T tokens; from them tokens/s of a GPU
+ORIGINAL = {"17m": (141, 985_028), "32m": (212, 655_136), "68m": (300, 462_963), "150m": (470, 295_508),
+            "400m": (950, 146_199), "1b": (2170, 64_004)}
+
+
+@functools.cache
+def phases(size, member):
+    overlays = {"pretrain": [], "extend": [str(ROOT / "yamls/phases/extend.yaml"), "variables.source=x"],
+                "decay": [str(ROOT / "yamls/phases/decay.yaml"), "variables.source=x"]}
+    recipe = str(ROOT / f"yamls/ettin-{member}-{size}.yaml")
+    return plan.plan_runs([(phase, recipes.resolved([recipe, *more])) for phase, more in overlays.items()], gpus="4xH100")
+
+
+@pytest.mark.parametrize("size", ORIGINAL)
+def test_the_phases_of_each_size_take_the_originals_hours(size):
+    """2T tokens: 1.7T, 250B and 50B. Of 1b our recipes have 1.8T (the last phases are a third), so its rate is compared."""
+    hours, rate = ORIGINAL[size]
+    runs = phases(size, "dec" if size in ("32m", "1b") else "enc")
+    total = plan.totals(runs)
+    assert total["num_tokens"] == pytest.approx(1.8e12 if size == "1b" else 2e12, rel=1e-4)  # phases end with a whole step
+    assert total["hours"] * 2e12 / total["num_tokens"] == pytest.approx(hours, rel=0.01)
+    for run in runs:
+        assert run.num_tokens / (4 * 3600 * run.hours) == pytest.approx(rate, rel=1e-4)
+
+
+def test_peaks_are_those_of_composers_table():
+    from composer.callbacks.speed_monitor import GPU_AVAILABLE_FLOPS as table
+
+    names = {"h100": "h100-sxm", "h200": "h200-sxm", "a100-40gb": "a100"}
+    assert {name: peak for name, (peak, _) in plan.GPUS.items()} == {
+        name: table[names.get(name, name)]["amp_bf16"] for name in plan.GPUS}
+
+
+@pytest.mark.parametrize("size, objective, tokens, half, gib", [
+    ("150m", "mlm", 65_536, True, 39), ("1b", "clm", 16_384, True, 48.6),  # one H200, compiled blocks
+    ("17m", "mlm", 2048, False, 0.703), ("17m", "mlm", 8192, False, 1.505), ("17m", "clm", 4096, False, 0.961),
+    ("32m", "mlm", 2048, False, 1.255),  # a CPU: benchmarks/results/2026-11-25-plan-memory.md
+])
+def test_memory_is_what_was_measured(size, objective, tokens, half, gib):
+    config = EttinConfig.for_size(size, causal=objective == "clm")
+    found = plan.memory_bytes(config, tokens, 1.0 if objective == "clm" else 0.3, half=half)
+    assert sum(found.values()) / 2**30 == pytest.approx(gib, rel=0.05)
+
+
+def test_the_microbatch_that_is_called_largest_is_the_last_that_fits():
+    cfg = phases("400m", "enc")[0].cfg
+    largest = plan.plan_run(cfg, gpus="4xH100").largest_microbatch
+    around = [plan.plan_run({**cfg, "device_train_microbatch_size": rows}, gpus="4xH100") for rows in (largest, largest + 1)]
+    assert [run.memory_gib <= 79.1 - plan.SLACK_GIB for run in around] == [run.fits for run in around] == [True, False]
+    assert plan.plan_run({**cfg, "device_train_microbatch_size": "auto"}, gpus="4xH100").microbatch == largest
+
+
+@pytest.mark.parametrize("interval, step_tokens, steps", [("1000tok", 300, 20), ("1000tok", 250, 20), ("100tok", 300, 7),
+                                                          ("7ba", 300, 20), ("1ba", 300, 3), ("99999tok", 300, 5)])
+def test_checkpoints_are_counted_as_composer_saves_them(interval, step_tokens, steps):
+    """Its own scheduler, asked at each batch."""
+    from composer.core import Event, Time, Timestamp
+    from composer.utils import create_interval_scheduler
+
+    saves, count = create_interval_scheduler(interval), 0
+    for batch in range(1, steps + 1):
+        state = SimpleNamespace(previous_timestamp=Timestamp(batch=batch - 1, token=(batch - 1) * step_tokens),
+                                timestamp=Timestamp(batch=batch, token=batch * step_tokens), dataloader_len=None,
+                                max_duration=Time.from_batch(steps),
+                                get_elapsed_duration=lambda batch=batch: Time(batch / steps, "dur"))
+        count += bool(saves(state, Event.BATCH_CHECKPOINT))
+    cfg, run = {"save_folder": "runs/x", "save_interval": interval}, (steps, steps * step_tokens, step_tokens)
+    assert plan.num_checkpoints(cfg, *run) == count
+    assert plan.num_checkpoints({**cfg, "save_num_checkpoints_to_keep": 2}, *run) == min(2, count)
+    assert plan.num_checkpoints({"save_interval": interval}, *run) == 0
+
+
+def test_the_curves_that_are_drawn_are_those_of_the_recipe(monkeypatch, tmp_path):
+    """Two chains side by side: rates, rows and mask rates read back from the axes."""
+    figures = []
+    monkeypatch.setattr(pictures.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    warm_up = "train_loader.batch_size_warmup={min_size: 704, tokens: 100_000_000_000tok}"
+    decoder = recipes.resolved([ENC.replace("enc", "dec"), warm_up])
+    runs = [*phases("150m", "enc")[:2], *plan.plan_runs([("other", decoder)])]
+    pictures.draw_plans(runs, tmp_path / "a.svg", {"extend": "pretrain"})
+    panels = np.reshape(figures[0].axes, (5, 2))
+    x, y = panels[0, 0].lines[1].get_data()
+    places = np.linspace(0, 1, 9)
+    expected = [4e-4 + 4e-4 * (1 - math.sqrt(place)) for place in places]  # extend: from the peak to half of it
+    assert np.interp(runs[0].num_tokens + places * runs[1].num_tokens, x, y) == pytest.approx(expected, rel=1e-6)
+    assert panels[1, 1].patches[0].get_data().values.tolist() == [704, 1408, 2112, 2816]
+    assert set(panels[2, 0].lines[0].get_ydata()[:2]) == {0.3} and np.isnan(panels[2, 1].lines[0].get_ydata()).all()
+    with pytest.raises(ValueError, match="--picture must end in .png"):
+        pictures.draw_plans(runs, tmp_path / "a.txt", {})
+
+
+# ------------------------------------------------------------------ the command
+
+
+def run(capsys, *arguments):
+    """(exit code, stdout, stderr) of `ettin plan arguments...`"""
+    with pytest.raises(SystemExit) as end:
+        main(["plan", *map(str, arguments)])
+    return end.value.code or 0, *capsys.readouterr()
+
+
+def test_a_suite_file_is_planned_stage_by_stage_as_text_json_and_picture(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there is no data/nano, whatever a user made in the clone
+    file, picture = tmp_path / "suite.yaml", tmp_path / "pictures/plan.svg"
+    nano = ROOT / "yamls/nano.yaml"
+    file.write_text(f"name: pair\nroot: runs/pair\nscale: 0.5\nstages:\n  one: {{yaml: [{nano}]}}\n"
+                    f"  two: {{yaml: [{nano}, {ROOT / 'yamls/options/decoder.yaml'}]}}\n")
+    options = (file, "scale=0.25", "--gpus", "1xH100", "--mfu", "0.05")
+    code, out, _ = run(capsys, *options, "--json", "--picture", picture)
+    found = json.loads(out)
+    assert code == 0 and [stage["name"] for stage in found["stages"]] == ["one", "two"]
+    assert found["stages"][0]["num_steps"] == math.ceil(1e6 / 8192)  # a quarter of nano's 4M tokens
+    for key in ("num_tokens", "num_steps", "hours", "checkpoints", "storage_bytes"):
+        assert found["totals"][key] == pytest.approx(sum(stage[key] for stage in found["stages"]), rel=1e-12)
+    assert "<svg" in picture.read_text()
+    rows = [line.split() for line in run(capsys, *options)[1].splitlines()]
+    assert [row[0] for row in rows[:4]] == ["stage", "one", "two", "total"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([ENC, "--gpus", "4xH800"], "--gpus must be"), ([ENC, "--gpus", "0xH100"], "--gpus must be"),
+    ([ENC, "--gpus", "5xH100"], "global_train_batch_size must be a multiple"),
+    ([ENC, "--mfu", "1.5"], "--mfu must be"), ([ENC, "max_duration=3ep"], "max_duration"),
+    ([ENC, "~/no.yaml"], "no such file"), ([ENC, "model.name=mpt_causal_lm"], "model.name must be ettin"),
+    ([ROOT / "yamls/suite/nano.yaml", "scale=0"], "scale"),
+    ([ROOT / "yamls/suite/ettin-150m.yaml", "--gpus", "3xH100"], "encoder-pretrain: global_train_batch_size"),
+])
+def test_bad_input_is_one_line(capsys, arguments, message):
+    code, out, err = run(capsys, *arguments)
+    assert code == 1 and not out and message in err and len(err.splitlines()) == 1
+
+
+def test_a_plan_needs_neither_torch_nor_the_host():
+    """They alone take ten seconds to import."""
+    code = (f"import sys; from ettin_foundry.cli.main import main\ntry:\n    main(['plan', {ENC!r}])\n"
+            "except SystemExit: pass\n"
+            "print(sorted({'torch', 'transformers', 'composer', 'llmfoundry', 'matplotlib'} & set(sys.modules)))")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.startswith("run") and out.strip().endswith("[]")

@@ -5,47 +5,26 @@ from __future__ import annotations
 import copy
 import os
 import socket
-import sys
-from pathlib import Path
 
-import pytest
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("composer")
-
-import torch.distributed as dist  # noqa: E402
-import torch.multiprocessing as mp  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.distributed.checkpoint.state_dict import (  # noqa: E402
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_optimizer import Formula
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
-from torch.distributed.fsdp import fully_shard  # noqa: E402
-from torch.distributed.tensor import DTensor, Replicate, Shard  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from test_optimizer import Formula  # noqa: E402
-
-from ettin_foundry.training import optimizer as optim  # noqa: E402
+from ettin_foundry.training import optimizer as optim
 
 RANKS, STEPS, LR, DECAY = 3, 5, 0.01, 0.1  # 3 ranks: 5 rows are cut 2 + 2 + 1, and 4 rows 2 + 2 + 0
-
-
-class HostReads(TorchDispatchMode):
-    """Counts floating-point values that the host reads from tensors."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point():
-            self.count += 1
-        return func(*args, **(kwargs or {}))
 
 
 def model(dtype=torch.float32):
@@ -61,7 +40,7 @@ def loss_of(network, x):
     return network(x).square().mean()
 
 
-def train(rank, network, optimizer, factor, full, checked):
+def train(rank, network, optimizer, factor, full):
     """`STEPS` steps beside the formula; `full` gives the whole tensor of a parameter or gradient."""
     reference = model(torch.float64)
     formulas = [Formula(p, DECAY, LR) for p in reference.parameters()]
@@ -75,7 +54,7 @@ def train(rank, network, optimizer, factor, full, checked):
         for p, g in zip(network.parameters(), expected):
             # float32 against float64: rounding of gradients of the order of 1
             torch.testing.assert_close(full(p.grad).double(), g, rtol=1e-4, atol=1e-5)
-        checked(optimizer.step)
+        optimizer.step()
         with torch.no_grad():
             for formula, p, g in zip(formulas, reference.parameters(), expected):
                 formula.step(g, LR)
@@ -100,26 +79,8 @@ def sharded(rank):
 def fsdp2(rank):
     network, optimizer = sharded(rank)
     assert [p.to_local().shape[0] for p in network.parameters()][-1] == (2, 2, 0)[rank]
-    factor = optim.fsdp2_gradient_factor(network)
-    calls = []
-    original = dist.all_reduce
-
-    def counted(*args, **kwargs):
-        calls.append(args)
-        return original(*args, **kwargs)
-
-    def checked(step):
-        calls.clear()
-        dist.all_reduce = counted
-        try:
-            with HostReads() as reads:
-                step()
-        finally:
-            dist.all_reduce = original
-        assert len(calls) == 1, len(calls)
-        assert reads.count == 0, reads.count
-
-    train(rank, network, optimizer, factor, lambda tensor: tensor.full_tensor(), checked)
+    factor = 1 / RANKS  # torch 2.7's FSDP2 sums gradients under gloo, where NCCL averages them
+    train(rank, network, optimizer, factor, lambda tensor: tensor.full_tensor())
     for options in (StateDictOptions(), StateDictOptions(full_state_dict=True)):
         other, resumed = sharded(rank)
         saved = copy.deepcopy((get_model_state_dict(network, options=options),  # else they share the first one's tensors
@@ -138,24 +99,14 @@ def fsdp2(rank):
 def ddp(rank):
     network = DistributedDataParallel(model())
     optimizer = optim.StableAdamW(network.parameters(), LR, weight_decay=DECAY)
-    assert optim.fsdp2_gradient_factor(network) == 1.0
-    train(rank, network, optimizer, 1.0, lambda tensor: tensor, lambda step: step())
-
-
-def replicas(rank):
-    """A dimension of replicas adds nothing: each holds the whole sum already."""
-    mesh = init_device_mesh("cpu", (RANKS, 1))
-    p = DTensor.from_local(torch.ones(4, 2), mesh, [Replicate(), Shard(0)])
-    values = [torch.tensor(2.0)]
-    optim._sum_over_shards([p], values)
-    assert values[0] == 2.0
+    train(rank, network, optimizer, 1.0, lambda tensor: tensor)
 
 
 def work(rank, port):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
-    for case in (ddp, fsdp2, replicas):
+    for case in (ddp, fsdp2):
         case(rank)
     dist.destroy_process_group()
 

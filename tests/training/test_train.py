@@ -7,10 +7,23 @@ import nano_run
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from composer import Callback
+from llmfoundry import registry
 
-OBJECTIVES = {"mlm": [], "clm": nano_run.CLM, "mntp": ["variables.objective=mntp"]}
+from ettin_foundry.data.batch import flatten
+from ettin_foundry.model.composer import EttinModel
+from ettin_foundry.training import checks
+from ettin_foundry.training.recipes import resolved
+
+OBJECTIVES = {
+    "mlm": [], "clm": nano_run.CLM, "mntp": ["variables.objective=mntp"],
+    "biphasic": ["variables.objective=[{until: 1500, objective: clm}, {objective: mlm}]", "variables.label=biphasic",
+                 "variables.warmup=400tok", "variables.eval_mask_rate=0.15", "max_duration=4000tok"],
+    "mixture": ["variables.objective={mntp: 0.5, clm: 0.5}", "variables.label=mixture", "variables.mask_rate=0.15"]}
 PAIR = ["mlm", "clm"]
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+UNSAVED = ["~save_folder", "~save_interval", "~autoresume", "~save_overwrite"]
 
 
 @pytest.fixture(scope="module")
@@ -18,14 +31,9 @@ def capture():
     return nano_run.register_capture()
 
 
-@pytest.fixture(scope="module")
-def data(data_set):
-    """The fixtures' set; nano's vocabulary is set to the fixtures' tokenizer by `run`."""
-    return data_set
-
-
-def run(data, out, objective, *overrides):
-    return nano_run.run(data, out, *OBJECTIVES[objective], "model.vocab_size=512", "callbacks.capture={}", *overrides)
+def run(data, out, objective, *overrides, **kwargs):
+    return nano_run.run(data, out, *OBJECTIVES[objective], "model.vocab_size=512", "callbacks.capture={}", *overrides,
+                        **kwargs)
 
 
 def state_of(trainer):
@@ -44,19 +52,19 @@ def rows_per_epoch(data):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("objective", PAIR)
-def test_four_steps_resume_four_steps_equals_eight_steps_bitwise(objective, workers, data, capture, tmp_path):
-    epoch_batch = rows_per_epoch(data) // 6  # eight steps of this cross the end of the epoch
+def test_four_steps_resume_four_steps_equals_eight_steps_bitwise(objective, workers, data_set, capture, tmp_path):
+    epoch_batch = rows_per_epoch(data_set) // 6  # eight steps of this cross the end of the epoch
     common = [f"variables.global_batch={epoch_batch}", "device_train_microbatch_size=32",
               f"train_loader.num_workers={workers}"]
-    whole = run(data, tmp_path / "whole", objective, *common)
+    whole = run(data_set, tmp_path / "whole", objective, *common)
     expected, losses, lrs, tokens = state_of(whole), capture.losses, capture.lrs, capture.tokens
-    assert int(whole.state.timestamp.sample) > rows_per_epoch(data)
+    assert int(whole.state.timestamp.sample) > rows_per_epoch(data_set)
     whole.close()
 
-    first = run(data, tmp_path / "parts", objective, *common, "max_duration=4ba")
+    first = run(data_set, tmp_path / "parts", objective, *common, "max_duration=4ba")
     assert capture.losses == losses[:4]
     first.close()
-    second = run(data, tmp_path / "parts", objective, *common)
+    second = run(data_set, tmp_path / "parts", objective, *common)
     assert int(second.state.timestamp.batch) == 8
     assert (capture.losses, capture.lrs, capture.tokens) == (losses[4:], lrs[4:], tokens[4:])
     resumed = state_of(second)
@@ -66,12 +74,11 @@ def test_four_steps_resume_four_steps_equals_eight_steps_bitwise(objective, work
 
 
 @pytest.mark.parametrize("objective", PAIR)
-def test_microbatches_of_four_give_the_gradient_of_one_of_eight(objective, data, capture, tmp_path):
+def test_microbatches_of_four_give_the_gradient_of_one_of_eight(objective, data_set, capture, tmp_path):
     grads, targets = [], []
     for microbatch in (8, 4):
-        run(data, tmp_path / str(microbatch), objective, f"device_train_microbatch_size={microbatch}",
-            "model.attn_out_dropout=0.0", "max_duration=1ba", "~save_folder", "~save_interval", "~autoresume",
-            "~save_overwrite").close()
+        run(data_set, tmp_path / str(microbatch), objective, f"device_train_microbatch_size={microbatch}",
+            "model.attn_out_dropout=0.0", "max_duration=1ba", *UNSAVED).close()
         grads.append(capture.gradients)
         targets.append([(row != -100).sum().item() for row in capture.batches[0]["labels"]])
     halves = sum(targets[0][:4]), sum(targets[0][4:])
@@ -80,10 +87,10 @@ def test_microbatches_of_four_give_the_gradient_of_one_of_eight(objective, data,
         assert (gradient - grads[1][name]).abs().max() <= 1e-6 * gradient.abs().max(), name
 
 
-def test_the_pair_reads_identical_rows_and_tokens_at_every_step(data, capture, tmp_path):
+def test_the_pair_reads_identical_rows_and_tokens_at_every_step(data_set, capture, tmp_path):
     seen = {}
     for objective in PAIR:
-        run(data, tmp_path / objective, objective).close()
+        run(data_set, tmp_path / objective, objective).close()
         seen[objective] = capture.batches
     for mlm, clm in zip(seen["mlm"], seen["clm"], strict=True):
         restored = torch.where(mlm["labels"] != -100, mlm["labels"], mlm["input_ids"])  # undo the masking
@@ -93,24 +100,8 @@ def test_the_pair_reads_identical_rows_and_tokens_at_every_step(data, capture, t
 
 
 @pytest.mark.parametrize("objective", PAIR)
-def test_learning_rate_of_a_batch_is_that_of_the_tokens_before_it(objective, data, capture, tmp_path):
-    trainer = run(data, tmp_path, objective, "variables.warmup=1500tok", "max_duration=6000tok",
-                  "scheduler.t_decay=3000tok", "scheduler.alpha_f=0.02")
-    trainer.close()
-    assert capture.tokens[0] == 0 and len(capture.tokens) > 8
-    for tokens, lr in zip(capture.tokens, capture.lrs):
-        if tokens < 1500:
-            factor = 1e-10 + (1 - 1e-10) * tokens / 1500
-        elif tokens < 3000:
-            factor = 1.0
-        else:
-            factor = 1 - (tokens - 3000) / 3000 * 0.98
-        assert lr == pytest.approx(3e-3 * factor, rel=1e-9, abs=1e-15)
-
-
-@pytest.mark.parametrize("objective", PAIR)
-def test_losses_are_the_golden_ones(objective, data, capture, tmp_path):
-    run(data, tmp_path, objective, "max_duration=20ba", "variables.warmup=5ba").close()
+def test_losses_are_the_golden_ones(objective, data_set, capture, tmp_path):
+    run(data_set, tmp_path, objective, "max_duration=20ba", "variables.warmup=5ba").close()
     path = GOLDEN / f"nano_{objective}_cpu_fp32.txt"
     golden = np.loadtxt(path)
     np.testing.assert_allclose(capture.losses, golden, rtol=0, atol=1e-4,
@@ -119,20 +110,10 @@ def test_losses_are_the_golden_ones(objective, data, capture, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm", "mntp"])
-def test_validation_metrics_are_those_of_dense_logits(objective, data, capture, tmp_path):
-    config = nano_run.configure(data, tmp_path, *OBJECTIVES[objective], "model.vocab_size=512")
-    from omegaconf import OmegaConf
-    recipe = OmegaConf.to_container(OmegaConf.load(nano_run.ROOT / "yamls" / "nano.yaml"))  # interpolations as they are
-    labelled = {**recipe["eval_loader"], "label": "held_out"}
-    config.eval_loader = labelled if objective == "mlm" else [labelled]  # both ways of writing it
-    config.eval_interval = "2ba"
-    config.max_duration = "2ba"
-    import ettin_foundry
-    ettin_foundry.register()
-    from llmfoundry.command_utils import train
-    trainer = train(config)
+def test_validation_metrics_are_those_of_dense_logits(objective, data_set, capture, tmp_path):
+    trainer = run(data_set, tmp_path, objective, "eval_interval=2ba", "max_duration=2ba", "eval_loader.label=held_out",
+                  "eval_subset_num_batches=-1", evaluate=True)
     metrics = {k: float(m.compute()) for k, m in trainer.state.eval_metrics["eval/held_out"].items()}
-    from ettin_foundry.data.loader import flatten
     model = trainer.state.model.eval()
     nll, correct, number = 0.0, 0, 0
     with torch.no_grad():
@@ -141,7 +122,7 @@ def test_validation_metrics_are_those_of_dense_logits(objective, data, capture, 
             hidden = model.model(flat["input_ids"], flat["position_ids"], flat["cu_seqlens"], flat["max_seqlen"])
             logits = model.model.predict(hidden[flat["target_positions"]])
             labels = flat["target_labels"]
-            nll += torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum").item()
+            nll += F.cross_entropy(logits.double(), labels, reduction="sum").item()
             correct += (logits.argmax(-1) == labels).sum().item()
             number += len(labels)
     trainer.close()
@@ -151,26 +132,8 @@ def test_validation_metrics_are_those_of_dense_logits(objective, data, capture, 
     assert metrics["TargetAccuracy"] == pytest.approx(correct / number, abs=1e-12)
 
 
-@pytest.mark.parametrize(("source", "target"), [("mlm", "clm"), ("clm", "mntp")], ids=["enc_to_dec", "dec_to_enc"])
-def test_nano_crosses_from_the_other_models_weights(source, target, data, capture, tmp_path):
-    run(data, tmp_path / "source", source, "max_duration=2ba", "save_interval=2ba").close()
-    checkpoint = next((tmp_path / "source").rglob("latest-rank0.pt"))
-    weights = torch.load(checkpoint, weights_only=False)["state"]["model"]
-    trainer = run(data, tmp_path / "crossed", target, "~autoresume", "max_duration=1ba",
-                  f"callbacks.ettin_cross.source={checkpoint}", "variables.warmup=1ba")
-    trainer.close()
-    assert capture.tokens == [0]  # a fresh clock
-    moved = {k: (v - weights[k]).abs().max().item() for k, v in trainer.state.model.state_dict().items()}
-    # one step of at most lr (at most 1e-10 of the peak in the first step of a warm-up): still the source's weights
-    assert max(moved.values()) < 1e-6
-    assert trainer.state.model.config.causal == (target == "clm")
-
-
 @pytest.mark.parametrize("objective", PAIR)
-def test_a_batch_without_any_target_gives_zero_loss_and_training_goes_on(objective, data, capture, tmp_path):
-    from composer import Callback
-    from llmfoundry import registry
-
+def test_a_batch_without_any_target_gives_zero_loss_and_training_goes_on(objective, data_set, capture, tmp_path):
     class Blank(Callback):
         def after_dataloader(self, state, logger):
             if state.timestamp.batch == 1:
@@ -179,7 +142,112 @@ def test_a_batch_without_any_target_gives_zero_loss_and_training_goes_on(objecti
                 state.batch["labels"][:4] = -100  # the whole first microbatch
 
     registry.callbacks.register("blank", func=Blank)
-    trainer = run(data, tmp_path, objective, "max_duration=3ba", "callbacks.blank={}")
+    trainer = run(data_set, tmp_path, objective, "max_duration=3ba", "callbacks.blank={}")
     trainer.close()
     assert capture.losses[0] > 5 and capture.losses[1] == 0.0 and capture.losses[2] > 5
     assert all(p.isfinite().all() for p in trainer.state.model.parameters())
+
+
+# ------------------------------------------------------------------ objectives that change or are mixed
+
+
+def test_a_biphasic_run_is_the_clm_run_up_to_the_switch_and_resumes_on_both_sides_of_it(data_set, capture, tmp_path):
+    run(data_set, tmp_path / "clm", "clm", "variables.warmup=400tok", "max_duration=4000tok").close()
+    clm, clm_lrs, clm_hashes = capture.losses, capture.lrs, [batch["ids_hash"] for batch in capture.batches]
+    trainer = run(data_set, tmp_path / "both", "biphasic")
+    assert [batch["ids_hash"] for batch in capture.batches] == clm_hashes
+    losses, lrs, tokens = capture.losses, capture.lrs, capture.tokens
+    objectives = [batch["objective"] for batch in capture.batches]
+    final = state_of(trainer)
+    trainer.close()
+    steps = sum(t < 1500 for t in tokens)
+    assert objectives == ["clm"] * steps + ["mlm"] * (len(tokens) - steps) and 2 <= steps <= len(tokens) - 3
+    assert losses[:steps] == clm[:steps] and lrs == clm_lrs and losses[steps] != clm[steps]
+    assert trainer.state.model.objective == "mlm" and not trainer.state.model.config.causal
+    for stop in (steps - 1, steps + 1):
+        class Stop(Callback):
+            at = stop
+
+            def batch_start(self, state, logger):
+                if state.timestamp.batch == self.at:
+                    raise RuntimeError("stopped")
+
+        registry.callbacks.register("stop", func=Stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(data_set, tmp_path / f"{stop}", "biphasic", "save_interval=1ba", "callbacks.stop={}")
+        resumed = run(data_set, tmp_path / f"{stop}", "biphasic", "save_interval=1ba")
+        assert capture.losses == losses[stop:]
+        again = state_of(resumed)
+        assert all(torch.equal(again[k], final[k]) for k in final)
+        resumed.close()
+
+
+def test_the_mask_rate_of_each_step_is_its_formula(data_set, capture, tmp_path):
+    run(data_set, tmp_path, "mlm", "variables.mask_rate=[{until: 0.5dur, from: 0.6, to: 0.2}, {rate: 0.1}]",
+        "variables.eval_mask_rate=0.15", "variables.warmup=400tok", "max_duration=4000tok").close()
+    for tokens, batch in zip(capture.tokens, capture.batches, strict=True):
+        expected = 0.6 - 0.4 * tokens / 2000 if tokens < 2000 else 0.1
+        assert batch["mask_rate"] == pytest.approx(expected, rel=1e-12)  # float64
+        text = int((batch["sequence_id"] >= 0).sum()) - 2 * int((batch["sequence_id"].amax(1) + 1).sum())
+        chosen = int((batch["labels"] != -100).sum())
+        assert abs(chosen - expected * text) <= 5 * (text * expected * (1 - expected)) ** 0.5 + 8  # five deviations
+
+
+def weighted_sum_gradient(weights, batch):
+    """Gradients of the mixture's loss from dense logits: each row through a model of its own kind, summed in float64."""
+    fields = {"size": "nano", "max_seq_len": 64, "vocab_size": 512, "attn_out_dropout": 0.0}
+    models = {kind: EttinModel(objective="clm" if kind else "mlm", **fields).train() for kind in (False, True)}
+    total, divisor = torch.zeros((), dtype=torch.float64), 0
+    for model in models.values():
+        model.load_state_dict(weights)
+    for row, causal in enumerate(batch["causal"].tolist()):
+        for number in range(int(batch["sequence_id"][row].max()) + 1):
+            here = batch["sequence_id"][row] == number
+            ids, labels = batch["input_ids"][row][here], batch["labels"][row][here]
+            inner = models[causal].model
+            hidden = inner(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
+            nll = F.cross_entropy(inner.predict(hidden).double(), labels, ignore_index=-100, reduction="sum")
+            total = total + nll * (1.0 if causal else 1 / 0.15)
+            divisor += int((labels != -100).sum()) if causal else len(ids) - 2  # all but BOS and EOS could be masked
+    (total / divisor).backward()
+    parts = [dict(model.named_parameters()) for model in models.values()]
+    return (total / divisor).item(), {name: sum(p[name].grad.double() for p in parts if p[name].grad is not None)
+                                      for name in parts[0]}
+
+
+@pytest.mark.parametrize("microbatch", [8, 3])
+def test_a_mixture_has_the_gradient_of_the_weighted_sum(microbatch, data_set, capture, tmp_path):
+    """Whatever the microbatches, one of which holds rows of both kinds; against float64 sums over dense logits."""
+    start = {}
+
+    class Start(Callback):
+        def fit_start(self, state, logger):
+            start.update({k: v.clone() for k, v in state.model.state_dict().items()})
+
+    registry.callbacks.register("start", func=Start)
+    run(data_set, tmp_path, "mixture", f"device_train_microbatch_size={microbatch}", "model.attn_out_dropout=0.0",
+        "max_duration=1ba", "callbacks.start={}", *UNSAVED).close()
+    [batch] = capture.batches
+    assert 2 <= int(batch["causal"].sum()) <= 6 and batch["objective"] == "mntp+clm"
+    loss, gradients = weighted_sum_gradient(start, batch)
+    assert capture.losses[0] == pytest.approx(loss, rel=1e-5)  # fp32 against float64
+    for name, gradient in gradients.items():
+        distance = (capture.gradients[name].double() - gradient).norm()
+        assert distance <= 2e-5 * gradient.norm(), name  # fp32 sums of a few hundred targets
+
+
+OPTIONS = {"biphasic": ("mlm", ["clm", "mlm"]), "alternating": ("clm", ["clm", "mlm"]), "mask-steps": ("mlm", ["mlm"]),
+           "mixture": ("mntp", ["mntp", "clm"])}
+
+
+@pytest.mark.parametrize("recipe", ["ettin-enc-400m", "nano"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_each_option_of_objectives_is_a_valid_run_that_evaluates_what_it_trains(option, recipe):
+    cfg = resolved([str(nano_run.ROOT / "yamls" / name) for name in (f"{recipe}.yaml", f"options/{option}.yaml")])
+    checks.check_settings(cfg)
+    final, evaluated = OPTIONS[option]
+    assert checks.objective_schedule(cfg).final == final and checks.model_config(cfg).causal == (final == "clm")
+    checks.resolve_schedules(cfg)
+    blocks = cfg.get("eval_loaders") or [cfg["eval_loader"]]
+    assert [block["objective"] for block in blocks] == evaluated
+    assert all(("mask_rate" in block) == (block["objective"] != "clm") for block in blocks)

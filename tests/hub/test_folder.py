@@ -1,0 +1,199 @@
+"""Hugging Face folders written: files, config, card and tokenizer, round trip, whole or not at all."""
+
+import dataclasses
+import json
+
+import parity
+import pytest
+import torch
+import yaml
+
+from ettin_foundry.hub import folder as hub_folder
+from ettin_foundry.hub.card import card
+from ettin_foundry.hub.folder import export_model
+from ettin_foundry.model import hf_config
+from ettin_foundry.model.config import EttinConfig
+from ettin_foundry.model.weights import import_folder
+
+# what TEI's ModernBERT needs without a default (its config struct)
+TEI_KEYS = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_activation "
+            "max_position_embeddings initializer_range initializer_cutoff_factor norm_eps norm_bias pad_token_id "
+            "eos_token_id bos_token_id cls_token_id sep_token_id global_rope_theta attention_bias attention_dropout "
+            "global_attn_every_n_layers local_attention local_rope_theta classifier_activation").split()
+IDS = {"unk": 295, "cls": 296, "sep": 297, "pad": 298, "mask": 299}
+
+
+def shape(causal: bool, **changes) -> EttinConfig:
+    return EttinConfig.for_size("nano", causal=causal, vocab_size=320, **changes)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return parity.tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return parity.random_model(shape(False))
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return parity.random_model(shape(True))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, encoder, decoder, tokenizer):
+    """Two exports; tests copy what they change."""
+    root = tmp_path_factory.mktemp("exported")
+    return {"encoder": export_model(encoder, encoder.config, tokenizer, root / "encoder", objective="mlm"),
+            "decoder": export_model(decoder, decoder.config, tokenizer, root / "decoder", objective="clm")}
+
+
+@pytest.mark.parametrize("objective, changes", [
+    ("mlm", {}), ("mntp", {"global_rope_theta": 160_000.0, "local_rope_theta": 160_000.0}),
+    ("mlm", {"local_attention": 64, "attn_out_dropout": 0.0, "max_position_embeddings": 7999, "norm_eps": 1e-6}),
+    ("clm", {}), ("clm", {"window_left": 64, "attn_out_dropout": 0.25}), ("clm", {"local_attention": 32}),
+    ("clm", {"local_rope_theta": 50_000.0, "global_attn_every_n_layers": 2}),
+], ids=str)
+def test_out_and_in_is_bit_equal(objective, changes, tokenizer, tmp_path):
+    config = shape(objective == "clm", **changes)
+    model = parity.random_model(config)
+    folder = export_model(model, config, tokenizer, tmp_path / "out", objective=objective,
+                          facts={"tokens": 7, "lineage": [{"objective": "mlm", "tokens": 5}]})
+    state, read, read_objective = import_folder(folder)
+    assert (read, read_objective) == (config, objective)
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
+    assert json.loads((folder / "config.json").read_text())["ettin_foundry"]["tokens"] == 7
+
+
+def test_config_json_speaks_to_both_generations(exported):
+    encoder, decoder = (json.loads((exported[k] / "config.json").read_text()) for k in ("encoder", "decoder"))
+    for content in (encoder, decoder):
+        assert not set(TEI_KEYS) - set(content)
+        assert content["rope_parameters"]["sliding_attention"] == {"rope_theta": 10_000.0, "rope_type": "default"}
+        assert content["layer_types"][:4] == ["full_attention"] + 2 * ["sliding_attention"] + ["full_attention"]
+        assert content["torch_dtype"] == content["dtype"] == "float32" and content["tie_word_embeddings"] is True
+        assert all(type(content[f"{name}_token_id"]) is int for name in ("bos", "eos", "cls", "sep", "pad"))
+        assert content["bos_token_id"] == content["cls_token_id"] == IDS["cls"]
+    assert "sliding_window" not in encoder and encoder["local_attention"] == 128
+    assert (decoder["local_attention"], decoder["sliding_window"]) == (128, 64)
+    original = hf_config.config_json(shape(True, window_left=64), objective="clm", special_ids=IDS)
+    assert (original["local_attention"], original["sliding_window"]) == (130, 65)
+    generation = json.loads((exported["decoder"] / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": IDS["cls"], "eos_token_id": IDS["sep"], "pad_token_id": IDS["pad"]}
+
+
+@pytest.mark.parametrize("changes, word", [({"window_left": 64}, "drop that key"),
+                                           ({"local_rope_theta": 5e4}, "4.x ignores")])
+def test_what_a_version_of_transformers_gets_wrong_is_warned_of_and_on_the_card(changes, word, caplog):
+    config = shape(True, **changes)
+    hf_config.config_json(config, objective="clm", special_ids=IDS)
+    text = card(config, objective="clm", name="x")
+    assert word in caplog.text and word in text
+    assert f"Needs transformers {'5.0' if 'local_rope_theta' in changes else '4.56'} or newer" in text
+    caplog.clear()
+    hf_config.config_json(shape(True), objective="clm", special_ids=IDS)
+    assert not caplog.text
+
+
+def test_mntp_says_everywhere_that_the_mask_is_read_one_before(encoder, tokenizer, tmp_path, caplog):
+    folder = export_model(encoder, encoder.config, tokenizer, tmp_path / "m", objective="mntp")
+    content = json.loads((folder / "config.json").read_text())
+    text = (folder / "README.md").read_text()
+    assert "BEFORE the mask" in caplog.text and "BEFORE the mask" in text and "place - 1]" in text
+    assert content["ettin_foundry"]["objective"] == "mntp"
+    assert "before the mask" in content["ettin_foundry"]["mask_is_predicted_at"]
+    assert content["architectures"] == ["ModernBertForMaskedLM"]
+    printed = parity.run_card(folder)  # the card's code reads that position: the same tokens as our model gives there
+    ids = torch.tensor(tokenizer("def add(a, b): return a [MASK] b")["input_ids"])
+    place = ids.tolist().index(IDS["mask"]) - 1
+    best = parity.our_logits(encoder, ids)[place].topk(5).indices.tolist()
+    assert printed.strip() == str(tokenizer.convert_ids_to_tokens(best))
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_exported_tokenizer_has_the_template_of_its_kind(kind, exported, tokenizer):
+    assert parity.check_tokenizer(exported[kind], tokenizer, kind == "decoder")
+    content = json.loads((exported[kind] / "tokenizer_config.json").read_text())
+    assert content["tokenizer_class"] == "PreTrainedTokenizerFast" and content["model_max_length"] == 1024
+    assert content["padding_side"] == ("left" if kind == "decoder" else "right")
+    assert content["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+def test_failed_export_leaves_nothing_behind(encoder, tokenizer, tmp_path, monkeypatch):
+    """Neither a new folder, nor a changed old one, nor a partial one."""
+    folder = export_model(encoder, encoder.config, tokenizer, tmp_path / "m", objective="mlm")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def full_disk(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(hub_folder, "card", full_disk)
+    for name in ("m", "new"):
+        with pytest.raises(OSError, match="no space"):
+            export_model(encoder, encoder.config, tokenizer, tmp_path / name, objective="mntp", overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_altered_file_does_not_pass_the_check_after_writing(encoder, tokenizer, tmp_path, monkeypatch):
+    write = hub_folder._write_files
+
+    def bad_disk(folder, config, weights, tok):
+        write(folder, config, {**weights, "decoder.bias": weights["decoder.bias"] + 1}, tok)
+
+    monkeypatch.setattr(hub_folder, "_write_files", bad_disk)
+    with pytest.raises(ValueError, match="does not read back the same.*decoder.bias"):
+        export_model(encoder, encoder.config, tokenizer, tmp_path / "m", objective="mlm")
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_an_earlier_export_is_overwritten_and_only_when_asked(encoder, tokenizer, tmp_path):
+    def export(folder, **options):
+        return export_model(encoder, encoder.config, tokenizer, folder, objective="mlm", **options)
+
+    folder = export(tmp_path / "m")
+    with pytest.raises(ValueError, match="not empty"):
+        export(folder)
+    (folder / "stale.txt").write_text("x")
+    assert not (export(folder, overwrite=True) / "stale.txt").exists()
+    (tmp_path / "work" / "sub").mkdir(parents=True)
+    for name in ("config.json", "work"):
+        (tmp_path / "work" / name).write_text("{}")
+    with pytest.raises(ValueError, match="not an exported model"):
+        export(tmp_path / "work", overwrite=True)
+    assert (tmp_path / "work" / "sub").is_dir()
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(ValueError, match="is a link"):
+        export(tmp_path / "link", overwrite=True)
+
+
+def test_export_refuses_contradictions(encoder, decoder, tokenizer, tmp_path):
+    for model, objective in ((encoder, "clm"), (decoder, "mlm"), (decoder, "mntp"), (encoder, "rtd")):
+        with pytest.raises(ValueError, match=f"objective must be .*'{objective}'"):
+            export_model(model, model.config, tokenizer, tmp_path / "m", objective=objective)
+    small = dataclasses.replace(encoder.config, vocab_size=299)
+    with pytest.raises(ValueError, match="at most the model's 299 entries, got 300"):
+        export_model(encoder, small, tokenizer, tmp_path / "m", objective="mlm")
+    with pytest.raises(ValueError, match="tokenizer must be given"):
+        export_model(encoder, encoder.config, None, tmp_path / "m", objective="mlm")
+    with pytest.raises(ValueError, match="colour"):
+        export_model(encoder, encoder.config, tokenizer, tmp_path / "m", objective="mlm", facts={"colour": "red"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_card_says_where_weights_come_from():
+    lineage = [{"objective": "clm", "tokens": 99, "phase": None}, {"merged_from": [
+        {"source": "a/1.pt", "weight": 0.25, "tokens": 1000}, {"source": "a/2.pt", "weight": 0.75, "tokens": None}]}]
+    text = card(shape(False), objective="mlm", name="a: b", facts={
+        "license": "mit", "lineage": lineage, "objective_schedule": "clm, then mlm",
+        "checkpoint": {"run_name": "r", "batch": 1234, "run_hash": "ab"}})
+    for row in ("continued from | objective clm, tokens 99",
+                "merged from | a/1.pt (weight 0.25, 1,000 tokens), a/2.pt (weight 0.75, 0 tokens)",
+                "objectives in training | clm, then mlm",
+                "checkpoint | batch 1,234 of r, whose resolved config has the sha256 ab"):
+        assert f"| {row} |" in text, row
+    assert yaml.safe_load(text.split("---\n")[1]) == {"license": "mit", "library_name": "transformers", "pipeline_tag":
+                                                      "fill-mask", "tags": ["ettin", "modernbert", "encoder"]}

@@ -1,0 +1,340 @@
+"""What a run may start from, before any work: another run's checkpoint, a folder, or its own checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import nano_run
+import pytest
+import torch
+from composer import Trainer
+from omegaconf import OmegaConf as om
+
+from ettin_foundry.data import tokenizer
+from ettin_foundry.hub.folder import export_model
+from ettin_foundry.model.composer import EttinModel
+from ettin_foundry.training import checks, sources
+from ettin_foundry.training.clock import Clock
+from ettin_foundry.training.optimizer import StableAdamW
+from ettin_foundry.training.run_config import config_hash, config_text, model_config, objective_schedule
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def put(cfg, changes):
+    """A copy with dotted keys set."""
+    cfg = copy.deepcopy(cfg)
+    for key, value in changes.items():
+        *blocks, last = key.split(".")
+        block = cfg
+        for part in blocks:
+            block = block.setdefault(part, {})
+        block[last] = value
+    return cfg
+
+
+def config_of(phase, tokenizer_dir, *overrides):
+    args = [str(nano_run.ROOT / "yamls/nano.yaml"), str(nano_run.ROOT / f"yamls/phases/{phase}.yaml"),
+            "model.vocab_size=512", "variables.source=x", f"tokenizer.name={tokenizer_dir}", *overrides]
+    return om.to_container(nano_run.program().configure(args), resolve=True)
+
+
+@pytest.fixture(scope="module")
+def cross_cfg(tokenizer_dir):
+    """nano crossing to an mntp encoder, at the source's theta."""
+    return config_of("cross", tokenizer_dir, "variables.rope_theta=10000.0")
+
+
+@pytest.fixture(scope="module")
+def phase_cfg(tokenizer_dir):
+    return config_of("extend", tokenizer_dir)
+
+
+def model_of(objective, tokenizer_dir):
+    return EttinModel(tokenizer.load(str(tokenizer_dir)), size="nano", objective=objective, max_seq_len=64, vocab_size=512)
+
+
+def checkpoint_of(objective, tokenizer_dir, folder):
+    """A checkpoint with moments, as Composer and Clock write it, without a run."""
+    model = model_of(objective, tokenizer_dir)
+    optimizer = StableAdamW(model.parameters(), 1e-3)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    run = Trainer(model=model, device="cpu", callbacks=Clock({"optimizer": {"name": "ettin_stable_adamw"}}),
+                  optimizers=optimizer, run_name="saved", progress_bar=False)
+    run.save_checkpoint(str(folder / "ep0-ba7-rank0.pt"))
+    run.close()
+    return folder / "ep0-ba7-rank0.pt"
+
+
+@pytest.fixture(scope="module")
+def decoder(tokenizer_dir, tmp_path_factory):
+    return checkpoint_of("clm", tokenizer_dir, tmp_path_factory.mktemp("decoder"))
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer_dir, tmp_path_factory):
+    return checkpoint_of("mlm", tokenizer_dir, tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer_dir, tmp_path_factory):
+    """A Hugging Face folder of a decoder."""
+    model = model_of("clm", tokenizer_dir)
+    return export_model(model, model.config, model.tokenizer, tmp_path_factory.mktemp("hf") / "out", objective="clm",
+                           facts={"tokens": 12, "lineage": [{"objective": "mlm", "tokens": 5}]})
+
+
+def prepared(cfg, source, changes=()):
+    """`prepare_start` of a config whose callback starts from `source`."""
+    name = next(name for name in sources.STARTS if name in cfg["callbacks"])
+    cfg = put(cfg, {f"callbacks.{name}.source": str(source), "autoresume": False, **dict(changes)})
+    cfg["train_loader"]["objective"] = cfg["model"]["objective"]
+    checks.check_settings({**cfg, "eval_loader": None, "eval_interval": None, "eval_subset_num_batches": None})
+    return sources.prepare_start(cfg)
+
+
+THETA = {"model.global_rope_theta": 160000.0, "model.local_rope_theta": 160000.0}
+CLM = {"model.objective": "clm", "train_loader.mask_rate": 0.0}
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    (THETA, ["global_rope_theta 10000.0 (here 160000.0)", "local_rope_theta 10000.0", "variables.rope_theta",
+             "callbacks.ettin_cross.accept=[global_rope_theta, local_rope_theta]"]),
+    ({**THETA, "callbacks.ettin_cross.accept": ["global_rope_theta"]}, ["local_rope_theta 10000.0 (here 160000.0)"]),
+    ({**THETA, "callbacks.ettin_cross.accept": ["global_rope_theta", "local_rope_theta"]}, None),
+    ({}, None), ({"model.attn_out_dropout": 0.3}, None), ({"model.objective": "mlm"}, None),
+    ({"model.size": "17m"}, ["hidden_size 128 (here 256)", "num_hidden_layers 4 (here 7)"]),
+    ({"model.vocab_size": 576}, ["vocab_size 512 (here 576)"]),
+    ({"model.local_attention": 64}, ["local_attention 128 (here 64)"]),
+    (CLM, ["trained with clm", "starts with clm", "ettin_phase"]),
+])
+def test_a_source_is_crossed_or_refused_with_both_values(changes, words, cross_cfg, decoder, folder):
+    for source in (decoder, folder):
+        if words is None:
+            assert prepared(cross_cfg, source, changes) == {}
+        else:
+            with pytest.raises(ValueError) as error:
+                prepared(cross_cfg, source, changes)
+            assert all(word in str(error.value) for word in words), error.value
+
+
+def test_tokens_before_a_folder_are_counted_once(folder):
+    """A card counts from initialisation, a record from the last start."""
+    record = sources.read_source("x", str(folder)).record
+    assert record["tokens"] == 7 and record["lineage"] == ({"objective": "mlm", "tokens": 5},)
+
+
+def test_another_tokenizer_is_refused_by_its_content(cross_cfg, decoder, folder, tmp_path):
+    from conftest import make_documents
+
+    tokenizer.save(tokenizer.train_bpe(make_documents(300, seed=4), 512), tmp_path / "other")
+    other = {"tokenizer.name": str(tmp_path / "other")}
+    for source in (decoder, folder):
+        with pytest.raises(ValueError, match=r"tokenizer '.*' with vocab_sha256 \w{64} \(here 'other' with vocab_sha256"):
+            prepared(cross_cfg, source, other)
+        prepared(cross_cfg, source, {**other, "callbacks.ettin_cross.accept": ["tokenizer"]})
+
+
+def test_an_encoder_that_does_not_say_how_it_predicts_is_refused_where_that_matters(cross_cfg, tokenizer_dir, tmp_path):
+    model = model_of("mlm", tokenizer_dir)
+    place = export_model(model, model.config, model.tokenizer, tmp_path / "enc", objective="mlm")
+    config = json.loads((place / "config.json").read_text())
+    del config["ettin_foundry"]["objective"]  # as official encoders
+    (place / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="does not say whether.*mlm or mntp.*ettin import"):
+        prepared(cross_cfg, place)
+    prepared(cross_cfg, place, CLM)
+
+
+def broken(kind, path, folder, tmp_path):
+    """A source of which a part is missing or wrong."""
+    whole = path.read_bytes()
+    if kind == "half a file":
+        (tmp_path / "half.pt").write_bytes(whole[:5000])
+        return tmp_path / "half.pt"
+    if kind == "save folder of half a file":
+        (tmp_path / "ep0-ba5-rank0.pt").write_bytes(whole[:5000])
+        return tmp_path
+    if kind == "sharded":
+        (tmp_path / "ep0-ba7").mkdir()
+        (tmp_path / "ep0-ba7" / ".metadata").write_bytes(b"")
+        return tmp_path / "ep0-ba7"
+    if kind == "without a record":
+        torch.save({"state": {"model": {"model.x": torch.ones(1)}}}, tmp_path / "foreign.pt")
+        return tmp_path / "foreign.pt"
+    if kind == "folder cut short":
+        weights = (folder / "model.safetensors").read_bytes()
+        (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+        (tmp_path / "model.safetensors").write_bytes(weights[:-100])
+        return tmp_path
+    return tmp_path / "none.pt"
+
+
+@pytest.mark.parametrize(("kind", "says"), [
+    ("missing", "none.pt.*no such checkpoint"), ("half a file", "half.pt.*not a whole archive"),
+    ("save folder of half a file", "no complete checkpoint"), ("sharded", "sharded checkpoint.*dcp_to_torch"),
+    ("without a record", "foreign.pt does not say what model it holds"),
+    ("folder cut short", "not a whole safetensors file"),
+])
+def test_a_missing_or_partial_source_is_refused_by_its_key(kind, says, cross_cfg, decoder, folder, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"callbacks.ettin_cross.source: '.*{says}"):
+        prepared(cross_cfg, broken(kind, decoder, folder, tmp_path))
+
+
+# ------------------------------------------------------------------ phases
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    (CLM, ["trained with mlm", "starts with clm", "ettin_cross"]),
+    ({"model.objective": "mntp"}, ["trained with mlm", "starts with mntp", "callbacks.ettin_phase.accept=[objective]"]),
+    ({"model.objective": [{"until": "0.5dur", "objective": "clm"}, {"objective": "mlm"}]}, ["starts with clm"]),
+    ({"model.hidden_size": 192, "model.num_attention_heads": 3}, ["hidden_size 128 (here 192)"]),
+    ({"optimizer": {"name": "decoupled_adamw", "lr": 1e-3}}, ["ettin_stable_adamw", "decoupled_adamw", "keep=weights"]),
+    ({"callbacks.ettin_phase.accept": []}, ["global_rope_theta 10000.0 (here 160000.0), local_rope_theta 10000.0"]),
+])
+def test_a_phase_that_cannot_go_on_is_refused_with_both_values(changes, words, phase_cfg, encoder):
+    with pytest.raises(ValueError) as error:
+        prepared(phase_cfg, encoder, changes)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_the_host_is_told_to_keep_weights_and_moments_or_weights_alone(phase_cfg, encoder):
+    told = prepared(phase_cfg, encoder.parent)  # a save folder means its newest checkpoint
+    assert told["load_path"] == str(encoder)
+    assert not any(key.startswith(("state/model", "state/optimizers")) for key in told["load_ignore_keys"])
+    for part in ("state/timestamp", "state/dataset_state", "state/schedulers", "state/rank_zero_seed", "rng"):
+        assert part in told["load_ignore_keys"]
+    weights = prepared(phase_cfg, encoder, {"callbacks.ettin_phase.keep": "weights"})
+    assert weights == {"load_path": str(encoder), "load_weights_only": True}
+    accepted = {"model.objective": "mntp", "callbacks.ettin_phase.accept": [
+        "objective", "global_rope_theta", "local_rope_theta"]}
+    assert prepared(phase_cfg, encoder, accepted) == told
+    remote = prepared(phase_cfg, "s3://bucket/run/latest-rank0.pt")  # the record comes with the callbacks' state
+    assert remote["load_path"] == "s3://bucket/run/latest-rank0.pt" and "state/callbacks" not in remote["load_ignore_keys"]
+
+
+def test_what_has_no_moments_is_refused_unless_weights_are_enough(phase_cfg, encoder, folder, tmp_path):
+    with pytest.raises(ValueError, match="Hugging Face folder.*no optimizer moments.*ettin_cross.*import.*keep=weights"):
+        prepared(phase_cfg, folder, CLM)
+    state = torch.load(encoder, weights_only=False)
+    del state["state"]["optimizers"]
+    torch.save(state, tmp_path / "bare.pt")
+    with pytest.raises(ValueError, match="holds no optimizer moments.*keep=weights"):
+        prepared(phase_cfg, tmp_path / "bare.pt")
+    told = prepared(phase_cfg, tmp_path / "bare.pt", {"callbacks.ettin_phase.keep": "weights"})
+    assert told == {"load_path": str(tmp_path / "bare.pt"), "load_weights_only": True}
+
+
+# ------------------------------------------------------------------ going on
+
+
+@pytest.fixture(scope="module")
+def cfg(data_set):
+    return om.to_container(nano_run.configure(data_set, Path("runs"), "model.vocab_size=512"), resolve=True)
+
+
+def test_the_text_of_a_config_is_what_the_user_wrote_and_its_hash_a_sha256(cfg, monkeypatch):
+    text = config_text(cfg)
+    assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
+    assert config_hash(text) == hashlib.sha256(text.encode()).hexdigest()
+    added = {**cfg, "n_gpus": 8, "device_train_batch_size": 1, "device_train_grad_accum": 1, "load_path": None,
+             "device_eval_batch_size": cfg["device_train_microbatch_size"]}
+    bare = {key: value for key, value in cfg.items() if key != "device_eval_batch_size"}
+    assert config_text({key: added[key] for key in reversed(added)}) == config_text(bare)
+    listed = {"eval_loader": [{"label": "a"}]}
+    assert config_text({**bare, **listed}) == config_text({**bare, "eval_loaders": listed["eval_loader"]})
+    for key, value in (("seed", 22), ("optimizer.lr", 1e-3), ("variables.mask_rate", 0.2), ("save_interval", "5ba")):
+        assert config_text(put(cfg, {key: value})) != text, key
+
+
+def test_the_text_is_the_same_on_any_number_of_processes(monkeypatch):
+    texts = set()
+    for world_size in ("1", "4", "8"):
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+        cfg = nano_run.program().configure([str(nano_run.ROOT / "yamls/nano.yaml")])
+        texts.add(config_text(om.to_container(cfg, resolve=True)))
+    assert len(texts) == 1
+
+
+def record_of(cfg, **changes):
+    """What Clock writes for a run of this config, made here by hand."""
+    objective = cfg["model"]["objective"]
+    schedule = json.dumps(objective if isinstance(objective, str) else objective_schedule(cfg).plain())
+    return {"run_name": cfg["run_name"], "objective": objective if isinstance(objective, str) else "mlm",
+            "objective_schedule": schedule, "config": dataclasses.asdict(model_config(cfg)),
+            "run_config": config_text(cfg), "tokens": 3, "batch": 5, "lineage": (), **changes}
+
+
+def resume(cfg, tmp_path, record):
+    """`prepare_start` of a config whose save folder holds a checkpoint with that record."""
+    torch.save({"state": {"callbacks": {"Clock": record}}}, tmp_path / "ep0-ba5-rank0.pt")
+    return sources.prepare_start({**cfg, "save_folder": str(tmp_path)})
+
+
+@pytest.mark.parametrize(("key", "old", "words"), [
+    ("run_name", "other", ["run_name: 'nano-mlm-pretrain' in the config, 'other' in the checkpoint", "another run_name"]),
+    ("model.global_rope_theta", 160000.0, ["model.global_rope_theta: 10000.0 in the config, 160000.0"]),
+    ("model.local_attention", 64, ["model.local_attention: 128 in the config, 64 in"]),
+    ("model.objective", "mntp", ["model.objective: 'mlm' in the config, 'mntp' in", "ettin_cross"]),
+    ("train_loader.mask_rate", 0.15, ["train_loader.mask_rate: 0.3 in the config, 0.15 in"]),
+    ("optimizer.lr", 0.001, ["optimizer.lr: 0.003 in the config, 0.001 in"]),
+    ("optimizer.betas", [0.9, 0.95], ["optimizer.betas: [0.9, 0.98] in the config, [0.9, 0.95] in"]),
+    ("seed", 17, ["seed: 21 in the config, 17 in"]),
+    ("train_loader.shuffle_seed", 5, ["train_loader.shuffle_seed: 21 in the config, 5 in"]),
+    ("train_loader.dataset.split", "validation", ["train_loader.dataset.split: 'train' in the config, 'validation'"]),
+    ("model.window_left", 64, None),  # what an encoder has anyway
+    ("max_duration", "4ba", None), ("save_interval", "9ba", None), ("device_train_microbatch_size", 8, None),
+])
+def test_a_run_that_was_another_or_was_changed_is_refused_with_both_values(key, old, words, cfg, tmp_path):
+    then = record_of(put(cfg, {key: old}))
+    if words is None:
+        assert resume(cfg, tmp_path, then) == {}
+        assert (tmp_path / "latest-rank0.pt").resolve().name == "ep0-ba5-rank0.pt"  # its link is repaired
+        return
+    with pytest.raises(ValueError) as error:
+        resume(cfg, tmp_path, then)
+    assert all(word in str(error.value) for word in [*words, str(tmp_path)]), error.value
+
+
+def test_schedules_may_be_lengthened_at_their_open_end_only(cfg, tmp_path):
+    def with_schedule(duration, joint, rate=None):
+        objective = [{"until": joint, "objective": "clm"}, {"until": "1dur", "objective": "mlm"}]
+        return put(cfg, {"max_duration": duration, "model.objective": objective, "train_loader.objective": objective,
+                         "train_loader.mask_rate": rate or [{"until": joint, "rate": 0.3}, {"rate": 0.15}]})
+
+    then = record_of(with_schedule("4000tok", "1000tok"))
+    assert resume(with_schedule("8000tok", "1000tok"), tmp_path, then) == {}
+    with pytest.raises(ValueError, match=r"model.objective: .*'until': 2000.*in the config, .*'until': 1000"):
+        resume(with_schedule("8000tok", "0.25dur"), tmp_path, then)
+    slope = [{"from": 0.3, "to": 0.1}]
+    with pytest.raises(ValueError, match=r"train_loader.mask_rate: .*8000.*in the config, .*4000"):
+        resume(with_schedule("8000tok", "1000tok", slope), tmp_path, record_of(with_schedule("4000tok", "1000tok", slope)))
+
+
+def test_another_source_is_refused_and_a_checkpoint_without_record_goes_on(cfg, tmp_path):
+    key = "callbacks.ettin_phase.source"
+    then = record_of(put(cfg, {key: "runs/a"}))
+    with pytest.raises(ValueError, match="ettin_phase.source: 'runs/b' in the config, 'runs/a' in"):
+        resume(put(cfg, {key: "runs/b"}), tmp_path, then)
+    assert resume(put(cfg, {key: "runs/c/../a"}), tmp_path, then) == {}  # though it is not here any more
+    assert resume(cfg, tmp_path, {}) == {}
+
+
+def test_autoresume_into_another_runs_folder_stops_before_any_work(cfg, data_set, tmp_path):
+    """Through the host: the model is not even built."""
+    torch.save({"state": {"callbacks": {"Clock": record_of(cfg, run_name="a")}}}, tmp_path / "ep0-ba5-rank0.pt")
+    with pytest.raises(ValueError, match="run_name: 'b' in the config, 'a' in the checkpoint that this run resumes"):
+        nano_run.run(data_set, tmp_path, "model.vocab_size=512", "run_name=b", f"save_folder={tmp_path}")
+
+
+def test_a_load_path_that_the_host_would_read_unchecked_is_refused(cfg, tmp_path):
+    for path, says in (("s3://b/run.tar.gz", "archives"), ("nowhere.pt", "no such file"), (str(tmp_path), "Hugging Face")):
+        (tmp_path / "config.json").write_text("{}")
+        with pytest.raises((ValueError, FileNotFoundError), match=says):
+            sources.prepare_start({**cfg, "autoresume": False, "load_path": path})
