@@ -149,7 +149,7 @@ def test_another_tokenizer_than_the_set_s_is_refused(encoder: tuple[Path, Path],
     content = torch.load(encoder[0], weights_only=True)
     content["state"]["callbacks"]["Clock"]["tokenizer"] = str(tmp_path / "other")
     torch.save(content, tmp_path / "b.pt")
-    with pytest.raises(ValueError, match="the data set was made with"):
+    with pytest.raises(ValueError, match="must be the dataset's"):
         evaluate(tmp_path / "b.pt", data_set, ["mlm"])
 
 
