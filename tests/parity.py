@@ -1,9 +1,9 @@
 """Holds our models to transformers: exports small random models and compares logits. Run once per transformers version.
 
-`make parity` starts this program with each version in front of PYTHONPATH; the tests import its parts for the installed
-one. Random weights are drawn wide (logits of about 3, up to 15), since at the training initialisation all logits are near
-zero and anything would agree. Each case also has a control: the same weights with one key more or fewer in the window, and
-with another local rotary base, must both NOT agree, or the comparison would be blind to what it is for.
+`make parity` starts this program with each version in front of PYTHONPATH; the tests import its parts. Random weights are
+drawn wide (logits of about 3, up to 15), since at the training initialisation all logits are near zero and anything would
+agree. Each case also has a control: the same weights with one key more or fewer in the window, and with another local
+rotary base, must both NOT agree, or the comparison would be blind to what it is for.
 """
 
 from __future__ import annotations
@@ -180,33 +180,28 @@ def main() -> int:
     """Prints one line per case and attention implementation; exit code 1 when one of them fails."""
     import transformers
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--expect", help="fail unless this version of transformers is running")
     arguments = parser.parse_args()
-    if arguments.expect and transformers.__version__ != arguments.expect:
-        print(f"transformers {transformers.__version__} is running, {arguments.expect} was expected: is its folder in "
-              "front of PYTHONPATH?", file=sys.stderr)
+    version = transformers.__version__
+    if arguments.expect and version != arguments.expect:
+        print(f"transformers {version} is running, {arguments.expect} was expected", file=sys.stderr)
         return 1
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("ettin_foundry").setLevel(logging.ERROR)  # the notes on windows and bases are expected here
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    tokenizer = tiny_tokenizer()
-    results: list[dict[str, Any]] = []
-    print(f"{'transformers':13}{'case':19}{'attn':7}" + "".join(f"{f'|d| @ {n}':>11}" for n in LENGTHS)
-          + f"{'control':>10}{'logits to':>10}  result")
+    tokenizer, results = tiny_tokenizer(), []
     with tempfile.TemporaryDirectory() as folder:
         for name, (_, _, _, lowest) in CASES.items():
-            if version < lowest:
-                print(f"{transformers.__version__:13}{name:19}not expressible before {lowest[0]}.{lowest[1]}")
+            if tuple(int(part) for part in version.split(".")[:2]) < lowest:
+                print(f"{version:9}{name:19}not expressible before {lowest[0]}.{lowest[1]}")
                 continue
             for r in run_case(name, tokenizer, Path(folder)):
-                results.append({"transformers": transformers.__version__, **r, "passed": passed(r)})
-                print(f"{transformers.__version__:13}{name:19}{r['attention']:7}"
-                      + "".join(f"{d:11.1e}" for d in r["differences"].values())
-                      + f"{r['control']:10.1e}{r['max_logit']:10.1f}  {'ok' if passed(r) else 'FAILED'}"
-                      + (f"; saved again: {r['saved_again']}" if "saved_again" in r else ""))
+                results.append({"transformers": version, **r, "passed": passed(r)})
+                differences = ", ".join(f"{d:.1e} at {n}" for n, d in r["differences"].items())
+                print(f"{version:9}{name:19}{r['attention']:7}{differences}; control {r['control']:.1e}; logits to "
+                      f"{r['max_logit']:.1f}; saved again: {r.get('saved_again', '')}; {'ok' if passed(r) else 'FAILED'}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -146,18 +146,12 @@ class _LocalPool:
     def result(self, future: Future[Any]) -> Any:
         """The result of a future that is done. Raises WorkerLost if its worker died."""
         worker = self.busy.pop(future)
-        try:
-            result = future.result()
-        except (BrokenProcessPool, _Terminated):
+        if isinstance(future.exception(), (BrokenProcessPool, _Terminated)):
             worker.end()
             status = worker.process.exitcode or 0
-            how = signal.Signals(-status).name if -status in set(signal.Signals) else f"exit status {status}"
-            raise WorkerLost(how) from None
-        except BaseException:
-            self.idle.append(worker)
-            raise
+            raise WorkerLost(signal.Signals(-status).name if status < 0 else f"exit status {status}")
         self.idle.append(worker)
-        return result
+        return future.result()
 
     def messages(self) -> Iterator[tuple[Key | None, Tick | logging.LogRecord]]:
         """What workers have sent, with the key of their task."""

@@ -27,13 +27,8 @@ _STORE_BYTES = 80 << 20  # about the least that Ray takes
 class RayPool:
     """Workers of one CPU each on a Ray cluster; the methods are those of `executors._LocalPool`.
 
-    Args:
-        work: as of `executors.run_tasks`. workers: CPUs of a Ray that is started here.
-        address: of a running cluster, as `ray.init` takes it; None takes RAY_ADDRESS, the Ray of this
-            process, or one that is started here and stopped at the end.
-
-    Raises:
-        ValueError: Ray is not installed. ConnectionError: no cluster at the address.
+    Takes the Ray of this process, the cluster at `address` (as of `ray.init`) or RAY_ADDRESS, or starts one with
+    `workers` CPUs here and stops it at the end. Raises ValueError without Ray, ConnectionError without a cluster.
     """
 
     def __init__(self, work: Any, workers: int, address: str | None) -> None:

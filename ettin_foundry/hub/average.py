@@ -51,7 +51,7 @@ def last_checkpoints(save_folder: str | Path, number: int) -> list[Path]:
 
 def average_checkpoints(sources: Sequence[str | Path], out: str | Path, *, weights: Sequence[float] | None = None,
                         overwrite: bool = False) -> tuple[EttinConfig, str]:
-    """Writes the weighted mean of checkpoints, with a lineage that names each of them.
+    """Writes the weighted mean of checkpoints of one kind, with a lineage that names each; returns (config, objective).
 
     The file exports, and starts a phase (`callbacks.ettin_phase` with `keep: weights`) or a crossing. It is of the
     newest source's tokens and phase.
@@ -59,13 +59,6 @@ def average_checkpoints(sources: Sequence[str | Path], out: str | Path, *, weigh
     Args:
         sources: as for `checkpoints.load_model_state`. out: the .pt file to write.
         weights: one above 0 for each source; they need not sum to 1. By default all are equal.
-
-    Returns:
-        (config, objective) of the result.
-
-    Raises:
-        FileNotFoundError, ValueError: fewer than two or the same twice, another config, objective or tokenizer (with
-            both values), a source without a record, NaN or infinite values, or the file exists.
     """
     check_weights_file(out, overwrite)
     heads = [checkpoints.read_head(source) for source in sources]

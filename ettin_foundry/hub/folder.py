@@ -38,10 +38,6 @@ def export_model(model: Any, config: EttinConfig, tokenizer: Any, folder: str | 
         objective: `mlm`, `mntp` or `clm`; what the head was last trained on.
         facts: see `card.FACTS`; `tokens`, `lineage` and `checkpoint` also go into config.json.
         overwrite: replace an earlier export of this name.
-
-    Raises:
-        ValueError: objective and config contradict each other, the folder is in use, the vocabulary is larger than the
-            model's, or the weights are not those of the config.
     """
     folder, facts = Path(folder), dict(facts or {})
     if objective not in OBJECTIVES or (objective == "clm") != config.causal:

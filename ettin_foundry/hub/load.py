@@ -45,9 +45,6 @@ def load_model(source: str | Path, objective: str | None = None, *, default_obje
     Args:
         objective: of an encoder's folder that does not say; of a checkpoint, another objective that it was trained on.
         default_objective: taken for an encoder's folder that does not say, where none is given.
-
-    Raises:
-        FileNotFoundError, ValueError: no model is there, it does not say what it is, or was not trained on `objective`.
     """
     source = Path(source)
     if (source / "config.json").is_file():
@@ -80,10 +77,8 @@ def build_model(loaded: LoadedModel, tokenizer: Any) -> Any:
 def chosen_objective(path: str | Path, record: Mapping[str, Any], asked: str | None) -> tuple[str, EttinConfig]:
     """What a checkpoint is read as: what its run ends with, or another objective that it has been trained on.
 
-    A run of several objectives has one set of weights; read as the other kind it has that kind's window.
-
-    Args:
-        path: for messages. record: as `clock.Clock` wrote it. asked: an objective, or None.
+    A run of several objectives has one set of weights; read as the other kind it has that kind's window. `record` is as
+    `clock.Clock` wrote it, `path` for messages.
     """
     config, final = EttinConfig(**record["config"]), record["objective"]
     schedule, trained = _trained(record)

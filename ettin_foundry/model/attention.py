@@ -54,12 +54,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window_size
     """Softmax attention inside each document, scale K ** -0.5.
 
     Args:
-        q, k, v: (N, H, K), same dtype; bf16 or fp16 for the flash backends.
+        q, k, v: (N, H, K), same dtype, which is that of the result; bf16 or fp16 for the flash backends.
         window_size: (left, right) tokens a query sees to each side, itself not counted; -1 is unlimited.
         backend: a `Backend.name`.
-
-    Returns:
-        (N, H, K), dtype of `q`.
     """
     if q.shape[0] == 0:  # flash kernels refuse it; returned as it is, so that every rank has gradients to reduce
         return q
@@ -161,10 +158,7 @@ def select_backend(wish: str, device_type: str, dtype: torch.dtype) -> Backend:
     """The attention implementation for tensors of this device and dtype.
 
     Args:
-        wish: `auto`, `flash` (any flash implementation) or `reference`.
-
-    Raises:
-        ValueError: the wish is unknown or cannot be met here.
+        wish: `auto`, `flash` (any flash implementation; an error where there is none) or `reference`.
     """
     if wish not in ("auto", "flash", "reference"):
         raise ValueError(f"model.attn_impl must be auto, flash or reference, got {wish!r}")

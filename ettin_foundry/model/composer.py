@@ -73,9 +73,6 @@ class EttinModel(ComposerModel):
     Attributes:
         objective: what the model ends as, and is exported as. objective_schedule: `objective` as it was given.
 
-    Raises:
-        ValueError: an unknown size, objective or key, a vocabulary smaller than the tokenizer's, or an attention
-            implementation that this machine cannot run.
     """
 
     generate = sampling.generate
@@ -142,7 +139,8 @@ class EttinModel(ComposerModel):
     def flops_per_batch(self, batch: Mapping[str, Any]) -> int:
         """Useful floating-point operations of a step on this (B, T) batch; the host divides by the peak for MFU."""
         sequence_id = batch["sequence_id"].cpu()
-        causal = batch["causal"].cpu() if "causal" in batch else torch.full((len(sequence_id),), batch["objective"] == "clm")
+        causal = batch["causal"].cpu() if "causal" in batch else torch.tensor(batch["objective"] == "clm").expand(
+            len(sequence_id))
         rows = torch.arange(sequence_id.shape[0]).unsqueeze(1) * (sequence_id.shape[1] + 1)
         tokens, pairs = 0, 0
         for is_causal, config in self.model.configs.items():

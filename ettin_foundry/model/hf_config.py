@@ -1,7 +1,7 @@
 """config.json of transformers' ModernBert classes, written and read.
 
 Written so that every version computes the same function (4.48 to 5.x for encoders, 4.54 to 5.x for decoders; each rule
-below was measured by loading). Read with the defaults of the version that saved it. A setting that an Ettin model cannot
+was measured by loading). Read with the defaults of the version that saved it. A setting that an Ettin model cannot
 express is refused by name, and so is a file that means different functions to different versions.
 """
 
@@ -20,21 +20,17 @@ __all__ = ["config_json", "export_notes", "read_config"]
 
 log = logging.getLogger(__name__)
 
-# fields that have the same name and meaning on both sides
-_SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "max_position_embeddings", "initializer_range", "initializer_cutoff_factor", "norm_eps",
-         "global_attn_every_n_layers")
-# transformers' value where a key is missing, needed to read foreign files (same in 4.48 to 5.23)
+# fields of the same name and meaning on both sides, with transformers' value where a key is missing (4.48 to 5.23)
 _DEFAULTS = {"vocab_size": 50368, "hidden_size": 768, "intermediate_size": 1152, "num_hidden_layers": 22,
              "num_attention_heads": 12, "max_position_embeddings": 8192, "initializer_range": 0.02,
              "initializer_cutoff_factor": 2.0, "norm_eps": 1e-5, "global_attn_every_n_layers": 3}
-# settings that change the function and that Ettin has in one form only; all but the last two are transformers' defaults
+# settings that change the function and that Ettin has in one form only
 _FIXED: dict[str, Any] = {"hidden_activation": "gelu", "classifier_activation": "gelu", "norm_bias": False,
                           "attention_bias": False, "mlp_bias": False, "classifier_bias": False, "decoder_bias": True,
                           "tie_word_embeddings": True}
 # dropouts that transformers has and we have not; they act in training only
 _DROPOUTS = ("attention_dropout", "embedding_dropout", "mlp_dropout")
-_KINDS = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
+_BASES = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
 _MODEL_TYPES = {"modernbert": "ModernBertForMaskedLM", "modernbert-decoder": "ModernBertDecoderForCausalLM"}
 
 
@@ -53,8 +49,7 @@ def export_notes(config: EttinConfig) -> list[str]:
 
 
 def config_json(config: EttinConfig, *, objective: str, special_ids: Mapping[str, int | None], tokens: int | None = None,
-                lineage: Iterable[Mapping[str, Any]] = (),
-                checkpoint: Mapping[str, Any] | None = None) -> dict[str, Any]:
+                lineage: Iterable[Mapping[str, Any]] = (), checkpoint: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The content of config.json for both generations of transformers, and for TEI, which needs the flat keys.
 
     Both keys of each rotary base are written, because each generation silently falls back to a default of its own. An
@@ -68,35 +63,36 @@ def config_json(config: EttinConfig, *, objective: str, special_ids: Mapping[str
     """
     for note in export_notes(config):
         log.warning("%s", note)
-    thetas = {"full_attention": float(config.global_rope_theta), "sliding_attention": float(config.local_rope_theta)}
+    thetas = {kind: float(getattr(config, name)) for kind, name in _BASES.items()}
     model_type = "modernbert-decoder" if config.causal else "modernbert"
-    out: dict[str, Any] = {
+    ours = {"version": __version__, "objective": objective, "window_left": config.window_left,
+            "local_attention": config.local_attention, "attn_out_dropout": config.attn_out_dropout,
+            "tokens": tokens, "lineage": [dict(entry) for entry in lineage]}
+    if checkpoint:
+        ours["checkpoint"] = dict(checkpoint)
+    if objective == "mntp":
+        ours["mask_is_predicted_at"] = "the position before the mask"
+    window = {"local_attention": config.local_attention}
+    if config.causal:
+        window = {"local_attention": 2 * (config.window_left + 1), "sliding_window": config.window_left + 1}
+    return {
         "architectures": [_MODEL_TYPES[model_type]],
         "model_type": model_type,
-        **{name: getattr(config, name) for name in _SAME},
+        **{name: getattr(config, name) for name in _DEFAULTS},
         **_FIXED,
         **{name: 0.0 for name in (*_DROPOUTS, "classifier_dropout")},
         "classifier_pooling": "mean",
         **{f"{name}_token_id": special_ids[role] for name, role in
            (("bos", "cls"), ("eos", "sep"), ("cls", "cls"), ("sep", "sep"), ("pad", "pad"))},
-        **{_KINDS[kind]: theta for kind, theta in thetas.items()},
+        **{_BASES[kind]: theta for kind, theta in thetas.items()},
         "rope_parameters": {kind: {"rope_theta": theta, "rope_type": "default"} for kind, theta in thetas.items()},
         "layer_types": config.layer_types,
-        "local_attention": config.local_attention,
+        **window,
         "torch_dtype": "float32",  # read up to 4.55
         "dtype": "float32",        # read from 4.56
-        "ettin_foundry": {
-            "version": __version__, "objective": objective, "window_left": config.window_left,
-            "local_attention": config.local_attention, "attn_out_dropout": config.attn_out_dropout,
-            "tokens": tokens, "lineage": [dict(entry) for entry in lineage],
-            **({"checkpoint": dict(checkpoint)} if checkpoint else {}),
-        },
+        **({"use_cache": True} if config.causal else {}),
+        "ettin_foundry": ours,
     }
-    if config.causal:
-        out.update(local_attention=2 * (config.window_left + 1), sliding_window=config.window_left + 1, use_cache=True)
-    if objective == "mntp":
-        out["ettin_foundry"]["mask_is_predicted_at"] = "the position before the mask"
-    return out
 
 
 def read_config(path: Path) -> tuple[EttinConfig, str | None]:
@@ -110,50 +106,43 @@ def read_config(path: Path) -> tuple[EttinConfig, str | None]:
         raise FileNotFoundError(f"{path}: not found; a Hugging Face model folder has a config.json")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        model_type = raw.get("model_type")
-        if model_type not in _MODEL_TYPES:
-            raise ValueError(f"model_type must be {' or '.join(_MODEL_TYPES)}, got {model_type!r}")
-        return _read(raw, causal=model_type == "modernbert-decoder", path=path)
+        if raw.get("model_type") not in _MODEL_TYPES:
+            raise ValueError(f"model_type must be {' or '.join(_MODEL_TYPES)}, got {raw.get('model_type')!r}")
+        return _read(raw, causal=raw["model_type"] == "modernbert-decoder", path=path)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}. This model cannot be imported") from error
 
 
 def _read(raw: dict[str, Any], causal: bool, path: Path) -> tuple[EttinConfig, str | None]:
     """`raw` is the content of config.json; `path` is for the log."""
-    for name, value in _FIXED.items():
+    for name, value in {**_FIXED, "rope_scaling": None}.items():
         if raw.get(name, value) != value:
             raise ValueError(f"{name} must be {value!r}, got {raw[name]!r}")
-    if raw.get("rope_scaling") is not None:
-        raise ValueError(f"rope_scaling must be absent, got {raw['rope_scaling']!r}")
     if dropouts := {name: raw[name] for name in _DROPOUTS if raw.get(name)}:
         log.warning("%s: %s not taken over: it acts in training only, and training here has attn_out_dropout", path,
                     ", ".join(f"{k} {v}" for k, v in dropouts.items()))
     ours = raw.get("ettin_foundry") or {}
-    fields = {name: raw.get(name, _DEFAULTS[name]) for name in _SAME}
-    if "layer_types" in raw and "global_attn_every_n_layers" not in raw:  # saved by 5.x, which keeps only the list
-        kinds = raw["layer_types"]
-        fields["global_attn_every_n_layers"] = next(
-            (i for i, kind in enumerate(kinds) if i and kind == "full_attention"), len(kinds))
+    fields = {name: raw.get(name, default) for name, default in _DEFAULTS.items()}
+    kinds = raw.get("layer_types")
+    if kinds and "global_attn_every_n_layers" not in raw:  # saved by 5.x, which keeps only the list
+        fields["global_attn_every_n_layers"] = [*kinds[1:], "full_attention"].index("full_attention") + 1
     if "attn_out_dropout" in ours:
         fields["attn_out_dropout"] = ours["attn_out_dropout"]
-    window_left, local_attention = _window(raw, ours, causal)
-    global_theta, local_theta = _thetas(raw, causal, path)
-    config = EttinConfig(causal=causal, local_attention=local_attention, window_left=window_left,
-                         global_rope_theta=global_theta, local_rope_theta=local_theta, **fields)
-    if raw.get("layer_types") not in (None, config.layer_types):
+    config = EttinConfig(causal=causal, **_windows(raw, ours, causal), **_thetas(raw, causal, path), **fields)
+    if kinds not in (None, config.layer_types):
         raise ValueError(f"layer_types must be global in every n-th layer from the first on, here n = "
-                         f"{config.global_attn_every_n_layers}, got {raw['layer_types']}")
+                         f"{config.global_attn_every_n_layers}, got {kinds}")
     objective = ours.get("objective", "clm" if causal else None)
     if objective is not None and (objective not in OBJECTIVES or (objective == "clm") != causal):
         raise ValueError(f"ettin_foundry.objective must be {'clm' if causal else 'mlm or mntp'}, got {objective!r}")
     return config, objective
 
 
-def _window(raw: dict[str, Any], ours: dict[str, Any], causal: bool) -> tuple[int, int]:
-    """(window_left, local_attention). transformers 4.x obeys local_attention, 5.x obeys sliding_window."""
+def _windows(raw: dict[str, Any], ours: dict[str, Any], causal: bool) -> dict[str, int]:
+    """window_left and local_attention. transformers 4.x obeys local_attention, 5.x obeys sliding_window."""
     local, sliding = raw.get("local_attention"), raw.get("sliding_window")
     for name, value in (("local_attention", local), ("sliding_window", sliding)):
-        if name in raw and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        if name in raw and (type(value) is not int or value < 1):
             raise ValueError(f"{name} must be an integer >= 1 or absent, got {value!r}")
     if local is not None and sliding is not None and local // 2 != sliding:
         raise ValueError(f"local_attention {local} and sliding_window {sliding} contradict each other (4.x obeys the "
@@ -166,29 +155,30 @@ def _window(raw: dict[str, Any], ours: dict[str, Any], causal: bool) -> tuple[in
                          f"local_attention {local} and sliding_window {sliding} mean {window_left}: transformers 4.x loses "
                          f"the window when it saves twice. Set local_attention to {2 * (stated + causal)}"
                          f"{f' and sliding_window to {stated + 1}' if causal else ''}")
-    return window_left, ours.get("local_attention", 2 * side)
+    return {"window_left": window_left, "local_attention": ours.get("local_attention", 2 * side)}
 
 
-def _thetas(raw: dict[str, Any], causal: bool, path: Path) -> tuple[float, float]:
-    """(global, local) rotary bases from the new keys, the old keys, or the defaults of the version that saved them."""
+def _thetas(raw: dict[str, Any], causal: bool, path: Path) -> dict[str, float]:
+    """Rotary bases from the new keys, the old keys, or the defaults of the version that saved them."""
     new = raw.get("rope_parameters") or {}
-    unknown = set(new) - set(_KINDS)
+    plain = set(new) <= set(_BASES) and all(
+        set(entry) <= {"rope_theta", "rope_type"} and entry.get("rope_type", "default") == "default"
+        for entry in new.values())
+    if not plain:
+        raise ValueError(f"rope_parameters must hold rope_type default for {' and '.join(_BASES)}, got {new!r}")
     found: dict[str, float] = {}
-    for kind, flat in _KINDS.items():
-        entry = new.get(kind) or {}
-        if unknown or set(entry) - {"rope_theta", "rope_type"} or entry.get("rope_type", "default") != "default":
-            raise ValueError(f"rope_parameters must hold rope_type default for {' and '.join(_KINDS)}, got {new!r}")
-        values = {float(v) for v in (entry.get("rope_theta"), raw.get(flat)) if v is not None}
+    for kind, name in _BASES.items():
+        values = {float(v) for v in (new.get(kind, {}).get("rope_theta"), raw.get(name)) if v is not None}
         if len(values) > 1:
-            raise ValueError(f"rope_parameters.{kind}.rope_theta and {flat} contradict each other ({sorted(values)}): "
-                             "transformers 5.x obeys the first, 4.x the second. Keep the one of the training")
+            raise ValueError(f"rope_parameters.{kind}.rope_theta and {name} contradict each other ({sorted(values)}): "
+                             "transformers 5.x obeys the first, 4.x the second; keep the one of the training")
         if values:
-            found[kind] = values.pop()
-    found.setdefault("full_attention", 160_000.0)
-    if "sliding_attention" not in found:
+            found[name] = values.pop()
+    found.setdefault("global_rope_theta", 160_000.0)
+    if "local_rope_theta" not in found:
         # encoders: 10k in every version. Decoders: 4.x computes with the global base whatever is written, 5.x with 10k
         major = str(raw.get("transformers_version", "4")).split(".")[0]
-        found["sliding_attention"] = found["full_attention"] if causal and major == "4" else 10_000.0
+        found["local_rope_theta"] = found["global_rope_theta"] if causal and major == "4" else 10_000.0
         log.warning("%s: no rotary base for local layers; %g is taken, the value that transformers %s computes with", path,
-                    found["sliding_attention"], major)
-    return found["full_attention"], found["sliding_attention"]
+                    found["local_rope_theta"], major)
+    return found

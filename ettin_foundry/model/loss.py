@@ -24,16 +24,13 @@ _SLICE_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 @torch.compiler.disable  # the number of slices depends on the batch; tracing the loop would recompile for each
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
                          target_weights: Tensor | None = None) -> Tensor:
-    """Sum over targets of -log softmax(hidden @ weight.T + bias)[label], each times its weight if there are any.
+    """Sum over targets of -log softmax(hidden @ weight.T + bias)[label], each times its weight: scalar fp32, in nats.
 
     Softmax and sums are in fp32 or wider; products in the autocast dtype when autocast is on.
 
     Args:
         hidden: (n, C) states at the targets; n may be 0, the result is then 0 with zero gradients.
         weight: (V, C). bias: (V,). labels: (n,) int64 in [0, V). target_weights: (n,) fp32, 1 each if None.
-
-    Returns:
-        scalar fp32, in nats.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad or bias.requires_grad):
         return _LinearCrossEntropy.apply(hidden, weight, bias, labels, target_weights)  # type: ignore[return-value]

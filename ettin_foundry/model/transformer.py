@@ -45,12 +45,7 @@ class Span(NamedTuple):
 
 
 class Stream:
-    """What every block needs to know of the flat stream besides its hidden states.
-
-    Args:
-        position_ids: (N,) int64. cu_seqlens: (D + 1,) int32. max_seqlen: longest document.
-        causal: (documents, tokens) at the start that see the past only; the rest sees both sides.
-    """
+    """What every block needs to know of the flat stream besides its hidden states; arguments as of `Ettin.forward`."""
 
     def __init__(self, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: tuple[int, int]) -> None:
         documents, tokens = causal
@@ -108,11 +103,7 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention, causal or bidirectional as each span of the stream says.
-
-    Args:
-        windows: {causal: (left, right)} of local layers.
-    """
+    """Attention, causal or bidirectional as each span of the stream says; windows: {causal: (left, right)}."""
 
     def __init__(self, config: EttinConfig, layer: int, windows: Mapping[bool, tuple[int, int]]) -> None:
         super().__init__()
@@ -194,8 +185,8 @@ class Head(nn.Module):
 class Ettin(nn.Module):
     """An Ettin encoder or decoder with its prediction head.
 
-    Parameters are drawn as in the reference (`full_megatron`), with one deliberate difference: the output bias starts
-    at zero. The reference never initialises it, so it keeps torch's default, a random preference among 50,368 entries.
+    Parameters are drawn as in the reference (`full_megatron`), except that the output bias starts at zero: the
+    reference never initialises it, so it keeps torch's default, a random preference among 50,368 entries.
 
     Args:
         config: the shape. On `torch.device("meta")` nothing is drawn; call `init_parameters` on materialised modules.
@@ -215,19 +206,17 @@ class Ettin(nn.Module):
 
     def backend(self, device_type: str, dtype: torch.dtype) -> Backend:
         """The attention implementation for this device and dtype: chosen and logged once."""
-        if (device_type, dtype) not in self._backends:
-            chosen = select_backend(self.attn_impl, device_type, dtype)
-            self._backends[device_type, dtype] = chosen
+        key = (device_type, dtype)
+        if key not in self._backends:
+            self._backends[key] = select_backend(self.attn_impl, *key)
             if not torch.compiler.is_compiling():
-                log.info("attention on %s in %s: %s (%s)", device_type, dtype, chosen.name, chosen.reason)
-        return self._backends[device_type, dtype]
+                log.info("attention on %s in %s: %s (%s)", *key, *self._backends[key])
+        return self._backends[key]
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int,
                 target_positions: Tensor | None = None, target_labels: Tensor | None = None, count: bool = False, *,
                 causal: tuple[int, int] | None = None, target_weights: Tensor | None = None) -> Tensor | TargetLoss:
-        """(N, C) hidden states, or with targets a `TargetLoss`.
-
-        The loss is computed in here because under FSDP the output matrix is whole only inside this call.
+        """(N, C) hidden states, or with targets a `TargetLoss`, made in here because FSDP unshards weights inside only.
 
         Args:
             input_ids: (N,) int64. position_ids: (N,) int64, restarting at 0 in each document.
@@ -261,7 +250,7 @@ class Ettin(nn.Module):
 def init_parameters(module: nn.Module) -> None:
     """Draws the parameters that `module` itself owns, by role (reference: bert24 initialization.py:107-137).
 
-    Normal of mean 0, cut at `initializer_cutoff_factor` (2) deviations: 0.02 for embedding, Wqkv, Wi and the head's
+    Normal of mean 0, cut at 2 deviations (`initializer_cutoff_factor`): 0.02 for embedding, Wqkv, Wi and the head's
     dense; 0.02 / sqrt(2 * layers) for both Wo. Norm weights 1, output bias 0. Nothing happens on `meta`.
     """
     if hasattr(module, "init_std"):

@@ -50,8 +50,7 @@ _TABLE: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("head.norm.weight", "C", "head.norm.weight", ("lm_head.norm.weight",)),
     ("output_bias", "V", "decoder.bias", ()),
 )
-_TIED = "decoder.weight"
-_EMBEDDING = "model.embeddings.tok_embeddings.weight"
+_TIED, _EMBEDDING = "decoder.weight", "model.embeddings.tok_embeddings.weight"
 
 
 def tensor_table(config: EttinConfig) -> list[TensorRow]:
@@ -78,10 +77,8 @@ def plain_state(model: Any) -> dict[str, Tensor]:
 def to_hf(state: Mapping[str, Tensor], config: EttinConfig) -> dict[str, Tensor]:
     """Our whole, unsharded parameters under transformers' names: fp32 on the CPU, contiguous.
 
-    What is so already is not copied, so the result may share memory with `state`, for instance with a mapped file.
-
-    Raises:
-        ValueError: a name is missing or unknown, a shape is wrong, or a value is not finite.
+    What is so already is not copied, so the result may share memory with `state`, for instance with a mapped file. A
+    missing or unknown name, a wrong shape or a value that is not finite is an error.
     """
     rows = tensor_table(config)
     _check_names(state, (row.name for row in rows), "the model's state")
@@ -94,11 +91,9 @@ def to_hf(state: Mapping[str, Tensor], config: EttinConfig) -> dict[str, Tensor]
 
 
 def from_hf(hf_state: Mapping[str, Tensor], config: EttinConfig) -> dict[str, Tensor]:
-    """The way back: our parameters in fp32 (exact from bf16 and fp16) out of transformers' state dict.
+    """The way back, with the same checks: our parameters in fp32 (exact from bf16 and fp16).
 
-    Raises:
-        ValueError: a name is missing or unknown, a shape is wrong, or a `decoder.weight`, as some writers store it,
-            differs from the embedding it is tied to.
+    A `decoder.weight`, as some writers store it, must equal the embedding it is tied to.
     """
     given = dict(hf_state)
     tied = given.pop(_TIED, None)
@@ -135,13 +130,10 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 def import_folder(folder: str | Path) -> tuple[dict[str, Tensor], EttinConfig, str | None]:
     """Reads a Hugging Face folder: ours, official Ettin ones, and those that transformers 4.48 to 5.x saved.
 
-    Returns:
-        (parameters under our names in fp32, config, objective). The objective is None for an encoder that does not
-        say; a decoder's is always `clm`.
+    Pickled weights (`pytorch_model.bin`), settings that an Ettin model cannot express and broken files are refused.
 
-    Raises:
-        FileNotFoundError: no config or safetensors file. Pickled weights (`pytorch_model.bin`) are refused.
-        ValueError: a setting that an Ettin model cannot express, ambiguous or broken files.
+    Returns:
+        (parameters under our names in fp32, config, objective: None for an encoder that does not say).
     """
     folder = Path(folder)
     config, objective = read_config(folder / "config.json")

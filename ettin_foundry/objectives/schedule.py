@@ -35,17 +35,13 @@ _TIME = re.compile(r"([0-9._]+(?:e[+-]?[0-9]+)?)(tok|dur)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Segment:
-    """A segment of the token clock.
-
-    Attributes:
-        start, end: in tokens; the end is None where the length of the run is not known.
-        value: of a mask rate, (rate at the start, rate at the end). Of an objective, blocks (tokens, `Shares`) that
-            repeat in turn, or one block of tokens None.
-    """
+    """A segment of the token clock, in tokens."""
 
     start: int
     end: int | None
+    """None where the length of the run is not known."""
     value: Any
+    """(rate at the start, rate at the end), or blocks (tokens, `Shares`) that repeat, one block having tokens None."""
 
 
 class _Schedule:
@@ -98,8 +94,7 @@ class ObjectiveSchedule(_Schedule):
             key: what the value is called in messages.
 
         Raises:
-            ValueError: an unknown objective or key, shares that do not sum to 1, or segments with a gap, an overlap, or
-                past the end of the run; it names the key and both values.
+            ValueError: no objectives, or segments that do not fill the run; it names the key and the value.
         """
         if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
             return cls([Segment(0, None, ((None, _shares(key, value)),))])
@@ -162,12 +157,7 @@ class MaskRate(_Schedule):
 
     @classmethod
     def parse(cls, value: Any, *, total: int | None = None, key: str = "mask_rate") -> MaskRate:
-        """Reads the forms of the module docstring; also what `plain` gave. Arguments as of `ObjectiveSchedule.parse`.
-
-        Raises:
-            ValueError: a rate outside (0, 1] (a constant 0, which masks nothing, is possible), an unknown key, or
-                segments with a gap, an overlap, or past the end of the run; it names the key and both values.
-        """
+        """As `ObjectiveSchedule.parse`; rates are in (0, 1], or a constant 0, which masks nothing."""
         if not isinstance(value, Sequence) or isinstance(value, str):
             rate = 0.0 if value == 0 and not isinstance(value, bool) else _rate(key, value)
             return cls([Segment(0, None, (rate, rate))])
@@ -208,9 +198,6 @@ def parse_tokens(key: str, value: Any, total: int | None, *, least: int = 0) -> 
     Args:
         key: what it is called in messages.
         total: tokens of the run, which `dur` is a share of; None when max_duration is not in tokens.
-
-    Raises:
-        ValueError: another unit, no number, below `least`, or a share without a total.
     """
     match = _TIME.fullmatch(value) if isinstance(value, str) else None
     if match and match[2].lower() == "dur" and total is None:
@@ -227,11 +214,7 @@ def parse_tokens(key: str, value: Any, total: int | None, *, least: int = 0) -> 
 
 def _segments(key: str, value: Sequence[Any], total: int | None,
               *forms: tuple[str, ...]) -> list[tuple[str, int, int | None, Mapping[str, Any]]]:
-    """(key, start, end, content without until) of a list of segments, without gap or overlap, up to the end of the run.
-
-    Args:
-        forms: the keys that a segment has besides `until`, in each form that is possible.
-    """
+    """(key, start, end, content without until) of segments, up to the end of the run; `forms`: the keys they may have."""
     found, start = [], 0
     for i, segment in enumerate(value):
         where = f"{key}[{i}]"

@@ -19,7 +19,6 @@ import pool_jobs
 import pytest
 from pool_jobs import jobs
 
-from ettin_foundry.corpus import executors
 from ettin_foundry.corpus.executors import WorkerDeath, run_tasks
 from ettin_foundry.corpus.progress import Board, Tick
 
@@ -111,23 +110,6 @@ def test_an_exception_comes_back_as_it_was_and_the_other_workers_leave_tidily(tm
 def test_what_cannot_be_pickled_is_an_error_and_no_hang(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(Exception, match=message):
         run_tasks(pool_jobs.raising, jobs(3, tmp_path, text), workers=3, board=board())
-
-
-def test_an_error_ends_also_a_worker_that_cannot_hear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executors, "_GRACE_SECONDS", 0.3)
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    stopped = jobs(2, tmp_path, "stopped")
-    thread = threading.Thread(target=lambda: (wait_until(lambda: list(tmp_path.glob("hang.1.*"))),
-                                              os.kill(os.getpid(), signal.SIGUSR2)))
-    before = signal.signal(signal.SIGUSR2, stop)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        run_tasks(pool_jobs.standing_still, stopped, workers=2, board=board())
-    signal.signal(signal.SIGUSR2, before)
-    assert not alive(int(next(tmp_path.glob("hang.1.*")).suffix[1:]))
 
 
 def test_workers_start_light_with_one_thread_each_and_log_through_the_parent(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,8 +1,7 @@
-"""Claims about the GPU path: the flash kernels, torch.compile, bf16, and a step that never waits for the device.
+"""The GPU path: flash kernels, torch.compile, bf16, and a step that never waits for the device.
 
-Needs a CUDA device, torch >= 2.11 (or flash-attn) and nothing else but numpy and pytest; the last two tests also need
-the host (see benchmarks/README.md). Run by `make gpu`, or `pytest -m gpu tests/test_gpu.py`. References are computed in
-float64 or fp32 by the naive formula, so that a mistake shared by two fast paths is seen.
+Needs a CUDA device, torch >= 2.11 (or flash-attn), numpy and pytest; the last test also needs the host. References are
+computed in float64 or fp32 by the naive formula, so that a mistake shared by two fast paths is seen.
 """
 
 import copy
@@ -122,22 +121,6 @@ def test_attention_in_bf16_equals_a_float64_softmax_forward_and_backward(window,
 
 
 @both_kinds
-def test_flash_model_in_bf16_is_as_close_to_fp32_as_the_reference_path_is(objective):
-    batch = batch_of(LENGTHS, objective)
-    exact = model_of(objective, "reference")
-    loss, gradient = loss_and_gradients(exact, batch)
-    with bf16():
-        reference_loss, reference_gradient = loss_and_gradients(model_of(objective, "reference", like=exact), batch)
-        flash = model_of(objective, "flash", like=exact)
-        flash_loss, flash_gradient = loss_and_gradients(flash, batch)
-        assert flash.backend(DEVICE.type, torch.bfloat16).name != "reference"
-    torch.testing.assert_close(flash_loss, loss, rtol=2e-3, atol=0)  # bf16 logits: 2^-9 relative
-    # both round at the same places but inside attention, so neither may be much worse than the other
-    assert distance(flash_gradient, gradient) < 1.5 * distance(reference_gradient, gradient) + 1e-3
-    assert distance(flash_gradient, gradient) < 0.05
-
-
-@both_kinds
 def test_packed_document_equals_document_alone_with_flash(objective):
     model = model_of(objective, "flash").eval()
     batch = batch_of(LENGTHS, objective)
@@ -149,32 +132,6 @@ def test_packed_document_equals_document_alone_with_flash(objective):
             hidden = model(batch[0][start:end], alone.position_ids, alone.cu_seqlens, alone.max_seqlen).float()
             # same kernels, other tile borders: sums in another order. A leak between documents gives above 0.1
             assert distance(packed[start:end], hidden) < 0.015
-
-
-def test_stream_of_causal_and_bidirectional_documents_equals_each_kind_alone_with_flash():
-    """One stream, causal documents first, against two models of one kind each with the same weights."""
-    model = model_of("mlm", "flash")
-    twin = model_of("clm", "flash", like=model)
-    ids, positions, cu_seqlens, longest, *_ = batch_of(LENGTHS, "mlm")
-    with torch.no_grad(), bf16():
-        first = len(LENGTHS) // 2
-        cut = sum(LENGTHS[:first])
-        both = model(ids, positions, cu_seqlens, longest, causal=(first, cut))
-        alone = torch.cat([
-            twin(ids[:cut], positions[:cut], cu_seqlens[:first + 1], longest),
-            model(ids[cut:], positions[cut:], cu_seqlens[first:] - cut, longest)])
-    assert distance(both.float(), alone.float()) < 0.015  # same kernels, other tile borders; a wrong mask gives above 0.1
-
-
-@both_kinds
-def test_stream_without_any_token_has_zero_loss_and_zero_gradients(objective):
-    model = model_of(objective, "flash")
-    none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    with bf16():
-        loss = model(none, none, torch.zeros(1, dtype=torch.int32, device=DEVICE), 0, none, none).nll
-    loss.backward()
-    assert float(loss.detach()) == 0.0
-    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 @pytest.fixture
@@ -200,29 +157,6 @@ def test_compiled_equals_eager_for_every_shape_without_recompiling(objective, pa
             # fused kernels keep fp32 where eager rounds to bf16 between two operations
             torch.testing.assert_close(loss, eager_loss, rtol=2e-3, atol=0)
             assert distance(gradient, eager_gradient) < 0.03
-
-
-@both_kinds
-def test_hundred_steps_in_bf16_follow_the_fp32_curve(objective):
-    exact = model_of(objective, "reference")
-    curves = []
-    for model, precision in ((exact, None), (model_of(objective, "flash", like=exact), torch.bfloat16)):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98))
-        losses = []
-        for step in range(100):
-            with torch.autocast(DEVICE.type, dtype=precision, enabled=precision is not None):
-                batch = batch_of(LENGTHS, objective, seed=step)
-                loss = model(*batch).nll / len(batch[-1])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        curves.append(torch.stack(losses).cpu())
-    fp32, low = curves
-    assert fp32[-10:].mean() < fp32[0] - 2.0  # it does learn: from ln(512) = 6.2 to below ln(64) = 4.2
-    # rounding perturbs a step by parts in a hundred and training amplifies it a little; the curve falls by over 2 nats
-    assert float((low - fp32).abs().max()) < 0.15
-    assert abs(float((low - fp32)[-20:].mean())) < 0.04
 
 
 @pytest.mark.parametrize("attn_impl", ["flash", "reference"])
@@ -284,60 +218,43 @@ def test_lean_loss_equals_plain_cross_entropy_and_needs_less_memory():
     assert peaks["exact lean"] < peaks["exact"] / 3
 
 
-def skip_without(*packages):
-    for package in packages:
-        pytest.importorskip(package, reason=f"{package} is not importable: see `make wheels-gpu`", exc_type=ImportError)
-
-
-@pytest.mark.filterwarnings("ignore:You are using weight_decay")  # high on purpose: it must show
-def test_trainers_triton_step_of_stable_adamw_equals_the_formula():
-    """Needs Composer and optimi; the formula in float64 is that of test_optimizer.py."""
-    skip_without("composer", "optimi")
+def test_the_step_of_stable_adamw_equals_the_formula_and_resumes_bit_equal():
+    """The formula in float64 is that of test_optimizer.py."""
+    pytest.importorskip("composer", exc_type=ImportError)
     from test_optimizer import BETAS, EPS, Formula
 
     from ettin_foundry.training.optimizer import StableAdamW
 
-    # The kernel adds up the mean of a tensor in blocks of 128 elements by atomics, in no fixed order. Two blocks (255
-    # elements, so that the last is not full) give the same sum in both orders; with more, bitwise equality is chance
+    # the kernel adds up the mean of a tensor in blocks of 128 elements by atomics: two blocks (255 elements, so that the
+    # last is not full) give the same sum in both orders; with more, bitwise equality is chance
     generator = torch.Generator().manual_seed(1)
-    own = [torch.randn(shape, generator=generator).to(DEVICE).requires_grad_() for shape in ((15, 17), (17,))]
-
-    def optimizer_of(params):
-        return StableAdamW(params, 0.01, betas=BETAS, eps=EPS, weight_decay=0.1, max_lr=0.02)
-
-    def take_step(optimizer, params, gradients):
-        for p, g in zip(params, gradients):
-            p.grad = g.to(DEVICE)
-        optimizer.step()
-
-    optimizer, formulas = optimizer_of(own), [Formula(p.detach().cpu(), 0.1, 0.02) for p in own]
-    for step in range(5):
+    own = [torch.randn(shape, generator=generator).to(DEVICE).requires_grad_() for shape in ((150, 170), (17,))]
+    optimizer, formulas = StableAdamW(own, 0.01, betas=BETAS, eps=EPS, weight_decay=0.1, max_lr=0.02), [
+        Formula(p.detach().cpu(), 0.1, 0.02) for p in own]
+    for step in range(6):
+        if step == 5:
+            twins = [p.detach().clone().requires_grad_() for p in own]
+            resumed = StableAdamW(twins, 0.01, betas=BETAS, eps=EPS, weight_decay=0.1, max_lr=0.02)
+            resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as from a file: no tensor is shared
         scale = 30.0 if step == 3 else 1.0  # a spike, so that the clipping of the step must act
-        gradients = [scale * torch.randn(p.shape, generator=generator) for p in own]
-        for formula, g in zip(formulas, gradients):
-            formula.step(g, 0.01)
-        take_step(optimizer, own, gradients)
-    assert all(group["triton"] for group in optimizer.param_groups)
-    for formula, p in zip(formulas, own):
-        assert formula.clipped
-        # fp32 values of about 1, each rounded a few times in each of 5 steps; one step moves them by up to 0.01
-        torch.testing.assert_close(p.detach().cpu().double(), formula.p, rtol=0, atol=2e-6)
-
-    twins = [p.detach().clone().requires_grad_() for p in own]
-    resumed = optimizer_of(twins)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as from a file: no tensor is shared
-    gradients = [torch.randn(p.shape, generator=generator) for p in own]
-    take_step(optimizer, own, gradients)
-    take_step(resumed, twins, gradients)
-    assert all(group["triton"] for group in resumed.param_groups)
-    for p, twin in zip(own, twins):
-        assert torch.equal(p, twin)
+        for i, formula in enumerate(formulas):
+            gradient = scale * torch.randn(own[i].shape, generator=generator)
+            formula.step(gradient, 0.01)
+            own[i].grad = gradient.to(DEVICE)
+            if step == 5:
+                twins[i].grad = gradient.to(DEVICE)
+        optimizer.step()
+    resumed.step()
+    for formula, p, twin in zip(formulas, own, twins):
+        assert formula.clipped and torch.equal(p, twin)
+        # fp32 values of about 1, each rounded a few times in each of 6 steps; one step moves them by up to 0.01
+        torch.testing.assert_close(p.detach().cpu().double(), formula.p, rtol=0, atol=2.5e-6)
 
 
 @both_kinds
 def test_trainer_runs_nano_on_the_gpu_in_bf16_with_flash(objective, tmp_path, request):
-    """Needs the host: skipped where Composer or LLM-Foundry is not importable."""
-    skip_without("composer", "llmfoundry", "streaming", "optimi")
+    for package in ("composer", "llmfoundry", "streaming"):
+        pytest.importorskip(package, exc_type=ImportError)
     import nano_run
 
     capture = nano_run.register_capture()

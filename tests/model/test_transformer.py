@@ -134,15 +134,6 @@ def test_initialisation_follows_the_role_of_each_matrix():
             assert p.std().item() == pytest.approx(std * shrink, rel=0.02)  # 65,536 draws or more: 0.3% is one sigma
 
 
-def test_a_pair_of_one_seed_starts_from_the_same_weights():
-    pair = []
-    for causal in (False, True):
-        torch.manual_seed(7)
-        pair.append(Ettin(EttinConfig.for_size("nano", causal=causal)).state_dict())
-    assert pair[0].keys() == pair[1].keys()
-    assert all(torch.equal(pair[0][k], pair[1][k]) for k in pair[0])
-
-
 @pytest.mark.parametrize("causal", [False, True], ids=["mlm", "clm"])
 def test_forward_and_loss_read_nothing_back_from_the_device(causal):
     """On `meta` there is no value to read: .item(), .tolist(), a branch on a tensor or a data-dependent shape raises."""
@@ -216,3 +207,12 @@ def test_fsdp2_draws_meta_parameters_by_role_and_never_rounds_the_angles(monkeyp
         assert all(p.grad is not None for p in model.parameters())
     finally:
         dist.destroy_process_group()
+
+
+def test_a_pair_of_one_seed_starts_from_the_same_weights():
+    pair = []
+    for causal in (False, True):
+        torch.manual_seed(7)
+        pair.append(Ettin(EttinConfig.for_size("nano", causal=causal)).state_dict())
+    assert pair[0].keys() == pair[1].keys()
+    assert all(torch.equal(pair[0][k], pair[1][k]) for k in pair[0])

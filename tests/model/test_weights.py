@@ -197,21 +197,6 @@ def test_missing_bases_are_those_of_the_version_that_saved(kind, version, local,
     assert "no rotary base for local layers" in caplog.text
 
 
-def test_official_decoder_config_is_read(tmp_path):
-    """Keys and values of the published tiny config derived from the official decoders, at nano's shape."""
-    content = {"architectures": ["ModernBertDecoderForCausalLM"], "model_type": "modernbert-decoder", "hidden_size": 128,
-               "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 50368,
-               "max_position_embeddings": 7999, "global_rope_theta": 160000.0, "local_rope_theta": 160000.0,
-               "local_attention": 128, "sliding_window": 64, "causal_mask": True, "is_causal": True,
-               "classifier_pooling": "mean", "position_embedding_type": "sans_pos", "layer_norm_eps": 1e-5,
-               "decoder_bias": True, "masked_prediction": False, "bos_token": "[CLS]", "eos_token": "[SEP]",
-               "tokenizer_class": "PreTrainedTokenizerFast", "reference_compile": False, "attention_bias": False}
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    want = EttinConfig.for_size("nano", causal=True, max_position_embeddings=7999, global_rope_theta=160_000.0,
-                                local_rope_theta=160_000.0)
-    assert hf_config.read_config(tmp_path / "config.json") == (want, "clm")
-
-
 @pytest.mark.parametrize("kind, changes, words", [
     ("encoder", {"attention_bias": True}, "attention_bias must be False, got True"),
     ("decoder", {"decoder_bias": False}, "decoder_bias"), ("decoder", {"tie_word_embeddings": False}, "tie_word_embeddings"),
@@ -246,11 +231,6 @@ def test_window_lost_by_transformers_4_is_noticed(edited):
         hf_config.read_config(path)
 
 
-def test_training_dropouts_of_others_are_named_not_taken(edited, caplog):
-    config, _ = hf_config.read_config(edited("encoder", mlp_dropout=0.1))
-    assert "mlp_dropout 0.1 not taken over" in caplog.text and config.attn_out_dropout == 0.1
-
-
 def shard(folder, out, names=("a.safetensors", "b.safetensors")):
     """The folder with its weights in two files and an index, as transformers writes large models."""
     shutil.copytree(folder, out)
@@ -263,38 +243,38 @@ def shard(folder, out, names=("a.safetensors", "b.safetensors")):
     return out
 
 
-def test_sharded_weights_are_read(exported, tmp_path, models):
-    state, _, _ = import_folder(shard(exported["encoder"], tmp_path / "s"))
+def test_sharded_weights_are_read_and_broken_files_refused(exported, tmp_path, models):
+    folder = shard(exported["encoder"], tmp_path / "s")
+    state, _, _ = import_folder(folder)
     assert all(torch.equal(state[name], t) for name, t in models["encoder"].state_dict().items())
+    whole = shutil.copytree(exported["encoder"], tmp_path / "f")
+    weights = (whole / "model.safetensors").read_bytes()
+    for broken, damage, words in (
+            (shard(exported["encoder"], tmp_path / "outside", ("a.safetensors", "../b.safetensors")), None,
+             "names the shard '../b.safetensors'"),
+            (folder, lambda: (folder / "b.safetensors").unlink(), "b.safetensors: not found"),
+            (folder, lambda: shutil.copy(folder / "a.safetensors", folder / "b.safetensors"), "holds other tensors"),
+            (folder, lambda: (folder / "model.safetensors.index.json").write_text("[]"), "not an index"),
+            (whole, lambda: (whole / "model.safetensors").write_bytes(weights[:-100]), "not a whole safetensors file"),
+            (whole, lambda: (whole / "model.safetensors").rename(whole / "pytorch_model.bin"), "bin is a pickle"),
+            (whole, lambda: (whole / "config.json").write_text("{"), "config.json: Expecting"),
+            (whole, lambda: (whole / "config.json").unlink(), "config.json: not found")):
+        if damage:
+            damage()
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            import_folder(broken)
 
 
-def test_broken_shards_are_refused(exported, tmp_path):
-    with pytest.raises(ValueError, match="names the shard '../b.safetensors'"):
-        import_folder(shard(exported["encoder"], tmp_path / "outside", ("a.safetensors", "../b.safetensors")))
-    folder = shard(exported["encoder"], tmp_path / "gone")
-    (folder / "b.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="b.safetensors: not found"):
-        import_folder(folder)
-    shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
-    with pytest.raises(ValueError, match="holds other tensors"):
-        import_folder(folder)
-    (folder / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(ValueError, match="not an index"):
-        import_folder(folder)
-
-
-def test_pickles_missing_and_truncated_files_are_refused(exported, tmp_path):
-    folder = shutil.copytree(exported["encoder"], tmp_path / "f")
-    weights = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(weights[:-100])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        import_folder(folder)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="pytorch_model.bin is a pickle"):
-        import_folder(folder)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        import_folder(folder)
-    (folder / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="config.json: not found"):
-        import_folder(folder)
+def test_official_decoder_config_is_read(tmp_path):
+    """Keys and values of the published tiny config derived from the official decoders, at nano's shape."""
+    content = {"architectures": ["ModernBertDecoderForCausalLM"], "model_type": "modernbert-decoder", "hidden_size": 128,
+               "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 50368,
+               "max_position_embeddings": 7999, "global_rope_theta": 160000.0, "local_rope_theta": 160000.0,
+               "local_attention": 128, "sliding_window": 64, "causal_mask": True, "is_causal": True,
+               "classifier_pooling": "mean", "position_embedding_type": "sans_pos", "layer_norm_eps": 1e-5,
+               "decoder_bias": True, "masked_prediction": False, "bos_token": "[CLS]", "eos_token": "[SEP]",
+               "tokenizer_class": "PreTrainedTokenizerFast", "reference_compile": False, "attention_bias": False}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    want = EttinConfig.for_size("nano", causal=True, max_position_embeddings=7999, global_rope_theta=160_000.0,
+                                local_rope_theta=160_000.0)
+    assert hf_config.read_config(tmp_path / "config.json") == (want, "clm")

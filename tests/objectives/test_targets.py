@@ -134,13 +134,6 @@ def test_a_row_with_a_text_token_has_a_target_spread_evenly(objective, vocab):
     assert all(within_five_sigma(count, 1200, 1 / 6) for count in counts[counts > 0])
 
 
-@pytest.mark.parametrize(("objective", "rate"), [("mlm", 0.3), ("mntp", 0.3), ("clm", 0)])
-def test_a_row_without_text_has_no_target_and_no_error(objective, rate, vocab):
-    empty = np.full(16, PAD), np.full(16, -1), np.zeros(0, bool)
-    inputs = make_inputs(objective, *empty, mask_rate=rate, vocab=vocab, rng=row_generator(0, 0, 0))
-    assert (inputs.labels == -100).all() and (inputs.input_ids == PAD).all()
-
-
 @MASKED
 def test_masks_follow_from_seed_epoch_and_row_alone(objective, vocab):
     row = make_row(5)
