@@ -59,8 +59,7 @@ def _collator_of(objective: str | None) -> Callable[..., tuple[Collator, int]]:
 
     def build(dataloader_cfg: Mapping[str, Any], tokenizer: Any,
               dataset_batch_size: int) -> tuple[Collator, int]:
-        """A collator and the batch size; the config has max_seq_len, shuffle_seed and mask_rate (0 if left
-        out), for ettin_scheduled also objective: a name or a schedule."""
+        """A collator and the batch size; the block is that of `ettin_text`."""
         cfg, vocab = dataloader_cfg, TextVocab.from_tokenizer(tokenizer)
         return Collator(objective or cfg["objective"], vocab, max_seq_len=cfg["max_seq_len"],
                         mask_rate=cfg.get("mask_rate", 0.0), seed=cfg["shuffle_seed"]), dataset_batch_size
@@ -88,14 +87,11 @@ def build_ettin_loader(
             `remote`, a folder or URL of such a dataset, `local` is where its files are kept as they are
             needed, at most `cache_limit` bytes of shards for the split, such as 200gb.
         objective: mlm, clm or mntp, or a schedule of them, times in tokens (objectives/schedule.py).
-        max_seq_len: tokens of a row, T.
         mask_rate: share of tokens that mlm and mntp choose, or a schedule of it; 0 where neither occurs.
-        packing: several chunks a row (best fit), or one.
+        max_seq_len: tokens of a row. packing: several chunks a row (best fit), or one.
         shuffle: True gives the endless training stream; False one epoch as it is stored, for evaluation.
-        shuffle_seed: seed of order and masks.
-        shuffle_window: shards whose rows are mixed (16 if not given); not with shuffle: false.
-        batch_size_warmup: {min_size: rows of the first step over all ranks, tokens: of the warm-up}, see
-            ramp.py; not with shuffle: false.
+        shuffle_seed: seed of order and masks. shuffle_window: shards whose rows are mixed (16 if not given).
+        batch_size_warmup: {min_size: rows of the first step over all ranks, tokens: of the warm-up}.
         num_workers, prefetch_factor, persistent_workers, timeout: as torch's DataLoader has them.
         pin_memory: page-locked microbatches, see `batch.split_batch`; acts only where there is a GPU.
 

@@ -1,5 +1,4 @@
-"""Batch-size warm-up: how many rows each step has, and which row of the stream it begins with, in closed
-form.
+"""Batch-size warm-up: how many rows each step has, and with which row of the stream it begins.
 
 Sizes go up by equal steps, min_size, 2 * min_size, ... to the global batch, and each holds for the same
 number of steps, hence for tokens in proportion to it, as in ModernBERT's sequence packer. Step and row follow
@@ -24,8 +23,7 @@ _KEY = "train_loader.batch_size_warmup"
 
 @dataclass(frozen=True)
 class BatchRamp:
-    """Rows of each step, over all ranks: min_size in the first `steps_per_size` steps, then twice that,
-    ..."""
+    """Rows of each step: min_size in the first `steps_per_size` steps, then twice that, ..."""
 
     min_size: int  # rows of the first step; divides max_size
     max_size: int  # the global batch, of every step after the warm-up
@@ -33,12 +31,7 @@ class BatchRamp:
 
     @classmethod
     def build(cls, warmup: Mapping[str, Any] | None, *, max_size: int, tokens_per_row: float) -> BatchRamp:
-        """The ramp that `train_loader.batch_size_warmup` asks for; of None, max_size rows in every step.
-
-        Args:
-            warmup, max_size: as for `check_warmup`, as are the errors.
-            tokens_per_row: real tokens of a row of the data, on average over an epoch.
-        """
+        """The ramp that a block of `check_warmup` asks for; of None, max_size rows in every step."""
         if warmup is None:
             return cls(max_size, max_size)
         tokens, smallest = check_warmup(warmup, max_size), warmup["min_size"]

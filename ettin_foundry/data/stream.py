@@ -26,14 +26,12 @@ __all__ = ["DATASET_KEYS", "DEFAULT_WINDOW", "HASH_MODULUS", "Row", "RowStream",
            "open_stream"]
 
 HASH_MODULUS = 2**48  # a float64, as loggers take, holds it exactly
-DATASET_KEYS = ("local", "split", "remote", "cache_limit")
-"""Keys of a loader's dataset block; the first two are needed."""
-DEFAULT_WINDOW = 16
-"""Shards whose rows are mixed; with the usual 64 MB shards about half a billion tokens."""
+DATASET_KEYS = ("local", "split", "remote", "cache_limit")  # the first two are needed
+DEFAULT_WINDOW = 16  # shards whose rows are mixed; of the usual 64 MB, about half a billion tokens
 
 
 class Row(NamedTuple):
-    """One row before its tensors are made. An empty row (no chunks) fills the last batch of an evaluation."""
+    """One row before its tensors are made; one without chunks fills the last batch of an evaluation."""
 
     epoch: int
     number: int  # of the row in its epoch; with seed and epoch it seeds the row's masks
@@ -57,8 +55,7 @@ def fill_row(ids: np.ndarray, sequence_id: np.ndarray, row: Row, *, cls: int, se
 
 
 def hash_row(ids: np.ndarray, place: int) -> int:
-    """48 bits of a row's (T,) int64 ids before masking, with padding, and of its place in the global
-    batch."""
+    """48 bits of a row's (T,) int64 ids before masking, and of its place in the global batch."""
     content = np.ascontiguousarray(ids, "<i8").data
     digest = hashlib.blake2b(content, digest_size=6, salt=place.to_bytes(8, "little")).digest()
     return int.from_bytes(digest, "little")
@@ -76,8 +73,7 @@ class RowStream:
 
     @property
     def num_steps(self) -> int | None:
-        """Steps of the one epoch without shuffle, empty rows at its end included; None of an endless
-        stream."""
+        """Steps of the one epoch without shuffle, empty rows at its end included; None with shuffle."""
         return None if self.order.shuffle else -(-self.order.rows_per_epoch // self.ramp.max_size)
 
     @property

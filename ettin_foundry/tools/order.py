@@ -1,14 +1,12 @@
 """`ettin order`: what any step of a run reads, and the order of a run as Parquet files.
 
-The order is a function of (dataset, settings), so nothing is replayed: a step late in a run takes as long as
-the first.
+Nothing is replayed: a step late in a run takes as long as the first.
 
-The files have the format of jhu-clsp/ettin-data-order: one folder for what was read between two checkpoints
+The files have the format of jhu-clsp/ettin-data-order: a folder for what was read between two checkpoints
 (checkpoint_000001; ext_, decay_ and cross_ in the later phases), in it a file for every 100 steps, in it a
-row group for each step. input_ids (list of uint16) are a row's real tokens, BOS and EOS included, before
-masking and without padding; step (uint64) counts from 1, as the original's does, where steps.jsonl and
-`--step` count from 0. A file gets its name when it is complete, so an export that was stopped goes on with
-the next file.
+row group for each step. input_ids (list of uint16) are a row's real tokens before masking; step (uint64)
+counts from 1, where steps.jsonl and `--step` count from 0. A file gets its name when it is complete, so a
+stopped export goes on with the next file.
 """
 
 from __future__ import annotations
@@ -38,11 +36,9 @@ _PREFIXES = {"pretrain": "checkpoint", "extend": "ext"}  # the other phases are 
 
 
 def stream_of(cfg: Mapping[str, Any], location: str | None = None) -> RowStream:
-    """The rows that a run with this config (plain containers, resolved) reads; errors are those of the
-    loader.
+    """The rows that a run with this config (plain containers, resolved) reads.
 
-    Args:
-        location: folder or URL of the dataset, or of the split, instead of train_loader.dataset.
+    location: folder or URL of the dataset, or of the split, instead of train_loader.dataset.
     """
     loader, rows = cfg.get("train_loader") or {}, cfg.get("global_train_batch_size")
     if loader.get("name") != "ettin_text":
@@ -66,12 +62,7 @@ def stream_of(cfg: Mapping[str, Any], location: str | None = None) -> RowStream:
 def next_step(checkpoint: Path, location: str | None = None) -> tuple[dict[str, Any], RowStream, int]:
     """The config, the rows and the next step of the run that a checkpoint was saved by.
 
-    Args:
-        checkpoint: a .pt file, a sharded folder or a save folder (its newest). location: as for `stream_of`.
-
-    Raises:
-        FileNotFoundError, ValueError: no such checkpoint, one without the run's config or place in the data,
-            or the dataset is another one than it was trained on.
+    checkpoint: a .pt file, or a save folder (its newest). location: as for `stream_of`.
     """
     from ettin_foundry.training.checkpoints import read_head  # torch
 
@@ -98,10 +89,10 @@ def view_step(stream: RowStream, step: int, *, rows: int | None = None) -> StepV
     """A step's rows and hash, and the stored chunks of its first `rows` rows (all if not given)."""
     first = stream.ramp.first_row(step)
     if not stream.data.fetches:
-        # a shard is hashed and checked when it is opened, which takes most of the time: several at a time
+        # opening a shard, which hashes it, takes most of the time: several at a time
         shards = stream.order.shards_ahead(first)[:stream.order.shards_at_once]
         stream.data.prefetch(shards)  # so that none is closed before it is used
-        stream.data.lengths(shards[0])
+        stream.data.lengths(shards[0])  # the one file of all shards
         with ThreadPoolExecutor() as pool:
             list(pool.map(stream.data.sample_lengths, shards))
     read, num_tokens, ids_hash = stream.rows_of(step), 0, 0
@@ -144,12 +135,7 @@ def steps_of_run(cfg: Mapping[str, Any], stream: RowStream, first: int = 0, last
 
 
 def export_order(cfg: Mapping[str, Any], stream: RowStream, out: Path, steps: range) -> Iterator[int]:
-    """Writes steps of a run, yielding each; complete files that are there are kept.
-
-    Args:
-        cfg: the run's resolved config. stream: its rows. steps: from `steps_of_run`.
-        out: a folder that is new, empty, or holds a part of this very export.
-    """
+    """Writes steps of a run, yielding each, into a folder that is new or holds a part of this very export."""
     phase = (cfg.get("variables") or {}).get("phase") or "pretrain"
     prefix, interval = _PREFIXES.get(phase, phase), cfg.get("save_interval") or "1000ba"  # Composer's default
     files = files_of(stream, interval, steps)

@@ -54,8 +54,8 @@ def assert_same(batches, others):
             assert torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key], key
 
 
-def steps_of_an_epoch(spec, global_batch_size=B):
-    return -(-spec.dataloader.dataset.order.rows_per_epoch // global_batch_size)
+def steps_of_an_epoch(spec):
+    return -(-spec.dataloader.dataset.order.rows_per_epoch // B)
 
 
 @pytest.mark.parametrize(("objective", "rate", "packing"), [("mlm", 0.3, True), ("clm", 0.0, False), ("mntp", 0.15, True)])
@@ -218,13 +218,11 @@ def test_remote_data_gives_the_batches_of_local_data_also_within_a_limit(build, 
 
 
 def test_shards_ahead_of_the_row_are_announced_with_every_batch(build, monkeypatch):
-    spec = build(num_workers=0)
+    spec, asked = build(), []
     rows = spec.dataloader.dataset
-    asked = []
     monkeypatch.setattr(rows.data, "prefetch", asked.append)
-    rows.load_state_dict(rows.state_dict(5 * B, True))
     take(spec, 3)
-    assert asked == [rows.order.shards_ahead(row) for row in (5 * B, 6 * B, 7 * B)]
+    assert asked == [rows.order.shards_ahead(row) for row in (0, B, 2 * B)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -249,19 +247,15 @@ def test_evaluation_is_one_epoch_with_the_same_number_of_batches_on_every_rank(b
 
 @pytest.mark.parametrize(("keys", "words"), [
     ({"dataset": {"local": "x", "split": "train", "remotes": "y"}}, "dataset must have the keys local"),
-    ({"dataset": {"local": "x"}}, "dataset must have the keys local"),
     ({"dataset": {"local": "nowhere", "split": "train"}}, "dataset.split must be .*'nowhere'.*holds none"),
     ({"split": "test"}, "dataset.split must be .*'train', 'validation'.*got 'test'"),
     ({"objective": "rtd"}, "objective"), ({"objective": "clm"}, "mask_rate"), ({"mask_rate": 0.0}, "mask_rate"),
     ({"max_seq_len": 63}, "max_seq_len must be at least 64.*got 63"), ({"max_seq_len": 2}, "max_seq_len must be .*>= 3"),
-    ({"max_seq_len": 64.0}, "max_seq_len must be an integer"), ({"shuffle_seed": -1}, "shuffle_seed must be"),
-    ({"batch_size": 0.5}, "device_batch_size must be"), ({"batch_size": 0}, "device_batch_size must be"),
-    ({"shuffle_window": 0}, "shuffle_window must be"), ({"shuffle": "false"}, "shuffle must be true or false, got 'false'"),
-    ({"shuffle": False}, "shuffle_window must be left out"),
-    ({"shuffle": False, "shuffle_window": None, "batch_size_warmup": {"min_size": 2, "tokens": 500}},
-     "batch_size_warmup must be left out"),
-    ({"batch_size_warmup": {"min_size": 3, "tokens": 500}}, "min_size must be .*got 3"),
-    ({"prefetch_factor": 2}, "prefetch_factor"), ({"num_workers": -1}, "num_workers")], ids=str)
+    ({"max_seq_len": 64.0}, "max_seq_len"), ({"shuffle_seed": -1}, "shuffle_seed"), ({"batch_size": 0.5}, "batch_size"),
+    ({"shuffle_window": 0}, "shuffle_window"), ({"shuffle": "false"}, "shuffle must be true or false, got 'false'"),
+    ({"shuffle": False}, "shuffle_window must be left out"), ({"prefetch_factor": 2}, "prefetch_factor"),
+    ({"shuffle": False, "shuffle_window": None, "batch_size": 16, "batch_size_warmup": WARMUP}, "warmup must be left out"),
+    ({"batch_size_warmup": {"min_size": 3, "tokens": 500}}, "min_size must be .*got 3")], ids=str)
 def test_settings_that_are_wrong_or_without_effect_are_refused(build, data_set, keys, words):
     if "split" in keys:
         keys = {"dataset": {"local": str(data_set), **keys}}

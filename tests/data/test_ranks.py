@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import nano_run
 import pytest
@@ -28,7 +27,7 @@ def two_ranks(data_set, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(Path(nano_run.__file__)), str(out), f"variables.data={data_set}", *SETTINGS]
+    command = [sys.executable, nano_run.__file__, str(out), f"variables.data={data_set}", *SETTINGS]
     processes = []
     for rank in (0, 1):
         env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
@@ -54,8 +53,7 @@ def test_two_ranks_equal_one(kind, objective, two_ranks, data_set, tmp_path):
     assert len(capture.batches) == 3
     for step, alone in enumerate(capture.batches):
         for key in ("input_ids", "labels", "sequence_id"):
-            together = torch.cat([rank["batches"][step][key] for rank in ranks])
-            assert torch.equal(together, alone[key]), f"rows of step {step}"
+            assert torch.equal(torch.cat([rank["batches"][step][key] for rank in ranks]), alone[key])
         assert {rank["batches"][step]["tokens_before"] for rank in ranks} == {alone["tokens_before"]}
     assert compare_steps(tmp_path, two_ranks / f"{kind}-{objective}") is None  # rank 0 wrote the hash of all ranks' rows
     assert len(read_steps(tmp_path)) == 3
@@ -63,8 +61,7 @@ def test_two_ranks_equal_one(kind, objective, two_ranks, data_set, tmp_path):
         assert rank["lrs"] == capture.lrs and rank["tokens"] == capture.tokens
         assert rank["gradients"].keys() == capture.gradients.keys()
         for name, gradient in capture.gradients.items():
-            worst = (gradient - rank["gradients"][name]).abs().max()
-            assert worst <= 1e-6 * gradient.abs().max(), f"{name}: {worst}"
+            assert (gradient - rank["gradients"][name]).abs().max() <= 1e-6 * gradient.abs().max(), name
     for mine, theirs in zip(capture.losses, ranks[0]["losses"], strict=True):
         assert theirs == pytest.approx(mine, rel=1e-6)
     manifest = json.loads((data_set / "validation" / "manifest.json").read_text())

@@ -171,22 +171,19 @@ def test_files_are_cut_where_composer_saves(cfg, interval, monkeypatch):
 
 def test_a_stopped_export_goes_on_and_ends_with_the_same_files(cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "STEPS_PER_FILE", 2)
-    stream = stream_of(cfg)
+    stream, whole, parts = stream_of(cfg), tmp_path / "whole", tmp_path / "parts"
     steps = steps_of_run(cfg, stream)
-    assert list(export_order(cfg, stream, tmp_path / "whole", steps)) == list(steps)
+    assert list(export_order(cfg, stream, whole, steps)) == list(steps)
     for stop in (0, 3, 6, 11):
-        for step in export_order(cfg, stream_of(cfg), tmp_path / "parts", steps):
+        for step in export_order(cfg, stream_of(cfg), parts, steps):
             if step == stop:
                 break
-    files = [tmp_path / "parts" / name for name in names(tmp_path / "parts") if name.endswith(".parquet")]
-    victim = files[1]
+    victim = parts / names(whole)[1]
     victim.write_bytes(victim.read_bytes()[:-40])  # as a crash of the machine may leave it
-    times = {path: path.stat().st_mtime_ns for path in files}
-    assert list(export_order(cfg, stream, tmp_path / "parts", steps)) == list(steps)
-    assert all((path.stat().st_mtime_ns == times[path]) is (path != victim) for path in files)
-    for name in names(tmp_path / "whole"):
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert names(tmp_path / "whole") == names(tmp_path / "parts")
+    times = {path: path.stat().st_mtime_ns for path in parts.rglob("*.parquet")}
+    assert list(export_order(cfg, stream, parts, steps)) == list(steps) and names(parts) == names(whole)
+    assert all((path.stat().st_mtime_ns == then) is (path != victim) for path, then in times.items())
+    assert all((parts / name).read_bytes() == (whole / name).read_bytes() for name in names(whole))
 
 
 def test_a_range_is_written_under_the_names_of_its_phase_and_another_order_or_range_is_refused(rising_run, cfg, tmp_path):
