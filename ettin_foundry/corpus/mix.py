@@ -91,7 +91,8 @@ def budgets_of(spec: MixSpec, path: Path) -> tuple[dict[str, int], float | None]
             raise ValueError(f"{path}: without phase, sets must be {{NAME: {{set: ..., tokens: ...}}}}, and "
                              "no other key is possible")
         return {name: max(1, round(tokens or 0)) for name, tokens in own.items()}, None
-    phases = read_yaml(path.parent / spec.catalogue if spec.catalogue else program_folder() / "data_prep" / "sources.yaml", Catalogue).phases
+    catalogue = path.parent / spec.catalogue if spec.catalogue else program_folder() / "data_prep" / "sources.yaml"
+    phases = read_yaml(catalogue, Catalogue).phases
     if (wanted := phases.get(spec.phase)) is None:
         raise ValueError(f"{path}: phase must be one of {', '.join(phases)}, got {spec.phase!r}")
     names = [*spec.sets, *spec.leave_out]
