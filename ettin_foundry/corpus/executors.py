@@ -55,13 +55,9 @@ def run_tasks(work: Callable[[T, Report], R], tasks: Sequence[T], *, workers: in
     """Does every task in `workers` processes; the results in the order of the tasks.
 
     Args:
-        work: `work(task, report)` returns the result; `report(Tick(...))` says how far it is. It, the tasks
-            and the results are pickled and must come from importable modules.
-        tasks: each has a `label` for messages. workers: one works in this process. tries: workers that a task
-            may kill. ray: run on a Ray cluster, `ray_address` or one that is started here.
-
-    Raises:
-        WorkerDeath: a task killed `tries` workers. Exception: whatever `work` raised.
+        work: `work(task, report)` returns the result, `report(Tick(...))` says how far it is; all must be picklable.
+        tasks: each has a `label` for messages. workers: one works in this process.
+        tries: workers that a task may kill before WorkerDeath is raised. ray: run on a Ray cluster.
     """
     results: dict[int, R] = {}
     if workers == 1 and not ray:
