@@ -35,10 +35,11 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     return path
 
 
-def write_corpus(folder: Path, *, files: int = 3, documents: int = 40, seed: int = 0, longest: int = 60) -> list[str]:
-    """Writes files 0.jsonl, 1.jsonl, ...; the texts in order."""
+def write_corpus(folder: Path, *, files: int = 3, documents: int = 40, seed: int = 0, longest: int = 60,
+                 first: int = 0) -> list[str]:
+    """Writes files 0.jsonl, 1.jsonl, ..., or from `first` on; the texts in order."""
     lists = [make_documents(documents, seed=1000 * seed + file, longest=longest) for file in range(files)]
-    for file, texts in enumerate(lists):
+    for file, texts in enumerate(lists, first):
         write_jsonl(folder / f"{file}.jsonl", texts)
     return [text for texts in lists for text in texts]
 

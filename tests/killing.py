@@ -6,8 +6,6 @@ Programs are forked from a server that has imported everything, so that a start 
 from __future__ import annotations
 
 import contextlib
-import gzip
-import json
 import multiprocessing
 import os
 import random
@@ -17,47 +15,19 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import zstandard
-from conftest import CHUNK_LENGTH, make_documents
+from conftest import CHUNK_LENGTH
 from converting import files_of, stored
-from pyarrow import parquet
 
 FLAGS = ["--chunk-length", str(CHUNK_LENGTH), "--validation", "0.1", "--shard-size", "8kb", "--unit-size", "2kb"]
+Steps = Sequence[Sequence[Sequence[str]]]
+"""One after another, each of programs that run at the same time."""
 
 
-def write_mixed_corpus(folder: Path, *, documents: int, seed: int = 3) -> list[str]:
-    """Six files of five kinds, some of them of many units, with a few texts that come twice; all texts."""
-    folder.mkdir(parents=True)
-    rng = random.Random(seed)
-    texts: list[str] = []
-    for number in range(6):
-        found = make_documents(documents, seed=100 * seed + number, longest=80)
-        found += rng.sample(texts or found, max(1, documents // 20))
-        records = [{"id": f"{folder.name}-{number}-{index}", "text": text} for index, text in enumerate(found)]
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-        path = folder / f"{folder.name}-{number}"
-        if number == 2:
-            path.with_suffix(".jsonl.gz").write_bytes(gzip.compress(lines))
-        elif number == 3:
-            found = [found[0]]
-            path.with_suffix(".txt").write_text(found[0], encoding="utf-8")
-        elif number == 4:
-            parquet.write_table(pyarrow.Table.from_pylist(records), path.with_suffix(".parquet"))
-        elif number == 5:
-            path.with_suffix(".jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
-        else:
-            path.with_suffix(".jsonl").write_bytes(lines)
-        texts += found
-    return texts
-
-
-def scenarios(corpus: Path, more: Path, tokenizer: Path) -> dict[str, list[list[list[str]]]]:
-    """Name -> steps one after another, each of programs at the same time. `{out}` is the dataset."""
+def scenarios(corpus: Path, more: Path, tokenizer: Path) -> dict[str, Steps]:
+    """Ways to convert; `{out}` is the dataset."""
     one = [f"texts={corpus}", "--tokenizer", str(tokenizer), "--out", "{out}", *FLAGS]
     two = [f"more={more}", "--tokenizer", str(tokenizer), "--out", "{out}", *FLAGS, "--append"]
     return {"one process": [[[*one, "--workers", "1"]]],
@@ -79,22 +49,6 @@ def _program(words: list[str], log: str) -> None:
     sys.exit(main(words) if words[0] != "finalize" else finalize(words[1]) and 0)
 
 
-@dataclass
-class Tally:
-    """What happened, and what was wrong."""
-
-    killed: Counter[str] = field(default_factory=Counter)
-    starts: int = 0
-    conversions: int = 0
-    lost: int = 0
-    doubled: int = 0
-    differing: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return (f"{self.killed.total()} kills {dict(self.killed)}, {self.starts} starts, {self.conversions} conversions: "
-                f"{self.lost} documents lost, {self.doubled} doubled, {len(self.differing)} files differ")
-
-
 class Killer:
     """Runs scenarios, undisturbed once and then killed: all processes, the main process alone, or one worker.
 
@@ -103,44 +57,40 @@ class Killer:
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.rng, self.tally = folder, random.Random(seed), Tally()
+        self.folder, self.rng, self.seconds = folder, random.Random(seed), dict[str, float]()
+        self.killed, self.conversions = Counter[str](), 0
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["ettin_foundry.cli.convert", "ettin_foundry.corpus.card", "matplotlib.figure",
                                              "transformers.models.auto.tokenization_auto"])
         first = self.context.Process(target=int)
         first.start()
         first.join()  # the server has imported everything
-        self.seconds: dict[str, float] = {}
 
-    def undisturbed(self, name: str, steps: list[list[list[str]]]) -> int:
+    def undisturbed(self, name: str, steps: Steps) -> int:
         """Converts without killing; the number of documents."""
         begin = time.monotonic()
-        for step in steps:
-            programs = self._start(step, self.folder / f"whole-{name}")
-            assert self._ended(programs), (self.folder / "log").read_text()[-3000:]
+        assert all(self._ended(self._start(step, self.folder / f"whole-{name}")) for step in steps)
         self.seconds[name] = (time.monotonic() - begin) / len(steps)
-        return self._ids(self.folder / f"whole-{name}").total()
+        return len(self._ids(self.folder / f"whole-{name}"))
 
-    def convert(self, name: str, steps: list[list[list[str]]], most_kills: int) -> None:
-        """Converts with at most so many kills, and compares every file and document with the undisturbed ones."""
+    def convert(self, name: str, steps: Steps, most_kills: int) -> list[str]:
+        """Converts with at most so many kills; files that differ and documents lost or doubled."""
         out, whole = self.folder / "killed", self.folder / f"whole-{name}"
-        limit = self.tally.killed.total() + most_kills
+        limit = self.killed.total() + most_kills
         for step in steps:
             while not self._try(step, out, 0.6 * self.seconds[name], limit):
                 pass
-        self.tally.conversions += 1
-        found, wanted = self._ids(out), self._ids(whole)
-        self.tally.lost += (wanted - found).total()
-        self.tally.doubled += (found - wanted).total()
-        files, expected = files_of(out), files_of(whole)
-        self.tally.differing += [n for n in sorted(files.keys() | expected.keys()) if files.get(n) != expected.get(n)]
+        self.conversions += 1
+        found, wanted, files, expected = self._ids(out), self._ids(whole), files_of(out), files_of(whole)
         shutil.rmtree(out)
+        return [*(n for n in sorted(files.keys() | expected.keys()) if files.get(n) != expected.get(n)),
+                *(f"lost {n}" for n in Counter(wanted) - Counter(found)),
+                *(f"doubled {n}" for n in Counter(found) - Counter(wanted))]
 
-    def _try(self, step: list[list[str]], out: Path, most_seconds: float, limit: int) -> bool:
+    def _try(self, step: Sequence[Sequence[str]], out: Path, most_seconds: float, limit: int) -> bool:
         """One start of a step; whether it came to its end."""
-        programs = self._start(step, out)
-        worker_kills = 0
-        while self.tally.killed.total() < limit:
+        programs, worker_kills = self._start(step, out), 0
+        while self.killed.total() < limit:
             end = time.monotonic() + self.rng.uniform(0, most_seconds)
             for program in programs:
                 program.join(max(0.0, end - time.monotonic()))
@@ -152,21 +102,19 @@ class Killer:
                 if what == "worker" and workers and worker_kills < 2:  # the third in one task would rightly end it
                     worker_kills += 1
                     os.kill(self.rng.choice(workers), signal.SIGKILL)
-                    self.tally.killed["worker"] += 1
+                    self.killed["worker"] += 1
                     continue
                 for program in [self.rng.choice(programs)] if what == "main" else programs:
                     (os.kill if what == "main" else os.killpg)(program.pid, signal.SIGKILL)
-            self.tally.killed["main" if what == "main" else "all"] += 1
+            self.killed["main" if what == "main" else "all"] += 1
             break
         return self._ended(programs)
 
-    def _start(self, step: list[list[str]], out: Path) -> list[Any]:
-        self.tally.starts += 1
-        programs = []
-        for words in step:
-            arguments = [word.replace("{out}", str(out)) for word in words], str(self.folder / "log")
-            programs.append(self.context.Process(target=_program, args=arguments))
-            programs[-1].start()
+    def _start(self, step: Sequence[Sequence[str]], out: Path) -> list[Any]:
+        programs = [self.context.Process(target=_program, args=(
+            [word.replace("{out}", str(out)) for word in words], str(self.folder / "log"))) for words in step]
+        for program in programs:
+            program.start()
         return programs
 
     def _ended(self, programs: Sequence[Any]) -> bool:
@@ -182,8 +130,8 @@ class Killer:
         return statuses == {0}
 
     @staticmethod
-    def _ids(out: Path) -> Counter[str]:
-        return Counter(name for split in ("train", "validation") for name in stored(out / split))
+    def _ids(out: Path) -> list[str]:
+        return [name for split in ("train", "validation") for name in stored(out / split)]
 
 
 def _children(pid: int) -> list[int]:

@@ -16,7 +16,7 @@ __all__ = ["add_commands"]
 
 def add_commands(app: typer.Typer) -> None:
     """Adds this module's commands."""
-    app.command(help="List the recipes, or copy train.py and the recipes into a folder of your own.")(recipes)
+    app.command(help="List the recipes, or copy them with train.py and data_prep/ into a folder of your own.")(recipes)
     app.command(help="Say what a run, or every stage of a suite, will take: steps, tokens, memory, hours, storage. Nothing "
                      "is built or trained.")(plan)
     app.command(help="Say whether two runs are a fair pair, and each difference with its reason. Nothing is trained.")(lint)
@@ -25,21 +25,23 @@ def add_commands(app: typer.Typer) -> None:
     app.command(help="Losses of a model on a dataset's validation split, under any objective.")(evaluate)
 
 
-def recipes(copy: Annotated[Path | None, typer.Option(help="Folder to copy train.py and yamls/ into.")] = None) -> None:
+def recipes(copy: Annotated[Path | None, typer.Option(help="Folder to copy train.py, yamls/ and data_prep/ into.")] = None
+            ) -> None:
     import shutil
 
     from ettin_foundry import program_folder
 
-    here = program_folder()
+    here, parts = program_folder(), ("train.py", "yamls", "data_prep")
     if copy is None:
         print(*sorted(path.relative_to(here).as_posix() for path in (here / "yamls").rglob("*.yaml")), sep="\n")
         return
-    if taken := [name for name in ("train.py", "yamls") if (copy / name).exists()]:
-        raise ValueError(f"--copy must be a folder without {' and '.join(taken)}, got {copy}; choose another")
+    if taken := [name for name in parts if (copy / name).exists()]:
+        raise ValueError(f"--copy must be a folder without {', '.join(taken)}, got {copy}; choose another")
     copy.mkdir(parents=True, exist_ok=True)
-    shutil.copy(here / "train.py", copy)
-    shutil.copytree(here / "yamls", copy / "yamls")
-    print(f"wrote {copy / 'train.py'} and {copy / 'yamls'}")
+    shutil.copy(here / parts[0], copy)
+    for name in parts[1:]:
+        shutil.copytree(here / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    print(f"wrote {', '.join(parts)} in {copy}")
 
 
 def plan(recipe: Annotated[list[str], typer.Argument(metavar="RECIPE [OVERLAY | KEY=VALUE]...", help="As for train.py; or a "

@@ -1,19 +1,23 @@
-"""Where a document's tokens are cut into chunks: at a paragraph or sentence end near the limit, outside of characters.
+"""Where a document's tokens are cut into chunks: at a paragraph or sentence end near the limit, outside of
+characters.
 
 A document of at most `chunk_length` tokens is one chunk. A longer one is cut, from its beginning, like this:
 
-1. While at least 1.1 chunks remain, the next chunk ends at the best place of the last tenth of `chunk_length`: the
-   latest paragraph end, else sentence end, else line end, else place before a space, else place between characters.
-2. When more than one but less than 1.1 chunks remain, they become two chunks of similar size, cut at the best place of
-   the tenth around their middle. So every chunk of a longer document holds at least a tenth of `chunk_length`.
-3. Where the whole tenth lies inside characters (a token may end one and begin the next), the latest place before it
-   that lies between two characters is taken; where the chunk has none, the cut is made all the same.
+1. While at least 1.1 chunks remain, the next chunk ends at the best place of the last tenth of
+   `chunk_length`: the latest paragraph end, else sentence end, else line end, else place before a space, else
+   place between characters.
+2. When more than one but less than 1.1 chunks remain, they become two chunks of similar size, cut at the best
+   place of the tenth around their middle. So every chunk of a longer document holds at least a tenth of
+   `chunk_length`.
+3. Where the whole tenth lies inside characters (a token may end one and begin the next), the latest place
+   before it that lies between two characters is taken; where the chunk has none, the cut is made all the
+   same.
 
-What a token means for a cut depends on its bytes alone, so the rule is tables with one entry per id, filled once from
-tokenizer.json, and a state machine that runs over the tokens around the limit. Paragraph end: after a blank line.
-Sentence end: after a terminator and its closing quotes or brackets, if a space follows (after a Chinese or Japanese
-terminator it need not), or after that space. A full stop after a digit or a capital ends no sentence ("3.14", "1. Item",
-"J. Smith"). A terminator that the vocabulary splits into bytes is not seen.
+What a token means for a cut depends on its bytes alone, so the rule is tables with one entry per id, filled
+once from tokenizer.json, and a state machine that runs over the tokens around the limit. Paragraph end: after
+a blank line. Sentence end: after a terminator and its closing quotes or brackets, if a space follows (after a
+Chinese or Japanese terminator it need not), or after that space. A full stop after a digit or a capital ends
+no sentence ("3.14", "1. Item", "J. Smith"). A terminator that the vocabulary splits into bytes is not seen.
 """
 
 from __future__ import annotations
@@ -106,8 +110,9 @@ class Chunker:
 
     Args:
         tokenizer_json: the content of a tokenizer.json. chunk_length: most tokens in a chunk, 1 to 65,535.
-        window: share of `chunk_length`, 0 to 0.5, in which the best place is looked for: the tenth of the module's
-            description. With 0 a chunk is as long as characters allow, and what remains at the end may be short.
+        window: share of `chunk_length`, 0 to 0.5, in which the best place is looked for: the tenth of the
+            module's description. With 0 a chunk is as long as characters allow, and what remains at the end
+            may be short.
     """
 
     def __init__(self, tokenizer_json: str, chunk_length: int, window: float = 0.1) -> None:
@@ -116,7 +121,7 @@ class Chunker:
         self._after, self._begins, self._rows = _tables(token_bytes(tokenizer_json))
 
     def cuts(self, tokens: np.ndarray) -> list[int]:
-        """Ends of the chunks of a document of (L,) tokens, increasing: chunk k is tokens[ends[k - 1]:ends[k]]."""
+        """Ends of the chunks of a document's (L,) tokens: chunk k is tokens[ends[k - 1]:ends[k]]."""
         limit, tenth = self.chunk_length, self._tenth
         ends = [0]
         while (left := len(tokens) - ends[-1]) > limit:
@@ -145,9 +150,10 @@ def _tables(pieces: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, list[tuple
     """Of each token: the state after it, and how it begins.
 
     Returns:
-        (65536,) uint8: the state after the token where that does not depend on what came before, else 9 + a row;
-        (65536,) uint8: how it begins; the rows: state after the token, per state before it. Only tokens made of
-        nothing but punctuation and spaces have one, and the machine allows fewer than 247 different ones.
+        (65536,) uint8: the state after the token where that does not depend on what came before, else 9 + a
+        row; (65536,) uint8: how it begins; the rows: state after the token, per state before it. Only tokens
+        made of nothing but punctuation and spaces have one, and the machine allows fewer than 247 different
+        ones.
     """
     texts = [piece.decode("utf-8", "replace") for piece in pieces]
     passing = "".join(c for c in set("".join(texts)) if _kind(c) not in (_OTHER, _CAPITAL))
@@ -186,7 +192,8 @@ def token_bytes(tokenizer_json: str) -> list[bytes]:
 def _model_bytes(content: dict[str, Any], tokens: Sequence[str]) -> Iterator[bytes]:
     """The bytes of each of the model's own tokens, in order."""
     if b'"ByteLevel"' in orjson.dumps([content.get("pre_tokenizer"), content.get("decoder")]):
-        # GPT-2's alphabet: printable Latin-1 is itself, the other bytes are characters from U+0100 on, in order
+        # GPT-2's alphabet: printable Latin-1 is itself, the other bytes are characters from U+0100 on, in
+        # order
         itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         moved = [byte for byte in range(256) if byte not in itself]
         alphabet = {0x100 + number: byte for number, byte in enumerate(moved)}

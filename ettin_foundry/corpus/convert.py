@@ -51,11 +51,7 @@ __all__ = ["ConvertOptions", "Summary", "convert"]
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """What to convert, and how; cli/convert.py says what each option means.
-
-    Raises:
-        ValueError: an option out of range, or two that contradict each other; the message names them.
-    """
+    """What to convert, and how; cli/convert.py says what each option means. Wrong ones raise ValueError."""
 
     sources: Sequence[str]
     out: str | os.PathLike[str]
@@ -136,19 +132,14 @@ def _flag(key: str) -> str:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a conversion did.
-
-    Attributes:
-        out: the dataset. sources: name -> counts of both splits together; empty for one task of an array.
-        units: done by this call, of all. seconds, tokens_done: of this call.
-    """
+    """What a conversion did."""
 
     out: str
-    sources: Mapping[str, Mapping[str, Any]]
+    sources: Mapping[str, Mapping[str, Any]]  # name -> counts of both splits; empty for one task of an array
     validation_documents: int
     seconds: float
-    units: tuple[int, int]
-    tokens_done: int
+    units: tuple[int, int]  # done by this call, of all
+    tokens_done: int  # by this call
 
     @property
     def tokens(self) -> int:
@@ -173,8 +164,7 @@ def convert(options: ConvertOptions) -> Summary:
     """Converts a corpus into OUT/tokenizer, OUT/train and OUT/validation, or goes on with doing so.
 
     Raises:
-        FileNotFoundError, ValueError: the input cannot be converted, or OUT was begun with other options.
-        FileExistsError: OUT holds something else.
+        OSError, ValueError: the input cannot be converted, or OUT holds something else, or was begun otherwise.
     """
     begin, storage = time.perf_counter(), open_storage(options.out)
     before = read_plan(storage)
@@ -189,7 +179,10 @@ def convert(options: ConvertOptions) -> Summary:
     check_append(todo, plan, sources)
     if plan != before:
         if before is None or dict(before.tokenizer) != dict(plan.tokenizer):
-            _save_tokenizer(tok, storage)
+            with tempfile.TemporaryDirectory(dir=storage.scratch()) as folder:
+                tokenizers.save(tok, folder)
+                for path in sorted(Path(folder).iterdir()):
+                    storage.put_file(path, f"tokenizer/{path.name}")
         if read_plan(storage) not in (before, plan):
             raise ValueError(f"--out must not be used by two conversions at once, got {storage.url}, whose "
                              f"{PLAN} has just changed")
@@ -246,10 +239,7 @@ def _find_duplicates(job: ConvertUnit, plan: Plan, options: ConvertOptions, stor
 
 def _tokenizer(options: ConvertOptions, storage: Storage, plan: Plan | None,
                sources: Sequence[Source]) -> PreTrainedTokenizerFast:
-    """The given tokenizer, the dataset's own, or one trained now.
-
-    Until a unit is finished, options and inputs may still change, and with them what it is trained on.
-    """
+    """The given tokenizer, the dataset's own where a unit is finished, or one trained now."""
     if options.tokenizer is not None:
         tok = tokenizers.load(options.tokenizer)
     elif plan is None or not (options.append or finished_units(storage)):
@@ -261,13 +251,6 @@ def _tokenizer(options: ConvertOptions, storage: Storage, plan: Plan | None,
             tok = tokenizers.load(folder)
         tok.name_or_path = plan.tokenizer["name"]
     return tokenizers.with_template(tok, "encoder")
-
-
-def _save_tokenizer(tok: PreTrainedTokenizerFast, storage: Storage) -> None:
-    with tempfile.TemporaryDirectory(dir=storage.scratch()) as folder:
-        tokenizers.save(tok, folder)
-        for path in sorted(Path(folder).iterdir()):
-            storage.put_file(path, f"tokenizer/{path.name}")
 
 
 def _train(sources: Sequence[Source], options: ConvertOptions) -> PreTrainedTokenizerFast:

@@ -42,10 +42,10 @@ def read_drops(path: Path) -> np.ndarray:
 def find_duplicates(hash_files: Sequence[Path], out_folder: Path) -> int:
     """Finds the documents that repeat an earlier one; how many there are.
 
-    Writes `out_folder/NAME` for the hash file of that name of every unit, in the form of `read_drops`. The hashes are
-    divided by their leading bits into files of `_BLOCK` documents, of which one at a time is sorted. A hash is passed
-    on once a block, so that a text repeated without end does not fill one file. Meanwhile `out_folder` holds 25 bytes
-    a document.
+    Writes `out_folder/NAME` for the hash file of that name of every unit, in the form of `read_drops`. The
+    hashes are divided by their leading bits into files of `_BLOCK` documents, of which one at a time is
+    sorted. A hash is passed on once a block, so that a text repeated without end does not fill one file.
+    Meanwhile `out_folder` holds 25 bytes a document.
     """
     begins = np.cumsum([0, *(len(_load(path, 2)) for path in hash_files)]).tolist()
     bits = (begins[-1] // _BLOCK).bit_length()
@@ -88,7 +88,8 @@ def _append_by_prefix(records: np.ndarray, bits: int, paths: Sequence[Path]) -> 
 def _repeats(hashes: np.ndarray) -> np.ndarray:
     """Positions of (N, 2) uint64 rows that equal an earlier row.
 
-    One sort of single numbers, the leading bits of a hash and the position behind them, finds the few rows to compare.
+    One sort of single numbers, the leading bits of a hash and the position behind them, finds the few rows to
+    compare.
     """
     position_bits = np.uint64(len(hashes).bit_length())
     keys = hashes[:, 1] >> position_bits << position_bits | np.arange(len(hashes), dtype=np.uint64)

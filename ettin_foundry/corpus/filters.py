@@ -46,14 +46,16 @@ class FilterOptions:
     def record(self) -> dict[str, Any]:
         """All that shapes the data, as JSON, without places on this machine.
 
-        A predicate is told by the hash of the file that defines it; what that file imports is not looked at. The keys
-        of decontamination stay, so that a manifest is the same, byte for byte, as one of an earlier conversion.
+        A predicate is told by the hash of the file that defines it; what that file imports is not looked at.
+        The keys of decontamination stay, so that a manifest is the same, byte for byte, as one of an earlier
+        conversion.
         """
         files = {name: _load_predicate(name)[1].read_bytes() for name in self.predicates}
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         return {"min_characters": self.min_characters, "max_characters": self.max_characters,
-                "predicates": [{"name": name, "sha256": hashlib.sha256(files[name]).hexdigest()} for name in files],
-                "decontaminate": [], "decontaminate_field": "text", "decontaminate_drop": False, "ngrams": None,
-                "deduplicate": self.deduplicate}
+                "predicates": [{"name": name, "sha256": digest} for name, digest in digests.items()],
+                "decontaminate": [], "decontaminate_field": "text", "decontaminate_drop": False,
+                "ngrams": None, "deduplicate": self.deduplicate}
 
 
 class FilterChain:

@@ -185,13 +185,12 @@ def build_mix(spec: str | os.PathLike[str], out: str | os.PathLike[str], *, seed
             member.runs.append((0, member.shards))
         held_out = _write_split(partial, target, "validation", rest, head) if rest else {}
         storage = open_storage(members[0].place)
-        files = [(name, size) for name, size in storage.list("tokenizer/") if size <= _MAX_TOKENIZER_BYTES]
-        if not files:
+        if not (files := storage.list("tokenizer/")):
             raise FileNotFoundError(f"{storage.where('tokenizer')} holds no file; put the original there")
-        for name, size in files:
+        for name, _ in files:
             if storage.is_local:
                 os.close(open_plain(Path(storage.url) / name))  # a link is an error
-            storage.get_file(name, partial / name, num_bytes=size)
+            storage.get_file(name, partial / name, at_most=_MAX_TOKENIZER_BYTES)
         os.replace(partial, target)  # an empty folder is replaced
     total, width = sum(facts["tokens"] for facts in sources.values()), max(map(len, sources))
     chunks = sum(facts["chunks"] for facts in held_out.values())

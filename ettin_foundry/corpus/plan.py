@@ -33,17 +33,12 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True)
 class Unit:
-    """One unit of work: parts of one source, to be read in order.
-
-    Attributes:
-        number: its place in the plan, and in the names of its shards and its completion record.
-        sizes: bytes on disk of each part's file when the plan was made; 0 where a part is no file.
-    """
+    """One unit of work: parts of one source, to be read in order."""
 
     number: int
     source: str
     parts: tuple[Part, ...]
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...]  # bytes on disk of each part's file when the plan was made; 0 where it is no file
 
     @property
     def label(self) -> str:
@@ -57,34 +52,26 @@ class Unit:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that determines the bytes of a dataset.
+    """Everything that determines the bytes of a dataset."""
 
-    Attributes:
-        options: name -> value of each option that shapes the data. tokenizer: its fingerprint.
-        sources: name -> {"licence", "revision"}, in order. units: `units[n].number` is n.
-    """
-
-    options: Mapping[str, Any]
-    tokenizer: Mapping[str, Any]
-    sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    options: Mapping[str, Any]  # name -> value of each option that shapes the data
+    tokenizer: Mapping[str, Any]  # its fingerprint
+    sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> licence and revision
     units: Sequence[Unit] = ()
 
     @functools.cached_property
     def base_key(self) -> str:
         """Hash of all but the sources: what a unit's output depends on besides the unit."""
         tokenizer = {key: value for key, value in self.tokenizer.items() if key != "name"}
-        return xxhash.xxh64(json.dumps([dict(self.options), tokenizer], sort_keys=True).encode()).hexdigest()
+        return xxhash.xxh64(json.dumps([self.options, tokenizer], sort_keys=True).encode()).hexdigest()
 
     def with_sources(self, sources: Iterable[Source]) -> Plan:
-        """The plan with the units of further sources behind its own.
-
-        A source with `limit_bytes` is one unit: where the limit falls is known only by reading up to it.
-        """
+        """The plan with the units of further sources behind its own."""
         names, units = {name: dict(facts) for name, facts in self.sources.items()}, list(self.units)
         for source in sources:
             names[source.name] = {"licence": source.licence, "revision": source.revision}
             groups = plan_parts(source, self.options["unit_size"])
-            if self.options["limit_bytes"] is not None:
+            if self.options["limit_bytes"] is not None:  # where it falls is known only by reading up to it
                 groups = [tuple(part for group in groups for part in group)]
             for parts in groups:
                 sizes = tuple(source.sizes.get(part.file, 0) for part in parts)
@@ -93,9 +80,8 @@ class Plan:
 
     def to_bytes(self) -> bytes:
         """plan.json, with one unit a line."""
-        head = {"format": "ettin-plan", "version": 1, "options": dict(self.options),
-                "tokenizer": dict(self.tokenizer),
-                "sources": {name: dict(facts) for name, facts in self.sources.items()}}
+        head = {"format": "ettin-plan", "version": 1, "options": self.options, "tokenizer": self.tokenizer,
+                "sources": self.sources}
         units = ",\n".join("  " + json.dumps(unit.to_json()) for unit in self.units)
         return (json.dumps(head, indent=1)[:-2] + f',\n "units": [\n{units}\n ]\n}}\n').encode()
 
@@ -131,24 +117,20 @@ class _Record(pydantic.BaseModel):
     splits: dict[str, _SplitCounts]
 
 
-def _read(model: type[pydantic.BaseModel], storage: Storage, name: str, advice: str) -> Any:
+def _read(model: type[pydantic.BaseModel], storage: Storage, name: str) -> Any:
     try:
         return model.model_validate_json(storage.read_bytes(name))
     except pydantic.ValidationError as error:
         found = error.errors(include_url=False)[0]
-        raise ValueError(f"{storage.where(name)}: must be as a conversion wrote it, got "
-                         f"{'.'.join(map(str, found['loc']))}: {found['msg'][:200]}; {advice}") from None
+        raise ValueError(f"{storage.where(name)}: must be as a conversion wrote it, got {found['loc']}: "
+                         f"{found['msg'][:200]}; remove it and convert again") from None
 
 
 def read_plan(storage: Storage) -> Plan | None:
-    """The plan of a dataset, or None where no conversion was started.
-
-    Raises:
-        ValueError: plan.json is not a plan.
-    """
+    """The plan of a dataset, or None where no conversion was started. Raises ValueError for what is not a plan."""
     if not storage.exists(PLAN):
         return None
-    stored = _read(_StoredPlan, storage, PLAN, "name another folder, or remove this one and convert again")
+    stored = _read(_StoredPlan, storage, PLAN)
     units = [Unit(number, unit.source, tuple(Part(*part[:3]) for part in unit.parts),
                   tuple(part[3] for part in unit.parts)) for number, unit in enumerate(stored.units)]
     return Plan(stored.options, stored.tokenizer, stored.sources, tuple(units))
@@ -166,16 +148,11 @@ def record_key(base_key: str, unit: Unit) -> str:
 
 
 def read_record(storage: Storage, plan: Plan, unit: int) -> dict[str, Any]:
-    """A unit's completion record.
-
-    Raises:
-        ValueError: it is not one, or is of another unit.
-    """
-    advice = "remove it and run the same conversion again"
-    record: dict[str, Any] = _read(_Record, storage, record_name(unit), advice).model_dump()
+    """A unit's completion record. Raises ValueError if it is not one, or is of another unit."""
+    record: dict[str, Any] = _read(_Record, storage, record_name(unit)).model_dump()
     if record["key"] != (needed := record_key(plan.base_key, plan.units[unit])):
-        raise ValueError(f"{storage.where(record_name(unit))}: is of another unit; key must be {needed} for "
-                         f"{plan.units[unit].label}, got {record['key']}; {advice}")
+        raise ValueError(f"{storage.where(record_name(unit))}: is of another unit; key must be {needed}, got "
+                         f"{record['key']}; remove it and convert again")
     return record
 
 
@@ -195,11 +172,7 @@ def check_place(storage: Storage, append: bool) -> None:
 
 
 def find_sources(options: ConvertOptions, plan: Plan | None) -> list[Source]:
-    """The sources, with absolute places for workers elsewhere; hub datasets at the plan's revision.
-
-    Raises:
-        FileNotFoundError, ValueError: from `sources.find_source`; two of one name; OUT is inside one.
-    """
+    """The sources, with absolute places for workers elsewhere; hub datasets at the plan's revision."""
     found: dict[str, Source] = {}
     out = os.fspath(options.out)
     for source in (find_source(text, licence=options.licence) for text in options.sources):
@@ -218,14 +191,7 @@ def find_sources(options: ConvertOptions, plan: Plan | None) -> list[Source]:
 
 def plan_conversion(options: ConvertOptions, before: Plan | None, sources: Sequence[Source], *,
                     tokenizer: Mapping[str, Any], storage: Storage) -> Plan:
-    """What is to be done; an earlier plan must agree with it in all that shapes the data.
-
-    Args:
-        before: the plan that was begun in the same place, or None. tokenizer: its fingerprint.
-
-    Raises:
-        ValueError: it does not; names what differs, and both values.
-    """
+    """What is to be done; the plan `before` must agree with it in all that shapes the data, else ValueError."""
     finished, names = finished_units(storage), [source.name for source in sources]
     wanted = Plan(options.record(), tokenizer)
     if before is None or not (finished or options.append):

@@ -5,7 +5,6 @@ Ray starts processes and carries pickles. Its own retries are off: they would be
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
 import os
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
-from ettin_foundry.corpus.executors import ONE_CORE, Key, WorkerLost, send_records, sendable
+from ettin_foundry.corpus.executors import ONE_CORE, Key, WorkerLost, sendable
 
 __all__ = ["RayPool"]
 
@@ -27,13 +26,8 @@ _STORE_BYTES = 80 << 20  # about the least that Ray takes
 class RayPool:
     """Workers of one CPU each on a Ray cluster; the methods are those of `executors._LocalPool`.
 
-    Args:
-        work: as of `executors.run_tasks`. workers: CPUs of a Ray that is started here.
-        address: of a running cluster, as `ray.init` takes it; None takes RAY_ADDRESS, the Ray of this
-            process, or one that is started here and stopped at the end.
-
-    Raises:
-        ValueError: Ray is not installed. ConnectionError: no cluster at the address.
+    Takes the Ray of this process, the cluster at `address` (as of `ray.init`) or RAY_ADDRESS, or starts one with
+    `workers` CPUs here and stops it at the end. Raises ValueError without Ray, ConnectionError without a cluster.
     """
 
     def __init__(self, work: Any, workers: int, address: str | None) -> None:
@@ -79,7 +73,7 @@ class RayPool:
         except self.ray.exceptions.RayError as error:
             raise WorkerLost(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}") from error
 
-    def messages(self) -> Iterator[Any]:
+    def ticks(self) -> Iterator[Any]:
         while number := self.mail.qsize():
             yield from self.mail.get_nowait_batch(number)
 
@@ -102,12 +96,7 @@ def _attempt(setup: bytes, task: bytes, key: Key, mail: Any) -> bytes:
     for name, value in ONE_CORE.items():
         os.environ.setdefault(name, value)
 
-    def send(message: Any) -> None:
-        with contextlib.suppress(Exception):  # the main process is gone; Ray ends this one
-            mail.put_nowait((key, message))
-
-    send_records(send)
     try:
-        return pickle.dumps(pickle.loads(setup)(pickle.loads(task), send))
+        return pickle.dumps(pickle.loads(setup)(pickle.loads(task), lambda tick: mail.put_nowait((key, tick))))
     except Exception as error:
         raise sendable(error) from error.__cause__

@@ -1,6 +1,8 @@
-"""Reads the parts of a source as documents, in a fixed order: .jsonl, .json, .txt, .parquet, plain, .gz or .zst.
+"""Reads the parts of a source as documents, in a fixed order: .jsonl, .json, .txt, .parquet, plain, .gz or
+.zst.
 
-Two runs over the same corpus give the same documents, however it is cut into parts. Memory is bounded by the largest
+Two runs over the same corpus give the same documents, however it is cut into parts. Memory is bounded by the
+largest
 document: one above `ReadOptions.max_document_bytes` is left out and counted. An error names file and place.
 """
 
@@ -25,7 +27,7 @@ import orjson
 
 from ettin_foundry.corpus import sources
 from ettin_foundry.corpus.sources import STDLIB, Meter, Part, Source
-from ettin_foundry.data.storage import Storage
+from ettin_foundry.data.storage import Storage, open_storage
 
 __all__ = ["Document", "ReadOptions", "read_parts"]
 
@@ -48,8 +50,8 @@ class ReadOptions:
 
     text_field: str = "text"  # the key or column that holds the text
     id_field: str | None = None
-    """The key or column of the id. None takes `id` where a record has one, else the place of the record: `file:byte`
-    for .jsonl, `file:record` for .json and .parquet, `file` for .txt."""
+    """The key or column of the id. None takes `id` where a record has one, else the place of the record:
+    `file:byte` for .jsonl, `file:record` for .json and .parquet, `file` for .txt."""
     max_document_bytes: int = 256 << 20
     """A larger text (UTF-8) or .jsonl line is left out and counted in `Meter.oversized`."""
 
@@ -86,7 +88,7 @@ def read_parts(source: Source, parts: Sequence[Part], meter: Meter,
         ValueError: unreadable archive, invalid UTF-8, a record without text, a file that changed since it was
             listed; with file, record, and what to do. OSError: storage that does not answer.
     """
-    storage = source.storage() if source.files else None
+    storage = open_storage(source.root) if source.files else None
     for part in parts:
         meter.where = part.file
         if source.location == STDLIB and part.file == sources.DOCSTRINGS:
@@ -104,8 +106,9 @@ def read_parts(source: Source, parts: Sequence[Part], meter: Meter,
 def _read_hub(source: Source, part: Part, meter: Meter, options: ReadOptions) -> Iterator[Document]:
     records, number = sources.open_hub_dataset(source)
     if number != part.end:
-        raise ValueError(f"{source.location} must have the {part.end} data shards that were planned, got {number}; "
-                         "convert with the version of `datasets` that planned them, or into another --out")
+        raise ValueError(f"{source.location} must have the {part.end} data shards that were planned, got "
+                         f"{number}; convert with the version of `datasets` that planned them, or into "
+                         "another --out")
     shard = records if number == 1 else records.shard(num_shards=number, index=part.begin)
     yield from _documents(shard, f"{source.location} shard {part.begin}", part.begin, meter, options)
 
@@ -116,7 +119,7 @@ def _read_file(source: Source, storage: Storage, part: Part, meter: Meter,
     with storage.open(part.file) as raw:
         size, listed = raw.seek(0, io.SEEK_END), source.sizes.get(part.file)
         if size != listed:
-            raise ValueError(f"{shown} must have the {listed} bytes that were listed, got {size}; restore the file")
+            raise ValueError(f"{shown} must have the {listed} bytes that were listed, got {size}; restore it")
         raw.seek(max(0, part.begin - 1) if name.endswith(".jsonl") else 0)
         path, content = None, raw
         try:
@@ -141,7 +144,7 @@ def _read_file(source: Source, storage: Storage, part: Part, meter: Meter,
 
 def _document(record: Any, where: str, default_id: str, meter: Meter,
               options: ReadOptions) -> Document | None:
-    """The document of a record, which must have text and the id asked for; None for a larger one, which is counted."""
+    """The document of a record, which must have text and the id asked for; None where it is too large."""
     text = record.get(options.text_field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise ValueError(f"{where} must be an object whose {options.text_field!r} is a string, got "
@@ -220,8 +223,8 @@ def _read_jsonl(file: _File) -> Iterator[Document]:
 def _line_groups(stream: BinaryIO, begin: int, end: int, limit: int) -> Iterator[tuple[int, list[bytes]]]:
     """(byte offset, lines) of the lines that begin in the bytes [begin, end), without their ends.
 
-    Where `begin` is not 0 the stream stands one byte before it. A line of more than `limit` bytes is cut off behind
-    them; it is the last of its group.
+    Where `begin` is not 0 the stream stands one byte before it. A line of more than `limit` bytes is cut off
+    behind them; it is the last of its group.
     """
     position = begin - 1 + _skip_line(stream, end - begin + 1) if begin else 0
     while position < end and (block := stream.read(min(_BLOCK_BYTES, end - position))):
@@ -279,8 +282,8 @@ def _json_values(file: _File) -> Iterator[Any]:
             may_go_on = held - 32 < at < 4 * file.options.max_document_bytes
             if not may_go_on or not (text := stream.read(max(held, _BLOCK_BYTES))):
                 raise ValueError(f"{file.shown} must be a list of objects of at most four times "
-                                 f"--max-document-bytes, got no JSON at record {number + 1} ({error}); lines of "
-                                 "objects belong in a .jsonl file") from None
+                                 f"--max-document-bytes, got no JSON at record {number + 1} ({error}); lines "
+                                 "of objects belong in a .jsonl file") from None
             window, position = window[position:] + text, 0
             file.tick()
             continue

@@ -1,7 +1,7 @@
-"""Where text comes from, and in which parts it is read: files, folders, URLs, Hugging Face datasets, the stdlib.
+"""Where text comes from, and in which parts it is read: files, folders, URLs, Hugging Face datasets, stdlib.
 
-A source is resolved once into a sorted listing with sizes. The parts follow from the listing alone, so that the same
-corpus is cut into the same parts on every machine. The files are read by readers.py.
+A source is resolved once into a sorted listing with sizes. The parts follow from the listing alone, so that
+the same corpus is cut into the same parts on every machine.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ettin_foundry.data.storage import LocalStorage, Storage, check_name, is_url, open_storage
+from ettin_foundry.data.storage import LocalStorage, check_name, is_url, open_storage
 
-__all__ = ["COMPRESSIONS", "DOCSTRINGS", "STDLIB", "Meter", "Part", "Source", "SourceFile", "file_kind", "find_source",
-           "open_hub_dataset", "part_bytes", "plan_parts", "read_module", "stdlib_docstrings"]
+__all__ = ["COMPRESSIONS", "DOCSTRINGS", "STDLIB", "Meter", "Part", "Source", "SourceFile", "file_kind",
+           "find_source", "open_hub_dataset", "part_bytes", "plan_parts", "read_module", "stdlib_docstrings"]
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 STDLIB = "python-stdlib"  # the running Python's standard library: real English and code on every machine
 DOCSTRINGS = "docstrings"  # the `file` of the part of the standard library that is in no file
-_HUB = "hub"  # the `file` of a part of a Hugging Face dataset; `begin` and `end` are a data shard and their number
+_HUB = "hub"  # the `file` of a part of a Hugging Face dataset; `begin`: a data shard, `end`: their number
 _READABLE = ", ".join(_SUFFIXES) + " (plain, .gz or .zst)"
 _SPLITTABLE = (".jsonl", ".parquet")
 _SPLIT_FROM = 1.5  # units; a smaller file is one part
@@ -101,12 +101,9 @@ class Source:
         """File name -> bytes on disk."""
         return dict(self.files)
 
-    def storage(self) -> Storage:
-        return open_storage(self.root)
-
 
 def find_source(text: str, *, licence: str | None = None) -> Source:
-    """Resolves a SOURCE argument: `[NAME=]` file, folder, URL, Hugging Face id (`owner/name[:config]`) or stdlib.
+    """Resolves a SOURCE argument: `[NAME=]` file, folder, URL, `owner/name[:config]` on the hub, or stdlib.
 
     Raises:
         FileNotFoundError: nothing is there, or the dataset cannot be reached. ValueError: a suffix that is
@@ -142,8 +139,8 @@ def find_source(text: str, *, licence: str | None = None) -> Source:
 def plan_parts(source: Source, unit_bytes: int) -> list[tuple[Part, ...]]:
     """Cuts a source into units of about `unit_bytes` on disk, in the order of its documents.
 
-    Small neighbours share a unit. Plain .jsonl and .parquet files over 1.5 units are cut into ranges of equal size. A
-    Hugging Face dataset has one unit for each of its data shards. It is a function of the listing.
+    Small neighbours share a unit. Plain .jsonl and .parquet files over 1.5 units are cut into ranges of equal
+    size. A Hugging Face dataset has one unit for each of its data shards.
     """
     if unit_bytes < 1:
         raise ValueError(f"--unit-size must be at least 1 byte, got {unit_bytes}; 256mb suits most corpora")
@@ -171,7 +168,7 @@ def plan_parts(source: Source, unit_bytes: int) -> list[tuple[Part, ...]]:
 
 
 def part_bytes(source: Source, part: Part) -> int:
-    """Bytes on disk to read for a part; 0 where unknown. Over the parts of a plan their sum is `num_bytes`."""
+    """Bytes on disk to read for a part; 0 where unknown. Over all parts they sum to `source.num_bytes`."""
     size = source.sizes.get(part.file, 0)
     return max(0, (size if part.end is None else min(part.end, size)) - part.begin)
 
@@ -185,17 +182,12 @@ def file_kind(name: str) -> str | None:
 
 
 def open_hub_dataset(source: Source) -> tuple[Any, int]:
-    """The records of a dataset's train split, streamed at the source's revision; the number of its data shards."""
+    """The records of a dataset's train split, streamed at the source's revision; how many shards it has."""
     from datasets import load_dataset
 
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     repo, _, config = source.location.partition(":")
-    try:
-        records = load_dataset(repo, config or None, split="train", streaming=True, revision=source.revision)
-    except Exception as error:
-        raise ValueError(f"{source.location} must be a dataset with a train split and no code of its own, "
-                         f"got {type(error).__name__} ({str(error)[:300]}); name a configuration as "
-                         "owner/name:config, or download the files") from error
+    records = load_dataset(repo, config or None, split="train", streaming=True, revision=source.revision)
     return records, max(1, int(getattr(records, "n_shards", 1)))
 
 
@@ -219,7 +211,7 @@ def _as_text(name: str, folder: str) -> str:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{folder}: names must be UTF-8, got {os.fsencode(name)!r}; rename the file") from None
+        raise ValueError(f"{folder}: names must be UTF-8, got {os.fsencode(name)!r}; rename it") from None
     return check_name(name)
 
 
@@ -256,8 +248,8 @@ def _find_hub(name: str | None, location: str, licence: str | None) -> Source:
         info = HfApi().dataset_info(repo)
     except Exception as error:  # offline, not found, gated, rate limited: the client has a class for each
         reason = str(error).strip().partition("\n")[0][:200]
-        raise FileNotFoundError(f"{location}: no such file or folder, and the Hugging Face dataset {repo} cannot be "
-                                f"reached ({type(error).__name__}: {reason}); correct the name") from error
+        raise FileNotFoundError(f"{location}: no such file or folder, and the Hugging Face dataset {repo} "
+                                f"cannot be reached ({type(error).__name__}: {reason})") from error
     found = (info.card_data or {}).get("license")
     licence = licence or (", ".join(map(str, found)) if isinstance(found, list) else found and str(found))
     return Source(name or repo.replace("/", "--"), location, licence=licence, revision=info.sha)
@@ -273,7 +265,7 @@ def read_module(path: Path) -> str | None:
 
 
 def stdlib_docstrings() -> Iterator[tuple[str, str]]:
-    """(text, document id) of each module without a .py file: its docstrings. Those of .py files are in these."""
+    """(docstrings, document id) of each module without a .py file."""
     for name in sorted(sys.stdlib_module_names):
         if name.startswith(_SKIPPED_MODULES):
             continue

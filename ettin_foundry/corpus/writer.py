@@ -8,7 +8,6 @@ ends before the first chunk with which it would exceed `shard_bytes`. data/shard
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import struct
@@ -60,9 +59,8 @@ class ShardGroupWriter:
     """Writes documents of one source, in the order given, into shards STEM.000.mds, STEM.001.mds, ...
 
     Args:
-        folder: where partial files are written, under hidden names of their own; must exist.
-        stem: first part of the shards' names, e.g. "shard.00012". source: stored in every chunk.
-        chunker: where documents are cut. shard_bytes: largest size of an uncompressed shard.
+        folder: where partial files are written. source: stored in every chunk. chunker: cuts documents.
+        shard_bytes: largest size of an uncompressed shard.
         compression: "zstd" writes STEM.000.mds.zstd instead; None plain shards.
         place: called as place(path, basename) with each finished file, to move or upload it; from a thread, one
             at a time, in order. What it leaves at `path` is removed.
@@ -70,16 +68,15 @@ class ShardGroupWriter:
 
     def __init__(self, folder: Path, *, stem: str, source: str, chunker: Chunker, shard_bytes: int,
                  compression: str | None, place: Callable[[Path, str], None]) -> None:
-        self._folder, self._stem, self._source, self._place = Path(folder), stem, source, place
+        self._folder, self._stem, self._source, self._place = folder, stem, source, place
         self._chunker, self._limit, self._compression = chunker, shard_bytes, compression
         self._config = json.dumps(shard_config(shard_bytes, compression), sort_keys=True).encode()
         # what stands between part and tokens, per chunk length: source, then the head of a uint16 array of one axis
         self._heads = [source.encode() + (bytes([4, n]) if n < 256 else struct.pack("<BH", 5, n))
                        for n in range(chunker.chunk_length + 1)]
         self._shard = self._new_shard(0)
-        self._entries: list[dict[str, Any]] = []
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shards")
-        self._pending: Future[dict[str, Any]] | None = None
+        self._entries: list[Future[dict[str, Any]]] = []
 
     def write(self, ids: Sequence[str], tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Writes D documents.
@@ -120,14 +117,12 @@ class ShardGroupWriter:
         """
         if self._shard.blobs:
             self._end_shard()
-        self._wait()
         self._thread.shutdown()
-        return self._entries
+        return [entry.result() for entry in self._entries]
 
     def abort(self) -> None:
-        """Stops writing; waits for the shard under way, whose partial file is removed. May be called at any time."""
+        """Stops writing; waits for the shard under way, whose partial file is removed."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-        self._shard = self._new_shard(0)
 
     def _new_shard(self, number: int) -> _Shard:
         return _Shard(number, 2 * _OFFSET_BYTES + len(self._config))  # count, first offset, config
@@ -135,10 +130,8 @@ class ShardGroupWriter:
     def _add(self, names: list[bytes], chunks: tuple[np.ndarray, ...], tokens: np.ndarray) -> None:
         """Puts chunks into shards, ending a shard where the next chunk does not fit.
 
-        Args:
-            names: ids of the documents.
-            chunks: five (K,) arrays: number of the document, number of the chunk in it, 1 where it is the last
-                one, where its tokens end, how many they are.
+        `chunks` are five (K,) arrays: number of the document, number of the chunk in it, 1 where it is the last one,
+        where its tokens end, how many they are.
         """
         documents, *_, counts = chunks
         num_name = np.fromiter(map(len, names), np.int64, len(names))
@@ -181,14 +174,9 @@ class ShardGroupWriter:
 
     def _end_shard(self) -> None:
         shard, self._shard = self._shard, self._new_shard(self._shard.number + 1)
-        self._wait()
-        self._pending = self._thread.submit(self._finish_shard, shard)
-
-    def _wait(self) -> None:
-        """Takes the entry of the shard under way; whatever its thread raised is raised here."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            self._entries.append(pending.result())
+        if self._entries:
+            self._entries[-1].result()  # memory holds two shards; what its thread raised is raised here
+        self._entries.append(self._thread.submit(self._finish_shard, shard))
 
     def _finish_shard(self, shard: _Shard) -> dict[str, Any]:
         sizes = np.concatenate(shard.sizes)
@@ -203,11 +191,18 @@ class ShardGroupWriter:
         if self._compression:
             import zstd  # streaming's own binding; one frame that states its size
 
-            whole = b"".join(parts)
-            parts.clear()
-            parts = [zstd.compress(whole, _ZSTD_LEVEL, 1)]  # 1 thread: the number changes no byte
+            parts = [zstd.compress(b"".join(parts), _ZSTD_LEVEL, 1)]  # 1 thread: the number changes no byte
             packed = _file_entry(f"{name}.zstd", parts)
-        self._put(parts, (packed or raw)["basename"])
+        basename = (packed or raw)["basename"]
+        partial = self._folder / f".{basename}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
+        try:
+            with open(partial, "xb") as file:
+                file.writelines(parts)
+                file.flush()
+                os.fsync(file.fileno())
+            self._place(partial, basename)
+        finally:
+            partial.unlink(missing_ok=True)
         lengths = np.bincount(np.concatenate(shard.lengths), minlength=self._chunker.chunk_length + 1)
         row_length = self._chunker.chunk_length + SPECIALS_PER_PIECE
         return {
@@ -216,19 +211,6 @@ class ShardGroupWriter:
             "rows": {str(row_length): pack_lengths(piece_counts(lengths), row_length).num_rows},
             "lengths": lengths.tolist(),
         }
-
-    def _put(self, parts: list[bytes], basename: str) -> None:
-        partial = self._folder / f".{basename}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
-        try:
-            with open(partial, "xb") as file:
-                file.writelines(parts)
-                file.flush()
-                os.fsync(file.fileno())
-            parts.clear()
-            self._place(partial, basename)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                partial.unlink()
 
 
 def _file_entry(basename: str, parts: list[bytes]) -> dict[str, Any]:

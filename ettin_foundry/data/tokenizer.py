@@ -1,8 +1,8 @@
 """The tokenizer: load, train, fingerprint, check, and the two templates (encoder, decoder) of one vocabulary.
 
-Ettin uses OLMo's byte-level BPE with [UNK] [CLS] [SEP] [PAD] [MASK] after the ordinary entries; BOS is [CLS], EOS is
-[SEP]. Both members of a pair share the vocabulary and differ only in the template put around a text. Datasets carry a
-fingerprint of the vocabulary and of its use, so that training with another one is an error and not a bad model.
+Ettin uses OLMo's byte-level BPE with [UNK] [CLS] [SEP] [PAD] [MASK] after the ordinary entries; BOS is [CLS], EOS
+is [SEP]. Both members of a pair share the vocabulary and differ only in the template put around a text. Datasets
+carry a fingerprint of the tokenizer, so that training with another one is an error and not a bad model.
 """
 
 from __future__ import annotations
@@ -63,12 +63,9 @@ def load(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
             tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=folder)
     except Exception as error:  # the hub client raises many kinds, also for a malformed tokenizer.json
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-        if folder:
-            raise ValueError(f"tokenizer {name} must be a folder saved by a fast tokenizer's "
-                             f"save_pretrained, got one that cannot be read ({reason}); train one with "
-                             "--train-tokenizer") from error
-        raise FileNotFoundError(f"tokenizer {name} must be a folder, or a Hugging Face id that can be loaded "
-                                f"here, got neither ({reason})") from error
+        kind = ValueError if folder else FileNotFoundError
+        raise kind(f"tokenizer {name} must be a folder of a fast tokenizer, or a Hugging Face id that can be "
+                   f"loaded here, got one that cannot be read ({reason})") from error
     if not isinstance(tok, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer {name} must be a fast one (with tokenizer.json), got a "
                          f"{type(tok).__name__}; convert it with transformers")
@@ -78,12 +75,7 @@ def load(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
 
 
 def special_ids(tok: PreTrainedTokenizerFast) -> dict[str, int | None]:
-    """Ids of unk, cls (also BOS), sep (also EOS), pad and mask; only unk may be None, a byte-level BPE needs
-    none.
-
-    Raises:
-        ValueError: one is missing, two are equal, or the vocabulary exceeds `MAX_VOCAB_SIZE`.
-    """
+    """Ids of unk, cls (also BOS), sep (also EOS), pad and mask; only unk may be None."""
     if vocab_size(tok) > MAX_VOCAB_SIZE:
         raise ValueError(f"tokenizer {_name(tok)} must have at most {MAX_VOCAB_SIZE} entries, as tokens are "
                          f"stored as uint16, got {vocab_size(tok)}")
@@ -187,9 +179,6 @@ def fingerprint(tok: PreTrainedTokenizerFast) -> dict[str, Any]:
 
     vocab_sha256 covers every (token, id); probe_sha256 the ids of a fixed text, hence merges, normalizer and
     pre-tokenizer. Neither depends on template, truncation or padding: an encoder's and a decoder's are equal.
-
-    Raises:
-        ValueError: the tokenizer gives a special token for one that is written out in a text.
     """
     backend: Any = type(tok.backend_tokenizer).from_str(tok.backend_tokenizer.to_str())
     backend.encode_special_tokens = True  # a literal "[MASK]" in a text is ordinary text
@@ -198,8 +187,7 @@ def fingerprint(tok: PreTrainedTokenizerFast) -> dict[str, Any]:
     probe = np.array(backend.encode(_PROBE, add_special_tokens=False).ids, "<u2")
     if found := forbidden_ids(tok).intersection(probe.tolist()):
         raise ValueError(f"tokenizer {_name(tok)}: text must never give a special token, got "
-                         f"{backend.id_to_token(min(found))!r} from one written out; mark it special=True in "
-                         "tokenizer.json, or use another tokenizer")
+                         f"{backend.id_to_token(min(found))!r}; mark it special=True in tokenizer.json")
     vocab = sorted(tok.get_vocab().items())
     return {"name": _name(tok), "vocab_size": vocab_size(tok), "special_ids": special_ids(tok),
             "vocab_sha256": hashlib.sha256(json.dumps(vocab).encode()).hexdigest(),
@@ -211,10 +199,9 @@ def check(tok: PreTrainedTokenizerFast, manifest_block: dict[str, Any]) -> None:
     mine = fingerprint(tok)
     for key in ("vocab_size", "special_ids", "vocab_sha256", "probe_sha256"):
         if mine[key] != manifest_block.get(key):
-            raise ValueError(f"tokenizer must be {manifest_block.get('name')!r}, which the dataset was made "
-                             f"with ({key} {manifest_block.get(key)}), got {mine['name']} ({key} "
-                             f"{mine[key]}); use the dataset's own tokenizer folder, or convert the corpus "
-                             "again with this one")
+            raise ValueError(f"tokenizer must be the dataset's, {manifest_block.get('name')!r} with {key} "
+                             f"{manifest_block.get(key)}, got {mine['name']} with {mine[key]}; use the "
+                             "dataset's own tokenizer folder, or convert the corpus again")
 
 
 def _name(tok: PreTrainedTokenizerFast) -> str:

@@ -97,7 +97,9 @@ class StableAdamW(torch.optim.Optimizer):
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, gradients, gradients, 1 - beta2)
         roots = torch._foreach_sqrt(v)
-        ratios = torch._foreach_div(gradients, torch._foreach_clamp_min(roots, group["eps"]))
+        ratios = torch._foreach_clamp_min(roots, group["eps"])
+        torch._foreach_reciprocal_(ratios)
+        torch._foreach_mul_(ratios, gradients)
         norms = torch._foreach_norm(ratios)
         del ratios
         torch._foreach_div_(norms, [p.numel() ** 0.5 for p in params])
@@ -112,9 +114,8 @@ class StableAdamW(torch.optim.Optimizer):
         if group["weight_decay"] != 0:
             torch._foreach_mul_(weights, list((1 - eta * (group["weight_decay"] / group["max_lr"])).unbind()))
         torch._foreach_add_(roots, group["eps"])
-        updates = torch._foreach_div(m, roots)
-        torch._foreach_mul_(updates, list(eta.unbind()))
-        torch._foreach_sub_(weights, updates)
+        torch._foreach_div_(roots, list(eta.unbind()))
+        torch._foreach_addcdiv_(weights, m, roots, value=-1.0)
 
 
 def _split_by_decay(params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

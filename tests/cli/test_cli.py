@@ -134,6 +134,8 @@ def test_bad_input_is_one_line_and_exit_code_1(encoder, tokenizer, tmp_path, cap
     good = save(encoder, tmp_path / "good.pt", "mlm", str(tokenizer[1]))
     folder = export_model(encoder, encoder.config, tokenizer[0], tmp_path / "hf", objective="mlm")
     (tmp_path / "there.pt").write_bytes(b"x")
+    assert run(capsys, "recipes", "--copy", tmp_path / "copy")[0] == 0
+    assert (tmp_path / "copy/yamls/phases/cross.yaml").is_file()
     for arguments, words in (
         (("export", tmp_path / "none.pt", tmp_path / "o"), "none.pt"),
         (("export", tmp_path / "there.pt", tmp_path / "o"), "there.pt"),
@@ -142,7 +144,8 @@ def test_bad_input_is_one_line_and_exit_code_1(encoder, tokenizer, tmp_path, cap
         (("import", folder, tmp_path / "there.pt"), "--overwrite"),
         (("import", folder, tmp_path / "weights.bin"), "must end in .pt"),
         (("generate", folder, "x"), "use fill_mask"),
-        (("demo",), "yamls/suite/demo.yaml"),
+        (("demo",), "yamls/suite/demo.yaml"), (("merge",), "ettin average"),
+        (("recipes", "--copy", tmp_path / "copy"), "--copy must be a folder without train.py"),
         (("convert", tmp_path / "missing.jsonl", "--out", tmp_path / "o", "--tokenizer", tokenizer[1]), "missing.jsonl"),
     ):
         code, _, err = run(capsys, *arguments)
@@ -150,13 +153,3 @@ def test_bad_input_is_one_line_and_exit_code_1(encoder, tokenizer, tmp_path, cap
         assert code == 1 and line.startswith("error: ") and words in line, (arguments, err)
     assert not (tmp_path / "o").exists() and not (tmp_path / "o.pt").exists()
     assert (tmp_path / "there.pt").read_bytes() == b"x"
-
-
-def test_unknown_option_is_a_usage_error(tmp_path, capsys):
-    code, _, err = run(capsys, "export", tmp_path, tmp_path, "--colour", "red")
-    assert code == 2 and "--colour" in err
-
-
-def test_help_of_convert_is_the_converters_own(capsys):
-    code, out, _ = run(capsys, "convert", "--help")
-    assert code == 0 and "--train-tokenizer" in out

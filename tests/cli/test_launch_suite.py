@@ -126,11 +126,6 @@ def test_every_stage_waits_for_the_one_it_starts_from_and_the_report_for_all(clu
         "job 103: report of my suite.yaml, after all of them"]
 
 
-def test_a_suite_that_is_refused_submits_nothing(cluster: Path) -> None:
-    (cluster / "list.rc").write_text("1")
-    assert script("suite.yaml").returncode != 0 and not list(cluster.glob("sbatch.*"))
-
-
 @pytest.mark.parametrize("arguments, environment, message", [
     ([], {}, "SUITE.yaml: nothing given"), (["8"], {}, "SUITE.yaml: 8 given"),
     (["suite.yaml"], {"SLURM_JOB_ID": "9"}, "run this with bash on the login node"),
@@ -149,20 +144,6 @@ def test_a_stage_s_job_runs_that_stage_on_all_its_nodes_and_ends_as_it_ends(clus
     command = "srun --ntasks-per-node=1 --cpus-per-task=16 bash launch/suite.slurm.sh node python-stand-in"
     assert said(cluster / "ran") == ["-m", "ettin_foundry.cli.main", "suite", "my suite.yaml", "root=a b", "--stage", "crossed",  # noqa: E501
                                      "--command", command, f"PYTHONPATH={ROOT}", "MASTER=node7:20123", f"in {ROOT}"]
-
-
-def test_each_node_starts_its_share_of_the_processes(cluster: Path) -> None:
-    done = script("node", "python-stand-in", "a.yaml", "key=b c", SLURM_GPUS_ON_NODE="4", SLURM_NNODES="3", SLURM_NODEID="2",
-                  MASTER_ADDR="node7", MASTER_PORT="20123")
-    assert done.returncode == 0
-    assert said(cluster / "ran")[:-3] == [
-        "-m", "composer.cli", "-n", "4", "--world_size", "12", "--node_rank", "2", "--master_addr", "node7",
-        "--master_port", "20123", "train.py", "a.yaml", "key=b c"]
-
-
-def test_the_report_s_job_trains_nothing(cluster: Path) -> None:
-    assert script("report", ROOT, "python-stand-in", "suite.yaml", "scale=0.1", **JOB).returncode == 0
-    assert said(cluster / "ran")[:6] == ["-m", "ettin_foundry.cli.main", "suite", "suite.yaml", "scale=0.1", "--report"]
 
 
 @pytest.mark.parametrize("progress", [True, False])
@@ -242,11 +223,3 @@ def test_dockerfile_s_versions_are_the_project_s() -> None:
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
     assert setup["options.extras_require"]["gpu"].strip() in re.findall(r"flash-attn==\S+", DOCKERFILE)
-
-
-def test_dockerfile_copies_what_is_there_and_what_setup_needs() -> None:
-    copied = [path for line in re.findall(r"^COPY (?!--from)(.*)", DOCKERFILE, re.MULTILINE) for path in line.split()[:-1]]
-    assert all((ROOT / path).exists() for path in copied)
-    kept = {line[1:] for line in said(ROOT / ".dockerignore") if line.startswith("!")}
-    assert set(copied) == kept
-    assert {"setup.cfg", "pyproject.toml", "README.md", "LICENSE", "ettin_foundry", "train.py", "yamls"} <= kept

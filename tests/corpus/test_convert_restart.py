@@ -241,7 +241,7 @@ def test_lost_shards_are_made_again_and_a_foreign_record_is_refused(tmp_path: Pa
     with pytest.raises(ValueError, match=r"00000\.json: is of another unit"):
         run(out, [texts], tokenizer_dir, **SETTINGS)
     records[0].write_bytes(b'{"unit": 0}')
-    with pytest.raises(ValueError, match=r"00000\.json: must be as a conversion wrote it, got key"):
+    with pytest.raises(ValueError, match=r"00000\.json: must be as a conversion wrote it, got .*key"):
         finalize(out)
 
 
@@ -250,7 +250,7 @@ def test_a_lost_document_is_a_bug_that_stops_the_run(tmp_path: Path, texts: Path
     write = ShardGroupWriter.write
     monkeypatch.setattr(ShardGroupWriter, "write", lambda self, ids, tokens, lengths: write(
         self, ids[1:], tokens[int(lengths[0]):], lengths[1:]))
-    with pytest.raises(RuntimeError, match="hold .documents, tokens. .* were given"):
+    with pytest.raises(RuntimeError, match="hold .* were given"):
         run(tmp_path / "set", [texts], tokenizer_dir)
     assert not (tmp_path / "set" / "units").exists()
 

@@ -156,25 +156,6 @@ def test_disagreement_during_the_run_stops_it_and_names_the_text(tok_json: str,
         encoder.encode(["miter", "caf\u00e9 miter"])
 
 
-def test_texts_that_are_checked_are_chosen_by_the_text_alone(tok_json: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = make_documents(400, seed=5, longest=20)
-    seen: list[list[str]] = []
-    for size in (400, 7):
-        encoder, asked = make(tok_json, check_share=0.25), []
-        encode = encoder._reference_ids
-
-        def note(texts: Sequence[str], encode: Any = encode, asked: list[str] = asked) -> Any:
-            asked.extend(texts)
-            return encode(texts)
-
-        monkeypatch.setattr(encoder, "_reference_ids", note)
-        for begin in range(0, len(texts), size):
-            encoder.encode(texts[begin:begin + size])
-        seen.append(asked)
-    assert seen[0] == seen[1] and set(seen[0]) <= set(texts)
-    assert 70 <= len(seen[0]) <= 130  # 100 of 400 expected; 3.5 standard deviations
-
-
 def test_failure_of_the_fast_library_leaves_the_batch_to_tokenizers(
         tok_json: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     class PanicException(BaseException):

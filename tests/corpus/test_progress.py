@@ -34,21 +34,6 @@ def test_counts_of_a_lost_task_are_taken_back_and_those_of_finished_ones_stay() 
     assert board.total == Tick(1, 20, 300, 40)
 
 
-def test_many_threads_may_tick_at_once() -> None:
-    board = Board("test", 0)
-
-    def tick(key: int) -> None:
-        for _ in range(2000):
-            board.tick(key, Tick(1, 2, 3, 4))
-
-    threads = [threading.Thread(target=tick, args=(key,)) for key in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert board.total == Tick(8000, 16_000, 24_000, 32_000)
-
-
 def test_log_lines_come_while_it_runs_and_once_at_the_end(monkeypatch: pytest.MonkeyPatch,
                                                           caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(progress, "_LOG_SECONDS", 0.2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import shutil
@@ -23,7 +22,7 @@ from converting import files_of, run, write_corpus
 from pool_jobs import jobs
 
 from ettin_foundry.corpus.executors import WorkerDeath, run_tasks
-from ettin_foundry.corpus.progress import Board, Tick
+from ettin_foundry.corpus.progress import Board
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
@@ -65,56 +64,6 @@ def _small_ray() -> Iterator[None]:
     patch.undo()
 
 
-def test_a_worker_killed_mid_way_costs_no_result_and_ray_is_stopped_at_the_end(tmp_path: Path,
-                                                                               caplog: pytest.LogCaptureFixture) -> None:
-    """Job 1 hangs in its first try until its process is killed from outside."""
-    board, killed, over = Board("test", 0), [], threading.Event()
-
-    def kill() -> None:
-        while not killed and not over.is_set():
-            time.sleep(0.02)
-            killed.extend(int(path.suffix[1:]) for path in tmp_path.glob("hang.1.0.*"))
-        time.sleep(0.3)
-        for pid in killed:
-            os.kill(pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
-        found = run_tasks(pool_jobs.standing_still, jobs(12, tmp_path), workers=2, board=board, ray=True)
-    finally:
-        over.set()
-        killer.join()
-    assert found == [n ** 2 for n in range(12)] and board.total == Tick(12, 120, 1200, 12_000)
-    assert "died (WorkerCrashedError" in caplog.text and "in job-1, which begins again" in caplog.text
-    assert not ray.is_initialized()
-
-
-@pytest.fixture(scope="module")
-def cluster(_small_ray: None) -> None:
-    """A Ray that somebody else started: it is used, and left running."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, logging_level="ERROR",
-             log_to_driver=False)
-
-
-@pytest.mark.usefixtures("cluster")
-def test_errors_logs_and_hopeless_tasks_are_as_in_a_local_pool(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    options = {"workers": 2, "board": Board("test", 0), "ray": True}
-    with pytest.raises(FileNotFoundError, match="no such corpus") as raised:
-        run_tasks(pool_jobs.raising, jobs(3, tmp_path)[::-2], **options)  # type: ignore[arg-type]
-    assert raised.value.filename == "/data/corpus.jsonl" and "in raising" in str(raised.value.__cause__)
-    assert list(tmp_path.glob("tidied.0.*"))  # the other one was ended, and could clean up
-    with pytest.raises(WorkerDeath, match="job-3: 2 workers died in it, the last of WorkerCrashedError"):
-        run_tasks(pool_jobs.dying, jobs(4, tmp_path, "9"), tries=2, **options)  # type: ignore[arg-type]
-    assert len(list(tmp_path.glob("try.3.*"))) == 2
-    (_, environment), = run_tasks(pool_jobs.looking_around, jobs(1), **options)  # type: ignore[arg-type]
-    assert environment["RAYON_NUM_THREADS"] == "1"
-    assert "job 0\nsays so" in {record.getMessage() for record in caplog.records if record.name == "pool_jobs"}
-    assert ray.is_initialized()
-
-
-@pytest.mark.usefixtures("cluster")
 def test_conversion_on_ray_with_a_killed_worker_writes_the_bytes_of_one_process(tmp_path: Path, tokenizer_dir: Path,
                                                                                 caplog: pytest.LogCaptureFixture) -> None:
     write_corpus(tmp_path / "texts", files=6, documents=2_000)
@@ -137,7 +86,29 @@ def test_conversion_on_ray_with_a_killed_worker_writes_the_bytes_of_one_process(
         over.set()
         killer.join()
     assert "died (WorkerCrashedError" in caplog.text and "which begins again" in caplog.text
-    assert files_of(tmp_path / "ray") == files_of(tmp_path / "one")
+    assert files_of(tmp_path / "ray") == files_of(tmp_path / "one") and not ray.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def cluster(_small_ray: None) -> None:
+    """A Ray that somebody else started: it is used, and left running."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, logging_level="ERROR",
+             log_to_driver=False)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_errors_and_hopeless_tasks_are_as_in_a_local_pool(tmp_path: Path) -> None:
+    options = {"workers": 2, "board": Board("test", 0), "ray": True}
+    with pytest.raises(FileNotFoundError, match="no such corpus") as raised:
+        run_tasks(pool_jobs.raising, jobs(3, tmp_path)[::-2], **options)  # type: ignore[arg-type]
+    assert raised.value.filename == "/data/corpus.jsonl" and "in raising" in str(raised.value.__cause__)
+    assert list(tmp_path.glob("tidied.0.*"))  # the other one was ended, and could clean up
+    with pytest.raises(WorkerDeath, match="job-3: 2 workers died in it, the last of WorkerCrashedError"):
+        run_tasks(pool_jobs.dying, jobs(4, tmp_path, "9"), tries=2, **options)  # type: ignore[arg-type]
+    assert len(list(tmp_path.glob("try.3.*"))) == 2
+    (_, environment), = run_tasks(pool_jobs.looking_around, jobs(1), **options)  # type: ignore[arg-type]
+    assert environment["RAYON_NUM_THREADS"] == "1"
+    assert ray.is_initialized()
 
 
 def test_no_cluster_at_the_address_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

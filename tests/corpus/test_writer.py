@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,23 +183,6 @@ def test_any_chunk_length_keeps_every_token(tmp_path: Path, make: Callable[..., 
     stock(tmp_path / "stock", samples(given, Chunker(tokenizer_json, chunk_length)), 1 << 20, None)
     assert contents(tmp_path / "out") == contents(tmp_path / "stock")
     assert sum(entry["tokens"] for entry in entries) == sum(len(tokens) for _, tokens in given)
-
-
-def test_files_are_placed_one_at_a_time_and_in_order_while_writing_goes_on(tmp_path: Path,
-                                                                            make: Callable[..., ShardGroupWriter]) -> None:
-    placed: list[str] = []
-    busy = threading.Lock()
-
-    def place(path: Path, basename: str) -> None:
-        assert busy.acquire(blocking=False) and threading.current_thread() is not threading.main_thread()
-        time.sleep(0.01)
-        placed.append(basename)
-        assert path.parent == tmp_path / "work" and path.name.startswith(f".{basename}.{os.getpid()}-")
-        busy.release()
-
-    entries = write(make(place=place, shard_bytes=6_000), various(40))
-    assert placed == [entry["raw"]["basename"] for entry in entries] and len(placed) > 3
-    assert not list((tmp_path / "work").iterdir())  # what place leaves, after an upload, is removed
 
 
 def test_failure_to_place_stops_the_next_write_and_leaves_nothing(tmp_path: Path,

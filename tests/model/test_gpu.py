@@ -218,11 +218,9 @@ def test_lean_loss_equals_plain_cross_entropy_and_needs_less_memory():
     assert peaks["exact lean"] < peaks["exact"] / 3
 
 
-@pytest.mark.filterwarnings("ignore:You are using weight_decay")  # high on purpose: it must show
-def test_triton_step_of_stable_adamw_equals_the_formula_and_resumes_bit_equal():
+def test_the_step_of_stable_adamw_equals_the_formula_and_resumes_bit_equal():
     """The formula in float64 is that of test_optimizer.py."""
-    for package in ("composer", "optimi"):
-        pytest.importorskip(package, exc_type=ImportError)
+    pytest.importorskip("composer", exc_type=ImportError)
     from test_optimizer import BETAS, EPS, Formula
 
     from ettin_foundry.training.optimizer import StableAdamW
@@ -230,7 +228,7 @@ def test_triton_step_of_stable_adamw_equals_the_formula_and_resumes_bit_equal():
     # the kernel adds up the mean of a tensor in blocks of 128 elements by atomics: two blocks (255 elements, so that the
     # last is not full) give the same sum in both orders; with more, bitwise equality is chance
     generator = torch.Generator().manual_seed(1)
-    own = [torch.randn(shape, generator=generator).to(DEVICE).requires_grad_() for shape in ((15, 17), (17,))]
+    own = [torch.randn(shape, generator=generator).to(DEVICE).requires_grad_() for shape in ((150, 170), (17,))]
     optimizer, formulas = StableAdamW(own, 0.01, betas=BETAS, eps=EPS, weight_decay=0.1, max_lr=0.02), [
         Formula(p.detach().cpu(), 0.1, 0.02) for p in own]
     for step in range(6):
@@ -247,7 +245,6 @@ def test_triton_step_of_stable_adamw_equals_the_formula_and_resumes_bit_equal():
                 twins[i].grad = gradient.to(DEVICE)
         optimizer.step()
     resumed.step()
-    assert all(group["triton"] for group in optimizer.param_groups)
     for formula, p, twin in zip(formulas, own, twins):
         assert formula.clipped and torch.equal(p, twin)
         # fp32 values of about 1, each rounded a few times in each of 6 steps; one step moves them by up to 0.01

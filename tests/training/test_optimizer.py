@@ -94,12 +94,6 @@ def test_norms_and_biases_are_never_decayed(give):
     assert [decay[id(p)] for p in own] == [1e-5, 0.0, 1e-5]
 
 
-def test_a_groups_own_lr_is_the_peak_its_decay_is_relative_to():
-    own = params()
-    optimizer = StableAdamW([{"params": own[:1]}, {"params": own[1:], "lr": 0.5}], 0.01, weight_decay=1e-5)
-    assert [group["max_lr"] for group in optimizer.param_groups] == [0.01, 0.5, 0.5]
-
-
 @pytest.mark.parametrize(("give", "kwargs", "says"), [
     (lambda own: own, {"lr": 0.0}, "optimizer.lr"),
     (lambda own: own, {"max_lr": 0}, "optimizer.max_lr"),
