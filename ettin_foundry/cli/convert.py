@@ -21,15 +21,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 _DATATROVE = "remove evaluation texts with datatrove before, and convert what it writes (.jsonl.gz)"
 _REMOVED = dict.fromkeys(("--decontaminate", "--decontaminate-field", "--drop-contaminated"), _DATATROVE)
 _D = ConvertOptions  # its defaults
-_FILTERS = "Filters, all off unless given; what each drops is counted"
 
 
-def _flag(name: str, text: str, panel: str | None = None) -> bool:
-    return typer.Option(name, help=text, rich_help_panel=panel)  # type: ignore[no-any-return]
-
-
-def _help(text: str) -> object:
-    return typer.Option(help=text)
+def _help(text: str, *names: str) -> object:
+    return typer.Option(*names, help=text)
 
 
 @app.command(help="Turn text into a dataset (MDS with a manifest). Interrupted, the same command goes on where it was; the "
@@ -54,14 +49,14 @@ def convert(
     limit_bytes: Annotated[int | None, _help("Stop each source after so much text.")] = None,
     seed: Annotated[int, _help("Of the validation split.")] = 0,
     licence: Annotated[str | None, _help("Licence of files, for the manifest.")] = None,
-    append: Annotated[bool, _flag("--append", "Add these sources to a finished dataset.")] = False,
+    append: Annotated[bool, _help("Add these sources to a finished dataset.", "--append")] = False,
     workers: Annotated[int | None, _help("Processes; all cores if left out.")] = None,
     engine: Annotated[str, _help("What tokenizes: fast, tokenizers, or fast where its ids are the same (auto).")] = "auto",
     executor: Annotated[str, _help("local or ray.")] = "local",
     ray_address: Annotated[str | None, _help("A running Ray cluster; one is started here if left out.")] = None,
     task_index: Annotated[int | None, _help("Number of this task in a job array, from 0.")] = None,
     num_tasks: Annotated[int | None, _help("Tasks of the job array.")] = None,
-    deduplicate: Annotated[bool, _flag("--deduplicate", "Keep the first of exactly equal documents.")] = False,
+    deduplicate: Annotated[bool, _help("Keep the first of equal documents.", "--deduplicate")] = False,
     min_characters: Annotated[int | None, _help("Drop shorter documents.")] = None,
     max_characters: Annotated[int | None, _help("Drop longer documents.")] = None,
     predicates: Annotated[list[str] | None, typer.Option(

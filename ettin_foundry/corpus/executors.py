@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import logging.handlers
 import multiprocessing
 import os
 import pickle
@@ -26,7 +25,7 @@ from typing import Any, NoReturn, TypeVar
 
 from ettin_foundry.corpus.progress import Board, Tick
 
-__all__ = ["ONE_CORE", "Report", "WorkerDeath", "WorkerLost", "run_tasks", "send_records", "sendable"]
+__all__ = ["ONE_CORE", "Report", "WorkerDeath", "WorkerLost", "run_tasks", "sendable"]
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +81,9 @@ def run_tasks(work: Callable[[T, Report], R], tasks: Sequence[T], *, workers: in
                 key = number, deaths[number]
                 running[pool.submit(tasks[number], key)] = key
             ended, _ = wait(running, _LOOK_SECONDS, FIRST_COMPLETED)
-            for key, message in pool.messages():  # after waiting: a task that ended has sent everything
-                if isinstance(message, logging.LogRecord):
-                    logging.getLogger(message.name).handle(message)
-                elif key in running.values():
-                    board.tick(key, message)
+            for key, tick in pool.ticks():  # after waiting: a task that ended has sent everything
+                if key in running.values():
+                    board.tick(key, tick)
             for future in ended:
                 key = number, _ = running.pop(future)
                 try:
@@ -153,7 +150,7 @@ class _LocalPool:
         self.idle.append(worker)
         return future.result()
 
-    def messages(self) -> Iterator[tuple[Key | None, Tick | logging.LogRecord]]:
+    def ticks(self) -> Iterator[tuple[Key, Tick]]:
         """What workers have sent, with the key of their task."""
         for worker in (*self.idle, *self.busy.values()):
             with contextlib.suppress(EOFError, OSError):  # it died
@@ -190,27 +187,10 @@ def _starting() -> Iterator[None]:
 
 _work: Callable[[Any, Report], Any]
 _link: Connection
-_lock = threading.Lock()
 
 
 class _Terminated(SystemExit):
     """SIGTERM."""
-
-
-class _SendRecords(logging.handlers.QueueHandler):
-    def enqueue(self, record: logging.LogRecord) -> None:
-        self.queue(record)  # type: ignore[operator]
-
-
-def send_records(send: Callable[[logging.LogRecord], None]) -> None:
-    """Sends this process's warnings to the main process: one log, which does not tear the progress bar."""
-    handler = _SendRecords(send)  # type: ignore[arg-type]
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
-
-
-def _send(key: Key | None, message: Tick | logging.LogRecord) -> None:
-    with _lock:  # the threads of a unit log as well
-        _link.send((key, message))
 
 
 def _begin_worker(link: Connection, work: bytes) -> None:
@@ -218,14 +198,12 @@ def _begin_worker(link: Connection, work: bytes) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
-    _link = link
-    send_records(lambda record: _send(None, record))
-    _work = pickle.loads(work)
+    _link, _work = link, pickle.loads(work)
 
 
 def _attempt(task: Any, key: Key) -> Any:
     try:
-        return _work(task, lambda tick: _send(key, tick))
+        return _work(task, lambda tick: _link.send((key, tick)))
     except Exception as error:
         raise sendable(error) from error.__cause__
 

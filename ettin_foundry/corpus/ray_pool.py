@@ -5,7 +5,6 @@ Ray starts processes and carries pickles. Its own retries are off: they would be
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
 import os
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
-from ettin_foundry.corpus.executors import ONE_CORE, Key, WorkerLost, send_records, sendable
+from ettin_foundry.corpus.executors import ONE_CORE, Key, WorkerLost, sendable
 
 __all__ = ["RayPool"]
 
@@ -74,7 +73,7 @@ class RayPool:
         except self.ray.exceptions.RayError as error:
             raise WorkerLost(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}") from error
 
-    def messages(self) -> Iterator[Any]:
+    def ticks(self) -> Iterator[Any]:
         while number := self.mail.qsize():
             yield from self.mail.get_nowait_batch(number)
 
@@ -97,12 +96,7 @@ def _attempt(setup: bytes, task: bytes, key: Key, mail: Any) -> bytes:
     for name, value in ONE_CORE.items():
         os.environ.setdefault(name, value)
 
-    def send(message: Any) -> None:
-        with contextlib.suppress(Exception):  # the main process is gone; Ray ends this one
-            mail.put_nowait((key, message))
-
-    send_records(send)
     try:
-        return pickle.dumps(pickle.loads(setup)(pickle.loads(task), send))
+        return pickle.dumps(pickle.loads(setup)(pickle.loads(task), lambda tick: mail.put_nowait((key, tick))))
     except Exception as error:
         raise sendable(error) from error.__cause__

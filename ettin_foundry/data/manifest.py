@@ -140,13 +140,13 @@ def read_json(path: Path) -> Any:
 # ------------------------------------------------------------------ the manifest
 
 
-def check_record(model: type[BaseModel], data: Any, where: Path | str) -> None:
-    """Holds a record from disk to a pydantic model; ValueError names the first field that is wrong."""
+def check_record(model: type[BaseModel], data: Any, where: Path | str, place: str = "") -> None:
+    """Holds a record from disk, or the part of one at `place`, to a pydantic model; ValueError names the first field."""
     try:
         model.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "its content"
+        key = ".".join([*([place] if place else []), *map(str, first["loc"])]) or "its content"
         must = first["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
         raise bad_file(where, f"{key}: {must}, got {first['input']!r:.300}", "the file that ettin wrote is needed") from None
 
@@ -195,32 +195,35 @@ class _Manifest(BaseModel, strict=True):
     tokenizer: _Tokenizer
     totals: dict[str, Any]
     lengths: _File
-    shards: list[_Shard] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _agree(self) -> _Manifest:
-        shards, table = self.shards, self.lengths
-        if self.columns != COLUMNS:
-            raise ValueError(f"columns must be {COLUMNS}")
-        if table.basename != LENGTHS or table.bytes > 4 * len(shards) * (self.chunk_length + 1) + 4096:
-            raise ValueError(f"lengths must be {LENGTHS}, no larger than its table")
-        if {shard.zip is None for shard in shards} != {self.compression is None}:
-            raise ValueError(f"zip must be given in all shards or in none, as compression is: {self.compression!r}")
-        if len({shard.raw.basename for shard in shards}) != len(shards):
-            raise ValueError("raw.basename must be another one for each shard")
-        if any(shard.tokens > shard.samples * self.chunk_length for shard in shards):
-            raise ValueError(f"tokens must be at most {self.chunk_length} in each sample")
-        for key in ("documents", "samples", "tokens"):
-            counts = [getattr(shard, key) for shard in shards]
-            if type(self.totals.get(key)) is not int or (None not in counts and sum(counts) != self.totals[key]):
-                raise ValueError(f"totals.{key} must be the sum over shards")
-        return self
+    shards: list[Any] = Field(min_length=1)
 
 
 def read_manifest(local: Path) -> dict[str, Any]:
     """The manifest of a split folder; ValueError if it states what cannot be."""
-    manifest = read_json(local / MANIFEST)
-    check_record(_Manifest, manifest, local / MANIFEST)
+    where = local / MANIFEST
+    manifest = read_json(where)
+    check_record(_Manifest, manifest, where)
+    shards, table, chunk_length = manifest["shards"], manifest["lengths"], manifest["chunk_length"]
+    for number, shard in enumerate(shards):  # one by one, so that 70,000 models need not be kept
+        check_record(_Shard, shard, where, f"shards.{number}")
+    compression = manifest.get("compression")
+    wrong = None
+    if manifest["columns"] != COLUMNS:
+        wrong = f"columns must be {COLUMNS}, got {manifest['columns']}"
+    elif table["basename"] != LENGTHS or table["bytes"] > 4 * len(shards) * (chunk_length + 1) + 4096:
+        wrong = f"lengths must be {LENGTHS}, no larger than its table, got {table}"
+    elif {shard["zip"] is None for shard in shards} != {compression is None}:
+        wrong = f"zip must be given in all shards or in none, as compression is: {compression!r}"
+    elif len({shard["raw"]["basename"] for shard in shards}) != len(shards):
+        wrong = "basename must be another one for each shard"
+    elif any(shard["tokens"] > shard["samples"] * chunk_length for shard in shards):
+        wrong = f"tokens must be at most {chunk_length} in each sample"
+    for key in ("documents", "samples", "tokens"):
+        counts, total = [shard.get(key) for shard in shards], manifest["totals"].get(key)
+        if type(total) is not int or (None not in counts and sum(counts) != total):
+            wrong = wrong or f"totals.{key} must be the sum over shards, got {total}"
+    if wrong:
+        raise bad_file(where, wrong, "they contradict each other")
     return manifest
 
 

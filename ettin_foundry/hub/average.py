@@ -24,10 +24,9 @@ __all__ = ["average_checkpoints", "check_weights_file", "last_checkpoints", "sav
 
 def check_weights_file(out: str | Path, overwrite: bool) -> None:
     """Refuses a name that the host would not load (not .pt), or that is in use without `overwrite`."""
-    out = Path(out)
-    if out.suffix != ".pt":
+    if Path(out).suffix != ".pt":
         raise ValueError(f"{out}: the name of the file to write must end in .pt, as the host expects of checkpoints")
-    if out.is_dir() or (out.exists() and not overwrite):
+    if Path(out).exists() and not overwrite:
         raise ValueError(f"{out}: exists; give another name, or pass --overwrite to replace it")
 
 

@@ -57,11 +57,6 @@ Needs transformers {transformers} or newer, and no remote code.
 ## Training
 
 {training}
-## Held to transformers
-
-The weights were read back after writing and are equal bit for bit. ettin_foundry's tests hold its model to transformers'
-`{class_name}` (`make parity`): largest difference of logits under 1e-4 in fp32, for inputs of 16, 200 and 1,500 tokens.
-
 ## Limits
 
 {limits}
@@ -107,12 +102,7 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 
 def card(config: EttinConfig, *, objective: str, name: str, facts: Mapping[str, Any] | None = None,
          mask_token: str = "[MASK]") -> str:
-    """The text of README.md.
-
-    Args:
-        objective: `mlm`, `mntp` or `clm`. name: the model's title.
-        facts: see `FACTS`; unknown names are refused, missing ones leave their line out.
-    """
+    """The text of README.md, titled `name`; of the `facts` (see `FACTS`), missing ones leave their line out."""
     facts = {key: value for key, value in (facts or {}).items() if value not in (None, [], {}, "")}
     if unknown := sorted(set(facts) - set(FACTS)):
         raise ValueError(f"facts must be of {', '.join(FACTS)}, got {', '.join(unknown)}")
@@ -132,8 +122,7 @@ def card(config: EttinConfig, *, objective: str, name: str, facts: Mapping[str, 
                                tags=["ettin", "modernbert", kind]),
         name=name, kind=kind, size=f"{config.size} " if config.size else "", parameters=config.num_parameters,
         attention=("causal attention and next tokens" if config.causal else "bidirectional attention and masked tokens"),
-        class_name="ModernBertDecoderForCausalLM" if config.causal else "ModernBertForMaskedLM", version=__version__,
-        note=f"\n> **Mind the position:** {MNTP_NOTE}.\n" if shift else "",
+        version=__version__, note=f"\n> **Mind the position:** {MNTP_NOTE}.\n" if shift else "",
         transformers="4.48" if not config.causal else "4.56" if one_base else "5.0",
         code=_LOAD_DECODER if config.causal else _LOAD_ENCODER.format(mask_token=mask_token, shift=shift),
         training=_training_table(config, objective, facts), limits="".join(f"- {line}\n" for line in limits))

@@ -77,8 +77,7 @@ def build_model(loaded: LoadedModel, tokenizer: Any) -> Any:
 def chosen_objective(path: str | Path, record: Mapping[str, Any], asked: str | None) -> tuple[str, EttinConfig]:
     """What a checkpoint is read as: what its run ends with, or another objective that it has been trained on.
 
-    A run of several objectives has one set of weights; read as the other kind it has that kind's window. `record` is as
-    `clock.Clock` wrote it, `path` for messages.
+    A run of several objectives has one set of weights; read as the other kind it has that kind's window.
     """
     config, final = EttinConfig(**record["config"]), record["objective"]
     schedule, trained = _trained(record)

@@ -67,7 +67,6 @@ def export_every(folders: Sequence[str | Path], out: str | Path, *, objective: s
         folders: save folders of runs. out: where the folders go.
         objective, tokenizer: as for `load.load_model` and `LoadedModel.tokenizer_name`. facts: for every card.
         tags: also write OUT/tags.json: of each revision, in order, tag, objective, tokens and where it comes from.
-        overwrite: write every folder anew.
 
     Returns:
         One line that says what was done, with seconds for a checkpoint and MB/s.

@@ -72,7 +72,6 @@ class EttinModel(ComposerModel):
 
     Attributes:
         objective: what the model ends as, and is exported as. objective_schedule: `objective` as it was given.
-
     """
 
     generate = sampling.generate

@@ -20,11 +20,7 @@ MASKED_OBJECTIVES = ("mlm", "mntp")
 
 
 def objective_names(value: Any, key: str = "model.objective") -> tuple[tuple[str, ...], str]:
-    """Reads which objectives an objective or schedule (objectives/schedule.py) names, not when each holds.
-
-    Returns:
-        (every objective in order of first occurrence, the one that the model ends as: of a mixture, the first named).
-    """
+    """(every objective that an objective or schedule (objectives/schedule.py) names, in order, what the model ends as)."""
     def mixtures(part: Any) -> list[list[Any]]:
         if isinstance(part, Mapping):
             inner = part.get("cycle", part.get("objective"))
@@ -147,16 +143,10 @@ class EttinConfig:
         return ["full_attention" if self.is_global(i) else "sliding_attention" for i in range(self.num_hidden_layers)]
 
     @property
-    def num_layer_parameters(self) -> int:
-        """Weights of all transformer layers; layer 0 has no attention norm (its input is normed already)."""
-        c, i, n = self.hidden_size, self.intermediate_size, self.num_hidden_layers
-        return n * (4 * c * c + 3 * c * i + 2 * c) - c
-
-    @property
     def num_parameters(self) -> int:
-        """All parameters, the matrix shared by embedding and output counted once."""
-        c, v = self.hidden_size, self.vocab_size
-        return v * c + c + self.num_layer_parameters + c + (c * c + c) + v
+        """All parameters, the matrix shared by embedding and output counted once; layer 0 has no attention norm."""
+        c, i, v = self.hidden_size, self.intermediate_size, self.vocab_size
+        return v * c + c + self.num_hidden_layers * (4 * c * c + 3 * c * i + 2 * c) + (c * c + c) + v
 
     def attended_pairs(self, length: int) -> int:
         """(query, key) pairs that one document of `length` tokens needs, summed over layers."""

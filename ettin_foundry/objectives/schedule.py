@@ -92,9 +92,6 @@ class ObjectiveSchedule(_Schedule):
         Args:
             total: tokens of the run; without it `dur` is refused and the end is not checked.
             key: what the value is called in messages.
-
-        Raises:
-            ValueError: no objectives, or segments that do not fill the run; it names the key and the value.
         """
         if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
             return cls([Segment(0, None, ((None, _shares(key, value)),))])
@@ -193,12 +190,7 @@ class MaskRate(_Schedule):
 
 
 def parse_tokens(key: str, value: Any, total: int | None, *, least: int = 0) -> int:
-    """A time such as `3_000_000_000tok`, `0.25dur` or a plain number of tokens, in tokens.
-
-    Args:
-        key: what it is called in messages.
-        total: tokens of the run, which `dur` is a share of; None when max_duration is not in tokens.
-    """
+    """A time such as `3_000_000_000tok`, `0.25dur` of `total` or a plain number, in tokens; `key` is for messages."""
     match = _TIME.fullmatch(value) if isinstance(value, str) else None
     if match and match[2].lower() == "dur" and total is None:
         raise ValueError(f"{key} must be in tok where max_duration is not in tokens, got {value!r}")
@@ -258,16 +250,15 @@ def _describe(plain: Any) -> str:
         return " + ".join(f"{share:g} {name}" for name, share in plain.items())
     if not isinstance(plain, list):
         return str(plain)
-    parts = []
-    for segment in plain:
+    def describe(segment: Mapping[str, Any]) -> str:
         if "cycle" in segment:
-            what = "turns of " + ", ".join(f"{b['tokens']:,} tokens {_describe(b['objective'])}" for b in segment["cycle"])
-        elif "from" in segment:
-            what = f"{segment['from']:g} to {segment['to']:g}"
-        else:
-            what = _describe(segment.get("objective", segment.get("rate")))
-        parts.append(what + (f" until {segment['until']:,}" if "until" in segment else ""))
-    return ", then ".join(parts)
+            return "turns of " + ", ".join(f"{b['tokens']:,} tokens {_describe(b['objective'])}" for b in segment["cycle"])
+        if "from" in segment:
+            return f"{segment['from']:g} to {segment['to']:g}"
+        return _describe(segment.get("objective", segment.get("rate")))
+
+    return ", then ".join(describe(segment) + (f" until {segment['until']:,}" if "until" in segment else "")
+                          for segment in plain)
 
 
 def check_together(objective: ObjectiveSchedule, mask_rate: MaskRate, key: str = "") -> None:

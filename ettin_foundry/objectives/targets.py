@@ -46,11 +46,7 @@ class TextVocab:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> TextVocab:
-        """Reads the ids from a Hugging Face tokenizer.
-
-        Raises:
-            ValueError: the tokenizer lacks one of the four special tokens.
-        """
+        """Reads the ids from a Hugging Face tokenizer, which must have the four special tokens."""
         named: dict[str, Any] = {name: getattr(tokenizer, f"{name}_token_id", None)
                                  for name in ("cls", "sep", "pad", "mask")}
         if missing := [f"{name}_token" for name, number in named.items() if number is None]:

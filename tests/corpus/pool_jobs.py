@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -83,5 +82,4 @@ def raising(job: Job, report: Report) -> int:
 
 
 def looking_around(job: Job, report: Report) -> tuple[list[str], dict[str, str]]:
-    logging.getLogger("pool_jobs").warning("job %d\nsays so", job.number)
     return sorted(sys.modules), dict(os.environ)

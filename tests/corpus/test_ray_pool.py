@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import shutil
@@ -98,8 +97,7 @@ def cluster(_small_ray: None) -> None:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_errors_logs_and_hopeless_tasks_are_as_in_a_local_pool(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+def test_errors_and_hopeless_tasks_are_as_in_a_local_pool(tmp_path: Path) -> None:
     options = {"workers": 2, "board": Board("test", 0), "ray": True}
     with pytest.raises(FileNotFoundError, match="no such corpus") as raised:
         run_tasks(pool_jobs.raising, jobs(3, tmp_path)[::-2], **options)  # type: ignore[arg-type]
@@ -110,7 +108,6 @@ def test_errors_logs_and_hopeless_tasks_are_as_in_a_local_pool(tmp_path: Path, c
     assert len(list(tmp_path.glob("try.3.*"))) == 2
     (_, environment), = run_tasks(pool_jobs.looking_around, jobs(1), **options)  # type: ignore[arg-type]
     assert environment["RAYON_NUM_THREADS"] == "1"
-    assert "job 0\nsays so" in {record.getMessage() for record in caplog.records if record.name == "pool_jobs"}
     assert ray.is_initialized()
 
 
