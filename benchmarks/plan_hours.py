@@ -14,10 +14,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from streams import results_path  # noqa: E402
-
 from ettin_foundry.tools.plan_cost import ORIGINAL_HOURS, ORIGINAL_TOKENS  # noqa: E402
 from ettin_foundry.tools.plan_report import PlannedRun, plan_chain, totals  # noqa: E402
+from streams import results_path  # noqa: E402
+
 from ettin_foundry.training.recipes import resolved  # noqa: E402
 
 

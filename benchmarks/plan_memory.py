@@ -33,11 +33,11 @@ def _status(name: str) -> int:
 def measure(size: str, objective: str, tokens: int) -> dict[str, Any]:
     """Two steps in this process: bytes of the peak, and the plan's."""
     import torch
+    from ettin_foundry.tools.plan_memory import Step, step_memory
     from streams import flat_stream, synthetic_documents
 
     from ettin_foundry.model.config import EttinConfig
     from ettin_foundry.model.transformer import Ettin
-    from ettin_foundry.tools.plan_memory import Step, step_memory
     from ettin_foundry.training.optimizer import StableAdamW
 
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
-"""Turns text into a data set: `python data_prep/convert.py SOURCE [SOURCE ...] --out DIR --train-tokenizer 8192`.
+"""Turns text into a dataset: `python data_prep/convert.py SOURCE [SOURCE ...] --out DIR --train-tokenizer 8192`.
 
-A thin program over ettin_foundry/convert.py, which says what is read and written; `--help` lists the options. It runs
-from a bare clone as well as installed.
+A thin program over ettin_foundry/cli/convert.py; `--help` lists the options. It runs from a bare clone as well as
+installed.
 """
 
 from __future__ import annotations

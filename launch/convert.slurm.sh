@@ -24,8 +24,8 @@
 #   PYTHON              environment: interpreter; else .venv/bin/python of this repository, else python3
 #
 # A task that runs into its time limit, fails, or loses its node has lost at most the units in work: give the same command
-# again, and only what is missing is done. The job after the array runs only when every task has succeeded. Progress, and a
-# warning that names a worker that hangs, are in ettin-convert-JOB-TASK.log.
+# again, and only what is missing is done. The job after the array runs only when every task has succeeded. Progress is in
+# ettin-convert-JOB-TASK.log.
 
 set -euo pipefail
 

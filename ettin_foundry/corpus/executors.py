@@ -2,18 +2,21 @@
 
 A worker is a `ProcessPoolExecutor` of one process: when it dies, only its own task is lost, and it is known
 which. An exception in a task ends the run and is raised here. A task must write its result so that doing it
-again is harmless. Workers on many machines are in ray_pool.py.
+again is harmless. On a Ray cluster, whose machines can import the package in the same version, Ray starts the
+processes and carries pickles; its own retries are off, since they would be neither counted nor logged.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
 import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +28,7 @@ from typing import Any, NoReturn, TypeVar
 
 from ettin_foundry.corpus.progress import Board, Tick
 
-__all__ = ["ONE_CORE", "Report", "WorkerDeath", "WorkerLost", "run_tasks", "sendable"]
+__all__ = ["Report", "WorkerDeath", "run_tasks"]
 
 log = logging.getLogger(__name__)
 
@@ -35,18 +38,20 @@ Key = tuple[int, int]
 T = TypeVar("T")
 R = TypeVar("R")
 
-ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+_ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
             "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 """Environment of a worker, where the user has not set these: there is a worker for each core."""
 _LOOK_SECONDS = 0.5
 _GRACE_SECONDS = 3.0
+_CONNECT_SECONDS = 10.0
+_STORE_BYTES = 80 << 20  # about the least that Ray takes
 
 
 class WorkerDeath(RuntimeError):
     """A task has killed too many workers."""
 
 
-class WorkerLost(Exception):
+class _WorkerLost(Exception):
     """The worker of a task has died; the text says how."""
 
 
@@ -55,13 +60,9 @@ def run_tasks(work: Callable[[T, Report], R], tasks: Sequence[T], *, workers: in
     """Does every task in `workers` processes; the results in the order of the tasks.
 
     Args:
-        work: `work(task, report)` returns the result; `report(Tick(...))` says how far it is. It, the tasks
-            and the results are pickled and must come from importable modules.
-        tasks: each has a `label` for messages. workers: one works in this process. tries: workers that a task
-            may kill. ray: run on a Ray cluster, `ray_address` or one that is started here.
-
-    Raises:
-        WorkerDeath: a task killed `tries` workers. Exception: whatever `work` raised.
+        work: `work(task, report)` returns the result, `report(Tick(...))` says how far it is; all must be picklable.
+        tasks: each has a `label` for messages. workers: one works in this process.
+        tries: workers that a task may kill before WorkerDeath is raised. ray: run on a Ray cluster.
     """
     results: dict[int, R] = {}
     if workers == 1 and not ray:
@@ -69,9 +70,7 @@ def run_tasks(work: Callable[[T, Report], R], tasks: Sequence[T], *, workers: in
             results[number] = work(task, functools.partial(board.tick, number))
             board.end(number)
         return list(results.values())
-    from ettin_foundry.corpus.ray_pool import RayPool  # here: it needs this module
-
-    pool: Any = RayPool(work, workers, ray_address) if ray else _LocalPool(work)
+    pool: Any = _RayPool(work, workers, ray_address) if ray else _LocalPool(work)
     pending, running = deque(range(len(tasks))), dict[Future[Any], Key]()
     deaths = Counter[int]()
     try:
@@ -89,7 +88,7 @@ def run_tasks(work: Callable[[T, Report], R], tasks: Sequence[T], *, workers: in
                 try:
                     results[number] = pool.result(future)
                     board.end(key)
-                except WorkerLost as error:
+                except _WorkerLost as error:
                     board.end(key, done=False)
                     deaths[number] += 1
                     if deaths[number] == tries:
@@ -141,12 +140,12 @@ class _LocalPool:
         return future
 
     def result(self, future: Future[Any]) -> Any:
-        """The result of a future that is done. Raises WorkerLost if its worker died."""
+        """The result of a future that is done. Raises _WorkerLost if its worker died."""
         worker = self.busy.pop(future)
         if isinstance(future.exception(), (BrokenProcessPool, _Terminated)):
             worker.end()
             status = worker.process.exitcode or 0
-            raise WorkerLost(signal.Signals(-status).name if status < 0 else f"exit status {status}")
+            raise _WorkerLost(signal.Signals(-status).name if status < 0 else f"exit status {status}")
         self.idle.append(worker)
         return future.result()
 
@@ -172,7 +171,7 @@ class _LocalPool:
 @contextlib.contextmanager
 def _starting() -> Iterator[None]:
     """A process started inside has its environment, and is deaf to Ctrl-C, which all of a terminal get."""
-    added = {name: value for name, value in ONE_CORE.items() if name not in os.environ}
+    added = {name: value for name, value in _ONE_CORE.items() if name not in os.environ}
     os.environ.update(added)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -181,6 +180,74 @@ def _starting() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for name in added:
             del os.environ[name]
+
+
+class _RayPool:
+    """Workers of one CPU each on a Ray cluster; the methods are those of _LocalPool.
+
+    Takes the Ray of this process, the cluster at `address` (as of `ray.init`) or RAY_ADDRESS, or starts one with
+    `workers` CPUs here and stops it at the end. Raises ValueError without Ray, ConnectionError without a cluster.
+    """
+
+    def __init__(self, work: Any, workers: int, address: str | None) -> None:
+        try:
+            self.ray: Any = importlib.import_module("ray")
+            queues: Any = importlib.import_module("ray.util.queue")
+        except ImportError as error:
+            raise ValueError(f"--executor must be local, or ray where that is installed ({error}): "
+                             "pip install 'ettin-foundry[ray]'") from error
+        self.begun_here = not self.ray.is_initialized()
+        if self.begun_here:
+            self._connect(workers, address or os.environ.get("RAY_ADDRESS"))
+        self.setup = self.ray.put(pickle.dumps(work))
+        self.mail = queues.Queue(actor_options={"num_cpus": 0})
+        self.attempt = self.ray.remote(num_cpus=1, max_retries=0)(_ray_attempt)
+        self.references: dict[Future[Any], Any] = {}
+
+    def _connect(self, workers: int, address: str | None) -> None:
+        options: dict[str, Any] = {"address": address} if address else {
+            "address": "local", "num_cpus": workers, "include_dashboard": False,
+            "object_store_memory": _STORE_BYTES}
+        try:
+            host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+            if host and port.isdecimal():  # else Ray would try for minutes
+                socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+            self.ray.init(**options, logging_level=logging.WARNING)
+        except Exception as error:  # a bare Exception where starting takes too long
+            raise ConnectionError("--ray-address must be HOST:PORT of a running cluster's head, auto on one of "
+                                  f"its machines, or left out to start Ray, got {address}: {error}") from error
+
+    def submit(self, task: Any, key: Key) -> Future[Any]:
+        reference = self.attempt.remote(self.setup, pickle.dumps(task), key, self.mail)
+        future = reference.future()
+        self.references[future] = reference
+        return future
+
+    def result(self, future: Future[Any]) -> Any:
+        del self.references[future]
+        try:
+            return pickle.loads(future.result())
+        except self.ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except self.ray.exceptions.RayError as error:
+            raise _WorkerLost(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}") from error
+
+    def ticks(self) -> Iterator[Any]:
+        while number := self.mail.qsize():
+            yield from self.mail.get_nowait_batch(number)
+
+    def stop(self) -> None:
+        try:
+            references = list(self.references.values())
+            for force in (False, True):  # first without force, so that half-written files go
+                for reference in references:
+                    self.ray.cancel(reference, force=force)
+                if references and not force:
+                    self.ray.wait(references, num_returns=len(references), timeout=_GRACE_SECONDS)
+            self.mail.shutdown(force=True)
+        finally:
+            if self.begun_here:
+                self.ray.shutdown()
 
 
 # In the worker process:
@@ -205,10 +272,10 @@ def _attempt(task: Any, key: Key) -> Any:
     try:
         return _work(task, lambda tick: _link.send((key, tick)))
     except Exception as error:
-        raise sendable(error) from error.__cause__
+        raise _sendable(error) from error.__cause__
 
 
-def sendable(error: Exception) -> Exception:
+def _sendable(error: Exception) -> Exception:
     """The error, or a RuntimeError with its name where it does not survive pickling."""
     try:
         pickle.loads(pickle.dumps(error))
@@ -227,3 +294,14 @@ def _end_with_parent() -> None:
     if parent := multiprocessing.parent_process():
         parent.join()
     os._exit(1)
+
+
+def _ray_attempt(setup: bytes, task: bytes, key: Key, mail: Any) -> bytes:
+    """Does a task in a process of Ray's."""
+    for name, value in _ONE_CORE.items():
+        os.environ.setdefault(name, value)
+
+    try:
+        return pickle.dumps(pickle.loads(setup)(pickle.loads(task), lambda tick: mail.put_nowait((key, tick))))
+    except Exception as error:
+        raise _sendable(error) from error.__cause__

@@ -34,10 +34,7 @@ _READERS = 16  # records of a remote dataset that are fetched at a time
 
 
 def done_units(storage: Storage, plan: Plan) -> dict[int, Record]:
-    """Unit number -> completion record, for every unit that is finished and whose shards are all there.
-
-    A unit whose shard is missing or of another size counts as not done, so that running the conversion again heals it.
-    """
+    """Unit number -> completion record, of every finished unit whose shards are all there, of the right size."""
     known = {name for name, _ in storage.list("units/")}
     numbers = [unit.number for unit in plan.units if record_name(unit.number) in known]
     with ThreadPoolExecutor(_READERS) as pool:
@@ -56,13 +53,10 @@ def done_units(storage: Storage, plan: Plan) -> dict[int, Record]:
 
 
 def finalize(out: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
-    """Makes a readable dataset of the finished units of OUT; split -> manifest.
-
-    Safe to repeat: the same records give the same bytes.
+    """Makes a readable dataset of the finished units of OUT; split -> manifest. Again gives the same bytes.
 
     Raises:
-        FileNotFoundError: no conversion was started there, or units are missing.
-        ValueError: a source or a split holds no document.
+        FileNotFoundError: units are missing. ValueError: a source or a split holds no document.
     """
     from ettin_foundry.corpus.card import write_card  # draws with matplotlib
 

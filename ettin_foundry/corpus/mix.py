@@ -26,6 +26,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
+from ettin_foundry import program_folder
 from ettin_foundry.data.manifest import MANIFEST, open_plain
 from ettin_foundry.data.mixture import MIX_FORMAT, MIX_VERSION, chunk_permutation, name_word, shared_identity
 from ettin_foundry.data.order import raw_draws
@@ -33,7 +34,6 @@ from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import is_url, join, open_storage
 from ettin_foundry.version import __version__
 
-CATALOGUE = Path(__file__).resolve().parents[2] / "data_prep" / "sources.yaml"
 _SHARDS = 5  # first word of the seed: no two uses share a stream; the choice of chunks has 6
 _MAX_TOKENIZER_BYTES = 64 << 20
 _Tokens = Annotated[float, Field(gt=0, le=1e15)]
@@ -91,7 +91,8 @@ def budgets_of(spec: MixSpec, path: Path) -> tuple[dict[str, int], float | None]
             raise ValueError(f"{path}: without phase, sets must be {{NAME: {{set: ..., tokens: ...}}}}, and "
                              "no other key is possible")
         return {name: max(1, round(tokens or 0)) for name, tokens in own.items()}, None
-    phases = read_yaml(path.parent / spec.catalogue if spec.catalogue else CATALOGUE, Catalogue).phases
+    catalogue = path.parent / spec.catalogue if spec.catalogue else program_folder() / "data_prep" / "sources.yaml"
+    phases = read_yaml(catalogue, Catalogue).phases
     if (wanted := phases.get(spec.phase)) is None:
         raise ValueError(f"{path}: phase must be one of {', '.join(phases)}, got {spec.phase!r}")
     names = [*spec.sets, *spec.leave_out]

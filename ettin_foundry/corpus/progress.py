@@ -36,12 +36,8 @@ class Tick(NamedTuple):
 class Board:
     """Counts over all workers. Entered as a context manager it shows them; otherwise it only counts.
 
-    On a terminal it shows a bar; elsewhere, such as in a log file, it logs a line every ten seconds. A task
-    is known by a key of the caller's. Methods may be called from any thread.
-
-    Args:
-        title: what is being done. total_file_bytes: bytes on disk of all files, 0 where unknown.
-        show: whether to show the bar; None shows it on a terminal.
+    On a terminal it shows a bar (or as `show` says); elsewhere it logs a line every ten seconds. A task is known by
+    a key of the caller's. `total_file_bytes` is 0 where unknown. Methods may be called from any thread.
     """
 
     def __init__(self, title: str, total_file_bytes: int, *, show: bool | None = None) -> None:

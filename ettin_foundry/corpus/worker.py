@@ -86,11 +86,7 @@ class HashUnit:
 
 @dataclass(frozen=True)
 class ConvertUnit(HashUnit):
-    """Converts a unit and writes its record; returns the number of tokens.
-
-    Raises:
-        ValueError, OSError: the input cannot be converted; names file and record.
-    """
+    """Converts a unit and writes its record; returns the number of tokens."""
 
     tokenizer: TokenizerSpec
     filters: FilterOptions
@@ -229,11 +225,7 @@ class _Conversion:
         self.reading.count(Tick(len(ids), len(tokens), sum(sizes)))
 
     def _record(self, shards: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-        """The completion record.
-
-        Raises:
-            RuntimeError: documents or tokens were lost or doubled; a bug, not an input.
-        """
+        """The completion record; a RuntimeError where documents or tokens were lost or doubled, which is a bug."""
         splits, read = {}, self.read + self.reading.meter.oversized
         self.skipped["train"][OVERSIZED] = self.reading.meter.oversized
         for split, counts in self.counts.items():

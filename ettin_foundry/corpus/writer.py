@@ -59,11 +59,9 @@ class ShardGroupWriter:
     """Writes documents of one source, in the order given, into shards STEM.000.mds, STEM.001.mds, ...
 
     Args:
-        folder: where partial files are written. source: stored in every chunk. chunker: cuts documents.
-        shard_bytes: largest size of an uncompressed shard.
+        folder: where partial files are written. shard_bytes: largest size of an uncompressed shard.
         compression: "zstd" writes STEM.000.mds.zstd instead; None plain shards.
-        place: called as place(path, basename) with each finished file, to move or upload it; from a thread, one
-            at a time, in order. What it leaves at `path` is removed.
+        place: called from one thread with path and basename of each finished file, to move or upload it.
     """
 
     def __init__(self, folder: Path, *, stem: str, source: str, chunker: Chunker, shard_bytes: int,
@@ -79,15 +77,11 @@ class ShardGroupWriter:
         self._entries: list[Future[dict[str, Any]]] = []
 
     def write(self, ids: Sequence[str], tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Writes D documents.
+        """Writes D documents; raises ValueError for a chunk larger than a shard, and whatever `place` raised.
 
         Args:
-            ids: D strings; need not differ. tokens: (N,) uint16, the documents' tokens one after the other.
+            ids: D strings. tokens: (N,) uint16, the documents' tokens one after the other.
             lengths: (D,) int64, tokens of each document, at least 1; their sum is N.
-
-        Raises:
-            ValueError: one chunk alone is larger than a shard. RuntimeError: the cuts of a document lose or
-                double a token; a bug, not an input. Whatever `place` raised for an earlier shard.
         """
         ends = np.cumsum(lengths)
         longer = np.flatnonzero(lengths > self._chunker.chunk_length).tolist()
@@ -109,11 +103,9 @@ class ShardGroupWriter:
         self._add([name.encode() for name in ids], (documents, parts, lasts, chunk_ends, counts), tokens)
 
     def finish(self) -> list[dict[str, Any]]:
-        """Ends the last shard, and waits until all are placed; raises whatever `place` raised.
+        """Ends the last shard, and waits until all are placed.
 
-        Returns:
-            One entry per shard, in order, as manifest.json has it, plus `lengths`: number of its chunks of 0, 1,
-            ..., chunk_length tokens.
+        Returns one entry per shard as manifest.json has it, plus `lengths`: number of its chunks of 0, 1, ... tokens.
         """
         if self._shard.blobs:
             self._end_shard()

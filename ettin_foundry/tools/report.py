@@ -38,9 +38,6 @@ def write_report(suite: Suite, fairness: Mapping[str, Mapping[str, Any]], *, sec
 
     Returns:
         One line that says what was made, where, and how long it took.
-
-    Raises:
-        ValueError: a stage is not finished, members of a pair read different rows, or an export is refused.
     """
     suite.root.mkdir(parents=True, exist_ok=True)
     stages, runs = [], []

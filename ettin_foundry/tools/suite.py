@@ -52,18 +52,15 @@ class Evaluation(_Block):
 
     data: _Text
     objectives: tuple[Literal["mlm", "clm", "mntp"], ...] = ("clm", "mlm", "mntp")
-    mask_rate: float = 0.15
-    """Of the masked objectives."""
+    mask_rate: float = 0.15  # of the masked objectives
     max_batches: int | None = Field(None, ge=1)
 
 
 class Samples(_Block):
     """Texts that the exported models are tried on."""
 
-    prompts: tuple[_Text, ...] = ()
-    """Continued by decoders."""
-    masked: tuple[_Text, ...] = ()
-    """Texts with [MASK], filled by encoders."""
+    prompts: tuple[_Text, ...] = ()  # continued by decoders
+    masked: tuple[_Text, ...] = ()  # texts with [MASK], filled by encoders
 
 
 class _StageBlock(_Block):
@@ -92,31 +89,24 @@ class Stage:
     """One run of train.py."""
 
     name: str
-    args: tuple[str, ...]
-    """YAML files and key=value, as train.py takes them; without those that `scale` adds."""
-    folder: Path
-    """Its save folder."""
-    source: str | None = None
-    """The stage whose weights it starts with."""
+    args: tuple[str, ...]  # YAML files and key=value, as train.py takes them; without those that `scale` adds
+    folder: Path  # its save folder
+    source: str | None = None  # the stage whose weights it starts with
     pair: str | None = None
     scale: float = 1.0
 
     @functools.cached_property
     def arguments(self) -> list[str]:
-        """What train.py is given.
-
-        Raises:
-            ValueError, FileNotFoundError: as `recipes.configure`, with the stage's name before the message.
-        """
+        """What train.py is given; raises as `recipes.configure`, with the stage's name before the message."""
         return [*self.args, *(_scaled(self._resolved(self.args), self.scale) if self.scale != 1 else ())]
-
-    def config(self) -> dict[str, Any]:
-        """The run's configuration as plain containers, interpolations resolved; raises as `arguments`."""
-        return copy.deepcopy(self._config)
 
     @functools.cached_property
     def _config(self) -> dict[str, Any]:
         return self._resolved(self.arguments)
+
+    def config(self) -> dict[str, Any]:
+        """The run's configuration as plain containers, interpolations resolved; raises as `arguments`."""
+        return copy.deepcopy(self._config)
 
     def _resolved(self, args: Sequence[str]) -> dict[str, Any]:
         try:
@@ -133,22 +123,15 @@ class Suite:
     name: str
     root: Path
     command: tuple[str, ...]
-    stages: tuple[Stage, ...]
-    """A stage comes after the one that it starts from."""
-    exports: Mapping[str, str]
-    """Name of a model -> stage."""
+    stages: tuple[Stage, ...]  # each after the one that it starts from
+    exports: Mapping[str, str]  # name of a model -> stage
     evaluation: Evaluation | None
     samples: Samples
 
     def stage(self, name: str) -> Stage:
-        """The stage of this name.
-
-        Raises:
-            ValueError: there is none; the message names those that there are.
-        """
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
+        """The stage of this name."""
+        if found := next((stage for stage in self.stages if stage.name == name), None):
+            return found
         raise ValueError(f"--stage must be one of {', '.join(s.name for s in self.stages)} ({self.path}), got {name!r}")
 
     def chain(self, stage: Stage) -> list[Stage]:
@@ -157,11 +140,8 @@ class Suite:
 
     def pairs(self) -> dict[str, list[Stage]]:
         """{pair: its members in order}."""
-        found: dict[str, list[Stage]] = {}
-        for stage in self.stages:
-            if stage.pair is not None:
-                found.setdefault(stage.pair, []).append(stage)
-        return found
+        names = dict.fromkeys(stage.pair for stage in self.stages if stage.pair is not None)
+        return {name: [stage for stage in self.stages if stage.pair == name] for name in names}
 
     def words(self, stage: Stage) -> list[str]:
         """The exact command line of a stage."""

@@ -32,8 +32,6 @@ from ettin_foundry.training.steps import STEPS, compare_steps, read_steps
 
 __all__ = ["StageFailed", "State", "Stopped", "check_suite", "compare_pair", "run_suite", "say", "signals", "stage_state"]
 
-LOG = "suite.log"  # in each stage's folder
-_POLL_SECONDS = 0.25
 _SAY_SECONDS = 10.0  # between lines where there is no terminal
 _STOP_SECONDS = 40.0  # Composer's launcher gives its processes 30 s to end
 _SPEED_STEPS = 20
@@ -54,10 +52,8 @@ class Stopped(KeyboardInterrupt):
 class State(NamedTuple):
     """How far a stage is."""
 
-    checkpoint: Path | None
-    """The newest complete one."""
-    record: dict[str, Any]
-    """What the run's Clock wrote into it; empty without a checkpoint."""
+    checkpoint: Path | None  # the newest complete one
+    record: dict[str, Any]  # what the run's Clock wrote into it; empty without a checkpoint
     finished: bool
 
     @property
@@ -232,7 +228,7 @@ def _run_process(stage: Stage, words: Sequence[str], title: str) -> str | None:
         ValueError: another process trains in the stage's folder, or the command cannot be started.
     """
     stage.folder.mkdir(parents=True, exist_ok=True)
-    path = stage.folder / LOG
+    path = stage.folder / "suite.log"
     # the environment of this interpreter comes first, whether or not it is activated
     places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     with (stage.folder / ".suite.lock").open("a") as lock, path.open("ab") as output:
@@ -288,7 +284,7 @@ def _watch(process: subprocess.Popen[bytes], stage: Stage, title: str) -> None:
     last_said, said = time.monotonic(), ""
     with console.status(f"{title}: starting") if console.is_terminal else contextlib.nullcontext() as status:
         while process.poll() is None:
-            time.sleep(_POLL_SECONDS)
+            time.sleep(0.25)
             line = f"{title}: {_progress(stage.folder / STEPS, begin, amount, unit)}"
             if status is not None:
                 status.update(line)

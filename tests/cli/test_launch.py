@@ -90,23 +90,14 @@ def test_every_task_gets_its_index_and_all_arguments_as_they_were_given(cluster:
 
 @pytest.mark.parametrize("arguments, message", [
     ([], "TASKS: nothing given; a number from 1 to 9999"),
-    (["0", "a", "--out", "b"], "TASKS: 0 given"),
     (["corpus", "--out", "b"], "TASKS: corpus given"),
     (["2", "corpus"], "--out: not given"),
-    (["2", "corpus", "--out"], "--out: not given"),
     (["2", "corpus", "--out=b", "--num-tasks=4"], "--num-tasks=4: given; not possible in an array"),
     (["2", "corpus", "--out", "b", "--deduplicate"], "--deduplicate: given; not possible in an array"),
 ])
 def test_wrong_command_line_submits_nothing(cluster: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     done = submit(*arguments, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and not list(cluster.glob("sbatch.*"))
-
-
-def test_given_to_sbatch_itself_it_says_how_to_run_it(cluster: Path, tmp_path: Path,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
-    done = submit(2, "corpus", "--out", "b", cwd=tmp_path)
-    assert done.returncode == 2 and "run this with bash on the login node" in done.stderr
 
 
 def test_an_array_ends_with_the_dataset_of_one_machine(cluster: Path, tmp_path: Path, tokenizer_dir: Path,

@@ -1,4 +1,4 @@
-"""Tasks for the tests of executors.py and ray_pool.py; workers import this module."""
+"""Tasks for the tests of executors.py; workers import this module."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_documents
-from converting import files_of, is_finished, options, run, stored, write_corpus, write_jsonl
+from converting import files_of, is_finished, run, stored, write_corpus, write_jsonl
 from transformers import AutoTokenizer
 
 from ettin_foundry.cli.convert import main
@@ -91,13 +91,6 @@ def test_a_limit_ends_each_source_at_a_document(tmp_path: Path, corpus: Path, to
     for limit, number in ((1, 1), (sizes[10], 11), (sizes[10] + 1, 12)):
         run(tmp_path / f"out{limit}", [corpus], tokenizer_dir, limit_bytes=limit)
         assert list(stored(tmp_path / f"out{limit}" / "train")) == [f"doc-{i}" for i in range(number)]
-
-
-def test_stdlib_is_real_text_with_licence_and_module_docstrings(tmp_path: Path, tokenizer_dir: Path) -> None:
-    run(tmp_path / "out", ["python-stdlib"], tokenizer_dir, limit_bytes=60_000, validation=0.3)
-    counts = MDSSplit(tmp_path / "out" / "train").manifest["sources"]["python-stdlib"]
-    assert counts["licence"] == "PSF-2.0" and counts["revision"] == sys.version.split()[0] and counts["tokens"] > 5_000
-    assert "__hello__.py" in stored(tmp_path / "out" / "train")
 
 
 def test_duplicates_are_dropped_after_the_first_across_files_and_sources(tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -192,13 +185,6 @@ def test_a_bad_call_is_one_clear_error_and_leaves_no_dataset(tmp_path: Path, tok
     error = capsys.readouterr().err
     assert status in (1, 2) and "Traceback" not in error and error.count("error: ") == 1 and re.search(message, error)
     assert not is_finished(tmp_path / "out")
-
-
-def test_a_list_of_sources_and_one_tokenizer_are_needed(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="exactly one of the two"):
-        options(tmp_path, ["x"], None)
-    with pytest.raises(ValueError, match="sources must be a list"):
-        options(tmp_path, [], tmp_path)
 
 
 def test_the_program_converts_and_says_what_it_did(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch,

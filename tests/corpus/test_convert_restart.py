@@ -194,12 +194,6 @@ def test_every_option_that_shapes_the_data_is_compared() -> None:
         (OTHERS.keys() | {"train_tokenizer"}) - {"licence"}
 
 
-def test_another_tokenizer_over_the_same_dataset_is_refused(tmp_path: Path, texts: Path, tokenizer_dir: Path) -> None:
-    run(tmp_path / "set", [texts], None, train_tokenizer=400)
-    with pytest.raises(ValueError, match=r"tokenizer vocab_size \(400 then, 512 now\)"):
-        run(tmp_path / "set", [texts], tokenizer_dir)
-
-
 def test_foreign_folders_and_those_inside_a_source_are_refused_and_stay(tmp_path: Path, tokenizer_dir: Path) -> None:
     write_corpus(tmp_path / "in")
     before = files_of(tmp_path)

@@ -9,13 +9,15 @@ import pytest
 from memory_set import write_set
 from mix_sets import BUDGETS, ENTRIES, build, chunks_of, make_sets, write_spec
 
-from ettin_foundry.corpus.mix import CATALOGUE, Catalogue, build_mix, read_yaml
+from ettin_foundry import program_folder
+from ettin_foundry.corpus.mix import Catalogue, build_mix, read_yaml
 from ettin_foundry.data.manifest import MANIFEST
 from ettin_foundry.data.mixture import MixtureSplit, open_split
 from ettin_foundry.data.order import Order
 from ettin_foundry.data.shards import MDSSplit
 
 T = 64
+CATALOGUE = program_folder() / "data_prep" / "sources.yaml"
 PHASES = read_yaml(CATALOGUE, Catalogue).phases
 
 

@@ -136,30 +136,6 @@ def test_a_shard_ends_where_the_next_chunk_does_not_fit(tmp_path: Path, make: Ca
     assert 3 < num_refused < 20
 
 
-@pytest.mark.parametrize("compression", [None, "zstd"])
-def test_stock_reader_reads_it(tmp_path: Path, make: Callable[..., ShardGroupWriter], tokenizer_json: str,
-                               compression: str | None) -> None:
-    from streaming import StreamingDataset
-
-    given = various(40)
-    entries = write(make(shard_bytes=6_000, compression=compression), given)
-    shards = []
-    for entry in entries:
-        files = {f"{kind}_data": None if (file := entry[kind]) is None else
-                 {"basename": file["basename"], "bytes": file["bytes"], "hashes": {"xxh64": file["xxh64"]}}
-                 for kind in ("raw", "zip")}
-        shards.append({"version": 2, "format": "mds", "hashes": ["xxh64"], "size_limit": 6_000, "compression": compression,
-                       "samples": entry["samples"], "column_names": sorted(COLUMNS), **files,
-                       "column_encodings": [COLUMNS[name] for name in sorted(COLUMNS)],
-                       "column_sizes": [None, 8, 8, None, None]})
-    (tmp_path / "out" / "index.json").write_text(json.dumps({"version": 2, "shards": shards}))
-    dataset = StreamingDataset(local=str(tmp_path / "out"), shuffle=False, batch_size=1, validate_hash="xxh64")
-    expected = samples(given, Chunker(tokenizer_json, 300))
-    assert len(dataset) == len(expected) and len(entries) > 3
-    for found, wanted in zip((dataset[number] for number in range(len(dataset))), expected):
-        assert {**found, "tokens": found["tokens"].tolist()} == {**wanted, "tokens": wanted["tokens"].tolist()}
-
-
 def test_entries_state_what_the_shards_hold(make: Callable[..., ShardGroupWriter], tokenizer_json: str) -> None:
     given = [*various(50), *documents([150] * 20)]  # two of 150 do not fit into a row of 302 with their BOS and EOS
     entries = write(make(), given)

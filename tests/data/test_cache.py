@@ -236,16 +236,6 @@ def test_the_tokenizer_of_a_remote_dataset_is_fetched_once(tmp_path: Path, monke
 # ------------------------------------------------------------------ failures on the way
 
 
-def test_a_place_that_is_away_for_a_while_stops_the_run_and_spoils_nothing(server: S3Server, tmp_path: Path,
-                                                                           expected: list) -> None:
-    data = MDSSplit(tmp_path / "train", remote=server.url("plain/train"))
-    server.fail(lambda request: ".mds" in request.path, times=10**6)
-    with pytest.raises(ConnectionError):
-        data.chunk(0, 0)
-    server.clear()
-    assert samples_of(data) == expected  # as soon as it is back
-
-
 @KINDS
 def test_a_shard_that_was_damaged_on_the_way_is_fetched_once_more(server: S3Server, tmp_path: Path, kind: str,
                                                                   monkeypatch: pytest.MonkeyPatch, expected: list,

@@ -260,12 +260,6 @@ def test_refusals_are_final(server: S3Server) -> None:
         open_storage("s3://no-such-bucket").read_bytes("x")
 
 
-def test_a_server_that_is_not_there_is_a_clear_error(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(ConnectionError, match="see the network and the endpoint"):
-        open_storage("s3://corpus/set").list()
-
-
 def test_a_file_that_is_replaced_while_it_is_read_is_an_error(server: S3Server) -> None:
     server.put("set/x", b"a" * (3 << 20))
     with open_storage(server.url("set")).open("x") as stream:

@@ -1,6 +1,5 @@
 """`ettin order`: a step's documents against the batches of a real run, and the order as files, cut where Composer saves."""
 
-import copy
 import json
 import shutil
 import subprocess
@@ -24,15 +23,9 @@ from ettin_foundry.tools.order import export_order, files_of, next_step, steps_o
 from ettin_foundry.training.steps import read_steps
 
 
-@pytest.fixture(scope="module")
-def config(data_set, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs")
-    return OmegaConf.to_container(nano_run.configure(data_set, out, *nano_run.RISING), resolve=True)
-
-
 @pytest.fixture
-def cfg(config):
-    return copy.deepcopy(config)
+def cfg(data_set, tmp_path):
+    return OmegaConf.to_container(nano_run.configure(data_set, tmp_path / "run", *nano_run.RISING), resolve=True)
 
 
 def unmasked(batch):
@@ -46,10 +39,6 @@ def printed(capsys, *arguments):
         main(["order", *arguments])
     assert not ended.value.code
     return capsys.readouterr().out.splitlines()
-
-
-def checkpoint_at(run, batch):
-    return next(run[0].glob(f"*ba{batch}-*.pt"))
 
 
 def names(folder):
@@ -81,7 +70,7 @@ def test_the_dataset_may_lie_elsewhere_and_a_checkpoint_alone_names_the_next_ste
     cfg["train_loader"]["dataset"]["local"] = "nowhere"
     for place in (moved, moved / "train"):
         assert view_step(stream_of(cfg, str(place)), 4).ids_hash == expected
-    alone = shutil.copy(checkpoint_at(rising_run, 6), tmp_path / "alone.pt")
+    alone = shutil.copy(next(rising_run[0].glob("*ba6-*.pt")), tmp_path / "alone.pt")
     assert next_step(alone)[2] == next_step(alone, str(moved))[2] == 6
     with pytest.raises(ValueError, match="dataset .its fingerprint. must be what the checkpoint was trained with"):
         next_step(alone, str(moved / "validation"))
@@ -101,7 +90,7 @@ def test_the_command_prints_a_step_from_a_recipe_and_the_next_one_of_a_checkpoin
                      f"{step['tokens']:,} before it, in epoch 0; ids_hash {step['ids_hash']}")
     assert {line.split()[0] for line in lines[::2]} == {"0", "1", "2"} and more == "and 5 rows more (--rows)"
     assert "doc-" in lines[0] and "part" in lines[0] and len(lines[1].strip()) > 10
-    assert printed(capsys, "--checkpoint", str(checkpoint_at(rising_run, 6)), "--rows", "0")[0] == first
+    assert printed(capsys, "--checkpoint", str(next(rising_run[0].glob("*ba6-*.pt"))), "--rows", "0")[0] == first
 
 
 YAML = ["--yaml", "yamls/nano.yaml"]

@@ -429,5 +429,5 @@ def test_the_report_says_why_a_number_is_missing(small: Small) -> None:
     write_report(suite, {}, seconds=1.0)
     text = (small.folder / "root" / "report.md").read_text()
     for words in ("encoder-extend: no losses and times", "decoder-extend: no losses and times", "encoder: not evaluated: ",
-                  "| encoder-extend | encoder-pretrain | mlm | 4,000 | - | - | - | - |", "'a [MASK] -> "):
+                  "| encoder-extend | encoder-pretrain | mlm | 4,000 | - | - | - | - |", "a [MASK] -> "):
         assert words in text
