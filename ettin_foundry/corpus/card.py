@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ettin_foundry.data.manifest import MANIFEST
+from ettin_foundry.data import MANIFEST
 from ettin_foundry.data.quantities import quantiles
 from ettin_foundry.data.storage import Storage, check_name
 
