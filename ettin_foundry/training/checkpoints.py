@@ -1,7 +1,7 @@
 """Checkpoints of Composer, read: nothing pickled runs before it was checked, and the newest complete one is found.
 
-mosaicml 0.32.1 unpickles whatever it loads (`torch.load(weights_only=False)`), and torch does so with the `.metadata` and the
-byte entries of sharded checkpoints. Here unpicklers know allow-listed types only, and `install_validation` makes Composer ask
+mosaicml 0.32.1 unpickles whatever it loads (`torch.load(weights_only=False)`), and torch does so with `.metadata` and byte
+entries of sharded checkpoints. Here unpicklers know allow-listed types only, and `install_validation` makes Composer ask
 them before each load, also of files it downloaded: what passes names no other global, whoever loads it.
 """
 
