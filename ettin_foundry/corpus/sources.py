@@ -281,6 +281,8 @@ def stdlib_docstrings() -> Iterator[tuple[str, str]]:
             continue
         parts = [f"{name}\n\n{inspect.getdoc(module) or ''}"]
         for attribute, value in sorted(vars(module).items()):
+            if module is sys:  # command lines and notebooks replace its hooks
+                value = getattr(sys, f"__{attribute}__", value)
             if inspect.isroutine(value) or inspect.isclass(value):
                 parts.append(_described(f"{name}.{attribute}", value))
                 if inspect.isclass(value) and value.__module__ == name:

@@ -17,7 +17,7 @@ import numpy as np
 from ettin_foundry.data.manifest import INDEX, MANIFEST, expand, map_file
 from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
-from ettin_foundry.data.quantities import quantiles
+from ettin_foundry.data.quantities import length_cells
 from ettin_foundry.data.shards import MDSSplit, parse_shard, read_columns
 from ettin_foundry.data.storage import Storage, is_url, open_storage
 
@@ -25,13 +25,6 @@ _MAX_TOKENIZER_BYTES = 64 << 20
 _SHOWN = 400  # characters of a sample
 _HEADER = ("source", "documents", "chunks", "tokens", "share", "mean", "10%", "median", "90%", "full", "rows", "fill",
            "bytes/token", "licence")
-
-
-def length_cells(histogram: np.ndarray) -> tuple[str, ...]:
-    """Mean, 10%, median, 90% and share of the full length, as texts, of (L + 1,) counts of chunks by length."""
-    total = max(1, int(histogram.sum()))
-    mean = int(histogram @ np.arange(len(histogram))) / total
-    return f"{mean:,.1f}", *(f"{value:,}" for value in quantiles(histogram)), f"{int(histogram[-1]) / total:.1%}"
 
 
 class Found(NamedTuple):
