@@ -19,7 +19,7 @@ import xxhash
 
 from ettin_foundry.corpus.duplicates import find_duplicates
 from ettin_foundry.corpus.encoder import Engine
-from ettin_foundry.corpus.executors import run_tasks
+from ettin_foundry.corpus.executors import Board, Tick, run_tasks
 from ettin_foundry.corpus.filters import FilterOptions
 from ettin_foundry.corpus.finalize import done_units, finalize
 from ettin_foundry.corpus.plan import (
@@ -33,7 +33,6 @@ from ettin_foundry.corpus.plan import (
     plan_conversion,
     read_plan,
 )
-from ettin_foundry.corpus.progress import Board, Tick
 from ettin_foundry.corpus.readers import ReadOptions, read_parts
 from ettin_foundry.corpus.sources import Meter, Source, part_bytes, plan_parts
 from ettin_foundry.corpus.worker import ConvertUnit, HashUnit, TokenizerSpec, drops_name, hashes_name
