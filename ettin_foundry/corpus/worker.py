@@ -22,10 +22,9 @@ import xxhash
 
 from ettin_foundry.corpus.chunking import Chunker
 from ettin_foundry.corpus.encoder import Engine, TextEncoder
-from ettin_foundry.corpus.executors import Report
+from ettin_foundry.corpus.executors import Report, Tick
 from ettin_foundry.corpus.filters import DUPLICATE, OVERSIZED, FilterOptions, read_drops, write_hashes
 from ettin_foundry.corpus.plan import Unit, record_key, record_name
-from ettin_foundry.corpus.progress import Tick
 from ettin_foundry.corpus.readers import Document, ReadOptions, read_parts
 from ettin_foundry.corpus.sources import Meter, Source
 from ettin_foundry.corpus.writer import ShardGroupWriter
