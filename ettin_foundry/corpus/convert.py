@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import xxhash
 
 from ettin_foundry.corpus import plan as plans
-from ettin_foundry.corpus.duplicates import find_duplicates
 from ettin_foundry.corpus.encoder import Engine
 from ettin_foundry.corpus.executors import Board, Tick, run_tasks
-from ettin_foundry.corpus.filters import FilterOptions
+from ettin_foundry.corpus.filters import FilterOptions, find_duplicates
 from ettin_foundry.corpus.finalize import done_units, finalize
 from ettin_foundry.corpus.readers import ReadOptions, read_parts
 from ettin_foundry.corpus.sources import Meter, Source, part_bytes, plan_parts

@@ -71,7 +71,7 @@ class Plan:
             if self.options["limit_bytes"] is not None:  # where it falls is known only by reading up to it
                 groups = [tuple(part for group in groups for part in group)]
             for parts in groups:
-                sizes = tuple(source.sizes.get(part.file, 0) for part in parts)
+                sizes = tuple(source.files.get(part.file, 0) for part in parts)
                 units.append(Unit(len(units), source.name, tuple(parts), sizes))
         return replace(self, sources=names, units=tuple(units))
 
