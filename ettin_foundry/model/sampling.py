@@ -14,7 +14,7 @@ def generate(model: Any, prompts: list[str], max_new_tokens: int = 40, temperatu
     Temperature 0 takes the most probable token; above 0, samples are drawn with `seed`.
     """
     if not model.config.causal:
-        raise ValueError(f"generate needs a decoder, and this model is an encoder ({model.objective}); use fill-mask")
+        raise ValueError(f"generate needs a decoder, and this model is an encoder ({model.objective}); use fill_mask")
     tokenizer = _tokenizer_of(model)
     starts = [[tokenizer.bos_token_id, *tokenizer.encode(p, add_special_tokens=False)] for p in prompts]
     documents, unfinished = [list(s) for s in starts], set(range(len(starts)))
