@@ -24,19 +24,12 @@ import orjson
 import xxhash
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from ettin_foundry.data import COLUMNS, FORMAT, INDEX, LENGTHS, MANIFEST, MAX_CHUNK_LENGTH, VERSION
+
 __all__ = ["COLUMNS", "FORMAT", "INDEX", "LENGTHS", "MANIFEST", "MAX_CHUNK_LENGTH", "MAX_JSON_BYTES", "VERSION", "Buffer",
            "Count", "SplitFacts", "bad_file", "check_hash", "check_record", "expand", "map_file", "open_plain", "read_json",
            "read_manifest"]
 
-FORMAT = "ettin-mds"
-VERSION = 1
-MANIFEST = "manifest.json"
-INDEX = "index.json"
-LENGTHS = "lengths.npy"
-COLUMNS = {"tokens": "ndarray:uint16", "doc": "str", "part": "int", "last": "int", "source": "str"}
-"""Column name -> MDS encoding. No other column or encoding is read, so nothing is ever unpickled."""
-
-MAX_CHUNK_LENGTH = 65_535  # a chunk's length is stored in at most two bytes
 MAX_JSON_BYTES = 1 << 30  # the manifest of 70,000 shards, two trillion tokens, takes about 30 MB
 _SMALLEST_SAMPLE = 34  # bytes of an empty doc and source with a chunk's sizes, numbers, array head and table entry
 _BLOCK = 1 << 20
