@@ -76,7 +76,7 @@ class S3Server:
             monkeypatch.setenv(name, value)
         monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=lambda seconds: None))
         if block_bytes:
-            monkeypatch.setattr("ettin_foundry.data.storage._BLOCK_BYTES", block_bytes)
+            monkeypatch.setattr("ettin_foundry.data.storage_remote._BLOCK_BYTES", block_bytes)
 
     def empty(self) -> None:
         """Back to one empty bucket, no faults, no requests: between tests that share a server."""

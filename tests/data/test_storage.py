@@ -270,7 +270,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_an_error(server: S3Server) 
 
 
 def test_large_files_go_up_in_parts(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ettin_foundry.data.storage._PART_BYTES", 5 << 20)  # the least that S3 allows
+    monkeypatch.setattr("ettin_foundry.data.storage_remote._PART_BYTES", 5 << 20)  # the least that S3 allows
     data = noise(11 << 20)
     (tmp_path / "x").write_bytes(data)
     server.fail(lambda request: "partNumber=2" in request.query)
