@@ -25,7 +25,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ettin_foundry.data.storage import LocalStorage, check_name, is_url, open_storage
+from ettin_foundry.data.storage import Storage, check_name, is_url, open_storage
 
 __all__ = ["COMPRESSIONS", "DOCSTRINGS", "STDLIB", "Meter", "Part", "Source", "SourceFile", "file_kind",
            "find_source", "open_hub_dataset", "part_bytes", "plan_parts", "read_module", "stdlib_docstrings"]
@@ -119,7 +119,7 @@ def find_source(text: str, *, licence: str | None = None) -> Source:
         return _find_url(name, location, licence)
     path = Path(location.removeprefix("file://"))
     if path.is_dir():
-        storage = LocalStorage(str(path))
+        storage = Storage(str(path))
         files = _readable_files(storage.url, storage.list())
         return Source(name or path.resolve().name, location, files, str(path), licence)
     if path.is_file():

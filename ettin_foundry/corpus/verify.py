@@ -27,7 +27,7 @@ from ettin_foundry.corpus.plan import PLAN, Plan, read_plan, read_record, record
 from ettin_foundry.data.cache import fetch_tokenizer
 from ettin_foundry.data.inspect import Found, draw_samples, find_dataset
 from ettin_foundry.data.manifest import INDEX, LENGTHS, MANIFEST
-from ettin_foundry.data.mixture import MixtureSplit, expand_entries
+from ettin_foundry.data.mixture import MixtureSplit
 from ettin_foundry.data.quantities import format_bytes
 from ettin_foundry.data.shards import MDSSplit
 
@@ -117,9 +117,7 @@ class _Check:
             self.report.counts[split] = totals.get("documents"), totals["samples"], totals["tokens"]
             shards: Iterable[int] = range(data.num_shards)
             if isinstance(data, MixtureSplit):  # each shard that it takes from once
-                entries = expand_entries(data.manifest)[0]
-                columns = np.stack([entries.set, entries.shard, entries.part])
-                shards = np.unique(columns, axis=1, return_index=True)[1].tolist()
+                shards = np.unique(data.stored, axis=1, return_index=True)[1].tolist()
             else:
                 self.attempt(data.check_index)
                 self._check_names(split, data)

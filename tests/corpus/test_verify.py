@@ -142,7 +142,7 @@ def bump(table: dict, key: str | int, by: int = 1) -> None:
     (lambda m: bump(m["shards"][1]["rows"], "64", -1), r"rows of 64 is \d+"),
     (lambda m: [bump(m["shards"][n], "tokens", by) for n, by in ((1, 1), (2, -1))], "lengths.npy: row 1 counts"),
     (lambda m: m["shards"][1].update(source="code"), "chunks of another source"),
-    (lambda m: m["shards"].reverse(), "index.json: its shard 0 differs"),
+    (lambda m: m["shards"].reverse(), "index.json: its shards differ"),
     (lambda m: m["tokenizer"].update(vocab_size=300), "the tokenizer has 300 entries"),
     (lambda m: m["tokenizer"].update(probe_sha256="0"), "probe_sha256"),
     (lambda m: m["tokenizer"]["special_ids"].update(mask=3), "special_ids"),
