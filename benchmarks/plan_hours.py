@@ -14,20 +14,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from ettin_foundry.tools.plan_cost import ORIGINAL_HOURS, ORIGINAL_TOKENS  # noqa: E402
-from ettin_foundry.tools.plan_report import PlannedRun, plan_chain, totals  # noqa: E402
 from streams import results_path  # noqa: E402
 
+from ettin_foundry.tools.plan import ORIGINAL_HOURS, ORIGINAL_TOKENS, Plan, plan_runs, totals  # noqa: E402
 from ettin_foundry.training.recipes import resolved  # noqa: E402
 
 
-def chain(size: str, member: str) -> list[PlannedRun]:
+def chain(size: str, member: str) -> list[Plan]:
     """The three phases of one member."""
     stages = []
     for phase in ("pretrain", "extend", "decay"):
         overlay = [] if phase == "pretrain" else [str(ROOT / f"yamls/phases/{phase}.yaml"), "variables.source=before"]
         stages.append((phase, resolved([str(ROOT / f"yamls/ettin-{member}-{size}.yaml"), *overlay])))
-    return plan_chain(stages, gpus="4xH100")
+    return plan_runs(stages, gpus="4xH100")
 
 
 def main() -> None:
@@ -41,12 +40,12 @@ def main() -> None:
         runs = {member: chain(size, member) for member in ("enc", "dec")}
         sums = {member: totals(runs[member]) for member in runs}
         tokens, hours = sums["enc"]["num_tokens"], sums["enc"]["hours"]
-        assert tokens and hours and runs["enc"][0].cost.mfu
-        useful = {member: runs[member][0].cost.mfu * sums[member]["flops"]
-                  / sum(run.plan.flops_6n for run in runs[member]) for member in runs}
+        assert tokens and hours and runs["enc"][0].mfu
+        useful = {member: runs[member][0].mfu * sums[member]["flops"]
+                  / sum(6 * run.parameters * run.num_tokens for run in runs[member]) for member in runs}
         whole = hours * ORIGINAL_TOKENS / tokens
         lines.append(f"| {size} | {tokens / 1e12:.3f}T | {original:,} | {hours:,.1f} | {whole:,.1f} | "
-                     f"{runs['enc'][0].cost.mfu:.1%} | {useful['enc']:.1%} / {useful['dec']:.1%} |")
+                     f"{runs['enc'][0].mfu:.1%} | {useful['enc']:.1%} / {useful['dec']:.1%} |")
     path = results_path("plan-hours", args.out).with_suffix(".md")
     path.write_text("`python benchmarks/plan_hours.py`\n\n" + "\n".join(lines) + "\n")
     print(*lines, f"written to {path}", sep="\n")

@@ -33,11 +33,11 @@ def _status(name: str) -> int:
 def measure(size: str, objective: str, tokens: int) -> dict[str, Any]:
     """Two steps in this process: bytes of the peak, and the plan's."""
     import torch
-    from ettin_foundry.tools.plan_memory import Step, step_memory
     from streams import flat_stream, synthetic_documents
 
     from ettin_foundry.model.config import EttinConfig
     from ettin_foundry.model.transformer import Ettin
+    from ettin_foundry.tools.plan import memory_bytes
     from ettin_foundry.training.optimizer import StableAdamW
 
     torch.manual_seed(0)
@@ -56,9 +56,8 @@ def measure(size: str, objective: str, tokens: int) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
     targets = max(b["num_targets"] for b in batches)
-    memory = step_memory(Step(config, tokens, targets, flash=False, on_gpu=False, half=False))
-    return {"measured": _status("VmHWM") - before, "planned": memory.total, "activations": memory.activations,
-            "targets": targets}
+    memory = memory_bytes(config, tokens, targets / tokens, half=False)
+    return {"measured": _status("VmHWM") - before, "planned": sum(memory.values()), **memory, "targets": targets}
 
 
 def run(case: tuple[str, str, int], *, give_back: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ettin_foundry.data.manifest import COLUMNS
+from ettin_foundry.data import COLUMNS
 from ettin_foundry.data.packing import pack_lengths, piece_counts
 
 VOCAB_SIZE = 512

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import xxhash
 
-from ettin_foundry.corpus.duplicates import find_duplicates
 from ettin_foundry.corpus.encoder import Engine
-from ettin_foundry.corpus.executors import run_tasks
-from ettin_foundry.corpus.filters import FilterOptions
+from ettin_foundry.corpus.executors import Board, Tick, run_tasks
+from ettin_foundry.corpus.filters import FilterOptions, find_duplicates
 from ettin_foundry.corpus.finalize import done_units, finalize
 from ettin_foundry.corpus.plan import (
     PLAN,
@@ -33,12 +32,11 @@ from ettin_foundry.corpus.plan import (
     plan_conversion,
     read_plan,
 )
-from ettin_foundry.corpus.progress import Board, Tick
 from ettin_foundry.corpus.readers import ReadOptions, read_parts
 from ettin_foundry.corpus.sources import Meter, Source, part_bytes, plan_parts
 from ettin_foundry.corpus.worker import ConvertUnit, HashUnit, TokenizerSpec, drops_name, hashes_name
+from ettin_foundry.data import MAX_CHUNK_LENGTH
 from ettin_foundry.data import tokenizer as tokenizers
-from ettin_foundry.data.manifest import MAX_CHUNK_LENGTH
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
 from ettin_foundry.data.quantities import parse_bytes
 from ettin_foundry.data.storage import Storage, is_url, open_storage

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ettin_foundry.corpus.plan import PLAN, Plan, read_plan, read_record, record_name
+from ettin_foundry.corpus.plan import COUNTS, PLAN, Plan, read_plan, read_record, record_name
 from ettin_foundry.corpus.writer import shard_config
-from ettin_foundry.data.manifest import COLUMNS, FORMAT, MANIFEST, VERSION
+from ettin_foundry.data import COLUMNS, FORMAT, MANIFEST, VERSION
 from ettin_foundry.data.storage import Storage, open_storage
 from ettin_foundry.version import __version__
 
@@ -30,7 +30,6 @@ __all__ = ["add_up", "describe_splits", "done_units", "finalize"]
 log = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
-_COUNTS = ("documents", "chunks", "tokens", "bytes")
 _READERS = 16  # records of a remote dataset that are fetched at a time
 
 
@@ -131,11 +130,11 @@ def describe_splits(plan: Plan,
 
 def add_up(plan: Plan, records: Sequence[Record], split: str) -> dict[str, dict[str, Any]]:
     """Source name -> counts of one split over all records, as its manifest states them."""
-    totals: dict[str, dict[str, Any]] = {name: {**facts, **dict.fromkeys(_COUNTS, 0), "dropped": {}}
+    totals: dict[str, dict[str, Any]] = {name: {**facts, **dict.fromkeys(COUNTS, 0), "dropped": {}}
                                          for name, facts in plan.sources.items()}
     for record in records:
         total, counts = totals[record["source"]], record["splits"][split]
-        for key in _COUNTS:
+        for key in COUNTS:
             total[key] += counts[key]
         for reason, number in counts["dropped"].items():
             total["dropped"][reason] = total["dropped"].get(reason, 0) + number

@@ -8,15 +8,15 @@ After that options never do, inputs only where no finished unit was read, source
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import pydantic
 import xxhash
 
 from ettin_foundry.corpus.sources import STDLIB, Part, Source, find_source, plan_parts
@@ -29,6 +29,7 @@ __all__ = ["PLAN", "Plan", "Unit", "check_append", "check_place", "find_sources"
            "plan_conversion", "read_plan", "read_record", "record_key", "record_name"]
 
 PLAN = "plan.json"
+COUNTS = ("documents", "chunks", "tokens", "bytes")  # of a split of a unit, or of a source
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Plan:
             if self.options["limit_bytes"] is not None:  # where it falls is known only by reading up to it
                 groups = [tuple(part for group in groups for part in group)]
             for parts in groups:
-                sizes = tuple(source.sizes.get(part.file, 0) for part in parts)
+                sizes = tuple(source.files.get(part.file, 0) for part in parts)
                 units.append(Unit(len(units), source.name, tuple(parts), sizes))
         return replace(self, sources=names, units=tuple(units))
 
@@ -86,54 +87,27 @@ class Plan:
         return (json.dumps(head, indent=1)[:-2] + f',\n "units": [\n{units}\n ]\n}}\n').encode()
 
 
-class _StoredUnit(pydantic.BaseModel):
-    source: str
-    parts: list[tuple[str, int, int | None, int]]
-
-
-class _StoredPlan(pydantic.BaseModel):
-    format: Literal["ettin-plan"]
-    version: Literal[1]
-    options: dict[str, Any]
-    tokenizer: dict[str, Any]
-    sources: dict[str, dict[str, Any]]
-    units: list[_StoredUnit]
-
-
-class _SplitCounts(pydantic.BaseModel):
-    documents: int
-    chunks: int
-    tokens: int
-    bytes: int
-    dropped: dict[str, int]
-    shards: list[dict[str, Any]]
-
-
-class _Record(pydantic.BaseModel):
-    unit: int
-    key: str
-    source: str
-    read: int
-    splits: dict[str, _SplitCounts]
-
-
-def _read(model: type[pydantic.BaseModel], storage: Storage, name: str) -> Any:
+@contextlib.contextmanager
+def _as_written(storage: Storage, name: str) -> Iterator[None]:
+    """Names the file in errors about its content."""
     try:
-        return model.model_validate_json(storage.read_bytes(name))
-    except pydantic.ValidationError as error:
-        found = error.errors(include_url=False)[0]
-        raise ValueError(f"{storage.where(name)}: must be as a conversion wrote it, got {found['loc']}: "
-                         f"{found['msg'][:200]}; remove it and convert again") from None
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{storage.where(name)}: must be as a conversion wrote it, got {type(error).__name__}: "
+                         f"{str(error)[:200]}; remove it and convert again") from None
 
 
 def read_plan(storage: Storage) -> Plan | None:
     """The plan of a dataset, or None where no conversion was started. Raises ValueError for what is not a plan."""
     if not storage.exists(PLAN):
         return None
-    stored = _read(_StoredPlan, storage, PLAN)
-    units = [Unit(number, unit.source, tuple(Part(*part[:3]) for part in unit.parts),
-                  tuple(part[3] for part in unit.parts)) for number, unit in enumerate(stored.units)]
-    return Plan(stored.options, stored.tokenizer, stored.sources, tuple(units))
+    with _as_written(storage, PLAN):
+        stored = json.loads(storage.read_bytes(PLAN))
+        if (stored["format"], stored["version"]) != ("ettin-plan", 1):
+            raise ValueError(f"format {stored['format']!r}, version {stored['version']!r}")
+        units = [Unit(number, str(unit["source"]), tuple(Part(*part[:3]) for part in unit["parts"]),
+                      tuple(int(part[3]) for part in unit["parts"])) for number, unit in enumerate(stored["units"])]
+        return Plan(dict(stored["options"]), dict(stored["tokenizer"]), dict(stored["sources"]), tuple(units))
 
 
 def record_name(unit: int) -> str:
@@ -149,11 +123,15 @@ def record_key(base_key: str, unit: Unit) -> str:
 
 def read_record(storage: Storage, plan: Plan, unit: int) -> dict[str, Any]:
     """A unit's completion record. Raises ValueError if it is not one, or is of another unit."""
-    record: dict[str, Any] = _read(_Record, storage, record_name(unit)).model_dump()
-    if record["key"] != (needed := record_key(plan.base_key, plan.units[unit])):
-        raise ValueError(f"{storage.where(record_name(unit))}: is of another unit; key must be {needed}, got "
-                         f"{record['key']}; remove it and convert again")
-    return record
+    name, needed = record_name(unit), record_key(plan.base_key, plan.units[unit])
+    with _as_written(storage, name):
+        record: dict[str, Any] = json.loads(storage.read_bytes(name))
+        if record["key"] != needed:
+            raise ValueError(f"the record of another unit, key must be {needed}, got {record['key']}")
+        for counts in record["splits"].values():
+            if not all(type(counts[key]) is int for key in COUNTS):
+                raise TypeError(f"counts {counts}")
+        return record
 
 
 def finished_units(storage: Storage) -> set[int]:

@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 
 from ettin_foundry.corpus.chunking import Chunker
-from ettin_foundry.data.manifest import COLUMNS
+from ettin_foundry.data import COLUMNS
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE, pack_lengths, piece_counts
 
 __all__ = ["ShardGroupWriter", "shard_config"]

@@ -23,7 +23,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ettin_foundry.data.manifest import INDEX, LENGTHS, MANIFEST, MAX_JSON_BYTES, bad_file, expand, map_file, open_plain
+from ettin_foundry.data import INDEX, LENGTHS, MANIFEST
+from ettin_foundry.data.manifest import MAX_JSON_BYTES, bad_file, expand, map_file, open_plain
 from ettin_foundry.data.storage import atomic_file, check_name, open_storage
 
 log = logging.getLogger(__name__)

@@ -24,14 +24,8 @@ import orjson
 import xxhash
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-FORMAT = "ettin-mds"
-VERSION = 1
-MANIFEST = "manifest.json"
-INDEX = "index.json"
-LENGTHS = "lengths.npy"
-# column -> MDS encoding; no other column or encoding is read, so nothing is ever unpickled
-COLUMNS = {"tokens": "ndarray:uint16", "doc": "str", "part": "int", "last": "int", "source": "str"}
-MAX_CHUNK_LENGTH = 65_535  # a chunk's length is stored in at most two bytes
+from ettin_foundry.data import COLUMNS, LENGTHS, MANIFEST, MAX_CHUNK_LENGTH
+
 MAX_JSON_BYTES = 1 << 30  # the manifest of 70,000 shards, two trillion tokens, takes about 30 MB
 _SMALLEST_SAMPLE = 34  # bytes of an empty doc and source with a chunk's sizes, numbers, array head and table entry
 _BLOCK = 1 << 20

@@ -24,8 +24,9 @@ import numpy as np
 import xxhash
 from pydantic import BaseModel, Field, model_validator
 
+from ettin_foundry.data import MANIFEST, MAX_CHUNK_LENGTH
 from ettin_foundry.data.cache import fetch_manifest
-from ettin_foundry.data.manifest import MANIFEST, MAX_CHUNK_LENGTH, Count, SplitFacts, bad_file, check_record, read_json
+from ettin_foundry.data.manifest import Count, SplitFacts, bad_file, check_record, read_json
 from ettin_foundry.data.order import raw_draws
 from ettin_foundry.data.packing import pack_lengths, piece_counts
 from ettin_foundry.data.quantities import parse_bytes

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
-from ettin_foundry.data import manifest
+from ettin_foundry.data import COLUMNS, INDEX, LENGTHS, MANIFEST, manifest
 from ettin_foundry.data.cache import ShardFiles, fetch_manifest, fetch_table
-from ettin_foundry.data.manifest import COLUMNS, INDEX, LENGTHS, MANIFEST, Buffer, SplitFacts, bad_file, check_hash, map_file
+from ettin_foundry.data.manifest import Buffer, SplitFacts, bad_file, check_hash, map_file
 from ettin_foundry.data.packing import pack_lengths, piece_counts
 from ettin_foundry.data.quantities import parse_bytes
 from ettin_foundry.data.storage import open_storage

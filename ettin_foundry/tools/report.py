@@ -27,17 +27,12 @@ from ettin_foundry.tools.suite import Samples, Stage, Suite
 from ettin_foundry.tools.suite_run import compare_pair, say, stage_state
 from ettin_foundry.training.steps import read_steps
 
-__all__ = ["write_report"]
-
 
 def write_report(suite: Suite, fairness: Mapping[str, Mapping[str, Any]], *, seconds: float) -> str:
-    """Exports, evaluates, draws and writes.
+    """Exports, evaluates, draws and writes; returns one line that says what was made, where, and how long it took.
 
     Args:
         fairness: what `suite_run.check_suite` found. seconds: since the suite was started this time.
-
-    Returns:
-        One line that says what was made, where, and how long it took.
     """
     suite.root.mkdir(parents=True, exist_ok=True)
     stages, runs = [], []

@@ -30,8 +30,6 @@ from ettin_foundry.training import checkpoints, checks
 from ettin_foundry.training.run_config import config_hash, config_text, parse_time
 from ettin_foundry.training.steps import STEPS, compare_steps, read_steps
 
-__all__ = ["StageFailed", "State", "Stopped", "check_suite", "compare_pair", "run_suite", "say", "signals", "stage_state"]
-
 _SAY_SECONDS = 10.0  # between lines where there is no terminal
 _STOP_SECONDS = 40.0  # Composer's launcher gives its processes 30 s to end
 _SPEED_STEPS = 20
@@ -68,12 +66,7 @@ def say(text: str) -> None:
 
 
 def stage_state(stage: Stage) -> State:
-    """Reads a stage's newest complete checkpoint.
-
-    Raises:
-        ValueError: the checkpoint is of a run with other settings; each that may change what is learnt is named with both
-            values.
-    """
+    """Reads a stage's newest complete checkpoint; a ValueError with both values of each setting in which it differs."""
     newest = checkpoints.newest_complete(stage.folder)
     if newest is None:
         return State(None, {}, False)
@@ -83,12 +76,9 @@ def stage_state(stage: Stage) -> State:
         if "run_config" not in record:
             raise ValueError(f"stages.{stage.name}: {newest} holds no config, so it is not one of train.py's; move it away")
         found = lint_pair(json.loads(record["run_config"]), json.loads(text), names=("then", "now")).differences
-        differing = [f"{d.key}: {d.a} then, {d.b} now" for d in found
-                     if d.verdict != HARMLESS or d.key.endswith(".source")]
-        if differing:
-            raise ValueError(f"stages.{stage.name}: {newest} was trained with other settings: {'; '.join(differing[:8])}"
-                             f"{f'; and {len(differing) - 8} more' if len(differing) > 8 else ''}. Restore them, or give "
-                             "another root, or move that folder away")
+        if other := [f"{d.key}: {d.a} then, {d.b} now" for d in found if d.verdict != HARMLESS or d.key.endswith(".source")]:
+            raise ValueError(f"stages.{stage.name}: {newest} was trained with other settings: {'; '.join(other)}. Restore "
+                             "them, or give another root, or move that folder away")
     amount, unit = parse_time("max_duration", config["max_duration"])
     return State(newest, record, int(record.get("tokens" if unit == "tok" else "batch") or 0) >= amount)
 
@@ -97,7 +87,7 @@ def check_suite(suite: Suite, *, allow_unfair: bool = False) -> dict[str, dict[s
     """Refuses a suite of which some stage could not run as written, or whose pairs or chains are unfair.
 
     Returns:
-        {pair or chain: {members, fair, findings}} for the report; findings is the linter's text.
+        {pair or chain: {fair, findings}} for the report; findings is the linter's text.
 
     Raises:
         ValueError, FileNotFoundError: naming the stage and the key.
@@ -108,22 +98,20 @@ def check_suite(suite: Suite, *, allow_unfair: bool = False) -> dict[str, dict[s
             checks.check_settings(config)
         except ValueError as error:
             raise ValueError(f"stages.{name}: {error}") from error
-    reports = []
+    reports = {}
     for pair, (first, *others) in suite.pairs().items():
         for other in others:
-            names = (first.name, other.name)
-            report = lint_pair(configs[first.name], configs[other.name], names=names)
-            reports.append((f"pair {pair}: {', '.join(names)}", names, report))
+            names = first.name, other.name
+            reports[f"pair {pair}: {', '.join(names)}"] = lint_pair(*(configs[name] for name in names), names=names)
     followed = {stage.source for stage in suite.stages}
-    for stage in suite.stages:
-        names = tuple(each.name for each in suite.chain(stage))
-        if stage.name not in followed and len(names) > 1:
-            reports.append((f"chain {' -> '.join(names)}", names, lint_chain([(name, configs[name]) for name in names])))
-    unfair = [f"{key}\n{report}" for key, _, report in reports if not report.fair]
+    for chain in (suite.chain(stage) for stage in suite.stages if stage.name not in followed and stage.source):
+        names = [each.name for each in chain]
+        reports[f"chain {' -> '.join(names)}"] = lint_chain([(name, configs[name]) for name in names])
+    unfair = [f"{key}\n{report}" for key, report in reports.items() if not report.fair]
     if unfair and not allow_unfair:
         raise ValueError("\n".join([f"{suite.path}: its models could not be compared:", *unfair,
                                     "Make the settings equal, or pass --allow-unfair, which the report will say"]))
-    return {key: {"members": list(names), "fair": report.fair, "findings": str(report)} for key, names, report in reports}
+    return {key: {"fair": report.fair, "findings": str(report)} for key, report in reports.items()}
 
 
 # ------------------------------------------------------------------ running
@@ -137,8 +125,7 @@ def run_suite(suite: Suite, *, only: Sequence[str] = (), report_only: bool = Fal
         report_only: nothing is trained; every stage must be finished.
 
     Raises:
-        ValueError, FileNotFoundError: a setting, a folder, data, or a pair that read different rows; nothing more is
-            started.
+        ValueError, FileNotFoundError: a setting, a folder, data, or a pair that read different rows.
         StageFailed: a stage failed; the message has its reason.
         Stopped: this process was told to end; the stage's process was ended before.
     """
@@ -175,8 +162,7 @@ def _train(suite: Suite, stage: Stage, title: str, *, finished: bool) -> None:
     failed = _run_process(stage, suite.words(stage), title)
     state = stage_state(stage)
     if failed is None and not state.finished:
-        failed = (f"it ended with exit code 0, but its newest checkpoint has {state.tokens:,} tokens, and max_duration is "
-                  f"{stage.config()['max_duration']}; see {stage.folder}")
+        failed = f"exit code 0, but with {state.tokens:,} tokens of {stage.config()['max_duration']}; see {stage.folder}"
     if failed is not None:
         raise StageFailed(f"{stage.name} failed: {failed}")
     say(f"{title}: done, {state.tokens:,} tokens in {format_duration(time.monotonic() - begin)}")
@@ -189,15 +175,14 @@ def compare_pair(members: Sequence[Stage]) -> int:
         Steps compared; 0 while fewer than two members are finished.
 
     Raises:
-        ValueError: they read different rows at some step. FileNotFoundError: a member has no record of its steps.
+        ValueError: they did not. FileNotFoundError: a member has no record of its steps.
     """
     first, *others = [stage for stage in members if stage_state(stage).finished] or [members[0]]
     for other in others:
         step = compare_steps(first.folder, other.folder)
         if step is not None:
             raise ValueError(f"pair {first.pair}: {first.name} and {other.name} did not read the same rows at step {step} "
-                             f"({first.folder / STEPS}, {other.folder / STEPS}), so they cannot be compared; move the "
-                             "folder of the wrong one away and run the suite again")
+                             f"({STEPS} of both); move the folder of the wrong one away and run the suite again")
     return len(read_steps(first.folder)) if others else 0
 
 
@@ -219,10 +204,7 @@ def signals() -> Iterator[None]:
 
 
 def _run_process(stage: Stage, words: Sequence[str], title: str) -> str | None:
-    """Trains a stage in a process of its own, and leaves only when that has ended.
-
-    Returns:
-        None if it ended with 0, else how it ended and the lines of its log that say why.
+    """Trains a stage in a process of its own; None if that ended with 0, else how it ended and the lines that say why.
 
     Raises:
         ValueError: another process trains in the stage's folder, or the command cannot be started.
@@ -235,8 +217,7 @@ def _run_process(stage: Stage, words: Sequence[str], title: str) -> str | None:
         try:  # the process inherits the lock, which holds as long as it lives, even after this one is killed
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"stages.{stage.name}: another process trains in {stage.folder}; wait for it, or end "
-                             "it") from None
+            raise ValueError(f"stages.{stage.name}: another process trains in {stage.folder}; wait or end it") from None
         begin = output.tell()
         output.write(f"$ {shlex.join(words)}\n".encode())
         output.flush()
@@ -294,16 +275,12 @@ def _watch(process: subprocess.Popen[bytes], stage: Stage, title: str) -> None:
 
 
 def _progress(path: Path, begin: float, amount: float, unit: str) -> str:
-    """How far a run is, how fast, and how long it still takes, from the end of its steps.jsonl.
-
-    Args:
-        begin: when the process started; a file that is older is of an earlier one. amount: of the run, in `unit` (tok, ba).
-    """
+    """How far a run of `amount` is, how fast, and what is left, from the end of a steps.jsonl that is newer than `begin`."""
     steps = []
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        file.seek(max(0, size - 400 * _SPEED_STEPS))
-        for text in file.read().split(b"\n") if os.fstat(file.fileno()).st_mtime >= begin else ():
+        facts = os.fstat(file.fileno())
+        file.seek(max(0, facts.st_size - 400 * _SPEED_STEPS))
+        for text in file.read().split(b"\n") if facts.st_mtime >= begin else ():
             with contextlib.suppress(ValueError):  # begins or ends in the middle of a line
                 steps.append(json.loads(text))
     if not steps:

@@ -1,26 +1,30 @@
 """Checkpoints of Composer, read: nothing pickled runs before it was checked, and the newest complete one is found.
 
-mosaicml 0.32.1 unpickles whatever it loads (`torch.load(weights_only=False)`). `load_checkpoint` reads with torch's
-unpickler of allow-listed types, and `install_validation` makes Composer ask it before each load, also of files it
-downloaded: what passes it names no other global, whoever loads it. Sharded checkpoints, pickles of other kinds, are refused.
+mosaicml 0.32.1 unpickles whatever it loads (`torch.load(weights_only=False)`), and torch does so with `.metadata` and byte
+entries of sharded checkpoints. Here unpicklers know allow-listed types only, and `install_validation` makes Composer ask
+them before each load, also of files it downloaded: what passes names no other global, whoever loads it.
 """
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import datetime
+import io
 import json
 import logging
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.torch_version import TorchVersion
 
 log = logging.getLogger(__name__)
@@ -30,6 +34,77 @@ _DATA_TYPES: list[Any] = [
     datetime.timedelta, TorchVersion, np.ndarray, np.dtype, codecs.encode,
     *(type(np.dtype(name)) for name in ("uint8", "int32", "uint32", "int64", "uint64", "float32", "float64")),
     (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"), (_RECONSTRUCT, "numpy.core.multiarray._reconstruct")]
+_DCP = "torch.distributed.checkpoint"
+# what torch 2.7 writes into .metadata; every entry is a plain data type or its constructor
+_METADATA_TYPES = frozenset({
+    *(f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
+    "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.Path", "torch.Size", "torch.serialization._get_layout",
+    f"{_DCP}.filesystem._StorageInfo", f"{_DCP}.filesystem._StoragePrefix",
+    *(f"{_DCP}.metadata.{name}" for name in (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"))})
+
+
+@contextlib.contextmanager
+def _allow_data_only(path: Path) -> Iterator[None]:
+    """torch.load inside reads data types only; whatever else a pickle asks for is a ValueError that names it."""
+    try:
+        with torch.serialization.safe_globals(_DATA_TYPES):
+            yield
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"its pickle asks for {found[1]}" if found else "its pickle is not one of torch.save"
+        raise ValueError(f"{path}: {what}; loading it could run code, so only checkpoints of tensors and plain data are "
+                         "read. If you trust its origin, write its weights anew, as safetensors") from error
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in _METADATA_TYPES:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _read_metadata(path: Path) -> Any:
+    """torch.distributed.checkpoint's Metadata, whose file names stay in the folder."""
+    with _allow_data_only(path):
+        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        names = {str(info.relative_path) for info in metadata.storage_data.values()}
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{path}: it points to {outside[0]!r}, outside its folder; give another checkpoint")
+    return metadata
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader of sharded checkpoints, with the checks of `validate`."""
+
+    def read_metadata(self) -> Any:
+        return _read_metadata(Path(self.path, ".metadata"))
+
+    def read_data(self, plan: Any, planner: Any) -> Any:
+        for item in plan.items:
+            info = self.storage_data[item.storage_index]
+            validate(Path(self.path, info.relative_path), [(info.offset, info.length)])
+        return super().read_data(plan, planner)
+
+
+def _load_sharded(folder: Path, wanted: Callable[[tuple[Any, ...]], bool]) -> tuple[dict[str, Any], Any]:
+    """The entries of a sharded checkpoint whose keys are wanted, as one nested dict, and its Metadata."""
+    metadata = _read_metadata(folder / ".metadata")
+    for info in metadata.storage_data.values():
+        part = folder / info.relative_path
+        if not part.is_file() or part.stat().st_size < info.offset + info.length:
+            raise ValueError(f"{folder}: {part.name} is missing or cut short; copy it again, or give an earlier checkpoint")
+    found: dict[str, Any] = {}
+    for name, keys in (metadata.planner_data or {}).items():
+        if wanted(keys):
+            entry, inner = metadata.state_dict_metadata[name], found
+            for key in keys[:-1]:
+                inner = inner.setdefault(key, {})
+            is_tensor = isinstance(entry, TensorStorageMetadata)
+            inner[keys[-1]] = torch.empty(entry.size, dtype=entry.properties.dtype) if is_tensor else None
+    dcp.load(found, storage_reader=_Reader(folder))
+    return found.get("state", {}), metadata
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -40,27 +115,31 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: a global outside the allow-list (the message names it), not a file of torch.save, or a folder.
     """
     path = Path(path)
-    if path.name == ".metadata" or (path / ".metadata").exists():
-        folder = path.parent if path.name == ".metadata" else path
-        raise ValueError(f"{folder}: a sharded checkpoint, which is not read; make one file of it with `python -m "
-                         f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE.pt`")
     if (path / "config.json").exists():
         raise ValueError(f"{path}: a Hugging Face folder, not a checkpoint; make one with `ettin import {path} FILE.pt`")
-    if path.exists() and not is_complete(path):
+    if path.exists() and not zipfile.is_zipfile(path):
         raise ValueError(f"{path}: not a whole archive as torch.save writes it; give another checkpoint")
-    try:
-        with torch.serialization.safe_globals(_DATA_TYPES):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"its pickle asks for {found[1]}" if found else "its pickle is not one of torch.save"
-        raise ValueError(f"{path}: {what}; loading it could run code, so only checkpoints of tensors and plain data are "
-                         "read. If you trust its origin, write its weights anew, as safetensors") from error
+    with _allow_data_only(path):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def validate(path: str | Path, specs: Sequence[tuple[int, int]] | None = None) -> bool:
-    """`load_checkpoint` as Composer calls it before it reads a file; a refusal is an error, which says more than a False."""
-    load_checkpoint(path)
+    """Checks a file as Composer asks before it reads one; a refusal is an error, which says more than a False.
+
+    Args:
+        path: a `.pt` file, a `.metadata` file, or a data file of a sharded checkpoint.
+        specs: (offset, length) in bytes of the entries about to be read, for data files.
+    """
+    path = Path(path)
+    if path.name == ".metadata":
+        _read_metadata(path)
+    elif specs is None:
+        load_checkpoint(path)
+    else:
+        with path.open("rb") as file, _allow_data_only(path):
+            for offset, length in specs:
+                file.seek(offset)
+                torch.load(io.BytesIO(file.read(length)), map_location="cpu", weights_only=True)
     return True
 
 
@@ -82,23 +161,29 @@ class Head(NamedTuple):
 
 
 def locate(path: str | Path) -> Path:
-    """The checkpoint that a path means: a file itself, or, of a save folder, the newest complete one in it."""
+    """The checkpoint that a path means: itself, or, of a save folder, the newest complete one in it."""
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint; give a .pt file or a save folder")
-    found = newest_complete(path) if path.is_dir() and not (path / ".metadata").exists() else path
+        raise FileNotFoundError(f"{path}: no such checkpoint; give a .pt file, a sharded checkpoint or a save folder")
+    found = newest_complete(path) if path.is_dir() and not is_complete(path) else path
     if found is None:
-        raise FileNotFoundError(f"{path}: no complete checkpoint in this folder; give one that holds a .pt file")
+        raise FileNotFoundError(f"{path}: no complete checkpoint in this folder; give a save folder that holds one")
     return found
 
 
 def read_head(path: str | Path) -> Head:
     """What a checkpoint (as for `load_model_state`) says of itself, in a moment whatever its size."""
     path = locate(path)
-    state = load_checkpoint(path).get("state", {})
+    if path.is_dir():
+        state, metadata = _load_sharded(path, lambda keys: keys[:3] == ("state", "callbacks", "Clock")
+                                        or keys[1:2] == ("dataset_state",))
+        every = [keys[keys[0] == "state":] for keys in (metadata.planner_data or {}).values()]
+        has_moments = any(keys[:1] == ("optimizers",) and keys[2:3] == ("state",) for keys in every)
+    else:
+        state = load_checkpoint(path).get("state", {})
+        has_moments = any((optimizer or {}).get("state") for optimizer in (state.get("optimizers") or {}).values())
     return Head(path, decode_record(state.get("callbacks", {}).get("Clock", {})),
-                dict((state.get("dataset_state") or {}).get("train") or {}),
-                any((optimizer or {}).get("state") for optimizer in (state.get("optimizers") or {}).values()))
+                dict((state.get("dataset_state") or {}).get("train") or {}), has_moments)
 
 
 def load_model_state(path: str | Path, *,
@@ -106,17 +191,22 @@ def load_model_state(path: str | Path, *,
     """The weights in a Composer checkpoint, and what `clock.Clock` wrote about the run.
 
     Args:
-        path: a `.pt` file, or a save folder (then its newest complete checkpoint).
-        names: only these tensors, in our names.
+        path: a `.pt` file, a sharded checkpoint, or a save folder (then its newest complete checkpoint). With
+            torch.distributed started, every rank must call it for a sharded one.
+        names: only these tensors, in our names; the others are not read.
 
     Returns:
         ({name without the `model.` prefix: tensor on the CPU}, what `Clock.state_dict` names, or nothing).
     """
     path = locate(path)
-    state = load_checkpoint(path).get("state", {})
+    if path.is_dir():
+        state, _ = _load_sharded(path, lambda keys: keys[:3] == ("state", "callbacks", "Clock") or (
+            keys[:2] == ("state", "model") and (names is None or str(keys[2]).removeprefix("model.") in names)))
+    else:
+        state = load_checkpoint(path).get("state", {})
     weights = {name.removeprefix("model."): value for name, value in state.get("model", {}).items()
                if name.startswith("model.")}
-    if not weights:
+    if not weights and names is None:
         raise ValueError(f"{path}: no tensor named model.* in it; give a checkpoint that Composer's Trainer saved")
     record = decode_record(state.get("callbacks", {}).get("Clock", {}))
     return weights if names is None else {name: weights[name] for name in names if name in weights}, record
@@ -129,8 +219,8 @@ def decode_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a checkpoint was written to its end: a zip file's directory comes last."""
-    return path.is_file() and zipfile.is_zipfile(path)
+    """Whether a checkpoint was written to its end: a zip file's directory and a sharded one's .metadata come last."""
+    return (path / ".metadata").is_file() or path.is_file() and zipfile.is_zipfile(path)
 
 
 def complete_checkpoints(save_folder: str | Path) -> list[Path]:
@@ -139,8 +229,8 @@ def complete_checkpoints(save_folder: str | Path) -> list[Path]:
     Reads no pickle. Links are not followed: what they point to is looked at under its own name.
     """
     found = []
-    for path in Path(save_folder).glob("*.pt"):
-        if not path.is_symlink() and is_complete(path):
+    for path in Path(save_folder).glob("*"):
+        if (path.suffix == ".pt" or path.is_dir()) and not path.is_symlink() and is_complete(path):
             batch = re.search(r"ba(\d+)", path.name)
             found.append((int(batch[1]) if batch else -1, path.stat().st_mtime_ns, path))
     return [path for _, _, path in sorted(found)]

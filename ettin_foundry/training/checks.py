@@ -191,8 +191,6 @@ def check_machine(cfg: dict[str, Any]) -> None:
     if fsdp and (world_size == 1 or os.environ.get("FSDP_VERSION") != "2"):
         raise must_be("fsdp_config", "used with several processes and FSDP2 (FSDP1 cuts tensors into pieces that "
                       "ettin_stable_adamw cannot use)", fsdp, "remove it, or set the environment variable FSDP_VERSION=2")
-    if fsdp and fsdp.get("state_dict_type", "full") != "full":
-        raise must_be("fsdp_config.state_dict_type", "full", fsdp["state_dict_type"], "sharded checkpoints are not read")
 
 
 def check_files(cfg: dict[str, Any]) -> None:

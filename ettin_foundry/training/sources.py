@@ -216,8 +216,10 @@ def prepare_start(cfg: Mapping[str, Any]) -> dict[str, Any]:
     checkpoints.install_validation()  # also for files that the host downloads
     folder = (cfg.get("save_folder") or "").replace("{run_name}", cfg.get("run_name") or os.environ.get("RUN_NAME", ""))
     if cfg.get("autoresume") and "://" not in folder:
-        latest = (cfg.get("save_latest_filename") or "latest-rank{rank}.pt").replace("{rank}", "0")
-        if "{" not in folder + latest and os.environ.get("RANK", "0") == "0":
+        rank, sharded = os.environ.get("RANK", "0"), _is_sharded(cfg)
+        latest = cfg.get("save_latest_filename") or ("latest-sharded-rank{rank}" if sharded else "latest-rank{rank}.pt")
+        latest = latest.replace("{rank}", rank if sharded else "0")
+        if "{" not in folder + latest and (sharded or rank == "0"):
             checkpoints.repair_latest(folder, latest=latest)
         if own := checkpoints.newest_complete(folder):
             schedule = objective_schedule(cfg)
@@ -235,8 +237,15 @@ def prepare_start(cfg: Mapping[str, Any]) -> dict[str, Any]:
     if path and "://" not in path and "{" not in path:
         if not Path(path).exists():
             raise FileNotFoundError(f"load_path: {path!r} given; no such file; give one such as runs/NAME/latest-rank0.pt")
-        checkpoints.load_checkpoint(path)
+        if checkpoints.is_complete(Path(path)):
+            checkpoints.read_head(path)
+        else:
+            checkpoints.load_checkpoint(path)  # says what it is
     return {}
+
+
+def _is_sharded(cfg: Mapping[str, Any]) -> bool:
+    return (cfg.get("fsdp_config") or {}).get("state_dict_type") == "sharded"
 
 
 def _prepare_source(cfg: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -254,14 +263,14 @@ def _prepare_source(cfg: Mapping[str, Any], name: str) -> dict[str, Any]:
         return {} if crossing else {"load_path": given, **loading}
     source = read_source(f"{key}.source", given)
     if not crossing:
-        _check_loadable(key, source, keep_all, cfg["optimizer"]["name"])
+        _check_loadable(key, source, keep_all, cfg["optimizer"]["name"], _is_sharded(cfg))
     target = Target(dataclasses.asdict(model_config(cfg)), tuple(objective_schedule(cfg).at(0)),
                     tokenizer.fingerprint(tokenizer.load(cfg["tokenizer"]["name"])))
     compare(key, source, target, block.get("accept", []), crossing=crossing)
     return {} if crossing else {"load_path": str(source.path), **loading}
 
 
-def _check_loadable(key: str, source: Source, keep_all: bool, optimizer: str) -> None:
+def _check_loadable(key: str, source: Source, keep_all: bool, optimizer: str, sharded: bool) -> None:
     path, anew = source.path, f"set {key}.keep=weights to start the optimizer anew"
     if source.is_folder:
         raise ValueError(f"{key}.source: {path} is a Hugging Face folder, which holds no optimizer moments; give the run's "
@@ -270,6 +279,10 @@ def _check_loadable(key: str, source: Source, keep_all: bool, optimizer: str) ->
     if keep_all and (not source.has_moments or before != optimizer):
         has = f"moments of {before}, and optimizer.name is {optimizer}" if source.has_moments else "no optimizer moments"
         raise ValueError(f"{key}.source: {path} holds {has}; give a whole checkpoint of the same optimizer, or {anew}")
+    if path.is_dir() != sharded:
+        is_kind, other = ("a sharded checkpoint", "sharded") if path.is_dir() else ("one file", "full")
+        raise ValueError(f"{key}.source: {path} is {is_kind}; the host loads its own kind only, so set "
+                         f"fsdp_config.state_dict_type={other}, as the source's run had it")
 
 
 # ------------------------------------------------------------------ going on

@@ -232,7 +232,7 @@ def test_lost_shards_are_made_again_and_a_foreign_record_is_refused(tmp_path: Pa
     assert files_of(out) == whole
     records = sorted((out / "units").iterdir())
     records[0].write_bytes(records[1].read_bytes())
-    with pytest.raises(ValueError, match=r"00000\.json: is of another unit"):
+    with pytest.raises(ValueError, match=r"00000\.json: .*another unit"):
         run(out, [texts], tokenizer_dir, **SETTINGS)
     records[0].write_bytes(b'{"unit": 0}')
     with pytest.raises(ValueError, match=r"00000\.json: must be as a conversion wrote it, got .*key"):

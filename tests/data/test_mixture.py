@@ -10,7 +10,7 @@ from hand_made import flip, set_in
 from memory_set import write_set
 from mix_sets import BUDGETS, ENTRIES, build, chunks_of, edit, make_sets, shards
 
-from ettin_foundry.data.manifest import MANIFEST
+from ettin_foundry.data import MANIFEST
 from ettin_foundry.data.mixture import open_split
 
 

@@ -225,8 +225,6 @@ def test_the_step_of_stable_adamw_equals_the_formula_and_resumes_bit_equal():
 
     from ettin_foundry.training.optimizer import StableAdamW
 
-    # the kernel adds up the mean of a tensor in blocks of 128 elements by atomics: two blocks (255 elements, so that the
-    # last is not full) give the same sum in both orders; with more, bitwise equality is chance
     generator = torch.Generator().manual_seed(1)
     own = [torch.randn(shape, generator=generator).to(DEVICE).requires_grad_() for shape in ((150, 170), (17,))]
     optimizer, formulas = StableAdamW(own, 0.01, betas=BETAS, eps=EPS, weight_decay=0.1, max_lr=0.02), [

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from composer import ComposerModel, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
@@ -49,6 +50,13 @@ def pt(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(saved, tmp_path / "ep0-ba2-rank0.pt"))
 
 
+@pytest.fixture
+def sharded(pt: Path, tmp_path: Path) -> Path:
+    """The same checkpoint as FSDP2 with `state_dict_type: sharded` writes it."""
+    dcp.save(torch.load(pt, weights_only=False), checkpoint_id=tmp_path / "ep0-ba2")
+    return tmp_path / "ep0-ba2"
+
+
 class Payload:
     """Unpickling this makes a file."""
 
@@ -59,21 +67,27 @@ class Payload:
         return os.system, (f"touch {self.mark}",)
 
 
-def test_a_real_checkpoint_passes_and_gives_its_weights_and_record(pt, tmp_path):
+def test_a_real_checkpoint_of_either_kind_gives_its_weights_and_record(pt, sharded, tmp_path):
     expected = torch.load(pt, weights_only=False)
     loaded = checkpoints.load_checkpoint(pt)
     assert loaded["state"]["timestamp"] == expected["state"]["timestamp"]
     assert (loaded["rng"][0]["numpy"][1] == expected["rng"][0]["numpy"][1]).all()
-    weights, record = checkpoints.load_model_state(pt)
-    assert record == {} and set(weights) == {"0.weight", "0.bias", "1.weight", "1.bias"}
-    for name, value in weights.items():
-        assert torch.equal(value, expected["state"]["model"][f"model.{name}"])
-    assert set(checkpoints.load_model_state(pt, names=["1.bias"])[0]) == {"1.bias"}
+    for path in (pt, sharded):
+        weights, record = checkpoints.load_model_state(path)
+        assert record == {} and set(weights) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+        for name, value in weights.items():
+            assert torch.equal(value, expected["state"]["model"][f"model.{name}"])
+        assert set(checkpoints.load_model_state(path, names=["1.bias"])[0]) == {"1.bias"}
     clock = {"config": {"hidden_size": 4, "causal": True}, "objective": "clm", "lineage": ({"tokens": 3},)}
     expected["state"]["callbacks"]["Clock"] = clock
     torch.save(expected, tmp_path / "with.pt")
-    head = checkpoints.read_head(tmp_path / "with.pt")
-    assert head.record == checkpoints.load_model_state(tmp_path / "with.pt")[1] == clock and head.has_moments
+    dcp.save(expected, checkpoint_id=tmp_path / "with")
+    for path in (tmp_path / "with.pt", tmp_path / "with"):
+        head = checkpoints.read_head(path)
+        assert head.record == checkpoints.load_model_state(path)[1] == clock and head.has_moments
+    del expected["state"]["optimizers"]
+    dcp.save(expected, checkpoint_id=tmp_path / "bare")
+    assert not checkpoints.read_head(tmp_path / "bare").has_moments
 
 
 def test_a_payload_is_named_and_not_run(pt, tmp_path, monkeypatch):
@@ -83,21 +97,37 @@ def test_a_payload_is_named_and_not_run(pt, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "environ", {**os.environ})  # undone with the test
     os.environ.pop("CHECKPOINT_VALIDATION_FUNCTION", None)
     checkpoints.install_validation()
-    mark = tmp_path / "mark"
+    mark, sharded = tmp_path / "mark", tmp_path / "ep0-ba2"
     state = torch.load(pt, weights_only=False)
-    state["state"]["callbacks"]["X"] = Payload(mark)
+    dcp.save(state, checkpoint_id=sharded)
+    state["state"]["callbacks"]["Clock"] = {"config": Payload(mark)}
     torch.save(state, pt)
-    for read in (checkpoints.load_checkpoint, checkpoints.load_model_state, checkpoints.read_head, safe_torch_load):
-        with pytest.raises(ValueError, match="system"):
-            read(pt)
-    sharded = tmp_path / "ep0-ba2"
-    sharded.mkdir()
+    dcp.save(state, checkpoint_id=tmp_path / "bytes")
     (sharded / ".metadata").write_bytes(pickle.dumps(Payload(mark)))
-    with pytest.raises(ValueError, match="sharded"):
-        FileSystemReaderWithValidation(str(sharded)).read_metadata()
+    wanted = {"state": {"callbacks": {"Clock": {"config": None}}}}
+    for read, paths in (
+            (checkpoints.load_checkpoint, [pt]), (checkpoints.load_model_state, [pt, sharded, tmp_path / "bytes"]),
+            (checkpoints.read_head, [pt, sharded, tmp_path / "bytes"]), (safe_torch_load, [pt]),
+            (lambda path: dcp.load(wanted, storage_reader=FileSystemReaderWithValidation(str(path))),
+             [sharded, tmp_path / "bytes"])):
+        for path in paths:
+            with pytest.raises((ValueError, dcp.CheckpointException), match="system"):
+                read(path)
     assert not mark.exists()
     torch.load(pt, weights_only=False)  # what Composer would have done
     assert mark.exists()
+
+
+def test_a_sharded_checkpoint_that_is_partial_or_leaves_its_folder_is_refused(sharded):
+    metadata = pickle.loads((sharded / ".metadata").read_bytes())
+    next(iter(metadata.storage_data.values())).relative_path = "../elsewhere"
+    data = next(sharded.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{data.name} is missing or cut short"):
+        checkpoints.read_head(sharded)
+    (sharded / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="outside its folder"):
+        checkpoints.read_head(sharded)
 
 
 def text(value: str) -> bytes:
@@ -157,7 +187,7 @@ def test_missing_files_and_models_are_named(pt, tmp_path):
         checkpoints.load_model_state(pt)
 
 
-def test_the_newest_complete_checkpoint_is_found_and_linked(pt, tmp_path):
+def test_the_newest_complete_checkpoint_is_found_and_linked(pt, sharded, tmp_path):
     folder, whole = tmp_path / "runs", pt.read_bytes()
     folder.mkdir()
     checkpoints.repair_latest(folder)
@@ -165,6 +195,7 @@ def test_the_newest_complete_checkpoint_is_found_and_linked(pt, tmp_path):
     for batch in (9, 10):
         (folder / f"ep0-ba{batch}-rank0.pt").write_bytes(whole)
     (folder / "ep0-ba11-rank0.pt").write_bytes(whole[:-40])  # killed while writing
+    shutil.copytree(sharded, folder / "ep0-ba12", ignore=lambda *_: [".metadata"])  # likewise
     (folder / "huggingface").mkdir()
     link, before = folder / "latest-rank0.pt", sorted(path.name for path in folder.iterdir())
     for target in (None, "gone.pt", "ep0-ba11-rank0.pt"):  # missing, dangling, to half a file
@@ -184,3 +215,6 @@ def test_the_newest_complete_checkpoint_is_found_and_linked(pt, tmp_path):
     with pytest.raises(ValueError, match="damaged file"):
         checkpoints.repair_latest(folder)
     assert link.read_bytes() == b"half"
+    shutil.copy(sharded / ".metadata", folder / "ep0-ba12")
+    checkpoints.repair_latest(folder, latest="latest-sharded-rank1")
+    assert os.readlink(folder / "latest-sharded-rank1") == "ep0-ba12" and checkpoints.locate(folder) == folder / "ep0-ba12"

@@ -11,6 +11,7 @@ from pathlib import Path
 import nano_run
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from composer import Trainer
 from omegaconf import OmegaConf as om
 
@@ -161,10 +162,6 @@ def broken(kind, path, folder, tmp_path):
     if kind == "save folder of half a file":
         (tmp_path / "ep0-ba5-rank0.pt").write_bytes(whole[:5000])
         return tmp_path
-    if kind == "sharded":
-        (tmp_path / "ep0-ba7").mkdir()
-        (tmp_path / "ep0-ba7" / ".metadata").write_bytes(b"")
-        return tmp_path / "ep0-ba7"
     if kind == "without a record":
         torch.save({"state": {"model": {"model.x": torch.ones(1)}}}, tmp_path / "foreign.pt")
         return tmp_path / "foreign.pt"
@@ -178,7 +175,7 @@ def broken(kind, path, folder, tmp_path):
 
 @pytest.mark.parametrize(("kind", "says"), [
     ("missing", "none.pt.*no such checkpoint"), ("half a file", "half.pt.*not a whole archive"),
-    ("save folder of half a file", "no complete checkpoint"), ("sharded", "sharded checkpoint.*dcp_to_torch"),
+    ("save folder of half a file", "no complete checkpoint"),
     ("without a record", "foreign.pt does not say what model it holds"),
     ("folder cut short", "not a whole safetensors file"),
 ])
@@ -229,6 +226,11 @@ def test_what_has_no_moments_is_refused_unless_weights_are_enough(phase_cfg, enc
         prepared(phase_cfg, tmp_path / "bare.pt")
     told = prepared(phase_cfg, tmp_path / "bare.pt", {"callbacks.ettin_phase.keep": "weights"})
     assert told == {"load_path": str(tmp_path / "bare.pt"), "load_weights_only": True}
+    dcp.save(torch.load(encoder, weights_only=False), checkpoint_id=tmp_path / "whole")
+    with pytest.raises(ValueError, match="a sharded checkpoint.*state_dict_type=sharded"):
+        prepared(phase_cfg, tmp_path / "whole")
+    told = prepared(phase_cfg, tmp_path / "whole", {"fsdp_config": {"state_dict_type": "sharded"}})
+    assert told["load_path"] == str(tmp_path / "whole") and "load_ignore_keys" in told
 
 
 # ------------------------------------------------------------------ going on
