@@ -24,7 +24,6 @@ def add_commands(app: typer.Typer) -> None:
 def export(paths: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT OUT", help="Composer .pt file, or folder of "
                                                        "checkpoints; folder to write. With --every, several save folders.")],
            every: Annotated[bool, typer.Option("--every", help="Every checkpoint; whole folders are left.")] = False,
-           tags: Annotated[bool, typer.Option("--tags", help="With --every: list the revisions in OUT/tags.json.")] = False,
            tokenizer: _Tokenizer = None,
            objective: Annotated[str | None, typer.Option(help="mlm, mntp or clm: another objective that the run was "
                                                          "trained on.")] = None,
@@ -38,17 +37,13 @@ def export(paths: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT OUT",
     if not sources or (len(sources) > 1 and not every):
         raise typer.BadParameter("a checkpoint and the folder to write are needed (several save folders with --every)",
                                  param_hint="CHECKPOINT OUT")
-    if tags and not every:
-        raise ValueError("--tags is for --every; without it there is one revision")
-    from ettin_foundry.hub.folder import export_model
+    from ettin_foundry.hub.folder import export_every, export_model
     from ettin_foundry.hub.load import load_model
-    from ettin_foundry.hub.revisions import export_every
 
     _log_to_stderr()
     facts = {"license": licence}
     if every:
-        print(export_every(sources, out, objective=objective, tokenizer=tokenizer, facts=facts, tags=tags,
-                           overwrite=overwrite))
+        print(export_every(sources, out, objective=objective, tokenizer=tokenizer, facts=facts, overwrite=overwrite))
         return
     model = load_model(sources[0], objective)
     export_model(model.state, model.config, model.tokenizer_name(tokenizer), out, objective=model.objective,

@@ -1,16 +1,8 @@
 """Builds a mixture: a manifest that points at shards of datasets by token budgets, without copying text.
 
 A budget is filled with whole passes over the source, then whole shards in a seeded order, then chunks of the next shard,
-to the nearest chunk. Tokens are counted without BOS and EOS. The specification is YAML:
-
-    phase: decay             # a mixture of data_prep/sources.yaml ...
-    scale: 0.001             # ... of which this share is taken (or `tokens:` for a total; all without either)
-    sets:                    # where its sources were converted to: folder, seen from this file, or URL
-      arxiv: ../sets/arxiv
-      dclm_dolmino: {set: "s3://bucket/web", source: dclm}    # only what that dataset calls dclm
-    leave_out: [textbooks]   # sources that one does without; the others keep their budgets
-
-or, without `phase`, a mixture of one's own: `sets: {wiki: {set: ../sets/wiki, tokens: 3000000000}}`.
+to the nearest chunk. Tokens are counted without BOS and EOS. The specification is YAML: a phase of data_prep/sources.yaml
+(docs/data.md shows one), or, without `phase`, one's own `sets: {wiki: {set: ../sets/wiki, tokens: 3000000000}}`.
 """
 
 from __future__ import annotations
@@ -42,11 +34,11 @@ _REMOVED = {"tolerance": "remove it: a budget is met to the nearest chunk",
 
 
 class Entry(BaseModel, extra="forbid"):
-    """Folder or URL of a dataset, what that calls the source (None: all), the budget without a phase."""
+    """Where a source is: a dataset, alone or with the source's name there and a budget."""
 
-    set: str = Field(min_length=1)
-    source: str | None = None
-    tokens: _Tokens | None = None
+    set: str = Field(min_length=1)  # folder, seen from the specification, or URL
+    source: str | None = None  # what that dataset calls it, None: all of it
+    tokens: _Tokens | None = None  # without a phase
 
 
 class MixSpec(BaseModel, extra="forbid"):
@@ -54,9 +46,9 @@ class MixSpec(BaseModel, extra="forbid"):
 
     sets: dict[str, Annotated[Entry, BeforeValidator(lambda x: {"set": x} if type(x) is str else x)]] = Field(min_length=1)
     phase: str | None = None
-    scale: float | None = Field(None, gt=0, le=1000)
-    tokens: _Tokens | None = None
-    leave_out: list[str] = []
+    scale: float | None = Field(None, gt=0, le=1000)  # of the phase's tokens
+    tokens: _Tokens | None = None  # in all, instead of a scale
+    leave_out: list[str] = []  # sources that one does without; the others keep their budgets
 
 
 def _read_spec(path: Path) -> MixSpec:
@@ -83,8 +75,8 @@ def _budgets_of(spec: MixSpec, path: Path) -> tuple[dict[str, int], float | None
         raise ValueError(f"{path}: phase must be one of {', '.join(phases)}, got {spec.phase!r}")
     names = [*spec.sets, *spec.leave_out]
     if wrong := {*names, *wanted} - {name for name in wanted if names.count(name) == 1}:
-        raise ValueError(f"{path}: the sources of phase {spec.phase} ({', '.join(wanted)}), and no others, must stand "
-                         f"once in sets or leave_out; see {', '.join(sorted(wrong))}")
+        raise ValueError(f"{path}: sets and leave_out must name each source of phase {spec.phase} once, and no others "
+                         f"({', '.join(wanted)}); see {', '.join(sorted(wrong))}")
     if (spec.scale and spec.tokens) or any(own.values()):
         raise ValueError(f"{path}: with phase, scale or tokens may be given, not both, and no tokens in sets")
     kept = {name: billions * 1e9 for name, billions in wanted.items() if name in spec.sets}
@@ -163,10 +155,10 @@ def build_mix(spec: str | os.PathLike[str], out: str | os.PathLike[str], *, seed
         for member in members:
             member.fill(budgets[member.name], seed)
         sources = _write_split(partial / "train", target, members, head)
-        rest = _open_members(entries, "validation", Path(scratch))
-        for member in rest:
-            member.runs.append((0, member.shards))
-        held_out = _write_split(partial / "validation", target, rest, head) if rest else {}
+        if validation := _open_members(entries, "validation", Path(scratch)):
+            for member in validation:
+                member.runs.append((0, member.shards))
+            _write_split(partial / "validation", target, validation, head)
         storage = open_storage(members[0].place)
         if not (files := storage.list("tokenizer/")):
             raise FileNotFoundError(f"{storage.where('tokenizer')} holds no file; put the original there")
@@ -176,7 +168,7 @@ def build_mix(spec: str | os.PathLike[str], out: str | os.PathLike[str], *, seed
             storage.get_file(name, partial / name, at_most=64 << 20)
         os.replace(partial, target)  # an empty folder is replaced
     total, width = sum(facts["tokens"] for facts in sources.values()), max(map(len, sources))
-    chunks = sum(facts["chunks"] for facts in held_out.values())
+    chunks = sum(int(member.data.samples[member.shards].sum()) for member in validation)
     return [f"{target}: {total:,} tokens; {chunks:,} chunks for validation", *(
         f"{name:<{width}}  {facts['tokens']:>17,} tokens  {facts['tokens'] / total:7.2%}  "
         f"{facts['tokens'] / facts['wanted'] - 1:+.4%} of the budget  {facts['repeats']:.3f} passes"

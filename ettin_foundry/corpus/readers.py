@@ -167,10 +167,10 @@ def _read_whole(file: _File) -> bytes | None:
 
 
 def _read_txt(file: _File) -> Iterator[Document]:
-    if (data := _read_whole(file)) is None:
-        file.meter.oversized += 1
-    else:
+    if (data := _read_whole(file)) is not None:
         yield Document(data.decode(), file.part.file)
+    else:
+        file.meter.oversized += 1
 
 
 def _read_jsonl(file: _File) -> Iterator[Document]:

@@ -118,8 +118,7 @@ def plan_parts(source: Source, unit_bytes: int) -> list[tuple[Part, ...]]:
         _, number = open_hub_dataset(source)
         return [(Part("hub", shard, number),) for shard in range(number)]  # no bytes: shard, and number of shards
     units: list[tuple[Part, ...]] = []
-    open_unit: list[Part] = []
-    held = 0
+    open_unit, held = list[Part](), 0
     for name, size in source.files.items():
         is_cut = name.lower().endswith((".jsonl", ".parquet")) and size > 1.5 * unit_bytes
         number = -(-size // unit_bytes) if is_cut else 1

@@ -112,7 +112,10 @@ class _Check:
             self.report.counts[split] = totals.get("documents"), totals["samples"], totals["tokens"]
             if isinstance(data, MDSSplit):
                 self.attempt(data.check_index)
-                self._check_names(split, data)
+                files = [file for shard in data.manifest["shards"] for file in (shard["raw"], shard["zip"]) if file]
+                known = {f"{split}/{name}" for name in (MANIFEST, INDEX, LENGTHS, *(file["basename"] for file in files))}
+                for name in sorted({name for name, _ in self.storage.list(f"{split}/")} - known):
+                    self.wrong(name, f"is not named by {MANIFEST}; move it away")
             self._check_shards(data, pool)
             if self.storage.is_local:
                 self._check_special_tokens(data)
@@ -134,20 +137,13 @@ class _Check:
         self.report.shards += len(sizes)
         self.report.num_bytes += sum(sizes)
 
-    def _check_names(self, split: str, data: MDSSplit) -> None:
-        files = [file["basename"] for shard in data.manifest["shards"] for file in (shard["raw"], shard["zip"]) if file]
-        known = {f"{split}/{name}" for name in (MANIFEST, INDEX, LENGTHS, *files)}
-        for name, _ in self.storage.list(f"{split}/"):
-            if name not in known:
-                self.wrong(name, f"is not named by {MANIFEST}; move it away")
-
     def _check_special_tokens(self, data: Any) -> None:
         """Chunks hold plain tokens only; a few of each source are looked at."""
         special = {n for n in (data.tokenizer.get("special_ids") or {}).values() if isinstance(n, int)}
-        for sample in self.attempt(lambda: draw_samples(data, None, per_source=_SAMPLES)) or ():
-            if inside := special & set(sample.tokens.tolist()):
-                self.report.problems.append(f"{data.local}: part {sample.part} of {sample.doc!r:.100} holds the special "
-                                            f"token {min(inside)}; convert again")
+        for sample in self.attempt(lambda: draw_samples(data, per_source=_SAMPLES)) or ():
+            if inside := special & set(sample["tokens"].tolist()):
+                self.report.problems.append(f"{data.local}: part {sample['part']} of {sample['doc']!r:.100} holds the "
+                                            f"special token {min(inside)}; convert again")
 
     def check_tokenizer(self, scratch: Path) -> None:
         """tokenizer/ against the manifests' fingerprints."""

@@ -106,19 +106,8 @@ def source_statistics(data: Any) -> list[SourceStatistics]:
     return sorted(result, key=lambda source: -source.tokens)
 
 
-class Sample(NamedTuple):
-    """One chunk; `text` is None without a tokenizer."""
-
-    source: str
-    doc: str
-    part: int
-    last: bool
-    tokens: np.ndarray
-    text: str | None
-
-
-def draw_samples(data: Any, decoder: Any | None, *, per_source: int, seed: int = 0) -> list[Sample]:
-    """Chunks drawn from each source of an open split: each is equally probable, none comes twice."""
+def draw_samples(data: Any, *, per_source: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Chunks, as `data.sample` gives them, drawn from each source: each is equally probable, none comes twice."""
     names, samples = np.array(data.sources), []
     for number, name in enumerate(sorted(set(data.sources))):
         shards = np.flatnonzero(names == name)
@@ -127,13 +116,11 @@ def draw_samples(data: Any, decoder: Any | None, *, per_source: int, seed: int =
         drawn = rng.choice(int(ends[-1]), size=min(per_source, int(ends[-1])), replace=False)
         for place in sorted(drawn.tolist()):
             at = int(np.searchsorted(ends, place, side="right"))
-            found = _read_sample(data, int(shards[at]), place - int(ends[at - 1] if at else 0))
-            text = decoder.decode(found["tokens"].tolist(), skip_special_tokens=False) if decoder else None
-            samples.append(Sample(name, found["doc"], found["part"], bool(found["last"]), found["tokens"], text))
+            samples.append({**_sample(data, int(shards[at]), place - int(ends[at - 1] if at else 0)), "source": name})
     return samples
 
 
-def _read_sample(data: Any, shard: int, index: int) -> dict[str, Any]:
+def _sample(data: Any, shard: int, index: int) -> dict[str, Any]:
     """As `data.sample`; a compressed shard that lies here is expanded in memory: looking leaves no file."""
     entry = data.manifest["shards"][shard] if isinstance(data, MDSSplit) else {"zip": None}
     if entry["zip"] is None or not (path := data.local / entry["zip"]["basename"]).is_file():
@@ -154,11 +141,12 @@ def show_lines(location: str | os.PathLike[str], *, samples: int = 1, seed: int 
         for split in found.splits:
             data = found.open(split, Path(scratch))
             yield from _split_lines(split, data)
-            for sample in draw_samples(data, decoder, per_source=samples, seed=seed):
-                yield (f"  [{plain(sample.source)}] {plain(sample.doc, 100)}, part {sample.part}, "
-                       f"{len(sample.tokens):,} tokens" + ", ends its document" * sample.last)
-                yield "    " + (plain(sample.text, _SHOWN) if sample.text is not None else
-                                f"no tokenizer/ beside the dataset; ids {sample.tokens[:32].tolist()}")
+            for sample in draw_samples(data, per_source=samples, seed=seed):
+                tokens, end = sample["tokens"].tolist(), ", ends its document" if sample["last"] else ""
+                yield (f"  [{plain(sample['source'])}] {plain(sample['doc'], 100)}, part {sample['part']}, "
+                       f"{len(tokens):,} tokens{end}")
+                yield "    " + (plain(decoder.decode(tokens, skip_special_tokens=False), _SHOWN) if decoder else
+                                f"no tokenizer/ beside the dataset; ids {tokens[:32]}")
             yield ""
 
 

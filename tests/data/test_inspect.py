@@ -11,9 +11,13 @@ from tokenizers import Tokenizer
 from whole_sets import SOURCES, contents, copy_set, samples_of, whole_set
 
 from ettin_foundry.cli import main as cli
-from ettin_foundry.data.inspect import draw_samples, load_decoder, plain, show_lines, source_statistics
+from ettin_foundry.data.inspect import draw_samples, plain, show_lines, source_statistics
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import open_storage
+
+
+def key(sample: dict) -> tuple:
+    return sample["source"], sample["doc"], sample["part"]
 
 
 @pytest.mark.parametrize("split,compression", [("train", None), ("validation", "zstd")])
@@ -37,27 +41,25 @@ def test_samples_are_chunks_of_the_dataset_decoded(tokenizer_dir: Path, compress
     whole = whole_set(tokenizer_dir, compression)
     data, before = MDSSplit(whole / "train"), contents(whole)
     reference = Tokenizer.from_file(str(whole / "tokenizer" / "tokenizer.json"))
-    stored = {(s["source"], s["doc"], s["part"]): s for s in samples_of(whole / "train")}
-    found = draw_samples(data, load_decoder(open_storage(whole)), per_source=3, seed=5)
-    assert [sample.source for sample in found] == ["code"] * 3 + ["wiki"] * 3
-    assert len({(sample.source, sample.doc, sample.part) for sample in found}) == 6
+    stored = {key(sample): sample for sample in samples_of(whole / "train")}
+    found, lines = draw_samples(data, per_source=3, seed=5), "\n".join(show_lines(whole, samples=3, seed=5))
+    assert [sample["source"] for sample in found] == ["code"] * 3 + ["wiki"] * 3 and len(set(map(key, found))) == 6
     for sample in found:
-        mine = stored[sample.source, sample.doc, sample.part]
-        assert sample.tokens.tolist() == mine["tokens"].tolist() and sample.last == bool(mine["last"])
-        assert sample.text == reference.decode(mine["tokens"].tolist(), skip_special_tokens=False)
+        tokens = stored[key(sample)]["tokens"].tolist()
+        assert sample["tokens"].tolist() == tokens and sample["last"] == stored[key(sample)]["last"]
+        assert f"    {plain(reference.decode(tokens, skip_special_tokens=False), 400)}\n" in lines
     assert contents(whole) == before  # nothing is expanded into the dataset
 
 
 def test_every_chunk_of_a_source_is_drawn_alike(tokenizer_dir: Path) -> None:
     data = MDSSplit(whole_set(tokenizer_dir) / "validation")
     chunks = int(sum(data.samples[shard] for shard, source in enumerate(data.sources) if source == "wiki"))
-    drawn = [sample for seed in range(400) for sample in draw_samples(data, None, per_source=1, seed=seed)]
-    names = [(sample.doc, sample.part) for sample in drawn if sample.source == "wiki"]
+    drawn = [sample for seed in range(400) for sample in draw_samples(data, per_source=1, seed=seed)]
+    names = [key(sample) for sample in drawn if sample["source"] == "wiki"]
     assert len(set(names)) == chunks
     # 400 draws of n equally probable chunks: five standard deviations
     assert max(map(names.count, names)) < 400 / chunks + 5 * (400 / chunks) ** 0.5
-    everything = draw_samples(data, None, per_source=10**6)
-    assert len({(sample.source, sample.doc, sample.part) for sample in everything}) == int(data.samples.sum())
+    assert len(set(map(key, draw_samples(data, per_source=10**6)))) == int(data.samples.sum())
 
 
 def test_foreign_text_cannot_drive_the_terminal(tokenizer_dir: Path, tmp_path: Path) -> None:
