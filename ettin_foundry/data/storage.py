@@ -1,8 +1,8 @@
 """One small interface over local folders, S3 and whatever fsspec reaches: names in, bytes out.
 
-Corpora, converted datasets and the shards of a training run may lie on a disk or in a bucket; the rest of the package
-does not ask which. Writing is atomic: a name is either absent or whole. S3 is spoken through boto3, which Streaming
-brings, any other scheme (gs://, hf://, ...) through fsspec and its driver; these try requests again.
+The rest of the package does not ask whether a folder lies on a disk or in a bucket. Writing is atomic: a name is either
+absent or whole. S3 is spoken through boto3, any other scheme (gs://, hf://, ...) through fsspec and its driver; these
+try requests again.
 """
 
 from __future__ import annotations
@@ -14,25 +14,22 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
-
-__all__ = ["LocalStorage", "Storage", "atomic_file", "check_name", "is_url", "join", "open_storage"]
 
 log = logging.getLogger(__name__)
 
 
 def is_url(text: str | os.PathLike[str]) -> bool:
-    """Whether a place is reached through a network client; `file://` is a way to write a path."""
+    """Whether a place is reached through a network client; `file://` writes a path."""
     return bool(re.match(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(text)))
 
 
 def join(base: str | os.PathLike[str], *names: str) -> str:
     """A place below a folder or URL."""
-    if is_url(base):
-        return "/".join([os.fspath(base).rstrip("/"), *names])
-    return os.path.join(os.fspath(base).removeprefix("file://"), *names)
+    base = os.fspath(base)
+    return "/".join([base.rstrip("/"), *names]) if is_url(base) else os.path.join(base.removeprefix("file://"), *names)
 
 
 def open_storage(place: str | os.PathLike[str]) -> Storage:
@@ -40,7 +37,7 @@ def open_storage(place: str | os.PathLike[str]) -> Storage:
     if not os.fspath(place):
         raise ValueError("a place of files must be a folder or URL, got an empty text")
     if not is_url(place):
-        return LocalStorage(join(place))
+        return Storage(join(place))
     from ettin_foundry.data.storage_remote import RemoteStorage  # here: fsspec takes 0.1 s to import
 
     return RemoteStorage(os.fspath(place))
@@ -49,8 +46,7 @@ def open_storage(place: str | os.PathLike[str]) -> Storage:
 def check_name(name: str) -> str:
     """The name, if it is relative and stays inside the folder; else ValueError."""
     if "\0" in name or not all(part not in ("", ".", "..") for part in name.split("/")):
-        raise ValueError(f"file name {name!r:.200} must be a plain name inside the folder: parts divided by single "
-                         "slashes, none of them '.' or '..'")
+        raise ValueError(f"file name {name!r:.200} must be a plain name inside the folder, without '.', '..' or '//'")
     return name
 
 
@@ -87,18 +83,14 @@ def _place(source: str | os.PathLike[str], target: Path) -> None:
 
 
 class Storage:
-    """A folder, here or elsewhere. Instances hold no connection: they are cheap and can be pickled.
+    """A folder of this machine, or (`RemoteStorage`) elsewhere. Instances hold no connection and can be pickled.
 
     Names are relative, divided by slashes; hidden ones (a part starts with a dot) are read and written like others but
     never listed. Every method raises ValueError for a name that is not plain, FileNotFoundError for a missing one,
-    PermissionError where access is refused, ConnectionError when a network fails, OSError for the rest. Besides what is
-    below, `LocalStorage` documents `local_path size list open write_bytes put_file delete scratch`.
+    PermissionError where access is refused, ConnectionError when a network fails, OSError for the rest.
     """
 
-    is_local = False
-    size: Callable[[str], int]
-    open: Callable[..., BinaryIO]
-    scratch: Callable[[], Path]
+    is_local = True
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/") or url
@@ -107,9 +99,15 @@ class Storage:
         """How a file is called in messages."""
         return join(self.url, name)
 
-    def local_path(self, name: str = "") -> Path | None:
-        """The path on this machine of a file, or of the folder; None for remote storage."""
-        return None
+    def _path(self, name: str, *, existing: bool = False) -> Path:
+        path = Path(self.url, check_name(name))
+        if existing and not path.is_file():  # also keeps the reader out of devices and pipes
+            raise FileNotFoundError(f"{path}: no such file")
+        return path
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return self._path(name, existing=True).stat().st_size
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of this name; folders do not count."""
@@ -117,6 +115,30 @@ class Storage:
             return self.size(name) >= 0
         except FileNotFoundError:
             return False
+
+    def list(self, prefix: str = "") -> list[tuple[str, int]]:
+        """(name, bytes) of every file whose name begins with `prefix`, in the order of names."""
+        def unreadable(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):  # what cannot be listed is an error, not an empty folder
+                raise error
+
+        found: list[tuple[str, int]] = []
+        for folder, folders, files in os.walk(os.path.join(self.url, folder_of(prefix)), onerror=unreadable):
+            start = os.path.relpath(folder, self.url)
+            start = "" if start == "." else start + "/"
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for link in filter(os.path.islink, (os.path.join(folder, name) for name in folders)):
+                log.warning("%s: is a link to a folder and not followed; name the folder itself", link)
+            for name in files:
+                if not name.startswith(".") and (start + name).startswith(prefix):
+                    with contextlib.suppress(FileNotFoundError):  # a link to nothing, or removed just now
+                        entry = os.stat(os.path.join(folder, name))
+                        found += [(start + name, entry.st_size)] if stat.S_ISREG(entry.st_mode) else []
+        return sorted(found)
+
+    def open(self, name: str) -> BinaryIO:
+        """A seekable stream of a file's bytes, to be closed."""
+        return open(self._path(name, existing=True), "rb", buffering=1 << 20)
 
     def read_bytes(self, name: str, *, at_most: int | None = None) -> bytes:
         """A whole file; ValueError when it is larger than `at_most` bytes."""
@@ -134,58 +156,9 @@ class Storage:
     def _check_size(self, name: str, num_bytes: int | None, at_most: int | None) -> int:
         found = self.size(name)
         if num_bytes not in (None, found) or found > (at_most or found):
-            raise ValueError(f"{self.where(name)} must have {'at most ' if num_bytes is None else ''}"
-                             f"{at_most if num_bytes is None else num_bytes} bytes, got {found}; upload or convert it again")
+            wanted = f"at most {at_most}" if num_bytes is None else num_bytes
+            raise ValueError(f"{self.where(name)} must have {wanted} bytes, got {found}; upload or convert it again")
         return found
-
-    def clear_scratch(self) -> None:
-        """Removes `scratch()` with all that killed processes left in it. Only for who works here alone."""
-        shutil.rmtree(self.scratch(), ignore_errors=True)
-
-
-class LocalStorage(Storage):
-    """A folder of this machine, or of a file system that it mounts."""
-
-    is_local = True
-
-    def local_path(self, name: str = "") -> Path:
-        return Path(self.url, check_name(name)) if name else Path(self.url)
-
-    def _path(self, name: str, *, existing: bool = False) -> Path:
-        path = Path(self.url, check_name(name))
-        if existing and not path.is_file():  # also keeps the reader out of devices and pipes
-            raise FileNotFoundError(f"{path}: no such file")
-        return path
-
-    def size(self, name: str) -> int:
-        """Bytes of a file."""
-        return self._path(name, existing=True).stat().st_size
-
-    def list(self, prefix: str = "") -> list[tuple[str, int]]:
-        """(name, bytes) of every file whose name begins with `prefix`, in the order of names."""
-        def unreadable(error: OSError) -> None:
-            if not isinstance(error, FileNotFoundError):  # what cannot be listed is an error, not an empty folder
-                raise error
-
-        found: list[tuple[str, int]] = []
-        for folder, folders, files in os.walk(os.path.join(self.url, folder_of(prefix)), onerror=unreadable):
-            start = os.path.relpath(folder, self.url)
-            start = "" if start == "." else start + "/"
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            for link in filter(os.path.islink, (os.path.join(folder, name) for name in folders)):
-                log.warning("%s: it is a link to a folder and not followed; name the folder itself", link)
-            for name in files:
-                if not name.startswith(".") and (start + name).startswith(prefix):
-                    with contextlib.suppress(FileNotFoundError):  # a link to nothing, or removed just now
-                        entry = os.stat(os.path.join(folder, name))
-                        found += [(start + name, entry.st_size)] if stat.S_ISREG(entry.st_mode) else []
-        return sorted(found)
-
-    def open(self, name: str, begin: int = 0) -> BinaryIO:
-        """A seekable stream of a file's bytes, standing at `begin`; to be closed."""
-        stream = open(self._path(name, existing=True), "rb", buffering=1 << 20)
-        stream.seek(begin)
-        return stream
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Writes a file, or replaces one, atomically."""

@@ -31,76 +31,71 @@ _TRIES = 5
 class RemoteStorage(Storage):
     """A bucket or a folder of one, or a folder of a file system that fsspec knows."""
 
+    is_local = False
+
     def __init__(self, url: str) -> None:
         super().__init__(url)
         scheme, _, rest = self.url.partition("://")
         if scheme == "s3":
             if not re.match("[^/]", rest):
-                raise ValueError(f"{url} must be s3://BUCKET or s3://BUCKET/FOLDER, no bucket is given")
+                raise ValueError(f"{url} must be s3://BUCKET or s3://BUCKET/FOLDER")
             return
         try:
             if "::" in url:
                 raise ValueError("chained URLs are not read")
             fsspec.get_filesystem_class(scheme)
         except (ImportError, ValueError) as error:
-            raise ValueError(f"{url}: {scheme}:// cannot be read here ({error}); local paths, s3:// and what fsspec has "
-                             "an installed driver for can; install it (gs:// needs gcsfs, az:// adlfs)") from error
+            raise ValueError(f"{url}: {scheme}:// cannot be read here ({error}); install its driver of fsspec (gs:// "
+                             "needs gcsfs, az:// adlfs)") from error
 
-    def _system(self, name: str, *, fresh: bool = False) -> tuple[AbstractFileSystem, str]:
-        """The client of this process and a file's path; `fresh`: nothing that the client remembers counts."""
+    @contextlib.contextmanager
+    def _at(self, name: str) -> Iterator[tuple[AbstractFileSystem, str]]:
+        """The client of this process, which is to remember nothing, and a file's path; errors become Python's own."""
         system, root = _client(self.url, os.getpid(), os.environ.get("S3_ENDPOINT_URL"))
-        if fresh:
-            system.invalidate_cache()
-        return system, f"{root}/{name}" if name else root
+        system.invalidate_cache()
+        with _errors(self.where(name)):
+            yield system, f"{root}/{name}" if name else root
 
     def size(self, name: str) -> int:
-        system, path = self._system(check_name(name), fresh=True)
-        with _errors(self.where(name)):
+        with self._at(check_name(name)) as (system, path):
             info = system.info(path)
             if info.get("type") == "directory":
                 raise FileNotFoundError
-        if info.get("size") is None:
-            raise OSError(f"{self.where(name)}: the store does not tell its size; copy it to a disk or bucket")
-        return int(info["size"])
+            return int(info["size"])
 
     def list(self, prefix: str = "") -> list[tuple[str, int]]:
-        system, path = self._system(folder_of(prefix), fresh=True)
-        root, found = self._system("")[1] + "/", []
-        with _errors(self.where(prefix)):
+        found, above = [], folder_of(prefix)
+        with self._at(above) as (system, path):
+            root = path.removesuffix(above).rstrip("/") + "/"
             try:
                 paths = system.find(path, detail=True, **({"start": root + prefix} if isinstance(system, _S3) else {}))
             except FileNotFoundError:
                 paths = {}
-        for name, info in ((path.removeprefix(root), info) for path, info in paths.items()):
+        for path, info in paths.items():
+            name = path.removeprefix(root)
+            hidden = any(part.startswith(".") and part.strip(".") for part in name.split("/"))
             try:
-                hidden = any(part.startswith(".") and part.strip(".") for part in name.split("/"))
                 if name.startswith(prefix) and not name.endswith("/") and not hidden:
                     found.append((check_name(name), int(info["size"])))
             except ValueError as error:
                 log.warning("%s: left out: %s", self.url, error)
         return sorted(found)
 
-    def open(self, name: str, begin: int = 0) -> BinaryIO:
-        system, path = self._system(check_name(name), fresh=True)
-        with _errors(self.where(name)):
-            stream = io.BufferedReader(system.open(path, "rb", block_size=_BLOCK_BYTES), 1 << 20)
-            stream.seek(begin)
-        return stream
+    def open(self, name: str) -> BinaryIO:
+        with self._at(check_name(name)) as (system, path):
+            return io.BufferedReader(system.open(path, "rb", block_size=_BLOCK_BYTES), 1 << 20)
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        system, path = self._system(check_name(name))
-        with _errors(self.where(name)):
+        with self._at(check_name(name)) as (system, path):
             system.pipe_file(path, data)
 
     def put_file(self, local_path: str | os.PathLike[str], name: str) -> None:
-        system, path = self._system(check_name(name))
-        with _errors(self.where(name)):
+        with self._at(check_name(name)) as (system, path):
             system.put_file(os.fspath(local_path), path)
         os.unlink(local_path)
 
     def delete(self, name: str) -> None:
-        system, path = self._system(check_name(name))
-        with contextlib.suppress(FileNotFoundError), _errors(self.where(name)):
+        with contextlib.suppress(FileNotFoundError), self._at(check_name(name)) as (system, path):
             system.rm_file(path)
 
     def scratch(self) -> Path:
@@ -129,11 +124,11 @@ def _errors(place: str) -> Iterator[None]:
         response = getattr(cause, "response", None)  # boto3's is a dictionary
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else \
             getattr(response, "status_code", None) or getattr(cause, "status", None) or getattr(cause, "code", None)
-        if isinstance(cause, FileNotFoundError) or status == 404:
+        if isinstance(cause, (FileNotFoundError, IsADirectoryError)) or status == 404:
             raise FileNotFoundError(f"{place}: no such file") from error
         if isinstance(cause, PermissionError) or status in (401, 403) or type(cause).__name__ == "NoCredentialsError":
-            raise PermissionError(f"{place}: access is refused ({cause}); credentials that may read, write and list it "
-                                  "are needed (without leave to list, a missing file is refused too)") from error
+            raise PermissionError(f"{place}: access is refused ({cause}); credentials that may read, write and list it are "
+                                  "needed") from error
         if isinstance(cause, NotImplementedError) or (isinstance(status, int) and status < 500):
             raise OSError(f"{place}: the store refuses this ({cause}); see URL, region and S3_ENDPOINT_URL") from error
         if isinstance(cause, (OSError, ValueError)) and type(cause).__module__ == "builtins":
@@ -160,29 +155,16 @@ class _S3(AbstractFileSystem):
 
     @staticmethod
     def _key(path: str) -> dict[str, str]:
-        bucket, _, key = path.partition("/")
-        return {"Bucket": bucket, "Key": key}
+        return dict(zip(("Bucket", "Key"), path.split("/", 1)))
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
         head = self.client.head_object(**self._key(path))
-        return {"name": path, "type": "file", "size": head["ContentLength"], "version": head.get("ETag")}
+        return {"name": path, "type": "file", "size": head["ContentLength"], "version": head["ETag"]}
 
     def find(self, path: str, *, start: str = "", **_: Any) -> dict[str, dict[str, Any]]:
         bucket, _, prefix = start.partition("/")
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         return {f"{bucket}/{entry['Key']}": {"size": entry["Size"]} for page in pages for entry in page.get("Contents", ())}
-
-    def cat_file(self, path: str, start: int, end: int, version: str | None = None, **_: Any) -> bytes:
-        match = {"IfMatch": version} if version else {}
-        for number in range(1, _TRIES + 1):
-            answer = self.client.get_object(**self._key(path), Range=f"bytes={start}-{end - 1}", **match)
-            try:
-                return answer["Body"].read()
-            except Exception as error:  # lost in the middle of an answer, where boto3 does not try again
-                log.warning("s3://%s: %s: %s; try %d of %d", path, type(error).__name__, error, number, _TRIES)
-                if number == _TRIES:
-                    raise ConnectionError(f"s3://{path}: no whole answer in {_TRIES} tries ({error})") from error
-        raise AssertionError
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> AbstractBufferedFile:
         return _S3File(self, path, mode, **options)
@@ -204,5 +186,12 @@ class _S3File(AbstractBufferedFile):
     """An object as a seekable stream. One that is replaced while it is read is an error, not a mixture of two."""
 
     def _fetch_range(self, start: int, end: int) -> bytes:
-        with _errors(f"s3://{self.path}"):
-            return self.fs.cat_file(self.path, start, end, self.details["version"])
+        asked = {**self.fs._key(self.path), "Range": f"bytes={start}-{end - 1}", "IfMatch": self.details["version"]}
+        for number in range(1, _TRIES + 1):
+            with _errors(f"s3://{self.path}"):
+                answer = self.fs.client.get_object(**asked)
+            try:
+                return answer["Body"].read()
+            except Exception as error:  # lost in the middle of an answer, where boto3 does not try again
+                log.warning("s3://%s: %s: %s; try %d of %d", self.path, type(error).__name__, error, number, _TRIES)
+        raise ConnectionError(f"s3://{self.path}: no whole answer in {_TRIES} tries")
