@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ettin_foundry.data.storage import LocalStorage, check_name, is_url, open_storage
+from ettin_foundry.data.storage import Storage, check_name, is_url, open_storage
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def find_source(text: str, *, licence: str | None = None) -> Source:
         return _find_url(name, location, licence)
     path = Path(location.removeprefix("file://"))
     if path.is_dir():
-        storage = LocalStorage(str(path))
+        storage = Storage(str(path))
         files = _readable_files(storage.url, storage.list())
         return Source(name or path.resolve().name, location, files, str(path), licence)
     if path.is_file():
