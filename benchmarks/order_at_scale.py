@@ -66,7 +66,7 @@ def stdlib_histogram(chunk_length: int) -> np.ndarray:
 
     source = find_source("python-stdlib")
     counts = np.zeros(chunk_length + 1, np.int64)
-    for name, _ in source.files:
+    for name in source.files:
         text = read_module(Path(source.root) / name)
         whole, rest = divmod(len(re.findall(r"\w+|[^\w\s]", text or "")), chunk_length)
         counts[chunk_length] += whole

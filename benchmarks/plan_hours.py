@@ -42,7 +42,7 @@ def main() -> None:
         tokens, hours = sums["enc"]["num_tokens"], sums["enc"]["hours"]
         assert tokens and hours and runs["enc"][0].mfu
         useful = {member: runs[member][0].mfu * sums[member]["flops"]
-                  / sum(run.flops_6n for run in runs[member]) for member in runs}
+                  / sum(6 * run.parameters * run.num_tokens for run in runs[member]) for member in runs}
         whole = hours * ORIGINAL_TOKENS / tokens
         lines.append(f"| {size} | {tokens / 1e12:.3f}T | {original:,} | {hours:,.1f} | {whole:,.1f} | "
                      f"{runs['enc'][0].mfu:.1%} | {useful['enc']:.1%} / {useful['dec']:.1%} |")

@@ -60,12 +60,11 @@ def shards_of(split: Path) -> list[Path]:
 
 
 @functools.lru_cache(maxsize=8)
-def samples_of(split: Path) -> dict[str, list[dict]]:
-    """Raw shard name -> all samples in it, read sample by sample from a copy."""
+def samples_of(split: Path) -> list[dict]:
+    """All samples in stored order, read from a copy."""
     with tempfile.TemporaryDirectory() as folder:
         data = MDSSplit(shutil.copytree(split, Path(folder) / "copy"))
-        return {entry["raw"]["basename"]: [data.sample(shard, index) for index in range(entry["samples"])]
-                for shard, entry in enumerate(data.manifest["shards"])}
+        return [data.sample(shard, index) for shard in range(data.num_shards) for index in range(data.samples[shard])]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

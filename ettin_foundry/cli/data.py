@@ -8,8 +8,6 @@ from typing import Annotated
 import typer
 
 _Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="Folder or URL of a dataset, or a split.")]
-_Threads = Annotated[int | None, typer.Option(min=1, help="Shards read at a time; all cores if left out.")]
-_Samples = Annotated[int, typer.Option(min=0, help="Decoded chunks of each source and split.")]
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -20,7 +18,8 @@ def add_commands(app: typer.Typer) -> None:
     app.command(help="Build a mixture of datasets by token budgets; it points at their shards.")(mix)
 
 
-def verify(location: _Dataset, threads: _Threads = None) -> None:
+def verify(location: _Dataset, threads: Annotated[
+        int | None, typer.Option(min=1, help="Shards read at a time; all cores if left out.")] = None) -> None:
     from rich.console import Console
     from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
@@ -31,17 +30,14 @@ def verify(location: _Dataset, threads: _Threads = None) -> None:
                   disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
         report = verify_dataset(location, threads=threads, tick=lambda size: progress.advance(task, size))
-    for text in report.problems:
-        print(f"problem: {text}")
-    for text in report.notes:
-        print(f"note: {text}")
-    print(report)
+    for text in [*(f"problem: {text}" for text in report.problems), *(f"note: {text}" for text in report.notes), report]:
+        print(text)
     print("all is as it should be" if report.ok else f"{len(report.problems)} problems")
-    if not report.ok:
-        raise typer.Exit(1)
+    raise typer.Exit(int(not report.ok))
 
 
-def show(location: _Dataset, samples: _Samples = 1,
+def show(location: _Dataset,
+         samples: Annotated[int, typer.Option(min=0, help="Decoded chunks of each source and split.")] = 1,
          seed: Annotated[int, typer.Option(min=0, help="Chooses them.")] = 0) -> None:
     from ettin_foundry.data.inspect import show_lines
 
@@ -53,14 +49,14 @@ def finalize(out: Annotated[str, typer.Argument(help="Folder or URL that was con
     from ettin_foundry.corpus.finalize import finalize as make_dataset
 
     for split, manifest in make_dataset(out).items():
-        totals, shards = manifest["totals"], len(manifest["shards"])
-        print(f"{split}: {totals['documents']:,} documents, {totals['samples']:,} chunks, "
-              f"{totals['tokens']:,} tokens, {shards:,} shards")
+        totals = manifest["totals"]
+        print(f"{split}: {totals['documents']:,} documents, {totals['samples']:,} chunks, {totals['tokens']:,} tokens, "
+              f"{len(manifest['shards']):,} shards")
 
 
 def mix(spec: Annotated[Path, typer.Argument(help="YAML: a phase of sources.yaml, or your own budgets.")],
         out: Annotated[str, typer.Argument(help="Folder to make.")],
-        seed: Annotated[int, typer.Option(min=0, help="Of the choice in each source.")] = 21) -> None:
+        seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the choice in each source.")] = 21) -> None:
     from ettin_foundry.corpus.mix import build_mix
 
     print("\n".join(build_mix(spec, out, seed=seed)))

@@ -14,8 +14,6 @@ import typer
 
 from ettin_foundry.cli import data, model, order, runs
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(name="ettin", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   rich_markup_mode=None, help="Ettin encoders and decoders: data in, Hugging Face folders out and in.")
 
@@ -23,6 +21,13 @@ _REMOVED = {
     "demo": "`make demo`, which is `ettin suite yamls/suite/demo.yaml` after converting python-stdlib into data/demo",
     "repair": "`ettin convert` again into the same folder, which makes lost shards again, or copy them from a whole copy",
     "merge": "`ettin average`, with the same arguments",
+    "export --ema": "`ettin average SAVE_FOLDER MEAN.pt --last 5`, and export MEAN.pt",
+    "export --sentence-transformers": "sentence-transformers on the exported folder, as in examples/embeddings.py",
+    "export --size": "a checkpoint of train.py, which holds its shape",
+    "export --field": "a checkpoint of train.py, which holds its shape",
+    "plan --price": "the GPU hours that it prints",
+    "plan --kwh-price": "the GPU hours that it prints",
+    "plan --pue": "the GPU hours that it prints",
 }
 
 
@@ -42,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The console script; ends the process."""
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        if words and words[0] in _REMOVED:
-            raise ValueError(f"`ettin {words[0]}` does not exist any more; use {_REMOVED[words[0]]}")
+        for removed in (words[0], *(f"{words[0]} {word.split('=')[0]}" for word in words[1:])) if words else ():
+            if removed in _REMOVED:
+                raise ValueError(f"`ettin {removed}` does not exist any more; use {_REMOVED[removed]}")
         app(args=words)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

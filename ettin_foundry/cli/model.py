@@ -9,8 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["add_commands"]
-
 _Source = Annotated[Path, typer.Argument(help="Hugging Face folder, Composer .pt file, or folder of checkpoints.")]
 _Tokenizer = Annotated[str | None, typer.Option("--tokenizer", help="Tokenizer folder, if the model names none.")]
 _Objective = Annotated[str | None, typer.Option("--objective", help="mlm or mntp, if the model does not say.")]
@@ -18,41 +16,34 @@ _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlie
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Adds this module's commands."""
-    app.command(help="Write a Composer checkpoint as a Hugging Face folder; with --every, one folder for each checkpoint of "
-                     "save folders, named step1000, ext1000, decay1000.")(export)
-    app.command("import", help="Turn a Hugging Face folder into a weights file for load_path (with load_weights_only).")(
-        import_)
-    app.command(help="Write the mean of the weights of several checkpoints: ettin average A.pt B.pt OUT.pt, or "
-                     "ettin average SAVE_FOLDER OUT.pt --last 5.")(average)
-    app.command(help="Continue prompts with a decoder.")(generate)
-    app.command("fill-mask", help="Fill the first mask token of each text with an encoder.")(fill_mask)
+    for name, command in (("export", export), ("import", import_), ("average", average), ("generate", generate),
+                          ("fill-mask", fill_mask)):
+        app.command(name)(command)
 
 
 def export(paths: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT OUT", help="Composer .pt file, or folder of "
                                                        "checkpoints; folder to write. With --every, several save folders.")],
            every: Annotated[bool, typer.Option("--every", help="Every checkpoint; whole folders are left.")] = False,
-           tags: Annotated[bool, typer.Option("--tags", help="With --every: list the revisions in OUT/tags.json.")] = False,
            tokenizer: _Tokenizer = None,
            objective: Annotated[str | None, typer.Option(help="mlm, mntp or clm: another objective that the run was "
                                                          "trained on.")] = None,
            licence: Annotated[str | None, typer.Option("--license", help="The weights' licence, for the card.")] = None,
            overwrite: _Overwrite = False) -> None:
+    """Write a Composer checkpoint as a Hugging Face folder.
+
+    With --every, one folder for each checkpoint of save folders, named step1000, ext1000, decay1000.
+    """
     *sources, out = paths
     if not sources or (len(sources) > 1 and not every):
         raise typer.BadParameter("a checkpoint and the folder to write are needed (several save folders with --every)",
                                  param_hint="CHECKPOINT OUT")
-    if tags and not every:
-        raise ValueError("--tags is for --every; without it there is one revision")
-    from ettin_foundry.hub.folder import export_model
+    from ettin_foundry.hub.folder import export_every, export_model
     from ettin_foundry.hub.load import load_model
-    from ettin_foundry.hub.revisions import export_every
 
     _log_to_stderr()
     facts = {"license": licence}
     if every:
-        print(export_every(sources, out, objective=objective, tokenizer=tokenizer, facts=facts, tags=tags,
-                           overwrite=overwrite))
+        print(export_every(sources, out, objective=objective, tokenizer=tokenizer, facts=facts, overwrite=overwrite))
         return
     model = load_model(sources[0], objective)
     export_model(model.state, model.config, model.tokenizer_name(tokenizer), out, objective=model.objective,
@@ -63,6 +54,7 @@ def export(paths: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT OUT",
 def import_(folder: Annotated[Path, typer.Argument(help="Hugging Face folder of an Ettin or ModernBERT model.")],
             out: Annotated[Path, typer.Argument(help="The .pt file to write.")],
             objective: _Objective = None, overwrite: _Overwrite = False) -> None:
+    """Turn a Hugging Face folder into a weights file for load_path (with load_weights_only)."""
     from ettin_foundry.hub.average import check_weights_file, save_weights
     from ettin_foundry.hub.load import load_model
     from ettin_foundry.model.weights import weights_checkpoint
@@ -80,6 +72,10 @@ def average(paths: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT... O
             weights: Annotated[str | None, typer.Option(help="One number above 0 for each checkpoint, such as 1,1,2; they "
                                                         "need not sum to 1.")] = None,
             overwrite: _Overwrite = False) -> None:
+    """Write the mean of the weights of several checkpoints.
+
+    ettin average A.pt B.pt OUT.pt, or ettin average SAVE_FOLDER OUT.pt --last 5.
+    """
     *sources, out = paths
     if not sources:
         raise typer.BadParameter("checkpoints and the file to write are needed", param_hint="CHECKPOINT... OUT.pt")
@@ -102,6 +98,7 @@ def generate(source: _Source, prompts: Annotated[list[str], typer.Argument(help=
              max_new_tokens: Annotated[int, typer.Option(min=1)] = 40,
              temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token.")] = 0.0,
              seed: int = 0, tokenizer: _Tokenizer = None) -> None:
+    """Continue prompts with a decoder."""
     model = _build(source, tokenizer, None)
     for prompt, rest in zip(prompts, model.generate(prompts, max_new_tokens, temperature=temperature, seed=seed)):
         print(prompt + rest)
@@ -110,6 +107,7 @@ def generate(source: _Source, prompts: Annotated[list[str], typer.Argument(help=
 def fill_mask(source: _Source, texts: Annotated[list[str], typer.Argument(help="Texts with a [MASK].")],
               top_k: Annotated[int, typer.Option(min=1)] = 5, tokenizer: _Tokenizer = None,
               objective: _Objective = None) -> None:
+    """Fill the first mask token of each text with an encoder."""
     model = _build(source, tokenizer, objective)
     for text, best in zip(texts, model.fill_mask(texts, top_k)):
         print(text)

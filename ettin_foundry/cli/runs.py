@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import sys
@@ -11,22 +12,15 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["add_commands"]
-
 
 def add_commands(app: typer.Typer) -> None:
-    """Adds this module's commands."""
-    app.command(help="List the recipes, or copy them with train.py and data_prep/ into a folder of your own.")(recipes)
-    app.command(help="Say what a run, or every stage of a suite, will take: steps, tokens, memory, hours, storage. Nothing "
-                     "is built or trained.")(plan)
-    app.command(help="Say whether two runs are a fair pair, and each difference with its reason. Nothing is trained.")(lint)
-    app.command(help="Run a suite file: train its stages in order, compare pairs, export, evaluate, report. Finished stages "
-                     "are skipped, an interrupted one continues.")(suite)
-    app.command(help="Losses of a model on a dataset's validation split, under any objective.")(evaluate)
+    for command in (recipes, plan, lint, suite, evaluate):
+        app.command()(command)
 
 
 def recipes(copy: Annotated[Path | None, typer.Option(help="Folder to copy train.py, yamls/ and data_prep/ into.")] = None
             ) -> None:
+    """List the recipes, or copy them with train.py and data_prep/ into a folder of your own."""
     import shutil
 
     from ettin_foundry import program_folder
@@ -53,6 +47,7 @@ def plan(recipe: Annotated[list[str], typer.Argument(metavar="RECIPE [OVERLAY | 
          picture: Annotated[Path | None, typer.Option(help="Draw learning rate, batch size, mask rate, objective and row "
                                                       "length over tokens into this file (png, svg or pdf).")] = None,
          as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False) -> None:
+    """Say what a run, or every stage of a suite, will take: steps, tokens, memory, hours, storage."""
     from ettin_foundry.tools import plan as planning
     from ettin_foundry.training import recipes as files
 
@@ -76,17 +71,15 @@ def plan(recipe: Annotated[list[str], typer.Argument(metavar="RECIPE [OVERLAY | 
 def lint(words: Annotated[list[str], typer.Argument(metavar="A B [KEY=VALUE]...", help="Two runs, each YAML files and "
                                                     "key=value joined by '+'; then key=value for both.")],
          chain: Annotated[bool, typer.Option("--chain", help="The runs are one model's phases, in order.")] = False) -> None:
+    """Say whether two runs are a fair pair, and each difference with its reason."""
     from ettin_foundry.tools.pair import lint_chain, lint_pair
 
     runs = [word for word in words if "=" not in word.split("+")[0]]
     if len(runs) != 2 and not (chain and len(runs) > 2):
-        raise typer.BadParameter(f"{len(runs)} run(s) given: {' '.join(runs)}; two runs are compared, --chain takes two or "
-                                 "more phases")
+        raise typer.BadParameter(f"two runs are compared, --chain takes two or more phases; {len(runs)} given: {runs}")
     configs = [_config(run, [word for word in words if word not in runs]) for run in runs]
     names = [str(config.get("run_name") or run) for run, config in zip(runs, configs)]
-    second = names[1] if names[1] != names[0] else f"{names[1]} (second)"
-    report = (lint_chain(list(zip(names, configs))) if chain else
-              lint_pair(configs[0], configs[1], names=(names[0], second)))
+    report = lint_chain([*zip(names, configs)]) if chain else lint_pair(*configs, names=(names[0], names[1]))
     print(report)
     if not report.fair:
         raise typer.Exit(1)
@@ -97,12 +90,7 @@ def _config(text: str, overrides: list[str]) -> dict[str, Any]:
     from ettin_foundry.training import recipes
     from ettin_foundry.training.checks import check_settings
 
-    parts: list[str] = []
-    for part in text.split("+"):
-        if parts and "=" not in part and not part.endswith((".yaml", ".yml")):
-            parts[-1] += f"+{part}"  # a value such as 1e+3
-        else:
-            parts.append(part)
+    parts = re.split(r"\+(?=[^+=]*(?:=|\.ya?ml(?:\+|$)))", text)  # at + before a file or a key, not in 1e+3
     try:
         config = {key: value for key, value in recipes.resolved([*parts, *overrides]).items() if value is not None}
         check_settings(config)
@@ -116,7 +104,7 @@ def suite(file: Annotated[Path, typer.Argument(metavar="FILE", help="Suite file,
                                                                "scale=0.01 or root=runs/mine.")] = None,
           list_: Annotated[bool, typer.Option("--list", help="Check all, print each stage, what it starts from and its "
                                               "exact command; train nothing.")] = False,
-          json_: Annotated[bool, typer.Option("--json", help="With --list: as JSON.")] = False,
+          json_: Annotated[bool, typer.Option("--json", help="As --list, as JSON.")] = False,
           stage: Annotated[list[str] | None, typer.Option(help="Run this stage only; may be repeated. No export, no "
                                                           "report.")] = None,
           report: Annotated[bool, typer.Option("--report", help="Train nothing: export, evaluate and report what is "
@@ -124,17 +112,18 @@ def suite(file: Annotated[Path, typer.Argument(metavar="FILE", help="Suite file,
           command: Annotated[str | None, typer.Option(help="What starts a run, instead of the file's command.")] = None,
           allow_unfair: Annotated[bool, typer.Option("--allow-unfair", help="Train pairs that differ in more than their "
                                                      "objective; the report says so.")] = False) -> None:
+    """Run a suite file: train its stages in order, compare pairs, export, evaluate, report.
+
+    Finished stages are skipped, an interrupted one continues.
+    """
     from ettin_foundry.tools.suite import load
 
-    for wrong, text in ((json_ and not list_, "--json has no effect without --list"),
-                        (list_ and (report or bool(stage)), "--list runs nothing; leave out --report and --stage"),
-                        (report and bool(stage or command), "--report trains nothing; leave out --stage and --command")):
-        if wrong:
-            raise ValueError(text)
+    if report and (stage or command):
+        raise ValueError("--report trains nothing; leave out --stage and --command")
     found = load(file, [*(settings or []), *([f"command={command}"] if command is not None else [])])
     from ettin_foundry.tools.suite_run import StageFailed, check_suite, run_suite, signals
 
-    if list_:
+    if list_ or json_:
         check_suite(found, allow_unfair=allow_unfair)
         _list(found, json_)
         return
@@ -146,7 +135,7 @@ def suite(file: Annotated[Path, typer.Argument(metavar="FILE", help="Suite file,
         raise typer.Exit(3) from None
     except KeyboardInterrupt as error:
         print("stopped. The same command continues.", file=sys.stderr)
-        raise typer.Exit(128 + getattr(error, "signum", signal.SIGINT)) from None
+        raise typer.Exit(128 + (error.args[0] if error.args else signal.SIGINT)) from None
 
 
 def _list(found: Any, as_json: bool) -> None:
@@ -156,7 +145,7 @@ def _list(found: Any, as_json: bool) -> None:
         print(json.dumps({"name": found.name, "root": str(found.root), "stages": stages}, indent=1))
         return
     for entry in stages:
-        pair = "" if entry["pair"] is None else f", pair {entry['pair']}"
+        pair = f", pair {entry['pair']}" if entry["pair"] else ""
         print(f"{entry['name']}: {entry['max_duration']} from {entry['from'] or 'initialisation'}{pair}")
         print(f"    {shlex.join(entry['command'])}")
 
@@ -173,6 +162,7 @@ def evaluate(source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Comp
              max_seq_len: Annotated[int | None, typer.Option(help="Length of a row; the model's own if left out.")] = None,
              device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
              json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Losses of a model on a dataset's validation split, under any objective."""
     from ettin_foundry.tools.evaluate import DEFAULT_OBJECTIVES
     from ettin_foundry.tools.evaluate import evaluate as measure
 

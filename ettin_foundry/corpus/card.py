@@ -1,7 +1,7 @@
 """The data card of a dataset: README.md as the Hugging Face Hub reads it, and lengths.svg, the picture in it.
 
-Both are pure functions of the dataset's small files: the same dataset gives the same bytes anywhere. A
-comment at the end of the card holds a sha256 of every small file, which `ettin verify` compares.
+Both are pure functions of the dataset's small files: the same dataset gives the same bytes anywhere. A comment at the
+end of the card holds a sha256 of every small file, which `ettin verify` compares.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from typing import Any
 
 import numpy as np
 
-from ettin_foundry.data.manifest import MANIFEST
-from ettin_foundry.data.quantities import quantiles
+from ettin_foundry.data import MANIFEST
+from ettin_foundry.data.quantities import length_cells
 from ettin_foundry.data.storage import Storage, check_name
 
 log = logging.getLogger(__name__)
+
+Manifests = Mapping[str, Mapping[str, Any]]
+Lengths = Mapping[str, np.ndarray]
 
 CARD = "README.md"
 PICTURE = "lengths.svg"
 _MARK = "<!-- ettin-set "
 _NOTE = "written by ettin finalize, read by ettin verify; a card without this comment is never replaced"
 _HEAD_KEYS = ("chunk_length", "compression", "tokenizer", "options", "code_version", "sources")
-_MAX_HASHED = 64 << 20  # a larger file in tokenizer/ is none of a tokenizer's
 _MAX_CARD_BYTES = 16 << 20
-_BINS = 48
-_NAMED = 4  # sources in the title
 # https://huggingface.co/docs/hub/repositories-licenses; the Hub refuses a card that names any other
 _LICENCES = frozenset("""
-    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 cc
-    bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda
-    cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0
-    cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0
-    cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0
-    etalab-2.0 eupl-1.1 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0
-    odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr""".split())
-_SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B",
-          "10B<n<100B", "100B<n<1T", "n>1T")
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 cc bigcode-openrail-m
+    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc0-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl
+    lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib
+    pddl lgpl-lr""".split())
+_SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B", "10B<n<100B",
+          "100B<n<1T", "n>1T")
 _READ = '''\
 ```python
 from ettin_foundry.data.shards import MDSSplit
@@ -52,8 +52,7 @@ tokens = data.chunk(0, 0)             # first chunk of the first shard: uint16, 
 '''
 
 
-def write_card(storage: Storage, manifests: Mapping[str, Mapping[str, Any]],
-               lengths: Mapping[str, np.ndarray]) -> None:
+def write_card(storage: Storage, manifests: Manifests, lengths: Lengths) -> None:
     """Writes README.md and lengths.svg. A README.md that is not one of ours is left alone, with a warning.
 
     Args:
@@ -62,49 +61,43 @@ def write_card(storage: Storage, manifests: Mapping[str, Mapping[str, Any]],
     """
     storage.write_bytes(PICTURE, picture(lengths))
     if storage.exists(CARD) and _MARK.encode() not in storage.read_bytes(CARD):
-        log.warning("%s was written by hand and stays; for a data card move it away and run ettin finalize",
-                    storage.where(CARD))
+        log.warning("%s was written by hand and stays; move it away and run ettin finalize", storage.where(CARD))
     else:
         storage.write_bytes(CARD, card_text(storage, manifests, lengths).encode())
 
 
-def card_text(storage: Storage, manifests: Mapping[str, Mapping[str, Any]],
-              lengths: Mapping[str, np.ndarray]) -> str:
+def card_text(storage: Storage, manifests: Manifests, lengths: Lengths) -> str:
     """The text of README.md; arguments as of `write_card`, lengths.svg already written."""
     # named after its sources, not its folder: the same conversion gives the same bytes wherever it is done
     names = list(dict.fromkeys(name for manifest in manifests.values() for name in manifest["sources"]))
-    name = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
-    small = [file for file, size in storage.list("tokenizer/") if size <= _MAX_HASHED]
-    files = {file: hashlib.sha256(storage.read_bytes(file)).hexdigest()
-             for file in sorted([*small, PICTURE, *(f"{split}/{MANIFEST}" for split in manifests)])}
-    first = next(iter(manifests.values()))
-    heads = {split: {key: manifest[key] for key in _HEAD_KEYS if key in manifest}
-             for split, manifest in manifests.items()}
+    name = ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
+    small = [PICTURE, *(file for file, _ in storage.list("tokenizer/")), *(f"{split}/{MANIFEST}" for split in manifests)]
+    files = {file: hashlib.sha256(storage.read_bytes(file)).hexdigest() for file in sorted(small)}
+    heads = {split: {key: manifest[key] for key in _HEAD_KEYS} for split, manifest in manifests.items()}
     comment = json.dumps({"note": _NOTE, "files": files, "splits": heads})
     for special, escaped in (("<", "\\u003c"), (">", "\\u003e"), ("--", "-\\u002d")):
         comment = comment.replace(special, escaped)  # nothing in it ends the comment
-    tokenizer = first["tokenizer"]
-    made_with = [("ettin_foundry", str(first.get("code_version", "not recorded"))),
-                 ("tokenizer", f"{tokenizer.get('name', 'unnamed')}, {tokenizer['vocab_size']:,} entries"),
-                 ("chunk length", f"{first['chunk_length']:,}"),
-                 ("compression", str(first.get("compression") or "none"))]
+    first = next(iter(manifests.values()))
+    made_with = [("ettin_foundry", first["code_version"]),
+                 ("tokenizer", f"{first['tokenizer']['name']}, {first['tokenizer']['vocab_size']:,} entries"),
+                 ("chunk length", f"{first['chunk_length']:,}"), ("compression", first["compression"] or "none")]
     made_with += [(key.replace("_", " "), json.dumps(value)) for key, value in first["options"].items()
                   if key not in ("chunk_length", "compression") and value not in (None, False, [], {}, "")]
     counts = [(split, *(f"{manifest['totals'][key]:,}" for key in ("documents", "samples", "tokens")),
                f"{len(manifest['shards']):,}") for split, manifest in manifests.items()]
     return "\n".join([
         _front_matter(name, manifests), f"# {_clean(name)}\n",
-        f"Text, tokenized and cut into chunks of at most {first['chunk_length']:,} tokens, as MDS shards "
-        "that are read without being trusted. No special tokens inside; a document's last chunk is marked.\n",
+        f"Text, tokenized and cut into chunks of at most {first['chunk_length']:,} tokens, as MDS shards that are read "
+        "without being trusted. No special tokens inside; a document's last chunk is marked.\n",
         _table(("split", "documents", "chunks", "tokens", "shards"), counts),
         "## Sources\n", *(_source_table(split, manifest) for split, manifest in manifests.items()),
         "## Lengths\n", f"![Chunks and tokens by length of the chunk]({PICTURE})\n",
         _table(("split", "mean", "10%", "median", "90%", "of full length"),
-               [(split, *_length_cells(np.asarray(found, np.int64))) for split, found in lengths.items()]),
+               [(split, *length_cells(found)) for split, found in lengths.items()]),
         "## Made with\n", _table(("", ""), made_with), "## Read it\n", _READ,
-        "Stock `streaming.StreamingDataset` reads the same folders. `ettin verify` checks every byte, "
-        "`ettin show` prints statistics and decoded samples.\n", "## Identity\n",
-        "A manifest holds the hash of every shard, so its own hash stands for the whole split.\n",
+        "Stock `streaming.StreamingDataset` reads the same folders. `ettin verify` checks every byte, `ettin show` prints "
+        "statistics and decoded samples.\n",
+        "## Identity\n", "A manifest holds the hash of every shard, so its own hash stands for the whole split.\n",
         _table(("file", "sha256"), [(f"`{file}`", f"`{value}`") for file, value in files.items()]),
         f"{_MARK}{comment} -->\n"])
 
@@ -112,7 +105,8 @@ def card_text(storage: Storage, manifests: Mapping[str, Mapping[str, Any]],
 def read_block(storage: Storage) -> dict[str, dict[str, Any]] | None:
     """The comment in a dataset's card: {"files": {name: sha256}, "splits": {...}}; None without one.
 
-    A ValueError where it cannot be read, or names files outside the dataset.
+    Raises:
+        ValueError: it cannot be read, or names files outside the dataset.
     """
     if not storage.exists(CARD) or storage.size(CARD) > _MAX_CARD_BYTES:
         return None
@@ -126,31 +120,26 @@ def read_block(storage: Storage) -> dict[str, dict[str, Any]] | None:
         for name in block["files"]:
             check_name(name)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{storage.where(CARD)}: its last comment must be what ettin finalize wrote, got "
-                         f"{error!r:.200}; run ettin finalize, or remove the comment") from None
+        raise ValueError(f"{storage.where(CARD)}: its last comment must be what ettin finalize wrote, got {error!r:.200}; "
+                         "run ettin finalize, or remove the comment") from None
     return block
 
 
-def picture(lengths: Mapping[str, np.ndarray]) -> bytes:
-    """lengths.svg: shares of chunks and of tokens by length; the largest split filled, others as an outline.
-
-    Args:
-        lengths: split -> (chunk_length + 1,) chunks of each length.
-    """
+def picture(lengths: Lengths) -> bytes:
+    """lengths.svg: shares of chunks and of tokens by length; the largest split filled, others as an outline."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
     # text as text: legible in any viewer, a tenth of the bytes, and no dependence on the version of a font
-    style = {"svg.fonttype": "none", "svg.hashsalt": "ettin", "font.size": 9.0, "axes.spines.top": False,
-             "axes.spines.right": False, "font.family": "sans-serif"}
-    defaults: Any = {**matplotlib.rcParamsDefault, **style, "backend": "agg"}  # whatever this machine's are
-    grid = {"left": 0.08, "right": 0.99, "bottom": 0.18, "top": 0.96, "wspace": 0.2}
+    style: Any = {**matplotlib.rcParamsDefault, "backend": "agg", "svg.fonttype": "none", "svg.hashsalt": "ettin",
+                  "font.size": 9.0, "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False}
     longest = max(len(counts) for counts in lengths.values()) - 1
-    edges = np.unique(np.linspace(1, longest + 1, min(_BINS, longest) + 1).round().astype(np.int64))
-    with matplotlib.rc_context(defaults):
+    edges = np.unique(np.linspace(1, longest + 1, min(48, longest) + 1).round().astype(np.int64))
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(8.0, 2.6))
-        panels = figure.subplots(1, 2, gridspec_kw=grid)
+        panels = figure.subplots(1, 2)
+        figure.subplots_adjust(left=0.08, right=0.99, bottom=0.18, top=0.96, wspace=0.2)
         for number, split in enumerate(sorted(lengths, key=lambda split: -int(lengths[split].sum()))):
             counts = np.asarray(lengths[split], np.int64)
             # matplotlib hides a label with an underscore, and typesets one with dollars
@@ -168,7 +157,7 @@ def picture(lengths: Mapping[str, np.ndarray]) -> bytes:
     return buffer.getvalue()
 
 
-def _front_matter(name: str, manifests: Mapping[str, Mapping[str, Any]]) -> str:
+def _front_matter(name: str, manifests: Manifests) -> str:
     licences = sorted({str(source.get("licence") or "unknown") for manifest in manifests.values()
                        for source in manifest["sources"].values()})
     others = [licence for licence in licences if licence.lower() not in _LICENCES and licence != "unknown"]
@@ -176,14 +165,11 @@ def _front_matter(name: str, manifests: Mapping[str, Mapping[str, Any]]) -> str:
     chunks = sum(manifest["totals"]["samples"] for manifest in manifests.values())
     entries: dict[str, Any] = {"pretty_name": name, "license": known if len(known) > 1 else known[0]}
     if others:
-        slug = re.sub(r"[^a-z0-9.]+", "-", " ".join(others).lower()).strip("-.")[:96]
-        entries["license_name"] = slug or "other"
-    entries |= {
-        "size_categories": [_SIZES[min(max(len(str(chunks)) - 3, 0), len(_SIZES) - 1)]],
-        "task_categories": ["text-generation", "fill-mask"],
-        "tags": ["ettin", "mds", "tokenized", "pretraining"],
-        "viewer": False,  # it reads no MDS, and would take the JSON files beside the shards for the data
-    }
+        entries["license_name"] = re.sub(r"[^a-z0-9.]+", "-", " ".join(others).lower()).strip("-.")[:96] or "other"
+    entries |= {"size_categories": [_SIZES[min(max(len(str(chunks)) - 3, 0), len(_SIZES) - 1)]],
+                "task_categories": ["text-generation", "fill-mask"],
+                "tags": ["ettin", "mds", "tokenized", "pretraining"],
+                "viewer": False}  # it reads no MDS, and would take the JSON files beside the shards for the data
     # JSON is YAML: quoting is safe whatever a name holds
     return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in entries.items()) + "---\n"
 
@@ -192,19 +178,12 @@ def _source_table(split: str, manifest: Mapping[str, Any]) -> str:
     rows = []
     for name, source in manifest["sources"].items():
         dropped = ", ".join(f"{number:,} {reason}" for reason, number in source.get("dropped", {}).items())
-        counts = [f"{value:,}" if isinstance(value := source.get(key), int) else "not recorded"
-                  for key in ("documents", "chunks", "tokens", "bytes")]
         share = source["tokens"] / max(1, manifest["totals"]["tokens"])
-        rows.append((name, *counts[:3], f"{share:.1%}", counts[3], dropped or "none",
-                     source.get("licence") or "unknown", source.get("revision") or "not recorded"))
-    return _table((f"{split}: source", "documents", "chunks", "tokens", "share", "bytes of text", "dropped",
-                   "licence", "revision"), rows)
-
-
-def _length_cells(counts: np.ndarray) -> tuple[str, ...]:
-    total = max(1, int(counts.sum()))
-    mean = int(counts @ np.arange(len(counts))) / total
-    return f"{mean:,.1f}", *(f"{value:,}" for value in quantiles(counts)), f"{int(counts[-1]) / total:.1%}"
+        rows.append((name, *(f"{source[key]:,}" for key in ("documents", "chunks", "tokens")), f"{share:.1%}",
+                     f"{source['bytes']:,}", dropped or "none", source.get("licence") or "unknown",
+                     source.get("revision") or "not recorded"))
+    return _table((f"{split}: source", "documents", "chunks", "tokens", "share", "bytes of text", "dropped", "licence",
+                   "revision"), rows)
 
 
 def _clean(text: str) -> str:

@@ -1,23 +1,19 @@
-"""Where a document's tokens are cut into chunks: at a paragraph or sentence end near the limit, outside of
-characters.
+"""Where a document's tokens are cut into chunks: at a paragraph or sentence end near the limit, outside of characters.
 
 A document of at most `chunk_length` tokens is one chunk. A longer one is cut, from its beginning, like this:
 
-1. While at least 1.1 chunks remain, the next chunk ends at the best place of the last tenth of
-   `chunk_length`: the latest paragraph end, else sentence end, else line end, else place before a space, else
-   place between characters.
-2. When more than one but less than 1.1 chunks remain, they become two chunks of similar size, cut at the best
-   place of the tenth around their middle. So every chunk of a longer document holds at least a tenth of
-   `chunk_length`.
-3. Where the whole tenth lies inside characters (a token may end one and begin the next), the latest place
-   before it that lies between two characters is taken; where the chunk has none, the cut is made all the
-   same.
+1. While at least 1.1 chunks remain, the next chunk ends at the best place of the last tenth of `chunk_length`: the latest
+   paragraph end, else sentence end, else line end, else place before a space, else place between characters.
+2. When more than one but less than 1.1 chunks remain, they become two chunks of similar size, cut at the best place of
+   the tenth around their middle. So every chunk of a longer document holds at least a tenth of `chunk_length`.
+3. Where the whole tenth lies inside characters (a token may end one and begin the next), the latest place before it that
+   lies between two characters is taken; where the chunk has none, the cut is made all the same.
 
-What a token means for a cut depends on its bytes alone, so the rule is tables with one entry per id, filled
-once from tokenizer.json, and a state machine that runs over the tokens around the limit. Paragraph end: after
-a blank line. Sentence end: after a terminator and its closing quotes or brackets, if a space follows (after a
-Chinese or Japanese terminator it need not), or after that space. A full stop after a digit or a capital ends
-no sentence ("3.14", "1. Item", "J. Smith"). A terminator that the vocabulary splits into bytes is not seen.
+What a token means for a cut depends on its bytes alone, so the rule is tables with one entry per id, filled once from
+tokenizer.json, and a state machine that runs over the tokens around the limit. Paragraph end: after a blank line.
+Sentence end: after a terminator and its closing quotes or brackets, if a space follows (after a Chinese or Japanese
+terminator it need not), or after that space. A full stop after a digit or a capital ends no sentence ("3.14", "1. Item",
+"J. Smith"). A terminator that the vocabulary splits into bytes is not seen.
 """
 
 from __future__ import annotations
@@ -31,8 +27,6 @@ from typing import Any
 import numpy as np
 import orjson
 
-__all__ = ["Chunker", "token_bytes"]
-
 _NUM_IDS = 1 << 16  # tokens are uint16: with a table entry for each, no id can be outside
 
 # Kinds of characters. A full stop is no plain terminator: after a capital or a digit it ends no sentence.
@@ -40,8 +34,7 @@ _OTHER, _CAPITAL, _STOP, _TERMINATOR, _CJK_TERMINATOR, _CLOSER, _BLANK, _NEWLINE
 _KINDS = {
     ".": _STOP, **dict.fromkeys("\n\u2028\u2029", _NEWLINE),
     **dict.fromkeys("\u3002\uff61\uff01\uff1f", _CJK_TERMINATOR),
-    # ! ? ellipsis, Greek and Arabic question marks, Urdu, Devanagari (2), Armenian, Ethiopic, Khmer, Burmese,
-    # Tibetan
+    # ! ? ellipsis, Greek and Arabic question marks, Urdu, Devanagari (2), Armenian, Ethiopic, Khmer, Burmese, Tibetan
     **dict.fromkeys("!?\u2026\u037e\u061f\u06d4\u0964\u0965\u0589\u1362\u17d4\u104b\u0f0d", _TERMINATOR)}
 
 # States of the machine: what the text before a place ends with.
@@ -110,9 +103,8 @@ class Chunker:
 
     Args:
         tokenizer_json: the content of a tokenizer.json. chunk_length: most tokens in a chunk, 1 to 65,535.
-        window: share of `chunk_length`, 0 to 0.5, in which the best place is looked for: the tenth of the
-            module's description. With 0 a chunk is as long as characters allow, and what remains at the end
-            may be short.
+        window: share of `chunk_length`, 0 to 0.5, in which the best place is looked for: the module's tenth. With 0 a
+            chunk is as long as characters allow, and what remains at the end may be short.
     """
 
     def __init__(self, tokenizer_json: str, chunk_length: int, window: float = 0.1) -> None:
@@ -147,13 +139,10 @@ class Chunker:
 
 
 def _tables(pieces: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, list[tuple[int, ...]]]:
-    """Of each token: the state after it, and how it begins.
+    """(65536,) uint8 state after each token; (65536,) uint8 how it begins; rows of states.
 
-    Returns:
-        (65536,) uint8: the state after the token where that does not depend on what came before, else 9 + a
-        row; (65536,) uint8: how it begins; the rows: state after the token, per state before it. Only tokens
-        made of nothing but punctuation and spaces have one, and the machine allows fewer than 247 different
-        ones.
+    The state after a token of nothing but punctuation and spaces may depend on the one before it: then the first table
+    holds 9 + the number of a row, which has the state after for each state before. There are fewer than 247 such rows.
     """
     texts = [piece.decode("utf-8", "replace") for piece in pieces]
     passing = "".join(c for c in set("".join(texts)) if _kind(c) not in (_OTHER, _CAPITAL))
@@ -167,8 +156,7 @@ def _tables(pieces: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, list[tuple
         if word:
             after[token] = steps[_INITIAL if _kind(word[-1]) == _CAPITAL else _WORD]
         else:
-            is_fixed = len(set(steps)) == 1
-            after[token] = steps[0] if is_fixed else _NUM_STATES + rows.setdefault(steps, len(rows))
+            after[token] = steps[0] if len(set(steps)) == 1 else _NUM_STATES + rows.setdefault(steps, len(rows))
         is_inside = 0x80 <= piece[0] < 0xC0
         begins[token] = _BEGINS_INSIDE if is_inside else _BEGINS.get(_kind(text[0]), _BEGINS_WORD)
     return after, begins, [()] * _NUM_STATES + list(rows)
@@ -177,9 +165,9 @@ def _tables(pieces: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, list[tuple
 def token_bytes(tokenizer_json: str) -> list[bytes]:
     """The bytes that each id stands for, b"" for ids that are not given.
 
-    Byte-level vocabularies exactly. Others as their decoders read them: a word mark U+2581 is a space, <0x0A>
-    is a byte; where pieces inside a word are marked (WordPiece), or none are (WordLevel), a piece that begins
-    a word has a space before it. Added tokens are found in a text as they are.
+    Byte-level vocabularies exactly. Others as their decoders read them: a word mark U+2581 is a space, <0x0A> is a byte;
+    where pieces inside a word are marked (WordPiece), or none are (WordLevel), a piece that begins a word has a space
+    before it. Added tokens are found in a text as they are.
     """
     content = orjson.loads(tokenizer_json)
     vocab = content["model"]["vocab"]
@@ -192,8 +180,7 @@ def token_bytes(tokenizer_json: str) -> list[bytes]:
 def _model_bytes(content: dict[str, Any], tokens: Sequence[str]) -> Iterator[bytes]:
     """The bytes of each of the model's own tokens, in order."""
     if b'"ByteLevel"' in orjson.dumps([content.get("pre_tokenizer"), content.get("decoder")]):
-        # GPT-2's alphabet: printable Latin-1 is itself, the other bytes are characters from U+0100 on, in
-        # order
+        # GPT-2's alphabet: printable Latin-1 is itself, the other bytes are characters from U+0100 on, in order
         itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         moved = [byte for byte in range(256) if byte not in itself]
         alphabet = {0x100 + number: byte for number, byte in enumerate(moved)}
@@ -208,9 +195,9 @@ def _model_bytes(content: dict[str, Any], tokens: Sequence[str]) -> Iterator[byt
             continue
         text = token.replace("\u2581", " ")
         if end_of_word and text.endswith(end_of_word):
-            text = text[:-len(end_of_word)] + " "
+            text = text.removesuffix(end_of_word) + " "
         if inside and text.startswith(inside):
-            text = text[len(inside):]
+            text = text.removeprefix(inside)
         elif spaced and text[:1].isalnum():  # punctuation is a word of its own there, with a space or without
             text = " " + text
         yield text.encode()

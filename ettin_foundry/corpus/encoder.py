@@ -1,8 +1,7 @@
 """Texts to plain tokens, fast: fastokens where it gives the ids of `tokenizers`, else `tokenizers` itself.
 
-fastokens is about 20 times as fast, with the same ids on every text of a wide test (see
-benchmarks/tokenizer_libraries.py). `tokenizers` stays the reference: both must agree on a probe when an
-encoder is made, and on a sampled share of the texts during the run.
+fastokens is about 20 times as fast, with the same ids on every text of benchmarks/tokenizer_libraries.py. `tokenizers`
+stays the reference: both must agree on a probe when an encoder is made, and on a share of the texts during the run.
 """
 
 from __future__ import annotations
@@ -23,49 +22,41 @@ from tokenizers import Tokenizer
 
 from ettin_foundry.data.tokenizer import MAX_VOCAB_SIZE
 
-__all__ = ["Engine", "TextEncoder"]
-
 log = logging.getLogger(__name__)
 
 Engine = Literal["auto", "fast", "tokenizers"]
-Flat = tuple[np.ndarray, np.ndarray]
-"""What encoding texts gives: ids (N,) of all of them, one after another, and lengths (texts,) int64."""
+Flat = tuple[np.ndarray, np.ndarray]  # ids (N,) of all texts, one after another; lengths (texts,) int64
 
 _STRETCH = 1 << 20  # characters that `tokenizers` is given at a time: it needs 120 bytes of memory for each
 _LINE_BREAK = re.compile(r"(?<=\S\n)(?=\w)")  # where no token of a usual vocabulary reaches across
 _NOT_OF_THE_LIBRARY = (UnicodeEncodeError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit)
 
-# What tokenizer libraries differ on: white space, what normalization composes and orders, scripts, digits,
-# contractions, code points beside the surrogates, special tokens written out.
+# What tokenizer libraries differ on: white space, what normalization composes and orders, scripts, digits, contractions,
+# code points beside the surrogates, special tokens written out.
 _FRAGMENTS = (
     " ", "  ", "\t", "\n", "\r\n", "\n\n", "\x0b", "\x1c", "\x85", "\xa0", "\u2003", "\u3000", "\u200b",
-    "\ufeff", "\0", "\x7f", " " * 7, " " * 24, " " * 31, "a", "b", "Word", " the", " of", "1234567890",
-    "0x1F", "'s", "'LL", "'\u017f", "\u2019s", "don't", "'", "...", "://", "\"", "$x^{2}$", "e\u0301", "\xe9",
-    "\u0301", "A\u030a", "\u212b", "\u1e9b\u0323", "q\u0307\u0323", "\u0344", "\u1100\u1161\u11a8",
-    "\uac00\u11a8", "\u2126", "\U0002f800", "\u0300" * 9, "\U0001f600",
-    "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f3f3\ufe0f\u200d\U0001f308", "\U0001f1e9\U0001f1ea",
-    "\ud7ff", "\ue000", "\ufffd", "\uffff", "\U00010000", "\U0010ffff", "\u4f60\u597d", "\u3002",
-    "\u65e5\u672c\u8a9e\u30c6", "\ud55c\uad6d", "\u041f\u0440\u0438", "\u0645\u0631\u062d",
-    "\u0939\u093f\u0928\u094d", "\u05e9\u05c1", "\u0e20\u0e32", "\u1f00\u0345", "\u0130", "\xdf", "\xb2",
-    "\u0663", "\u2460", "\U0001d400", "[MASK]", " [MASK]", "[CLS]", "[SEP", "<|endoftext|>", "<|endof")
+    "\ufeff", "\0", "\x7f", " " * 7, " " * 24, " " * 31, "a", "b", "Word", " the", " of", "1234567890", "0x1F",
+    "'s", "'LL", "'\u017f", "\u2019s", "don't", "'", "...", "://", "\"", "$x^{2}$", "e\u0301", "\xe9", "\u0301",
+    "A\u030a", "\u212b", "\u1e9b\u0323", "q\u0307\u0323", "\u0344", "\u1100\u1161\u11a8", "\uac00\u11a8",
+    "\u2126", "\U0002f800", "\u0300" * 9, "\U0001f600", "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "\U0001f3f3\ufe0f\u200d\U0001f308", "\U0001f1e9\U0001f1ea", "\ud7ff", "\ue000", "\ufffd", "\uffff",
+    "\U00010000", "\U0010ffff", "\u4f60\u597d", "\u3002", "\u65e5\u672c\u8a9e\u30c6", "\ud55c\uad6d",
+    "\u041f\u0440\u0438", "\u0645\u0631\u062d", "\u0939\u093f\u0928\u094d", "\u05e9\u05c1", "\u0e20\u0e32",
+    "\u1f00\u0345", "\u0130", "\xdf", "\xb2", "\u0663", "\u2460", "\U0001d400", "[MASK]", " [MASK]", "[CLS]",
+    "[SEP", "<|endoftext|>", "<|endof")
 
 
 class TextEncoder:
     """Encodes texts with one tokenizer, on one core; torch and transformers are not imported.
 
-    A literal "[MASK]" in a text stays ordinary text: read as the special token it would teach the model that
-    masks occur in prose, and any page could inject document ends.
+    A literal "[MASK]" in a text stays ordinary text: read as the special token it would teach the model that masks occur
+    in prose, and any page could inject document ends. The attribute `engine` names the library and its version.
 
     Args:
-        tokenizer_json: content of tokenizer.json. forbidden: ids that no text may give. name: for messages.
-        vocab_size: highest id plus one.
-        engine: "tokenizers", or "fast" (fastokens, an error where it is missing or disagrees), or "auto"
-            (fastokens where it can be used). It never changes the tokens.
-        check_share: share of the texts that both encode during the run, chosen by a hash of the text; the
-            default costs some 4% of the time.
-
-    Attributes:
-        engine: library and version that encodes, such as "fastokens 0.3.5".
+        tokenizer_json: content of tokenizer.json. forbidden: ids that no text may give. vocab_size: highest id plus one.
+        engine: "tokenizers", "fast" (fastokens, or an error), or "auto" (fastokens where it can be used). It never
+            changes the tokens.
+        check_share: share of the texts that both encode, chosen by a hash of the text; 1/512 costs some 4% of the time.
     """
 
     def __init__(self, tokenizer_json: str, *, forbidden: Collection[int], vocab_size: int,
@@ -90,45 +81,38 @@ class TextEncoder:
             self._choose(engine, tokenizer_json, probe)
 
     def encode(self, texts: Sequence[str]) -> Flat:
-        """Encodes documents; a batch of some hundred kilobytes is fastest.
+        """Encodes documents: tokens (N,) uint16 of all texts, one after another; lengths (len(texts),) int64.
 
-        Returns:
-            tokens (N,) uint16 of all texts, one after another; lengths (len(texts),) int64.
-
-        Raises:
-            ValueError: a text holds lone surrogates, gives a forbidden id, or the libraries disagree on it.
+        Raises ValueError where a text holds lone surrogates, gives a forbidden id, or the libraries disagree on it.
         """
         try:
-            ids, lengths = self._fast_ids(texts) if self._fast else self._reference_ids(texts)
+            ids, lengths = self._ids(texts)
         except UnicodeEncodeError as error:
-            raise ValueError(f"tokenizer {self.name}: text must be valid Unicode, got a lone surrogate at "
-                             f"character {error.start} of {_start(error.object)}; drop that "
-                             "document") from None
+            raise ValueError(f"tokenizer {self.name}: text must be valid Unicode, got a lone surrogate at character "
+                             f"{error.start} of {error.object[:60]!a}; drop that document") from None
         ends = np.cumsum(lengths)
         for number, text in enumerate(texts) if self._fast else ():
             if xxhash.xxh3_64_intdigest(text) < self._check_below and not np.array_equal(
                     ids[ends[number] - lengths[number]:ends[number]], self._reference_ids([text])[0]):
-                raise ValueError(f"tokenizer {self.name}: {self.engine} and {self._version} must agree, got "
-                                 f"different ids for {_start(text)}; convert with --engine tokenizers")
+                raise ValueError(f"tokenizer {self.name}: {self.engine} and {self._version} must agree, got different "
+                                 f"ids for {text[:60]!a}; convert with --engine tokenizers")
         tokens = ids.astype(np.uint16)
         wrong = (ids > MAX_VOCAB_SIZE) | self._is_refused[tokens]
         if wrong.any():
             at = int(np.argmax(wrong))
-            text = texts[int(np.searchsorted(ends, at, side="right"))]
-            token = self._reference.id_to_token(int(ids[at]))
-            raise ValueError(f"tokenizer {self.name}: text must never give a special token, got {ids[at]} "
-                             f"({token!r}) for {_start(text)}; mark it special=True in tokenizer.json")
+            text, token = texts[np.searchsorted(ends, at, side="right")], self._reference.id_to_token(int(ids[at]))
+            raise ValueError(f"tokenizer {self.name}: text must never give a special token, got {ids[at]} ({token!r}) for "
+                             f"{text[:60]!a}; mark it special=True in tokenizer.json")
         return tokens, lengths
 
-    def _fast_ids(self, texts: Sequence[str]) -> Flat:
-        """Ids as the fast library gives them; where it fails, as `tokenizers` does."""
+    def _ids(self, texts: Sequence[str]) -> Flat:
+        """Ids as the fast library gives them; where there is none, or it fails, as `tokenizers` does."""
         try:
-            return self._fast(texts)  # type: ignore[misc]
+            return self._fast(texts) if self._fast else self._reference_ids(texts)
         except BaseException as error:  # a panic of a Rust library derives from BaseException alone
-            if isinstance(error, _NOT_OF_THE_LIBRARY):
+            if isinstance(error, _NOT_OF_THE_LIBRARY) or not self._fast:
                 raise
-            log.warning("tokenizer %s: %s failed on %d texts (%r); `tokenizers` encodes them", self.name,
-                        self.engine, len(texts), error)
+            log.warning("%s failed on %d texts (%r); `tokenizers` encodes them", self.engine, len(texts), error)
             return self._reference_ids(texts)
 
     def _reference_ids(self, texts: Sequence[str]) -> Flat:
@@ -156,8 +140,7 @@ class TextEncoder:
         try:
             fast, version = _open_fastokens(tokenizer_json)
             if all(map(np.array_equal, fast(probe), self._reference_ids(probe))):
-                log.info("tokenizer %s: %s encodes, about 20 times as fast as %s and equal to it on a probe",
-                         self.name, version, self._version)
+                log.info("tokenizer %s: %s encodes, equal to %s on a probe", self.name, version, self._version)
                 self._fast, self.engine = fast, version
                 return
             reason = f"{version} gives other ids than {self._version} on the probe texts"
@@ -193,19 +176,14 @@ def _open_fastokens(tokenizer_json: str) -> tuple[Callable[[Sequence[str]], Flat
 def _one_thread() -> Iterator[None]:
     """Both libraries read their number of threads from the environment; a worker process has one core."""
     wanted = {"FASTOKENS_BPE_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    before = {key: os.environ.get(key) for key in wanted}
+    before = {key: os.environ[key] for key in wanted if key in os.environ}
     os.environ.update(wanted)
     try:
         yield
     finally:
-        for key, value in before.items():
-            os.environ.pop(key)
-            if value is not None:
-                os.environ[key] = value
-
-
-def _start(text: str) -> str:
-    return ascii(text[:60]) + ("..." if len(text) > 60 else "")
+        for key in wanted:
+            del os.environ[key]
+        os.environ.update(before)
 
 
 def _probe_texts(added_tokens: Sequence[str]) -> list[str]:
@@ -213,5 +191,5 @@ def _probe_texts(added_tokens: Sequence[str]) -> list[str]:
     rng = random.Random(0)
     parts = [*_FRAGMENTS, *rng.sample(list(added_tokens), min(len(added_tokens), 40))]
     texts = ["", *parts, *("".join(rng.choices(parts, k=rng.randint(2, 14))) for _ in range(400))]
-    return texts + ["".join(map(chr, range(begin, begin + 128))) for begin in (
-        *range(0, 0x600, 128), 0x900, 0xe00, 0x1100, 0x1e80, 0x2000, 0x3080, 0xac00, 0xfe80, 0x1f600)]
+    blocks = (*range(0, 0x600, 128), 0x900, 0xe00, 0x1100, 0x1e80, 0x2000, 0x3080, 0xac00, 0xfe80, 0x1f600)
+    return texts + ["".join(map(chr, range(begin, begin + 128))) for begin in blocks]

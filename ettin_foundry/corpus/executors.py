@@ -1,9 +1,9 @@
-"""Tasks done by worker processes that may die: every result comes once, a death costs one try of its task.
+"""Tasks done by worker processes that may die, and how far they are: a death costs one try of its task, no result.
 
-A worker is a `ProcessPoolExecutor` of one process: when it dies, only its own task is lost, and it is known
-which. An exception in a task ends the run and is raised here. A task must write its result so that doing it
-again is harmless. On a Ray cluster, whose machines can import the package in the same version, Ray starts the
-processes and carries pickles; its own retries are off, since they would be neither counted nor logged.
+A worker is a `ProcessPoolExecutor` of one process: when it dies, only its own task is lost, and it is known which. An
+exception in a task ends the run and is raised here. A task must write its result so that doing it again is harmless. On
+a Ray cluster, whose machines can import the package in the same version, Ray starts the processes and carries pickles;
+its own retries are off, since they would be neither counted nor logged.
 """
 
 from __future__ import annotations
@@ -17,34 +17,131 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import threading
+import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from ettin_foundry.corpus.progress import Board, Tick
+from ettin_foundry.data.quantities import format_duration
 
-__all__ = ["Report", "WorkerDeath", "run_tasks"]
+__all__ = ["Board", "Report", "Tick", "WorkerDeath", "run_tasks"]
 
 log = logging.getLogger(__name__)
 
-Report = Callable[[Tick], None]
-Key = tuple[int, int]
-"""Number of a task, number of its try."""
-T = TypeVar("T")
-R = TypeVar("R")
-
 _ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
-            "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-"""Environment of a worker, where the user has not set these: there is a worker for each core."""
+            "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # where the user has not set them
 _LOOK_SECONDS = 0.5
 _GRACE_SECONDS = 3.0
 _CONNECT_SECONDS = 10.0
-_STORE_BYTES = 80 << 20  # about the least that Ray takes
+_LOG_SECONDS = 10.0
+_DRAW_SECONDS = 0.25
+
+
+class Tick(NamedTuple):
+    """What was done since the last tick."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0  # UTF-8
+    file_bytes: int = 0  # on disk, compressed where the file is
+
+    def plus(self, *others: Tick) -> Tick:
+        return Tick(*map(sum, zip(self, *others)))
+
+
+class Board:
+    """Counts over all workers, shown while it is entered: a bar on a terminal (or as `show` says), else lines of the log.
+
+    A task is known by a key of the caller's; `num_bytes` to read is 0 where unknown. Any thread may call the methods.
+    """
+
+    def __init__(self, title: str, num_bytes: int, *, show: bool | None = None) -> None:
+        self.title, self.num_bytes, self._show = title, num_bytes, sys.stderr.isatty() if show is None else show
+        self._finished, self._in_work = Tick(), dict[Hashable, Tick]()
+        self._lock, self._stop, self._begin = threading.Lock(), threading.Event(), time.monotonic()
+        self._thread = threading.Thread(target=self._loop, name="progress", daemon=True)
+
+    def tick(self, key: Hashable, tick: Tick) -> None:
+        """A task got further."""
+        with self._lock:
+            self._in_work[key] = self._in_work.get(key, Tick()).plus(tick)
+
+    def end(self, key: Hashable, *, done: bool = True) -> None:
+        """A task has ended; where it is not done, what it had counted is taken back."""
+        with self._lock:
+            counted = self._in_work.pop(key, Tick())
+            self._finished = self._finished.plus(counted) if done else self._finished
+
+    @property
+    def total(self) -> Tick:
+        """Of finished tasks and of those in work."""
+        with self._lock:
+            return self._finished.plus(*self._in_work.values())
+
+    def __str__(self) -> str:
+        documents, tokens, text_bytes, _ = self.total
+        seconds = max(time.monotonic() - self._begin, 1e-9)
+        shown = f"{tokens:,} tokens ({tokens / seconds:,.0f}/s), " if tokens else ""
+        return (f"{documents:,} documents ({documents / seconds:,.0f}/s), {shown}{text_bytes / 1e6:,.1f} MB "
+                f"({text_bytes / 1e6 / seconds:,.1f} MB/s)")
+
+    def __enter__(self) -> Board:
+        if self._show:
+            self._show_bar()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._show:
+            self._draw()
+            self._bar.stop()
+            for handler in self._moved:
+                handler.setStream(sys.stderr)
+        if kind is None:
+            log.info("%s: %s", self.title, self)
+
+    def _show_bar(self) -> None:
+        from rich import progress  # here: it takes 0.1 s, and workers show nothing
+        from rich.console import Console
+
+        title, counts = (progress.TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[counts]}"))
+        columns = title, progress.BarColumn(), progress.TaskProgressColumn(), progress.TimeRemainingColumn(), counts
+        self._bar = progress.Progress(*columns, console=Console(stderr=True), auto_refresh=False)
+        self._task = self._bar.add_task(self.title, total=self.num_bytes or None, counts="")
+        terminal = sys.stderr
+        self._bar.start()  # replaces sys.stderr by a stream that writes above the bar; logs must go there too
+        self._moved: list[Any] = [handler for handler in logging.getLogger().handlers
+                                  if getattr(handler, "stream", None) is terminal]
+        for handler in self._moved:
+            handler.setStream(sys.stderr)
+
+    def _loop(self) -> None:
+        logged = self._begin
+        while not self._stop.wait(_DRAW_SECONDS):
+            if self._show:
+                self._draw()
+            elif (now := time.monotonic()) - logged >= _LOG_SECONDS:
+                logged, share = now, self.total.file_bytes / self.num_bytes if self.num_bytes else 0.0
+                left = f", {format_duration((now - self._begin) * (1 / share - 1))} left" if 0 < share < 1 else ""
+                log.info("%s: %s%s%s", self.title, f"{share:.0%} of the files, " if share else "", self, left)
+
+    def _draw(self) -> None:
+        self._bar.update(self._task, completed=self.total.file_bytes, counts=str(self))
+        self._bar.refresh()
+
+
+Report = Callable[[Tick], None]
+Key = tuple[int, int]  # number of a task, number of its try
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class WorkerDeath(RuntimeError):
@@ -92,9 +189,8 @@ def run_tasks(work: Callable[[T, Report], R], tasks: Sequence[T], *, workers: in
                     board.end(key, done=False)
                     deaths[number] += 1
                     if deaths[number] == tries:
-                        raise WorkerDeath(f"{tasks[number].label}: {tries} workers died in it, the last of {error}; "
-                                          "SIGKILL mostly means that memory ran out: take fewer workers, and start "
-                                          "again, which goes on after the finished tasks") from None
+                        raise WorkerDeath(f"{tasks[number].label}: {tries} workers died in it, the last of {error}; SIGKILL "
+                                          "mostly means that memory ran out: start again with fewer workers") from None
                     log.warning("a worker died (%s) in %s, which begins again", error, tasks[number].label)
                     pending.append(number)  # last: memory that ran out is likely to be free by then
     finally:
@@ -105,7 +201,7 @@ def run_tasks(work: Callable[[T, Report], R], tasks: Sequence[T], *, workers: in
 @dataclass
 class _Worker:
     executor: ProcessPoolExecutor
-    link: Connection
+    link: Connection  # its ticks
     process: Any = None
 
     def end(self) -> None:
@@ -114,7 +210,7 @@ class _Worker:
 
 
 class _LocalPool:
-    """Worker processes of this machine that do one task at a time each. RayPool has the same methods."""
+    """Worker processes of this machine that do one task at a time each. _RayPool has the same methods."""
 
     def __init__(self, work: Any) -> None:
         self.setup = pickle.dumps(work)
@@ -194,8 +290,7 @@ class _RayPool:
             self.ray: Any = importlib.import_module("ray")
             queues: Any = importlib.import_module("ray.util.queue")
         except ImportError as error:
-            raise ValueError(f"--executor must be local, or ray where that is installed ({error}): "
-                             "pip install 'ettin-foundry[ray]'") from error
+            raise ValueError(f"--executor must be local, got ray ({error}); pip install 'ettin-foundry[ray]'") from error
         self.begun_here = not self.ray.is_initialized()
         if self.begun_here:
             self._connect(workers, address or os.environ.get("RAY_ADDRESS"))
@@ -205,22 +300,19 @@ class _RayPool:
         self.references: dict[Future[Any], Any] = {}
 
     def _connect(self, workers: int, address: str | None) -> None:
-        options: dict[str, Any] = {"address": address} if address else {
-            "address": "local", "num_cpus": workers, "include_dashboard": False,
-            "object_store_memory": _STORE_BYTES}
+        own = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": 80 << 20}  # about the least
         try:
             host, _, port = (address or "").removeprefix("ray://").rpartition(":")
             if host and port.isdecimal():  # else Ray would try for minutes
                 socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-            self.ray.init(**options, logging_level=logging.WARNING)
+            self.ray.init(address=address or "local", logging_level=logging.WARNING, **({} if address else own))
         except Exception as error:  # a bare Exception where starting takes too long
-            raise ConnectionError("--ray-address must be HOST:PORT of a running cluster's head, auto on one of "
-                                  f"its machines, or left out to start Ray, got {address}: {error}") from error
+            raise ConnectionError("--ray-address must be HOST:PORT of a running cluster's head, auto on one of its machines "
+                                  f"or left out to start Ray, got {address}: {error}") from error
 
     def submit(self, task: Any, key: Key) -> Future[Any]:
         reference = self.attempt.remote(self.setup, pickle.dumps(task), key, self.mail)
-        future = reference.future()
-        self.references[future] = reference
+        self.references[future := reference.future()] = reference
         return future
 
     def result(self, future: Future[Any]) -> Any:
@@ -300,7 +392,6 @@ def _ray_attempt(setup: bytes, task: bytes, key: Key, mail: Any) -> bytes:
     """Does a task in a process of Ray's."""
     for name, value in _ONE_CORE.items():
         os.environ.setdefault(name, value)
-
     try:
         return pickle.dumps(pickle.loads(setup)(pickle.loads(task), lambda tick: mail.put_nowait((key, tick))))
     except Exception as error:

@@ -1,17 +1,24 @@
 """Which documents are kept: length, predicates of the user's own, exact duplicates. Each is off by default.
 
-A predicate is any function f(text, id) -> bool, written as `package.module:function`. It must answer by its
-arguments alone, or two conversions will differ. Near-duplicates, language and quality filters and
-decontamination are datatrove's work: run it first and convert what it writes (.jsonl.gz). Exact duplicates
-are found by duplicates.py.
+A predicate is any function f(text, id) -> bool, written as `package.module:function`. It must answer by its arguments
+alone, or two conversions will differ. Near-duplicates, language and quality filters and decontamination are datatrove's
+work: run it first and convert what it writes (.jsonl.gz).
+
+For exact duplicates workers hash the documents of their units, in order. `find_duplicates` then finds, in bounded memory,
+which documents repeat an earlier one; the first in the order of (unit, ordinal) stays, whoever hashed what when. Documents
+are taken for equal when their xxh3_128 agree: for 1e9 documents the chance that any two different ones do is 1.5e-21. The
+hash has no key, so a text can be made to collide with another on purpose, which drops one of the two.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import inspect
+import logging
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +26,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["DUPLICATE", "LONG", "OVERSIZED", "SHORT", "FilterChain", "FilterOptions"]
+log = logging.getLogger(__name__)
+
+_BLOCK = 4 << 20  # documents sorted at a time: about 100 bytes of memory each
 
 SHORT, LONG, DUPLICATE, OVERSIZED = "short", "long", "duplicate", "oversized"
 """Reasons to drop a document; a predicate's is `predicate package.module:function`."""
@@ -27,7 +36,7 @@ SHORT, LONG, DUPLICATE, OVERSIZED = "short", "long", "duplicate", "oversized"
 
 @dataclass(frozen=True, kw_only=True)
 class FilterOptions:
-    """Which filters are on, and their settings. Picklable."""
+    """Which filters are on, and their settings. Picklable, as predicates are known by their names."""
 
     min_characters: int | None = None  # Unicode code points; empty documents are dropped anyway
     max_characters: int | None = None
@@ -38,67 +47,126 @@ class FilterOptions:
         object.__setattr__(self, "predicates", tuple(self.predicates))  # hashable, for caches
         least, most = self.min_characters, self.max_characters
         if (least is not None and least < 2) or (most is not None and most < max(least or 0, 1)):
-            raise ValueError("--min-characters must be at least 2 and at most --max-characters, got "
-                             f"{least} and {most}; leave one out for no limit")
+            raise ValueError(f"--min-characters must be at least 2 and at most --max-characters, got {least} and {most}")
         for name in self.predicates:
             _load_predicate(name)
-
-    def record(self) -> dict[str, Any]:
-        """All that shapes the data, as JSON, without places on this machine.
-
-        A predicate is told by the hash of the file that defines it; what that file imports is not looked at.
-        The keys of decontamination stay, so that a manifest is the same, byte for byte, as one of an earlier
-        conversion.
-        """
-        files = {name: _load_predicate(name)[1].read_bytes() for name in self.predicates}
-        digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-        return {"min_characters": self.min_characters, "max_characters": self.max_characters,
-                "predicates": [{"name": name, "sha256": digest} for name, digest in digests.items()],
-                "decontaminate": [], "decontaminate_field": "text", "decontaminate_drop": False,
-                "ngrams": None, "deduplicate": self.deduplicate}
-
-
-class FilterChain:
-    """The filters of one process, asked for document after document; cheap ones first."""
-
-    def __init__(self, options: FilterOptions) -> None:
-        self._shortest = options.min_characters or 0
-        self._longest = options.max_characters or sys.maxsize
-        self._predicates = [(name, _load_predicate(name)[0]) for name in options.predicates]
 
     def reason(self, text: str, id: str) -> str | None:
         """Why a document is dropped: the first filter that it does not pass; None keeps it.
 
-        Raises:
-            ValueError: a predicate failed, or did not answer True or False; names predicate and document.
+        Raises ValueError, with predicate and document, where a predicate fails or does not answer True or False.
         """
-        if not self._shortest <= len(text) <= self._longest:
-            return SHORT if len(text) < self._shortest else LONG
-        for name, predicate in self._predicates:
+        if len(text) < (self.min_characters or 0):
+            return SHORT
+        if len(text) > (self.max_characters or sys.maxsize):
+            return LONG
+        for name in self.predicates:
             try:
-                keep = predicate(text, id)
+                keep = _load_predicate(name)[0](text, id)
                 if not isinstance(keep, (bool, np.bool_)):
                     raise TypeError(f"{keep!r:.100}")
             except Exception as error:
-                raise ValueError(f"--filter {name} must give True or False, got {type(error).__name__} "
-                                 f"({error!s:.300}) for the document {id!r:.200}") from error
+                raise ValueError(f"--filter {name} must give True or False, got {type(error).__name__} ({error!s:.300}) "
+                                 f"for the document {id!r:.200}") from error
             if not keep:
                 return f"predicate {name}"
         return None
 
+    def record(self) -> dict[str, Any]:
+        """All that shapes the data, as JSON, without places on this machine.
 
+        A predicate is told by the hash of the file that defines it; what that file imports is not looked at. The keys of
+        decontamination stay, so that manifests of earlier conversions can be appended to.
+        """
+        files = {name: _load_predicate(name)[1].read_bytes() for name in self.predicates}
+        return {"min_characters": self.min_characters, "max_characters": self.max_characters,
+                "predicates": [{"name": name, "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()],
+                "decontaminate": [], "decontaminate_field": "text", "decontaminate_drop": False,
+                "ngrams": None, "deduplicate": self.deduplicate}
+
+
+@functools.cache
 def _load_predicate(name: str) -> tuple[Callable[[str, str], bool], Path]:
     """The function of a dotted path, and the file that defines it; ValueError where there is none of use."""
     try:
         module, _, attribute = name.partition(":")
         function = getattr(importlib.import_module(module), attribute)
-        if inspect.isclass(function) or getattr(function, "__name__", "") == "<lambda>":
-            raise TypeError(f"{attribute} is not a function written with def")
         inspect.signature(function).bind("text", "id")
         file = Path(inspect.getsourcefile(inspect.unwrap(function)) or "")
         if not file.is_file():
             raise TypeError("it has no source file")
     except Exception as error:  # a module of the user's: whatever it raises
-        raise ValueError("--filter must be package.module:function of a function f(text, id) -> bool on "
-                         f"PYTHONPATH, got {name!r} ({type(error).__name__}: {error!s:.300})") from error
+        raise ValueError("--filter must be package.module:function of a function f(text, id) -> bool on PYTHONPATH, got "
+                         f"{name!r} ({type(error).__name__}: {error!s:.300})") from error
     return function, file
+
+
+def write_hashes(path: Path, hashes: bytes | bytearray) -> None:
+    """Writes xxh3_128 (16 bytes) of each document, in the order of reading, as an .npy file of (documents, 2) uint64."""
+    np.save(path, np.frombuffer(hashes, "<u8").reshape(-1, 2), allow_pickle=False)
+
+
+def read_drops(path: Path) -> np.ndarray:
+    """(K,) uint64: increasing ordinals of a unit's documents to drop, as `find_duplicates` wrote them."""
+    return _load(path, 1)
+
+
+def find_duplicates(hash_files: Sequence[Path], out_folder: Path) -> int:
+    """Finds the documents that repeat an earlier one; how many there are.
+
+    Writes `out_folder/NAME` for the hash file of that name of every unit, in the form of `read_drops`. The hashes are
+    divided by their leading bits into files of `_BLOCK` documents, of which one at a time is sorted. A hash is passed on
+    once a block, so that a text repeated without end does not fill one file. `out_folder` needs 25 bytes a document.
+    """
+    begins = np.cumsum([0, *(len(_load(path, 2)) for path in hash_files)]).tolist()
+    bits = (begins[-1] // _BLOCK).bit_length()
+    out_folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_folder) as scratch:
+        paths = [Path(scratch, f"hashes.{prefix}") for prefix in range(1 << bits)]
+        is_copy = np.memmap(Path(scratch, "copies"), bool, "w+", shape=max(1, begins[-1]))
+        for file, first in zip(hash_files, begins):
+            hashes = _load(file, 2)
+            for begin in range(0, len(hashes), _BLOCK):
+                block = hashes[begin:begin + _BLOCK]
+                numbers = np.arange(first + begin, first + begin + len(block), dtype=np.uint64)
+                records = np.column_stack([block, numbers])
+                repeats = _repeats(block)
+                is_copy[first + begin + repeats] = True
+                _append_by_prefix(np.delete(records, repeats, axis=0), bits, paths)
+        for path in filter(Path.exists, paths):
+            records = np.fromfile(path, np.uint64).reshape(-1, 3)
+            is_copy[records[_repeats(records[:, :2]), 2].astype(np.int64)] = True
+            path.unlink()
+        for file, begin, end in zip(hash_files, begins, begins[1:]):
+            np.save(out_folder / file.name, np.flatnonzero(is_copy[begin:end]).astype("<u8"), allow_pickle=False)
+        found = int(np.count_nonzero(is_copy))
+    log.info("duplicates: %d of %d documents", found, begins[-1])
+    return found
+
+
+def _append_by_prefix(records: np.ndarray, bits: int, paths: Sequence[Path]) -> None:
+    """Appends each (3,) record to the path numbered by the leading bits of its hash, in order."""
+    prefixes = records[:, 0].astype(np.uint64) >> np.uint64(64 - bits) if bits else np.zeros(len(records))
+    order = np.argsort(prefixes, kind="stable")
+    ends = np.cumsum(np.bincount(prefixes.astype(np.int64), minlength=len(paths))).tolist()
+    for path, begin, end in zip(paths, [0, *ends], ends):
+        if end > begin:
+            with open(path, "ab") as stream:
+                stream.write(records[order[begin:end]].data)
+
+
+def _repeats(hashes: np.ndarray) -> np.ndarray:
+    """Positions of (N, 2) uint64 rows that equal an earlier row."""
+    rows = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal hashes stay in order
+    return rows[1:][(hashes[rows[1:]] == hashes[rows[:-1]]).all(axis=1)]
+
+
+def _load(path: Path, axes: int) -> np.ndarray:
+    """An .npy file of uint64, (N,) or (N, 2), mapped into memory."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+        if array.dtype != np.dtype("<u8") or array.shape[1:] != (2,) * (axes - 1):
+            raise ValueError(f"{array.dtype} {array.shape}")
+    except (ValueError, EOFError, OverflowError, AttributeError) as error:
+        raise ValueError(f"{path} must be a whole array of a conversion, got {error}; remove it and convert again") from None
+    return array

@@ -1,16 +1,8 @@
 """Builds a mixture: a manifest that points at shards of datasets by token budgets, without copying text.
 
-A budget is filled with whole passes over the source, then whole shards in a seeded order, then chunks of the
-next shard, to the nearest chunk. Tokens are counted without BOS and EOS. The specification is YAML:
-
-    phase: decay             # a mixture of data_prep/sources.yaml ...
-    scale: 0.001             # ... of which this share is taken (or `tokens:` for a total; all without either)
-    sets:                    # where its sources were converted to: folder, seen from this file, or URL
-      arxiv: ../sets/arxiv
-      dclm_dolmino: {set: "s3://bucket/web", source: dclm}    # only what that dataset calls dclm
-    leave_out: [textbooks]   # sources that one does without; the others keep their budgets
-
-or, without `phase`, a mixture of one's own: `sets: {wiki: {set: ../sets/wiki, tokens: 3000000000}}`.
+A budget is filled with whole passes over the source, then whole shards in a seeded order, then chunks of the next shard,
+to the nearest chunk. Tokens are counted without BOS and EOS. The specification is YAML: a phase of data_prep/sources.yaml
+(docs/data.md shows one), or, without `phase`, one's own `sets: {wiki: {set: ../sets/wiki, tokens: 3000000000}}`.
 """
 
 from __future__ import annotations
@@ -20,14 +12,15 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import numpy as np
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from ettin_foundry import program_folder
-from ettin_foundry.data.manifest import MANIFEST, open_plain
+from ettin_foundry.data import MANIFEST
+from ettin_foundry.data.manifest import open_plain
 from ettin_foundry.data.mixture import MIX_FORMAT, MIX_VERSION, chunk_permutation, name_word, shared_identity
 from ettin_foundry.data.order import raw_draws
 from ettin_foundry.data.shards import MDSSplit
@@ -35,70 +28,55 @@ from ettin_foundry.data.storage import is_url, join, open_storage
 from ettin_foundry.version import __version__
 
 _SHARDS = 5  # first word of the seed: no two uses share a stream; the choice of chunks has 6
-_MAX_TOKENIZER_BYTES = 64 << 20
 _Tokens = Annotated[float, Field(gt=0, le=1e15)]
-_Model = TypeVar("_Model", bound=BaseModel)
-_REMOVED = {"tolerance": "remove it: a budget is met to the nearest chunk"}
+_REMOVED = {"tolerance": "remove it: a budget is met to the nearest chunk",
+            "catalogue": "remove it, and write the tokens of each source in sets"}
 
 
 class Entry(BaseModel, extra="forbid"):
-    """Folder or URL of a dataset, what that calls the source (None: all), the budget without a phase."""
+    """Where a source is: a dataset, alone or with the source's name there and a budget."""
 
-    set: str = Field(min_length=1)
-    source: str | None = None
-    tokens: _Tokens | None = None
-
-
-_EntryOrPlace = Annotated[Entry, BeforeValidator(lambda x: {"set": x} if isinstance(x, str) else x)]
+    set: str = Field(min_length=1)  # folder, seen from the specification, or URL
+    source: str | None = None  # what that dataset calls it, None: all of it
+    tokens: _Tokens | None = None  # without a phase
 
 
 class MixSpec(BaseModel, extra="forbid"):
     """A specification as it is written."""
 
-    sets: dict[str, _EntryOrPlace] = Field(min_length=1)
+    sets: dict[str, Annotated[Entry, BeforeValidator(lambda x: {"set": x} if type(x) is str else x)]] = Field(min_length=1)
     phase: str | None = None
-    scale: float | None = Field(None, gt=0, le=1000)
-    tokens: _Tokens | None = None
-    leave_out: list[str] = []
-    catalogue: str | None = None
+    scale: float | None = Field(None, gt=0, le=1000)  # of the phase's tokens
+    tokens: _Tokens | None = None  # in all, instead of a scale
+    leave_out: list[str] = []  # sources that one does without; the others keep their budgets
 
 
-class Catalogue(BaseModel):
-    """data_prep/sources.yaml: facts of each source; billions of tokens by phase and source."""
-
-    sources: dict[str, dict[str, Any]]
-    phases: dict[str, dict[str, Annotated[float, Field(gt=0, le=1e6)]]]
-
-
-def read_yaml(path: Path, model: type[_Model]) -> _Model:
-    """A YAML file as a checked record; a ValueError names a key that is unknown, missing or out of range."""
+def _read_spec(path: Path) -> MixSpec:
+    """The specification in a YAML file; a ValueError names a key that is unknown, missing or out of range."""
     try:
-        return model.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return MixSpec.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} must be YAML: {' '.join(str(error).split()):.200}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        key, advice = ".".join(map(str, first["loc"])), f"keys are {', '.join(model.model_fields)}"
-        raise ValueError(f"{path}: {key}: {first['msg']}, got {first['input']!r:.80}; "
-                         f"{_REMOVED.get(key, advice)}") from None
+        key, keys = ".".join(map(str, first["loc"])), f"keys are {', '.join(MixSpec.model_fields)}"
+        raise ValueError(f"{path}: {key}: {first['msg']}, got {first['input']!r:.80}; {_REMOVED.get(key, keys)}") from None
 
 
-def budgets_of(spec: MixSpec, path: Path) -> tuple[dict[str, int], float | None]:
+def _budgets_of(spec: MixSpec, path: Path) -> tuple[dict[str, int], float | None]:
     """Source -> tokens of a specification at `path`, and the scale of its phase."""
     own = {name: entry.tokens for name, entry in spec.sets.items()}
     if spec.phase is None:
-        if spec.scale or spec.tokens or spec.leave_out or spec.catalogue or None in own.values():
-            raise ValueError(f"{path}: without phase, sets must be {{NAME: {{set: ..., tokens: ...}}}}, and "
-                             "no other key is possible")
+        if spec.scale or spec.tokens or spec.leave_out or None in own.values():
+            raise ValueError(f"{path}: without phase, sets must be {{NAME: {{set: ..., tokens: ...}}}}, and no other key")
         return {name: max(1, round(tokens or 0)) for name, tokens in own.items()}, None
-    catalogue = path.parent / spec.catalogue if spec.catalogue else program_folder() / "data_prep" / "sources.yaml"
-    phases = read_yaml(catalogue, Catalogue).phases
+    phases = yaml.safe_load((program_folder() / "data_prep" / "sources.yaml").read_text())["phases"]
     if (wanted := phases.get(spec.phase)) is None:
         raise ValueError(f"{path}: phase must be one of {', '.join(phases)}, got {spec.phase!r}")
     names = [*spec.sets, *spec.leave_out]
     if wrong := {*names, *wanted} - {name for name in wanted if names.count(name) == 1}:
-        raise ValueError(f"{path}: the sources of phase {spec.phase} ({', '.join(wanted)}), and no others, "
-                         f"must stand once in sets or leave_out; see {', '.join(sorted(wrong))}")
+        raise ValueError(f"{path}: sets and leave_out must name each source of phase {spec.phase} once, and no others "
+                         f"({', '.join(wanted)}); see {', '.join(sorted(wrong))}")
     if (spec.scale and spec.tokens) or any(own.values()):
         raise ValueError(f"{path}: with phase, scale or tokens may be given, not both, and no tokens in sets")
     kept = {name: billions * 1e9 for name, billions in wanted.items() if name in spec.sets}
@@ -108,14 +86,14 @@ def budgets_of(spec: MixSpec, path: Path) -> tuple[dict[str, int], float | None]
 
 @dataclass
 class _Member:
-    """One source while it is chosen: its dataset, the shards that are its own, what is taken of them."""
+    """One source: its dataset, the shards that are its own, what is taken of them."""
 
     name: str
     place: str
     data: MDSSplit
     shards: np.ndarray  # (S,) int64
     runs: list[tuple[int, np.ndarray]] = field(default_factory=list)  # pass, whole shards
-    parts: list[dict[str, Any]] = field(default_factory=list)
+    parts: list[dict[str, Any]] = field(default_factory=list)  # at most one
     wanted: int | None = None
 
     def fill(self, wanted: int, seed: int) -> None:
@@ -124,16 +102,14 @@ class _Member:
         passes, rest = divmod(wanted, int(tokens.sum()))
         self.runs += [(number, self.shards) for number in range(passes)]
         order = np.argsort(raw_draws(len(tokens), _SHARDS, seed, name_word(self.name)), kind="stable")
-        whole = int(np.searchsorted(np.cumsum(tokens[order]), rest, side="right"))
-        if whole:
+        if whole := int(np.searchsorted(np.cumsum(tokens[order]), rest, side="right")):
             self.runs.append((passes, np.sort(self.shards[order[:whole]])))
         if left := rest - int(tokens[order[:whole]].sum()):
             shard = int(self.shards[order[whole]])
             lengths = np.asarray(self.data.sample_lengths(shard), np.int64)
             lengths = lengths[chunk_permutation(seed, self.name, shard, len(lengths))]
-            first = int(np.argmin(np.abs(np.concatenate([[0], np.cumsum(lengths)]) - left)))
-            counts = np.bincount(lengths[:first])
-            if first:
+            if first := int(np.argmin(np.abs(np.append(0, np.cumsum(lengths)) - left))):
+                counts = np.bincount(lengths[:first])
                 self.parts.append({"pass": passes, "shard": shard, "first": first, "extra": [],
                                    "lengths": {str(n): int(counts[n]) for n in np.flatnonzero(counts)}})
         if not self.runs and not self.parts:
@@ -141,16 +117,16 @@ class _Member:
 
     def facts(self) -> dict[str, Any]:
         """The source as the manifest states it; tokens without BOS and EOS."""
-        whole = np.concatenate([np.zeros(0, np.int64), *(shards for _, shards in self.runs)])
-        counts = [(int(length), count) for part in self.parts for length, count in part["lengths"].items()]
-        tokens = int(self.data.tokens[whole].sum()) + sum(length * count for length, count in counts)
-        chunks = int(self.data.samples[whole].sum()) + sum(count for _, count in counts)
-        names = np.unique(np.array(self.data.sources)[self.shards]).tolist()
-        stated = self.data.manifest.get("sources") or {}
-        licences = {(stated.get(name) or {}).get("licence") for name in names} - {None, ""}
+        data = self.data
+        tokens, chunks = (sum(int(of[shards].sum()) for _, shards in self.runs) for of in (data.tokens, data.samples))
+        for part in self.parts:
+            tokens += sum(int(length) * count for length, count in part["lengths"].items())
+            chunks += part["first"]
+        stated = data.manifest.get("sources") or {}
+        licences = {(stated.get(data.sources[shard]) or {}).get("licence") for shard in self.shards} - {None, ""}
         facts = {"chunks": chunks, "tokens": tokens, "licence": ", ".join(sorted(map(str, licences))) or None}
         if self.wanted is not None:
-            available = int(self.data.tokens[self.shards].sum())
+            available = int(data.tokens[self.shards].sum())
             facts |= {"wanted": self.wanted, "available": available, "repeats": round(tokens / available, 6)}
         return facts
 
@@ -160,18 +136,16 @@ def build_mix(spec: str | os.PathLike[str], out: str | os.PathLike[str], *, seed
 
     Args:
         spec: a YAML file, see above. out: local folder to be made; must not exist, or be empty.
-        seed: 0 to 2**32 - 1; of the choice of shards and chunks where a source is not taken whole.
+        seed: of the choice of shards and chunks where a source is not taken whole.
     """
     target, path = Path(os.path.realpath(out)), Path(spec)
-    if is_url(out) or not 0 <= seed < 2**32:
-        raise ValueError(f"out must be a local folder and seed 0 to 2**32 - 1, got {out} and {seed}; build a "
-                         "mixture here and copy the folder, which is small")
+    if is_url(out):
+        raise ValueError(f"out must be a local folder, got {out}; a mixture is small: build it here, then copy it there")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} must be a new or an empty folder; choose another, or remove it")
-    written = read_yaml(path, MixSpec)
-    budgets, scale = budgets_of(written, path)
-    head = {"seed": seed, "phase": written.phase, "scale": scale}
-    entries = {name: written.sets[name] for name in budgets}
+    written = _read_spec(path)
+    budgets, scale = _budgets_of(written, path)
+    head, entries = {"seed": seed, "phase": written.phase, "scale": scale}, {name: written.sets[name] for name in budgets}
     for entry in entries.values():
         entry.set = entry.set if is_url(entry.set) else os.path.realpath(path.parent / entry.set)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -180,25 +154,25 @@ def build_mix(spec: str | os.PathLike[str], out: str | os.PathLike[str], *, seed
         members = _open_members(entries, "train", Path(scratch))
         for member in members:
             member.fill(budgets[member.name], seed)
-        sources = _write_split(partial, target, "train", members, head)
-        rest = _open_members(entries, "validation", Path(scratch))
-        for member in rest:
-            member.runs.append((0, member.shards))
-        held_out = _write_split(partial, target, "validation", rest, head) if rest else {}
+        sources = _write_split(partial / "train", target, members, head)
+        if validation := _open_members(entries, "validation", Path(scratch)):
+            for member in validation:
+                member.runs.append((0, member.shards))
+            _write_split(partial / "validation", target, validation, head)
         storage = open_storage(members[0].place)
         if not (files := storage.list("tokenizer/")):
             raise FileNotFoundError(f"{storage.where('tokenizer')} holds no file; put the original there")
         for name, _ in files:
             if storage.is_local:
                 os.close(open_plain(Path(storage.url) / name))  # a link is an error
-            storage.get_file(name, partial / name, at_most=_MAX_TOKENIZER_BYTES)
+            storage.get_file(name, partial / name, at_most=64 << 20)
         os.replace(partial, target)  # an empty folder is replaced
     total, width = sum(facts["tokens"] for facts in sources.values()), max(map(len, sources))
-    chunks = sum(facts["chunks"] for facts in held_out.values())
-    return [f"{target}: {total:,} tokens; {chunks:,} chunks for validation"] + [
+    chunks = sum(int(member.data.samples[member.shards].sum()) for member in validation)
+    return [f"{target}: {total:,} tokens; {chunks:,} chunks for validation", *(
         f"{name:<{width}}  {facts['tokens']:>17,} tokens  {facts['tokens'] / total:7.2%}  "
         f"{facts['tokens'] / facts['wanted'] - 1:+.4%} of the budget  {facts['repeats']:.3f} passes"
-        for name, facts in sources.items()]
+        for name, facts in sources.items())]
 
 
 def _open_members(entries: dict[str, Entry], split: str, scratch: Path) -> list[_Member]:
@@ -212,46 +186,40 @@ def _open_members(entries: dict[str, Entry], split: str, scratch: Path) -> list[
                 if split == "validation":
                     continue
                 raise FileNotFoundError(f"sets.{name}: {where} holds no {MANIFEST}; correct the path")
-            cache = scratch / f"{split}-{name_word(place)}"
-            opened[place] = MDSSplit(cache, remote=where) if is_url(place) else MDSSplit(where)
+            opened[place] = MDSSplit(scratch / f"{split}-{len(opened)}", remote=where) if is_url(place) else MDSSplit(where)
         data, first = opened[place], next(iter(opened))
         if (mine := shared_identity(data)) != (other := shared_identity(opened[first])):
-            raise ValueError(f"sets.{name}: {where} must have the chunk length and tokenizer of {first}, got "
-                             f"{mine!r:.300} and {other!r:.300}")
+            raise ValueError(f"sets.{name}: {where} must have the chunk length and tokenizer of {first}, got {mine!r:.300} "
+                             f"and {other!r:.300}")
         sources = np.array(data.sources)
         own = np.flatnonzero(sources == source) if source else np.arange(data.num_shards)
         if split == "validation":  # a dataset behind two sources is evaluated on once
             for member in members:
                 own = np.setdiff1d(own, member.shards) if member.place == place else own
         elif not own.size:
-            known = ", ".join(sorted(set(data.sources)))
-            raise ValueError(f"sets.{name}.source must be one of {known}, got {source!r}")
+            raise ValueError(f"sets.{name}.source must be one of {', '.join(sorted(set(data.sources)))}, got {source!r}")
         if own.size:
             members.append(_Member(name, place, data, own))
     return members
 
 
-def _write_split(partial: Path, target: Path, split: str, members: list[_Member],
-                 head: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Writes the manifest of a split; the facts of its sources."""
+def _write_split(folder: Path, target: Path, members: list[_Member], head: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Writes the manifest of the split `folder` of a mixture that will lie at `target`; the facts of its sources."""
     datasets = {member.place: member.data for member in members}
-    number = {place: at for at, place in enumerate(datasets)}
+    at = {place: number for number, place in enumerate(datasets)}
     sources = {member.name: member.facts() for member in members}
     manifest = {
-        "format": MIX_FORMAT, "version": MIX_VERSION, "split": split, **head,
-        "chunk_length": members[0].data.chunk_length, "tokenizer": members[0].data.tokenizer,
-        "code_version": __version__,
-        "sets": [{"path": place if is_url(place) else os.path.relpath(place, target),
-                  "fingerprint": data.fingerprint} for place, data in datasets.items()],
+        "format": MIX_FORMAT, "version": MIX_VERSION, "split": folder.name, **head,
+        "chunk_length": members[0].data.chunk_length, "tokenizer": members[0].data.tokenizer, "code_version": __version__,
+        "sets": [{"path": place if is_url(place) else os.path.relpath(place, target), "fingerprint": data.fingerprint}
+                 for place, data in datasets.items()],
         "sources": sources,
-        "runs": [{"source": member.name, "set": number[member.place], "pass": number_of_pass,
-                  "shards": shards.tolist()} for member in members for number_of_pass, shards in member.runs],
-        "parts": [{"source": member.name, "set": number[member.place], **part}
-                  for member in members for part in member.parts],
+        "runs": [{"source": member.name, "set": at[member.place], "pass": passed, "shards": shards.tolist()}
+                 for member in members for passed, shards in member.runs],
+        "parts": [{"source": member.name, "set": at[member.place], **part} for member in members for part in member.parts],
         "totals": {key: sum(facts[name] for facts in sources.values())
-                   for key, name in (("samples", "chunks"), ("tokens", "tokens"))},
-    }
-    (partial / split).mkdir(parents=True)
+                   for key, name in (("samples", "chunks"), ("tokens", "tokens"))}}
+    folder.mkdir(parents=True)
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in manifest.items())
-    (partial / split / MANIFEST).write_text(f"{{\n{lines}\n}}\n")
+    (folder / MANIFEST).write_text(f"{{\n{lines}\n}}\n")
     return sources

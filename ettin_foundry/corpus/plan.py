@@ -1,22 +1,22 @@
 """What a conversion will do: its units of work, and the plan that every later start is held to.
 
-A unit is a run of small input files, one file, or a range of a large one. The units follow from the listing
-of the inputs and the options alone, and what a unit writes follows from the unit alone, so that a dataset
-does not depend on workers, machines or interruptions. Until the first unit is finished everything may change.
-After that options never do, inputs only where no finished unit was read, sources only by append.
+A unit is a run of small input files, one file, or a range of a large one. The units follow from the listing of the
+inputs and the options alone, and what a unit writes follows from the unit alone, so that a dataset does not depend on
+workers, machines or interruptions. Until the first unit is finished everything may change. After that options never do,
+inputs only where no finished unit was read, sources only by append.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import pydantic
 import xxhash
 
 from ettin_foundry.corpus.sources import STDLIB, Part, Source, find_source, plan_parts
@@ -25,10 +25,8 @@ from ettin_foundry.data.storage import Storage, is_url
 if TYPE_CHECKING:
     from ettin_foundry.corpus.convert import ConvertOptions
 
-__all__ = ["PLAN", "Plan", "Unit", "check_append", "check_place", "find_sources", "finished_units",
-           "plan_conversion", "read_plan", "read_record", "record_key", "record_name"]
-
 PLAN = "plan.json"
+COUNTS = ("documents", "chunks", "tokens", "bytes")  # of a split of a unit, or of a source
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,6 @@ class Unit:
 
     @property
     def label(self) -> str:
-        """Its name in messages."""
         files = self.parts[0].file + (f" and {len(self.parts) - 1} more" if len(self.parts) > 1 else "")
         return f"unit {self.number} ({self.source}: {files})"
 
@@ -74,7 +71,7 @@ class Plan:
             if self.options["limit_bytes"] is not None:  # where it falls is known only by reading up to it
                 groups = [tuple(part for group in groups for part in group)]
             for parts in groups:
-                sizes = tuple(source.sizes.get(part.file, 0) for part in parts)
+                sizes = tuple(source.files.get(part.file, 0) for part in parts)
                 units.append(Unit(len(units), source.name, tuple(parts), sizes))
         return replace(self, sources=names, units=tuple(units))
 
@@ -86,54 +83,27 @@ class Plan:
         return (json.dumps(head, indent=1)[:-2] + f',\n "units": [\n{units}\n ]\n}}\n').encode()
 
 
-class _StoredUnit(pydantic.BaseModel):
-    source: str
-    parts: list[tuple[str, int, int | None, int]]
-
-
-class _StoredPlan(pydantic.BaseModel):
-    format: Literal["ettin-plan"]
-    version: Literal[1]
-    options: dict[str, Any]
-    tokenizer: dict[str, Any]
-    sources: dict[str, dict[str, Any]]
-    units: list[_StoredUnit]
-
-
-class _SplitCounts(pydantic.BaseModel):
-    documents: int
-    chunks: int
-    tokens: int
-    bytes: int
-    dropped: dict[str, int]
-    shards: list[dict[str, Any]]
-
-
-class _Record(pydantic.BaseModel):
-    unit: int
-    key: str
-    source: str
-    read: int
-    splits: dict[str, _SplitCounts]
-
-
-def _read(model: type[pydantic.BaseModel], storage: Storage, name: str) -> Any:
+@contextlib.contextmanager
+def _as_written(storage: Storage, name: str) -> Iterator[None]:
+    """Names the file in errors about its content."""
     try:
-        return model.model_validate_json(storage.read_bytes(name))
-    except pydantic.ValidationError as error:
-        found = error.errors(include_url=False)[0]
-        raise ValueError(f"{storage.where(name)}: must be as a conversion wrote it, got {found['loc']}: "
-                         f"{found['msg'][:200]}; remove it and convert again") from None
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{storage.where(name)}: must be as a conversion wrote it, got {type(error).__name__}: "
+                         f"{str(error)[:200]}; remove it and convert again") from None
 
 
 def read_plan(storage: Storage) -> Plan | None:
     """The plan of a dataset, or None where no conversion was started. Raises ValueError for what is not a plan."""
     if not storage.exists(PLAN):
         return None
-    stored = _read(_StoredPlan, storage, PLAN)
-    units = [Unit(number, unit.source, tuple(Part(*part[:3]) for part in unit.parts),
-                  tuple(part[3] for part in unit.parts)) for number, unit in enumerate(stored.units)]
-    return Plan(stored.options, stored.tokenizer, stored.sources, tuple(units))
+    with _as_written(storage, PLAN):
+        stored = json.loads(storage.read_bytes(PLAN))
+        if (stored["format"], stored["version"]) != ("ettin-plan", 1):
+            raise ValueError(f"format {stored['format']!r}, version {stored['version']!r}")
+        units = [Unit(number, str(unit["source"]), tuple(Part(*part[:3]) for part in unit["parts"]),
+                      tuple(int(part[3]) for part in unit["parts"])) for number, unit in enumerate(stored["units"])]
+        return Plan(dict(stored["options"]), dict(stored["tokenizer"]), dict(stored["sources"]), tuple(units))
 
 
 def record_name(unit: int) -> str:
@@ -149,24 +119,28 @@ def record_key(base_key: str, unit: Unit) -> str:
 
 def read_record(storage: Storage, plan: Plan, unit: int) -> dict[str, Any]:
     """A unit's completion record. Raises ValueError if it is not one, or is of another unit."""
-    record: dict[str, Any] = _read(_Record, storage, record_name(unit)).model_dump()
-    if record["key"] != (needed := record_key(plan.base_key, plan.units[unit])):
-        raise ValueError(f"{storage.where(record_name(unit))}: is of another unit; key must be {needed}, got "
-                         f"{record['key']}; remove it and convert again")
-    return record
+    name, needed = record_name(unit), record_key(plan.base_key, plan.units[unit])
+    with _as_written(storage, name):
+        record: dict[str, Any] = json.loads(storage.read_bytes(name))
+        if record["key"] != needed:
+            raise ValueError(f"the record of another unit, key must be {needed}, got {record['key']}")
+        for counts in record["splits"].values():
+            if not all(type(counts[key]) is int for key in COUNTS):
+                raise TypeError(f"counts {counts}")
+        return record
 
 
 def finished_units(storage: Storage) -> set[int]:
     """Numbers of the units that have a completion record."""
-    return {int(Path(name).stem) for name, _ in storage.list("units/") if Path(name).stem.isdigit()}
+    return {int(stem) for name, _ in storage.list("units/") if (stem := Path(name).stem).isdigit()}
 
 
 def check_place(storage: Storage, append: bool) -> None:
     """Refuses a place without a plan that holds something, or that `append` finds empty."""
-    ours = ("tokenizer/", "work/")  # written before the plan
-    if found := [name for name, _ in storage.list() if not name.startswith(ours) and name != PLAN]:
-        raise FileExistsError(f"--out must be new, or where a conversion was begun, got {storage.url}, which "
-                              f"holds {found[0]} and no {PLAN}; name another folder")
+    ours = ("tokenizer/", "work/", PLAN)  # the first two are written before the plan
+    if found := [name for name, _ in storage.list() if not name.startswith(ours)]:
+        raise FileExistsError(f"--out must be new, or where a conversion was begun, got {storage.url}, which holds "
+                              f"{found[0]} and no {PLAN}; name another folder")
     if append:
         raise FileNotFoundError(f"--append needs a finished dataset, got {storage.url}, which holds none")
 
@@ -202,11 +176,10 @@ def plan_conversion(options: ConvertOptions, before: Plan | None, sources: Seque
         begun = {*earlier[:1], *(unit.source for unit in before.units if unit.number in finished)}
         kept = [name for name in earlier if name in begun and name not in names]
         if kept != earlier[:len(kept)]:
-            raise ValueError(f"--append must name new sources, or the last ones of {', '.join(earlier)}, got "
-                             f"{', '.join(names)}")
+            raise ValueError(f"--append must name new sources, or the last of {', '.join(earlier)}, got {', '.join(names)}")
     elif names != earlier:
-        raise ValueError(f"sources must be those that --out was begun with, {', '.join(earlier)}, got "
-                         f"{', '.join(names)}; use --append with new sources alone, or another --out")
+        raise ValueError(f"sources must be those that --out was begun with, {', '.join(earlier)}, got {', '.join(names)}; "
+                         "use --append with new sources alone, or another --out")
     wanted = replace(before, sources={name: before.sources[name] for name in kept},
                      units=[unit for unit in before.units if unit.source in kept]).with_sources(sources)
     if options.filters.deduplicate:  # which copy stays depends on every document before it
@@ -216,8 +189,8 @@ def plan_conversion(options: ConvertOptions, before: Plan | None, sources: Seque
         if then and then != now:
             same = list(zip(now.parts, now.sizes)) if now else []
             changed = [part.file for part, size in zip(then.parts, then.sizes) if (part, size) not in same]
-            raise ValueError(f"{then.label}: the input was changed after it was converted "
-                             f"({', '.join(changed[:1])}); restore it, or convert into another --out")
+            raise ValueError(f"{then.label}: the input was changed after it was converted ({', '.join(changed[:1])}); "
+                             "restore it, or convert into another --out")
     return wanted
 
 
@@ -226,8 +199,8 @@ def check_append(todo: Sequence[Unit], plan: Plan, sources: Sequence[Source]) ->
     names = {source.name for source in sources}
     if others := [unit for unit in todo if unit.source not in names]:
         missing = ", ".join(name for name in plan.sources if name not in names)
-        raise ValueError(f"--append needs a finished dataset, got one with {len(others)} units not done: "
-                         f"first {others[0].label}; run that of {missing} again before, without --append")
+        raise ValueError(f"--append needs a finished dataset, got one with {len(others)} units not done: first "
+                         f"{others[0].label}; run that of {missing} again before, without --append")
 
 
 def _check_options(before: Plan, wanted: Plan, sources: Sequence[Source], *, append: bool) -> None:
@@ -240,5 +213,5 @@ def _check_options(before: Plan, wanted: Plan, sources: Sequence[Source], *, app
     differing = [f"{key} ({then.get(key)!r} then, {now.get(key)!r} now)" for key in then | now
                  if then.get(key) != now.get(key) and not (append and key == "train_tokenizer")]
     if differing:
-        raise ValueError(f"--out was begun with other options: {'; '.join(differing)}; options of a dataset "
-                         "never change: give the same ones, or another --out")
+        raise ValueError(f"--out was begun with other options: {'; '.join(differing)}; options of a dataset never change: "
+                         "give the same ones, or another --out")

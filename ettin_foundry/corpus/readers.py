@@ -1,9 +1,8 @@
-"""Reads the parts of a source as documents, in a fixed order: .jsonl, .json, .txt, .parquet, plain, .gz or
-.zst.
+"""Reads the parts of a source as documents, in a fixed order: .jsonl, .json, .txt, .parquet, plain, .gz or .zst.
 
-Two runs over the same corpus give the same documents, however it is cut into parts. Memory is bounded by the
-largest
-document: one above `ReadOptions.max_document_bytes` is left out and counted. An error names file and place.
+Two runs over the same corpus give the same documents, however it is cut into parts. Memory is bounded by the largest
+document: one above `ReadOptions.max_document_bytes` is left out and counted; a .json file is read whole, up to that size.
+An error names file and place.
 """
 
 from __future__ import annotations
@@ -13,12 +12,11 @@ import gzip
 import io
 import itertools
 import json
-import re
 import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -29,19 +27,14 @@ from ettin_foundry.corpus import sources
 from ettin_foundry.corpus.sources import STDLIB, Meter, Part, Source
 from ettin_foundry.data.storage import Storage, open_storage
 
-__all__ = ["Document", "ReadOptions", "read_parts"]
-
 _BLOCK_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _PARQUET_ROWS, _PARQUET_BYTES = 1024, 16 << 20  # most of a batch
-_BETWEEN = re.compile(r"[ \t\n\r,]*")  # what divides JSON values
 
 
 class Document(NamedTuple):
-    """One text and its name inside its source."""
-
     text: str
-    id: str
+    id: str  # its name inside its source
 
 
 @dataclass(frozen=True)
@@ -50,8 +43,8 @@ class ReadOptions:
 
     text_field: str = "text"  # the key or column that holds the text
     id_field: str | None = None
-    """The key or column of the id. None takes `id` where a record has one, else the place of the record:
-    `file:byte` for .jsonl, `file:record` for .json and .parquet, `file` for .txt."""
+    """The key or column of the id. None takes `id` where a record has one, else the place of the record: `file:byte` for
+    .jsonl, `file:record` for .json and .parquet, `file` for .txt."""
     max_document_bytes: int = 256 << 20
     """A larger text (UTF-8) or .jsonl line is left out and counted in `Meter.oversized`."""
 
@@ -79,18 +72,13 @@ class _File(NamedTuple):
 
 def read_parts(source: Source, parts: Sequence[Part], meter: Meter,
                options: ReadOptions = ReadOptions()) -> Iterator[Document]:  # noqa: B008
-    """Streams the documents of some parts of a source, in order.
+    """Streams the documents of some parts of a source, in order, and moves the meter.
 
-    Args:
-        source: from `find_source`. parts: from `plan_parts`. meter: told how far the reading is.
-
-    Raises:
-        ValueError: unreadable archive, invalid UTF-8, a record without text, a file that changed since it was
-            listed; with file, record, and what to do. OSError: storage that does not answer.
+    Raises ValueError, with file, record and what to do, for an unreadable archive, invalid UTF-8, a record without text,
+    or a file that changed since it was listed; OSError for storage that does not answer.
     """
     storage = open_storage(source.root) if source.files else None
     for part in parts:
-        meter.where = part.file
         if source.location == STDLIB and part.file == sources.DOCSTRINGS:
             yield from itertools.starmap(Document, sources.stdlib_docstrings())
         elif source.location == STDLIB:
@@ -100,24 +88,24 @@ def read_parts(source: Source, parts: Sequence[Part], meter: Meter,
             yield from _read_hub(source, part, meter, options)
         else:
             yield from _read_file(source, storage, part, meter, options)
-        meter.finish(sources.part_bytes(source, part))
+        meter.current_bytes, meter.finished_bytes = 0, meter.finished_bytes + sources.part_bytes(source, part)
 
 
 def _read_hub(source: Source, part: Part, meter: Meter, options: ReadOptions) -> Iterator[Document]:
     records, number = sources.open_hub_dataset(source)
     if number != part.end:
-        raise ValueError(f"{source.location} must have the {part.end} data shards that were planned, got "
-                         f"{number}; convert with the version of `datasets` that planned them, or into "
-                         "another --out")
+        raise ValueError(f"{source.location} must have the {part.end} data shards that were planned, got {number}; "
+                         "convert with the version of `datasets` that planned them, or into another --out")
     shard = records if number == 1 else records.shard(num_shards=number, index=part.begin)
-    yield from _documents(shard, f"{source.location} shard {part.begin}", part.begin, meter, options)
+    for row, record in enumerate(shard, 1):
+        where = f"{source.location} shard {part.begin} record {row}"
+        yield from _document(record, where, f"{part.begin}:{row}", meter, options)
 
 
-def _read_file(source: Source, storage: Storage, part: Part, meter: Meter,
-               options: ReadOptions) -> Iterator[Document]:
+def _read_file(source: Source, storage: Storage, part: Part, meter: Meter, options: ReadOptions) -> Iterator[Document]:
     name, shown = part.file.lower(), storage.where(part.file)
     with storage.open(part.file) as raw:
-        size, listed = raw.seek(0, io.SEEK_END), source.sizes.get(part.file)
+        size, listed = raw.seek(0, io.SEEK_END), source.files.get(part.file)
         if size != listed:
             raise ValueError(f"{shown} must have the {listed} bytes that were listed, got {size}; restore it")
         raw.seek(max(0, part.begin - 1) if name.endswith(".jsonl") else 0)
@@ -130,7 +118,7 @@ def _read_file(source: Source, storage: Storage, part: Part, meter: Meter,
 
                 content = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), _BLOCK_BYTES)
             else:
-                path = storage.local_path(part.file)
+                path = Path(storage.where(part.file)) if storage.is_local else None
             file = _File(part, shown, path, raw, content, meter, options)
             yield from _READERS[str(sources.file_kind(name))](file)
         except UnicodeDecodeError as error:
@@ -138,22 +126,20 @@ def _read_file(source: Source, storage: Storage, part: Part, meter: Meter,
         except (EOFError, zlib.error, OSError) as error:  # BadGzipFile and pyarrow's errors are OSErrors
             if getattr(error, "errno", None) or isinstance(error, (FileNotFoundError, ConnectionError)):
                 raise  # not the file's fault
-            raise ValueError(f"{shown} must be a whole file, got one that cannot be read to its end "
-                             f"({error!r:.300}); fetch or write it again") from error
+            raise ValueError(f"{shown} must be a whole file, got one that cannot be read to its end ({error!r:.300}); "
+                             "fetch or write it again") from error
 
 
-def _document(record: Any, where: str, default_id: str, meter: Meter,
-              options: ReadOptions) -> Document | None:
-    """The document of a record, which must have text and the id asked for; None where it is too large."""
+def _document(record: Any, where: str, default_id: str, meter: Meter, options: ReadOptions) -> Iterator[Document]:
+    """The document of a record, which must have text and the id asked for; nothing where it is too large."""
     text = record.get(options.text_field) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise ValueError(f"{where} must be an object whose {options.text_field!r} is a string, got "
-                         f"{record!r:.200}; name the key of the text with --text-field, or repair the record")
-    key = options.id_field or "id"
-    identity = record.get(key)
+        raise ValueError(f"{where} must be an object whose {options.text_field!r} is a string, got {record!r:.200}; name "
+                         "the key of the text with --text-field, or repair the record")
+    identity = record.get(options.id_field or "id")
     if identity is None or isinstance(identity, (dict, list)):
         if options.id_field is not None:
-            raise ValueError(f"{where}: its {key!r} must be a string or number, got {identity!r:.40}; leave "
+            raise ValueError(f"{where}: its {options.id_field!r} must be a string or number, got {identity!r:.40}; leave "
                              "--id-field out to number records by their place")
         identity = default_id
     identity = str(identity)
@@ -161,32 +147,30 @@ def _document(record: Any, where: str, default_id: str, meter: Meter,
         identity.encode()
         num_bytes = len(text.encode())
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} must be valid Unicode, got half of a surrogate pair at character "
-                         f"{error.start}; repair or remove the record") from None
+        raise ValueError(f"{where} must be valid Unicode, got half of a surrogate pair at character {error.start}; "
+                         "repair or remove the record") from None
     if num_bytes > options.max_document_bytes:
         meter.oversized += 1
-        return None
-    return Document(text, identity)
+    else:
+        yield Document(text, identity)
 
 
-def _documents(records: Iterable[Any], shown: str, prefix: object, meter: Meter,
-               options: ReadOptions) -> Iterator[Document]:
-    """The documents of numbered records."""
-    for number, record in enumerate(records, 1):
-        where = f"{shown} record {number}"
-        if document := _document(record, where, f"{prefix}:{number}", meter, options):
-            yield document
-
-
-def _read_txt(file: _File) -> Iterator[Document]:
+def _read_whole(file: _File) -> bytes | None:
+    """The file without its byte order mark; None where it has more than `max_document_bytes`."""
     data = bytearray()
     while block := file.content.read(_BLOCK_BYTES):
         data += block
         file.tick()
         if len(data) > file.options.max_document_bytes:
-            file.meter.oversized += 1
-            return
-    yield Document(data.removeprefix(_BOM).decode(), file.part.file)
+            return None
+    return bytes(data.removeprefix(_BOM))
+
+
+def _read_txt(file: _File) -> Iterator[Document]:
+    if (data := _read_whole(file)) is not None:
+        yield Document(data.decode(), file.part.file)
+    else:
+        file.meter.oversized += 1
 
 
 def _read_jsonl(file: _File) -> Iterator[Document]:
@@ -206,25 +190,21 @@ def _read_jsonl(file: _File) -> Iterator[Document]:
                 text = identity = None
             if len(line) > limit:
                 file.meter.oversized += 1
-            elif type(text) is str and type(identity) is str:
-                yield Document(text, identity)
+            elif type(text) is str and type(identity) in (str, int):
+                yield Document(text, str(identity))
             elif type(text) is str and identity is None and options.id_field is None:
                 yield Document(text, f"{name}:{offset}")
-            elif type(text) is str and type(identity) is int:
-                yield Document(text, str(identity))
             elif line.strip():
                 where = f"{file.shown} " + (f"byte {offset}" if begin else f"line {number} (byte {offset})")
-                found = _parse(line, where)
-                if document := _document(found, where, f"{name}:{offset}", file.meter, options):
-                    yield document
+                yield from _document(_parse(line, where), where, f"{name}:{offset}", file.meter, options)
             offset += len(line) + 1
 
 
 def _line_groups(stream: BinaryIO, begin: int, end: int, limit: int) -> Iterator[tuple[int, list[bytes]]]:
     """(byte offset, lines) of the lines that begin in the bytes [begin, end), without their ends.
 
-    Where `begin` is not 0 the stream stands one byte before it. A line of more than `limit` bytes is cut off
-    behind them; it is the last of its group.
+    Where `begin` is not 0 the stream stands one byte before it. A line of more than `limit` bytes is cut off behind
+    them; it is the last of its group.
     """
     position = begin - 1 + _skip_line(stream, end - begin + 1) if begin else 0
     while position < end and (block := stream.read(min(_BLOCK_BYTES, end - position))):
@@ -248,50 +228,25 @@ def _skip_line(stream: BinaryIO, most: int) -> int:
     return skipped
 
 
-def _parse(line: bytes, where: str) -> Any:
-    """A line that orjson does not read rightly: NaN, 1e400, integers of over 64 bits, or no JSON at all."""
+def _parse(data: bytes, where: str) -> Any:
+    """JSON that orjson may not read rightly: NaN, 1e400, integers of over 64 bits, or no JSON at all."""
     try:
-        return json.loads(line.decode())
+        return json.loads(data.decode())
     except UnicodeDecodeError as error:
         raise _not_utf8(where, error) from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} must be a JSON object, got no JSON ({error}); remove it") from None
+        raise ValueError(f"{where} must be one JSON value, got no JSON ({error}); repair or remove it, or call a file with "
+                         "one object a line .jsonl") from None
 
 
 def _read_json(file: _File) -> Iterator[Document]:
-    return _documents(_json_values(file), file.shown, file.part.file, file.meter, file.options)
-
-
-def _json_values(file: _File) -> Iterator[Any]:
-    """The elements of a list, or a single value; only the one being read is held."""
-    stream = io.TextIOWrapper(file.content, "utf-8-sig", newline="")
-    scan, window = json.JSONDecoder().raw_decode, stream.read(_BLOCK_BYTES).lstrip()
-    is_list = window.startswith("[")
-    position, number = int(is_list), 0
-    while number == 0 or is_list:
-        position = _BETWEEN.match(window, position).end()  # type: ignore[union-attr]
-        if is_list and window.startswith("]", position):
-            position += 1
-            break
-        try:
-            value, end = scan(window, position)
-        except (ValueError, RecursionError) as error:
-            held = len(window) - position
-            # an error near the end of the window may be due to the end
-            at = held if str(error).startswith("Unterminated string") else getattr(error, "pos", 0) - position
-            may_go_on = held - 32 < at < 4 * file.options.max_document_bytes
-            if not may_go_on or not (text := stream.read(max(held, _BLOCK_BYTES))):
-                raise ValueError(f"{file.shown} must be a list of objects of at most four times "
-                                 f"--max-document-bytes, got no JSON at record {number + 1} ({error}); lines "
-                                 "of objects belong in a .jsonl file") from None
-            window, position = window[position:] + text, 0
-            file.tick()
-            continue
-        yield value
-        position, number = end, number + 1
-    if more := (window[position:] + stream.read(_BLOCK_BYTES)).strip():
-        raise ValueError(f"{file.shown} must be JSON objects in a list, got no JSON at its end "
-                         f"({more[:40]!r}); lines of objects belong in a .jsonl file")
+    """The documents of a list of records, or of a single one; the file is read whole."""
+    if (data := _read_whole(file)) is None:
+        raise ValueError(f"{file.shown} must have at most --max-document-bytes ({file.options.max_document_bytes}), as a "
+                         ".json file is read whole, got more; raise the limit, or write its records as lines of .jsonl")
+    value = _parse(data, file.shown)
+    for number, record in enumerate(value if isinstance(value, list) else [value], 1):
+        yield from _document(record, f"{file.shown} record {number}", f"{file.part.file}:{number}", file.meter, file.options)
 
 
 def _read_parquet(file: _File) -> Iterator[Document]:
@@ -308,12 +263,11 @@ def _read_parquet(file: _File) -> Iterator[Document]:
             seekable.seek(0)
         try:
             # from a network a column is fetched in one go: going back and forth would fetch blocks repeatedly
-            buffer_size = _BLOCK_BYTES if file.path else 0
-            table = ParquetFile(seekable, buffer_size=buffer_size, page_checksum_verification=True)
+            table = ParquetFile(seekable, buffer_size=_BLOCK_BYTES if file.path else 0, page_checksum_verification=True)
             names = table.schema_arrow.names
             if text_field not in names:
-                raise ValueError(f"{file.shown} must have a column {text_field!r}, got {', '.join(names)}; "
-                                 "name the column with --text-field")
+                raise ValueError(f"{file.shown} must have a column {text_field!r}, got {', '.join(names)}; name the "
+                                 "column with --text-field")
             columns = [name for name in names if name in (text_field, file.options.id_field or "id")]
             row = 0
             for number in range(table.num_row_groups):
@@ -331,27 +285,24 @@ def _read_parquet(file: _File) -> Iterator[Document]:
                     row += len(batch)
                 file.tick(start + sum(c.total_compressed_size for c in chunks))
         except pyarrow.ArrowException as error:
-            raise ValueError(f"{file.shown} must be a whole .parquet file, got one that cannot be read "
-                             f"({error!r:.300}); fetch or write it again") from error
+            raise ValueError(f"{file.shown} must be a whole .parquet file, got one that cannot be read ({error!r:.300}); "
+                             "fetch or write it again") from error
 
 
 def _rows(batch: Any, row: int, file: _File) -> Iterator[Document]:
     """The documents of a batch that `row` rows are before."""
-    options = file.options
-    text_field, key = options.text_field, options.id_field or "id"
+    text_field, key, most = file.options.text_field, file.options.id_field or "id", file.options.max_document_bytes
     try:
         texts = batch.column(text_field).to_pylist()
     except UnicodeDecodeError as error:
         raise _not_utf8(f"{file.shown} rows {row + 1} to {row + len(batch)}", error) from None
     ids = batch.column(key).to_pylist() if key in batch.schema.names else itertools.repeat(None)
     for number, (text, identity) in enumerate(zip(texts, ids), row + 1):
-        if type(text) is str and type(identity) is str and 4 * len(text) <= options.max_document_bytes:
+        if type(text) is str and type(identity) is str and 4 * len(text) <= most:
             yield Document(text, identity)
         else:
-            where, default_id = f"{file.shown} row {number}", f"{file.part.file}:{number}"
-            record = {key: identity, text_field: text}
-            if document := _document(record, where, default_id, file.meter, options):
-                yield document
+            yield from _document({key: identity, text_field: text}, f"{file.shown} row {number}",
+                                 f"{file.part.file}:{number}", file.meter, file.options)
 
 
 def _not_utf8(where: str, error: UnicodeDecodeError) -> ValueError:

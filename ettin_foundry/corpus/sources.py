@@ -1,13 +1,12 @@
 """Where text comes from, and in which parts it is read: files, folders, URLs, Hugging Face datasets, stdlib.
 
-A source is resolved once into a sorted listing with sizes. The parts follow from the listing alone, so that
-the same corpus is cut into the same parts on every machine.
+A source is resolved once into a sorted listing with sizes. The parts follow from the listing alone, so that the same
+corpus is cut into the same parts on every machine.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.machinery
 import importlib.util
 import inspect
@@ -19,16 +18,12 @@ import sys
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ettin_foundry.data.storage import LocalStorage, check_name, is_url, open_storage
-
-__all__ = ["COMPRESSIONS", "DOCSTRINGS", "STDLIB", "Meter", "Part", "Source", "SourceFile", "file_kind",
-           "find_source", "open_hub_dataset", "part_bytes", "plan_parts", "read_module", "stdlib_docstrings"]
+from ettin_foundry.data.storage import Storage, check_name, is_url, open_storage
 
 log = logging.getLogger(__name__)
 
@@ -36,22 +31,12 @@ _SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 STDLIB = "python-stdlib"  # the running Python's standard library: real English and code on every machine
 DOCSTRINGS = "docstrings"  # the `file` of the part of the standard library that is in no file
-_HUB = "hub"  # the `file` of a part of a Hugging Face dataset; `begin`: a data shard, `end`: their number
 _READABLE = ", ".join(_SUFFIXES) + " (plain, .gz or .zst)"
-_SPLITTABLE = (".jsonl", ".parquet")
-_SPLIT_FROM = 1.5  # units; a smaller file is one part
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.DOTALL)
 # prefixes: test modules, and those whose import touches the terminal or needs a display library
 _SKIPPED_MODULES = ("_test", "xx", "_xx", "_ctypes_test", "readline", "antigravity", "_tkinter")
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-
-
-class SourceFile(NamedTuple):
-    """One file of a source."""
-
-    name: str  # relative to the source's root, divided by slashes: no path of a machine gets into a dataset
-    size: int  # bytes on disk
 
 
 class Part(NamedTuple):
@@ -68,16 +53,10 @@ class Meter:
 
     finished_bytes: int = 0
     current_bytes: int = 0
-    where: str = ""  # the file being read
     oversized: int = 0  # documents left out because they are larger than `ReadOptions.max_document_bytes`
 
     def position(self) -> int:
         return self.finished_bytes + self.current_bytes
-
-    def finish(self, num_bytes: int) -> None:
-        """A part has been read to its end."""
-        self.current_bytes = 0
-        self.finished_bytes += num_bytes
 
 
 @dataclass(frozen=True)
@@ -86,28 +65,22 @@ class Source:
 
     name: str
     location: str  # as the user wrote it, without the name
-    files: tuple[SourceFile, ...] = ()
-    root: str = ""  # folder or URL that the files' names are relative to
+    files: Mapping[str, int] = field(default_factory=dict)  # name, relative to `root`, in sorted order -> bytes on disk
+    root: str = ""  # a folder or URL; no path of a machine gets into a dataset
     licence: str | None = None
     revision: str | None = None
 
     @property
     def num_bytes(self) -> int:
         """Bytes on disk to read; 0 where unknown."""
-        return sum(file.size for file in self.files)
-
-    @cached_property
-    def sizes(self) -> dict[str, int]:
-        """File name -> bytes on disk."""
-        return dict(self.files)
+        return sum(self.files.values())
 
 
 def find_source(text: str, *, licence: str | None = None) -> Source:
     """Resolves a SOURCE argument: `[NAME=]` file, folder, URL, `owner/name[:config]` on the hub, or stdlib.
 
-    Raises:
-        FileNotFoundError: nothing is there, or the dataset cannot be reached. ValueError: a suffix that is
-            not read, or a file name that cannot be written into a dataset.
+    Raises FileNotFoundError where nothing is there or the dataset cannot be reached; ValueError for a suffix that is
+    not read, or a file name that cannot be written into a dataset.
     """
     if not text:
         raise ValueError("source must be a file, folder, URL or dataset id, got an empty name")
@@ -119,46 +92,42 @@ def find_source(text: str, *, licence: str | None = None) -> Source:
         return _find_url(name, location, licence)
     path = Path(location.removeprefix("file://"))
     if path.is_dir():
-        storage = LocalStorage(str(path))
+        storage = Storage(str(path))
         files = _readable_files(storage.url, storage.list())
         return Source(name or path.resolve().name, location, files, str(path), licence)
     if path.is_file():
         if file_kind(path.name) is None:
-            raise ValueError(f"{path}: suffix must be {_READABLE}, got {''.join(path.suffixes) or 'none'}; "
-                             "rename or convert the file")
-        file = SourceFile(_as_text(path.name, str(path.parent)), path.stat().st_size)
-        return Source(name or _stem(path.name), location, (file,), str(path.parent), licence)
+            raise ValueError(f"{path}: suffix must be {_READABLE}, got {path.suffix or 'none'}; rename or convert it")
+        files = {_checked(path.name, str(path.parent)): path.stat().st_size}
+        return Source(name or _stem(path.name), location, files, str(path.parent), licence)
     if path.exists():
         raise ValueError(f"{path} must be a file or folder, got a pipe or device; write it to a file")
     if _HUB_ID.fullmatch(location) and file_kind(location) is None:
         return _find_hub(name, location, licence)
-    raise FileNotFoundError(f"{location}: no such file or folder; give a file ({_READABLE}), a folder of "
-                            f"them, a URL (s3://...), a Hugging Face dataset id (owner/name) or {STDLIB}")
+    raise FileNotFoundError(f"{location}: no such file or folder; give a file ({_READABLE}), a folder of them, a URL "
+                            f"(s3://...), a Hugging Face dataset id (owner/name) or {STDLIB}")
 
 
 def plan_parts(source: Source, unit_bytes: int) -> list[tuple[Part, ...]]:
     """Cuts a source into units of about `unit_bytes` on disk, in the order of its documents.
 
-    Small neighbours share a unit. Plain .jsonl and .parquet files over 1.5 units are cut into ranges of equal
-    size. A Hugging Face dataset has one unit for each of its data shards.
+    Small neighbours share a unit. Plain .jsonl and .parquet files over 1.5 units are cut into ranges of equal size.
+    A Hugging Face dataset has one unit for each of its data shards.
     """
-    if unit_bytes < 1:
-        raise ValueError(f"--unit-size must be at least 1 byte, got {unit_bytes}; 256mb suits most corpora")
     if not source.files and source.location != STDLIB:
         _, number = open_hub_dataset(source)
-        return [(Part(_HUB, shard, number),) for shard in range(number)]
+        return [(Part("hub", shard, number),) for shard in range(number)]  # no bytes: shard, and number of shards
     units: list[tuple[Part, ...]] = []
-    open_unit: list[Part] = []
-    held = 0
-    for name, size in source.files:
-        is_cut = name.lower().endswith(_SPLITTABLE) and size > _SPLIT_FROM * unit_bytes
+    open_unit, held = list[Part](), 0
+    for name, size in source.files.items():
+        is_cut = name.lower().endswith((".jsonl", ".parquet")) and size > 1.5 * unit_bytes
         number = -(-size // unit_bytes) if is_cut else 1
         if open_unit and (number > 1 or held + size > unit_bytes):
             units.append(tuple(open_unit))
             open_unit, held = [], 0
         if number > 1:
             cuts = [size * index // number for index in range(number + 1)]
-            units += [(Part(name, begin, end),) for begin, end in zip(cuts, cuts[1:])]
+            units += [(Part(name, *cut),) for cut in zip(cuts, cuts[1:])]
         else:
             open_unit.append(Part(name))
             held += size
@@ -169,7 +138,7 @@ def plan_parts(source: Source, unit_bytes: int) -> list[tuple[Part, ...]]:
 
 def part_bytes(source: Source, part: Part) -> int:
     """Bytes on disk to read for a part; 0 where unknown. Over all parts they sum to `source.num_bytes`."""
-    size = source.sizes.get(part.file, 0)
+    size = source.files.get(part.file, 0)
     return max(0, (size if part.end is None else min(part.end, size)) - part.begin)
 
 
@@ -195,9 +164,9 @@ def _find_stdlib(name: str) -> Source:
     """The .py files of the standard library without its test suites."""
     root = Path(sysconfig.get_paths()["stdlib"])
     names = [path.relative_to(root) for path in root.rglob("*.py")]
-    files = sorted(SourceFile(name.as_posix(), Path(root, name).stat().st_size) for name in names
-                   if not _SKIPPED_FOLDERS.intersection(name.parts))
-    return Source(name, STDLIB, tuple(files), str(root), "PSF-2.0", platform.python_version())
+    files = {name.as_posix(): Path(root, name).stat().st_size for name in names
+             if not _SKIPPED_FOLDERS.intersection(name.parts)}
+    return Source(name, STDLIB, dict(sorted(files.items())), str(root), "PSF-2.0", platform.python_version())
 
 
 def _stem(name: str) -> str:
@@ -206,7 +175,7 @@ def _stem(name: str) -> str:
     return name
 
 
-def _as_text(name: str, folder: str) -> str:
+def _checked(name: str, folder: str) -> str:
     """A file's name, which becomes part of document ids; ValueError where it is not valid Unicode."""
     try:
         name.encode()
@@ -215,16 +184,14 @@ def _as_text(name: str, folder: str) -> str:
     return check_name(name)
 
 
-def _readable_files(url: str, found: list[tuple[str, int]]) -> tuple[SourceFile, ...]:
+def _readable_files(url: str, found: list[tuple[str, int]]) -> dict[str, int]:
     """The readable ones of the files found below a folder or URL, sorted by name; the others are logged."""
-    files = [SourceFile(_as_text(name, url), size) for name, size in found if file_kind(name)]
+    files = {_checked(name, url): size for name, size in found if file_kind(name)}
     if not files:
         raise ValueError(f"{url} must hold {_READABLE} files, got {len(found)} files, none of them readable")
-    if len(files) < len(found):
-        other = next(name for name, _ in found if not file_kind(name))
-        log.warning("%s: %d of %d files are not read, the first is %s; %s are", url, len(found) - len(files),
-                    len(found), other, _READABLE)
-    return tuple(files)
+    if other := [name for name, _ in found if not file_kind(name)]:
+        log.warning("%s: %d of %d files are not read, the first is %s", url, len(other), len(found), other[0])
+    return files
 
 
 def _find_url(name: str | None, location: str, licence: str | None) -> Source:
@@ -232,8 +199,8 @@ def _find_url(name: str | None, location: str, licence: str | None) -> Source:
     folder, _, last = location.rstrip("/").rpartition("/")
     if file_kind(last) and not location.endswith("/"):
         with contextlib.suppress(FileNotFoundError):
-            file = SourceFile(_as_text(last, folder), open_storage(folder).size(last))
-            return Source(name or _stem(last), location, (file,), folder, licence)
+            files = {_checked(last, folder): open_storage(folder).size(last)}
+            return Source(name or _stem(last), location, files, folder, licence)
     storage = open_storage(location)
     if not (found := storage.list()):
         raise FileNotFoundError(f"{location}: nothing is there; give a file or folder of {_READABLE}")
@@ -248,8 +215,8 @@ def _find_hub(name: str | None, location: str, licence: str | None) -> Source:
         info = HfApi().dataset_info(repo)
     except Exception as error:  # offline, not found, gated, rate limited: the client has a class for each
         reason = str(error).strip().partition("\n")[0][:200]
-        raise FileNotFoundError(f"{location}: no such file or folder, and the Hugging Face dataset {repo} "
-                                f"cannot be reached ({type(error).__name__}: {reason})") from error
+        raise FileNotFoundError(f"{location}: no such file or folder, and the Hugging Face dataset {repo} cannot be "
+                                f"reached ({type(error).__name__}: {reason})") from error
     found = (info.card_data or {}).get("license")
     licence = licence or (", ".join(map(str, found)) if isinstance(found, list) else found and str(found))
     return Source(name or repo.replace("/", "--"), location, licence=licence, revision=info.sha)
@@ -292,5 +259,6 @@ def stdlib_docstrings() -> Iterator[tuple[str, str]]:
 
 
 def _described(name: str, value: Any) -> str:
+    """Name, signature and docstring of a function or class of a module; "" where it has no docstring."""
     doc, signature = getattr(value, "__doc__", None), getattr(value, "__text_signature__", None) or ""
     return f"{name}{signature}\n\n{inspect.cleandoc(doc)}" if isinstance(doc, str) and doc else ""

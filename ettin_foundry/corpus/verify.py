@@ -1,19 +1,17 @@
 """Compares every byte of a dataset with what the dataset states of itself, and lists all that is wrong.
 
-Checked are every shard's hash, layout, counts, lengths, packed rows and token range; index.json; files that
-nothing names; the tokenizer; the small files against plan, records and data card, where these are kept.
-Nothing is written, but a mixture is opened as a loader opens it, which may expand compressed shards.
+Checked are every shard's hash, layout, counts, lengths, packed rows and token range; index.json; files that nothing
+names; the tokenizer; the small files against plan, records and data card, where these are kept. Nothing is written, but
+a mixture is opened as a loader opens it, which may expand compressed shards.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +22,10 @@ import numpy as np
 from ettin_foundry.corpus.card import CARD, read_block
 from ettin_foundry.corpus.finalize import describe_splits
 from ettin_foundry.corpus.plan import PLAN, Plan, read_plan, read_record, record_name
+from ettin_foundry.data import INDEX, LENGTHS, MANIFEST
 from ettin_foundry.data.cache import fetch_tokenizer
 from ettin_foundry.data.inspect import Found, draw_samples, find_dataset
-from ettin_foundry.data.manifest import INDEX, LENGTHS, MANIFEST
-from ettin_foundry.data.mixture import MixtureSplit, expand_entries
+from ettin_foundry.data.mixture import MixtureSplit
 from ettin_foundry.data.quantities import format_bytes
 from ettin_foundry.data.shards import MDSSplit
 
@@ -44,17 +42,15 @@ class Report:
     shards: int = 0
     num_bytes: int = 0
     seconds: float = 0.0
-    counts: dict[str, tuple[int | None, int, int]] = field(default_factory=dict)
-    """split -> (documents, chunks, tokens) as its manifest states them"""
+    counts: dict[str, tuple[int | None, int, int]] = field(default_factory=dict)  # split -> documents, chunks, tokens
 
     @property
     def ok(self) -> bool:
         return not self.problems
 
     def __str__(self) -> str:
-        speed = self.num_bytes / 1e6 / max(self.seconds, 1e-9)
-        size = format_bytes(self.num_bytes)
-        text = f"{self.shards:,} shards, {size} in {self.seconds:.1f} s, {speed:,.0f} MB/s"
+        text = (f"{self.shards:,} shards, {format_bytes(self.num_bytes)} in {self.seconds:.1f} s, "
+                f"{self.num_bytes / 1e6 / max(self.seconds, 1e-9):,.0f} MB/s")
         for split, (documents, chunks, tokens) in self.counts.items():
             stated = "" if documents is None else f"{documents:,} documents, "
             text += f"; {split}: {stated}{chunks:,} chunks, {tokens:,} tokens"
@@ -81,7 +77,7 @@ def verify_dataset(location: str | os.PathLike[str], *, threads: int | None = No
     if found.whole:
         expected = check.check_records() | check.check_card()
         for split in sorted(expected ^ set(found.splits) if expected else ()):
-            check.wrong(split, "missing, although the dataset has this split" if split in expected else
+            check.wrong(split, "the dataset has this split, but it is missing" if split in expected else
                         "is no split of this dataset; move it away")
     check.report.problems = list(dict.fromkeys(check.report.problems))
     return check.report
@@ -93,7 +89,6 @@ class _Check:
     def __init__(self, found: Found, tick: Callable[[int], None]) -> None:
         self.found, self.storage, self.tick, self.report = found, found.storage, tick, Report()
         self.manifests: dict[str, dict[str, Any]] = {}
-        self.lock = threading.Lock()
 
     def wrong(self, name: str, text: str) -> None:
         self.report.problems.append(f"{self.storage.where(name)}: {text}")
@@ -115,52 +110,40 @@ class _Check:
         if data is not None:
             self.manifests[split], totals = data.manifest, data.manifest["totals"]
             self.report.counts[split] = totals.get("documents"), totals["samples"], totals["tokens"]
-            shards: Iterable[int] = range(data.num_shards)
-            if isinstance(data, MixtureSplit):  # each shard that it takes from once
-                entries = expand_entries(data.manifest)[0]
-                columns = np.stack([entries.set, entries.shard, entries.part])
-                shards = np.unique(columns, axis=1, return_index=True)[1].tolist()
-            else:
+            if isinstance(data, MDSSplit):
                 self.attempt(data.check_index)
-                self._check_names(split, data)
-            self._check_shards(data, shards, pool)
+                files = [file for shard in data.manifest["shards"] for file in (shard["raw"], shard["zip"]) if file]
+                known = {f"{split}/{name}" for name in (MANIFEST, INDEX, LENGTHS, *(file["basename"] for file in files))}
+                for name in sorted({name for name, _ in self.storage.list(f"{split}/")} - known):
+                    self.wrong(name, f"is not named by {MANIFEST}; move it away")
+            self._check_shards(data, pool)
             if self.storage.is_local:
                 self._check_special_tokens(data)
         here, there = str(scratch / split), self.storage.where(split)
         self.report.problems[first:] = [text.replace(here, there) for text in self.report.problems[first:]]
 
-    def _check_shards(self, data: Any, shards: Iterable[int], pool: ThreadPoolExecutor) -> None:
-        stored, own = pickle.dumps(data), threading.local()
-
-        def check(shard: int) -> None:
-            if isinstance(data, MixtureSplit) and not hasattr(own, "data"):
-                own.data = pickle.loads(stored)  # an open mixture is not for several threads at once
-            num_bytes = self.attempt(lambda: getattr(own, "data", data).check_shard(shard)) or 0
-            with self.lock:
-                self.report.shards += 1
-                self.report.num_bytes += num_bytes
+    def _check_shards(self, data: Any, pool: ThreadPoolExecutor) -> None:
+        def check(shard: int) -> int:
+            num_bytes = self.attempt(lambda: data.check_shard(shard)) or 0
             self.tick(num_bytes)
+            return num_bytes
 
-        list(pool.map(check, shards))
-
-    def _check_names(self, split: str, data: MDSSplit) -> None:
-        files = [file for shard in data.manifest["shards"] for file in (shard["raw"], shard["zip"]) if file]
-        known = {MANIFEST, INDEX, LENGTHS, *(file["basename"] for file in files)}
-        for name, _ in self.storage.list(f"{split}/"):
-            if name.removeprefix(f"{split}/") not in known:
-                self.wrong(name, f"is not named by {MANIFEST}; move it away")
+        shards, partial = list(range(data.num_shards)), list[int]()
+        if isinstance(data, MixtureSplit):  # each shard that it takes from once; partial ones by one thread, which they need
+            once = np.unique(data.stored, axis=1, return_index=True)[1]
+            part = data.stored[2, once]
+            shards, partial = once[part < 0].tolist(), once[part >= 0].tolist()
+        sizes = [*pool.map(check, shards), *map(check, partial)]
+        self.report.shards += len(sizes)
+        self.report.num_bytes += sum(sizes)
 
     def _check_special_tokens(self, data: Any) -> None:
         """Chunks hold plain tokens only; a few of each source are looked at."""
         special = {n for n in (data.tokenizer.get("special_ids") or {}).values() if isinstance(n, int)}
-        try:
-            samples = draw_samples(data, None, per_source=_SAMPLES)
-        except (ValueError, OSError):
-            return  # whatever it is, it is listed already
-        for sample in samples:
-            if inside := special & set(sample.tokens.tolist()):
-                self.report.problems.append(f"{data.local}: part {sample.part} of {sample.doc!r:.100} holds "
-                                            f"the special token {min(inside)}; convert again")
+        for sample in self.attempt(lambda: draw_samples(data, per_source=_SAMPLES)) or ():
+            if inside := special & set(sample["tokens"].tolist()):
+                self.report.problems.append(f"{data.local}: part {sample['part']} of {sample['doc']!r:.100} holds the "
+                                            f"special token {min(inside)}; convert again")
 
     def check_tokenizer(self, scratch: Path) -> None:
         """tokenizer/ against the manifests' fingerprints."""
@@ -169,11 +152,10 @@ class _Check:
         if not self.storage.list("tokenizer/"):
             (self.wrong if self.found.whole else self.note)("tokenizer", "missing; put the original there")
             return
-        folder = Path(self.storage.url)
         try:
             if not self.storage.is_local:
-                fetch_tokenizer(folder := scratch, self.storage.url)
-            loaded = load(folder / "tokenizer")
+                fetch_tokenizer(scratch, self.storage.url)
+            loaded = load((Path(self.storage.url) if self.storage.is_local else scratch) / "tokenizer")
             for manifest in self.manifests.values():
                 self.attempt(lambda manifest=manifest: check(loaded, manifest["tokenizer"]))
         except Exception as error:  # the tokenizers library raises plain Exception
@@ -181,8 +163,7 @@ class _Check:
 
     def check_records(self) -> set[str]:
         """The small files against what plan and completion records make; the splits that the plan states."""
-        plan = self.attempt(lambda: read_plan(self.storage))
-        present = {name for name, _ in self.storage.list("units/")}
+        plan, present = self.attempt(lambda: read_plan(self.storage)), {name for name, _ in self.storage.list("units/")}
         units = plan.units if plan is not None else ()
         for name in sorted(present - {record_name(unit.number) for unit in units}):
             self.wrong(name, f"belongs to no unit of {PLAN}; move it away, or put the plan back")
@@ -201,14 +182,12 @@ class _Check:
         try:
             manifests, files = describe_splits(plan, records)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            self.wrong("units", f"a record is not what the converter writes ({error!r:.200}); convert again")
-            return
+            return self.wrong("units", f"a record is not what the converter writes ({error!r:.200}); convert again")
         for name, data in files.items():
             split, _, base = name.partition("/")
             if base == MANIFEST:
                 found = self.manifests.get(split, manifests[split])
-                keys = [key for key, value in manifests[split].items()
-                        if key != "code_version" and found.get(key) != value]
+                keys = [key for key, value in manifests[split].items() if key != "code_version" and found.get(key) != value]
             else:
                 keys = [base] if self.storage.exists(name) and self.storage.read_bytes(name) != data else []
             if keys:

@@ -21,12 +21,10 @@ from typing import Any, NamedTuple, TypeVar
 import xxhash
 
 from ettin_foundry.corpus.chunking import Chunker
-from ettin_foundry.corpus.duplicates import hash_text, read_drops, write_hashes
 from ettin_foundry.corpus.encoder import Engine, TextEncoder
-from ettin_foundry.corpus.executors import Report
-from ettin_foundry.corpus.filters import DUPLICATE, OVERSIZED, FilterChain, FilterOptions
+from ettin_foundry.corpus.executors import Report, Tick
+from ettin_foundry.corpus.filters import DUPLICATE, OVERSIZED, FilterOptions, read_drops, write_hashes
 from ettin_foundry.corpus.plan import Unit, record_key, record_name
-from ettin_foundry.corpus.progress import Tick
 from ettin_foundry.corpus.readers import Document, ReadOptions, read_parts
 from ettin_foundry.corpus.sources import Meter, Source
 from ettin_foundry.corpus.writer import ShardGroupWriter
@@ -65,7 +63,7 @@ def drops_name(unit: Unit, base_key: str) -> str:
 
 @dataclass(frozen=True)
 class HashUnit:
-    """Writes a hash of every document of a unit, in reading order, from which duplicates.py finds the copies."""
+    """Writes a hash of every document of a unit, in reading order, from which `find_duplicates` finds the copies."""
 
     out: str  # the dataset's folder or URL
     options: Mapping[str, Any]  # the plan's
@@ -76,7 +74,7 @@ class HashUnit:
         storage, reading = open_storage(self.out), _Reading(self, unit, report)
         hashes = bytearray()
         for document in reading.documents():
-            hashes += hash_text(document.text)
+            hashes += xxhash.xxh3_128_digest(document.text.encode())
             reading.count(Tick(1))
         path = storage.scratch() / f"hashes.{unit.number:05d}.{os.getpid()}.npy"
         write_hashes(path, hashes)
@@ -123,12 +121,11 @@ class _Reading:
 
 
 @functools.lru_cache(maxsize=1)
-def _tools(spec: TokenizerSpec, filters: FilterOptions, chunk_length: int,
-           cut_window: float) -> tuple[TextEncoder, FilterChain, Chunker]:
+def _tools(spec: TokenizerSpec, chunk_length: int, cut_window: float) -> tuple[TextEncoder, Chunker]:
     """What takes time to make, kept for the next unit."""
     encoder = TextEncoder(spec.json, forbidden=spec.forbidden, vocab_size=spec.vocab_size, engine=spec.engine,
                           name=spec.name)
-    return encoder, FilterChain(filters), Chunker(spec.json, chunk_length, cut_window)
+    return encoder, Chunker(spec.json, chunk_length, cut_window)
 
 
 class _Batch(NamedTuple):
@@ -150,8 +147,7 @@ class _Conversion:
         self.counts = {split: Counter[str]() for split in splits}
         self.dropped = {split: Counter[str]() for split in splits}
         self.skipped = {split: Counter[str]() for split in splits}  # by the reading thread, which shares no counts
-        self.encoder, self.filters, chunker = _tools(job.tokenizer, job.filters, self.options["chunk_length"],
-                                                     self.options["cut_window"])
+        self.encoder, chunker = _tools(job.tokenizer, self.options["chunk_length"], self.options["cut_window"])
         self.writers = {split: ShardGroupWriter(
             self.storage.scratch(), stem=f"shard.{unit.number:05d}", source=unit.source, chunker=chunker,
             shard_bytes=self.options["shard_size"], compression=self.options["compression"],
@@ -208,7 +204,7 @@ class _Conversion:
 
     def _write(self, batch: _Batch) -> None:
         dropped = self.dropped[batch.split]
-        reasons = [self.filters.reason(text, id) for text, id in zip(batch.texts, batch.ids)]
+        reasons = [self.job.filters.reason(text, id) for text, id in zip(batch.texts, batch.ids)]
         dropped.update(reason for reason in reasons if reason is not None)
         keep = [reason is None for reason in reasons]
         texts, ids, sizes = (list(itertools.compress(values, keep)) for values in batch[1:])

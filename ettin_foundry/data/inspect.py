@@ -1,7 +1,7 @@
 """Finds a dataset that a user named and says what is in it: counts by source, lengths, decoded samples.
 
-A location is a folder or URL of a dataset, of one split, or of a mixture; a remote one is read through a
-temporary folder. Counts come from small files alone; only samples open shards. Nothing is written there.
+A location is a folder or URL of a dataset, of one split, or of a mixture; a remote one is read through a temporary
+folder. Counts come from small files alone; only samples open shards. Nothing is written there.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ettin_foundry.data.manifest import INDEX, MANIFEST, expand, map_file
+from ettin_foundry.data import INDEX, MANIFEST
+from ettin_foundry.data.manifest import expand, map_file
 from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
-from ettin_foundry.data.quantities import quantiles
+from ettin_foundry.data.quantities import length_cells
 from ettin_foundry.data.shards import MDSSplit, parse_shard, read_columns
 from ettin_foundry.data.storage import Storage, is_url, open_storage
 
 _MAX_TOKENIZER_BYTES = 64 << 20
 _SHOWN = 400  # characters of a sample
-_HEADER = ("source", "documents", "chunks", "tokens", "share", "mean", "10%", "median", "90%", "full", "rows",
-           "fill", "bytes/token", "licence")
+_HEADER = ("source", "documents", "chunks", "tokens", "share", "mean", "10%", "median", "90%", "full", "rows", "fill",
+           "bytes/token", "licence")
 
 
 class Found(NamedTuple):
@@ -42,23 +43,18 @@ class Found(NamedTuple):
 
 
 def find_dataset(location: str | os.PathLike[str]) -> Found:
-    """The dataset at a folder or URL, or the one split of it that was named.
-
-    Raises:
-        FileNotFoundError: there is no manifest.json or index.json, here or one folder down.
-    """
-    place = os.fspath(location) if is_url(location) else os.path.abspath(open_storage(location).url)
-    storage = open_storage(place)
+    """The dataset at a folder or URL, or the one split of it that was named; FileNotFoundError where none is."""
+    storage = open_storage(location if is_url(location) else os.path.abspath(open_storage(location).url))
     files = (name.rpartition("/") for name, _ in storage.list())
     folders = {folder for folder, _, name in files if name in (MANIFEST, INDEX)}
     if "" in folders:  # the location is itself a split
         parent, _, name = storage.url.rpartition("/")
         return Found(open_storage(parent or "/"), (name,), whole=False)
-    splits = [folder for folder in folders if "/" not in folder]
+    splits = sorted((folder for folder in folders if "/" not in folder), key=lambda split: (split != "train", split))
     if not splits:
-        raise FileNotFoundError(f"{location} must be a dataset or a split, got no {MANIFEST} there or one "
-                                "folder down; convert text with ettin convert, or correct the path")
-    return Found(storage, tuple(sorted(splits, key=lambda split: (split != "train", split))), whole=True)
+        raise FileNotFoundError(f"{location} must be a dataset or a split, got no {MANIFEST} there or one folder down; "
+                                "convert text with ettin convert, or correct the path")
+    return Found(storage, tuple(splits), whole=True)
 
 
 def load_decoder(storage: Storage) -> Any | None:
@@ -68,9 +64,7 @@ def load_decoder(storage: Storage) -> Any | None:
     name = "tokenizer/tokenizer.json"
     if not storage.exists(name):
         return None
-    if (size := storage.size(name)) > _MAX_TOKENIZER_BYTES:
-        raise ValueError(f"{storage.where(name)} must have at most {_MAX_TOKENIZER_BYTES} bytes, got {size}")
-    text = storage.read_bytes(name)
+    text = storage.read_bytes(name, at_most=_MAX_TOKENIZER_BYTES)
     try:
         return Tokenizer.from_str(text.decode())
     except Exception as error:  # the library raises plain Exception
@@ -84,22 +78,16 @@ def plain(text: str, limit: int | None = None) -> str:
 
 
 class SourceStatistics(NamedTuple):
-    """One source in one split, tokens counted without BOS and EOS.
-
-    `stated` is what the manifest says of it, `share` that of the split's tokens, `rows` packed rows of
-    chunk_length + 2 tokens in an epoch (None where none are counted), `fill` the share of their places that
-    hold a token, BOS and EOS included, `lengths` (chunk_length + 1,) int64 chunks of each length.
-    """
+    """One source in one split, tokens counted without BOS and EOS."""
 
     name: str
-    stated: Mapping[str, Any]
-    shards: int
+    stated: Mapping[str, Any]  # what the manifest says of it
     chunks: int
     tokens: int
-    share: float
-    rows: int | None
-    fill: float | None
-    lengths: np.ndarray
+    share: float  # of the split's tokens
+    rows: int | None  # packed rows of chunk_length + 2 tokens in an epoch, None where none are counted
+    fill: float | None  # share of the rows' places that hold a token, BOS and EOS included
+    lengths: np.ndarray  # (chunk_length + 1,) int64 chunks of each length
 
 
 def source_statistics(data: Any) -> list[SourceStatistics]:
@@ -114,24 +102,12 @@ def source_statistics(data: Any) -> list[SourceStatistics]:
         rows = None if all_rows is None else int(all_rows[shards].sum())
         fill = (tokens + SPECIALS_PER_PIECE * chunks) / (rows * width) if rows else None
         stated = data.manifest.get("sources", {}).get(name) or {}
-        share = tokens / total
-        result.append(SourceStatistics(name, stated, len(shards), chunks, tokens, share, rows, fill, lengths))
+        result.append(SourceStatistics(name, stated, chunks, tokens, tokens / total, rows, fill, lengths))
     return sorted(result, key=lambda source: -source.tokens)
 
 
-class Sample(NamedTuple):
-    """One chunk; `text` is None without a tokenizer."""
-
-    source: str
-    doc: str
-    part: int
-    last: bool
-    tokens: np.ndarray
-    text: str | None
-
-
-def draw_samples(data: Any, decoder: Any | None, *, per_source: int, seed: int = 0) -> list[Sample]:
-    """Chunks drawn from each source of an open split: each is equally probable, none comes twice."""
+def draw_samples(data: Any, *, per_source: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Chunks, as `data.sample` gives them, drawn from each source: each is equally probable, none comes twice."""
     names, samples = np.array(data.sources), []
     for number, name in enumerate(sorted(set(data.sources))):
         shards = np.flatnonzero(names == name)
@@ -140,14 +116,11 @@ def draw_samples(data: Any, decoder: Any | None, *, per_source: int, seed: int =
         drawn = rng.choice(int(ends[-1]), size=min(per_source, int(ends[-1])), replace=False)
         for place in sorted(drawn.tolist()):
             at = int(np.searchsorted(ends, place, side="right"))
-            found = _read_sample(data, int(shards[at]), place - int(ends[at - 1] if at else 0))
-            tokens = found["tokens"]
-            text = decoder.decode(tokens.tolist(), skip_special_tokens=False) if decoder else None
-            samples.append(Sample(name, found["doc"], found["part"], bool(found["last"]), tokens, text))
+            samples.append({**_sample(data, int(shards[at]), place - int(ends[at - 1] if at else 0)), "source": name})
     return samples
 
 
-def _read_sample(data: Any, shard: int, index: int) -> dict[str, Any]:
+def _sample(data: Any, shard: int, index: int) -> dict[str, Any]:
     """As `data.sample`; a compressed shard that lies here is expanded in memory: looking leaves no file."""
     entry = data.manifest["shards"][shard] if isinstance(data, MDSSplit) else {"zip": None}
     if entry["zip"] is None or not (path := data.local / entry["zip"]["basename"]).is_file():
@@ -168,35 +141,32 @@ def show_lines(location: str | os.PathLike[str], *, samples: int = 1, seed: int 
         for split in found.splits:
             data = found.open(split, Path(scratch))
             yield from _split_lines(split, data)
-            for sample in draw_samples(data, decoder, per_source=samples, seed=seed):
-                yield (f"  [{plain(sample.source)}] {plain(sample.doc, 100)}, part {sample.part}, "
-                       f"{len(sample.tokens):,} tokens" + ", ends its document" * sample.last)
-                yield "    " + (plain(sample.text, _SHOWN) if sample.text is not None else
-                                f"no tokenizer/ beside the dataset; ids {sample.tokens[:32].tolist()}")
+            for sample in draw_samples(data, per_source=samples, seed=seed):
+                tokens, end = sample["tokens"].tolist(), ", ends its document" if sample["last"] else ""
+                yield (f"  [{plain(sample['source'])}] {plain(sample['doc'], 100)}, part {sample['part']}, "
+                       f"{len(tokens):,} tokens{end}")
+                yield "    " + (plain(decoder.decode(tokens, skip_special_tokens=False), _SHOWN) if decoder else
+                                f"no tokenizer/ beside the dataset; ids {tokens[:32]}")
             yield ""
 
 
 def _split_lines(split: str, data: Any) -> Iterator[str]:
-    tokenizer, sources = data.tokenizer, source_statistics(data)
+    def cell(value: Any, form: str = ",") -> str:
+        return "?" if value is None else format(value, form)
+
     yield (f"{plain(split)}: {int(data.samples.sum()):,} chunks of at most {data.chunk_length:,} tokens, "
            f"{int(data.tokens.sum()):,} tokens, {data.num_shards:,} shards; tokenizer "
-           f"{plain(str(tokenizer.get('name', 'unnamed')))} ({tokenizer['vocab_size']:,} entries)")
-    rows = [_HEADER]
-    for s in sources:
+           f"{plain(str(data.tokenizer.get('name', 'unnamed')))} ({data.tokenizer['vocab_size']:,} entries)")
+    rows, dropped = [_HEADER], []
+    for s in source_statistics(data):
         per_token = (s.stated.get("bytes") or 0) / max(1, s.tokens)
-        rows.append((
-            plain(s.name), _cell(s.stated.get("documents"), ","), f"{s.chunks:,}", f"{s.tokens:,}",
-            f"{s.share:.1%}", f"{s.tokens / max(1, s.chunks):,.1f}", *map(str, quantiles(s.lengths)),
-            f"{s.lengths[-1] / max(1, s.chunks):.1%}", _cell(s.rows, ","), _cell(s.fill, ".1%"),
-            _cell(per_token or None, ".2f"), plain(s.stated.get("licence") or "unknown")))
+        rows.append((plain(s.name), cell(s.stated.get("documents")), cell(s.chunks), cell(s.tokens), f"{s.share:.1%}",
+                     *length_cells(s.lengths), cell(s.rows), cell(s.fill, ".1%"), cell(per_token or None, ".2f"),
+                     plain(s.stated.get("licence") or "unknown")))
+        if reasons := [f"{number:,} {plain(why)}" for why, number in (s.stated.get("dropped") or {}).items()]:
+            dropped.append(f"  {plain(s.name)}: dropped {', '.join(reasons)}")
     widths = [max(map(len, column)) for column in zip(*rows)]
     for first, *middle, last in rows:
-        cells = [cell.rjust(width) for cell, width in zip(middle, widths[1:])]
+        cells = [text.rjust(width) for text, width in zip(middle, widths[1:])]
         yield "  " + "  ".join([first.ljust(widths[0]), *cells, last]).rstrip()
-    for s in sources:
-        if dropped := [f"{number:,} {plain(why)}" for why, number in (s.stated.get("dropped") or {}).items()]:
-            yield f"  {plain(s.name)}: dropped {', '.join(dropped)}"
-
-
-def _cell(value: Any, form: str) -> str:
-    return "?" if value is None else format(value, form)
+    yield from dropped

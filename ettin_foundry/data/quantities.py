@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["format_bytes", "format_count", "format_duration", "parse_bytes", "quantiles"]
+__all__ = ["format_bytes", "format_count", "format_duration", "length_cells", "parse_bytes", "quantiles"]
 
 _UNITS = {"": 1, "b": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40}
 _SIZE = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kmgt]?b)?", re.IGNORECASE)
@@ -61,3 +61,10 @@ def quantiles(histogram: np.ndarray, shares: Sequence[float] = (0.1, 0.5, 0.9)) 
     """
     below = np.cumsum(histogram)
     return tuple(int(np.searchsorted(below, share * int(histogram.sum()))) for share in shares)
+
+
+def length_cells(histogram: np.ndarray) -> tuple[str, ...]:
+    """Mean, 10%, median, 90% and share of the full length, as texts, of (L + 1,) counts of chunks by length."""
+    total = max(1, int(histogram.sum()))
+    mean = int(histogram @ np.arange(len(histogram))) / total
+    return f"{mean:,.1f}", *(f"{value:,}" for value in quantiles(histogram)), f"{int(histogram[-1]) / total:.1%}"

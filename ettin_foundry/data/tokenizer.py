@@ -1,8 +1,8 @@
 """The tokenizer: load, train, fingerprint, check, and the two templates (encoder, decoder) of one vocabulary.
 
-Ettin uses OLMo's byte-level BPE with [UNK] [CLS] [SEP] [PAD] [MASK] after the ordinary entries; BOS is [CLS], EOS
-is [SEP]. Both members of a pair share the vocabulary and differ only in the template put around a text. Datasets
-carry a fingerprint of the tokenizer, so that training with another one is an error and not a bad model.
+Ettin uses OLMo's byte-level BPE with [UNK] [CLS] [SEP] [PAD] [MASK] after the ordinary entries; BOS is [CLS], EOS is
+[SEP]. Both members of a pair share the vocabulary and differ only in the template put around a text. Datasets carry a
+fingerprint of the tokenizer, so that training with another one is an error and not a bad model.
 """
 
 from __future__ import annotations
@@ -20,11 +20,7 @@ import numpy as np
 if TYPE_CHECKING:  # importing transformers takes seconds, which readers of a manifest need not wait for
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["MAX_VOCAB_SIZE", "check", "fingerprint", "forbidden_ids", "load", "save", "special_ids",
-           "train_bpe", "vocab_size", "with_template"]
-
-MAX_VOCAB_SIZE = 65_535
-"""Tokens are stored as uint16."""
+MAX_VOCAB_SIZE = 65_535  # tokens are stored as uint16
 
 _SPECIALS = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
 
@@ -64,11 +60,11 @@ def load(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     except Exception as error:  # the hub client raises many kinds, also for a malformed tokenizer.json
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         kind = ValueError if folder else FileNotFoundError
-        raise kind(f"tokenizer {name} must be a folder of a fast tokenizer, or a Hugging Face id that can be "
-                   f"loaded here, got one that cannot be read ({reason})") from error
+        raise kind(f"tokenizer {name} must be a folder of a fast tokenizer, or a Hugging Face id that can be loaded here, "
+                   f"got one that cannot be read ({reason})") from error
     if not isinstance(tok, PreTrainedTokenizerFast):
-        raise ValueError(f"tokenizer {name} must be a fast one (with tokenizer.json), got a "
-                         f"{type(tok).__name__}; convert it with transformers")
+        raise ValueError(f"tokenizer {name} must be a fast one, with tokenizer.json, got a {type(tok).__name__}; convert "
+                         "it with transformers")
     tok.bos_token, tok.eos_token = tok.bos_token or tok.cls_token, tok.eos_token or tok.sep_token
     special_ids(tok)
     return tok
@@ -77,22 +73,21 @@ def load(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
 def special_ids(tok: PreTrainedTokenizerFast) -> dict[str, int | None]:
     """Ids of unk, cls (also BOS), sep (also EOS), pad and mask; only unk may be None."""
     if vocab_size(tok) > MAX_VOCAB_SIZE:
-        raise ValueError(f"tokenizer {_name(tok)} must have at most {MAX_VOCAB_SIZE} entries, as tokens are "
-                         f"stored as uint16, got {vocab_size(tok)}")
-    found: dict[str, Any] = {"unk": tok.unk_token_id, "cls": tok.cls_token_id, "sep": tok.sep_token_id,
-                             "pad": tok.pad_token_id, "mask": tok.mask_token_id}
-    needed = [found[key] for key in ("cls", "sep", "pad", "mask")]
-    if None in needed or len(set(needed)) < len(needed):
-        raise ValueError(f"tokenizer {_name(tok)} must have different cls, sep, pad and mask tokens, got "
-                         f"{found}; add them and save it again, or train one with --train-tokenizer")
-    return {key: None if value is None else int(value) for key, value in found.items()}
+        raise ValueError(f"tokenizer {_name(tok)} must have at most {MAX_VOCAB_SIZE} entries, as tokens are stored as "
+                         f"uint16, got {vocab_size(tok)}")
+    found: dict[str, Any] = {key: getattr(tok, f"{key}_token_id") for key in _SPECIALS}
+    needed = {value for key, value in found.items() if key != "unk"}
+    if None in needed or len(needed) < 4:
+        raise ValueError(f"tokenizer {_name(tok)} must have different cls, sep, pad and mask tokens, got {found}; add them "
+                         "and save it again, or train one with --train-tokenizer")
+    return found
 
 
 def forbidden_ids(tok: PreTrainedTokenizerFast) -> set[int]:
     """Ids that ordinary text must never give: the special tokens, and every added token marked special."""
     added = tok.backend_tokenizer.get_added_tokens_decoder()
-    return {value for value in special_ids(tok).values() if value is not None} \
-        | {number for number, token in added.items() if token.special}
+    special = {*special_ids(tok).values(), *(number for number, token in added.items() if token.special)}
+    return {number for number in special if number is not None}
 
 
 def vocab_size(tok: PreTrainedTokenizerFast) -> int:
@@ -103,71 +98,59 @@ def vocab_size(tok: PreTrainedTokenizerFast) -> int:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE of Ettin's kind: NFC, no prefix space, the special tokens as the last five ids.
 
-    Args:
-        texts: the training text; read once, streamed.
-        vocab_size: entries in total, special tokens included; ValueError where the text gives fewer.
+    `texts` are read once. `vocab_size` counts the special tokens too; ValueError where the text gives fewer entries.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     smallest = 256 + len(_SPECIALS)
     if not smallest <= vocab_size <= MAX_VOCAB_SIZE:
-        raise ValueError(f"--train-tokenizer must be {smallest} (every byte and the special tokens) to "
-                         f"{MAX_VOCAB_SIZE} entries, got {vocab_size}; the demo uses 8192")
+        raise ValueError(f"--train-tokenizer must be {smallest} (every byte and the special tokens) to {MAX_VOCAB_SIZE} "
+                         f"entries, got {vocab_size}; the demo uses 8192")
     backend: Any = Tokenizer(models.BPE())  # Any: the stubs of tokenizers 0.21 lack setters and keywords
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     make_trainer: Any = trainers.BpeTrainer
-    trainer = make_trainer(vocab_size=vocab_size - len(_SPECIALS), show_progress=False,
-                           initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    backend.train_from_iterator(texts, trainer=trainer)
-    found = backend.get_vocab_size() + len(_SPECIALS)
-    if found != vocab_size:
-        raise ValueError(f"--train-tokenizer must be at most the {found} entries that the corpus gives, got "
-                         f"{vocab_size}; give more text, or ask for fewer")
+    backend.train_from_iterator(texts, trainer=make_trainer(
+        vocab_size=vocab_size - len(_SPECIALS), show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    if (found := backend.get_vocab_size() + len(_SPECIALS)) != vocab_size:
+        raise ValueError(f"--train-tokenizer must be at most the {found} entries that the corpus gives, got {vocab_size}")
     # added after training: the trainer would put them first, Ettin has them last
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False, lstrip=key == "mask")
                                 for key, token in _SPECIALS.items()])
+    names: dict[str, Any] = {f"{key}_token": token for key, token in _SPECIALS.items()}
+    names["mask_token"] = AddedToken("[MASK]", special=True, normalized=False, lstrip=True)
     tok = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="[CLS]", eos_token="[SEP]", unk_token="[UNK]", cls_token="[CLS]",
-        sep_token="[SEP]", pad_token="[PAD]",
-        mask_token=AddedToken("[MASK]", special=True, normalized=False, lstrip=True),
-        clean_up_tokenization_spaces=False, name_or_path="trained",
-        model_input_names=["input_ids", "attention_mask"])
+        tokenizer_object=backend, bos_token="[CLS]", eos_token="[SEP]", **names, clean_up_tokenization_spaces=False,
+        name_or_path="trained", model_input_names=["input_ids", "attention_mask"])
     return with_template(tok, "encoder")
 
 
 def with_template(tok: PreTrainedTokenizerFast, kind: str) -> PreTrainedTokenizerFast:
-    """A copy that puts the template of an encoder or of a decoder around a text.
+    """A copy that puts the template of an "encoder" or of a "decoder" around a text.
 
     encoder: [CLS] A [SEP], pairs [CLS] A [SEP] B [SEP], padding on the right.
-    decoder: [CLS] A: BOS always, EOS never, since a prompt must not say that it is over; padding on the left,
-    so that generation continues every prompt of a batch at its end.
+    decoder: [CLS] A: BOS always, EOS never, since a prompt must not say that it is over; padding on the left, so that
+    generation continues every prompt of a batch at its end.
     """
     from tokenizers.processors import TemplateProcessing
 
-    if kind not in ("encoder", "decoder"):
-        raise ValueError(f"template must be 'encoder' or 'decoder', got {kind!r}")
     result = copy.deepcopy(tok)
     cls, sep, ids = str(tok.cls_token), str(tok.sep_token), special_ids(tok)
-    single, pair = (f"{cls} $A {sep}", f"{cls} $A {sep} $B:1 {sep}:1") if kind == "encoder" else \
-        (f"{cls} $A", f"{cls} $A $B:1")
+    single, pair, side = (f"{cls} $A {sep}", f"{cls} $A {sep} $B:1 {sep}:1", "right") if kind == "encoder" else \
+        (f"{cls} $A", f"{cls} $A $B:1", "left")
     backend: Any = result.backend_tokenizer
-    backend.post_processor = TemplateProcessing(
-        single=single, pair=pair, special_tokens=[(cls, ids["cls"]), (sep, ids["sep"])])
-    result.padding_side = "right" if kind == "encoder" else "left"
+    backend.post_processor = TemplateProcessing(single=single, pair=pair,
+                                                special_tokens=[(cls, ids["cls"]), (sep, ids["sep"])])
+    result.padding_side = side
     # save_pretrained writes only what the constructor was given, so what was changed is put there too
-    result.init_kwargs.update(padding_side=result.padding_side, bos_token=tok.bos_token or cls,
-                              eos_token=tok.eos_token or sep)
+    result.init_kwargs.update(padding_side=side, bos_token=tok.bos_token or cls, eos_token=tok.eos_token or sep)
     return result
 
 
 def save(tok: PreTrainedTokenizerFast, folder: str | os.PathLike[str]) -> None:
-    """`save_pretrained`, with the class name that every version of transformers reads as this tokenizer.
-
-    transformers 4.51 writes the name of the slow class, which holds no vocabulary, for every fast tokenizer.
-    """
+    """`save_pretrained`, naming the fast class: transformers 4.51 names the slow one, which holds no vocabulary."""
     tok.save_pretrained(folder)
     path = Path(folder) / "tokenizer_config.json"
     config = {**json.loads(path.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
@@ -200,8 +183,7 @@ def check(tok: PreTrainedTokenizerFast, manifest_block: dict[str, Any]) -> None:
     for key in ("vocab_size", "special_ids", "vocab_sha256", "probe_sha256"):
         if mine[key] != manifest_block.get(key):
             raise ValueError(f"tokenizer must be the dataset's, {manifest_block.get('name')!r} with {key} "
-                             f"{manifest_block.get(key)}, got {mine['name']} with {mine[key]}; use the "
-                             "dataset's own tokenizer folder, or convert the corpus again")
+                             f"{manifest_block.get(key)}, got {mine['name']} with {mine[key]}; use the dataset's folder")
 
 
 def _name(tok: PreTrainedTokenizerFast) -> str:

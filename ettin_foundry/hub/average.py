@@ -1,7 +1,7 @@
 """Files of weights alone: the mean of several checkpoints, or imported weights, in the layout that the host loads.
 
-A mean is exact: products and sums are in float64, and the mean is rounded once, to fp32. One checkpoint after the other
-is read, so the memory is three times the weights in fp32 whatever their number. Optimizer states are not read.
+A mean is exact: products and sums are in float64, and the mean is rounded once, to fp32. The files are mapped and summed
+tensor by tensor, so memory holds the mean and one tensor in float64, whatever their number.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.weights import check_tensor, tensor_table, weights_checkpoint
 from ettin_foundry.training import checkpoints
 
-__all__ = ["average_checkpoints", "check_weights_file", "last_checkpoints", "save_weights"]
-
 
 def check_weights_file(out: str | Path, overwrite: bool) -> None:
-    """Refuses a name that the host would not load (not .pt), or that is in use without `overwrite`."""
+    """Refuses a name that is not .pt, or that is in use without `overwrite`."""
     if Path(out).suffix != ".pt":
-        raise ValueError(f"{out}: the name of the file to write must end in .pt, as the host expects of checkpoints")
+        raise ValueError(f"{out}: the name of the file to write must end in .pt")
     if Path(out).exists() and not overwrite:
         raise ValueError(f"{out}: exists; give another name, or pass --overwrite to replace it")
 
@@ -52,11 +50,8 @@ def average_checkpoints(sources: Sequence[str | Path], out: str | Path, *, weigh
                         overwrite: bool = False) -> tuple[EttinConfig, str]:
     """Writes the weighted mean of checkpoints of one kind, with a lineage that names each; returns (config, objective).
 
-    The file exports, and starts a phase (`callbacks.ettin_phase` with `keep: weights`) or a crossing. It is of the
-    newest source's tokens and phase.
-
     Args:
-        sources: as for `checkpoints.load_model_state`. out: the .pt file to write.
+        sources: as for `checkpoints.load_model_state`; tokens and phase of the mean are the newest's. out: a .pt file.
         weights: one above 0 for each source; they need not sum to 1. By default all are equal.
     """
     check_weights_file(out, overwrite)
@@ -90,30 +85,27 @@ def _check_sources(heads: Sequence[checkpoints.Head], weights: Sequence[float] |
         run = tuple(head.record.get(key) for key in ("run_hash", "run_name", "batch"))
         for key in (head.path.resolve(), head.path.resolve() if None in run else run):
             if seen.setdefault(key, head.path) is not head.path:
-                raise ValueError(f"{head.path}: the same checkpoint as {seen[key]}; name it once, with a larger weight "
-                                 "(--weights) if that is meant")
+                raise ValueError(f"{head.path}: the same checkpoint as {seen[key]}; name it once, and set --weights")
         tokenizer = head.record["tokenizer_fingerprint"] if has_fingerprints else {"": head.record.get("tokenizer")}
         kinds.append({"objective": head.record.get("objective"), **head.record["config"],
                       **{f"tokenizer {name}": value for name, value in tokenizer.items()}})
         for name in {**kinds[0], **kinds[-1]}:
             if (was := kinds[0].get(name)) != (now := kinds[-1].get(name)):
-                raise ValueError(f"{name}: must be the same in all, got {was!r} in {heads[0].path} and {now!r} in "
-                                 f"{head.path}")
+                raise ValueError(f"{name}: must be the same in all, got {was!r} in {heads[0].path}, {now!r} in {head.path}")
     if weights is None:
         return [1 / len(heads)] * len(heads)
     if len(weights) != len(heads) or not all(math.isfinite(w) and w > 0 for w in weights):
-        raise ValueError(f"--weights must be {len(heads)} numbers above 0, one for each checkpoint, got "
-                         f"{', '.join(map(str, weights))}")
+        raise ValueError(f"--weights must be {len(heads)} numbers above 0, got {', '.join(map(str, weights))}")
     return [weight / math.fsum(weights) for weight in weights]
 
 
 def _mean(heads: Sequence[checkpoints.Head], shares: Sequence[float], config: EttinConfig) -> dict[str, torch.Tensor]:
     """fp32, on the CPU. Equal shares are added up and divided once, which is exact to the last rounding but one."""
-    rows, equal = tensor_table(config), len(set(shares)) == 1
-    sums = {row.name: torch.zeros(row.shape, dtype=torch.float64) for row in rows}
-    for head, share in zip(heads, shares):
-        state, _ = checkpoints.load_model_state(head.path)
-        for row in rows:
+    states, equal, out = [checkpoints.load_model_state(head.path)[0] for head in heads], len(set(shares)) == 1, {}
+    for row in tensor_table(config):
+        total = torch.zeros(row.shape, dtype=torch.float64)
+        for head, share, state in zip(heads, shares, states):
             check_tensor(f"{head.path}: {row.name}", state[row.name], row.shape)
-            sums[row.name].add_(state[row.name], alpha=1.0 if equal else share)
-    return {row.name: (sums.pop(row.name) / (len(heads) if equal else 1)).float() for row in rows}
+            total.add_(state[row.name], alpha=1.0 if equal else share)
+        out[row.name] = total.div_(len(heads) if equal else 1).float()
+    return out

@@ -1,7 +1,4 @@
-"""The model card of an exported folder: README.md with the metadata that the Hugging Face Hub reads.
-
-Written from the config and from facts of the run: what is not known is not said. Its code block is run by the tests.
-"""
+"""The model card of an exported folder: README.md, with the Hub's metadata and code that the tests run."""
 
 from __future__ import annotations
 
@@ -14,22 +11,13 @@ from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.hf_config import export_notes
 from ettin_foundry.version import __version__
 
-__all__ = ["FACTS", "MNTP_NOTE", "card"]
+FACTS = ("phase", "tokens", "checkpoint", "objective_schedule", "license", "lineage")
+"""What `card` can be told, all optional: the last phase; real tokens of all phases; a mapping with run_name, phase, batch
+and run_hash; the objectives as text, where they change or are mixed; the licence as the Hub spells it; a list of mappings,
+oldest first: where the weights come from, or (merged_from) what they are the mean of."""
 
-FACTS = {
-    "phase": "pretrain, extend, decay or cross",
-    "tokens": "real tokens trained on, all phases together",
-    "checkpoint": "mapping with run_name, phase, batch and run_hash: which checkpoint this was",
-    "objective_schedule": "text: the objectives in the course of training, where they change or are mixed",
-    "license": "identifier of the weights' licence, as the Hub spells it",
-    "lineage": "list of mappings, oldest first: where the weights come from; an entry with merged_from lists what they are "
-               "the mean of",
-}
-"""What `card` can be told, all optional."""
-
-MNTP_NOTE = ("this encoder was trained with mntp (masked next-token prediction): a masked token is predicted at the "
-             "position BEFORE the mask, so the usual fill-mask pipeline, which reads the mask's own position, looks broken. "
-             "Shift by one, as the model card shows, or finish with a little plain mlm training. Embeddings are unaffected")
+MNTP_NOTE = ("this encoder was trained with mntp: a masked token is predicted at the position BEFORE the mask, so the usual "
+             "fill-mask pipeline looks broken. Shift by one, as the model card shows. Embeddings are unaffected")
 
 _TRAINED_BY = {
     "mlm": "masked language modelling (mlm): of the chosen tokens 80% become the mask, 10% a random token, 10% stay",
@@ -63,14 +51,10 @@ Needs transformers {transformers} or newer, and no remote code.
 ## Citation
 
 ```bibtex
-@inproceedings{{weller2026ettin,
-  title     = {{Seq vs Seq: An Open Suite of Paired Encoders and Decoders}},
-  author    = {{Weller, Orion and Ricci, Kathryn and Marone, Marc and Chaffin, Antoine and Lawrie, Dawn
-               and Van Durme, Benjamin}},
-  booktitle = {{International Conference on Learning Representations}},
-  year      = {{2026}},
-  note      = {{arXiv:2507.11412}}
-}}
+@inproceedings{{weller2026ettin, title = {{Seq vs Seq: An Open Suite of Paired Encoders and Decoders}},
+  author = {{Weller, Orion and Ricci, Kathryn and Marone, Marc and Chaffin, Antoine and Lawrie, Dawn and
+    Van Durme, Benjamin}},
+  booktitle = {{International Conference on Learning Representations}}, year = {{2026}}, note = {{arXiv:2507.11412}} }}
 ```
 '''
 
@@ -102,7 +86,7 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 
 def card(config: EttinConfig, *, objective: str, name: str, facts: Mapping[str, Any] | None = None,
          mask_token: str = "[MASK]") -> str:
-    """The text of README.md, titled `name`; of the `facts` (see `FACTS`), missing ones leave their line out."""
+    """The text of README.md, titled `name`; `facts` that are not given leave their line out."""
     facts = {key: value for key, value in (facts or {}).items() if value not in (None, [], {}, "")}
     if unknown := sorted(set(facts) - set(FACTS)):
         raise ValueError(f"facts must be of {', '.join(FACTS)}, got {', '.join(unknown)}")
@@ -114,14 +98,14 @@ def card(config: EttinConfig, *, objective: str, name: str, facts: Mapping[str, 
         f"Inputs longer than {config.max_position_embeddings:,} tokens were not seen in training.",
         "No evaluation, no contamination check and no measurement of bias came with this export.",
         *export_notes(config),
-        *(["For sequence classification transformers draws a fresh head for decoders, and keeps the trained one for "
-           "encoders; a comparison of fine-tuned pairs should say so."] if config.causal else [])]
+        *["For sequence classification transformers draws a fresh head for decoders, and keeps the trained one for encoders."
+          ][:config.causal]]
     return _CARD.format(
         metadata=ModelCardData(license=facts.get("license", "unknown"), library_name="transformers",
                                pipeline_tag="text-generation" if config.causal else "fill-mask",
                                tags=["ettin", "modernbert", kind]),
         name=name, kind=kind, size=f"{config.size} " if config.size else "", parameters=config.num_parameters,
-        attention=("causal attention and next tokens" if config.causal else "bidirectional attention and masked tokens"),
+        attention="causal attention and next tokens" if config.causal else "bidirectional attention and masked tokens",
         version=__version__, note=f"\n> **Mind the position:** {MNTP_NOTE}.\n" if shift else "",
         transformers="4.48" if not config.causal else "4.56" if one_base else "5.0",
         code=_LOAD_DECODER if config.causal else _LOAD_ENCODER.format(mask_token=mask_token, shift=shift),
@@ -129,8 +113,6 @@ def card(config: EttinConfig, *, objective: str, name: str, facts: Mapping[str, 
 
 
 def _training_table(config: EttinConfig, objective: str, facts: Mapping[str, Any]) -> str:
-    """What the model is and how it was trained."""
-    local_layers = config.layer_types.count("sliding_attention")
     left, right = config.local_window
     lineage, checkpoint = facts.get("lineage", ()), facts.get("checkpoint")
     rows = {
@@ -141,8 +123,8 @@ def _training_table(config: EttinConfig, objective: str, facts: Mapping[str, Any
         "context": f"{config.max_position_embeddings:,} tokens",
         "shape": f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads, "
                  f"vocabulary {config.vocab_size:,}",
-        "local layers": f"{local_layers} of {config.num_hidden_layers}; each token sees {left} tokens back"
-                        + (f" and {right} ahead" if right else ""),
+        "local layers": f"{config.layer_types.count('sliding_attention')} of {config.num_hidden_layers}; each token sees "
+                        f"{left} tokens back and {right} ahead",
         "rotary base": f"{config.global_rope_theta:,.0f} in global layers, {config.local_rope_theta:,.0f} in local ones",
         "dropout": f"{config.attn_out_dropout:g} on the output of attention, in training only",
         "checkpoint": checkpoint and f"batch {checkpoint['batch']:,} of {checkpoint['run_name']}, whose resolved config has "

@@ -11,14 +11,11 @@ from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from ettin_foundry.hub.folder import export_model
+from ettin_foundry.hub.folder import export_model, revision_name
 from ettin_foundry.hub.load import facts_of
-from ettin_foundry.hub.revisions import revision_name
 from ettin_foundry.training.callbacks import interval_passed
 from ettin_foundry.training.checkpoints import decode_record
 from ettin_foundry.training.clock import Clock
-
-__all__ = ["ExportHF"]
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +23,10 @@ log = logging.getLogger(__name__)
 class ExportHF(Callback):
     """Writes Hugging Face folders of the trained weights at an interval and at the end of training.
 
-    They are named as `ettin export --every` names them (`revisions.revision_name`). A run whose weights are drawn, not
-    loaded, writes step0 before its first step.
+    They are named as `ettin export --every` names them. A run whose weights are drawn writes step0 before its first step.
 
     Args:
-        interval: a time in ba, tok or sp.
-        folder: a local folder; `{run_name}` is filled in.
+        interval: a time in ba, tok or sp. folder: a local folder; `{run_name}` is filled in.
     """
 
     def __init__(self, interval: str, folder: str):
@@ -57,6 +52,9 @@ class ExportHF(Callback):
         if state.timestamp.batch.value != self._last_batch:
             self._write(state)
 
+    def _record(self, state: State) -> dict[str, Any]:
+        return next((decode_record(c.state_dict()) for c in state.callbacks if isinstance(c, Clock)), {})
+
     def _write(self, state: State) -> None:
         """Every rank gathers, rank 0 writes; what fails there is raised on every rank, so that none waits for it."""
         failed: list[Exception | None] = [None]
@@ -64,21 +62,14 @@ class ExportHF(Callback):
         weights = get_model_state_dict(state.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if dist.get_global_rank() == 0:
             try:
-                self._export(state, weights)
+                record = self._record(state)
+                name = "step0" if self._last_batch == 0 else revision_name(record.get("phase"), self._last_batch)
+                folder = Path(format_name_with_dist(self.folder, state.run_name)) / name
+                export_model(weights, self._model.config, self._model.tokenizer, folder, objective=self._model.objective,
+                             facts=facts_of(record) if record else {"tokens": state.timestamp.token.value}, overwrite=True)
+                log.info("wrote %s", folder)
             except Exception as error:
                 failed = [error]
         dist.broadcast_object_list(failed)
         if failed[0] is not None:
             raise failed[0]
-
-    def _record(self, state: State) -> dict[str, Any]:
-        return next((decode_record(c.state_dict()) for c in state.callbacks if isinstance(c, Clock)), {})
-
-    def _export(self, state: State, weights: dict[str, Any]) -> None:
-        record = self._record(state)
-        name = "step0" if self._last_batch == 0 else revision_name(record.get("phase"), self._last_batch)
-        folder = Path(format_name_with_dist(self.folder, state.run_name)) / name
-        facts = facts_of(record) if record else {"tokens": state.timestamp.token.value}
-        export_model(weights, self._model.config, self._model.tokenizer, folder, objective=self._model.objective,
-                     facts=facts, overwrite=True)
-        log.info("wrote %s", folder)

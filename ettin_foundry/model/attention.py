@@ -1,13 +1,9 @@
 """Attention over a flat stream of documents: one signature, a flash path and a reference path.
 
-A microbatch is one stream of N tokens; `Documents` says where documents begin. Attention never crosses a document's
-border. Windows are flash-attn's: (left, right), both ends included, -1 for no limit; causal attention is right == 0.
-Encoders use (-1, -1) and (64, 64), decoders (-1, 0) and (63, 0).
-
-The reference path defines the meaning: SDPA, on any device and dtype. The flash path is flash-attn 3 or 2 if
-installed, else torch's `varlen_attn` (torch >= 2.11). `select_backend` chooses once.
-
-Shapes: N tokens, D documents, H heads, K head dimension, W block width.
+Attention never crosses a document's border. Windows are flash-attn's: (left, right), both ends included, -1 for no limit;
+causal is right == 0. The reference path, SDPA on any device and dtype, defines the meaning. The flash path is flash-attn 3
+or 2 if installed, else torch's `varlen_attn` (torch >= 2.11). Shapes: N tokens, D documents, H heads, K head dimension,
+W block width.
 """
 
 from __future__ import annotations
@@ -21,16 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Backend", "Documents", "attention", "describe_backend", "select_backend"]
-
 
 class Documents:
     """Where documents lie in a flat stream of N tokens.
 
     Args:
-        cu_seqlens: (D + 1,) int32, offsets of documents, first 0 and last N.
+        cu_seqlens: (D + 1,) int32 offsets of documents. position_ids: (N,) int64, place of each token in its own document.
         max_seqlen: length of the longest document, a Python int (reading it from the device would stall the step).
-        position_ids: (N,) int64, place of each token in its own document.
     """
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, position_ids: Tensor) -> None:
@@ -44,27 +37,24 @@ class Documents:
 
 
 class Backend(NamedTuple):
-    name: str
-    """`flash_attn_3`, `flash_attn_2`, `varlen_attn` or `reference`."""
+    name: str  # flash_attn_3, flash_attn_2, varlen_attn or reference
     reason: str
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window_size: tuple[int, int],
               backend: str = "reference") -> Tensor:
-    """Softmax attention inside each document, scale K ** -0.5.
+    """(N, H, K) softmax attention inside each document, scale K ** -0.5.
 
     Args:
-        q, k, v: (N, H, K), same dtype, which is that of the result; bf16 or fp16 for the flash backends.
+        q, k, v: (N, H, K), of one dtype; bf16 or fp16 for the flash backends.
         window_size: (left, right) tokens a query sees to each side, itself not counted; -1 is unlimited.
         backend: a `Backend.name`.
     """
     if q.shape[0] == 0:  # flash kernels refuse it; returned as it is, so that every rank has gradients to reduce
         return q
     if backend == "reference":
-        path = _reference_global if window_size[0] < 0 else _reference_local
-        return path(q, k, v, documents, window_size)
-    cu_seqlens, max_seqlen = documents.cu_seqlens, documents.max_seqlen
-    borders = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        return (_reference_global if window_size[0] < 0 else _reference_local)(q, k, v, documents, window_size)
+    borders = (documents.cu_seqlens, documents.cu_seqlens, documents.max_seqlen, documents.max_seqlen)
     if backend == "varlen_attn":
         from torch.nn.attention.varlen import varlen_attn  # type: ignore
 
@@ -132,8 +122,8 @@ def _local_mask(documents: Documents, window_size: tuple[int, int], num_tokens: 
     padded = F.pad(start, (sides[0] * width, blocks * width - num_tokens + sides[1] * width), value=-1)
     key_start = padded.unfold(0, span, width)                                       # (blocks, span)
     query_start = padded[sides[0] * width:][:blocks * width].view(blocks, width)
-    distance = (torch.arange(span, device=device)
-                - torch.arange(width, device=device)[:, None] - sides[0] * width)   # key place - query place
+    # key place - query place
+    distance = torch.arange(span, device=device) - torch.arange(width, device=device)[:, None] - sides[0] * width
     near = (distance >= -window_size[0]) & (distance <= window_size[1])
     visible = (key_start[:, None, :] == query_start[:, :, None]) & near
     return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))[:, None]
@@ -155,11 +145,7 @@ def _flash_candidates() -> tuple[Backend, ...]:
 
 
 def select_backend(wish: str, device_type: str, dtype: torch.dtype) -> Backend:
-    """The attention implementation for tensors of this device and dtype.
-
-    Args:
-        wish: `auto`, `flash` (any flash implementation; an error where there is none) or `reference`.
-    """
+    """The attention implementation for this device and dtype; `flash` is any flash kernel, an error where there is none."""
     if wish not in ("auto", "flash", "reference"):
         raise ValueError(f"model.attn_impl must be auto, flash or reference, got {wish!r}")
     if wish == "reference":
@@ -177,8 +163,7 @@ def select_backend(wish: str, device_type: str, dtype: torch.dtype) -> Backend:
     return Backend("reference", obstacle)
 
 
-def describe_backend(wish: str = "auto", precision: str = "amp_bf16") -> Backend:
-    """What a run on this machine will use, for the start-up report."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def describe_backend(wish: str, precision: str) -> Backend:
+    """What a run with Composer's `precision` on this machine will use."""
     dtype = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(precision, torch.float32)
-    return select_backend(wish, device, dtype)
+    return select_backend(wish, "cuda" if torch.cuda.is_available() else "cpu", dtype)

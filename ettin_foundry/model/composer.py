@@ -1,7 +1,6 @@
 """The ComposerModel that LLM-Foundry builds from `model: {name: ettin, ...}`: batch in, loss and metrics out.
 
-It branches on the Python scalars of a microbatch only, so that forward, loss and backward read nothing back from the
-device. (The host itself reads two numbers a batch: the count of targets and the loss.)
+It branches on Python scalars of a microbatch only: forward, loss and backward read nothing back from the device.
 """
 
 from __future__ import annotations
@@ -19,8 +18,6 @@ from ettin_foundry.model import sampling
 from ettin_foundry.model.attention import select_backend
 from ettin_foundry.model.config import EttinConfig, objective_names
 from ettin_foundry.model.transformer import Block, Ettin, TargetLoss, init_parameters
-
-__all__ = ["EttinModel", "TargetAccuracy", "TargetCrossEntropy", "TargetPerplexity"]
 
 
 class _TargetMetric(Metric):
@@ -44,12 +41,10 @@ class _TargetMetric(Metric):
 
 
 class TargetCrossEntropy(_TargetMetric):
-    """Mean -log p(label) over targets, in nats."""
+    """Mean -log p(label), in nats."""
 
 
 class TargetPerplexity(_TargetMetric):
-    """exp of the mean cross-entropy over targets."""
-
     def compute(self) -> Tensor:
         return super().compute().exp()
 
@@ -65,13 +60,10 @@ class EttinModel(ComposerModel):
         tokenizer: the host's tokenizer, used for samples and export and to check the vocabulary; None in tools.
         size: a name in `config.SIZES`.
         objective: `mlm` or `mntp` (encoder), `clm` (decoder), or a schedule of them (objectives/schedule.py), whose
-            last one decides what the model is. Attention is causal exactly for rows of `clm`, whatever the model is.
+            last one, kept as `.objective`, decides what the model is. Rows of `clm` are causal whatever the model is.
         max_seq_len: longest document in tokens; becomes `max_position_embeddings`.
         attn_impl: `auto`, `flash` or `reference`. init_device: acted on by the host, which builds this under it.
         overrides: single fields of `EttinConfig` by name (`vocab_size`, `global_rope_theta`, `window_left`, ...).
-
-    Attributes:
-        objective: what the model ends as, and is exported as. objective_schedule: `objective` as it was given.
     """
 
     generate = sampling.generate
@@ -82,14 +74,10 @@ class EttinModel(ComposerModel):
         super().__init__()
         self.objective_schedule = objective
         self.objectives, self.objective = objective_names(objective)
-        for key, instead in (("causal", "objective"), ("max_position_embeddings", "max_seq_len")):
-            if key in overrides:
-                raise ValueError(f"model.{key} must be absent, it follows from model.{instead}")
-        config = EttinConfig.for_size(size, causal=self.objective == "clm", max_position_embeddings=max_seq_len,
-                                      **overrides)
+        config = EttinConfig.for_size(size, causal=self.objective == "clm", max_position_embeddings=max_seq_len, **overrides)
         if tokenizer is not None and len(tokenizer) > config.vocab_size:
-            raise ValueError(f"model.vocab_size must be at least the {len(tokenizer)} entries of the tokenizer (a "
-                             f"multiple of 64 is fastest), got {config.vocab_size}")
+            raise ValueError(f"model.vocab_size must be at least the {len(tokenizer)} entries of the tokenizer, got "
+                             f"{config.vocab_size}")
         if attn_impl != "auto":  # a wish that can never be met here is refused before any work
             select_backend(attn_impl, "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
         self.config, self.tokenizer = config, tokenizer
@@ -100,16 +88,12 @@ class EttinModel(ComposerModel):
         self.model.fsdp_wrap_fn = lambda module: isinstance(module, Block)  # type: ignore[assignment]
         self.model.activation_checkpointing_fn = self.model.fsdp_wrap_fn
         self.model.param_init_fn = init_parameters  # type: ignore[assignment]
-        metrics = (TargetCrossEntropy, TargetPerplexity, TargetAccuracy)
-        self._metrics: dict[str, Metric] = {metric.__name__: metric() for metric in metrics}
+        self._metrics = {kind.__name__: kind() for kind in (TargetCrossEntropy, TargetPerplexity, TargetAccuracy)}
 
     def forward(self, batch: Mapping[str, Any], count: bool = False) -> dict[str, Any]:
         """One microbatch as `data.batch.split_batch` makes it to {loss, nll, correct, num_targets, num_loss_tokens}."""
-        if "cu_seqlens" not in batch:
-            raise ValueError("the batch has no cu_seqlens: pass it through ettin_foundry.data.batch.flatten first")
         if self.training and not set(batch["objective"].split("+")) <= set(self.objectives):
-            raise ValueError(f"model.objective is {self.objective_schedule}, but the batch carries labels for "
-                             f"{batch['objective']!r}; set both to the same value")
+            raise ValueError(f"model.objective is {self.objective_schedule}, but the batch is of {batch['objective']!r}")
         out = self.model(batch["input_ids"], batch["position_ids"], batch["cu_seqlens"], batch["max_seqlen"],
                          batch["target_positions"], batch["target_labels"], count=count,
                          causal=(batch["num_causal_documents"], batch["num_causal_tokens"]),
@@ -130,16 +114,14 @@ class EttinModel(ComposerModel):
         return {} if is_train else self._metrics  # in training, counting would cost a second projection
 
     def update_metric(self, batch: Any, outputs: Any, metric: Metric) -> None:
-        if isinstance(metric, TargetAccuracy):
-            metric.update(outputs["correct"], outputs["num_targets"])
-        else:
-            metric.update(outputs["nll"], outputs["num_loss_tokens"])
+        names = ("correct", "num_targets") if isinstance(metric, TargetAccuracy) else ("nll", "num_loss_tokens")
+        metric.update(*(outputs[name] for name in names))
 
     def flops_per_batch(self, batch: Mapping[str, Any]) -> int:
         """Useful floating-point operations of a step on this (B, T) batch; the host divides by the peak for MFU."""
         sequence_id = batch["sequence_id"].cpu()
-        causal = batch["causal"].cpu() if "causal" in batch else torch.tensor(batch["objective"] == "clm").expand(
-            len(sequence_id))
+        one_kind = torch.full((len(sequence_id),), batch["objective"] == "clm")
+        causal = batch.get("causal", one_kind).cpu()
         rows = torch.arange(sequence_id.shape[0]).unsqueeze(1) * (sequence_id.shape[1] + 1)
         tokens, pairs = 0, 0
         for is_causal, config in self.model.configs.items():
@@ -149,7 +131,3 @@ class EttinModel(ComposerModel):
             tokens += int((lengths * counts).sum())
             pairs += sum(int(n) * config.attended_pairs(int(length)) for length, n in zip(lengths, counts))
         return self.config.flops(tokens, int((batch["labels"] != -100).sum()), pairs)
-
-    @property
-    def n_total_params(self) -> int:
-        return self.config.num_parameters

@@ -11,12 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["MASKED_OBJECTIVES", "OBJECTIVES", "SIZES", "EttinConfig", "Size", "objective_names"]
-
-OBJECTIVES = ("mlm", "clm", "mntp")
-"""`clm` trains a decoder (causal attention); the others train an encoder (bidirectional attention)."""
-MASKED_OBJECTIVES = ("mlm", "mntp")
-"""Those that choose tokens at a given mask rate."""
+OBJECTIVES = ("mlm", "clm", "mntp")  # clm trains a decoder (causal attention), the others an encoder
+MASKED_OBJECTIVES = ("mlm", "mntp")  # those that choose tokens at a given mask rate
 
 
 def objective_names(value: Any, key: str = "model.objective") -> tuple[tuple[str, ...], str]:
@@ -37,11 +33,9 @@ def objective_names(value: Any, key: str = "model.objective") -> tuple[tuple[str
 
 @dataclass(frozen=True)
 class Size:
-    """One row of the size table; intermediate_size is the GLU width, half of the input projection's rows."""
-
     num_hidden_layers: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # the GLU width, half of the input projection's rows
     num_attention_heads: int
 
 
@@ -66,22 +60,17 @@ class EttinConfig:
     intermediate_size: int
     num_attention_heads: int
     causal: bool
-    """True for decoders. The only field in which the two members of a pair differ besides `window_left`."""
-    max_position_embeddings: int = 1024
-    """Longest document in tokens, BOS and EOS included; limits samples, and is written to exports."""
+    max_position_embeddings: int = 1024  # longest document in tokens, BOS and EOS included
     vocab_size: int = 50368
-    global_attn_every_n_layers: int = 3
-    """Layer i attends globally when i is a multiple of this, and in the local window otherwise."""
-    local_attention: int = 128
-    """Width of the local window. Encoders see local_attention // 2 tokens on each side of a token."""
+    global_attn_every_n_layers: int = 3  # layer i attends globally if i is a multiple of this
+    local_attention: int = 128  # encoders see local_attention // 2 tokens on each side of a token in local layers
     window_left: int = -1
     """Tokens to the left that a local layer sees, itself not counted. -1 takes what transformers computes from
     `local_attention`: half of it for encoders, half minus one for decoders (63). The reference's decoders had 64."""
     global_rope_theta: float = 10_000.0
     local_rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
-    attn_out_dropout: float = 0.1
-    """Dropout after the attention output projection, in training only; the model's only dropout."""
+    attn_out_dropout: float = 0.1  # after the attention output projection; the model's only dropout
     initializer_range: float = 0.02
     initializer_cutoff_factor: float = 2.0
 
@@ -122,16 +111,12 @@ class EttinConfig:
         return next((name for name, size in SIZES.items() if size == row), None)
 
     def with_causal(self, causal: bool, window_left: int = -1) -> EttinConfig:
-        """This shape as a decoder or an encoder, with the usual window of that kind unless another is given."""
+        """This shape as a decoder or encoder, with the usual window of that kind unless another is given."""
         return self if causal == self.causal else dataclasses.replace(self, causal=causal, window_left=window_left)
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
     def local_window(self) -> tuple[int, int]:
-        """(left, right) of local layers in flash-attn's sense: both ends included."""
+        """(left, right) of local layers, both ends included."""
         return (self.window_left, 0 if self.causal else self.local_attention // 2)
 
     def is_global(self, layer: int) -> bool:
@@ -159,10 +144,9 @@ class EttinConfig:
         return sum(full if self.is_global(i) else local for i in range(self.num_hidden_layers))
 
     def flops(self, num_tokens: int, num_targets: int, attended_pairs: int) -> int:
-        """Floating-point operations of one training step (forward and backward), counting useful work only.
+        """Useful floating-point operations of one training step: two per multiply-add, three passes.
 
-        Two per multiply-add, three passes: 6 per weight and token for the layers, 6 per weight and target for head
-        and vocabulary, 12 * hidden_size per attended pair (LLM-Foundry counts full squares for attention instead).
+        6 per weight and token for the layers, 6 per weight and target for head and vocabulary, 12 hidden_size per pair.
         """
         c = self.hidden_size
         matrices = self.num_hidden_layers * (4 * c * c + 3 * c * self.intermediate_size)

@@ -1,8 +1,8 @@
 """config.json of transformers' ModernBert classes, written and read.
 
-Written so that every version computes the same function (4.48 to 5.x for encoders, 4.54 to 5.x for decoders; each rule
-was measured by loading). Read with the defaults of the version that saved it. A setting that an Ettin model cannot
-express is refused by name, and so is a file that means different functions to different versions.
+Written so that every version computes the same function (4.48 to 5.x for encoders, 4.54 to 5.x for decoders; each rule was
+measured by loading). Read with the defaults of the version that saved it. A setting that an Ettin model cannot express is
+refused by name, and so is a file that means different functions to different versions.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from typing import Any
 from ettin_foundry.model.config import OBJECTIVES, EttinConfig
 from ettin_foundry.version import __version__
 
-__all__ = ["config_json", "export_notes", "read_config"]
-
 log = logging.getLogger(__name__)
 
 # fields of the same name and meaning on both sides, with transformers' value where a key is missing (4.48 to 5.23)
@@ -28,8 +26,8 @@ _DEFAULTS = {"vocab_size": 50368, "hidden_size": 768, "intermediate_size": 1152,
 _FIXED: dict[str, Any] = {"hidden_activation": "gelu", "classifier_activation": "gelu", "norm_bias": False,
                           "attention_bias": False, "mlp_bias": False, "classifier_bias": False, "decoder_bias": True,
                           "tie_word_embeddings": True}
-# dropouts that transformers has and we have not; they act in training only
-_DROPOUTS = ("attention_dropout", "embedding_dropout", "mlp_dropout")
+# that we have not; they act in training only
+_DROPOUTS = ("attention_dropout", "embedding_dropout", "mlp_dropout", "classifier_dropout")
 _BASES = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
 _MODEL_TYPES = {"modernbert": "ModernBertForMaskedLM", "modernbert-decoder": "ModernBertDecoderForCausalLM"}
 
@@ -38,13 +36,11 @@ def export_notes(config: EttinConfig) -> list[str]:
     """What a user of the exported model must know about versions of transformers; empty for most models."""
     notes = []
     if config.causal and config.window_left != 63:
-        notes.append(f"Local layers see {config.window_left} tokens back. The files say so (`local_attention: "
-                     f"{2 * (config.window_left + 1)}`), but transformers 4.54 to 5.0 drop that key when they save the "
-                     "model again, and 4.x then falls back to 63.")
+        notes.append(f"Local layers see {config.window_left} tokens back (`local_attention: {2 * config.window_left + 2}`); "
+                     "transformers 4.54 to 5.0 drop that key when they save the model again, and 4.x falls back to 63.")
     if config.causal and config.local_rope_theta != config.global_rope_theta:
         notes.append(f"Local layers use the rotary base {config.local_rope_theta:g}, global layers "
-                     f"{config.global_rope_theta:g}. Use transformers 5 or newer: 4.x ignores the local base of decoders "
-                     "and computes a different function, without a word.")
+                     f"{config.global_rope_theta:g}: use transformers 5 or newer, since 4.x ignores the local base.")
     return notes
 
 
@@ -52,14 +48,10 @@ def config_json(config: EttinConfig, *, objective: str, special_ids: Mapping[str
                 lineage: Iterable[Mapping[str, Any]] = (), checkpoint: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The content of config.json for both generations of transformers, and for TEI, which needs the flat keys.
 
-    Both keys of each rotary base are written, because each generation silently falls back to a default of its own. An
-    encoder gets no `sliding_window` (5.x doubles it into `local_attention`). A decoder that sees w tokens back gets
-    `local_attention` 2 (w + 1) and `sliding_window` w + 1, because transformers counts the token itself. What no key
-    of transformers can say stands under `ettin_foundry`, so that an import gives the config back whole.
-
-    Args:
-        special_ids: cls (also BOS), sep (also EOS) and pad, as `tokenizer.special_ids` gives them.
-        tokens, lineage, checkpoint: see `card.FACTS`.
+    Both keys of each rotary base are written, because each generation falls back to a default of its own. An encoder gets
+    no `sliding_window` (5.x doubles it into `local_attention`); a decoder gets one that counts the token itself. What no
+    key of transformers can say stands under `ettin_foundry`, so that an import gives the config back whole. For `tokens`,
+    `lineage` and `checkpoint` see `card.FACTS`.
     """
     for note in export_notes(config):
         log.warning("%s", note)
@@ -80,7 +72,7 @@ def config_json(config: EttinConfig, *, objective: str, special_ids: Mapping[str
         "model_type": model_type,
         **{name: getattr(config, name) for name in _DEFAULTS},
         **_FIXED,
-        **{name: 0.0 for name in (*_DROPOUTS, "classifier_dropout")},
+        **dict.fromkeys(_DROPOUTS, 0.0),
         "classifier_pooling": "mean",
         **{f"{name}_token_id": special_ids[role] for name, role in
            (("bos", "cls"), ("eos", "sep"), ("cls", "cls"), ("sep", "sep"), ("pad", "pad"))},
@@ -96,12 +88,7 @@ def config_json(config: EttinConfig, *, objective: str, special_ids: Mapping[str
 
 
 def read_config(path: Path) -> tuple[EttinConfig, str | None]:
-    """config.json to (config, objective); the objective is None for an encoder that does not say.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a config, or a setting that is unsupported, ambiguous or lost; the message names the key.
-    """
+    """config.json to (config, objective: None for an encoder that does not say); errors name the file and the key."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; a Hugging Face model folder has a config.json")
     try:
@@ -114,13 +101,9 @@ def read_config(path: Path) -> tuple[EttinConfig, str | None]:
 
 
 def _read(raw: dict[str, Any], causal: bool, path: Path) -> tuple[EttinConfig, str | None]:
-    """`raw` is the content of config.json; `path` is for the log."""
     for name, value in {**_FIXED, "rope_scaling": None}.items():
         if raw.get(name, value) != value:
             raise ValueError(f"{name} must be {value!r}, got {raw[name]!r}")
-    if dropouts := {name: raw[name] for name in _DROPOUTS if raw.get(name)}:
-        log.warning("%s: %s not taken over: it acts in training only, and training here has attn_out_dropout", path,
-                    ", ".join(f"{k} {v}" for k, v in dropouts.items()))
     ours = raw.get("ettin_foundry") or {}
     fields = {name: raw.get(name, default) for name, default in _DEFAULTS.items()}
     kinds = raw.get("layer_types")
@@ -130,8 +113,7 @@ def _read(raw: dict[str, Any], causal: bool, path: Path) -> tuple[EttinConfig, s
         fields["attn_out_dropout"] = ours["attn_out_dropout"]
     config = EttinConfig(causal=causal, **_windows(raw, ours, causal), **_thetas(raw, causal, path), **fields)
     if kinds not in (None, config.layer_types):
-        raise ValueError(f"layer_types must be global in every n-th layer from the first on, here n = "
-                         f"{config.global_attn_every_n_layers}, got {kinds}")
+        raise ValueError(f"layer_types must be global in layers 0, {config.global_attn_every_n_layers}, ..., got {kinds}")
     objective = ours.get("objective", "clm" if causal else None)
     if objective is not None and (objective not in OBJECTIVES or (objective == "clm") != causal):
         raise ValueError(f"ettin_foundry.objective must be {'clm' if causal else 'mlm or mntp'}, got {objective!r}")
@@ -145,8 +127,7 @@ def _windows(raw: dict[str, Any], ours: dict[str, Any], causal: bool) -> dict[st
         if name in raw and (type(value) is not int or value < 1):
             raise ValueError(f"{name} must be an integer >= 1 or absent, got {value!r}")
     if local is not None and sliding is not None and local // 2 != sliding:
-        raise ValueError(f"local_attention {local} and sliding_window {sliding} contradict each other (4.x obeys the "
-                         "first, 5.x the second, which is half of it); keep the one of the training")
+        raise ValueError(f"local_attention {local} and sliding_window {sliding} contradict each other; keep the trained one")
     side = sliding if sliding is not None else (128 if local is None else local) // 2
     window_left = side - 1 if causal else side
     stated = ours.get("window_left", window_left)
@@ -170,8 +151,8 @@ def _thetas(raw: dict[str, Any], causal: bool, path: Path) -> dict[str, float]:
     for kind, name in _BASES.items():
         values = {float(v) for v in (new.get(kind, {}).get("rope_theta"), raw.get(name)) if v is not None}
         if len(values) > 1:
-            raise ValueError(f"rope_parameters.{kind}.rope_theta and {name} contradict each other ({sorted(values)}): "
-                             "transformers 5.x obeys the first, 4.x the second; keep the one of the training")
+            raise ValueError(f"rope_parameters.{kind}.rope_theta and {name} contradict each other ({sorted(values)}); keep "
+                             "the trained one")
         if values:
             found[name] = values.pop()
     found.setdefault("global_rope_theta", 160_000.0)

@@ -1,10 +1,8 @@
 """Cross-entropy over target positions, with the vocabulary projection inside and never all logits at once.
 
-A decoder predicts at every token: with 50,368 entries and 32k tokens, logits in fp32 are 6.6 GB, and autograd keeps
-them twice. Here the projection, the loss and its gradients are done for a slice of targets at a time, in the forward
-pass; what is kept for backward is one (n, C) and one (V, C) gradient. The number of matrix products is the plain way's.
-
-Shapes: n targets, s targets of a slice, C hidden, V vocabulary.
+A decoder predicts at every token: with 50,368 entries and 32k tokens, logits in fp32 are 6.6 GB, and autograd keeps them
+twice. Here projection, loss and gradients are done for a slice of targets at a time, in the forward pass; one (n, C) and
+one (V, C) gradient are kept for backward. Shapes: n targets, s targets of a slice, C hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,8 +12,6 @@ import functools
 
 import torch
 from torch import Tensor
-
-__all__ = ["count_correct", "linear_cross_entropy"]
 
 # logits alive at a time: large enough for full GEMM speed, small enough to be nothing beside the activations
 _SLICE_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
@@ -29,8 +25,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: T
     Softmax and sums are in fp32 or wider; products in the autocast dtype when autocast is on.
 
     Args:
-        hidden: (n, C) states at the targets; n may be 0, the result is then 0 with zero gradients.
-        weight: (V, C). bias: (V,). labels: (n,) int64 in [0, V). target_weights: (n,) fp32, 1 each if None.
+        hidden: (n, C), n may be 0. weight: (V, C). bias: (V,). labels: (n,) int64. target_weights: (n,) fp32, default 1.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad or bias.requires_grad):
         return _LinearCrossEntropy.apply(hidden, weight, bias, labels, target_weights)  # type: ignore[return-value]
@@ -65,9 +60,9 @@ def _in_compute_dtype(*tensors: Tensor):
 
 
 def _slices(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor):
-    """Yields (logits (s, V), labels (s,), slice) over the targets, logits in the dtype of `hidden`.
+    """Yields (logits (s, V), labels (s,), slice) over the targets; all logits share one buffer, which is free to overwrite.
 
-    The logits of all slices share one buffer, which the caller may overwrite: fresh memory costs more than the softmax.
+    Fresh memory costs more than the softmax.
     """
     step = max(256, _SLICE_ELEMENTS.get(hidden.device.type, 2**25) // weight.shape[0])
     buffer = hidden.new_empty(min(step, hidden.shape[0]), weight.shape[0])
@@ -90,10 +85,8 @@ def _losses_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     return losses, gradient.to(logits.dtype)
 
 
-@functools.cache
-def _fused_losses_and_gradient():
-    # eager needs about six passes over (s, V) in fp32; on a GPU that is memory traffic worth fusing
-    return torch.compile(_losses_and_gradient, dynamic=True)
+# eager needs about six passes over (s, V) in fp32; on a GPU that is memory traffic worth fusing
+_fused_losses_and_gradient = functools.cache(lambda: torch.compile(_losses_and_gradient, dynamic=True))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -1,7 +1,4 @@
-"""Samples of a model: continuations of a decoder, filled masks of an encoder. Small, without a key-value cache.
-
-Both functions are methods of `EttinModel`.
-"""
+"""Samples, as methods of `EttinModel`: continuations of a decoder, filled masks of an encoder. No key-value cache."""
 
 from __future__ import annotations
 
@@ -10,18 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["fill_mask", "generate"]
-
 
 def generate(model: Any, prompts: list[str], max_new_tokens: int = 40, temperature: float = 0.0, seed: int = 0) -> list[str]:
     """Continuations of the prompts, BOS before each, until EOS or `max_new_tokens` or the context is full.
 
-    Args:
-        temperature: 0 takes the most probable token; above 0, samples are drawn with `seed`.
+    Temperature 0 takes the most probable token; above 0, samples are drawn with `seed`.
     """
     if not model.config.causal:
-        raise ValueError(f"generate needs a decoder, and this model is an encoder ({model.objective}); use fill_mask "
-                         "(on the command line: fill-mask)")
+        raise ValueError(f"generate needs a decoder, and this model is an encoder ({model.objective}); use fill_mask")
     tokenizer = _tokenizer_of(model)
     starts = [[tokenizer.bos_token_id, *tokenizer.encode(p, add_special_tokens=False)] for p in prompts]
     documents, unfinished = [list(s) for s in starts], set(range(len(starts)))
@@ -32,10 +25,8 @@ def generate(model: Any, prompts: list[str], max_new_tokens: int = 40, temperatu
             break
         order = sorted(unfinished)
         logits = _logits_at(model, [documents[i] for i in order], [len(documents[i]) - 1 for i in order]).cpu()
-        if temperature > 0:
-            chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
-        else:
-            chosen = logits.argmax(-1)
+        chosen = logits.argmax(-1) if temperature <= 0 else torch.multinomial(
+            (logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
         for i, token in zip(order, chosen.tolist()):
             if token == tokenizer.eos_token_id:
                 unfinished.discard(i)
@@ -45,10 +36,7 @@ def generate(model: Any, prompts: list[str], max_new_tokens: int = 40, temperatu
 
 
 def fill_mask(model: Any, texts: list[str], top_k: int = 5) -> list[list[tuple[str, float]]]:
-    """The `top_k` most probable tokens, with probabilities, for the first mask token of each text.
-
-    An `mntp` model is read one position before the mask, where it was trained to predict it.
-    """
+    """The `top_k` most probable tokens, with probabilities, for the first mask token of each text."""
     if model.config.causal:
         raise ValueError("fill_mask needs an encoder, and this model is a decoder; use generate")
     tokenizer = _tokenizer_of(model)
@@ -59,7 +47,7 @@ def fill_mask(model: Any, texts: list[str], top_k: int = 5) -> list[list[tuple[s
         if tokenizer.mask_token_id not in document or len(document) > longest:
             raise ValueError(f"texts must have a {tokenizer.mask_token} and at most {longest} tokens, got {text[:80]!r} of "
                              f"{len(document)} tokens")
-    shift = 1 if model.objective == "mntp" else 0
+    shift = 1 if model.objective == "mntp" else 0  # mntp is trained to predict one position before the mask
     logits = _logits_at(model, documents, [d.index(tokenizer.mask_token_id) - shift for d in documents])
     top = logits.softmax(-1).topk(top_k)
     return [[(tokenizer.decode([i]), p) for i, p in zip(ids, ps)]

@@ -1,11 +1,8 @@
 """The Ettin transformer in plain torch: one stream of tokens in, hidden states or a loss out.
 
-Encoder and decoder are the same modules with the same parameters; causal or not changes only the windows given to
-attention, so one model runs streams of either kind, or of both. The order of operations is the reference's (bert24
-src/bert_layers/model.py, layers.py): token embedding, norm, pre-norm blocks whose first attention has no norm of its
-own, final norm; then dense, GELU, norm, and the embedding matrix as output with a bias of its own.
-
-Shapes: N tokens of the flat stream, D documents, n targets, C hidden, H heads, K head dimension, V vocabulary.
+Encoder and decoder have the same modules and parameters; causal or not changes only the windows given to attention, so one
+model runs streams of either kind, or of both. The order of operations is the reference's (bert24 src/bert_layers/model.py,
+layers.py). Shapes: N tokens of the stream, D documents, n targets, C hidden, H heads, K head dimension, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,26 +19,14 @@ from ettin_foundry.model.attention import Backend, Documents, attention, select_
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.loss import count_correct, linear_cross_entropy
 
-__all__ = ["Block", "Ettin", "Span", "Stream", "TargetLoss", "Trunk", "init_parameters", "rotary"]
-
 log = logging.getLogger(__name__)
 
 
 class TargetLoss(NamedTuple):
     """Sums over the targets of one stream; divide by their number for means."""
 
-    nll: Tensor
-    """scalar fp32, in nats; weighted where the targets have weights."""
-    correct: Tensor | None
-    """scalar int64: targets whose label is the most probable entry; None unless asked for."""
-
-
-class Span(NamedTuple):
-    """A run of whole documents of the stream in which attention is all causal or all bidirectional."""
-
-    documents: Documents
-    tokens: slice
-    causal: bool
+    nll: Tensor  # scalar fp32, in nats; weighted where the targets have weights
+    correct: Tensor | None  # scalar int64: targets whose label is the most probable entry; None unless asked for
 
 
 class Stream:
@@ -53,12 +38,14 @@ class Stream:
         # every tensor among a block's arguments to bf16, and bf16 loses the angle at 8k
         self.angles: dict[float, tuple[Tensor, Tensor]] = {}
         self.position_ids = position_ids
+        # whole documents, their place in the stream, and whether their attention is causal
+        self.spans: list[tuple[Documents, slice, bool]]
         if tokens in (0, position_ids.shape[0]):
-            self.spans = [Span(Documents(cu_seqlens, max_seqlen, position_ids), slice(None), tokens > 0)]
+            self.spans = [(Documents(cu_seqlens, max_seqlen, position_ids), slice(None), tokens > 0)]
         else:
             first = Documents(cu_seqlens[:documents + 1], max_seqlen, position_ids[:tokens])
             rest = Documents(cu_seqlens[documents:] - tokens, max_seqlen, position_ids[tokens:])
-            self.spans = [Span(first, slice(0, tokens), True), Span(rest, slice(tokens, None), False)]
+            self.spans = [(first, slice(0, tokens), True), (rest, slice(tokens, None), False)]
 
 
 def _drawn(module: Any, config: EttinConfig, std: float) -> Any:
@@ -94,8 +81,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Embeddings(nn.Module):
     def __init__(self, config: EttinConfig) -> None:
         super().__init__()
-        table = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.tok_embeddings = _drawn(table, config, config.initializer_range)
+        self.tok_embeddings = _drawn(nn.Embedding(config.vocab_size, config.hidden_size), config, config.initializer_range)
         self.norm = _norm(config)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -107,7 +93,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: EttinConfig, layer: int, windows: Mapping[bool, tuple[int, int]]) -> None:
         super().__init__()
-        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.num_heads, self.head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
         is_global = config.is_global(layer)
         self.windows = {True: (-1, 0), False: (-1, -1)} if is_global else dict(windows)
         self.theta = config.global_rope_theta if is_global else config.local_rope_theta
@@ -119,8 +105,8 @@ class Attention(nn.Module):
         qkv = self.Wqkv(x).view(-1, 3 * self.num_heads, self.head_dim)
         qk, v = qkv.split((2 * self.num_heads, self.num_heads), dim=1)
         q, k = _rotate(qk, *stream.angles[self.theta]).chunk(2, dim=1)          # (N, H, K) each
-        outs = [attention(q[span.tokens], k[span.tokens], v[span.tokens], span.documents, self.windows[span.causal],
-                          backend) for span in stream.spans]
+        outs = [attention(q[tokens], k[tokens], v[tokens], documents, self.windows[causal], backend)
+                for documents, tokens, causal in stream.spans]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return F.dropout(self.Wo(out.reshape(-1, self.num_heads * self.head_dim)), self.dropout, self.training)
 
@@ -152,8 +138,6 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Embeddings, blocks, final norm."""
-
     def __init__(self, config: EttinConfig, windows: Mapping[bool, tuple[int, int]]) -> None:
         super().__init__()
         self.config = config
@@ -163,7 +147,7 @@ class Trunk(nn.Module):
 
     def forward(self, input_ids: Tensor, stream: Stream, backend: str) -> Tensor:
         for theta in sorted({self.config.global_rope_theta, self.config.local_rope_theta}):
-            stream.angles[theta] = rotary(stream.position_ids, theta, self.config.head_dim)
+            stream.angles[theta] = rotary(stream.position_ids, theta, self.layers[0].attn.head_dim)
         x = self.embeddings(input_ids)
         for block in self.layers:
             x = block(x, stream, backend)
@@ -171,8 +155,6 @@ class Trunk(nn.Module):
 
 
 class Head(nn.Module):
-    """What stands between the trunk and the vocabulary, for every objective."""
-
     def __init__(self, config: EttinConfig) -> None:
         super().__init__()
         self.dense = _linear(config, config.hidden_size, config.hidden_size)
@@ -183,14 +165,11 @@ class Head(nn.Module):
 
 
 class Ettin(nn.Module):
-    """An Ettin encoder or decoder with its prediction head.
-
-    Parameters are drawn as in the reference (`full_megatron`), except that the output bias starts at zero: the
-    reference never initialises it, so it keeps torch's default, a random preference among 50,368 entries.
+    """An Ettin encoder or decoder with its prediction head, the embedding matrix as its output.
 
     Args:
         config: the shape. On `torch.device("meta")` nothing is drawn; call `init_parameters` on materialised modules.
-        attn_impl: `auto`, `flash` or `reference` (see `attention.select_backend`).
+        attn_impl: `auto`, `flash` or `reference`.
         other: the same shape with the other attention, for streams of that kind; `config.with_causal` unless given.
     """
 
@@ -223,8 +202,7 @@ class Ettin(nn.Module):
             cu_seqlens: (D + 1,) int32 borders of documents. max_seqlen: longest document.
             target_positions: (n,) int64 places in the stream. target_labels: (n,) int64 what they must predict.
             count: also count correct predictions (a second projection; for evaluation).
-            causal: (documents, tokens) at the start of the stream that see the past only, the rest being
-                bidirectional; all or none, as the config says, unless given.
+            causal: (documents, tokens) at the start of the stream that see the past only; by default as the config says.
             target_weights: (n,) fp32, what each target weighs in the sum; 1 unless given.
         """
         device = input_ids.device.type
@@ -248,14 +226,13 @@ class Ettin(nn.Module):
 
 @torch.no_grad()
 def init_parameters(module: nn.Module) -> None:
-    """Draws the parameters that `module` itself owns, by role (reference: bert24 initialization.py:107-137).
+    """Draws the parameters that `module` itself owns, by role (`full_megatron` of bert24 initialization.py:107-137).
 
-    Normal of mean 0, cut at 2 deviations (`initializer_cutoff_factor`): 0.02 for embedding, Wqkv, Wi and the head's
-    dense; 0.02 / sqrt(2 * layers) for both Wo. Norm weights 1, output bias 0. Nothing happens on `meta`.
+    A normal, cut at `initializer_cutoff_factor` deviations: 0.02 for embedding, Wqkv, Wi and the head's dense, 0.02 /
+    sqrt(2 * layers) for both Wo. Norm weights 1, output bias 0, where the reference keeps torch's random default.
     """
     if hasattr(module, "init_std"):
-        cut: Any = module.init_cut
-        nn.init.trunc_normal_(module.weight, std=module.init_std, a=-cut, b=cut)  # type: ignore[arg-type]
+        nn.init.trunc_normal_(module.weight, std=module.init_std, a=-module.init_cut, b=module.init_cut)  # type: ignore
     elif isinstance(module, nn.LayerNorm):
         module.weight.fill_(1.0)
     elif isinstance(module, Ettin):

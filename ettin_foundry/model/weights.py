@@ -1,7 +1,7 @@
 """Weights under our names and under transformers': one table read both ways, folders read, weights files laid out.
 
-Encoders are `ModernBertForMaskedLM`, decoders `ModernBertDecoderForCausalLM`. Both directions are strict. Nothing is
-unpickled: weights are safetensors, everything else is JSON. Folders are written by hub/folder.py.
+Encoders are `ModernBertForMaskedLM`, decoders `ModernBertDecoderForCausalLM`. Nothing is unpickled: weights are safetensors,
+everything else is JSON. Folders are written by hub/folder.py.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.hf_config import read_config
 from ettin_foundry.version import __version__
 
-__all__ = ["WEIGHTS", "from_hf", "import_folder", "plain_state", "tensor_table", "to_hf", "weights_checkpoint"]
-
 WEIGHTS = "model.safetensors"
 
 
 class TensorRow(NamedTuple):
-    """One tensor of ours and what it is called there; several names mean equal parts, stacked along dimension 0."""
+    """One tensor of ours and its names there; several names mean equal parts, stacked along dimension 0."""
 
     name: str
     hf_names: tuple[str, ...]
@@ -54,7 +52,7 @@ _TIED, _EMBEDDING = "decoder.weight", "model.embeddings.tok_embeddings.weight"
 
 
 def tensor_table(config: EttinConfig) -> list[TensorRow]:
-    """Every tensor of a model of this shape: our name, transformers' name or names, our shape."""
+    """Every tensor of a model of this shape."""
     c, i = config.hidden_size, config.intermediate_size
     sizes = {"C": c, "3C": 3 * c, "I": i, "2I": 2 * i, "V": config.vocab_size}
     rows = []
@@ -75,10 +73,9 @@ def plain_state(model: Any) -> dict[str, Tensor]:
 
 
 def to_hf(state: Mapping[str, Tensor], config: EttinConfig) -> dict[str, Tensor]:
-    """Our whole, unsharded parameters under transformers' names: fp32 on the CPU, contiguous.
+    """Our whole, unsharded parameters under transformers' names: fp32 on the CPU, contiguous; copied only if they are not.
 
-    What is so already is not copied, so the result may share memory with `state`, for instance with a mapped file. A
-    missing or unknown name, a wrong shape or a value that is not finite is an error.
+    A missing or unknown name, a wrong shape or a value that is not finite is an error.
     """
     rows = tensor_table(config)
     _check_names(state, (row.name for row in rows), "the model's state")
@@ -91,10 +88,7 @@ def to_hf(state: Mapping[str, Tensor], config: EttinConfig) -> dict[str, Tensor]
 
 
 def from_hf(hf_state: Mapping[str, Tensor], config: EttinConfig) -> dict[str, Tensor]:
-    """The way back, with the same checks: our parameters in fp32 (exact from bf16 and fp16).
-
-    A `decoder.weight`, as some writers store it, must equal the embedding it is tied to.
-    """
+    """The way back, with the same checks: our parameters in fp32; a stored `decoder.weight` must equal the embedding."""
     given = dict(hf_state)
     tied = given.pop(_TIED, None)
     if tied is not None and _EMBEDDING in given and not torch.equal(tied, given[_EMBEDDING]):
@@ -115,8 +109,7 @@ def _check_names(given: Iterable[str], expected: Iterable[str], where: str) -> N
     problems = [f"{label} {', '.join(sorted(names)[:8])}{' ...' if len(names) > 8 else ''}"
                 for label, names in (("missing", expected - given), ("unknown", given - expected)) if names]
     if problems:
-        raise ValueError(f"{where}: {'; '.join(problems)} ({len(expected)} tensors are expected); the config must be "
-                         "that of these weights, and they must hold the prediction head")
+        raise ValueError(f"{where} must be the {len(expected)} tensors of its config, head included: {'; '.join(problems)}")
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -130,8 +123,6 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 def import_folder(folder: str | Path) -> tuple[dict[str, Tensor], EttinConfig, str | None]:
     """Reads a Hugging Face folder: ours, official Ettin ones, and those that transformers 4.48 to 5.x saved.
 
-    Pickled weights (`pytorch_model.bin`), settings that an Ettin model cannot express and broken files are refused.
-
     Returns:
         (parameters under our names in fp32, config, objective: None for an encoder that does not say).
     """
@@ -142,48 +133,33 @@ def import_folder(folder: str | Path) -> tuple[dict[str, Tensor], EttinConfig, s
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
-    index = folder / f"{WEIGHTS}.index.json"
-    if (folder / WEIGHTS).is_file():
-        return _read_safetensors(folder / WEIGHTS)
-    if not index.is_file():
-        pickled = sorted(p.name for p in folder.glob("*.bin"))
-        hint = f"; {', '.join(pickled)} is a pickle, which can run code and is never read" if pickled else ""
-        raise FileNotFoundError(f"{folder}: has no {WEIGHTS}{hint}")
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: is not an index of safetensors shards ({error})") from error
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    index, files = folder / f"{WEIGHTS}.index.json", [WEIGHTS]
+    if not (folder / WEIGHTS).is_file():
+        if not index.is_file():
+            pickled = ", ".join(sorted(p.name for p in folder.glob("*.bin")))
+            hint = f"; {pickled} is a pickle, which can run code and is never read" if pickled else ""
+            raise FileNotFoundError(f"{folder}: has no {WEIGHTS}{hint}")
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index}: is not an index of safetensors shards ({error})") from error
     out: dict[str, Tensor] = {}
     for file in files:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"{index}: names the shard {file!r}; only safetensors files in the same folder are read")
-        tensors = _read_safetensors(folder / file)
-        listed = {name for name, shard in weight_map.items() if shard == file}
-        if set(tensors) != listed:
-            raise ValueError(f"{folder / file}: holds other tensors than {index.name} says; download both again")
-        out.update(tensors)
+        try:
+            out.update(load_file(folder / file))
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{folder / file}: is not a whole safetensors file ({error})") from error
     return out
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found; download it")
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: is not a whole safetensors file ({error})") from error
 
 
 def weights_checkpoint(state: Mapping[str, Tensor], config: EttinConfig, *, objective: str,
                        tokenizer: str | None = None, lineage: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """A Composer checkpoint without optimizer, clock and random state: plain data and tensors, to be torch.saved.
-
-    The host's `load_path` with `load_weights_only` reads it, and so do `ettin_phase` and `ettin_cross`.
-    """
+    """A Composer checkpoint without optimizer, clock and random state: plain data and tensors, to be torch.saved."""
     clock = {"config": dataclasses.asdict(config), "objective": objective, "size": config.size, "tokenizer": tokenizer,
              "tokens": 0, "lineage": [dict(entry) for entry in lineage]}
     return {"state": {"model": {f"model.{name}": tensor for name, tensor in state.items()},

@@ -1,9 +1,8 @@
 """Objective and mask rate as functions of the tokens read so far.
 
-A schedule is a list of segments on the token clock (real tokens before a batch). A batch takes the value that holds at
-the tokens before it, so the value follows from the data alone: it is the same after a resume, on any number of ranks,
-and for both members of a pair. Times are in `tok`, or in `dur`, a share of max_duration; the last segment ends with the
-run. Nothing here imports torch or the host.
+A batch takes the value that holds at the real tokens before it, so the value is the same after a resume, on any number of
+ranks, and for both members of a pair. Times are in `tok`, or in `dur`, a share of max_duration; the last segment ends with
+the run. Nothing here imports torch or the host.
 
     objective: clm                                              # constant
     objective:                                                  # one after the other (arXiv 2507.00994)
@@ -21,32 +20,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ettin_foundry.model.config import MASKED_OBJECTIVES, OBJECTIVES
 
-__all__ = ["MaskRate", "ObjectiveSchedule", "check_together", "parse_tokens"]
-
-Shares = tuple[tuple[str, float], ...]
-"""(objective, share of the rows), in the order given; the shares sum to 1."""
+Shares = tuple[tuple[str, float], ...]  # (objective, share of the rows), in the order given; the shares sum to 1
 _TIME = re.compile(r"([0-9._]+(?:e[+-]?[0-9]+)?)(tok|dur)", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A segment of the token clock, in tokens."""
-
-    start: int
-    end: int | None
-    """None where the length of the run is not known."""
-    value: Any
-    """(rate at the start, rate at the end), or blocks (tokens, `Shares`) that repeat, one block having tokens None."""
+class Segment(NamedTuple):
+    start: int  # in tokens
+    end: int | None  # None where the length of the run is not known
+    value: Any  # (rate at the start, rate at the end), or blocks (tokens, `Shares`) that repeat; one alone has tokens None
 
 
 class _Schedule:
-    """What both schedules share."""
-
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._segments = tuple(segments)
 
@@ -60,7 +48,7 @@ class _Schedule:
         raise NotImplementedError
 
     def plain(self) -> Any:
-        """The schedule as plain data in tokens, for checkpoints and hashes: `parse(plain())` is equal to it."""
+        """The schedule as plain data in tokens, for checkpoints and hashes; `parse` reads it back."""
         contents = [self._content(segment) for segment in self._segments]
         if len(contents) == 1 and self._segments[0].end is None and contents[0].keys() <= {"objective", "rate"}:
             return next(iter(contents[0].values()))
@@ -81,18 +69,13 @@ class ObjectiveSchedule(_Schedule):
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         super().__init__(segments)
-        self._mixtures: list[Shares] = [shares for segment in self._segments for _, shares in segment.value]
-        self.objectives = tuple(dict.fromkeys(name for shares in self._mixtures for name, _ in shares))
-        self.final: str = self._mixtures[-1][0][0]
+        mixtures: list[Shares] = [shares for segment in segments for _, shares in segment.value]
+        self.objectives = tuple(dict.fromkeys(name for shares in mixtures for name, _ in shares))
+        self.final: str = mixtures[-1][0][0]
 
     @classmethod
     def parse(cls, value: Any, *, total: int | None = None, key: str = "objective") -> ObjectiveSchedule:
-        """Reads the forms of the module docstring; also what `plain` gave.
-
-        Args:
-            total: tokens of the run; without it `dur` is refused and the end is not checked.
-            key: what the value is called in messages.
-        """
+        """Reads the forms of the module docstring, or what `plain` gave; without `total`, the run's tokens, not `dur`."""
         if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
             return cls([Segment(0, None, ((None, _shares(key, value)),))])
         segments = []
@@ -100,8 +83,7 @@ class ObjectiveSchedule(_Schedule):
             blocks: Any = content.get("cycle", [{"tokens": None, **content}])
             if "cycle" in content and (not isinstance(blocks, Sequence) or len(blocks) < 2 or not all(
                     isinstance(block, Mapping) and set(block) == {"tokens", "objective"} for block in blocks)):
-                raise ValueError(f"{where}.cycle must be a list of at least two blocks {{tokens: ..., objective: ...}}, "
-                                 f"got {blocks!r}")
+                raise ValueError(f"{where}.cycle must be at least two blocks {{tokens, objective}}, got {blocks!r}")
             parsed = [(None if "objective" in content else
                        parse_tokens(f"{where}.cycle[{i}].tokens", block["tokens"], total, least=1),
                        _shares(f"{where}.objective", block["objective"])) for i, block in enumerate(blocks)]
@@ -120,16 +102,6 @@ class ObjectiveSchedule(_Schedule):
     def masks(self) -> bool:
         """Whether some objective needs a mask rate."""
         return any(name in MASKED_OBJECTIVES for name in self.objectives)
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether every batch has the same shares."""
-        return len(set(self._mixtures)) == 1
-
-    @property
-    def is_single(self) -> bool:
-        """Whether there is one objective from start to end."""
-        return len(self.objectives) == 1
 
     def breakpoints(self, total: int) -> list[int]:
         """Token counts, 0 included, at which the value may change, below `total`."""
@@ -175,11 +147,6 @@ class MaskRate(_Schedule):
         # a batch may start past the end of the run's tokens only by rounding; the rate then stays at its end
         return first + (last - first) * min(1.0, (tokens - segment.start) / (segment.end - segment.start))
 
-    @property
-    def is_zero(self) -> bool:
-        """Whether nothing is ever masked: the rate of clm."""
-        return all(segment.value == (0.0, 0.0) for segment in self._segments)
-
     def breakpoints(self, total: int) -> list[int]:
         """Token counts, 0 included, at which the rate jumps or its slope changes, below `total`."""
         return [segment.start for segment in self._segments if segment.start < total]
@@ -200,8 +167,7 @@ def parse_tokens(key: str, value: Any, total: int | None, *, least: int = 0) -> 
             return round(number)
     except ValueError:
         pass
-    raise ValueError(f"{key} must be at least {least} tokens or a share of the run, such as 8_500_000_000tok or 0.25dur, "
-                     f"got {value!r}")
+    raise ValueError(f"{key} must be at least {least} tokens or a share, such as 8_000_000tok or 0.25dur, got {value!r}")
 
 
 def _segments(key: str, value: Sequence[Any], total: int | None,
@@ -218,7 +184,7 @@ def _segments(key: str, value: Sequence[Any], total: int | None,
         end = parse_tokens(f"{where}.until", segment["until"], total) if "until" in segment else total
         if end is not None and (end <= start or (total is not None and end > total)):
             raise ValueError(f"{where}.until must be after the segment's start ({start:,} tokens) and not past the end of "
-                             f"the run ({total} tokens), got {segment.get('until', end)!r} ({end:,} tokens)")
+                             f"the run ({total} tokens), got {segment.get('until', end)!r}")
         found.append((where, start, end, {name: part for name, part in segment.items() if name != "until"}))
         start = end if end is not None else start
     if not found:
@@ -229,7 +195,6 @@ def _segments(key: str, value: Sequence[Any], total: int | None,
 
 
 def _shares(key: str, value: Any) -> Shares:
-    """An objective's name, or a mapping of objectives to shares that sum to 1."""
     shares = value if isinstance(value, Mapping) else {value: 1.0} if isinstance(value, str) else {}
     valid = all(name in OBJECTIVES and type(share) in (int, float) and 0 < share <= 1 for name, share in shares.items())
     if not valid or abs(sum(shares.values()) - 1) > 1e-9:
@@ -263,7 +228,7 @@ def _describe(plain: Any) -> str:
 
 def check_together(objective: ObjectiveSchedule, mask_rate: MaskRate, key: str = "") -> None:
     """Refuses a mask rate that nothing would use, and objectives that lack one; `key` stands before `mask_rate`."""
-    if objective.masks == mask_rate.is_zero:
+    if objective.masks == (mask_rate.plain() == 0):
         needed = "above 0 and at most 1" if objective.masks else "0 or absent"
         raise ValueError(f"{key}mask_rate must be {needed} with objective: {objective}, got {mask_rate}; set "
                          "variables.mask_rate (and variables.eval_mask_rate)")

@@ -1,10 +1,9 @@
 """mlm, clm and mntp: from one row of tokens to what the model reads and what it must predict.
 
-Labels are aligned: labels[t] is what the hidden state at t must predict, so the model never shifts. Every draw comes
-from a generator seeded by (seed, epoch, row), so that masks are the same on any worker, rank or resume. Numpy only.
-
-Masking is BERT's 80/10/10 (arXiv 1810.04805, 3.1), at Ettin's rates; mntp predicts a masked token from the position
-before it (LLM2Vec, arXiv 2404.05961). Shapes: T row length, P pieces (documents) in the row.
+Labels are aligned: labels[t] is what the hidden state at t must predict, so the model never shifts. Every draw comes from a
+generator seeded by (seed, epoch, row), so that masks are the same on any worker, rank or resume. Masking is BERT's 80/10/10
+(arXiv 1810.04805, 3.1); mntp predicts a masked token from the position before it (LLM2Vec, arXiv 2404.05961). Numpy only.
+Shapes: T row length, P pieces (documents) in the row.
 """
 
 from __future__ import annotations
@@ -16,12 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["IGNORED", "Inputs", "TextVocab", "draw_objective", "make_inputs", "row_generator"]
-
-IGNORED = -100
-"""Label of a position that is no target."""
-MASK_SHARE, RANDOM_SHARE = 0.8, 0.1
-"""Of the chosen tokens: replaced by [MASK], by a random text token; the rest stays as it is."""
+IGNORED = -100  # label of a position that is no target
+MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # of chosen tokens: replaced by [MASK], by a random text token; the rest stays
 _MASKS, _OBJECTIVES = 4, 5  # first word of the seed; order.py uses 1 to 3, so that no two uses share a stream
 
 Ints = npt.NDArray[np.int64]
@@ -29,20 +24,14 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TextVocab:
-    """The ids that objectives need to tell apart.
-
-    Attributes:
-        cls, sep, pad, mask: ids of BOS, EOS, padding and [MASK].
-        text: (n,) int64, ascending: every real entry of the vocabulary that is no special token; random ids are these.
-        is_special: (largest id + 1,) bool: never chosen as a target of mlm or mntp.
-    """
+    """The ids that objectives need to tell apart."""
 
     cls: int
     sep: int
     pad: int
     mask: int
-    text: Ints
-    is_special: npt.NDArray[np.bool_]
+    text: Ints  # (n,) ascending: every real entry of the vocabulary that is no special token; random ids are these
+    is_special: npt.NDArray[np.bool_]  # (largest id + 1,): never chosen as a target of mlm or mntp
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> TextVocab:
@@ -50,9 +39,8 @@ class TextVocab:
         named: dict[str, Any] = {name: getattr(tokenizer, f"{name}_token_id", None)
                                  for name in ("cls", "sep", "pad", "mask")}
         if missing := [f"{name}_token" for name, number in named.items() if number is None]:
-            raise ValueError(f"tokenizer must have cls_token, sep_token, pad_token and mask_token, and "
-                             f"{getattr(tokenizer, 'name_or_path', tokenizer)!r} has no {', '.join(missing)}; use the one "
-                             "that the converter wrote beside the data")
+            raise ValueError(f"tokenizer {getattr(tokenizer, 'name_or_path', tokenizer)!r} must have {', '.join(missing)}; "
+                             "use the one that the converter wrote beside the data")
         entries = np.unique(np.fromiter(tokenizer.get_vocab().values(), np.int64))
         special = np.union1d(np.array(tokenizer.all_special_ids, np.int64), np.array(list(named.values()), np.int64))
         is_special = np.zeros(int(max(entries[-1], special[-1])) + 1, bool)
@@ -62,7 +50,7 @@ class TextVocab:
 
 
 def row_generator(seed: int, epoch: int, row: int) -> np.random.Generator:
-    """The generator of a row's masks: of the loader's shuffle_seed, the row's epoch, and its number in the epoch."""
+    """The generator of the masks of a row, which is counted from the epoch's first."""
     return _generator(_MASKS, seed, epoch, row)
 
 
@@ -71,7 +59,7 @@ def _generator(*words: int) -> np.random.Generator:
 
 
 def draw_objective(shares: Mapping[str, float], seed: int, epoch: int, row: int) -> str:
-    """Which objective of a mixture ({objective: share}, summing to 1) a row has; the rest as for `row_generator`."""
+    """Which objective of a mixture ({objective: share}, summing to 1) a row has."""
     if len(shares) == 1:
         return next(iter(shares))
     ends = np.cumsum(list(shares.values()))
@@ -82,33 +70,25 @@ def draw_objective(shares: Mapping[str, float], seed: int, epoch: int, row: int)
 class Inputs(NamedTuple):
     """One row as the model reads it, and what it must predict."""
 
-    input_ids: Ints
-    """(T,) int64."""
-    labels: Ints
-    """(T,) int64, IGNORED where there is no target. A row with any text token has at least one target."""
-    weight: float
-    """What each target of the row weighs in the sum of losses."""
-    loss_tokens: int
-    """What the row adds to the number that the sum is divided by."""
+    input_ids: Ints  # (T,)
+    labels: Ints  # (T,), IGNORED where there is no target. A row with any text token has at least one target
+    weight: float  # of each target of the row in the sum of losses
+    loss_tokens: int  # what the row adds to the number that the sum is divided by
 
 
 def make_inputs(objective: str, ids: Ints, sequence_id: Ints, ends_document: npt.NDArray[np.bool_], *,
                 mask_rate: float, vocab: TextVocab, rng: np.random.Generator, mixed: bool = False) -> Inputs:
     """What the model reads and what it must predict, for one row.
 
-    Of a single objective, the loss of a batch is the mean over its targets: weight 1, one loss token a target. In a
-    mixture that would give clm, which predicts every token, several times the share that it has of the rows. There each
-    target of mlm and mntp weighs 1 / mask_rate and a row counts by the tokens that could be targets, so that in
-    expectation the loss is the sum of the objectives' means, weighted by their shares.
+    The loss of a batch is the mean over its targets. In a mixture that would give clm, which predicts every token, several
+    times its share of the rows: there each target of mlm and mntp weighs 1 / mask_rate and a row counts by the tokens that
+    could be targets, so that in expectation the loss is the sum of the objectives' means, weighted by their shares.
 
     Args:
-        objective: mlm, clm or mntp.
         ids: (T,) int64; each piece is BOS, chunk, EOS; padding at the end. Not changed.
         sequence_id: (T,) int64, number of the piece in the row, -1 on padding.
         ends_document: (P,) bool, False when the piece's chunk is continued in another chunk of its document.
-        mask_rate: share of text tokens chosen by mlm and mntp; clm ignores it.
-        rng: source of every draw; unused for clm.
-        mixed: rows of the batch have different objectives.
+        mask_rate: share of text tokens chosen by mlm and mntp. mixed: rows of the batch have different objectives.
     """
     labels = np.full_like(ids, IGNORED)
     if objective == "clm":
@@ -119,21 +99,13 @@ def make_inputs(objective: str, ids: Ints, sequence_id: Ints, ends_document: npt
         labels[ends[~np.asarray(ends_document, bool)] - 1] = IGNORED
         return Inputs(ids, labels, 1.0, int((labels != IGNORED).sum()))
     maskable = ~vocab.is_special[ids] & (sequence_id >= 0)
-    chosen = _choose(maskable, mask_rate, rng)
+    chosen, candidates = np.flatnonzero(maskable & (rng.random(maskable.size) < mask_rate)), np.flatnonzero(maskable)
+    if candidates.size and not chosen.size:  # a row without a target would be read for nothing: one, drawn uniformly
+        chosen = candidates[[int(rng.random() * candidates.size)]]
     # a text token follows BOS at the earliest, so position t - 1 exists and lies in the same piece
     labels[chosen - 1 if objective == "mntp" else chosen] = ids[chosen]
     weight, loss_tokens = (1.0 / mask_rate, int(maskable.sum())) if mixed else (1.0, chosen.size)
     return Inputs(_corrupt(ids, chosen, vocab, rng), labels, weight, loss_tokens)
-
-
-def _choose(maskable: npt.NDArray[np.bool_], rate: float, rng: np.random.Generator) -> Ints:
-    """Positions to predict: each maskable one with probability `rate`; one of them when none was drawn."""
-    chosen = np.flatnonzero(maskable & (rng.random(maskable.size) < rate))
-    if chosen.size:
-        return chosen
-    candidates = np.flatnonzero(maskable)
-    # a row without a target would be read for nothing; one more draw, so that the choice is uniform
-    return candidates[[int(rng.random() * candidates.size)]] if candidates.size else candidates
 
 
 def _corrupt(ids: Ints, chosen: Ints, vocab: TextVocab, rng: np.random.Generator) -> Ints:

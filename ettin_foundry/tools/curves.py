@@ -23,7 +23,10 @@ from ettin_foundry.training.run_config import (
     warmup_stable_decay,
 )
 
-__all__ = ["Curves", "learning_rates", "run_curves"]
+# scheduler -> its function, and its times: {parameter: (key, default)}
+_SCHEDULERS: dict[str, tuple[Any, dict[str, tuple[str, str]]]] = {
+    "warmup_stable_decay": (warmup_stable_decay, {"warmup": ("t_warmup", "0ba"), "decay": ("t_decay", "0ba")}),
+    "one_minus_sqrt": (one_minus_sqrt, {"decay": ("t_decay", "1dur")})}
 
 
 class Piece(NamedTuple):
@@ -83,23 +86,18 @@ def run_curves(cfg: dict[str, Any], num_tokens: int) -> Curves:
 def learning_rates(cfg: dict[str, Any], places: Sequence[float] = ()) -> tuple[list[float], list[float]] | None:
     """(places, learning rates) at places from 0 to 1 of the run; those where the slope changes are added to `places`.
 
-    None for a scheduler of the host, which is not evaluated here.
+    None for a scheduler of the host, which is not evaluated here, and for times in another unit than the run's length: how
+    many batches its tokens make is not known here.
     """
     block = cfg["scheduler"]
     total, unit = parse_time("max_duration", cfg["max_duration"])
-
-    def share(name: str, default: str) -> float:
-        value, own_unit = parse_time(f"scheduler.{name}", block.get(name, default))
-        return value if own_unit == "dur" else value / total
-
-    times = {"total": share("t_max", "1dur")}
-    if block["name"] == "warmup_stable_decay":
-        function: Any = warmup_stable_decay
-        times |= {"warmup": share("t_warmup", f"0{unit}"), "decay": share("t_decay", f"0{unit}")}
-    elif block["name"] == "one_minus_sqrt":
-        function, times["decay"] = one_minus_sqrt, share("t_decay", "1dur")
-    else:
-        return None
+    function, defaults = _SCHEDULERS.get(block["name"], (None, {}))
+    times = {}
+    for name, (key, default) in {"total": ("t_max", "1dur"), **defaults}.items():
+        value, own_unit = parse_time(f"scheduler.{key}", block.get(key, default))
+        if function is None or (value and own_unit not in ("dur", unit)):
+            return None
+        times[name] = value if own_unit == "dur" else value / total
     breakpoints = (0.0, 1.0, times.get("warmup", 0.0), times["total"] - times["decay"], times["total"])
     at = sorted({*map(float, places), *(p for p in breakpoints if 0 <= p <= 1)})
     return at, [cfg["optimizer"]["lr"] * function(place, alpha_f=block.get("alpha_f", 0.0), **times) for place in at]

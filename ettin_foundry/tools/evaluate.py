@@ -14,8 +14,6 @@ from typing import Any
 
 from ettin_foundry.model.config import MASKED_OBJECTIVES, OBJECTIVES
 
-__all__ = ["DEFAULT_OBJECTIVES", "evaluate"]
-
 DEFAULT_OBJECTIVES = ("clm", "mlm", "mntp")
 _SEED = 21  # of the masks: the recipes' shuffle_seed
 _BATCH_TOKENS = 16_384

@@ -11,9 +11,10 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ettin_foundry.data.manifest import MANIFEST, SplitFacts, read_json, read_manifest
+from ettin_foundry.data import MANIFEST
+from ettin_foundry.data.manifest import SplitFacts, read_json, read_manifest
 from ettin_foundry.data.mixture import MIX_FORMAT, open_split
 from ettin_foundry.data.stream import DEFAULT_WINDOW
 from ettin_foundry.model.config import EttinConfig
@@ -21,19 +22,16 @@ from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule
 from ettin_foundry.training.keys import DEFAULTS, HOST_DEFAULTS
 from ettin_foundry.training.run_config import model_config, objective_schedule, parse_time
 
-__all__ = ["Meaning", "data_of", "read_meaning"]
-
 _SHAPE = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """A run's settings, read."""
+    """A run's settings, read: `values` by dotted key, without keys that are absent and have no default."""
 
     name: str
     cfg: Mapping[str, Any]
     values: Mapping[str, Any]
-    """Dotted key -> value; a key that is absent and has no default is not in it."""
     config: EttinConfig
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -45,11 +43,7 @@ class Meaning:
 
 
 def read_meaning(name: str, cfg: Mapping[str, Any]) -> Meaning:
-    """The meaning of a config: plain containers, as `recipes.resolved` gives them or as a checkpoint holds them.
-
-    Raises:
-        ValueError: a size, objective or schedule that cannot be read; the message begins with `name`.
-    """
+    """The meaning of a resolved config; a ValueError that begins with `name` for one that cannot be read."""
     cfg = {key: value for key, value in cfg.items() if value is not None and key != "variables"}
     try:
         config, (amount, unit) = model_config(cfg), parse_time("max_duration", cfg["max_duration"])
@@ -64,13 +58,12 @@ def read_meaning(name: str, cfg: Mapping[str, Any]) -> Meaning:
 
 def _read_blocks(cfg: dict[str, Any], config: EttinConfig, total: int | None) -> dict[str, Any]:
     """The config with every default filled in."""
-    run = {**HOST_DEFAULTS, **cfg}
-    shape = "{num_hidden_layers} layers of {hidden_size}, GLU {intermediate_size}, {num_attention_heads} heads"
-    fields = dataclasses.asdict(config)
+    run, fields = {**HOST_DEFAULTS, **cfg}, dataclasses.asdict(config)
     # causal and the length follow from objective and max_seq_len, which are compared themselves
     run["model"] = {key: value for key, value in {**_filled(cfg["model"]), **fields}.items()
                     if key not in (*_SHAPE, "causal", "max_position_embeddings")}
-    run["model"] |= {"size": config.size or shape.format(**fields), "objective": _plain(objective_schedule(cfg))}
+    run["model"] |= {"size": config.size or f"layers, widths, heads: {[fields[key] for key in _SHAPE]}",
+                     "objective": _plain(objective_schedule(cfg))}
     run["train_loader"] = _loader(cfg["train_loader"], total)
     run["optimizer"], run["scheduler"] = _filled(cfg["optimizer"]), _filled(cfg["scheduler"])
     if run["optimizer"].get("max_lr") == run["optimizer"]["lr"]:
@@ -90,8 +83,7 @@ def _read_blocks(cfg: dict[str, Any], config: EttinConfig, total: int | None) ->
 
 def _filled(block: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
     """A block of ours with its defaults; `name` for blocks without the key."""
-    defaults = DEFAULTS.get(name or block.get("name", ""), {})
-    return {**defaults, **{key: value for key, value in block.items() if value is not None}}
+    return {**DEFAULTS.get(name or block.get("name", ""), {}), **{k: v for k, v in block.items() if v is not None}}
 
 
 def _loader(block: Mapping[str, Any], total: int | None) -> dict[str, Any]:
@@ -115,22 +107,19 @@ def _plain(schedule: ObjectiveSchedule | MaskRate) -> Any:
 
 
 def _read_evaluation(run: dict[str, Any], total: int | None) -> None:
-    """Each evaluation under its label, with all objectives that it is done for, and the rows that it reads.
-
-    The checks make an evaluation of several objectives into one for each; here these are one again.
-    """
+    """Each evaluation under its label with all its objectives, of which the checks make one each, and the rows it reads."""
     given = run.pop("eval_loaders", None) or run.get("eval_loader") or []
     run.pop("eval_loader", None)
     found: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for block in [given] if isinstance(given, Mapping) else given:
-        value, label = block.get("objective"), str(block.get("label", ""))
-        is_names = isinstance(value, list) and all(isinstance(name, str) for name in value)
-        names = value if is_names else list(ObjectiveSchedule.parse(value, total=total).objectives) if value else []
-        if len(names) == 1 and label.rpartition("/")[2] == names[0]:
+        value, label = block.get("objective") or [], str(block.get("label", ""))
+        if not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+            value = list(ObjectiveSchedule.parse(value, total=total).objectives)
+        if value == [label.rpartition("/")[2]]:
             label = label.rpartition("/")[0]
         merged, before = found.setdefault("eval_loader" if label in ("", "eval") else f"eval_loader({label})", ({}, []))
         merged.update({k: v for k, v in block.items() if k not in ("label", "objective") and (k != "mask_rate" or v != 0)})
-        before += names
+        before += value
     for key, (block, names) in found.items():
         run[key] = {**_loader(block, total), "objective": names[0] if len(names) == 1 else sorted(names)}
     if not found:
@@ -169,29 +158,20 @@ def _in_one_unit(value: Any, amount: float, unit: str) -> Any:
     return f"{int(number) if number == int(number) else number:_}{own_unit}"
 
 
-class Data(NamedTuple):
-    """What a loader reads, as far as this machine knows it; fingerprint and tokenizer are None without the manifest."""
-
-    place: str
-    fingerprint: str | None = None
-    tokenizer: dict[str, Any] | None = None
-
-
-def data_of(run: Meaning, loader: str) -> Data:
-    """The split that a loader (`train_loader`, or the key of an evaluation) reads.
+def data_of(run: Meaning, loader: str) -> tuple[str, str | None, dict[str, Any] | None]:
+    """(place, fingerprint, tokenizer) of the split that a loader reads; None for both where its manifest is not here.
 
     Raises:
         FileNotFoundError, ValueError: its manifest is invalid.
     """
     local, split, remote = (run.get(f"{loader}.dataset.{key}") for key in ("local", "split", "remote"))
     place, path = f"{remote or local}/{split}", Path(str(local)) / str(split) / MANIFEST
-    if not path.is_file():
-        return Data(place)
     try:
-        is_mixture = (read_json(path) or {}).get("format") == MIX_FORMAT
-        facts = open_split(path.parent) if is_mixture else SplitFacts(read_manifest(path.parent))
-    except OSError:
+        if path.is_file():
+            is_mixture = (read_json(path) or {}).get("format") == MIX_FORMAT
+            facts = open_split(path.parent) if is_mixture else SplitFacts(read_manifest(path.parent))
+            return place, facts.fingerprint, {key: value for key, value in facts.tokenizer.items() if key != "name"}
+    except OSError:  # a mixture's datasets may be fetched later
         if remote is None:
             raise
-        return Data(place)  # the mixture's datasets will be fetched
-    return Data(place, facts.fingerprint, {key: value for key, value in facts.tokenizer.items() if key != "name"})
+    return place, None, None

@@ -17,8 +17,6 @@ from ettin_foundry.model.config import MASKED_OBJECTIVES
 from ettin_foundry.tools.curves import learning_rates
 from ettin_foundry.tools.meaning import Meaning, data_of, read_meaning
 
-__all__ = ["HARMLESS", "OBJECTIVE", "UNFAIR", "Difference", "Report", "lint_chain", "lint_pair"]
-
 UNFAIR, HARMLESS, OBJECTIVE = "unfair", "harmless", "objective"
 ABSENT = "absent"
 _WIDEST = 48
@@ -33,8 +31,7 @@ class Difference:
     b: Any
     verdict: str
     reason: str
-    where: str = ""
-    """The phase, when the report is about a chain."""
+    where: str = ""  # the phase, when the report is about a chain
 
 
 @dataclass(frozen=True)
@@ -70,9 +67,8 @@ class Report:
 
 
 def _shown(value: Any) -> str:
-    """As in YAML; numbers as short as they are exact; cut where it is long."""
-    short = isinstance(value, float) and float(f"{value:g}") == value
-    text = str(value).lower() if isinstance(value, bool) else f"{value:g}" if short else str(value)
+    """As in YAML, cut where it is long."""
+    text = str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= _WIDEST else text[:_WIDEST - 3] + "..."
 
 
@@ -111,14 +107,10 @@ _UNFAIR = {
 
 
 def lint_pair(a: Mapping[str, Any], b: Mapping[str, Any], *, names: tuple[str, str] = ("a", "b")) -> Report:
-    """Compares two runs as the members of a pair.
+    """Compares two resolved configs that `checks.check_settings` accepts as the members of a pair.
 
-    Args:
-        a, b: configs as plain containers, interpolations resolved, that `checks.check_settings` accepts.
-
-    Returns:
-        Every difference with its verdict. Where the data's manifests are on this machine, datasets are compared by their
-        fingerprints; else by where they lie, which a note says.
+    Datasets are compared by their fingerprints where their manifests are on this machine, else by where they lie, which a
+    note says.
 
     Raises:
         ValueError, FileNotFoundError: a config cannot be read, or a manifest is broken.
@@ -172,11 +164,8 @@ def _rule(key: str, a: Meaning, b: Meaning) -> tuple[str, str]:
         if all(run.get("accumulate_train_batch_on_tokens") is True for run in (a, b)):
             return HARMLESS, "every target of a step weighs the same, whatever the microbatch"
         return UNFAIR, "microbatches are weighted by rows, so that their size changes what a target weighs"
-    for verdict, reasons in ((HARMLESS, _HARMLESS), (UNFAIR, _UNFAIR)):
-        for pattern, reason in reasons.items():
-            if re.fullmatch(pattern, key):
-                return verdict, reason
-    raise AssertionError(key)  # the last pattern matches every key
+    rules = [(HARMLESS, *item) for item in _HARMLESS.items()] + [(UNFAIR, *item) for item in _UNFAIR.items()]
+    return next((verdict, reason) for verdict, pattern, reason in rules if re.fullmatch(pattern, key))
 
 
 def _compare_data(a: Meaning, b: Meaning) -> tuple[list[Difference], list[str]]:
@@ -187,35 +176,31 @@ def _compare_data(a: Meaning, b: Meaning) -> tuple[list[Difference], list[str]]:
         key = f"{loader}.dataset"
         if not (a.has(key) and b.has(key)):
             continue  # the loader itself is a difference
-        one, other = data_of(a, loader), data_of(b, loader)
-        if one.fingerprint and other.fingerprint:
-            marks = one.fingerprint[:12], other.fingerprint[:12]
-            if one.fingerprint != other.fingerprint:
-                found.append(Difference(key, *marks, UNFAIR, "the members would not read the same text (fingerprints)"))
-            elif one.place != other.place:
-                found.append(Difference(key, one.place, other.place, HARMLESS, "copies of one dataset, by fingerprint"))
-            notes.append(f"{key}: fingerprint {' and '.join(dict.fromkeys(marks))}")
-        elif one.place != other.place:
-            found.append(Difference(key, one.place, other.place, UNFAIR,
-                                    "another dataset, as far as can be seen: the manifests are not both on this machine"))
+        (place, mark, _), (other, other_mark, _) = data_of(a, loader), data_of(b, loader)
+        if mark and other_mark:
+            if mark != other_mark:
+                found.append(Difference(key, mark[:12], other_mark[:12], UNFAIR, "not the same text (fingerprints)"))
+            elif place != other:
+                found.append(Difference(key, place, other, HARMLESS, "copies of one dataset, by fingerprint"))
+            notes.append(f"{key}: fingerprint {' and '.join(dict.fromkeys((mark[:12], other_mark[:12])))}")
+        elif place != other:
+            found.append(Difference(key, place, other, UNFAIR, "elsewhere, and the manifests are not both on this machine"))
         else:
-            notes.append(f"{key}: {one.place} is not on this machine, so only its place was compared")
+            notes.append(f"{key}: {place} is not on this machine, so only its place was compared")
     return found, notes
 
 
 # ------------------------------------------------------------------ chains of phases
 
 _MODEL_KEYS = [f"model.{key}" for key in ("size", "vocab_size", "global_attn_every_n_layers", "local_attention", "norm_eps")]
-_Found = Iterator[tuple[str, Any, Any, str]]
+_Found = Iterator[tuple[str, Any, Any, str]]  # key, before, now, reason
 
 
 def lint_chain(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> Report:
-    """Compares each phase of a model with the one before it: shape, tokenizer, row length, rotary theta, clock, learning
-    rate and weight decay must continue. Data, budget, batch and mask rate may change.
+    """Compares each phase of a model, (name, config as for `lint_pair`), with the one before it.
 
-    Args:
-        runs: (name, config) in the order in which they are run, configs as for `lint_pair`; a cross run follows the run
-            whose weights it takes.
+    Shape, tokenizer, row length, rotary theta, clock, learning rate and weight decay must continue; data, budget, batch and
+    mask rate may change. A cross run follows the run whose weights it takes.
     """
     chain = [read_meaning(name, cfg) for name, cfg in runs]
     found, notes = [], []
@@ -228,8 +213,7 @@ def lint_chain(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> Report:
 
 
 def _start(run: Meaning) -> str:
-    """How a run begins: `scratch`, `weights` of another run, a new `phase` with the optimizer kept, or `loaded` with the
-    checkpoint's clock."""
+    """How a run begins: `scratch`, another's `weights`, a `phase` that keeps the optimizer, or `loaded` with its clock."""
     if run.has("callbacks.ettin_cross") or run.get("callbacks.ettin_phase.keep") == "weights":
         return "weights"
     if run.has("callbacks.ettin_phase"):
@@ -256,7 +240,7 @@ def _check_model(past: Sequence[Meaning], now: Meaning) -> _Found:
     names = [run.get("tokenizer.name", ABSENT) for run in (before, now)]
     own = [str(run.cfg.get("tokenizer", {}).get("name")) for run in (before, now)]
     if names[0] == names[1] and own[0] != own[1]:  # both beside their data: what the manifests say of them
-        names = [data_of(run, "train_loader").tokenizer for run in (before, now)]
+        names = [data_of(run, "train_loader")[2] for run in (before, now)]
     if None not in names and names[0] != names[1]:
         yield "tokenizer.name", *own, "the embedding's rows would stand for other tokens"
     if now.values["max_seq_len"] < before.values["max_seq_len"]:

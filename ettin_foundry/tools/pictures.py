@@ -21,8 +21,6 @@ from ettin_foundry.model.config import MASKED_OBJECTIVES
 from ettin_foundry.tools.curves import learning_rates
 from ettin_foundry.tools.plan import Plan, batch_ramp
 
-__all__ = ["LoggedRun", "draw_losses", "draw_plans", "smooth"]
-
 OBJECTIVE_COLORS = {"mlm": "#2a6fbb", "clm": "#e07b24", "mntp": "#1f9e89"}
 _COLORS = ("#2a6fbb", "#e07b24", "#b5313c", "#1f9e89", "#8e5bbf", "#5c6670", "#c9a227", "#d65f9e")
 _LINE, _GREY = "#30363d", "#6b7280"
@@ -35,20 +33,11 @@ _FORMATS = (".png", ".svg", ".pdf")
 _POINTS = 400
 
 
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
-
-
 def draw_plans(plans: Sequence[Plan], path: Path, sources: Mapping[str, str | None]) -> None:
-    """Learning rate, batch size, mask rate, objective and row length of runs over their tokens, a column for each chain of
-    runs that start from one another.
+    """Draws learning rate, batch size, mask rate, objective and row length of runs over their tokens, a column a chain.
 
     Args:
-        path: ends in .png, .svg or .pdf. sources: {run: the run that it starts from, or None}.
-
-    Raises:
-        ValueError: another ending.
+        path: ends in .png, .svg or .pdf, else a ValueError. sources: {run: the run that it starts from, or None}.
     """
     if path.suffix.lower() not in _FORMATS:
         raise ValueError(f"--picture must end in {', '.join(_FORMATS)}, got {path}")
@@ -71,8 +60,10 @@ def draw_plans(plans: Sequence[Plan], path: Path, sources: Mapping[str, str | No
             column[-1].xaxis.set_major_formatter(lambda tokens, _: format_count(tokens) if tokens > 0 else "0")
         for axes, label in zip(panels[:, 0], ("learning rate", "rows a step", "mask rate", "objective", "row length")):
             axes.set_ylabel(label)
-        panels[3, -1].legend(*_unique_labels(panels[3]), loc="upper right", bbox_to_anchor=(1, 1.35), ncols=3, fontsize=8)
-        _save(figure, path)
+        labels = {label: handle for axes in panels[3] for handle, label in zip(*axes.get_legend_handles_labels())}
+        panels[3, -1].legend(labels.values(), labels, loc="upper right", bbox_to_anchor=(1, 1.35), ncols=3, fontsize=8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
 
 
 def _draw_plan(panels: Sequence[Any], plan: Plan, begin: int) -> None:
@@ -104,23 +95,16 @@ def _draw_plan(panels: Sequence[Any], plan: Plan, begin: int) -> None:
     length.set_ylim(bottom=0)
 
 
-def _unique_labels(axes: Sequence[Any]) -> tuple[list[Any], list[str]]:
-    found = {label: handle for each in axes for handle, label in zip(*each.get_legend_handles_labels())}
-    return list(found.values()), list(found)
-
-
 # ------------------------------------------------------------------ what runs logged
 
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """What one stage logged, step by step."""
+    """What one stage, which started from `source`, logged: lines of steps.jsonl with tokens, loss and objective."""
 
     name: str
     source: str | None
-    """The stage it started from."""
     steps: Sequence[Mapping[str, Any]]
-    """Lines of steps.jsonl: tokens before the step, loss in nats per target, objective."""
     num_tokens: int
 
     def parts(self) -> Iterator[tuple[str, list[int], list[float]]]:
@@ -176,7 +160,7 @@ def draw_losses(runs: Sequence[LoggedRun], evaluation: Mapping[str, Mapping[str,
         axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=3, fontsize=8.5)
         if evaluation:
             _draw_bars(axes[1], evaluation)
-        _save(figure, path)
+        figure.savefig(path, dpi=150)
 
 
 def _draw_bars(axes: Any, evaluation: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ettin_foundry.data.manifest import MANIFEST
+from ettin_foundry.data import MANIFEST
 from ettin_foundry.data.mixture import MixtureSplit, open_split
 from ettin_foundry.data.quantities import format_bytes, format_count
 from ettin_foundry.data.ramp import BatchRamp, check_warmup
@@ -28,9 +28,6 @@ from ettin_foundry.objectives.schedule import parse_tokens
 from ettin_foundry.tools.curves import Curves, run_curves
 from ettin_foundry.training.checks import check_settings
 from ettin_foundry.training.run_config import model_config, parse_time, total_tokens
-
-__all__ = ["DataFacts", "Plan", "as_json", "batch_ramp", "data_facts", "memory_bytes", "plan_run", "plan_runs", "report",
-           "text", "totals"]
 
 SLACK_GIB = 2.0  # left free when a microbatch is said to fit
 GPUS = {"h100": (1.979e15 / 2, 79.1), "h100-pcie": (1.513e15 / 2, 79.1), "h200": (1.979e15 / 2, 139.8),
@@ -72,10 +69,9 @@ def _split_facts(cfg: dict[str, Any]) -> DataFacts | None:
     """What a config's training split holds, None when it is not on this machine."""
     loader = cfg["train_loader"]
     folder = Path(loader["dataset"]["local"]) / loader["dataset"].get("split", "train")
-    if not (folder / MANIFEST).is_file():
-        return None
     try:
-        return data_facts(open_split(folder), cfg["max_seq_len"], packing=loader.get("packing", True))
+        if (folder / MANIFEST).is_file():
+            return data_facts(open_split(folder), cfg["max_seq_len"], packing=loader.get("packing", True))
     except OSError:
         if not loader["dataset"].get("remote"):  # else the loader fetches what is missing
             raise
@@ -122,10 +118,6 @@ class Plan:
     @property
     def flops(self) -> int:
         return self.flops_per_token * self.num_tokens
-
-    @property
-    def flops_6n(self) -> int:
-        return 6 * self.parameters * self.num_tokens
 
     @property
     def fits(self) -> bool:
@@ -191,6 +183,15 @@ def _flops_per_token(cfg: dict[str, Any], data: DataFacts, causal: float, target
     return round(per_token + config.flops(0, 1, 0) * targets)
 
 
+def _num_steps(cfg: dict[str, Any], ramp: BatchRamp, per_row: float) -> int:
+    """Steps of a run whose rows hold `per_row` tokens: in tokens, until the first step with this many before it."""
+    amount, unit = parse_time("max_duration", cfg["max_duration"])
+    if unit != "tok":
+        return int(amount)
+    most = math.ceil(amount / per_row / ramp.min_size) + 1
+    return bisect.bisect_left(range(most + 1), amount, key=lambda k: ramp.first_row(k) * per_row)
+
+
 def num_checkpoints(cfg: dict[str, Any], num_steps: int, num_tokens: int, tokens_per_step: int) -> int:
     """Checkpoints that exist after the run: one whenever the clock passes a multiple of save_interval, and the last."""
     if not cfg.get("save_folder"):
@@ -219,13 +220,11 @@ def _machine(cfg: dict[str, Any], gpus: str | None) -> tuple[int, str]:
     return next(n for n in (ORIGINAL_GPUS, 2, 1) if n == 1 or (rows % n == 0 and n * least <= rows)), "h100"
 
 
-def plan_run(cfg: dict[str, Any], *, name: str | None = None, gpus: str | None = None, mfu: float | None = None,
-             facts: DataFacts | None = None) -> Plan:
+def plan_run(cfg: dict[str, Any], *, name: str | None = None, gpus: str | None = None, mfu: float | None = None) -> Plan:
     """The plan of a config that `check_settings` accepts.
 
     Args:
         gpus: such as 4xH100. mfu: share of the peak; None: the original's, where it is known.
-        facts: what the training split holds; None: read from its manifest, if that is here.
 
     Raises:
         ValueError: gpus or mfu is not possible, or the data's files contradict their manifest.
@@ -233,15 +232,11 @@ def plan_run(cfg: dict[str, Any], *, name: str | None = None, gpus: str | None =
     num_gpus, gpu = _machine(cfg, gpus)
     if mfu is not None and not (gpu in GPUS and 0 < mfu <= 1):
         raise ValueError(f"--mfu must be above 0, at most 1, and used with GPUs, got {mfu} on {gpu}; add --gpus")
-    facts, config, length = facts or _split_facts(cfg), model_config(cfg), cfg["max_seq_len"]
+    facts, config, length = _split_facts(cfg), model_config(cfg), cfg["max_seq_len"]
     data = facts or DataFacts(length, 1, 1, ((length, 1),))
     per_row = data.num_tokens / data.num_rows
     ramp = batch_ramp(cfg, per_row)
-    amount, unit = parse_time("max_duration", cfg["max_duration"])
-    steps = int(amount)
-    if unit == "tok":  # the first step with this many tokens before it
-        most = math.ceil(amount / per_row / ramp.min_size) + 1
-        steps = bisect.bisect_left(range(most + 1), amount, key=lambda k: ramp.first_row(k) * per_row)
+    steps = _num_steps(cfg, ramp, per_row)
     tokens, per_step = round(ramp.first_row(steps) * per_row), round(per_row * ramp.max_size)
     curves = run_curves(cfg, max(1, tokens))
     shares = {name: float(share[0]) for name, share in curves.shares_between([0, max(1, tokens)]).items()}
@@ -253,26 +248,25 @@ def plan_run(cfg: dict[str, Any], *, name: str | None = None, gpus: str | None =
         return memory_bytes(config, rows * length, most_targets, half=half, ranks=num_gpus, fsdp=bool(sharding),
                             recompute=bool(sharding.get("activation_checkpointing")))
 
-    largest = hours = None
+    largest = None
     if gpu in GPUS:
-        peak, gib = GPUS[gpu]
-        largest = bisect.bisect_right(range(1, ramp.max_size // num_gpus + 1), (gib - SLACK_GIB) * 2**30,
+        largest = bisect.bisect_right(range(1, ramp.max_size // num_gpus + 1), (GPUS[gpu][1] - SLACK_GIB) * 2**30,
                                       key=lambda rows: sum(memory(rows).values()))
         if mfu is None and half and config.size in ORIGINAL_HOURS:
-            gpu_seconds = ORIGINAL_HOURS[config.size] * 3600 * ORIGINAL_GPUS
-            mfu = 6 * config.num_parameters * ORIGINAL_TOKENS / (gpu_seconds * GPUS["h100"][0])
-        hours = None if mfu is None else 6 * config.num_parameters * tokens / (num_gpus * peak * mfu) / 3600
+            original = ORIGINAL_HOURS[config.size] * 3600 * ORIGINAL_GPUS * GPUS["h100"][0]
+            mfu = 6 * config.num_parameters * ORIGINAL_TOKENS / original
     micro = cfg["device_train_microbatch_size"]
     micro = max(1, largest or 0) if micro == "auto" else micro
     checkpoints = num_checkpoints(cfg, steps, tokens, per_step)
+    work = 6 * config.num_parameters * tokens
     return Plan(
         name=name or cfg.get("run_name") or "without a name", size=config.size or "custom", objective=str(curves.schedule),
         causal=config.causal, parameters=config.num_parameters, max_seq_len=length, rows_per_step=ramp.max_size,
         first_rows=ramp.min_size, warmup_steps=min(steps, ramp.num_steps), tokens_per_step=per_step, num_steps=steps,
         num_tokens=tokens, epochs=tokens / data.num_tokens if facts else None, shares=shares, targets_per_token=targets,
         flops_per_token=_flops_per_token(cfg, data, shares.get("clm", 0.0), targets), num_gpus=num_gpus, gpu=gpu,
-        microbatch=micro, memory_bytes=memory(micro), largest_microbatch=largest, mfu=mfu, hours=hours,
-        checkpoints=checkpoints, cfg=cfg, curves=curves,
+        microbatch=micro, memory_bytes=memory(micro), largest_microbatch=largest, mfu=mfu,
+        hours=mfu and work / (num_gpus * GPUS[gpu][0] * mfu) / 3600, checkpoints=checkpoints, cfg=cfg, curves=curves,
         storage_bytes=checkpoints * 4 * config.num_parameters * (1 if cfg.get("save_weights_only") else 3))
 
 
@@ -317,17 +311,12 @@ def _lines(plan: Plan) -> dict[str, str]:
         "step": f"{plan.rows_per_step:,} rows of {plan.max_seq_len:,}: {plan.tokens_per_step:,} real tokens, "
                 f"{plan.fill:.1%} full ({basis}){ramp}",
         "length": f"{plan.num_steps:,} steps, {plan.num_tokens:,} tokens{epochs}",
-        "work": f"{plan.flops_per_token:.4g} FLOPs per token, {plan.flops:.4g} in all; 6 per parameter and token: "
-                f"{plan.flops_6n:.4g}",
+        "work": f"{plan.flops_per_token:.4g} FLOPs per token, {plan.flops:.4g} in all",
     }
 
 
 def _model(plan: Plan) -> str:
     return f"{plan.size} {'decoder' if plan.causal else 'encoder'}"
-
-
-def _aligned(lines: dict[str, str]) -> str:
-    return "\n".join(f"{name:10} {line}" for name, line in lines.items())
 
 
 def report(cfg: dict[str, Any]) -> str:
@@ -337,8 +326,9 @@ def report(cfg: dict[str, Any]) -> str:
     from ettin_foundry.model.attention import describe_backend  # imports torch, which the arithmetic does without
 
     backend = describe_backend(cfg["model"].get("attn_impl", "auto"), cfg.get("precision", "amp_bf16"))
-    return _aligned({**_lines(plan_run(cfg)), "attention": f"{backend.name}: {backend.reason}",
-                     "folder": cfg.get("save_folder") or "nothing is saved"})
+    lines = {**_lines(plan_run(cfg)), "attention": f"{backend.name}: {backend.reason}",
+             "folder": cfg.get("save_folder") or "nothing is saved"}
+    return "\n".join(f"{name:10} {line}" for name, line in lines.items())
 
 
 def text(plans: Sequence[Plan]) -> str:
@@ -362,7 +352,7 @@ def text(plans: Sequence[Plan]) -> str:
         lines["hours"] = (f"{plan.hours:,.2f} on {plan.machine}, {gpu_hours:,.1f} GPU hours: "
                           f"{plan.num_tokens / gpu_hours / 3600:,.0f} tokens/s a GPU at an assumed MFU of {plan.mfu:.1%}")
     lines["storage"] = f"{plan.checkpoints:,} checkpoints, {format_bytes(plan.storage_bytes)} in all"
-    return _aligned(lines)
+    return "\n".join(f"{name:10} {line}" for name, line in lines.items())
 
 
 def totals(plans: Sequence[Plan]) -> dict[str, Any]:
@@ -374,29 +364,26 @@ def totals(plans: Sequence[Plan]) -> dict[str, Any]:
 
 
 def _table(plans: Sequence[Plan]) -> str:
-    def hours(value: float | None) -> str:
-        return "-" if value is None else f"{value:,.1f}"
-
-    total = totals(plans)
-    rows = [["stage", "model", "objective", "tokens", "steps", "rows", "length", "GiB", "hours", "checkpoints", "storage"]]
-    rows += [[plan.name, _model(plan), plan.objective, format_count(plan.num_tokens), f"{plan.num_steps:,}",
-              f"{plan.rows_per_step:,}", f"{plan.max_seq_len:,}", f"{plan.memory_gib:.1f}{'' if plan.fits else '!'}",
-              hours(plan.hours), f"{plan.checkpoints:,}", format_bytes(plan.storage_bytes)] for plan in plans]
-    rows.append(["total", "", "", format_count(total["num_tokens"]), f"{total['num_steps']:,}", "", "", "",
-                 hours(total["hours"]), f"{total['checkpoints']:,}", format_bytes(total["storage_bytes"])])
+    rows = [["stage", "model", "objective", "rows", "length", "GiB", "tokens", "steps", "hours", "checkpoints", "storage"]]
+    shapes = [[plan.name, _model(plan), plan.objective, f"{plan.rows_per_step:,}", f"{plan.max_seq_len:,}",
+               f"{plan.memory_gib:.1f}{'' if plan.fits else '!'}"] for plan in plans]
+    for shape, some in [*zip(shapes, ([plan] for plan in plans)), (["total", *[""] * 5], plans)]:
+        sums = totals(some)
+        hours = "-" if sums["hours"] is None else f"{sums['hours']:,.1f}"
+        rows.append([*shape, format_count(sums["num_tokens"]), f"{sums['num_steps']:,}", hours, f"{sums['checkpoints']:,}",
+                     format_bytes(sums["storage_bytes"])])
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) if i < 3 else cell.rjust(width)
                        for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
     lines.append(f"on {' and '.join(dict.fromkeys(plan.machine for plan in plans))}; GiB: of one device at its peak"
-                 + ("" if all(plan.fits for plan in plans) else "; ! does not fit"))
-    if any(plan.epochs is None for plan in plans):
-        lines.append("some data is not here: full rows, longest documents")
+                 + ("" if all(plan.fits for plan in plans) else "; ! does not fit")
+                 + ("; some data is not here: full rows, longest documents" if any(p.epochs is None for p in plans) else ""))
     return "\n".join(lines)
 
 
 def as_json(plans: Sequence[Plan]) -> dict[str, Any]:
     """Everything that `text` shows as plain data, in bytes, hours, operations and tokens."""
-    derived = ("fill", "flops", "flops_6n", "fits", "machine")
+    derived = ("fill", "flops", "fits", "machine")
     names = [field.name for field in dataclasses.fields(Plan) if field.name not in ("cfg", "curves")]
     return {"stages": [{name: getattr(plan, name) for name in (*names, *derived)} for plan in plans],
             "totals": totals(plans)}

@@ -35,8 +35,6 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from ettin_foundry.training import recipes
 from ettin_foundry.training.run_config import parse_time
 
-__all__ = ["Evaluation", "Samples", "Stage", "Suite", "load"]
-
 _Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 _Text = Annotated[str, StringConstraints(min_length=1)]
 _RESERVED = ("models", "report.json", "report.md")  # beside the stages' folders in root
@@ -48,11 +46,11 @@ class _Block(BaseModel):
 
 
 class Evaluation(_Block):
-    """What the exported models are compared on."""
+    """What the exported models are compared on; mask_rate is of the masked objectives."""
 
     data: _Text
     objectives: tuple[Literal["mlm", "clm", "mntp"], ...] = ("clm", "mlm", "mntp")
-    mask_rate: float = 0.15  # of the masked objectives
+    mask_rate: float = 0.15
     max_batches: int | None = Field(None, ge=1)
 
 
@@ -100,13 +98,13 @@ class Stage:
         """What train.py is given; raises as `recipes.configure`, with the stage's name before the message."""
         return [*self.args, *(_scaled(self._resolved(self.args), self.scale) if self.scale != 1 else ())]
 
-    @functools.cached_property
-    def _config(self) -> dict[str, Any]:
-        return self._resolved(self.arguments)
-
     def config(self) -> dict[str, Any]:
         """The run's configuration as plain containers, interpolations resolved; raises as `arguments`."""
         return copy.deepcopy(self._config)
+
+    @functools.cached_property
+    def _config(self) -> dict[str, Any]:
+        return self._resolved(self.arguments)
 
     def _resolved(self, args: Sequence[str]) -> dict[str, Any]:
         try:
@@ -156,15 +154,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
 
     Raises:
         FileNotFoundError: it, or one that it extends, does not exist.
-        ValueError: a key that is unknown, missing or of the wrong kind; the message names the key as it stands in the file.
+        ValueError: a key that is unknown, missing or of the wrong kind, which the message names.
     """
     try:
         file = _File.model_validate(_read(str(path), overrides))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        known = f"; the keys are {', '.join(_keys_beside(first['loc']))}" if first["type"] == "extra_forbidden" else ""
-        raise ValueError(f"{path}: {key}: {first['msg']}, got {first['input']!r}{known}") from None
+        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}") from None
     if "://" in file.root:
         raise ValueError(f"{path}: root must be a local folder, got {file.root!r}")
     stages = _stages(str(path), file)
@@ -178,21 +174,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
                  file.evaluation, file.samples)
 
 
-def _keys_beside(place: Sequence[str | int]) -> list[str]:
-    block: type[_Block] = {"stages": _StageBlock, "evaluation": Evaluation, "samples": Samples}.get(str(place[0]), _File)
-    return [field.alias or name for name, field in block.model_fields.items()]
-
-
 def _read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The file, merged onto those that it extends, then the overrides; interpolations resolved."""
-    layers: dict[str, dict[str, Any]] = {}
-    at: str | None = path
-    while at is not None:
-        if at in layers:
-            raise ValueError(f"{path}: extends: leads back to {at}; a file cannot extend itself")
-        layers[at] = recipes.read(at)
-        parent = layers[at].get("extends")
-        at = None if parent is None else str(Path(at).parent / str(parent))
+    layers = {path: recipes.read(path)}
+    while (parent := layers[path].get("extends")) is not None:
+        path = str(Path(path).parent / str(parent))
+        if path in layers:
+            raise ValueError(f"{path}: extends: leads back to it; a file cannot extend itself")
+        layers[path] = recipes.read(path)
+    path = next(iter(layers))
     if wrong := [text for text in overrides if "=" not in text]:
         raise ValueError(f"{wrong[0]}: after the suite file only key=value of that file is possible, such as scale=0.01")
     try:
@@ -207,21 +197,16 @@ def _read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
 def _stages(path: str, file: _File) -> tuple[Stage, ...]:
     found: dict[str, Stage] = {}
     for name, block in file.stages.items():
-        where = f"{path}: stages.{name}"
+        where, folder, own = f"{path}: stages.{name}", Path(file.root) / name, [*file.overrides, *block.overrides]
         if name in _RESERVED:
             raise ValueError(f"{where}: {', '.join(_RESERVED)} are not possible as names; rename it")
         if block.source is not None and block.source not in found:
-            raise ValueError(f"{where}.from must be a stage before it ({', '.join(found) or 'it is the first'}), got "
-                             f"{block.source!r}")
-        for text in [*file.overrides, *block.overrides]:
-            if "=" not in text or text.split("=", 1)[0] in _OWN_KEYS:
-                raise ValueError(f"{where}.overrides must be key=value of train.py without {', '.join(_OWN_KEYS)}, got "
-                                 f"{text!r}")
-        folder = Path(file.root) / name
+            raise ValueError(f"{where}.from must be a stage before it, one of {[*found]}, got {block.source!r}")
+        if wrong := [text for text in own if "=" not in text or text.split("=", 1)[0] in _OWN_KEYS]:
+            raise ValueError(f"{where}.overrides must be key=value without {', '.join(_OWN_KEYS)}, got {wrong[0]!r}")
         source = [] if block.source is None else [f"variables.source={found[block.source].folder}"]
-        args = [*block.yaml, f"run_name={file.name}-{name}", f"save_folder={folder}", *file.overrides, *block.overrides,
-                *source]
-        found[name] = Stage(name, tuple(args), folder, block.source, block.pair, file.scale)
+        args = *block.yaml, f"run_name={file.name}-{name}", f"save_folder={folder}", *own, *source
+        found[name] = Stage(name, args, folder, block.source, block.pair, file.scale)
     pairs = [stage.pair for stage in found.values() if stage.pair is not None]
     if alone := [pair for pair in pairs if pairs.count(pair) < 2]:
         raise ValueError(f"{path}: pair must name at least two stages, got {alone[0]!r} for one")
@@ -238,8 +223,8 @@ def _scaled(block: Mapping[str, Any], scale: float, prefix: str = "") -> list[st
         if isinstance(value, dict):
             found += _scaled(value, scale, f"{key}.")
         elif isinstance(value, list) and re.search(r"[0-9]tok\b", str(value)):
-            raise ValueError(f"scale is {scale:g}, but {key} holds times in tokens in a list, which is not scaled, {value}; "
-                             "write them as shares of the run, such as 0.25dur")
+            raise ValueError(f"scale is {scale:g}, but {key} lists times in tokens, which are not scaled, {value}; write "
+                             "shares of the run, such as 0.25dur")
         elif isinstance(value, str) and re.fullmatch(r"[0-9._]+(e[+-]?[0-9]+)?tok", value, re.IGNORECASE):
             if amount := parse_time(key, value)[0]:
                 found.append(f"{key}={round(amount * scale)}tok")

@@ -30,8 +30,6 @@ from ettin_foundry.training import checkpoints, checks
 from ettin_foundry.training.run_config import config_hash, config_text, parse_time
 from ettin_foundry.training.steps import STEPS, compare_steps, read_steps
 
-__all__ = ["StageFailed", "State", "Stopped", "check_suite", "compare_pair", "run_suite", "say", "signals", "stage_state"]
-
 _SAY_SECONDS = 10.0  # between lines where there is no terminal
 _STOP_SECONDS = 40.0  # Composer's launcher gives its processes 30 s to end
 _SPEED_STEPS = 20
@@ -41,25 +39,13 @@ class StageFailed(RuntimeError):
     """A stage ended without having finished its run."""
 
 
-class Stopped(KeyboardInterrupt):
-    """This process was told to end by signal `signum`."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum = signum
-
-
 class State(NamedTuple):
     """How far a stage is."""
 
     checkpoint: Path | None  # the newest complete one
     record: dict[str, Any]  # what the run's Clock wrote into it; empty without a checkpoint
+    tokens: int  # of this run alone
     finished: bool
-
-    @property
-    def tokens(self) -> int:
-        """Real tokens of this run alone."""
-        return int(self.record.get("tokens") or 0)
 
 
 def say(text: str) -> None:
@@ -68,36 +54,29 @@ def say(text: str) -> None:
 
 
 def stage_state(stage: Stage) -> State:
-    """Reads a stage's newest complete checkpoint.
-
-    Raises:
-        ValueError: the checkpoint is of a run with other settings; each that may change what is learnt is named with both
-            values.
-    """
+    """Reads a stage's newest complete checkpoint; a ValueError with both values of each setting in which it differs."""
     newest = checkpoints.newest_complete(stage.folder)
     if newest is None:
-        return State(None, {}, False)
+        return State(None, {}, 0, False)
     record, config = checkpoints.read_head(newest).record, stage.config()
     text = config_text(config)
     if record.get("run_hash") != config_hash(text):
         if "run_config" not in record:
             raise ValueError(f"stages.{stage.name}: {newest} holds no config, so it is not one of train.py's; move it away")
         found = lint_pair(json.loads(record["run_config"]), json.loads(text), names=("then", "now")).differences
-        differing = [f"{d.key}: {d.a} then, {d.b} now" for d in found
-                     if d.verdict != HARMLESS or d.key.endswith(".source")]
-        if differing:
-            raise ValueError(f"stages.{stage.name}: {newest} was trained with other settings: {'; '.join(differing[:8])}"
-                             f"{f'; and {len(differing) - 8} more' if len(differing) > 8 else ''}. Restore them, or give "
-                             "another root, or move that folder away")
+        if other := [f"{d.key}: {d.a} then, {d.b} now" for d in found if d.verdict != HARMLESS or d.key.endswith(".source")]:
+            raise ValueError(f"stages.{stage.name}: {newest} was trained with other settings: {'; '.join(other)}. Restore "
+                             "them, or give another root, or move that folder away")
     amount, unit = parse_time("max_duration", config["max_duration"])
-    return State(newest, record, int(record.get("tokens" if unit == "tok" else "batch") or 0) >= amount)
+    tokens = int(record.get("tokens") or 0)
+    return State(newest, record, tokens, (tokens if unit == "tok" else int(record.get("batch") or 0)) >= amount)
 
 
 def check_suite(suite: Suite, *, allow_unfair: bool = False) -> dict[str, dict[str, Any]]:
     """Refuses a suite of which some stage could not run as written, or whose pairs or chains are unfair.
 
     Returns:
-        {pair or chain: {members, fair, findings}} for the report; findings is the linter's text.
+        {pair or chain: {fair, findings}} for the report; findings is the linter's text.
 
     Raises:
         ValueError, FileNotFoundError: naming the stage and the key.
@@ -108,22 +87,20 @@ def check_suite(suite: Suite, *, allow_unfair: bool = False) -> dict[str, dict[s
             checks.check_settings(config)
         except ValueError as error:
             raise ValueError(f"stages.{name}: {error}") from error
-    reports = []
+    reports = {}
     for pair, (first, *others) in suite.pairs().items():
         for other in others:
-            names = (first.name, other.name)
-            report = lint_pair(configs[first.name], configs[other.name], names=names)
-            reports.append((f"pair {pair}: {', '.join(names)}", names, report))
+            names = first.name, other.name
+            reports[f"pair {pair}: {', '.join(names)}"] = lint_pair(*(configs[name] for name in names), names=names)
     followed = {stage.source for stage in suite.stages}
-    for stage in suite.stages:
-        names = tuple(each.name for each in suite.chain(stage))
-        if stage.name not in followed and len(names) > 1:
-            reports.append((f"chain {' -> '.join(names)}", names, lint_chain([(name, configs[name]) for name in names])))
-    unfair = [f"{key}\n{report}" for key, _, report in reports if not report.fair]
+    for chain in (suite.chain(stage) for stage in suite.stages if stage.name not in followed and stage.source):
+        names = [each.name for each in chain]
+        reports[f"chain {' -> '.join(names)}"] = lint_chain([(name, configs[name]) for name in names])
+    unfair = [f"{key}\n{report}" for key, report in reports.items() if not report.fair]
     if unfair and not allow_unfair:
         raise ValueError("\n".join([f"{suite.path}: its models could not be compared:", *unfair,
                                     "Make the settings equal, or pass --allow-unfair, which the report will say"]))
-    return {key: {"members": list(names), "fair": report.fair, "findings": str(report)} for key, names, report in reports}
+    return {key: {"fair": report.fair, "findings": str(report)} for key, report in reports.items()}
 
 
 # ------------------------------------------------------------------ running
@@ -137,25 +114,27 @@ def run_suite(suite: Suite, *, only: Sequence[str] = (), report_only: bool = Fal
         report_only: nothing is trained; every stage must be finished.
 
     Raises:
-        ValueError, FileNotFoundError: a setting, a folder, data, or a pair that read different rows; nothing more is
-            started.
+        ValueError, FileNotFoundError: a setting, a folder, data, or a pair that read different rows.
         StageFailed: a stage failed; the message has its reason.
-        Stopped: this process was told to end; the stage's process was ended before.
+        KeyboardInterrupt: this process was told to end; the stage's process was ended before.
     """
     begin = time.monotonic()
     stages = [suite.stage(name) for name in only] or list(suite.stages)
     fairness = check_suite(suite, allow_unfair=allow_unfair)
     unfinished = [stage for stage in stages if not stage_state(stage).finished]
     if report_only and unfinished:
-        raise ValueError(f"--report: {', '.join(s.name for s in unfinished)} not finished; run ettin suite {suite.path} "
-                         "without it")
+        raise ValueError(f"--report: {', '.join(s.name for s in unfinished)} not finished; run the suite without it")
     for stage in unfinished:
         try:
             checks.check_files(stage.config())  # data of a late phase, before the first has run for weeks
         except (ValueError, OSError) as error:
             raise type(error)(f"stages.{stage.name}: {error}") from error
     for number, stage in enumerate(stages, 1):
-        _train(suite, stage, f"{number}/{len(stages)} {stage.name}", finished=stage not in unfinished)
+        title = f"{number}/{len(stages)} {stage.name}"
+        if stage in unfinished:
+            _train(suite, stage, title)
+        else:
+            say(f"{title}: finished, {stage_state(stage).tokens:,} tokens")
         if stage.pair is not None:
             compare_pair(suite.pairs()[stage.pair])
     if not only:
@@ -164,19 +143,14 @@ def run_suite(suite: Suite, *, only: Sequence[str] = (), report_only: bool = Fal
         say(write_report(suite, fairness, seconds=time.monotonic() - begin))
 
 
-def _train(suite: Suite, stage: Stage, title: str, *, finished: bool) -> None:
-    if finished:
-        say(f"{title}: finished, {stage_state(stage).tokens:,} tokens")
-        return
+def _train(suite: Suite, stage: Stage, title: str) -> None:
     if stage.source is not None and not stage_state(suite.stage(stage.source)).finished:
-        raise ValueError(f"stages.{stage.name}: starts from {stage.source}, which is not finished; run that first: ettin "
-                         f"suite {suite.path} --stage {stage.source}")
+        raise ValueError(f"stages.{stage.name}: starts from {stage.source}, which is not finished; run that first")
     begin = time.monotonic()
     failed = _run_process(stage, suite.words(stage), title)
     state = stage_state(stage)
     if failed is None and not state.finished:
-        failed = (f"it ended with exit code 0, but its newest checkpoint has {state.tokens:,} tokens, and max_duration is "
-                  f"{stage.config()['max_duration']}; see {stage.folder}")
+        failed = f"exit code 0, but with {state.tokens:,} tokens of {stage.config()['max_duration']}; see {stage.folder}"
     if failed is not None:
         raise StageFailed(f"{stage.name} failed: {failed}")
     say(f"{title}: done, {state.tokens:,} tokens in {format_duration(time.monotonic() - begin)}")
@@ -189,15 +163,14 @@ def compare_pair(members: Sequence[Stage]) -> int:
         Steps compared; 0 while fewer than two members are finished.
 
     Raises:
-        ValueError: they read different rows at some step. FileNotFoundError: a member has no record of its steps.
+        ValueError: they did not. FileNotFoundError: a member has no record of its steps.
     """
     first, *others = [stage for stage in members if stage_state(stage).finished] or [members[0]]
     for other in others:
         step = compare_steps(first.folder, other.folder)
         if step is not None:
             raise ValueError(f"pair {first.pair}: {first.name} and {other.name} did not read the same rows at step {step} "
-                             f"({first.folder / STEPS}, {other.folder / STEPS}), so they cannot be compared; move the "
-                             "folder of the wrong one away and run the suite again")
+                             f"({STEPS} of both); move the folder of the wrong one away and run the suite again")
     return len(read_steps(first.folder)) if others else 0
 
 
@@ -206,9 +179,9 @@ def compare_pair(members: Sequence[Stage]) -> int:
 
 @contextlib.contextmanager
 def signals() -> Iterator[None]:
-    """Within it, Ctrl-C and SIGTERM, which schedulers send, raise `Stopped`."""
+    """Within it, Ctrl-C and SIGTERM, which schedulers send, raise KeyboardInterrupt with the signal's number."""
     def stop(signum: int, _: Any) -> None:
-        raise Stopped(signum)
+        raise KeyboardInterrupt(signum)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -219,10 +192,7 @@ def signals() -> Iterator[None]:
 
 
 def _run_process(stage: Stage, words: Sequence[str], title: str) -> str | None:
-    """Trains a stage in a process of its own, and leaves only when that has ended.
-
-    Returns:
-        None if it ended with 0, else how it ended and the lines of its log that say why.
+    """Trains a stage in a process of its own; None if that ended with 0, else how it ended and the lines that say why.
 
     Raises:
         ValueError: another process trains in the stage's folder, or the command cannot be started.
@@ -230,13 +200,12 @@ def _run_process(stage: Stage, words: Sequence[str], title: str) -> str | None:
     stage.folder.mkdir(parents=True, exist_ok=True)
     path = stage.folder / "suite.log"
     # the environment of this interpreter comes first, whether or not it is activated
-    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     with (stage.folder / ".suite.lock").open("a") as lock, path.open("ab") as output:
         try:  # the process inherits the lock, which holds as long as it lives, even after this one is killed
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"stages.{stage.name}: another process trains in {stage.folder}; wait for it, or end "
-                             "it") from None
+            raise ValueError(f"stages.{stage.name}: another process trains in {stage.folder}; wait or end it") from None
         begin = output.tell()
         output.write(f"$ {shlex.join(words)}\n".encode())
         output.flush()
@@ -249,11 +218,9 @@ def _run_process(stage: Stage, words: Sequence[str], title: str) -> str | None:
             _watch(process, stage, title)
         finally:
             _end(process)
-    if process.returncode == 0:
-        return None
-    how = (f"exit code {process.returncode}" if process.returncode > 0 else
-           f"ended by {signal.Signals(-process.returncode).name}")
-    return f"{how}; {path}:\n{_last_error(path, begin)}"
+    code = process.returncode
+    how = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}" if code else ""
+    return f"{how}; {path}:\n{_last_error(path, begin)}" if how else None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -267,13 +234,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait(seconds)
 
 
-def _last_error(path: Path, begin: int, most: int = 12) -> str:
-    """The last error in a log from byte `begin` on, or else its last lines; at most `most` lines."""
+def _last_error(path: Path, begin: int) -> str:
+    """The last error in a log from byte `begin` on, or else its last lines; at most 12 lines."""
     with path.open("rb") as file:
         file.seek(max(begin, path.stat().st_size - 1_000_000))
         lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     errors = [i for i, line in enumerate(lines) if re.match(r"error: |[A-Za-z_.]*(Error|Exception|Interrupt)\b", line)]
-    chosen = lines[errors[-1]:errors[-1] + most] if errors else lines[-most:]
+    chosen = lines[errors[-1]:][:12] if errors else lines[-12:]
     return "\n".join("  " + line[:2000] for line in chosen) or "  it is empty"
 
 
@@ -294,22 +261,18 @@ def _watch(process: subprocess.Popen[bytes], stage: Stage, title: str) -> None:
 
 
 def _progress(path: Path, begin: float, amount: float, unit: str) -> str:
-    """How far a run is, how fast, and how long it still takes, from the end of its steps.jsonl.
-
-    Args:
-        begin: when the process started; a file that is older is of an earlier one. amount: of the run, in `unit` (tok, ba).
-    """
-    steps = []
+    """How far a run of `amount` is, how fast, and what is left, from the end of a steps.jsonl that is newer than `begin`."""
+    steps: list[dict[str, Any]] = []
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        file.seek(max(0, size - 400 * _SPEED_STEPS))
-        for text in file.read().split(b"\n") if os.fstat(file.fileno()).st_mtime >= begin else ():
+        facts = os.fstat(file.fileno())
+        file.seek(max(0, facts.st_size - 400 * _SPEED_STEPS))
+        for text in file.read().split(b"\n") if facts.st_mtime >= begin else ():
             with contextlib.suppress(ValueError):  # begins or ends in the middle of a line
                 steps.append(json.loads(text))
     if not steps:
         return "starting"
-    now, first = steps[-1], steps[-_SPEED_STEPS:][0]
-    seconds = sum(step["seconds"] for step in steps[-_SPEED_STEPS:][1:])
+    now, (first, *rest) = steps[-1], steps[-_SPEED_STEPS:]
+    seconds = sum(step["seconds"] for step in rest)
     speed = (now["tokens"] - first["tokens"]) / seconds if seconds else 0.0
     share = (now["tokens"] if unit == "tok" else now["step"]) / amount
     left = f", {format_duration((1 - share) / share * now['tokens'] / speed)} left" if speed and share else ""

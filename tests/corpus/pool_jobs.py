@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from ettin_foundry.corpus.executors import Report
-from ettin_foundry.corpus.progress import Tick
+from ettin_foundry.corpus.executors import Report, Tick
 
 
 class Job(NamedTuple):

@@ -21,8 +21,7 @@ import pytest
 from converting import files_of, run, write_corpus
 from pool_jobs import jobs
 
-from ettin_foundry.corpus.executors import WorkerDeath, run_tasks
-from ettin_foundry.corpus.progress import Board
+from ettin_foundry.corpus.executors import Board, WorkerDeath, run_tasks
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pickle
 import random
@@ -12,47 +11,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
-from ettin_foundry.corpus import duplicates
-from ettin_foundry.corpus.duplicates import find_duplicates, hash_text, read_drops, write_hashes
-from ettin_foundry.corpus.filters import FilterChain, FilterOptions
+from ettin_foundry.corpus import filters as corpus_filters
+from ettin_foundry.corpus.filters import FilterOptions, find_duplicates, read_drops, write_hashes
 
 PREDICATES = """
 import functools
-
-def keep(text, id):
-    return "keep" in text
-
-def named(text: str, id: str) -> bool:
-    return id != "bad"
-
-def fails(text, id):
-    raise ZeroDivisionError("division by zero")
-
-def none(text, id):
-    return None
-
-def short_list(text):
-    return True
-
-def three(text, id, language):
-    return True
-
-def defaults(text, id="", *, language="en"):
-    return True
-
+def keep(text, id): return "keep" in text
+def named(text: str, id: str) -> bool: return id != "bad"
+def fails(text, id): raise ZeroDivisionError("division by zero")
+def none(text, id): return None
+def short_list(text): return True
+def three(text, id, language): return True
+def defaults(text, id="", *, language="en"): return True
 @functools.lru_cache
-def cached(text, id):
-    return True
-
-anonymous = lambda text, id: True
+def cached(text, id): return True
 number = 7
-
-class Rule:
-    def __call__(self, text, id):
-        return True
-
-rule = Rule()
 partial = functools.partial(three, language="en")
 """
 
@@ -68,65 +43,54 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def reasons(options: FilterOptions, texts: list[str]) -> list[str | None]:
-    chain = FilterChain(options)
-    return [chain.reason(text, f"doc-{number}") for number, text in enumerate(texts)]
+    return [options.reason(text, f"doc-{number}") for number, text in enumerate(texts)]
 
 
 def test_length_is_counted_in_characters_and_both_limits_are_kept() -> None:
-    texts = ["\u00e9" * n for n in (0, 2, 3, 4, 5, 6, 7)]
+    texts = ["\U0001f600" * n for n in (0, 2, 3, 4, 5, 6, 7)]
     assert reasons(FilterOptions(), texts) == [None] * 7
     found = reasons(FilterOptions(min_characters=3, max_characters=5), texts)
     assert found == ["short", "short", None, None, None, "long", "long"]
-    assert reasons(FilterOptions(max_characters=1), ["a", "\U0001f600", "ab"]) == [None, None, "long"]
 
 
-def test_filters_are_asked_in_order_and_the_first_that_refuses_names_the_reason(module: str) -> None:
-    predicates = [f"{module}:keep", f"{module}:named"]
-    chain = FilterChain(FilterOptions(min_characters=4, max_characters=200, predicates=predicates))
+def test_the_first_filter_that_refuses_names_the_reason(module: str) -> None:
+    options = FilterOptions(min_characters=4, max_characters=200, predicates=[f"{module}:keep", f"{module}:named"])
     documents = [("a", "0"), ("abcd", "1"), ("keep", "2"), ("keep", "bad"), ("keep " * 100, "6")]
-    assert [chain.reason(*document) for document in documents] == \
-        ["short", f"predicate {module}:keep", None, f"predicate {module}:named", "long"]
+    for filters in (options, pickle.loads(pickle.dumps(options))):
+        assert [filters.reason(*document) for document in documents] == \
+            ["short", f"predicate {module}:keep", None, f"predicate {module}:named", "long"]
     for name in ("defaults", "cached"):  # functions written in other ways
         assert reasons(FilterOptions(predicates=[f"{module}:{name}"]), ["keep this"]) == [None]
 
 
-@pytest.mark.parametrize(("name", "error"), [("fails", r"ZeroDivisionError \(division by zero\)"),
-                                             ("none", r"TypeError \(None\)")])
-def test_a_predicate_that_fails_or_gives_no_truth_value_stops_with_its_name_and_the_documents(
-        module: str, name: str, error: str) -> None:
-    with pytest.raises(ValueError, match=f"--filter {module}:{name} must .*{error} for the document 'doc-0'"):
-        reasons(FilterOptions(predicates=[f"{module}:{name}"]), ["text"])
+def test_a_predicate_that_gives_no_truth_value_stops_with_its_name_and_the_document(module: str) -> None:
+    for name, error in ("fails", r"ZeroDivisionError \(division by zero\)"), ("none", r"TypeError \(None\)"):
+        with pytest.raises(ValueError, match=f"--filter {module}:{name} must .*{error} for the document 'doc-0'"):
+            reasons(FilterOptions(predicates=[f"{module}:{name}"]), ["text"])
 
 
 @pytest.mark.parametrize("name", [
-    "{m}", "{m}.keep", "{m}:", ":keep", "{m}:keep()", "../{m}:keep", "{m}:absent", "no_such_module_at_all:keep",
-    "{m}_broken:keep", "{m}:number", "{m}:Rule", "{m}:anonymous", "{m}:short_list", "{m}:three", "{m}:rule",
-    "{m}:partial", "operator:contains", "builtins:isinstance"])
+    "{m}", "{m}.keep", "{m}:", ":keep", "{m}:absent", "no_such_module_at_all:keep", "{m}_broken:keep", "{m}:number",
+    "{m}:short_list", "{m}:three", "{m}:partial", "operator:contains"])
 def test_a_predicate_that_cannot_be_used_is_refused_when_it_is_named(module: str, name: str) -> None:
     with pytest.raises(ValueError, match=r"--filter must be package\.module:function .*got"):
         FilterOptions(predicates=[name.format(m=module)])
 
 
-@pytest.mark.parametrize("settings", [
-    {"min_characters": 0}, {"min_characters": 1}, {"max_characters": 0}, {"min_characters": 9, "max_characters": 8}])
-def test_lengths_out_of_range_are_refused(settings: dict) -> None:
-    with pytest.raises(ValueError, match="--min-characters must be"):
-        FilterOptions(**settings)
+def test_lengths_out_of_range_are_refused() -> None:
+    for least, most in ((0, None), (1, None), (None, 0), (9, 8)):
+        with pytest.raises(ValueError, match="--min-characters must be"):
+            FilterOptions(min_characters=least, max_characters=most)
 
 
 def test_the_record_holds_every_setting_and_no_place_of_this_machine(module: str, tmp_path: Path) -> None:
     options = FilterOptions(min_characters=2, max_characters=9, predicates=[f"{module}:keep"], deduplicate=True)
-    record = options.record()
-    sha256 = hashlib.sha256(PREDICATES.encode()).hexdigest()
+    record, sha256 = options.record(), hashlib.sha256(PREDICATES.encode()).hexdigest()
     assert record == {
         "min_characters": 2, "max_characters": 9, "predicates": [{"name": f"{module}:keep", "sha256": sha256}],
-        "decontaminate": [], "decontaminate_field": "text", "decontaminate_drop": False, "ngrams": None,
-        "deduplicate": True}
-    (tmp_path / f"{module}.py").write_text(PREDICATES.replace('"keep" in text', '"keep" not in text'))
+        "decontaminate": [], "decontaminate_field": "text", "decontaminate_drop": False, "ngrams": None, "deduplicate": True}
+    (tmp_path / f"{module}.py").write_text(PREDICATES + "# changed")
     assert options.record() != record
-
-
-# Exact duplicates
 
 
 def expected_drops(units: list[list[bytes]]) -> list[list[int]]:
@@ -151,7 +115,7 @@ def test_all_but_the_first_of_equal_documents_are_dropped_whatever_the_memory(
     rng = random.Random(texts)
 
     def digest() -> bytes:
-        full = hash_text(str(rng.randrange(texts)))
+        full = xxhash.xxh3_128_digest(str(rng.randrange(texts)))
         return rng.choice([full, full[:8] + bytes(8), bytes(8) + full[8:], bytes(16)]) if alike else full
 
     for case in range(4):
@@ -161,23 +125,21 @@ def test_all_but_the_first_of_equal_documents_are_dropped_whatever_the_memory(
         units = [[digest() for _ in range(size)] for size in sizes]
         files, expected = write_units(folder, units), expected_drops(units)
         for block in (9, 60, 10_000):
-            monkeypatch.setattr(duplicates, "_BLOCK", block)
+            monkeypatch.setattr(corpus_filters, "_BLOCK", block)
             out = folder / str(block)
             assert find_duplicates(files, out) == sum(map(len, expected))
             assert [read_drops(out / path.name).tolist() for path in files] == expected
             assert sorted(path.name for path in out.iterdir()) == [path.name for path in files]  # nothing is left
 
 
-@pytest.mark.parametrize("kind", ["different", "all the same"])
-def test_no_more_than_a_block_of_documents_is_sorted_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                               kind: str) -> None:
+def test_no_more_than_a_block_of_documents_is_sorted_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_filters, "_BLOCK", 1000)
+    sizes, repeats = [], corpus_filters._repeats
+    monkeypatch.setattr(corpus_filters, "_repeats", lambda rows: sizes.append(len(rows)) or repeats(rows))
     hashes = np.random.default_rng(1).integers(0, 2**64, (30_000, 2), dtype=np.uint64)
-    hashes = hashes if kind == "different" else np.full_like(hashes, 7)
-    files = write_units(tmp_path, [[hashes[:9000].tobytes()], [hashes[9000:].tobytes()]])
-    monkeypatch.setattr(duplicates, "_BLOCK", 1000)
-    sizes, repeats = [], duplicates._repeats
-    monkeypatch.setattr(duplicates, "_repeats", lambda rows: sizes.append(len(rows)) or repeats(rows))
-    assert find_duplicates(files, tmp_path / "out") == (0 if kind == "different" else 29_999)
+    for rows, number in ((hashes, 0), (np.full_like(hashes, 7), 29_999)):
+        files = write_units(tmp_path, [[rows[:9000].tobytes()], [rows[9000:].tobytes()]])
+        assert find_duplicates(files, tmp_path / "out") == number
     assert max(sizes) <= 1200  # a file holds a block on average: of 30,000 in 32 files, 938 and six standard deviations
 
 
@@ -186,30 +148,23 @@ class Bomb:
         return os.abort, ()
 
 
-def npy(array: np.ndarray, path: Path) -> None:
-    np.save(path, array, allow_pickle=array.dtype == object)
-
-
 HOSTILE: dict[str, Callable[[Path], object]] = {
     "empty": lambda path: path.write_bytes(b""),
-    "text": lambda path: path.write_text("no array at all"),
-    "pickle": lambda path: npy(np.array([Bomb(), Bomb()], dtype=object), path),
+    "pickle": lambda path: np.save(path, np.array([Bomb(), Bomb()], dtype=object), allow_pickle=True),
     "bare pickle": lambda path: path.write_bytes(pickle.dumps(Bomb())),
     "zip": lambda path: path.write_bytes(b"PK\x03\x04" + bytes(99)),
-    "signed": lambda path: npy(np.zeros((4, 2), np.int64), path),
-    "big-endian": lambda path: npy(np.zeros((4, 2), ">u8"), path),
-    "columns": lambda path: npy(np.zeros((4, 3), np.uint64), path),
-    "axes": lambda path: npy(np.zeros((4, 2, 1), np.uint64), path),
-    "cut": lambda path: (npy(np.zeros((4, 2), np.uint64), path), os.truncate(path, 128 + 48)),
-    "huge": lambda path: (npy(np.zeros((4, 2), np.uint64), path),
+    "signed": lambda path: np.save(path, np.zeros((4, 2), np.int64)),
+    "columns": lambda path: np.save(path, np.zeros((4, 3), np.uint64)),
+    "cut": lambda path: (np.save(path, np.zeros((4, 2), np.uint64)), os.truncate(path, 128 + 48)),
+    "huge": lambda path: (np.save(path, np.zeros((4, 2), np.uint64)),
                           path.write_bytes(path.read_bytes().replace(b"(4, 2), }", b"(4444444444444, 2), }"))),
 }
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_file_of_hashes_that_is_none_is_refused_before_it_is_used(tmp_path: Path, kind: str) -> None:
-    files = write_units(tmp_path, [[hash_text("a")], [hash_text("b")]])
+    files = write_units(tmp_path, [[bytes(16)], [bytes(16)]])
     HOSTILE[kind](files[1])
     with pytest.raises(ValueError, match="00001.npy must be a whole array"):
         find_duplicates(files, tmp_path / "out")
-    assert json.dumps(sorted(path.name for path in tmp_path.iterdir())) == '["00000.npy", "00001.npy"]'
+    assert not (tmp_path / "out").exists()

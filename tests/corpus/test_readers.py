@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
-from text_files import PACKERS, TEXTS, content, read, read_all, records
+from text_files import PACKERS, TEXTS, content, read, read_all
 
 from ettin_foundry.corpus import readers
 from ettin_foundry.corpus.readers import ReadOptions, read_parts
@@ -20,54 +20,39 @@ from ettin_foundry.corpus.sources import Meter, Part, find_source, part_bytes, p
 
 
 @pytest.mark.parametrize("packing", PACKERS)
-@pytest.mark.parametrize("kind", [".jsonl", ".json", ".parquet"])
-def test_every_format_gives_the_same_documents(tmp_path: Path, kind: str, packing: str) -> None:
-    path = tmp_path / f"corpus{kind}{packing}"
-    path.write_bytes(PACKERS[packing](content(kind, TEXTS)))
-    assert read(path) == [(f"id-{i}", text) for i, text in enumerate(TEXTS)]
-    assert read(path, id_field="other") == [(str(i), text) for i, text in enumerate(TEXTS)]
-
-
-@pytest.mark.parametrize("packing", PACKERS)
-def test_one_text_file_is_one_document_and_a_line_is_named_by_its_first_byte(tmp_path: Path, packing: str) -> None:
+def test_every_format_gives_the_same_documents(tmp_path: Path, packing: str) -> None:
+    for kind in (".jsonl", ".json", ".parquet"):
+        path = tmp_path / f"corpus{kind}{packing}"
+        path.write_bytes(PACKERS[packing](content(kind, TEXTS)))
+        assert read(path) == [(f"id-{i}", text) for i, text in enumerate(TEXTS)]
+        assert read(path, id_field="other") == [(str(i), text) for i, text in enumerate(TEXTS)]
     path = tmp_path / f"a.txt{packing}"
     path.write_bytes(PACKERS[packing](b"\xef\xbb\xbf" + "\n".join(TEXTS).encode()))
     assert read(path) == [(f"a.txt{packing}", "\n".join(TEXTS))]
-    path = tmp_path / f"a.jsonl{packing}"
+    path = tmp_path / f"a.jsonl{packing}"  # without ids, a line is named by its first byte
     path.write_bytes(PACKERS[packing](b'{"text": "\xc3\xbc"}\n\n{"text": "y"}\n'))
     assert read(path) == [(f"a.jsonl{packing}:0", "\u00fc"), (f"a.jsonl{packing}:16", "y")]
 
 
-def test_json_may_be_one_record_or_a_list_with_blanks(tmp_path: Path) -> None:
+def test_json_may_be_one_record_or_a_list_with_blanks_and_is_read_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     for data, expected in [(b'{"body": "x"}', ["x"]), (b" [ ] ", []),
                            (b'\xef\xbb\xbf [ {"body":"x"}\r\n,\t{"body":"y"} ] \n', ["x", "y"])]:
         path.write_bytes(data)
-        assert read(path, text_field="body") == [(f"a.json:{n}", text) for n, text in enumerate(expected, 1)]
+        assert read(path, text_field="body", max_document_bytes=len(data)) == \
+            [(f"a.json:{n}", text) for n, text in enumerate(expected, 1)]
+    with pytest.raises(ValueError, match=r"a\.json must have at most --max-document-bytes \(30\).*jsonl"):
+        read(path, max_document_bytes=30)
 
 
-def test_json_list_is_read_whatever_the_blocks_are_cut_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = ["x" * (7 * i % 300) + "\u00fc\\\"" for i in range(60)]
-    (tmp_path / "a.json").write_bytes(json.dumps(records(texts), indent=1).encode())
-    for block in (1000, 37, 3, 2, 1):
-        monkeypatch.setattr(readers, "_BLOCK_BYTES", block)
-        assert [text for _, text in read(tmp_path / "a.json")] == texts
-    with pytest.raises(ValueError, match=r"four times --max-document-bytes, got no JSON at record \d+ "):
-        read(tmp_path / "a.json", max_document_bytes=12)  # a record of more than 4 * 12 characters is not held
-
-
-def test_lines_may_be_blank_end_with_crlf_or_not_end(tmp_path: Path) -> None:
+def test_lines_may_be_blank_and_ids_are_exact(tmp_path: Path) -> None:
     data = b'\xef\xbb\xbf{"text": "x"}\n\n  \r\n{"text": "y", "id": 7}\r\n\r\n{"text": "z", "id": null}'
     (tmp_path / "b.jsonl").write_bytes(data)
     assert read(tmp_path / "b.jsonl") == [("b.jsonl:3", "x"), ("7", "y"), (f"b.jsonl:{data.rindex(b'{')}", "z")]
-
-
-def test_ids_are_exact(tmp_path: Path) -> None:
-    ids = ['"\u00fc"', "7", "-3", str(2**64 - 1), str(2**64), str(10**30), "1.5", "true", '""']
+    ids = {'"\u00fc"': "\u00fc", "-3": "-3", str(2**64): str(2**64), "1.5": "1.5", "true": "True", '""': ""}
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "x", "id": {value}}}\n' for value in ids))
-    expected = ["\u00fc", "7", "-3", str(2**64 - 1), str(2**64), str(10**30), "1.5", "True", ""]
-    assert [identity for identity, _ in read(tmp_path / "a.jsonl")] == expected
-    assert [identity for identity, _ in read(tmp_path / "a.jsonl", id_field="id")] == expected
+    for id_field in (None, "id"):
+        assert [identity for identity, _ in read(tmp_path / "a.jsonl", id_field=id_field)] == list(ids.values())
     # NaN and huge numbers beside the text are not orjson's, and no reason to refuse a corpus
     (tmp_path / "a.jsonl").write_text('{"text": "x", "score": NaN}\n{"text": "y", "score": 1e400, "id": "i"}\n')
     assert read(tmp_path / "a.jsonl") == [("a.jsonl:0", "x"), ("i", "y")]
@@ -81,28 +66,21 @@ def test_several_compressed_frames_are_read_to_the_end(tmp_path: Path) -> None:
         assert [text for _, text in read(tmp_path / f"a.jsonl{suffix}")] == TEXTS
 
 
-def messy_lines() -> bytes:
-    """Lines of every kind, of lengths around a block of 50 bytes."""
-    texts = ["", "x" * 30, "y" * 45, "\u00fc\\\"\n" * 10, "\U0001f600" * 25, "\\" * 60, "z" * 310, "tail"]
-    found = [{"text": text, "meta": "m" * (i * 13 % 60)} for i, text in enumerate(texts)]
-    lines = [json.dumps(record, ensure_ascii=i % 2 == 0) for i, record in enumerate(found)]
-    ends = ["\n", "\r\n", "\n\n", "\n \t\n"]
-    return b"\xef\xbb\xbf" + "".join(line + ends[i % 4] for i, line in enumerate(lines)).rstrip().encode()
-
-
 @pytest.mark.parametrize("limit", [10**6, 200, 60])
 @pytest.mark.parametrize("last_end", ["", "\n"])
 def test_cut_at_any_byte_gives_the_same_documents(tmp_path: Path, last_end: str, limit: int,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of a file with lines that are left out for their size, of which only the block before is held."""
+    """Lines of every kind, of lengths around a block; also with lines left out for their size, which are never held."""
     monkeypatch.setattr(readers, "_BLOCK_BYTES", 50)
-    data = messy_lines() + last_end.encode()
+    texts = ["", "x" * 30, "y" * 45, "\u00fc\\\"\n" * 10, "\U0001f600" * 25, "\\" * 60, "z" * 310, "tail"]
+    lines = [json.dumps({"text": text, "meta": "m" * (i * 13 % 60)}, ensure_ascii=i % 2 == 0)
+             + ["\n", "\r\n", "\n\n", "\n \t\n"][i % 4] for i, text in enumerate(texts)]
+    data = ("\ufeff" + "".join(lines).rstrip() + last_end).encode()
     (tmp_path / "a.jsonl").write_bytes(data)
     source, options = find_source(str(tmp_path / "a.jsonl")), ReadOptions(max_document_bytes=limit)
-    lines = [line for line in data[3:].split(b"\n") if line.strip()]
-    expected = [json.loads(line)["text"] for line in lines if len(line) <= limit]
+    expected = [json.loads(line)["text"] for line in data[3:].split(b"\n") if line.strip() and len(line) <= limit]
     whole = read_all(source, max_document_bytes=limit)
-    assert [document.text for document in whole] == expected and len(lines) == 8
+    assert [document.text for document in whole] == expected
     every_byte = list(range(len(data) + 1))
     for cuts in [every_byte, *([0, cut, min(cut + 1 + cut % 37, len(data)), len(data)] for cut in every_byte[1:])]:
         parts, meter = [Part("a.jsonl", begin, end) for begin, end in zip(cuts, cuts[1:])], Meter()
@@ -128,8 +106,7 @@ TEXT_COLUMNS = [pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pya
 
 
 @pytest.mark.parametrize("kind", TEXT_COLUMNS, ids=["string", "large", "dictionary"])
-def test_columns_of_text_of_any_kind(tmp_path: Path, kind: pyarrow.DataType,
-                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_of_text_of_any_kind(tmp_path: Path, kind: pyarrow.DataType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "_PARQUET_ROWS", 3)
     texts = ["\u00fc" * (900 if i % 5 == 3 else i) + str(i) for i in range(20)]
     table = pyarrow.table({"text": pyarrow.array(texts).cast(kind), "id": list(range(20))})
@@ -140,21 +117,17 @@ def test_columns_of_text_of_any_kind(tmp_path: Path, kind: pyarrow.DataType,
 
 
 @pytest.mark.parametrize("packing", PACKERS)
-@pytest.mark.parametrize("kind", [".jsonl", ".json", ".parquet", ".txt"])
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet", ".txt"])
 def test_documents_above_the_limit_are_left_out_and_counted(tmp_path: Path, kind: str, packing: str) -> None:
     texts = ["\u4f60" * 50, "\u4f60" * 51, "x" * 151, "kept", "y" * 5000]  # 150 bytes of UTF-8 are allowed
     path = tmp_path / f"a{kind}{packing}"
-    for number, case in enumerate([texts] if kind != ".txt" else [[text] for text in texts]):
-        data = case[0].encode() if kind == ".txt" else content(kind, case)
-        path.write_bytes(PACKERS[packing](data))
+    for case in [texts] if kind != ".txt" else [[text] for text in texts]:
+        path.write_bytes(PACKERS[packing](case[0].encode() if kind == ".txt" else content(kind, case)))
         # a line of .jsonl counts as it is written
         limit, meter = 150 + len('{"id": "id-0", "text": "", "other": 0}') * (kind == ".jsonl"), Meter()
-        if kind == ".json":
-            path.write_bytes(PACKERS[packing](content(kind, case[:4])))  # a list's record is held up to four times that
         found = read_all(find_source(str(path)), meter, max_document_bytes=limit)
         expected = [text for text in case if len(text.encode()) <= 150]
-        assert [document.text for document in found] == expected, number
-        assert meter.oversized == len(case) - len(expected) - (kind == ".json")
+        assert [document.text for document in found] == expected and meter.oversized == len(case) - len(expected)
 
 
 def test_hub_dataset_is_streamed_at_a_fixed_revision_shard_by_shard(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,25 +186,17 @@ BAD_FILES = {  # name, content, where and what
     "UTF-8 in parquet": ("b.parquet", bad_parquet(), "rows 1 to 2 must be UTF-8"),
     "truncated gz": ("b.jsonl.gz", gzip.compress(GOOD)[:-20], "must be a whole file"),
     "flipped gz": ("b.txt.gz", gzip.compress(GOOD)[:-8] + bytes(8), "CRC"),
-    "truncated zst": ("b.jsonl.zst", PACKERS[".zst"](GOOD)[:-20], "Truncated"),
     "second zst frame cut": ("b.jsonl.zst", PACKERS[".zst"](GOOD) + PACKERS[".zst"](GOOD)[:-9], "Trunc"),
-    "no zst": ("b.txt.zst", GOOD, "must be a whole file"),
     "truncated parquet": ("b.parquet", content(".parquet", TEXTS)[:-20], r"must be a whole \.parquet"),
     "no column": ("b.parquet", content(".parquet", TEXTS).replace(b"text", b"tixt"), "have a column 'text'"),
-    "no text": ("b.jsonl", b'{"text": "x"}\n{"id": 1}\n', r"line 2 \(byte 14\) .*'text' is a string"),
-    "text null": ("b.jsonl", b'{"text": null}\n', r"line 1 \(byte 0\) .*'text' is a string"),
+    "no text": ("b.jsonl", b'{"text": "x"}\n["x"]\n', r"line 2 \(byte 14\) .*'text' is a string"),
     "text a number": ("b.json", b'[{"text": "x"}, {"text": 3}]', "record 2 .*'text' is a string"),
-    "no object": ("b.jsonl", b'\n["x"]\n', r"line 2 \(byte 1\) must be an object"),
     "no JSON": ("b.jsonl", b'{"text": "x"}\n{"text": \n', r"line 2 .*no JSON \(Expecting value"),
-    "control character": ("b.jsonl", b'{"text": "x\x01"}\n', r"line 1 .*no JSON \(Invalid control char"),
-    "lines in .json": ("b.json", GOOD, r"got no JSON at its end .*\.jsonl"),
-    "list ends early": ("b.json", b'[{"text": "x"},', r"no JSON at record 2 \(Expecting value"),
-    "wrong in .json": ("b.json", b'[{"text": "x"}, {"text" 3}, %s]' % (b" " * 99), "no JSON at record 2"),
+    "lines in .json": ("b.json", GOOD, r"no JSON \(Extra data.*\.jsonl"),
+    "list ends early": ("b.json", b'[{"text": "x"},', r"no JSON \(Expecting value"),
     "empty .json": ("b.json", b"", "no JSON"),
     "nested JSON": ("b.jsonl", b"[" * 100_000, r"line 1 \(byte 0\) must be .*no JSON"),
-    "nested .json": ("b.json", b"[" * 100_000, "no JSON"),
     "lone surrogate": ("b.jsonl", b'{"text": "ab\\ud800"}', r"line 1 \(byte 0\) must be valid Unicode.*character 2"),
-    "lone surrogate in an id": ("b.jsonl", b'{"text": "", "id": "\\udc00"}', "line 1 .*must be valid Unicode"),
     "id a list": ("b.jsonl", b'{"text": "", "nr": []}', r"line 1 .*'nr' must be .* got \[\]"),
 }
 
@@ -243,13 +208,6 @@ def test_bad_file_is_one_clear_error(tmp_path: Path, case: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         read(tmp_path / name, id_field="nr" if case == "id a list" else None)
     assert name in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 800
-
-
-def test_error_in_the_middle_of_a_file_names_the_byte(tmp_path: Path) -> None:
-    (tmp_path / "b.jsonl").write_bytes(b'{"text": "x"}\n' * 9 + b"oops\n")
-    source = find_source(str(tmp_path / "b.jsonl"))
-    with pytest.raises(ValueError, match=r"b\.jsonl byte 126 must be a JSON object"):
-        list(read_parts(source, [Part("b.jsonl", 50, source.num_bytes)], Meter()))
 
 
 def test_file_that_changed_since_it_was_listed_is_refused(tmp_path: Path) -> None:

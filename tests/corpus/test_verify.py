@@ -24,11 +24,6 @@ SMALL = ["train/lengths.npy", "train/index.json", "train/manifest.json", "valida
          "units/00001.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "lengths.svg", "README.md"]
 
 
-@pytest.fixture(scope="module")
-def whole(tokenizer_dir: Path) -> Path:
-    return whole_set(tokenizer_dir)
-
-
 @pytest.fixture
 def private(tokenizer_dir: Path, tmp_path: Path) -> Path:
     """A copy of the whole dataset, to be spoilt."""
@@ -45,6 +40,10 @@ def problems(location: Path | str) -> str:
     return "\n".join(verify_dataset(location, threads=1).problems)
 
 
+def bump(table: dict, key: str | int, by: int = 1) -> None:
+    table[key] += by
+
+
 @pytest.mark.parametrize("compression", [None, "zstd"])
 def test_whole_dataset_has_no_problem_and_is_not_touched(tokenizer_dir: Path, compression: str | None) -> None:
     whole = whole_set(tokenizer_dir, compression)
@@ -54,8 +53,7 @@ def test_whole_dataset_has_no_problem_and_is_not_touched(tokenizer_dir: Path, co
     for split, counts in report.counts.items():
         totals = json.loads((whole / split / "manifest.json").read_text())["totals"]
         assert counts == (totals["documents"], totals["samples"], totals["tokens"])
-        one = verify_dataset(whole / split)
-        assert one.ok and one.counts == {split: counts}
+        assert verify_dataset(whole / split).counts == {split: counts}
     paths = [path for split in report.counts for path in shards_of(whole / split)]
     assert report.shards == len(paths) > 10 and report.num_bytes >= sum(path.stat().st_size for path in paths)
 
@@ -77,7 +75,7 @@ def test_damage_to_a_small_file_is_found_wherever_it_is(private: Path, name: str
     path, rng = private / name, random.Random(name)
     before = path.read_bytes()
     begin, end = (before.index(key) for key in (b'"files"', b'"splits"')) if name == "README.md" else (0, len(before))
-    for at in [begin + 2, *(rng.randrange(begin, end) for _ in range(4))]:
+    for at in [begin + 2, *(rng.randrange(begin, end) for _ in range(3))]:
         flip(path, at, rng.randrange(7))
         if verify_dataset(private, threads=1).ok:
             keys = ("splits", "source", "units", "options", "sources")
@@ -109,11 +107,10 @@ def test_everything_wrong_is_listed_at_once(private: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit) as end:
         cli.main(["verify", str(private)])
     assert end.value.code == 1
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: ")]
+    text = capsys.readouterr().out
     for path in [*train[:4], stray, validation[0], *small, private / "validation" / "index.json"]:
-        assert any(line.startswith(f"problem: {path}: ") for line in lines), path
-    good = [*train[4:], *validation[1:]]
-    assert not any(str(path) in line for path in good for line in lines)
+        assert f"problem: {path}: " in text
+    assert not any(str(path) in text for path in [*train[4:], *validation[1:]])
 
 
 def test_commands_verify_finalize_and_mix(private: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -123,17 +120,12 @@ def test_commands_verify_finalize_and_mix(private: Path, tmp_path: Path, capsys:
     for words, code, text in ((["finalize", private], 0, "train: 81 documents, 175 chunks, 7,875 tokens, 17 shards"),
                               (["verify", private, "--threads", 2], 0, "all is as it should be"),
                               (["mix", spec, tmp_path / "mix", "--seed", 3], 0, "passes"),
-                              (["finalize", none], 1, "none"), (["verify", none], 1, "none"),
-                              (["mix", none, tmp_path / "other"], 1, "none")):
+                              *((words, 1, "none") for words in (["finalize", none], ["verify", none], ["mix", none, "x"]))):
         with pytest.raises(SystemExit) as end:
             cli.main([str(word) for word in words])
         out, err = capsys.readouterr()
         assert (end.value.code or 0) == code and text in (err.splitlines()[-1] if code else out)
     assert contents(private) == before and verify_dataset(tmp_path / "mix").ok
-
-
-def bump(table: dict, key: str | int, by: int = 1) -> None:
-    table[key] += by
 
 
 @pytest.mark.parametrize("change,words", [
@@ -142,26 +134,22 @@ def bump(table: dict, key: str | int, by: int = 1) -> None:
     (lambda m: bump(m["shards"][1]["rows"], "64", -1), r"rows of 64 is \d+"),
     (lambda m: [bump(m["shards"][n], "tokens", by) for n, by in ((1, 1), (2, -1))], "lengths.npy: row 1 counts"),
     (lambda m: m["shards"][1].update(source="code"), "chunks of another source"),
-    (lambda m: m["shards"].reverse(), "index.json: its shard 0 differs"),
+    (lambda m: m["shards"].reverse(), "index.json: its shards differ"),
     (lambda m: m["tokenizer"].update(vocab_size=300), "the tokenizer has 300 entries"),
     (lambda m: m["tokenizer"].update(probe_sha256="0"), "probe_sha256"),
     (lambda m: m["tokenizer"]["special_ids"].update(mask=3), "special_ids"),
-    (lambda m: m.update(chunk_length=61), "chunk_length"),
-    (lambda m: m.update(shards=[]), "shards"),
-])
+    (lambda m: m.update(chunk_length=61), "chunk_length")])
 def test_lie_of_a_manifest_is_found_by_the_files_alone(bare: Path, change: Callable, words: str) -> None:
     edit(bare / "train" / "manifest.json", change)
     assert re.search(words, problems(bare))
 
 
 @pytest.mark.parametrize("change,in_records", [
-    (lambda m: m["sources"]["wiki"].update(licence="mit"), True), (lambda m: m["options"].update(seed=7), True),
-    (lambda m: m["sources"].pop("wiki"), True), (lambda m: m.update(code_version="9"), False)])
+    (lambda m: m["sources"]["wiki"].update(licence="mit"), True), (lambda m: m.update(code_version="9"), False)])
 def test_changed_fact_is_found_by_records_or_card(private: Path, change: Callable, in_records: bool) -> None:
     edit(private / "train" / "manifest.json", change)
     text = problems(private)
-    assert "train/manifest.json: sha256 is" in text
-    assert ("differs from plan.json and units/" in text) == in_records
+    assert "train/manifest.json: sha256 is" in text and ("differs from plan.json and units/" in text) == in_records
 
 
 @pytest.mark.parametrize("token,words", [(600, "token 600 in chunk"), ("mask", "holds the special token")])
@@ -178,20 +166,6 @@ def test_tokens_are_plain_ones_even_under_a_right_hash(bare: Path, token: int | 
     assert found and all(words in text for text in found)
 
 
-def test_index_is_held_to_the_manifest_hashes_too(bare: Path) -> None:
-    path = bare / "train" / "index.json"
-    good = path.read_text()
-    file = {"basename": "x", "bytes": 3, "hashes": {"xxh64": "0"}}
-    for change in (lambda i: i["shards"][1]["raw_data"].update(basename="../x"), lambda i: i["shards"].pop(),
-                   lambda i: i["shards"][0].update(column_encodings=["pkl"] * 5), lambda i: i.pop("shards"),
-                   lambda i: i["shards"][0]["raw_data"]["hashes"].update(xxh64="0" * 16),
-                   lambda i: i.update(version=3), lambda i: i["shards"][2].update(zip_data=file)):
-        edit(path, change)
-        assert f"{path}: " in problems(bare)
-        path.write_text(good)
-    assert verify_dataset(bare, threads=1).ok
-
-
 def test_source_being_added_is_a_note_and_foreign_files_are_problems(private: Path) -> None:
     plan = read_plan(open_storage(private))
     units = [*plan.units, Unit(len(plan.units), "code", plan.units[-1].parts, (9,))]
@@ -205,25 +179,21 @@ def test_source_being_added_is_a_note_and_foreign_files_are_problems(private: Pa
 
 
 @pytest.mark.parametrize("change", [
-    lambda r: r.update(key="0"), lambda r: r.pop("splits"), lambda r: bump(r["splits"]["train"], "tokens"),
+    lambda r: r.update(key="0"), lambda r: bump(r["splits"]["train"], "tokens"),
     lambda r: bump(r["splits"]["train"]["shards"][0]["lengths"], 5), lambda r: r["splits"]["train"].update(shards=3)])
-def test_record_that_is_not_of_the_dataset_is_found(private: Path, change: Callable) -> None:
+def test_record_or_card_that_is_not_of_the_dataset_is_found(private: Path, change: Callable) -> None:
     edit(private / "units" / "00001.json", change)
-    assert "units" in problems(private)
-
-
-def test_card_that_names_files_elsewhere_reads_none(private: Path) -> None:
-    card = private / "README.md"
+    card = private / "README.md"  # one that names files elsewhere reads none of them
     card.write_text(card.read_text().replace('"lengths.svg": "', '"../precious": "00", "lengths.svg": "'))
-    assert "README.md: its last comment must be" in problems(private)
+    assert "units" in (text := problems(private)) and "README.md: its last comment must be" in text
 
 
-def test_dataset_behind_a_url_is_checked_the_same_way(whole: Path, private: Path, tmp_path: Path) -> None:
+def test_dataset_behind_a_url_is_checked_the_same_way(private: Path, tmp_path: Path) -> None:
     remote = open_storage(url := f"memory://{tmp_path.name}/set")
     for name, data in contents(private).items():
         remote.write_bytes(name, data)
     report = verify_dataset(url)
-    assert report.ok and not report.notes and report.counts == verify_dataset(whole).counts
+    assert report.ok and not report.notes and report.counts == verify_dataset(private).counts
     paths = shards_of(private / "train")
     for path in (paths[1], private / "validation" / "lengths.npy"):
         flip(path, -1)
@@ -237,16 +207,18 @@ def test_dataset_behind_a_url_is_checked_the_same_way(whole: Path, private: Path
 
 def test_mixture_is_held_to_its_datasets(private: Path, tmp_path: Path) -> None:
     sources = json.loads((private / "train" / "manifest.json").read_text())["sources"]
-    entries = {name: {"set": "set", "source": name, "tokens": 1.5 * sources[name]["tokens"]} for name in sources}
+    entries = {name: {"set": "set", "source": name, "tokens": sources[name]["tokens"] / 2} for name in sources}
     (tmp_path / "spec.yaml").write_text(json.dumps({"sets": entries}))
     build_mix(tmp_path / "spec.yaml", tmp_path / "mix")
     report = verify_dataset(tmp_path / "mix")
-    totals = json.loads((tmp_path / "mix" / "train" / "manifest.json").read_text())["totals"]
-    assert report.ok and report.counts["train"] == (None, totals["samples"], totals["tokens"])
+    manifest = json.loads((tmp_path / "mix" / "train" / "manifest.json").read_text())
+    assert report.ok and report.counts["train"] == (None, manifest["totals"]["samples"], manifest["totals"]["tokens"])
+    parts = [part["shard"] for part in manifest["parts"]]
+    taken = {*parts, *(shard for run in manifest["runs"] for shard in run["shards"])}
     paths = shards_of(private / "train")
-    flip(paths[0], -1)
-    flip(paths[4], -1)
+    for path in paths:
+        flip(path, -1)
     found = problems(tmp_path / "mix")
-    assert str(paths[0]) in found and str(paths[4]) in found
+    assert parts and all((str(path) in found) == (number in taken) for number, path in enumerate(paths))
     edit(private / "train" / "manifest.json", lambda m: m["shards"].reverse())
     assert "altered or replaced" in problems(tmp_path / "mix")

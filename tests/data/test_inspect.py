@@ -11,21 +11,19 @@ from tokenizers import Tokenizer
 from whole_sets import SOURCES, contents, copy_set, samples_of, whole_set
 
 from ettin_foundry.cli import main as cli
-from ettin_foundry.data.inspect import draw_samples, load_decoder, plain, show_lines, source_statistics
+from ettin_foundry.data.inspect import draw_samples, plain, show_lines, source_statistics
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import open_storage
 
 
-@pytest.fixture(scope="module")
-def whole(tokenizer_dir: Path) -> Path:
-    return whole_set(tokenizer_dir)
+def key(sample: dict) -> tuple:
+    return sample["source"], sample["doc"], sample["part"]
 
 
 @pytest.mark.parametrize("split,compression", [("train", None), ("validation", "zstd")])
 def test_statistics_are_those_of_counting(tokenizer_dir: Path, split: str, compression: str | None) -> None:
     folder = whole_set(tokenizer_dir, compression) / split
-    manifest = json.loads((folder / "manifest.json").read_text())
-    everything = [sample for samples in samples_of(folder).values() for sample in samples]
+    manifest, everything = json.loads((folder / "manifest.json").read_text()), samples_of(folder)
     found = source_statistics(MDSSplit(folder))
     assert {s.name for s in found} == set(SOURCES) and found[0].tokens >= found[1].tokens
     for s in found:
@@ -33,8 +31,7 @@ def test_statistics_are_those_of_counting(tokenizer_dir: Path, split: str, compr
         assert (s.chunks, s.tokens) == (len(lengths), sum(lengths))
         assert s.lengths.tolist() == [lengths.count(length) for length in range(63)]
         assert s.share == sum(lengths) / sum(len(sample["tokens"]) for sample in everything)
-        entries = [entry for entry in manifest["shards"] if entry["source"] == s.name]
-        assert s.shards == len(entries) and s.rows == sum(entry["rows"]["64"] for entry in entries)
+        assert s.rows == sum(entry["rows"]["64"] for entry in manifest["shards"] if entry["source"] == s.name)
         assert s.fill == sum(length + 2 for length in lengths) / (s.rows * 64) <= 1
         assert s.stated["licence"] == "cc-by-4.0" and not s.stated["dropped"]
 
@@ -44,72 +41,57 @@ def test_samples_are_chunks_of_the_dataset_decoded(tokenizer_dir: Path, compress
     whole = whole_set(tokenizer_dir, compression)
     data, before = MDSSplit(whole / "train"), contents(whole)
     reference = Tokenizer.from_file(str(whole / "tokenizer" / "tokenizer.json"))
-    stored = {(s["source"], s["doc"], s["part"]): s
-              for samples in samples_of(whole / "train").values() for s in samples}
-    found = draw_samples(data, load_decoder(open_storage(whole)), per_source=3, seed=5)
-    assert [sample.source for sample in found] == ["code"] * 3 + ["wiki"] * 3
-    assert len({(sample.source, sample.doc, sample.part) for sample in found}) == 6
+    stored = {key(sample): sample for sample in samples_of(whole / "train")}
+    found, lines = draw_samples(data, per_source=3, seed=5), "\n".join(show_lines(whole, samples=3, seed=5))
+    assert [sample["source"] for sample in found] == ["code"] * 3 + ["wiki"] * 3 and len(set(map(key, found))) == 6
     for sample in found:
-        mine = stored[sample.source, sample.doc, sample.part]
-        assert sample.tokens.tolist() == mine["tokens"].tolist() and sample.last == bool(mine["last"])
-        assert sample.text == reference.decode(mine["tokens"].tolist(), skip_special_tokens=False)
-    drawn = [[sample.doc for sample in draw_samples(data, None, per_source=3, seed=seed)] for seed in (5, 6)]
-    assert drawn[0] == [sample.doc for sample in found] != drawn[1]
+        tokens = stored[key(sample)]["tokens"].tolist()
+        assert sample["tokens"].tolist() == tokens and sample["last"] == stored[key(sample)]["last"]
+        assert f"    {plain(reference.decode(tokens, skip_special_tokens=False), 400)}\n" in lines
     assert contents(whole) == before  # nothing is expanded into the dataset
 
 
-def test_every_chunk_of_a_source_is_drawn_alike(whole: Path) -> None:
-    data = MDSSplit(whole / "validation")
+def test_every_chunk_of_a_source_is_drawn_alike(tokenizer_dir: Path) -> None:
+    data = MDSSplit(whole_set(tokenizer_dir) / "validation")
     chunks = int(sum(data.samples[shard] for shard, source in enumerate(data.sources) if source == "wiki"))
-    drawn = [sample for seed in range(400) for sample in draw_samples(data, None, per_source=1, seed=seed)]
-    names = [(sample.doc, sample.part) for sample in drawn if sample.source == "wiki"]
+    drawn = [sample for seed in range(400) for sample in draw_samples(data, per_source=1, seed=seed)]
+    names = [key(sample) for sample in drawn if sample["source"] == "wiki"]
     assert len(set(names)) == chunks
     # 400 draws of n equally probable chunks: five standard deviations
     assert max(map(names.count, names)) < 400 / chunks + 5 * (400 / chunks) ** 0.5
-    everything = draw_samples(data, None, per_source=10**6)
-    assert len({(sample.source, sample.doc, sample.part) for sample in everything}) == int(data.samples.sum())
+    assert len(set(map(key, draw_samples(data, per_source=10**6)))) == int(data.samples.sum())
 
 
 def test_foreign_text_cannot_drive_the_terminal(tokenizer_dir: Path, tmp_path: Path) -> None:
-    evil = "\x1b]0;owned\x07\x1b[2J\u202etxt\r\n\x9b31m"
-    assert plain(evil) == r"\x1b]0;owned\x07\x1b[2J\u202etxt\r\n\x9b31m"
+    assert plain("\x1b]0;owned\x07\u202etxt\r\n\x9b31m") == r"\x1b]0;owned\x07\u202etxt\r\n\x9b31m"
     assert plain("na\u00efve \u4f60") == "na\u00efve \u4f60" and plain("abcdef", 3) == "abc..."
-    out = copy_set(tokenizer_dir, tmp_path)
-    path = out / "train" / "manifest.json"
+    path = copy_set(tokenizer_dir, tmp_path) / "train" / "manifest.json"
     text = path.read_text().replace('"wiki"', '"w\\u001b[2Jki\\u202e"')
     path.write_text(text.replace('"cc-by-4.0"', '"\\u0007"'))
-    assert all(character.isprintable() for line in show_lines(out, samples=0) for character in line)
+    assert all(character.isprintable() for line in show_lines(tmp_path / "set", samples=0) for character in line)
 
 
-def test_command_shows_a_dataset_and_a_split(tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_command_shows_dataset_split_and_url(tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     def run(*arguments: object) -> tuple[int, str]:
         with pytest.raises(SystemExit) as end:
             cli.main(["show", *map(str, arguments)])
-        out, err = capsys.readouterr()
-        return end.value.code or 0, out + err
+        return end.value.code or 0, "".join(capsys.readouterr())
 
     whole = copy_set(tokenizer_dir, tmp_path)
-    before = contents(whole)
     code, text = run(whole, "--samples", 2)
     assert code == 0 and "train: 175 chunks of at most 62 tokens, 7,875 tokens" in text
     assert text.count("[wiki]") == 4 and "(512 entries)" in text
-    lengths = [len(sample["tokens"]) for found in samples_of(whole / "train").values() for sample in found
-               if sample["source"] == "wiki"]
+    lengths = [len(sample["tokens"]) for sample in samples_of(whole / "train") if sample["source"] == "wiki"]
     row = next(line for line in text.splitlines() if line.split()[:1] == ["wiki"]).split()
     quantiles = np.quantile(lengths, (0.1, 0.5, 0.9), method="inverted_cdf").astype(int)
     assert row[5:9] == [f"{np.mean(lengths):,.1f}", *map(str, quantiles)]
     code, text = run(whole / "validation", "--samples", 0)
     assert code == 0 and "train" not in text and "[wiki]" not in text
-    for place in (tmp_path / "nothing", whole / "tokenizer"):
-        code, text = run(place)
-        assert code == 1 and "must be a dataset" in text
-    assert contents(whole) == before
-    (whole / "tokenizer" / "tokenizer.json").unlink()
-    assert run(whole)[1].count("no tokenizer/ beside the dataset; ids [") == 4
-
-
-def test_dataset_behind_a_url_is_shown_alike(whole: Path, tmp_path: Path) -> None:
+    code, text = run(whole / "tokenizer")
+    assert code == 1 and "must be a dataset" in text
     remote = open_storage(url := f"memory://{tmp_path.name}/set")
     for name, data in contents(whole).items():
         remote.write_bytes(name, data)
-    assert list(show_lines(url)) == list(show_lines(whole))
+    assert run(url) == run(whole)
+    (whole / "tokenizer" / "tokenizer.json").unlink()
+    assert run(whole)[1].count("no tokenizer/ beside the dataset; ids [") == 4

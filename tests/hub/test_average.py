@@ -1,8 +1,5 @@
 """Merged checkpoints: numpy's mean in float64, what they say they were made of, what they are good for, what is refused."""
 
-from __future__ import annotations
-
-import copy
 import math
 
 import numpy as np
@@ -19,20 +16,13 @@ from ettin_foundry.model.weights import import_folder
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokens")
-    parity.tiny_tokenizer().save_pretrained(str(folder))
-    return folder
-
-
 @pytest.fixture
-def runs(tokens, tmp_path):
+def runs(tmp_path):
     """A save folder with three checkpoints, a link and a file cut short; and the models in them."""
     models = [model("mlm", seed) for seed in range(3)]
     past = ({"objective": "mlm", "tokens": 500},)
     for batch, source in zip((9, 10, 11), models):
-        save(tmp_path / "run" / f"ep0-ba{batch}-rank0.pt", source, "mlm", tokens, batch=batch, phase="decay", lineage=past,
+        save(tmp_path / "run" / f"ep0-ba{batch}-rank0.pt", source, "mlm", batch=batch, phase="decay", lineage=past,
              run_hash="b" * 64)
     (tmp_path / "run" / "latest-rank0.pt").symlink_to("ep0-ba11-rank0.pt")
     (tmp_path / "run" / "ep0-ba12-rank0.pt").write_bytes(b"PK half a file")
@@ -56,12 +46,7 @@ def test_the_mean_is_numpys_in_float64_bit_for_bit(runs, tmp_path):
     rounded = sum(source.state_dict()["head.dense.weight"] for source in models) / 3  # what fp32 would give is not it
     assert not torch.equal(rounded, merged["head.dense.weight"])
     assert len(list(tmp_path.glob("*.pt"))) == 1 and not list(tmp_path.glob(".*"))
-
-
-def test_weights_count_as_they_say(runs, tokens, tmp_path):
-    folder, models = runs
-    torch.save(content(models[2], "mlm", tokens, batch=11, phase="decay"), tmp_path / "ep0-ba11-rank0.pt")
-    average_checkpoints([folder / "ep0-ba9-rank0.pt", tmp_path / "ep0-ba11-rank0.pt"], tmp_path / "m.pt", weights=[1, 3])
+    average_checkpoints([sources[0], sources[2]], tmp_path / "m.pt", weights=[1, 3], overwrite=True)
     merged = load_model(tmp_path / "m.pt")
     expected = average([models[0], models[2]], [1, 3])
     for name, tensor in merged.state.items():  # products rounded in another order: the last bit of fp32 at most
@@ -69,7 +54,7 @@ def test_weights_count_as_they_say(runs, tokens, tmp_path):
     assert [part["weight"] for part in merged.facts["lineage"][-1]["merged_from"]] == [0.25, 0.75]
 
 
-def test_a_mean_says_what_it_was_made_of_exports_and_loads_as_weights(runs, tokens, tmp_path):
+def test_a_mean_says_what_it_was_made_of_exports_and_loads_as_weights(runs, tmp_path):
     from composer import Trainer
 
     from ettin_foundry.model.composer import EttinModel
@@ -81,10 +66,8 @@ def test_a_mean_says_what_it_was_made_of_exports_and_loads_as_weights(runs, toke
               "run_hash": "b" * 64} for batch in (10, 11)]
     lineage = [{"objective": "mlm", "tokens": 500}, {"merged_from": parts, "objective": "mlm"}]
     assert loaded.facts == {"tokens": 610, "phase": "decay", "lineage": lineage}
-    export_model(loaded.state, loaded.config, loaded.tokenizer, tmp_path / "hf", objective="mlm", facts=loaded.facts)
+    export_model(loaded.state, loaded.config, parity.tiny_tokenizer(), tmp_path / "hf", objective="mlm", facts=loaded.facts)
     assert equal_states(import_folder(tmp_path / "hf")[0], average(models[1:]))
-    merged_from = ", ".join(f"run/ep0-ba{batch}-rank0.pt (weight 0.5, {10 * batch} tokens)" for batch in (10, 11))
-    assert f"| merged from | {merged_from} |" in (tmp_path / "hf" / "README.md").read_text()
     # what `ettin_phase` with keep: weights makes the host do: load_path with load_weights_only, strict
     fresh = EttinModel(size="nano", objective="mlm", max_seq_len=1024, vocab_size=320, num_hidden_layers=1)
     Trainer(model=fresh, load_path=str(tmp_path / "m.pt"), load_weights_only=True, load_strict_model_weights=True,
@@ -92,35 +75,29 @@ def test_a_mean_says_what_it_was_made_of_exports_and_loads_as_weights(runs, toke
     assert equal_states(fresh.model.state_dict(), average(models[1:]))
 
 
-def test_what_has_no_mean_is_refused_with_both_values(runs, tokens, tmp_path):
+def test_what_has_no_mean_is_refused_with_both_values(runs, tmp_path):
     folder, models = runs
     a, b = folder / "ep0-ba9-rank0.pt", folder / "ep0-ba10-rank0.pt"
 
     def other(name, objective="mlm", record=None, **changes):
-        return save(tmp_path / f"{name}.pt", model(objective, **changes), objective, tokens, **(record or {"batch": 50}))
+        return save(tmp_path / f"{name}.pt", model(objective, **changes), objective, **(record or {"batch": 50}))
 
     bad = model("mlm")
     with torch.no_grad():
         bad.trunk.final_norm.weight[3] = math.nan
-    save(tmp_path / "nan.pt", bad, "mlm", tokens, batch=50)
+    save(tmp_path / "nan.pt", bad, "mlm", batch=50)
     copy = tmp_path / "copy.pt"
     copy.write_bytes(a.read_bytes())
-    plain = content(models[0], "mlm", tokens)
-    del plain["state"]["callbacks"]["Clock"]
-    torch.save(plain, tmp_path / "plain.pt")
     (tmp_path / "there.pt").write_bytes(b"x")
     out = tmp_path / "out.pt"
     for sources, place, weights, words in (
             ([a, other("theta", global_rope_theta=160000.0)], out, None, "rope_theta.*10000.0 in.*160000.0 in.*theta"),
             ([a, other("mntp", "mntp")], out, None, "objective.*mlm.*mntp"),
-            ([a, other("vocab", vocab_size=384)], out, None, "vocab_size.*320 in.*384 in"),
             ([a, other("t", record={"batch": 50, "tokenizer_fingerprint": '{"ids": 2}'})], out, None, "tokenizer ids.*1 "),
             ([a], out, None, "at least two checkpoints"),
-            ([a, b, a], out, None, "the same checkpoint as"),
             ([folder / "ep0-ba11-rank0.pt", folder / "latest-rank0.pt"], out, None, "latest-rank0.pt: the same checkpoint"),
             ([a, copy], out, None, "copy.pt: the same checkpoint as .*ep0-ba9-rank0.pt"),
             ([a, tmp_path / "nan.pt"], out, None, "nan.pt: trunk.final_norm.weight: has NaN"),
-            ([a, tmp_path / "plain.pt"], out, None, "plain.pt: holds no record"),
             ([a, b], out, [1], "--weights must be 2 numbers"), ([a, b], out, [1, 0], "--weights .*1, 0"),
             ([a, b], tmp_path / "there.pt", None, "there.pt: exists"), ([a, b], tmp_path / "out", None, "must end in .pt")):
         with pytest.raises(ValueError, match=words):
@@ -131,15 +108,10 @@ def test_what_has_no_mean_is_refused_with_both_values(runs, tokens, tmp_path):
 
 
 def test_what_does_not_read_back_is_not_left_there(runs, tmp_path, monkeypatch):
-    folder, _ = runs
+    folder, models = runs
     save_whole = torch.save
-
-    def bad_disk(value, path):
-        value = copy.deepcopy(value)
-        value["state"]["model"]["model.output_bias"] = value["state"]["model"]["model.output_bias"] + 1
-        save_whole(value, path)
-
-    monkeypatch.setattr(torch, "save", bad_disk)
+    other = content(models[0], "mlm", batch=9)  # what a bad disk writes instead of the mean
+    monkeypatch.setattr(torch, "save", lambda value, file: save_whole(other, file))
     with pytest.raises(ValueError, match="does not read back the same"):
         average_checkpoints([folder / "ep0-ba9-rank0.pt", folder / "ep0-ba10-rank0.pt"], tmp_path / "m.pt")
     assert not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob(".*"))

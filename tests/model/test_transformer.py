@@ -1,10 +1,10 @@
-"""Claims about the model: isolation of documents, causality, windows, parameter counts, initialisation, no read-back."""
+"""Claims about the model: isolation of documents, causality, parameter counts, initialisation, no read-back."""
 
 import pytest
 import torch
 
 from ettin_foundry.model.config import EttinConfig
-from ettin_foundry.model.transformer import Ettin, Stream, rotary
+from ettin_foundry.model.transformer import Ettin
 
 PARAMETERS = {"17m": 16_913_600, "32m": 32_081_344, "68m": 68_457_664, "150m": 149_655_232, "400m": 395_881_664,
               "1b": 1_031_314_112}  # paper Table 1 with the reference's head and output bias
@@ -56,8 +56,7 @@ def test_packed_document_equals_document_alone_in_logits_and_gradients(causal):
     packed = model.predict(model(ids, positions, cu_seqlens, longest))
     for i, (start, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist())):
         own = (places >= start) & (places < end)
-        alone_borders = torch.tensor([0, end - start], dtype=torch.int32)
-        alone_args = (ids[start:end], positions[start:end], alone_borders, end - start)
+        alone_args = (ids[start:end], positions[start:end], torch.tensor([0, end - start], dtype=torch.int32), end - start)
         # fp32 sums of up to 320 terms of size 1 in another order
         torch.testing.assert_close(packed[start:end], model.predict(model(*alone_args)), rtol=1e-5, atol=1e-5)
         grads = []
@@ -67,36 +66,19 @@ def test_packed_document_equals_document_alone_in_logits_and_gradients(causal):
             model(*args, at, to).nll.backward()
             grads.append([p.grad.clone() for p in model.parameters()])
         for packed_grad, alone_grad in zip(*grads):
-            scale = max(1.0, alone_grad.abs().max().item())
-            assert (packed_grad - alone_grad).abs().max().item() <= 1e-5 * scale, f"document {i}"
+            assert (packed_grad - alone_grad).abs().max() <= 1e-5 * max(1.0, alone_grad.abs().max()), f"document {i}"
 
 
 def test_decoder_never_sees_the_future_bit_for_bit():
     model = build(causal=True)
     ids, positions, cu_seqlens, longest = stream([300])
     before = model.predict(model(ids, positions, cu_seqlens, longest))
-    for changed in (1, 64, 150, 299):
+    for changed in (1, 150, 299):
         other = ids.clone()
         other[changed] = (other[changed] + 1) % 320
         after = model.predict(model(other, positions, cu_seqlens, longest))
         assert torch.equal(after[:changed], before[:changed])
         assert not torch.equal(after[changed], before[changed])
-
-
-@pytest.mark.parametrize(("causal", "window_left", "reach"),
-                         [(False, -1, (64, 64)), (True, -1, (63, 0)), (True, 64, (64, 0))],
-                         ids=["encoder", "decoder", "decoder_original"])
-def test_local_layers_reach_exactly_their_window(causal, window_left, reach):
-    """Gradient of one local layer's output at a token by its inputs: non-zero exactly inside the window."""
-    model = build(causal, window_left=window_left)
-    layer = model.trunk.layers[1].attn
-    x = torch.randn(300, 128, generator=torch.Generator().manual_seed(2), requires_grad=True)
-    _, positions, cu_seqlens, longest = stream([300])
-    place = Stream(positions, cu_seqlens, longest, (1, 300) if causal else (0, 0))
-    place.angles[layer.theta] = rotary(positions, layer.theta, 64)
-    layer(x, place, "reference")[150].sum().backward()
-    touched = x.grad.abs().sum(1).nonzero()[:, 0]
-    assert (touched.min().item(), touched.max().item()) == (150 - reach[0], 150 + reach[1])
 
 
 def test_a_stream_of_both_kinds_equals_each_kind_alone():
@@ -118,12 +100,14 @@ def test_a_stream_of_both_kinds_equals_each_kind_alone():
 
 
 def test_initialisation_follows_the_role_of_each_matrix():
-    torch.manual_seed(0)
-    config = EttinConfig.for_size("17m", causal=False)
-    model = Ettin(config)
+    pair = []
+    for causal in (False, True):
+        torch.manual_seed(0)
+        pair.append(Ettin(EttinConfig.for_size("17m", causal=causal)))
     out_std = 0.02 / (2 * 7) ** 0.5
     shrink = 0.8796  # deviation of a standard normal cut at +-2
-    for name, p in model.named_parameters():
+    for (name, p), twin in zip(pair[0].named_parameters(), pair[1].parameters()):
+        assert torch.equal(p, twin)  # a pair of one seed starts from the same weights
         if name == "output_bias":
             assert p.abs().max() == 0
         elif p.ndim == 1:
@@ -139,53 +123,31 @@ def test_forward_and_loss_read_nothing_back_from_the_device(causal):
     """On `meta` there is no value to read: .item(), .tolist(), a branch on a tensor or a data-dependent shape raises."""
     with torch.device("meta"):
         model = Ettin(EttinConfig.for_size("nano", causal=causal)).train()
-    ids, positions, cu_seqlens, longest = stream(LENGTHS)
-    hidden = model(ids.to("meta"), positions.to("meta"), cu_seqlens.to("meta"), longest)
-    assert hidden.shape == (sum(LENGTHS), 128)
-    places, labels = targets(LENGTHS, causal)
-    out = model(ids.to("meta"), positions.to("meta"), cu_seqlens.to("meta"), longest, places.to("meta"),
-                labels.to("meta"), count=True)
-    out.nll.backward()
+    *tensors, longest = stream(LENGTHS)
+    tensors, of_targets = ([x.to("meta") for x in part] for part in (tensors, targets(LENGTHS, causal)))
+    assert model(*tensors, longest).shape == (sum(LENGTHS), 128)
+    model(*tensors, longest, *of_targets, count=True).nll.backward()
     assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
-
-
-def test_flops_count_the_pairs_that_attention_visits():
-    for causal in (False, True):
-        config = EttinConfig.for_size("nano", causal=causal)
-        left, right = config.local_window
-        for length in (1, 2, 64, 65, 129, 300):
-            pairs = [(i, j) for i in range(length) for j in range(length)]
-            full = sum(j <= i or not causal for i, j in pairs)
-            local = sum(-left <= j - i <= right for i, j in pairs)
-            assert config.attended_pairs(length) == 2 * full + 2 * local  # nano: layers 0 and 3 global, 1 and 2 local
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
     ({"vocab_sizee": 3}, "vocab_sizee.*valid keys are.*vocab_size"), ({"hidden_size": 100}, "hidden_size.*got 100"),
     ({"local_attention": 127}, "local_attention.*127"), ({"window_left": 63}, "window_left must be 64.*got 63"),
-    ({"attn_out_dropout": 1.0}, "attn_out_dropout.*1.0"), ({"vocab_size": 0}, "vocab_size.*0"),
-    ({"vocab_size": True}, "vocab_size.*True"), ({"local_rope_theta": -1.0}, "local_rope_theta"),
-])
+    ({"attn_out_dropout": 1.0}, "attn_out_dropout.*1.0"), ({"vocab_size": True}, "vocab_size.*True"),
+    ({"local_rope_theta": -1.0}, "local_rope_theta"), ({"size": "big"}, "model.size must be one of nano, 17m.*'big'")])
 def test_bad_config_is_refused_by_name(overrides, message):
     with pytest.raises(ValueError, match=message):
-        EttinConfig.for_size("nano", causal=False, **overrides)
-    with pytest.raises(ValueError, match="model.size must be one of nano, 17m.*'big'"):
-        EttinConfig.for_size("big", causal=False)
+        EttinConfig.for_size(**{"size": "nano", "causal": False, **overrides})
 
 
 def test_fsdp2_draws_meta_parameters_by_role_and_never_rounds_the_angles(monkeypatch, no_process_group):
     """One process over gloo: parameters start on `meta`, are sharded, materialised and drawn; blocks compute in bf16."""
-    import socket
-
     import torch.distributed as dist
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     import ettin_foundry.model.transformer as module
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with torch.device("meta"):
             model = Ettin(EttinConfig.for_size("nano", causal=False, vocab_size=320))
@@ -207,12 +169,3 @@ def test_fsdp2_draws_meta_parameters_by_role_and_never_rounds_the_angles(monkeyp
         assert all(p.grad is not None for p in model.parameters())
     finally:
         dist.destroy_process_group()
-
-
-def test_a_pair_of_one_seed_starts_from_the_same_weights():
-    pair = []
-    for causal in (False, True):
-        torch.manual_seed(7)
-        pair.append(Ettin(EttinConfig.for_size("nano", causal=causal)).state_dict())
-    assert pair[0].keys() == pair[1].keys()
-    assert all(torch.equal(pair[0][k], pair[1][k]) for k in pair[0])

@@ -45,7 +45,7 @@ def test_text_ids_are_the_real_entries_that_are_no_specials(vocab):
         TextVocab.from_tokenizer(SimpleNamespace(name_or_path="some-gpt", cls_token_id=1, sep_token_id=2, pad_token_id=3))
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(5))
 def test_clm_labels_are_the_next_token_of_the_same_document(seed, vocab):
     ids, sequence_id, ends_document = make_row(seed)
     before = ids.copy()
@@ -61,7 +61,7 @@ def test_clm_labels_are_the_next_token_of_the_same_document(seed, vocab):
     assert (inputs.weight, inputs.loss_tokens) == (1.0, (inputs.labels != -100).sum())
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(5))
 def test_masked_labels_are_the_tokens_that_were_there_and_those_of_mntp_one_place_earlier(seed, vocab):
     ids, sequence_id, ends_document = make_row(seed)
     before = ids.copy()
@@ -93,6 +93,7 @@ def test_chosen_tokens_are_the_rate_and_split_80_10_10_with_uniform_random_ids(o
     columns = []
     for row in range(600):
         ids, sequence_id, ends = make_row(row, lengths=[T - 2])
+        ids[10:20:5], ids[11:20:5] = MASK, SEP  # specials inside a chunk are never chosen
         inputs = make_inputs(objective, ids, sequence_id, ends, mask_rate=rate, vocab=vocab, rng=row_generator(7, 0, row))
         chosen = np.roll(inputs.labels, 1) != -100 if objective == "mntp" else inputs.labels != -100
         columns.append((ids, inputs.input_ids, chosen, ~np.isin(ids, [CLS, SEP, PAD, MASK])))
@@ -107,18 +108,6 @@ def test_chosen_tokens_are_the_rate_and_split_80_10_10_with_uniform_random_ids(o
     # the original ids are below UNREAL, where a random id equal to the original is not seen: compare above it
     counts = np.bincount(random, minlength=VOCAB_SIZE)[UNREAL + 1:CLS]
     assert (np.abs(counts - counts.mean()) <= 5 * np.sqrt(counts.mean())).all()
-
-
-@MASKED
-def test_specials_are_never_chosen_even_inside_a_chunk(objective, vocab):
-    ids, sequence_id, ends = make_row(3, lengths=[T - 2])
-    ids[10:200:5] = MASK
-    ids[11:200:5] = SEP
-    for row in range(50):
-        inputs = make_inputs(objective, ids, sequence_id, ends, mask_rate=1.0, vocab=vocab, rng=row_generator(1, 0, row))
-        assert not np.isin(inputs.labels, [CLS, SEP, PAD, MASK]).any()
-        special = vocab.is_special[ids]
-        np.testing.assert_array_equal(inputs.input_ids[special], ids[special])
 
 
 @MASKED
