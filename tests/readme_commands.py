@@ -7,16 +7,12 @@ from pathlib import Path
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
-def commands(section: str) -> list[str]:
-    """The command lines of the section's bash blocks, continuation lines joined and comments removed."""
-    text = README.read_text()
-    found = re.search(rf"^## {re.escape(section)}$(.*?)(?=^## |\Z)", text, re.M | re.S)
-    if not found:
-        raise ValueError(f"README.md has no section {section!r}")
-    blocks = re.findall(r"^```bash\n(.*?)^```", found[1], re.M | re.S)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+def commands(text: str) -> list[str]:
+    """The command lines of all bash blocks, continuation lines joined and comments removed."""
+    lines = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)).replace("\\\n", " ").splitlines()
     return [re.sub(r"\s+", " ", line.split(" #")[0]).strip() for line in lines if line.strip()]
 
 
 if __name__ == "__main__":
-    print("\n".join(commands(sys.argv[1])))
+    section = README.read_text().partition(f"\n## {sys.argv[1]}\n")[2].partition("\n## ")[0]
+    print("\n".join(commands(section)))

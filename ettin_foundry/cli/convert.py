@@ -9,18 +9,14 @@ from typing import Annotated
 
 import typer
 
-from ettin_foundry.corpus.convert import ConvertOptions
-from ettin_foundry.corpus.convert import convert as convert_corpus
+from ettin_foundry.corpus import convert as converting
 from ettin_foundry.corpus.executors import WorkerDeath
 from ettin_foundry.corpus.filters import FilterOptions
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-_DATATROVE = "remove evaluation texts with datatrove before, and convert what it writes (.jsonl.gz)"
-_REMOVED = dict.fromkeys(("--decontaminate", "--decontaminate-field", "--drop-contaminated"), _DATATROVE)
-_D = ConvertOptions  # its defaults
+_REMOVED = ("--decontaminate", "--decontaminate-field", "--drop-contaminated")
+_D = converting.ConvertOptions  # its defaults
 
 
 def _help(text: str, *names: str) -> object:
@@ -68,7 +64,7 @@ def convert(
     try:
         filters = FilterOptions(deduplicate=given.pop("deduplicate"), min_characters=given.pop("min_characters"),
                                 max_characters=given.pop("max_characters"), predicates=given.pop("predicates") or ())
-        print(convert_corpus(ConvertOptions(**given, filters=filters)))
+        print(converting.convert(converting.ConvertOptions(**given, filters=filters)))
     except (ValueError, OSError, WorkerDeath) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
@@ -80,10 +76,10 @@ def convert(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; the exit status: 0, 1 after one line that says what is wrong, 2 for a wrong command line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    for word in arguments:
-        if (option := word.partition("=")[0]) in _REMOVED:
-            print(f"error: {option} is no option any more; {_REMOVED[option]}", file=sys.stderr)
-            return 2
+    if removed := [option for word in arguments if (option := word.partition("=")[0]) in _REMOVED]:
+        print(f"error: {removed[0]} is no option any more; remove evaluation texts with datatrove before, and convert what "
+              "it writes (.jsonl.gz)", file=sys.stderr)
+        return 2
     try:
         app(args=arguments, prog_name="convert")
     except SystemExit as end:

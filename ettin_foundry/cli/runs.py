@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import sys
@@ -75,13 +76,10 @@ def lint(words: Annotated[list[str], typer.Argument(metavar="A B [KEY=VALUE]..."
 
     runs = [word for word in words if "=" not in word.split("+")[0]]
     if len(runs) != 2 and not (chain and len(runs) > 2):
-        raise typer.BadParameter(f"{len(runs)} run(s) given: {' '.join(runs)}; two runs are compared, --chain takes two or "
-                                 "more phases")
+        raise typer.BadParameter(f"two runs are compared, --chain takes two or more phases; {len(runs)} given: {runs}")
     configs = [_config(run, [word for word in words if word not in runs]) for run in runs]
     names = [str(config.get("run_name") or run) for run, config in zip(runs, configs)]
-    second = names[1] if names[1] != names[0] else f"{names[1]} (second)"
-    report = (lint_chain(list(zip(names, configs))) if chain else
-              lint_pair(configs[0], configs[1], names=(names[0], second)))
+    report = lint_chain([*zip(names, configs)]) if chain else lint_pair(*configs, names=(names[0], names[1]))
     print(report)
     if not report.fair:
         raise typer.Exit(1)
@@ -92,12 +90,7 @@ def _config(text: str, overrides: list[str]) -> dict[str, Any]:
     from ettin_foundry.training import recipes
     from ettin_foundry.training.checks import check_settings
 
-    parts: list[str] = []
-    for part in text.split("+"):
-        if parts and "=" not in part and not part.endswith((".yaml", ".yml")):
-            parts[-1] += f"+{part}"  # a value such as 1e+3
-        else:
-            parts.append(part)
+    parts = re.split(r"\+(?=[^+=]*(?:=|\.ya?ml(?:\+|$)))", text)  # at + before a file or a key, not in 1e+3
     try:
         config = {key: value for key, value in recipes.resolved([*parts, *overrides]).items() if value is not None}
         check_settings(config)
@@ -142,7 +135,7 @@ def suite(file: Annotated[Path, typer.Argument(metavar="FILE", help="Suite file,
         raise typer.Exit(3) from None
     except KeyboardInterrupt as error:
         print("stopped. The same command continues.", file=sys.stderr)
-        raise typer.Exit(128 + getattr(error, "signum", signal.SIGINT)) from None
+        raise typer.Exit(128 + (error.args[0] if error.args else signal.SIGINT)) from None
 
 
 def _list(found: Any, as_json: bool) -> None:

@@ -1,7 +1,7 @@
 """Text to a dataset: plan the units, run them, put them together. Restartable, on one machine or many.
 
-Interrupted at any moment and started again, a conversion does only what is not done yet and ends with the
-same bytes (see plan.py). `task_index` does one share of the units; `ettin finalize` then joins the shares.
+Interrupted at any moment and started again, a conversion does only what is not done yet and ends with the same bytes
+(see plan.py). `task_index` does one share of the units; `ettin finalize` then joins the shares.
 """
 
 from __future__ import annotations
@@ -17,21 +17,11 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import xxhash
 
+from ettin_foundry.corpus import plan as plans
 from ettin_foundry.corpus.encoder import Engine
 from ettin_foundry.corpus.executors import Board, Tick, run_tasks
 from ettin_foundry.corpus.filters import FilterOptions, find_duplicates
 from ettin_foundry.corpus.finalize import done_units, finalize
-from ettin_foundry.corpus.plan import (
-    PLAN,
-    Plan,
-    Unit,
-    check_append,
-    check_place,
-    find_sources,
-    finished_units,
-    plan_conversion,
-    read_plan,
-)
 from ettin_foundry.corpus.readers import ReadOptions, read_parts
 from ettin_foundry.corpus.sources import Meter, Source, part_bytes, plan_parts
 from ettin_foundry.corpus.worker import ConvertUnit, HashUnit, TokenizerSpec, drops_name, hashes_name
@@ -43,8 +33,6 @@ from ettin_foundry.data.storage import Storage, is_url, open_storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-__all__ = ["ConvertOptions", "Summary", "convert"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,16 +63,15 @@ class ConvertOptions:
     ray_address: str | None = None
     task_index: int | None = None
     num_tasks: int | None = None
-    progress: bool | None = None
-    """Whether to show a progress bar; None shows it on a terminal only."""
+    progress: bool | None = None  # whether to show a bar; None: on a terminal
 
     def __post_init__(self) -> None:
         most = 2**31 - 1 if self.compression else 2**32 - 1  # what the zstd package takes; offsets are uint32
         task, tasks, trained = self.task_index, self.num_tasks, self.train_tokenizer is not None
         num_tokenizers = trained + (self.tokenizer is not None)
         sizes = {key: parse_bytes(_flag(key), getattr(self, key)) or 0 for key in _SIZES}
-        rules: list[tuple[str, str, bool]] = [  # option, what it must be, whether it is
-            ("sources", "a list with a source", bool(self.sources) and not isinstance(self.sources, str)),
+        rules = [  # option, what it must be, whether it is
+            ("sources", "at least one", bool(self.sources)),
             ("tokenizer", "given, or --train-tokenizer, exactly one of the two (neither with --append)",
              num_tokenizers == 1 or (self.append and not num_tokenizers)),
             ("train_tokenizer", "left out with --append: a dataset keeps its tokenizer",
@@ -113,8 +100,8 @@ class ConvertOptions:
 
     def record(self) -> dict[str, Any]:
         """The options that shape the data, without places on this machine."""
-        keys = ("train_tokenizer", "chunk_length", "cut_window", "validation", "text_field", "id_field",
-                "compression", "limit_bytes", "seed")
+        keys = ("train_tokenizer", "chunk_length", "cut_window", "validation", "text_field", "id_field", "compression",
+                "limit_bytes", "seed")
         sizes = {key: parse_bytes(_flag(key), getattr(self, key)) for key in _SIZES}
         if sizes["max_document_bytes"] == ReadOptions.max_document_bytes:
             del sizes["max_document_bytes"]  # as in plans from before there was a limit
@@ -134,82 +121,73 @@ class Summary:
 
     out: str
     sources: Mapping[str, Mapping[str, Any]]  # name -> counts of both splits; empty for one task of an array
+    tokens: int
     validation_documents: int
     seconds: float
     units: tuple[int, int]  # done by this call, of all
     tokens_done: int  # by this call
 
-    @property
-    def tokens(self) -> int:
-        return sum(counts["tokens"] for counts in self.sources.values())
-
     def __str__(self) -> str:
         done, of = self.units
         speed = f"{self.seconds:.1f} s, {self.tokens_done / max(self.seconds, 1e-9):,.0f} tokens/s"
         if not self.sources:
-            return (f"{self.out}: {done} of {of} units done by this task; {speed}. When all tasks are done: "
-                    f"ettin finalize {self.out}")
+            return f"{self.out}: {done} of {of} units done by this task; {speed}; after all tasks: ettin finalize {self.out}"
         per_source = "; ".join(
             f"{name}: {c['documents']:,} documents, {c['tokens']:,} tokens, {c['bytes'] / 1e6:,.1f} MB"
             + "".join(f", {n:,} dropped ({reason})" for reason, n in c["dropped"].items())
             for name, c in self.sources.items())
         earlier = f"{of - done} of {of} units were done before; " if done < of else ""
-        return (f"{self.out}: {per_source}; {self.validation_documents:,} documents for validation; {earlier}"
-                f"{speed}")
+        return f"{self.out}: {per_source}; {self.validation_documents:,} documents for validation; {earlier}{speed}"
 
 
 def convert(options: ConvertOptions) -> Summary:
     """Converts a corpus into OUT/tokenizer, OUT/train and OUT/validation, or goes on with doing so.
 
-    Raises:
-        OSError, ValueError: the input cannot be converted, or OUT holds something else, or was begun otherwise.
+    Raises OSError or ValueError where the input cannot be converted, or OUT holds something else or was begun otherwise.
     """
     begin, storage = time.perf_counter(), open_storage(options.out)
-    before = read_plan(storage)
+    before = plans.read_plan(storage)
     if before is None:
-        check_place(storage, options.append)
-    sources = find_sources(options, before)
+        plans.check_place(storage, options.append)
+    sources = plans.find_sources(options, before)
     tok = _tokenizer(options, storage, before, sources)
     facts = tokenizers.fingerprint(tok)
-    plan = plan_conversion(options, before, sources, tokenizer=facts, storage=storage)
+    plan = plans.plan_conversion(options, before, sources, tokenizer=facts, storage=storage)
     done = done_units(storage, plan)
     todo = [unit for unit in plan.units if unit.number not in done]
-    check_append(todo, plan, sources)
+    plans.check_append(todo, plan, sources)
     if plan != before:
-        if before is None or dict(before.tokenizer) != dict(plan.tokenizer):
+        if before is None or before.tokenizer != plan.tokenizer:
             with tempfile.TemporaryDirectory(dir=storage.scratch()) as folder:
                 tokenizers.save(tok, folder)
                 for path in sorted(Path(folder).iterdir()):
                     storage.put_file(path, f"tokenizer/{path.name}")
-        if read_plan(storage) not in (before, plan):
-            raise ValueError(f"--out must not be used by two conversions at once, got {storage.url}, whose "
-                             f"{PLAN} has just changed")
-        storage.write_bytes(PLAN, plan.to_bytes())  # last: where there is a plan, there is a tokenizer
+        if plans.read_plan(storage) not in (before, plan):
+            raise ValueError(f"--out must not be used by two conversions at once, got {storage.url}, which has just changed")
+        storage.write_bytes(plans.PLAN, plan.to_bytes())  # last: where there is a plan, there is a tokenizer
     if options.task_index is not None:
         todo = [unit for unit in todo if unit.number % int(options.num_tasks or 1) == options.task_index]
-    forbidden = tuple(sorted(tokenizers.forbidden_ids(tok)))
-    spec = TokenizerSpec(facts["name"], tok.backend_tokenizer.to_str(), forbidden, facts["vocab_size"],
-                         options.engine)
+    spec = TokenizerSpec(facts["name"], tok.backend_tokenizer.to_str(), tuple(sorted(tokenizers.forbidden_ids(tok))),
+                         facts["vocab_size"], options.engine)
     out = os.fspath(options.out)
     job = ConvertUnit(out if is_url(out) else os.path.abspath(out), plan.options,
                       {source.name: source for source in sources}, plan.base_key, spec, options.filters)
     if todo and options.filters.deduplicate:
         _find_duplicates(job, plan, options, storage)
     tokens = _execute(job, todo, "documents", options)
-    totals: dict[str, dict[str, Any]] = {}
     manifests = finalize(options.out) if options.task_index is None else {}
+    totals: dict[str, dict[str, Any]] = {}
     for manifest in manifests.values():
         for name, counts in manifest["sources"].items():
             total = totals.setdefault(name, {"dropped": Counter()})
             total["dropped"].update(counts["dropped"])
-            for key in ("documents", "chunks", "tokens", "bytes"):
-                total[key] = total.get(key, 0) + counts[key]
+            total.update({key: total.get(key, 0) + counts[key] for key in plans.COUNTS})
     validation = manifests["validation"]["totals"]["documents"] if "validation" in manifests else 0
-    return Summary(storage.url, totals, validation, time.perf_counter() - begin, (len(todo), len(plan.units)),
-                   tokens)
+    return Summary(storage.url, totals, sum(total["tokens"] for total in totals.values()), validation,
+                   time.perf_counter() - begin, (len(todo), len(plan.units)), tokens)
 
 
-def _execute(job: HashUnit, units: Sequence[Unit], title: str, options: ConvertOptions) -> int:
+def _execute(job: HashUnit, units: Sequence[plans.Unit], title: str, options: ConvertOptions) -> int:
     """Does the units; tokens written."""
     if not units:
         return 0
@@ -220,11 +198,11 @@ def _execute(job: HashUnit, units: Sequence[Unit], title: str, options: ConvertO
                              ray_address=options.ray_address))
 
 
-def _find_duplicates(job: ConvertUnit, plan: Plan, options: ConvertOptions, storage: Storage) -> None:
+def _find_duplicates(job: ConvertUnit, plan: plans.Plan, options: ConvertOptions, storage: Storage) -> None:
     """Writes for each unit which of its documents repeat earlier ones, by the hashes of all documents."""
-    known = {name for name, _ in storage.list("work/hashes/")}
+    known = dict(storage.list("work/hashes/"))
     unhashed = [unit for unit in plan.units if hashes_name(unit, plan.base_key) not in known]
-    check_append(unhashed, plan, list(job.sources.values()))
+    plans.check_append(unhashed, plan, list(job.sources.values()))
     _execute(HashUnit(job.out, job.options, job.sources, plan.base_key), unhashed, "hashes", options)
     with tempfile.TemporaryDirectory(dir=storage.scratch()) as folder:
         files = [Path(folder, "hashes", f"{unit.number:05d}.npy") for unit in plan.units]
@@ -235,12 +213,12 @@ def _find_duplicates(job: ConvertUnit, plan: Plan, options: ConvertOptions, stor
             storage.put_file(Path(folder, "drops", path.name), drops_name(unit, plan.base_key))
 
 
-def _tokenizer(options: ConvertOptions, storage: Storage, plan: Plan | None,
+def _tokenizer(options: ConvertOptions, storage: Storage, plan: plans.Plan | None,
                sources: Sequence[Source]) -> PreTrainedTokenizerFast:
     """The given tokenizer, the dataset's own where a unit is finished, or one trained now."""
     if options.tokenizer is not None:
         tok = tokenizers.load(options.tokenizer)
-    elif plan is None or not (options.append or finished_units(storage)):
+    elif plan is None or not (options.append or plans.finished_units(storage)):
         tok = _train(sources, options)
     else:
         with tempfile.TemporaryDirectory(dir=storage.scratch()) as folder:

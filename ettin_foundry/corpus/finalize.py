@@ -1,8 +1,7 @@
 """Puts finished units together into a dataset that can be read: lengths.npy, index.json, manifest.json, data card.
 
-Every unit left a completion record with the entries of its shards. They are concatenated in the order of the
-plan, so it does not matter who did which unit when. manifest.json is written last: a split that has one is
-complete.
+Every unit left a completion record with the entries of its shards. They are concatenated in the order of the plan, so it
+does not matter who did which unit when. manifest.json is written last: a split that has one is complete.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import io
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,11 +20,9 @@ import xxhash
 
 from ettin_foundry.corpus.plan import COUNTS, PLAN, Plan, read_plan, read_record, record_name
 from ettin_foundry.corpus.writer import shard_config
-from ettin_foundry.data import COLUMNS, FORMAT, MANIFEST, VERSION
+from ettin_foundry.data import COLUMNS, FORMAT, INDEX, LENGTHS, MANIFEST, VERSION
 from ettin_foundry.data.storage import Storage, open_storage
 from ettin_foundry.version import __version__
-
-__all__ = ["add_up", "describe_splits", "done_units", "finalize"]
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +52,7 @@ def done_units(storage: Storage, plan: Plan) -> dict[int, Record]:
 def finalize(out: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """Makes a readable dataset of the finished units of OUT; split -> manifest. Again gives the same bytes.
 
-    Raises:
-        FileNotFoundError: units are missing. ValueError: a source or a split holds no document.
+    Raises FileNotFoundError where units are missing, ValueError where a source or a split holds no document.
     """
     from ettin_foundry.corpus.card import write_card  # draws with matplotlib
 
@@ -64,9 +61,8 @@ def finalize(out: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         raise FileNotFoundError(f"{storage.where(PLAN)} is missing; run data_prep/convert.py with this --out first")
     found = done_units(storage, plan)
     if missing := [unit for unit in plan.units if unit.number not in found]:
-        raise FileNotFoundError(f"{storage.url}: {len(missing)} of {len(plan.units)} units are not finished, the "
-                                f"first is {missing[0].label}; run the same conversion (or the missing tasks of "
-                                "the job array) again, it does only those")
+        raise FileNotFoundError(f"{storage.url}: {len(missing)} of {len(plan.units)} units are not finished, the first is "
+                                f"{missing[0].label}; run the same conversion (or tasks of the job array) again")
     records = [found[unit.number] for unit in plan.units]
     _check_content(plan, records, storage)
     manifests, files = describe_splits(plan, records)
@@ -78,7 +74,7 @@ def finalize(out: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         storage.write_bytes(name, data)
     write_card(storage, dict(manifests), {split: _table(plan, shards).sum(0, dtype=np.int64)
                                           for split, shards in _shards(plan, records).items()})
-    storage.clear_scratch()  # what killed processes left
+    shutil.rmtree(storage.scratch(), ignore_errors=True)  # what killed processes left
     return manifests
 
 
@@ -102,32 +98,41 @@ def _check_content(plan: Plan, records: Sequence[Record], storage: Storage) -> N
             for unit in plan.units:  # so that the source can be mended, or left out, later
                 if unit.source == name:
                     storage.delete(record_name(unit.number))
-            raise ValueError(f"{name}: the corpus is empty; put text into it, or leave it out (with another --out, "
-                             "unless it is appended)")
-    counts = {split: sum(record["splits"][split]["documents"] for record in records)
-              for split in _shards(plan, records)}
-    for split, documents in counts.items():
-        if not documents:
-            raise ValueError(f"--validation must leave documents on both sides, got {plan.options['validation']}: of "
-                             f"{sum(counts.values())} documents that were not dropped none fell to {split}; change it "
-                             "or the filters, and --out")
+            raise ValueError(f"{name}: the corpus is empty; put text into it, or leave it out (with another --out, unless "
+                             "it is appended)")
+    counts = {split: sum(record["splits"][split]["documents"] for record in records) for split in _shards(plan, records)}
+    if empty := [split for split, documents in counts.items() if not documents]:
+        raise ValueError(f"--validation must leave documents on both sides, got {plan.options['validation']}: of "
+                         f"{sum(counts.values())} documents none fell to {empty[0]}; change it or the filters, and --out")
 
 
-def describe_splits(plan: Plan,
-                    records: Sequence[Record]) -> tuple[dict[str, dict[str, Any]], dict[str, bytes]]:
+def describe_splits(plan: Plan, records: Sequence[Record]) -> tuple[dict[str, dict[str, Any]], dict[str, bytes]]:
     """What plan and all records state: split -> manifest; name -> content of the files, manifests last."""
     manifests, tables, texts = {}, dict[str, bytes](), dict[str, bytes]()
     for split, shards in _shards(plan, records).items():
         buffer = io.BytesIO()
         np.save(buffer, _table(plan, shards))
-        tables[f"{split}/lengths.npy"] = buffer.getvalue()
-        tables[f"{split}/index.json"] = _index(plan, shards)
-        manifests[split] = _manifest(plan, split, add_up(plan, records, split), shards, buffer.getvalue())
-        texts[f"{split}/{MANIFEST}"] = _manifest_bytes(manifests[split])
+        tables[f"{split}/{LENGTHS}"] = lengths = buffer.getvalue()
+        tables[f"{split}/{INDEX}"] = _index(plan, shards)
+        sources = _add_up(plan, records, split)
+        manifest = manifests[split] = {
+            "format": FORMAT, "version": VERSION, "split": split, "chunk_length": plan.options["chunk_length"],
+            "compression": plan.options["compression"], "tokenizer": dict(plan.tokenizer), "columns": COLUMNS,
+            "options": dict(plan.options), "code_version": __version__,
+            "lengths": {"basename": LENGTHS, "bytes": len(lengths), "xxh64": xxhash.xxh64(lengths).hexdigest()},
+            "sources": sources,
+            "shards": [{key: value for key, value in shard.items() if key != "lengths"} for shard in shards],
+            "totals": {"documents": sum(counts["documents"] for counts in sources.values()),
+                       **{key: sum(shard[key] for shard in shards) for key in ("samples", "tokens")}},
+        }
+        # one shard a line: a manifest of 70,000 shards is still read by people and by `diff`
+        head = json.dumps({key: value for key, value in manifest.items() if key != "shards"}, indent=1)
+        lines = ",\n".join("  " + json.dumps(entry) for entry in manifest["shards"])
+        texts[f"{split}/{MANIFEST}"] = f'{head[:-2]},\n "shards": [\n{lines}\n ]\n}}\n'.encode()
     return manifests, tables | texts
 
 
-def add_up(plan: Plan, records: Sequence[Record], split: str) -> dict[str, dict[str, Any]]:
+def _add_up(plan: Plan, records: Sequence[Record], split: str) -> dict[str, dict[str, Any]]:
     """Source name -> counts of one split over all records, as its manifest states them."""
     totals: dict[str, dict[str, Any]] = {name: {**facts, **dict.fromkeys(COUNTS, 0), "dropped": {}}
                                          for name, facts in plan.sources.items()}
@@ -139,28 +144,6 @@ def add_up(plan: Plan, records: Sequence[Record], split: str) -> dict[str, dict[
             total["dropped"][reason] = total["dropped"].get(reason, 0) + number
     return {name: {**total, "dropped": dict(sorted(total["dropped"].items()))} for name, total in totals.items()
             if total["documents"] or total["dropped"]}
-
-
-def _manifest(plan: Plan, split: str, sources: Mapping[str, Mapping[str, Any]], shards: Sequence[Record],
-              lengths: bytes) -> dict[str, Any]:
-    return {
-        "format": FORMAT, "version": VERSION, "split": split, "chunk_length": plan.options["chunk_length"],
-        "compression": plan.options["compression"], "tokenizer": dict(plan.tokenizer), "columns": COLUMNS,
-        "options": dict(plan.options), "code_version": __version__,
-        "lengths": {"basename": "lengths.npy", "bytes": len(lengths), "xxh64": xxhash.xxh64(lengths).hexdigest()},
-        "sources": {name: dict(counts) for name, counts in sources.items()},
-        "shards": [{key: value for key, value in shard.items() if key != "lengths"} for shard in shards],
-        "totals": {"documents": sum(counts["documents"] for counts in sources.values()),
-                   "samples": sum(shard["samples"] for shard in shards),
-                   "tokens": sum(shard["tokens"] for shard in shards)},
-    }
-
-
-def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
-    """One shard a line: a manifest of 70,000 shards is still read by people and by `diff`."""
-    head = json.dumps({key: value for key, value in manifest.items() if key != "shards"}, indent=1)
-    shards = ",\n".join("  " + json.dumps(entry) for entry in manifest["shards"])
-    return f'{head[:-2]},\n "shards": [\n{shards}\n ]\n}}\n'.encode()
 
 
 def _index(plan: Plan, shards: Sequence[Record]) -> bytes:

@@ -1,9 +1,9 @@
 """What a conversion will do: its units of work, and the plan that every later start is held to.
 
-A unit is a run of small input files, one file, or a range of a large one. The units follow from the listing
-of the inputs and the options alone, and what a unit writes follows from the unit alone, so that a dataset
-does not depend on workers, machines or interruptions. Until the first unit is finished everything may change.
-After that options never do, inputs only where no finished unit was read, sources only by append.
+A unit is a run of small input files, one file, or a range of a large one. The units follow from the listing of the
+inputs and the options alone, and what a unit writes follows from the unit alone, so that a dataset does not depend on
+workers, machines or interruptions. Until the first unit is finished everything may change. After that options never do,
+inputs only where no finished unit was read, sources only by append.
 """
 
 from __future__ import annotations
@@ -25,9 +25,6 @@ from ettin_foundry.data.storage import Storage, is_url
 if TYPE_CHECKING:
     from ettin_foundry.corpus.convert import ConvertOptions
 
-__all__ = ["PLAN", "Plan", "Unit", "check_append", "check_place", "find_sources", "finished_units",
-           "plan_conversion", "read_plan", "read_record", "record_key", "record_name"]
-
 PLAN = "plan.json"
 COUNTS = ("documents", "chunks", "tokens", "bytes")  # of a split of a unit, or of a source
 
@@ -43,7 +40,6 @@ class Unit:
 
     @property
     def label(self) -> str:
-        """Its name in messages."""
         files = self.parts[0].file + (f" and {len(self.parts) - 1} more" if len(self.parts) > 1 else "")
         return f"unit {self.number} ({self.source}: {files})"
 
@@ -136,15 +132,15 @@ def read_record(storage: Storage, plan: Plan, unit: int) -> dict[str, Any]:
 
 def finished_units(storage: Storage) -> set[int]:
     """Numbers of the units that have a completion record."""
-    return {int(Path(name).stem) for name, _ in storage.list("units/") if Path(name).stem.isdigit()}
+    return {int(stem) for name, _ in storage.list("units/") if (stem := Path(name).stem).isdigit()}
 
 
 def check_place(storage: Storage, append: bool) -> None:
     """Refuses a place without a plan that holds something, or that `append` finds empty."""
-    ours = ("tokenizer/", "work/")  # written before the plan
-    if found := [name for name, _ in storage.list() if not name.startswith(ours) and name != PLAN]:
-        raise FileExistsError(f"--out must be new, or where a conversion was begun, got {storage.url}, which "
-                              f"holds {found[0]} and no {PLAN}; name another folder")
+    ours = ("tokenizer/", "work/", PLAN)  # the first two are written before the plan
+    if found := [name for name, _ in storage.list() if not name.startswith(ours)]:
+        raise FileExistsError(f"--out must be new, or where a conversion was begun, got {storage.url}, which holds "
+                              f"{found[0]} and no {PLAN}; name another folder")
     if append:
         raise FileNotFoundError(f"--append needs a finished dataset, got {storage.url}, which holds none")
 
@@ -180,11 +176,10 @@ def plan_conversion(options: ConvertOptions, before: Plan | None, sources: Seque
         begun = {*earlier[:1], *(unit.source for unit in before.units if unit.number in finished)}
         kept = [name for name in earlier if name in begun and name not in names]
         if kept != earlier[:len(kept)]:
-            raise ValueError(f"--append must name new sources, or the last ones of {', '.join(earlier)}, got "
-                             f"{', '.join(names)}")
+            raise ValueError(f"--append must name new sources, or the last of {', '.join(earlier)}, got {', '.join(names)}")
     elif names != earlier:
-        raise ValueError(f"sources must be those that --out was begun with, {', '.join(earlier)}, got "
-                         f"{', '.join(names)}; use --append with new sources alone, or another --out")
+        raise ValueError(f"sources must be those that --out was begun with, {', '.join(earlier)}, got {', '.join(names)}; "
+                         "use --append with new sources alone, or another --out")
     wanted = replace(before, sources={name: before.sources[name] for name in kept},
                      units=[unit for unit in before.units if unit.source in kept]).with_sources(sources)
     if options.filters.deduplicate:  # which copy stays depends on every document before it
@@ -194,8 +189,8 @@ def plan_conversion(options: ConvertOptions, before: Plan | None, sources: Seque
         if then and then != now:
             same = list(zip(now.parts, now.sizes)) if now else []
             changed = [part.file for part, size in zip(then.parts, then.sizes) if (part, size) not in same]
-            raise ValueError(f"{then.label}: the input was changed after it was converted "
-                             f"({', '.join(changed[:1])}); restore it, or convert into another --out")
+            raise ValueError(f"{then.label}: the input was changed after it was converted ({', '.join(changed[:1])}); "
+                             "restore it, or convert into another --out")
     return wanted
 
 
@@ -204,8 +199,8 @@ def check_append(todo: Sequence[Unit], plan: Plan, sources: Sequence[Source]) ->
     names = {source.name for source in sources}
     if others := [unit for unit in todo if unit.source not in names]:
         missing = ", ".join(name for name in plan.sources if name not in names)
-        raise ValueError(f"--append needs a finished dataset, got one with {len(others)} units not done: "
-                         f"first {others[0].label}; run that of {missing} again before, without --append")
+        raise ValueError(f"--append needs a finished dataset, got one with {len(others)} units not done: first "
+                         f"{others[0].label}; run that of {missing} again before, without --append")
 
 
 def _check_options(before: Plan, wanted: Plan, sources: Sequence[Source], *, append: bool) -> None:
@@ -218,5 +213,5 @@ def _check_options(before: Plan, wanted: Plan, sources: Sequence[Source], *, app
     differing = [f"{key} ({then.get(key)!r} then, {now.get(key)!r} now)" for key in then | now
                  if then.get(key) != now.get(key) and not (append and key == "train_tokenizer")]
     if differing:
-        raise ValueError(f"--out was begun with other options: {'; '.join(differing)}; options of a dataset "
-                         "never change: give the same ones, or another --out")
+        raise ValueError(f"--out was begun with other options: {'; '.join(differing)}; options of a dataset never change: "
+                         "give the same ones, or another --out")

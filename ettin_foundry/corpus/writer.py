@@ -1,9 +1,9 @@
 """Writes documents, given as tokens, as chunks in MDS shards, each with an entry for the manifest.
 
-Shards are what `streaming.MDSWriter` writes for the same chunks, size limit and compression, byte for byte,
-made without an object for each sample: 1 us of CPU a sample and 2 ns a token instead of 16 to 22 us a sample. A
-shard is built in memory, then hashed, compressed, written and placed by a thread while the next one grows. It
-ends before the first chunk with which it would exceed `shard_bytes`. data/shards.py describes the layout.
+Shards are what `streaming.MDSWriter` writes for the same chunks, size limit and compression, byte for byte, made without
+an object for each sample: 1 us of CPU a sample and 2 ns a token instead of 16 to 22 us a sample. A shard is built in
+memory, then hashed, compressed, written and placed by a thread while the next one grows. It ends before the first chunk
+with which it would exceed `shard_bytes`. data/shards.py describes the layout.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ import xxhash
 from ettin_foundry.corpus.chunking import Chunker
 from ettin_foundry.data import COLUMNS
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE, pack_lengths, piece_counts
-
-__all__ = ["ShardGroupWriter", "shard_config"]
 
 _ZSTD_LEVEL = 3  # streaming's default for "zstd"
 _GROUP = 1 << 12  # chunks joined at a time: bounds the number of objects around them
@@ -72,7 +70,8 @@ class ShardGroupWriter:
         # what stands between part and tokens, per chunk length: source, then the head of a uint16 array of one axis
         self._heads = [source.encode() + (bytes([4, n]) if n < 256 else struct.pack("<BH", 5, n))
                        for n in range(chunker.chunk_length + 1)]
-        self._shard = self._new_shard(0)
+        self._empty = 2 * _OFFSET_BYTES + len(self._config)  # bytes of a shard's count, first offset and config
+        self._shard = _Shard(0, self._empty)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shards")
         self._entries: list[Future[dict[str, Any]]] = []
 
@@ -95,18 +94,15 @@ class ShardGroupWriter:
         lasts = np.zeros(len(chunk_ends), np.int64)
         lasts[firsts + num_parts - 1] = 1
         counts = np.diff(chunk_ends, prepend=0)
-        if (chunk_ends[lasts == 1] != ends).any() or \
-                ((counts < 1) | (counts > self._chunker.chunk_length)).any():
+        if (chunk_ends[lasts == 1] != ends).any() or ((counts < 1) | (counts > self._chunker.chunk_length)).any():
             raise RuntimeError(f"{self._stem}: the cuts of a document lose or double tokens")
         documents = np.repeat(np.arange(len(lengths)), num_parts)
         parts = np.arange(len(chunk_ends)) - np.repeat(firsts, num_parts)
         self._add([name.encode() for name in ids], (documents, parts, lasts, chunk_ends, counts), tokens)
 
     def finish(self) -> list[dict[str, Any]]:
-        """Ends the last shard, and waits until all are placed.
-
-        Returns one entry per shard as manifest.json has it, plus `lengths`: number of its chunks of 0, 1, ... tokens.
-        """
+        """Ends the last shard, waits until all are placed, and returns one entry per shard as manifest.json has it, plus
+        `lengths`: number of its chunks of 0, 1, ... tokens."""
         if self._shard.blobs:
             self._end_shard()
         self._thread.shutdown()
@@ -115,9 +111,6 @@ class ShardGroupWriter:
     def abort(self) -> None:
         """Stops writing; waits for the shard under way, whose partial file is removed."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def _new_shard(self, number: int) -> _Shard:
-        return _Shard(number, 2 * _OFFSET_BYTES + len(self._config))  # count, first offset, config
 
     def _add(self, names: list[bytes], chunks: tuple[np.ndarray, ...], tokens: np.ndarray) -> None:
         """Puts chunks into shards, ending a shard where the next chunk does not fit.
@@ -141,9 +134,8 @@ class ShardGroupWriter:
                 before = int(filled[end - 1])
             if end < len(counts):
                 if not self._shard.blobs:
-                    raise ValueError(f"--shard-size must hold any chunk, got {self._limit} bytes: one of "
-                                     f"{self._source} alone needs {sizes[end]}, {num_name[documents[end]]} of them "
-                                     f"its document's id, and the header {self._shard.num_bytes}")
+                    raise ValueError(f"--shard-size must hold any chunk, got {self._limit} bytes: one of {self._source} has "
+                                     f"{sizes[end]}, {num_name[documents[end]]} of its id, and the header {self._empty}")
                 self._end_shard()
             begin = end
 
@@ -165,7 +157,7 @@ class ShardGroupWriter:
         self._shard.num_documents += int(lasts[which].sum())
 
     def _end_shard(self) -> None:
-        shard, self._shard = self._shard, self._new_shard(self._shard.number + 1)
+        shard, self._shard = self._shard, _Shard(self._shard.number + 1, self._empty)
         if self._entries:
             self._entries[-1].result()  # memory holds two shards; what its thread raised is raised here
         self._entries.append(self._thread.submit(self._finish_shard, shard))
@@ -197,12 +189,10 @@ class ShardGroupWriter:
             partial.unlink(missing_ok=True)
         lengths = np.bincount(np.concatenate(shard.lengths), minlength=self._chunker.chunk_length + 1)
         row_length = self._chunker.chunk_length + SPECIALS_PER_PIECE
-        return {
-            "raw": raw, "zip": packed, "samples": len(sizes), "tokens": int(lengths @ np.arange(len(lengths))),
-            "documents": shard.num_documents, "source": self._source,
-            "rows": {str(row_length): pack_lengths(piece_counts(lengths), row_length).num_rows},
-            "lengths": lengths.tolist(),
-        }
+        return {"raw": raw, "zip": packed, "samples": len(sizes), "tokens": int(lengths @ np.arange(len(lengths))),
+                "documents": shard.num_documents, "source": self._source,
+                "rows": {str(row_length): pack_lengths(piece_counts(lengths), row_length).num_rows},
+                "lengths": lengths.tolist()}
 
 
 def _file_entry(basename: str, parts: list[bytes]) -> dict[str, Any]:

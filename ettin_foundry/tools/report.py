@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,12 +36,8 @@ def write_report(suite: Suite, fairness: Mapping[str, Mapping[str, Any]], *, sec
         fairness: what `suite_run.check_suite` found. seconds: since the suite was started this time.
     """
     suite.root.mkdir(parents=True, exist_ok=True)
-    stages, runs = [], []
-    for stage in suite.stages:
-        facts, run = _read_stage(stage)
-        stages.append(facts)
-        runs += [run] if run else []
-    pairs = {}
+    read = [_read_stage(stage) for stage in suite.stages]
+    stages, runs, pairs = [facts for facts, _ in read], [run for _, run in read if run], {}
     for pair, members in suite.pairs().items():
         pairs[pair] = {"members": [member.name for member in members]}
         try:
@@ -77,14 +74,11 @@ def _read_stage(stage: Stage) -> tuple[dict[str, Any], LoggedRun | None]:
     try:
         steps = read_steps(stage.folder)
         losses, seconds = [float(step["loss"]) for step in steps], sum(float(step["seconds"]) for step in steps)
-        if not steps:
-            raise ValueError(f"{stage.folder}: its log of steps is empty")
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        facts |= {"steps": len(steps), "seconds": round(seconds, 1), "first_loss": round(losses[0], 4),
+                  "last_loss": round(statistics.fmean(losses[-20:]), 4),
+                  "tokens_per_second": round(state.tokens / seconds) if seconds else None}
+    except (OSError, ValueError, LookupError, TypeError) as error:  # no log, an empty one, or one of something else
         return {**facts, "missing": f"no losses and times: {error}"}, None
-    last = losses[-20:]
-    facts |= {"steps": len(steps), "seconds": round(seconds, 1), "first_loss": round(losses[0], 4),
-              "last_loss": round(sum(last) / len(last), 4),
-              "tokens_per_second": round(state.tokens / seconds) if seconds else None}
     return facts, LoggedRun(stage.name, stage.source, steps, state.tokens)
 
 
@@ -115,8 +109,7 @@ def _make_model(suite: Suite, name: str, stage: Stage) -> dict[str, Any]:
 
 def _samples(loaded: LoadedModel, wanted: Samples) -> list[str]:
     """Prompts continued by a decoder, masks filled by an encoder."""
-    texts = list(wanted.prompts if loaded.config.causal else wanted.masked)
-    if not texts:
+    if not (texts := wanted.prompts if loaded.config.causal else wanted.masked):
         return []
     model = build_model(loaded, load_tokenizer(loaded.tokenizer_name()))
     if loaded.config.causal:
@@ -162,15 +155,10 @@ def _markdown(suite: Suite, report: Mapping[str, Any]) -> list[str]:
         lines += ["", f"Losses in nats per target on the validation split of {wanted.data} ({part}), the same targets for "
                   "every model. Under clm a model sees the past only, under the others both sides.", ""]
     lines += [f"![{name}]({name})" for name in report["pictures"]] + [""]
-
-    def cell(value: Any, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    rows = [["stage", "from", "objective", "tokens", "steps", "tokens/s", "first loss", "last loss"]]
-    rows += [[f["stage"], f["from"] or "initialisation", f["objective"], f"{f['tokens']:,}", cell(f["steps"], ","),
-              cell(f["tokens_per_second"], ","), cell(f["first_loss"], ".3f"), cell(f["last_loss"], ".3f")]
-             for f in report["stages"]]
-    lines += _table(rows)
+    columns = {"stage": "", "from": "", "objective": "", "tokens": ",", "steps": ",", "tokens_per_second": ",",
+               "first_loss": ".3f", "last_loss": ".3f"}
+    lines += _table([[*columns], *(["-" if facts[key] is None else format(facts[key], form) for key, form in columns.items()]
+                                   for facts in report["stages"])])
     lines += [f"- {pair}: {', '.join(entry['members'])} read the same rows at each of {entry['steps_with_equal_rows']:,} "
               "steps." for pair, entry in report["pairs"].items() if "steps_with_equal_rows" in entry]
     for key, entry in report["fairness"].items():

@@ -39,25 +39,13 @@ class StageFailed(RuntimeError):
     """A stage ended without having finished its run."""
 
 
-class Stopped(KeyboardInterrupt):
-    """This process was told to end by signal `signum`."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum = signum
-
-
 class State(NamedTuple):
     """How far a stage is."""
 
     checkpoint: Path | None  # the newest complete one
     record: dict[str, Any]  # what the run's Clock wrote into it; empty without a checkpoint
+    tokens: int  # of this run alone
     finished: bool
-
-    @property
-    def tokens(self) -> int:
-        """Real tokens of this run alone."""
-        return int(self.record.get("tokens") or 0)
 
 
 def say(text: str) -> None:
@@ -69,7 +57,7 @@ def stage_state(stage: Stage) -> State:
     """Reads a stage's newest complete checkpoint; a ValueError with both values of each setting in which it differs."""
     newest = checkpoints.newest_complete(stage.folder)
     if newest is None:
-        return State(None, {}, False)
+        return State(None, {}, 0, False)
     record, config = checkpoints.read_head(newest).record, stage.config()
     text = config_text(config)
     if record.get("run_hash") != config_hash(text):
@@ -80,7 +68,8 @@ def stage_state(stage: Stage) -> State:
             raise ValueError(f"stages.{stage.name}: {newest} was trained with other settings: {'; '.join(other)}. Restore "
                              "them, or give another root, or move that folder away")
     amount, unit = parse_time("max_duration", config["max_duration"])
-    return State(newest, record, int(record.get("tokens" if unit == "tok" else "batch") or 0) >= amount)
+    tokens = int(record.get("tokens") or 0)
+    return State(newest, record, tokens, (tokens if unit == "tok" else int(record.get("batch") or 0)) >= amount)
 
 
 def check_suite(suite: Suite, *, allow_unfair: bool = False) -> dict[str, dict[str, Any]]:
@@ -127,22 +116,25 @@ def run_suite(suite: Suite, *, only: Sequence[str] = (), report_only: bool = Fal
     Raises:
         ValueError, FileNotFoundError: a setting, a folder, data, or a pair that read different rows.
         StageFailed: a stage failed; the message has its reason.
-        Stopped: this process was told to end; the stage's process was ended before.
+        KeyboardInterrupt: this process was told to end; the stage's process was ended before.
     """
     begin = time.monotonic()
     stages = [suite.stage(name) for name in only] or list(suite.stages)
     fairness = check_suite(suite, allow_unfair=allow_unfair)
     unfinished = [stage for stage in stages if not stage_state(stage).finished]
     if report_only and unfinished:
-        raise ValueError(f"--report: {', '.join(s.name for s in unfinished)} not finished; run ettin suite {suite.path} "
-                         "without it")
+        raise ValueError(f"--report: {', '.join(s.name for s in unfinished)} not finished; run the suite without it")
     for stage in unfinished:
         try:
             checks.check_files(stage.config())  # data of a late phase, before the first has run for weeks
         except (ValueError, OSError) as error:
             raise type(error)(f"stages.{stage.name}: {error}") from error
     for number, stage in enumerate(stages, 1):
-        _train(suite, stage, f"{number}/{len(stages)} {stage.name}", finished=stage not in unfinished)
+        title = f"{number}/{len(stages)} {stage.name}"
+        if stage in unfinished:
+            _train(suite, stage, title)
+        else:
+            say(f"{title}: finished, {stage_state(stage).tokens:,} tokens")
         if stage.pair is not None:
             compare_pair(suite.pairs()[stage.pair])
     if not only:
@@ -151,13 +143,9 @@ def run_suite(suite: Suite, *, only: Sequence[str] = (), report_only: bool = Fal
         say(write_report(suite, fairness, seconds=time.monotonic() - begin))
 
 
-def _train(suite: Suite, stage: Stage, title: str, *, finished: bool) -> None:
-    if finished:
-        say(f"{title}: finished, {stage_state(stage).tokens:,} tokens")
-        return
+def _train(suite: Suite, stage: Stage, title: str) -> None:
     if stage.source is not None and not stage_state(suite.stage(stage.source)).finished:
-        raise ValueError(f"stages.{stage.name}: starts from {stage.source}, which is not finished; run that first: ettin "
-                         f"suite {suite.path} --stage {stage.source}")
+        raise ValueError(f"stages.{stage.name}: starts from {stage.source}, which is not finished; run that first")
     begin = time.monotonic()
     failed = _run_process(stage, suite.words(stage), title)
     state = stage_state(stage)
@@ -191,9 +179,9 @@ def compare_pair(members: Sequence[Stage]) -> int:
 
 @contextlib.contextmanager
 def signals() -> Iterator[None]:
-    """Within it, Ctrl-C and SIGTERM, which schedulers send, raise `Stopped`."""
+    """Within it, Ctrl-C and SIGTERM, which schedulers send, raise KeyboardInterrupt with the signal's number."""
     def stop(signum: int, _: Any) -> None:
-        raise Stopped(signum)
+        raise KeyboardInterrupt(signum)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -212,7 +200,7 @@ def _run_process(stage: Stage, words: Sequence[str], title: str) -> str | None:
     stage.folder.mkdir(parents=True, exist_ok=True)
     path = stage.folder / "suite.log"
     # the environment of this interpreter comes first, whether or not it is activated
-    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     with (stage.folder / ".suite.lock").open("a") as lock, path.open("ab") as output:
         try:  # the process inherits the lock, which holds as long as it lives, even after this one is killed
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -230,11 +218,9 @@ def _run_process(stage: Stage, words: Sequence[str], title: str) -> str | None:
             _watch(process, stage, title)
         finally:
             _end(process)
-    if process.returncode == 0:
-        return None
-    how = (f"exit code {process.returncode}" if process.returncode > 0 else
-           f"ended by {signal.Signals(-process.returncode).name}")
-    return f"{how}; {path}:\n{_last_error(path, begin)}"
+    code = process.returncode
+    how = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}" if code else ""
+    return f"{how}; {path}:\n{_last_error(path, begin)}" if how else None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -248,13 +234,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait(seconds)
 
 
-def _last_error(path: Path, begin: int, most: int = 12) -> str:
-    """The last error in a log from byte `begin` on, or else its last lines; at most `most` lines."""
+def _last_error(path: Path, begin: int) -> str:
+    """The last error in a log from byte `begin` on, or else its last lines; at most 12 lines."""
     with path.open("rb") as file:
         file.seek(max(begin, path.stat().st_size - 1_000_000))
         lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     errors = [i for i, line in enumerate(lines) if re.match(r"error: |[A-Za-z_.]*(Error|Exception|Interrupt)\b", line)]
-    chosen = lines[errors[-1]:errors[-1] + most] if errors else lines[-most:]
+    chosen = lines[errors[-1]:][:12] if errors else lines[-12:]
     return "\n".join("  " + line[:2000] for line in chosen) or "  it is empty"
 
 
@@ -276,7 +262,7 @@ def _watch(process: subprocess.Popen[bytes], stage: Stage, title: str) -> None:
 
 def _progress(path: Path, begin: float, amount: float, unit: str) -> str:
     """How far a run of `amount` is, how fast, and what is left, from the end of a steps.jsonl that is newer than `begin`."""
-    steps = []
+    steps: list[dict[str, Any]] = []
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         facts = os.fstat(file.fileno())
         file.seek(max(0, facts.st_size - 400 * _SPEED_STEPS))
@@ -285,8 +271,8 @@ def _progress(path: Path, begin: float, amount: float, unit: str) -> str:
                 steps.append(json.loads(text))
     if not steps:
         return "starting"
-    now, first = steps[-1], steps[-_SPEED_STEPS:][0]
-    seconds = sum(step["seconds"] for step in steps[-_SPEED_STEPS:][1:])
+    now, (first, *rest) = steps[-1], steps[-_SPEED_STEPS:]
+    seconds = sum(step["seconds"] for step in rest)
     speed = (now["tokens"] - first["tokens"]) / seconds if seconds else 0.0
     share = (now["tokens"] if unit == "tok" else now["step"]) / amount
     left = f", {format_duration((1 - share) / share * now['tokens'] / speed)} left" if speed and share else ""

@@ -137,12 +137,10 @@ def test_bad_input_is_one_line_and_exit_code_1(encoder, tokenizer, tmp_path, cap
     assert run(capsys, "recipes", "--copy", tmp_path / "copy")[0] == 0
     assert (tmp_path / "copy/yamls/phases/cross.yaml").is_file()
     for arguments, words in (
-        (("export", tmp_path / "none.pt", tmp_path / "o"), "none.pt"),
         (("export", tmp_path / "there.pt", tmp_path / "o"), "there.pt"),
+        (("export", good, tmp_path / "o", "--ema"), "ettin average"),
         (("export", good, folder), "exists and is not empty"),
-        (("import", tmp_path / "nothing", tmp_path / "o.pt"), "nothing"),
         (("import", folder, tmp_path / "there.pt"), "--overwrite"),
-        (("import", folder, tmp_path / "weights.bin"), "must end in .pt"),
         (("generate", folder, "x"), "use fill_mask"),
         (("demo",), "yamls/suite/demo.yaml"), (("merge",), "ettin average"),
         (("recipes", "--copy", tmp_path / "copy"), "--copy must be a folder without train.py"),

@@ -1,19 +1,17 @@
 """What README and docs tell people to type is accepted."""
 
-import re
 import shlex
 
 import nano_run
 import pytest
+import readme_commands
 
 PAGES = [nano_run.ROOT / "README.md", *sorted((nano_run.ROOT / "docs").glob("*.md"))]
 
 
 def commands(start):
-    """The command lines of all bash blocks that begin with `start`, continuation lines joined and comments removed."""
-    blocks = [block for page in PAGES for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S)]
-    lines = [line.split(" #")[0].strip() for line in "".join(blocks).replace("\\\n", " ").splitlines()]
-    return sorted({line for line in lines if line.startswith(start) and "RECIPE" not in line})
+    lines = {line for page in PAGES for line in readme_commands.commands(page.read_text())}
+    return sorted(line for line in lines if line.startswith(start) and "RECIPE" not in line)
 
 
 @pytest.mark.parametrize("line", commands("composer train.py"))

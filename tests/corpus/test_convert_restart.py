@@ -14,7 +14,7 @@ from ettin_foundry.corpus.finalize import finalize
 from ettin_foundry.corpus.worker import ConvertUnit
 from ettin_foundry.corpus.writer import ShardGroupWriter
 from ettin_foundry.data.shards import MDSSplit
-from ettin_foundry.data.storage import LocalStorage
+from ettin_foundry.data.storage import Storage
 
 SETTINGS = {"validation": 0.2, "filters": FilterOptions(deduplicate=True, min_characters=5)}
 
@@ -45,15 +45,15 @@ def kill_at(operation: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From this storage operation on (counted from 1), every write fails."""
     count = [0]
     for name in ("write_bytes", "put_file"):
-        original: Callable[..., None] = getattr(LocalStorage, name)
+        original: Callable[..., None] = getattr(Storage, name)
 
-        def counted(self: LocalStorage, *args: object, _original: Callable[..., None] = original) -> None:
+        def counted(self: Storage, *args: object, _original: Callable[..., None] = original) -> None:
             count[0] += 1
             if count[0] >= operation:
                 raise Killed
             _original(self, *args)
 
-        monkeypatch.setattr(LocalStorage, name, counted)
+        monkeypatch.setattr(Storage, name, counted)
 
 
 def killed(operation: int, *args: object, **more: object) -> bool:

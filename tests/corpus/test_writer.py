@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ettin_foundry.corpus.chunking import Chunker
 from ettin_foundry.corpus.writer import ShardGroupWriter
-from ettin_foundry.data.manifest import COLUMNS
+from ettin_foundry.data import COLUMNS
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 Documents = list[tuple[str, np.ndarray]]

@@ -55,31 +55,18 @@ def verdicts(report):
     ({}, {"variables": {"anything": 1}}),
     ({"max_duration": "4_000_000tok"}, {"max_duration": "4e6tok"}),
     ({"scheduler.t_warmup": "200_000tok"}, {"scheduler.t_warmup": "0.05dur"}),
-    ({"scheduler.t_decay": "0tok"}, {"scheduler.t_decay": "0ba"}),
     ({"scheduler.t_decay": "0tok"}, {"scheduler.t_decay": "0tok", "scheduler.alpha_f": 0.02}),
     ({"scheduler.t_decay": "1_000_000tok"},
      {"scheduler.t_decay": "0.25dur", "scheduler.alpha_f": 0, "scheduler.t_max": "1dur"}),
-    ({"save_interval": "1_000_000tok"}, {"save_interval": "0.25dur"}),
-    ({"model.global_rope_theta": 10000}, {"model.global_rope_theta": ...}),
     ({"model.window_left": 64}, {"model.local_attention": 128}),
-    ({"model.attn_out_dropout": 0.1, "model.attn_impl": "auto"}, {"load_path": None}),
-    ({"model.size": "17m", "model.num_hidden_layers": 4, "model.hidden_size": 128, "model.intermediate_size": 192,
-      "model.num_attention_heads": 2}, {}),
     ({"seed": 17}, {"seed": ...}),
-    ({"precision": "amp_bf16"}, {"precision": ...}),
-    ({}, {"accumulate_train_batch_on_tokens": ...}),
     ({"optimizer.max_lr": 3e-3}, {"optimizer.betas": ..., "optimizer.eps": ...}),
-    ({"optimizer.weight_decay": 0}, {"optimizer.weight_decay": ...}),
     ({"train_loader.shuffle_window": 16, "train_loader.shuffle_seed": 21}, {"train_loader.shuffle_seed": ...}),
-    ({"train_loader.dataset.remote": None}, {}),
-    ({"train_loader.mask_rate": 0.3}, {"train_loader.mask_rate": [{"rate": 0.3}]}),
     ({"train_loader.mask_rate": [{"until": "2_000_000tok", "rate": 0.3}, {"rate": 0.1}]},
      {"train_loader.mask_rate": [{"until": "0.5dur", "rate": 0.3}, {"until": "1dur", "rate": 0.1}]}),
-    ({"model.objective": [{"until": "1dur", "objective": "mlm"}]}, {}),
     ({"fsdp_config": {"mixed_precision": "FULL"}}, {}),
     ({"callbacks.ettin_clock": {}}, {}),
     ({"callbacks.ettin_phase": {"source": "x"}}, {"callbacks.ettin_phase": {"source": "x", "accept": [], "keep": "all"}}),
-    ({"eval_loader.label": "eval"}, {}),
     ({"eval_subset_num_batches": 16, "device_eval_batch_size": 16}, {"device_eval_batch_size": ...}),
 ], ids=str)
 def test_two_spellings_of_one_thing_are_no_difference(a, b):
@@ -103,9 +90,9 @@ def test_a_list_of_evaluations_is_what_the_checks_make_of_one_with_several_objec
 DEMANDED = {"model.objective", "train_loader.objective", "eval_loader.objective", "train_loader.mask_rate",
             "eval_loader.mask_rate", "model.window_left", "run_name", "save_folder"}
 # keys of our recipes that cannot change what is learnt
-FREE = {"device_train_microbatch_size", "train_loader.num_workers", "eval_loader.num_workers",
-        "eval_interval", "progress_bar", "log_to_console", "console_log_interval", "python_log_level", "save_interval",
-        "save_overwrite", "autoresume", "callbacks.ettin_phase.accept", "callbacks.ettin_cross.accept"}
+FREE = {"device_train_microbatch_size", "train_loader.num_workers", "eval_loader.num_workers", "eval_interval",
+        "progress_bar", "log_to_console", "console_log_interval", "python_log_level", "save_interval", "save_overwrite",
+        "autoresume", "callbacks.ettin_phase.accept", "callbacks.ettin_cross.accept"}
 WATCHERS = {"speed_monitor", "lr_monitor", "runtime_estimator", "scheduled_gc", "ettin_monitor", "ettin_steps"}
 
 
@@ -220,13 +207,8 @@ MLM, CLM = NANO, changed(NANO, {"model.objective": "clm", "train_loader.objectiv
 
 @pytest.mark.parametrize("a, b, expected", [
     # mask rates: of a clm member there is none, of two that mask they are equal
-    ({}, {"model.objective": "mntp", "train_loader.objective": "mntp"},
-     {"model.objective": "objective", "train_loader.objective": "objective"}),
     ({}, {"model.objective": "mntp", "train_loader.objective": "mntp", "train_loader.mask_rate": 0.15},
      {"model.objective": "objective", "train_loader.objective": "objective", "train_loader.mask_rate": "unfair"}),
-    # two runs of one objective, as for a comparison of seeds: nothing is demanded by it
-    ({}, {"seed": 5, "run_name": "b", "save_folder": "b"},
-     {"seed": "unfair", "run_name": "harmless", "save_folder": "harmless"}),
     # a window that is neither 64 and 63 nor equal
     ({}, {"model.local_attention": 64}, {"model.local_attention": "unfair", "model.window_left": "unfair"}),
     ({}, {"model.objective": "clm", "train_loader.objective": "clm", "train_loader.mask_rate": 0.0, "model.window_left": 40},
@@ -234,44 +216,27 @@ MLM, CLM = NANO, changed(NANO, {"model.objective": "clm", "train_loader.objectiv
       "model.window_left": "unfair"}),
     # microbatches, as long as targets weigh the same
     ({}, {"device_train_microbatch_size": 2}, {"device_train_microbatch_size": "harmless"}),
-    ({"accumulate_train_batch_on_tokens": False},
-     {"accumulate_train_batch_on_tokens": False, "device_train_microbatch_size": 2},
-     {"device_train_microbatch_size": "unfair"}),
     # more rows are validated on
     ({}, {"device_eval_batch_size": 8}, {"device_eval_batch_size": "harmless", "eval_subset_num_batches": "unfair"}),
     # weights to begin with
-    ({"load_path": "a"}, {"load_path": "b"}, {"load_path": "harmless"}),
     ({"load_path": "a"}, {}, {"load_path": "unfair"}),
     ({"callbacks.ettin_phase": {"source": "a"}}, {"callbacks.ettin_phase": {"source": "b", "keep": "weights"}},
      {"callbacks.ettin_phase.source": "harmless", "callbacks.ettin_phase.keep": "unfair"}),
     ({"callbacks.ettin_phase": {"source": "a"}}, {}, {"callbacks.ettin_phase": "unfair"}),
     # sharding moves tensors, precision changes them
-    ({}, {"fsdp_config": {"activation_checkpointing": True}}, {"fsdp_config.activation_checkpointing": "harmless"}),
     ({}, {"fsdp_config": {"activation_checkpointing": True, "mixed_precision": "PURE"}},
      {"fsdp_config.activation_checkpointing": "harmless", "fsdp_config.mixed_precision": "unfair"}),
-    ({}, {"loggers": {"wandb": {"project": "x", "name": "y"}}}, {"loggers": "harmless"}),
-    ({}, {"callbacks.early_stopper": {"patience": "3ba"}}, {"callbacks.early_stopper.patience": "unfair"}),
     # validated on another task, though trained alike
     ({}, {"eval_loader.objective": ["mlm", "clm"]}, {"eval_loader.objective": "unfair"}),
     ({}, {"eval_loader": None}, {"eval_loader": "unfair", "eval_interval": "harmless", "eval_subset_num_batches": "unfair",
                                  "device_eval_batch_size": "harmless", "eval_first": "harmless"}),
     ({"seed": 1}, {"seed": True}, {"seed": "unfair"}),  # equal in Python only
-    ({}, {"train_loader.dataset.local": "data/other", "eval_loader.dataset.local": "data/other",
-          "tokenizer.name": "data/other/tokenizer"}, {"train_loader.dataset": "unfair", "eval_loader.dataset": "unfair"}),
 ], ids=str)
 def test_a_difference_has_the_verdict_of_its_rule(a, b, expected):
     report = lint_pair(changed(MLM, a), changed(MLM, b))
     assert verdicts(report) == expected, str(report)
     assert report.fair is ("unfair" not in expected.values())
     assert all(d.reason for d in report.differences)
-
-
-def test_a_schedule_of_objectives_is_what_the_pair_compares_and_masks_like_the_other():
-    biphasic = [{"until": "0.25dur", "objective": "clm"}, {"until": "1dur", "objective": "mlm"}]
-    a = changed(MLM, {"model.objective": biphasic, "train_loader.objective": biphasic})
-    assert set(verdicts(lint_pair(a, MLM)).values()) == {"objective"}
-    assert [d.key for d in lint_pair(a, changed(MLM, {"train_loader.mask_rate": 0.15})).unfair] == ["train_loader.mask_rate"]
-    assert lint_pair(a, CLM).fair
 
 
 def test_sets_are_compared_by_content_where_they_are_here(data_set, tmp_path):
@@ -283,25 +248,13 @@ def test_sets_are_compared_by_content_where_they_are_here(data_set, tmp_path):
     for split in ("train", "validation"):
         (twin / split).mkdir(parents=True)
         shutil.copy(data_set / split / "manifest.json", twin / split)
-    report = lint_pair(on(data_set), on(twin))
-    assert report.fair and verdicts(report) == {"train_loader.dataset": "harmless", "eval_loader.dataset": "harmless"}
-    assert any("fingerprint" in note for note in report.notes)
+    loaders = ["train_loader.dataset", "eval_loader.dataset"]
+    assert verdicts(lint_pair(on(data_set), on(twin))) == dict.fromkeys(loaders, "harmless")
     manifest = json.loads((twin / "train/manifest.json").read_text())
     manifest["shards"][0]["raw"]["xxh64"] = "0" * 16
     (twin / "train/manifest.json").write_text(json.dumps(manifest))
     assert [d.key for d in lint_pair(on(data_set), on(twin)).unfair] == ["train_loader.dataset"]
-    missing = lint_pair(on(data_set), on(tmp_path / "none"))
-    assert [d.key for d in missing.unfair] == ["train_loader.dataset", "eval_loader.dataset"]
-    assert "not both on this machine" in missing.unfair[0].reason
-    nowhere = on(tmp_path / "none")
-    assert "not on this machine" in lint_pair(nowhere, nowhere).notes[0]
-
-
-def test_a_config_that_cannot_be_read_is_named():
-    with pytest.raises(ValueError, match=r"^second: model\.size.*3b"):
-        lint_pair(NANO, changed(NANO, {"model.size": "3b"}), names=("first", "second"))
-    with pytest.raises(ValueError, match="^second: cannot be read: .*max_duration"):
-        lint_pair(NANO, changed(NANO, {"max_duration": ...}), names=("first", "second"))
+    assert [d.key for d in lint_pair(on(data_set), on(tmp_path / "none")).unfair] == loaders
 
 
 # ------------------------------------------------------------------ chains
@@ -318,33 +271,25 @@ SECOND = changed(NANO, {"run_name": "second", "callbacks.ettin_phase": {"source"
     # learning rate: 3e-3 at the end of the first
     ({}, {"optimizer.lr": 6e-3, "optimizer.max_lr": 3e-3}, {"optimizer.lr": (3e-3, 6e-3)}),
     ({}, {"optimizer.lr": 1e-3, "optimizer.max_lr": 3e-3}, {"optimizer.lr": (3e-3, 1e-3)}),
-    ({"scheduler.t_decay": "0.5dur", "scheduler.alpha_f": 0.1}, {}, {"optimizer.lr": (3e-4, 3e-3)}),
     ({"scheduler.t_decay": "0.5dur", "scheduler.alpha_f": 0.1, "scheduler.t_max": "5_000_000tok"}, {},
      {"optimizer.lr": (3e-3 * (1 - 0.5 * 0.9), 3e-3)}),  # half of the decay is done
     ({}, {"optimizer.lr": 6e-3, "optimizer.max_lr": 3e-3,
           "scheduler": {"name": "warmup_stable_decay", "t_warmup": "0.1dur", "t_decay": "0tok"}}, {}),  # warms up from 0
     ({"optimizer.lr": 1e-3}, {"callbacks.ettin_phase.keep": "weights"}, {"optimizer.lr": (1e-3, 3e-3)}),
-    ({"optimizer.lr": 9e-3}, {"callbacks.ettin_phase.keep": "weights"}, {}),  # a new optimizer may begin lower
     # weight decay is relative to max_lr
     ({"scheduler.t_decay": "1dur", "scheduler.alpha_f": 0.5, "scheduler.t_warmup": "0tok"}, {"optimizer.lr": 1.5e-3},
      {"optimizer.max_lr": (3e-3, 1.5e-3)}),
     ({"scheduler.t_decay": "1dur", "scheduler.alpha_f": 0.5, "scheduler.t_warmup": "0tok"},
      {"optimizer.lr": 1.5e-3, "optimizer.max_lr": 3e-3}, {}),
-    ({}, {"optimizer.weight_decay": 1e-3}, {"optimizer.weight_decay": (3e-4, 1e-3)}),
     # theta
     ({}, {"model.global_rope_theta": 160000, "model.local_rope_theta": 160000}, {}),
-    ({}, {"model.global_rope_theta": 160000}, {}),  # ModernBERT's way
     ({}, {"model.local_rope_theta": 160000}, {"model.local_rope_theta": (10000.0, 160000)}),
-    ({"model.global_rope_theta": 160000}, {}, {"model.global_rope_theta": (160000, 10000.0)}),
     # shape, length, kind
     ({}, {"max_seq_len": 128}, {"max_seq_len": (256, 128)}),
-    ({}, {"max_seq_len": 512}, {}),
-    ({}, {"model.size": "17m"}, {"model.size": ("nano", "17m")}),
     ({}, {"model.vocab_size": 512}, {"model.vocab_size": (8192, 512)}),
     ({}, {"model.local_attention": 64}, {"model.local_attention": (128, 64), "model.window_left": (64, 32)}),
     ({}, {"model.objective": "clm"}, {"model.objective": ("mlm", "clm")}),
     ({}, {"model.objective": "clm", "callbacks.ettin_phase": ..., "callbacks.ettin_cross": {"source": "x"}}, {}),
-    ({"tokenizer.name": "org/one"}, {"tokenizer.name": "org/two"}, {"tokenizer.name": ("org/one", "org/two")}),
     ({}, {"train_loader.dataset.local": "data/b", "tokenizer.name": "data/b/tokenizer"}, {}),  # unknown, not here
     # what a phase is for
     ({}, {"train_loader.mask_rate": 0.15, "global_train_batch_size": 8, "seed": 5, "model.attn_out_dropout": 0.3}, {}),
@@ -370,18 +315,6 @@ def test_theta_may_go_up_once(thetas, at):
 
 
 # ------------------------------------------------------------------ report and command
-
-
-def test_the_table_is_aligned_unfair_first_and_ends_with_the_verdict():
-    lines = str(lint_pair(MLM, changed(CLM, {"seed": 5, "callbacks.lr_monitor": ...}), names=("one", "two"))).splitlines()
-    head, rows = lines[0], [line for line in lines[1:-1] if not line.startswith("note:")]
-    assert head.split() == ["verdict", "key", "one", "two", "why"]
-    order = [row.split()[0] for row in rows]
-    assert order == sorted(order, key=["unfair", "harmless", "objective"].index) and order[:2] == ["unfair", "harmless"]
-    assert rows[0].split()[:4] == ["unfair", "seed", "21", "5"]
-    columns = [head.index(word) for word in ("key", "one", "two", "why")]
-    assert all(row[column - 1] == " " and row[column] != " " for row in rows for column in columns)
-    assert lines[-1].startswith("unfair pair: 1 unfair, 1 harmless, ") and lines[-1].endswith("; unfair: seed")
 
 
 def run(capsys, *arguments):

@@ -110,7 +110,7 @@ def test_a_schedule_is_weighed_by_its_tokens(small):
     assert result.flops_per_token == round(work)
 
 
-@pytest.mark.parametrize("warmup_tokens, max_tokens", [(20_000, 100_000), (20_000, 9_000), (1_000, 100_000), (300, 50_000)])
+@pytest.mark.parametrize("warmup_tokens, max_tokens", [(20_000, 100_000), (20_000, 9_000), (300, 50_000)])
 def test_steps_with_a_batch_size_warm_up_are_those_of_a_walk(small, warmup_tokens, max_tokens):
     """Sizes 4, 8, ... 40, each for the same number of steps, one step after the other."""
     small["train_loader"]["batch_size_warmup"] = {"min_size": 4, "tokens": f"{warmup_tokens}tok"}
@@ -160,6 +160,8 @@ def test_learning_rates_follow_the_recipe(scheduler, formula):
     places, rates = learning_rates(cfg, np.linspace(0, 1, 301))
     assert rates == pytest.approx([8e-4 * formula(1000 * p) for p in places], rel=1e-9)
     assert learning_rates({**cfg, "scheduler": {"name": "cosine_with_warmup"}}) is None  # the host's is not guessed
+    tokens = {"name": "one_minus_sqrt", "t_decay": "500tok"}  # of a run in batches: how many those are is not known
+    assert learning_rates({**cfg, "scheduler": tokens, "max_duration": "50ba"}) is None
 
 
 # Ettin's repository, pretraining/README.md: hours on 4x H100 for 2T tokens; from them tokens/s of a GPU
@@ -187,18 +189,9 @@ def test_the_phases_of_each_size_take_the_originals_hours(size):
         assert run.num_tokens / (4 * 3600 * run.hours) == pytest.approx(rate, rel=1e-4)
 
 
-def test_peaks_are_those_of_composers_table():
-    from composer.callbacks.speed_monitor import GPU_AVAILABLE_FLOPS as table
-
-    names = {"h100": "h100-sxm", "h200": "h200-sxm", "a100-40gb": "a100"}
-    assert {name: peak for name, (peak, _) in plan.GPUS.items()} == {
-        name: table[names.get(name, name)]["amp_bf16"] for name in plan.GPUS}
-
-
 @pytest.mark.parametrize("size, objective, tokens, half, gib", [
     ("150m", "mlm", 65_536, True, 39), ("1b", "clm", 16_384, True, 48.6),  # one H200, compiled blocks
-    ("17m", "mlm", 2048, False, 0.703), ("17m", "mlm", 8192, False, 1.505), ("17m", "clm", 4096, False, 0.961),
-    ("32m", "mlm", 2048, False, 1.255),  # a CPU: benchmarks/results/2026-11-25-plan-memory.md
+    ("17m", "mlm", 8192, False, 1.505), ("32m", "mlm", 2048, False, 1.255),  # a CPU: benchmarks/plan_memory.py
 ])
 def test_memory_is_what_was_measured(size, objective, tokens, half, gib):
     config = EttinConfig.for_size(size, causal=objective == "clm")
@@ -214,8 +207,7 @@ def test_the_microbatch_that_is_called_largest_is_the_last_that_fits():
     assert plan.plan_run({**cfg, "device_train_microbatch_size": "auto"}, gpus="4xH100").microbatch == largest
 
 
-@pytest.mark.parametrize("interval, step_tokens, steps", [("1000tok", 300, 20), ("1000tok", 250, 20), ("100tok", 300, 7),
-                                                          ("7ba", 300, 20), ("1ba", 300, 3), ("99999tok", 300, 5)])
+@pytest.mark.parametrize("interval, step_tokens, steps", [("1000tok", 300, 20), ("100tok", 300, 7), ("7ba", 300, 20)])
 def test_checkpoints_are_counted_as_composer_saves_them(interval, step_tokens, steps):
     """Its own scheduler, asked at each batch."""
     from composer.core import Event, Time, Timestamp
@@ -277,16 +269,12 @@ def test_a_suite_file_is_planned_stage_by_stage_as_text_json_and_picture(capsys,
     for key in ("num_tokens", "num_steps", "hours", "checkpoints", "storage_bytes"):
         assert found["totals"][key] == pytest.approx(sum(stage[key] for stage in found["stages"]), rel=1e-12)
     assert "<svg" in picture.read_text()
-    rows = [line.split() for line in run(capsys, *options)[1].splitlines()]
-    assert [row[0] for row in rows[:4]] == ["stage", "one", "two", "total"]
+    assert [line.split()[0] for line in run(capsys, *options)[1].splitlines()[:4]] == ["stage", "one", "two", "total"]
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([ENC, "--gpus", "4xH800"], "--gpus must be"), ([ENC, "--gpus", "0xH100"], "--gpus must be"),
-    ([ENC, "--gpus", "5xH100"], "global_train_batch_size must be a multiple"),
-    ([ENC, "--mfu", "1.5"], "--mfu must be"), ([ENC, "max_duration=3ep"], "max_duration"),
-    ([ENC, "~/no.yaml"], "no such file"), ([ENC, "model.name=mpt_causal_lm"], "model.name must be ettin"),
-    ([ROOT / "yamls/suite/nano.yaml", "scale=0"], "scale"),
+    ([ENC, "--gpus", "4xH800"], "--gpus must be"), ([ENC, "--mfu", "1.5"], "--mfu must be"),
+    ([ENC, "model.name=mpt_causal_lm"], "model.name must be ettin"), ([ENC, "--pue", "1.2"], "GPU hours"),
     ([ROOT / "yamls/suite/ettin-150m.yaml", "--gpus", "3xH100"], "encoder-pretrain: global_train_batch_size"),
 ])
 def test_bad_input_is_one_line(capsys, arguments, message):

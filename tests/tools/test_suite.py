@@ -28,10 +28,9 @@ from ettin_foundry.cli.main import main
 from ettin_foundry.model.config import SIZES, EttinConfig
 from ettin_foundry.model.weights import import_folder, weights_checkpoint
 from ettin_foundry.tools.evaluate import evaluate
-from ettin_foundry.tools.pair import lint_chain, lint_pair
 from ettin_foundry.tools.report import write_report
 from ettin_foundry.tools.suite import Stage, Suite, load
-from ettin_foundry.tools.suite_run import StageFailed, check_suite, run_suite, stage_state
+from ettin_foundry.tools.suite_run import check_suite, run_suite, stage_state
 from ettin_foundry.training import checks, recipes, run_config
 
 ROOT = nano_run.ROOT
@@ -53,6 +52,9 @@ with (folder / "steps.jsonl").open("w") as file:
         file.write(json.dumps({"step": step, "tokens": 500 * step, "rows": 8, "objective": "mlm", "mask_rate": 0.3,
                                "lr": 0.001, "loss": 6.0 - step / 8, "seconds": 0.5,
                                "ids_hash": f"{step + (plan == 'other rows' and step == 5):012x}"}) + "\\n")
+if plan != "hang":
+    kind = "half" if number == 4 else "whole"
+    shutil.copy(here / f"{folder.name}.{kind}.pt", folder / f"ep0-ba{number}-rank0.pt")
 if plan == "fail":
     print("Traceback (most recent call last):\\n  File nowhere\\nRuntimeError: the disk is full\\n  really")
     print("ERROR:composer.cli.launcher:Rank 0 crashed with exit code 7.")
@@ -61,9 +63,6 @@ if plan == "hang":
     child = subprocess.Popen(["sleep", "600"])
     (here / "hanging").write_text(str(child.pid))
     time.sleep(600)
-kind = "half" if plan in ("half", "half and fail") else "whole"
-shutil.copy(here / f"{folder.name}.{kind}.pt", folder / f"ep0-ba{number}-rank0.pt")
-sys.exit(9 if plan == "half and fail" else 0)
 """
 
 
@@ -168,30 +167,17 @@ def test_stages_run_in_order_with_the_listed_commands_and_a_second_call_trains_n
 
 def test_a_failed_stage_stops_the_chain_with_its_reason_and_the_same_command_goes_on(
         small: Small, capfd: pytest.CaptureFixture[str]) -> None:
-    small.suite(evaluation=None, exports={})
+    suite = small.suite(evaluation=None, exports={})
     small.plan("decoder-pretrain", "fail")
     with pytest.raises(SystemExit) as end:
         main(["suite", str(small.file)])
     error = capfd.readouterr().err
     assert end.value.code == 3 and "error: decoder-pretrain failed: exit code 7" in error
     assert "RuntimeError: the disk is full\n    really" in error and "Traceback" not in error
-    assert small.trained == ALL[:2]
+    assert small.trained == ALL[:2] and stage_state(suite.stage("decoder-pretrain")).tokens == 2000
     small.plan("decoder-pretrain", "finish")
-    with pytest.raises(SystemExit) as end:
-        main(["suite", str(small.file)])
-    assert not end.value.code and small.trained == [*ALL[:2], *ALL[1:]]
-
-
-def test_an_interrupted_stage_runs_again_and_finished_ones_do_not(small: Small) -> None:
-    suite = small.suite(evaluation=None, exports={})
-    small.plan("encoder-extend", "half and fail")
-    with pytest.raises(StageFailed, match="encoder-extend failed: exit code 9"):
-        run_suite(suite)
-    assert stage_state(suite.stage("encoder-extend")).tokens == 2000
-    small.plan("encoder-extend", "finish")
     run_suite(suite)
-    assert small.trained == [*ALL[:3], *ALL[2:]]
-    assert small.called[2] == small.called[3]
+    assert small.trained == [*ALL[:2], *ALL[1:]] and small.called[1] == small.called[2]
 
 
 def test_pairs_that_read_other_rows_stop_the_chain(small: Small) -> None:
@@ -211,8 +197,6 @@ def test_one_stage_runs_alone_after_the_one_it_starts_from(small: Small) -> None
     assert not (small.folder / "root" / "report.json").exists()
     with pytest.raises(ValueError, match=r"--report: decoder-pretrain, decoder-extend not finished"):
         run_suite(suite, report_only=True)
-    with pytest.raises(ValueError, match="--stage must be one of encoder-pretrain, decoder-pretrain"):
-        run_suite(suite, only=["decay"])
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -292,7 +276,6 @@ def test_an_unfair_pair_is_refused_and_allowed_by_hand(small: Small) -> None:
 @pytest.mark.parametrize("stage, override, message", [
     ("decoder-extend", "optimizer.momentum=0.9", "stages.decoder-extend: optimizer.momentum: unknown key"),
     ("encoder-extend", "variables.typo=1", "stages.encoder-extend: variables.typo: .* has no such variable"),
-    ("decoder-extend", "variables.data=nowhere", "stages.decoder-extend: .*nowhere"),
 ])
 def test_a_late_stage_that_could_not_run_is_found_before_the_first_starts(
         small: Small, stage: str, override: str, message: str) -> None:
@@ -305,20 +288,14 @@ def test_a_late_stage_that_could_not_run_is_found_before_the_first_starts(
 
 
 @pytest.mark.parametrize("change, key", [
-    ({"name": None}, "name"), ({"name": "a/b"}, "name"), ({"root": "s3://bucket/x"}, "root"), ({"stage": {}}, "stage"),
-    ({"scale": 0}, "scale"), ({"scale": "tenth"}, "scale"), ({"command": " "}, "command"), ({"stages": {}}, "stages"),
+    ({"name": "a/b"}, "name"), ({"root": "s3://bucket/x"}, "root"), ({"stage": {}}, "stage"), ({"scale": 0}, "scale"),
     ({"stages": {"a": {"yaml": ["x.yaml"], "after": "b"}}}, "stages.a.after"),
     ({"stages": {"a": {"yaml": ["x.yaml"], "from": "b"}, "b": {"yaml": ["x.yaml"]}}}, "stages.a.from"),
-    ({"stages": {"models": {"yaml": ["x.yaml"]}}}, "stages.models"),
-    ({"stages": {"a": {"yaml": "x.yaml"}}}, "stages.a.yaml"),
     ({"stages": {"a": {"yaml": ["x.yaml"], "overrides": ["save_folder=x"]}}}, "stages.a.overrides"),
     ({"overrides": ["--dry-run"]}, "overrides"), ({"stages": {"a": {"yaml": ["x.yaml"], "pair": "p"}}}, "pair"),
     ({"exports": {"encoder": "x"}}, "exports.encoder"), ({"exports": {}}, "need exports"),
-    ({"evaluation": {"data": "x", "objectives": ["nsp"]}}, "evaluation.objectives"),
     ({"evaluation": {"data": "x", "batches": 1}}, "evaluation.batches"),
-    ({"evaluation": {"data": "x", "max_batches": 0}}, "evaluation.max_batches"),
-    ({"evaluation": {"objectives": ["clm"]}}, "evaluation.data"), ({"extends": "suite.yaml"}, "extends: leads back to"),
-    ({"extends": "absent.yaml"}, "absent.yaml: no such file"), ({"root": "${variables.place}"}, "variables"),
+    ({"extends": "suite.yaml"}, "extends: leads back to"), ({"root": "${variables.place}"}, "variables"),
 ])
 def test_a_file_that_cannot_be_is_refused_by_key(small: Small, change: dict[str, Any], key: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=key):
@@ -347,23 +324,23 @@ def test_scale_multiplies_every_time_in_tokens_and_nothing_else(small: Small) ->
 
 
 @pytest.mark.parametrize("size", ["150m", "1b"])
-def test_the_suite_is_the_paper_s_and_fair(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_suite_is_the_paper_s(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     suite = load(f"yamls/suite/ettin-{size}.yaml")
-    configs = {stage.name: stage.config() for stage in suite.stages}
-    objectives = [configs[stage.name]["model"]["objective"] for stage in suite.stages]
-    assert objectives == ["mlm", "clm"] * 3 + ["clm", "mntp"]
+    configs = [stage.config() for stage in suite.stages]
+    assert [config["model"]["objective"] for config in configs] == ["mlm", "clm"] * 3 + ["clm", "mntp"]
     third = 1 / 3 if size == "1b" else 1
     budgets = [1.7e12] * 2 + [250e9 * third] * 2 + [50e9 * third] * 4
-    assert [float(c["max_duration"][:-3]) for c in configs.values()] == pytest.approx(budgets, rel=1e-4)
-    for config in configs.values():
-        checks.check_settings(config)
-    for members in suite.pairs().values():
-        assert lint_pair(*(configs[member.name] for member in members)).fair
+    assert [float(c["max_duration"][:-3]) for c in configs] == pytest.approx(budgets, rel=1e-4)
     for last in suite.stages[-2:]:
         assert [stage.name.split("-")[-1] for stage in suite.chain(last)][:3] == ["pretrain", "extend", "decay"]
-        report = lint_chain([(stage.name, configs[stage.name]) for stage in suite.chain(last)])
-        assert report.fair, str(report)
+
+
+@pytest.mark.parametrize("name, pairs", [("ettin-150m", 4), ("nano", 4), ("demo", 2)])
+def test_the_suites_are_fair(name: str, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found = check_suite(load(f"yamls/suite/{name}.yaml"))
+    assert sum(key.startswith("pair ") for key in found) == pairs and all(entry["fair"] for entry in found.values())
 
 
 def test_every_size_has_a_suite_that_differs_in_its_recipes_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,13 +350,6 @@ def test_every_size_has_a_suite_that_differs_in_its_recipes_only(monkeypatch: py
         for stage, other in zip(known, load(f"yamls/suite/ettin-{size}.yaml").stages, strict=True):
             assert [arg.replace("150m", size) for arg in stage.args] == list(other.args)
             assert Path(other.args[0]).is_file() and f"-{size}.yaml" in other.args[0]
-
-
-@pytest.mark.parametrize("name, pairs", [("nano", 4), ("demo", 2)])
-def test_the_small_suites_are_fair(name: str, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    found = check_suite(load(f"yamls/suite/{name}.yaml"))
-    assert sum(key.startswith("pair ") for key in found) == pairs and all(entry["fair"] for entry in found.values())
 
 
 # ------------------------------------------------------------------ the report
