@@ -16,10 +16,9 @@ UNIT = 3_000  # bytes: several units for every corpus here
 
 def options(out: Path | str, sources: list[Path | str], tokenizer: Path | None, **more: object) -> ConvertOptions:
     """Small shards and units; one worker, in this process."""
-    defaults = {"chunk_length": CHUNK_LENGTH, "validation": 0.0, "shard_size": "8kb", "progress": False, "workers": 1,
-                "unit_size": UNIT}
-    return ConvertOptions(sources=[str(source) for source in sources], out=out, tokenizer=tokenizer,
-                          **{**defaults, **more})  # type: ignore[arg-type]
+    small = {"chunk_length": CHUNK_LENGTH, "validation": 0.0, "shard_size": "8kb", "progress": False, "workers": 1,
+             "unit_size": UNIT, **more}
+    return ConvertOptions(sources=[str(source) for source in sources], out=out, tokenizer=tokenizer, **small)  # type: ignore
 
 
 def run(out: Path | str, sources: list[Path | str], tokenizer: Path | None, **more: object) -> Summary:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ettin_foundry.data.manifest import COLUMNS
+from ettin_foundry.data import COLUMNS
 from ettin_foundry.data.packing import pack_lengths, piece_counts
 
 VOCAB_SIZE = 512
@@ -43,13 +43,10 @@ def cut(documents: Sequence[Document], chunk_length: int) -> list[dict[str, Any]
             for name, tokens in documents for at in range(0, len(tokens), chunk_length)]
 
 
-def array_bytes(tokens: np.ndarray) -> bytes:
-    wide = len(tokens) > 255
-    return bytes([1 << 2 | wide]) + len(tokens).to_bytes(1 + wide, "little") + tokens.astype("<u2").tobytes()
-
-
 def sample_bytes(chunk: dict[str, Any], source: str) -> bytes:
-    doc, name, array = chunk["doc"].encode(), source.encode(), array_bytes(chunk["tokens"])
+    tokens, wide = chunk["tokens"], len(chunk["tokens"]) > 255
+    array = bytes([1 << 2 | wide]) + len(tokens).to_bytes(1 + wide, "little") + tokens.astype("<u2").tobytes()
+    doc, name = chunk["doc"].encode(), source.encode()
     return (struct.pack("<III", len(doc), len(name), len(array)) + doc + struct.pack("<qq", chunk["last"], chunk["part"])
             + name + array)
 
@@ -73,11 +70,7 @@ def array_file(array: np.ndarray) -> bytes:
 
 def write_split(folder: Path, shards: Sequence[tuple[str, Sequence[Document]]], *, chunk_length: int = CHUNK_LENGTH,
                 vocab_size: int = VOCAB_SIZE, compress: Callable[[bytes], bytes] | None = None) -> Path:
-    """Writes a split of (source, documents) per shard; `compress` makes it a zstd set.
-
-    Returns:
-        The folder.
-    """
+    """Writes a split of (source, documents) per shard, compressed by `compress`; returns the folder."""
     folder.mkdir(parents=True)
     entries, histograms = [], []
     for number, (source, documents) in enumerate(shards):
@@ -104,9 +97,9 @@ def write_split(folder: Path, shards: Sequence[tuple[str, Sequence[Document]]], 
     (folder / "manifest.json").write_text(json.dumps(manifest))
     index = {"version": 2, "shards": [
         {**CONFIG, "compression": "zstd" if compress else None, "samples": entry["samples"],
-         **{key: entry[kind] and {"basename": entry[kind]["basename"], "bytes": entry[kind]["bytes"],
-                                  "hashes": {"xxh64": entry[kind]["xxh64"]}}
-            for key, kind in (("raw_data", "raw"), ("zip_data", "zip"))}} for entry in entries]}
+         **{f"{kind}_data": (file := entry[kind]) and {"basename": file["basename"], "bytes": file["bytes"],
+                                                       "hashes": {"xxh64": file["xxh64"]}} for kind in ("raw", "zip")}}
+        for entry in entries]}
     (folder / "index.json").write_text(json.dumps(index))
     return folder
 
@@ -116,6 +109,15 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object], name: str = "
     content = json.loads((folder / name).read_text())
     change(content)
     (folder / name).write_text(json.dumps(content))
+
+
+def set_in(*path: Any, value: Any) -> Callable[[Any], None]:
+    """A change for `edit`: the value at a path of keys and indices."""
+    def change(content: Any) -> None:
+        for step in path[:-1]:
+            content = content[step]
+        content[path[-1]] = value
+    return change
 
 
 def seal(folder: Path) -> None:

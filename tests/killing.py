@@ -22,8 +22,7 @@ from conftest import CHUNK_LENGTH
 from converting import files_of, stored
 
 FLAGS = ["--chunk-length", str(CHUNK_LENGTH), "--validation", "0.1", "--shard-size", "8kb", "--unit-size", "2kb"]
-Steps = Sequence[Sequence[Sequence[str]]]
-"""One after another, each of programs that run at the same time."""
+Steps = Sequence[Sequence[Sequence[str]]]  # one after another, each of programs that run at the same time
 
 
 def scenarios(corpus: Path, more: Path, tokenizer: Path) -> dict[str, Steps]:
@@ -50,11 +49,7 @@ def _program(words: list[str], log: str) -> None:
 
 
 class Killer:
-    """Runs scenarios, undisturbed once and then killed: all processes, the main process alone, or one worker.
-
-    Args:
-        folder: for the datasets and their log. seed: of the lots.
-    """
+    """Runs scenarios, undisturbed once and then killed: all processes, the main process alone, or one worker."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.rng, self.seconds = folder, random.Random(seed), dict[str, float]()
@@ -62,9 +57,9 @@ class Killer:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["ettin_foundry.cli.convert", "ettin_foundry.corpus.card", "matplotlib.figure",
                                              "transformers.models.auto.tokenization_auto"])
-        first = self.context.Process(target=int)
+        first = self.context.Process(target=int)  # when it has ended, the server has imported everything
         first.start()
-        first.join()  # the server has imported everything
+        first.join()
 
     def undisturbed(self, name: str, steps: Steps) -> int:
         """Converts without killing; the number of documents."""

@@ -7,7 +7,7 @@ import yaml
 from memory_set import write_set
 
 from ettin_foundry.corpus.mix import build_mix
-from ettin_foundry.data.manifest import MANIFEST
+from ettin_foundry.data import MANIFEST
 
 
 def shards(number, *, seed, chunks=60, longest=62):

@@ -6,6 +6,7 @@ the environment describes, evaluates, and writes what it captured (see test_rank
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import sys
@@ -30,8 +31,7 @@ CLM = ["variables.objective=clm", "variables.mask_rate=0.0"]
 
 def program() -> Any:
     """train.py as a module."""
-    spec = importlib.util.spec_from_file_location("ettin_train_program", ROOT / "train.py")
-    assert spec is not None and spec.loader is not None
+    spec: Any = importlib.util.spec_from_file_location("ettin_train_program", ROOT / "train.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -49,9 +49,22 @@ def configure(data: Path, out: Path, *overrides: str, evaluate: bool = False) ->
         block = config
         for part in path:
             block = block.get(part, {})
-        if last in block:
-            del block[last]
+        block.pop(last, None)
     return config
+
+
+def put(cfg: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a config in plain containers with dotted keys set; the value `...` removes one."""
+    cfg = copy.deepcopy(cfg)
+    for key, value in changes.items():
+        *blocks, last = key.split(".")
+        block = cfg
+        for part in blocks:
+            block = block.setdefault(part, {})
+        block[last] = value
+        if value is ...:
+            del block[last]
+    return cfg
 
 
 def register_capture() -> type:
@@ -60,18 +73,10 @@ def register_capture() -> type:
     from llmfoundry import registry
 
     class Capture(Callback):
-        """losses, learning rates, batches and, of the first step, gradients."""
-
-        losses: list[float] = []
-        lrs: list[float] = []
-        tokens: list[int] = []
-        batches: list[dict[str, Any]] = []
-        gradients: dict[str, torch.Tensor] = {}
+        """losses, learning rates, tokens, batches and, of the first step, gradients."""
 
         def __init__(self) -> None:
-            for name in ("losses", "lrs", "tokens", "batches"):
-                setattr(Capture, name, [])
-            Capture.gradients = {}
+            Capture.losses, Capture.lrs, Capture.tokens, Capture.batches, Capture.gradients = [], [], [], [], {}
 
         def before_train_batch(self, state: Any, logger: Any) -> None:
             Capture.batches.append({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.batch.items()})

@@ -8,8 +8,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-__all__ = ["odd_texts"]
-
 _WRITTEN = ("[MASK]", "[CLS]", "[SEP]", "[PAD]", "[UNK]", "<|endoftext|>", "<|padding|>", "|||IP_ADDRESS|||",
             "|||EMAIL_ADDRESS|||", "[unused0]", "[unused82]", " [MASK]", "\n [MASK] ", "[MASK", "ASK]", "<|endof",
             "text|>", "||")

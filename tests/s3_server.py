@@ -1,15 +1,12 @@
 """An S3 server on loopback (moto's) for tests, which can be told to fail: busy answers, and answers cut off in the middle.
 
-    with S3Server() as server:
-        server.put("texts/a.jsonl", b"...")
-        server.fail(lambda request: request.method == "GET", times=2)
-        ...
-        assert [request.range for request in server.requests]
+Server and faults live in the test's process; clients may be in any process that gets `environment`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 import threading
 import urllib.request
@@ -22,18 +19,13 @@ class Request(NamedTuple):
     """What was asked of the server."""
 
     method: str
-    path: str
-    """`/bucket/key`."""
-    range: str | None
-    """`bytes=0-99` where a part was asked for."""
+    path: str  # /bucket/key
+    range: str | None  # bytes=0-99 where a part was asked for
     query: str
 
 
 class S3Server:
-    """Context manager: a server with a port of its own and one empty bucket. One at a time in a process.
-
-    Server and faults live in this process; clients may be in any process that gets `environment`.
-    """
+    """Context manager: a server with a port of its own and one empty bucket. One at a time in a process."""
 
     bucket = "corpus"
 
@@ -41,7 +33,6 @@ class S3Server:
         self.requests: list[Request] = []
         self.faults: list[list[Any]] = []  # which requests match, how many times, status (None: cut off), after bytes
         self.lock = threading.Lock()
-        self._client: Any = None
 
     def __enter__(self) -> S3Server:
         from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -76,37 +67,36 @@ class S3Server:
             monkeypatch.setenv(name, value)
         monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=lambda seconds: None))
         if block_bytes:
-            monkeypatch.setattr("ettin_foundry.data.storage._BLOCK_BYTES", block_bytes)
+            monkeypatch.setattr("ettin_foundry.data.storage_remote._BLOCK_BYTES", block_bytes)
 
     def empty(self) -> None:
         """Back to one empty bucket, no faults, no requests: between tests that share a server."""
         self.clear()
         reset = urllib.request.Request(f"{self.endpoint}/moto-api/reset", method="POST")  # its state outlives a server
         urllib.request.urlopen(reset).close()
-        self.client().create_bucket(Bucket=self.bucket)
+        self.client.create_bucket(Bucket=self.bucket)
         self.clear()
 
+    @functools.cached_property  # slow to make
     def client(self) -> Any:
         """A boto3 client of this server, for what the methods below do not do."""
-        if self._client is None:  # slow to make
-            from boto3.session import Session
+        from boto3.session import Session
 
-            session = Session(aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1")
-            self._client = session.client("s3", endpoint_url=self.endpoint)
-        return self._client
+        session = Session(aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1")
+        return session.client("s3", endpoint_url=self.endpoint)
 
     def url(self, key: str = "") -> str:
         return f"s3://{self.bucket}/{key}".rstrip("/")
 
     def put(self, key: str, data: bytes) -> None:
-        self.client().put_object(Bucket=self.bucket, Key=key, Body=data)
+        self.client.put_object(Bucket=self.bucket, Key=key, Body=data)
 
     def get(self, key: str) -> bytes:
-        return self.client().get_object(Bucket=self.bucket, Key=key)["Body"].read()
+        return self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
 
     def keys(self, prefix: str = "") -> list[str]:
         """Names of all objects, sorted."""
-        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
         return sorted(entry["Key"] for page in pages for entry in page.get("Contents", ()))
 
     def fail(self, matches: Callable[[Request], bool], *, times: int = 1, status: int = 503) -> None:

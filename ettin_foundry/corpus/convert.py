@@ -24,7 +24,7 @@ from ettin_foundry.corpus.filters import FilterOptions, find_duplicates
 from ettin_foundry.corpus.finalize import done_units, finalize
 from ettin_foundry.corpus.readers import ReadOptions, read_parts
 from ettin_foundry.corpus.sources import Meter, Source, part_bytes, plan_parts
-from ettin_foundry.corpus.worker import ConvertUnit, HashUnit, TokenizerSpec, drops_name, hashes_name
+from ettin_foundry.corpus.worker import ConvertUnit, HashUnit, TokenizerSpec, work_name
 from ettin_foundry.data import MAX_CHUNK_LENGTH
 from ettin_foundry.data import tokenizer as tokenizers
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
@@ -201,16 +201,16 @@ def _execute(job: HashUnit, units: Sequence[plans.Unit], title: str, options: Co
 def _find_duplicates(job: ConvertUnit, plan: plans.Plan, options: ConvertOptions, storage: Storage) -> None:
     """Writes for each unit which of its documents repeat earlier ones, by the hashes of all documents."""
     known = dict(storage.list("work/hashes/"))
-    unhashed = [unit for unit in plan.units if hashes_name(unit, plan.base_key) not in known]
+    unhashed = [unit for unit in plan.units if work_name("hashes", unit, plan.base_key) not in known]
     plans.check_append(unhashed, plan, list(job.sources.values()))
     _execute(HashUnit(job.out, job.options, job.sources, plan.base_key), unhashed, "hashes", options)
     with tempfile.TemporaryDirectory(dir=storage.scratch()) as folder:
         files = [Path(folder, "hashes", f"{unit.number:05d}.npy") for unit in plan.units]
         for unit, path in zip(plan.units, files):
-            storage.get_file(hashes_name(unit, plan.base_key), path)
+            storage.get_file(work_name("hashes", unit, plan.base_key), path)
         find_duplicates(files, Path(folder, "drops"))
         for unit, path in zip(plan.units, files):
-            storage.put_file(Path(folder, "drops", path.name), drops_name(unit, plan.base_key))
+            storage.put_file(Path(folder, "drops", path.name), work_name("drops", unit, plan.base_key))
 
 
 def _tokenizer(options: ConvertOptions, storage: Storage, plan: plans.Plan | None,

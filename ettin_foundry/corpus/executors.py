@@ -30,8 +30,6 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from ettin_foundry.data.quantities import format_duration
 
-__all__ = ["Board", "Report", "Tick", "WorkerDeath", "run_tasks"]
-
 log = logging.getLogger(__name__)
 
 _ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
@@ -154,12 +152,10 @@ class _WorkerLost(Exception):
 
 def run_tasks(work: Callable[[T, Report], R], tasks: Sequence[T], *, workers: int, board: Board,
               tries: int = 3, ray: bool = False, ray_address: str | None = None) -> list[R]:
-    """Does every task in `workers` processes; the results in the order of the tasks.
+    """Does every task in `workers` processes, a single one in this process; the results in the order of the tasks.
 
-    Args:
-        work: `work(task, report)` returns the result, `report(Tick(...))` says how far it is; all must be picklable.
-        tasks: each has a `label` for messages. workers: one works in this process.
-        tries: workers that a task may kill before WorkerDeath is raised. ray: run on a Ray cluster.
+    `work(task, report)` returns the result, `report(Tick(...))` says how far it is; all must be picklable, and tasks have
+    a `label` for messages. A task that kills `tries` workers raises WorkerDeath.
     """
     results: dict[int, R] = {}
     if workers == 1 and not ray:

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -73,7 +74,7 @@ def finalize(out: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         storage.write_bytes(name, data)
     write_card(storage, dict(manifests), {split: _table(plan, shards).sum(0, dtype=np.int64)
                                           for split, shards in _shards(plan, records).items()})
-    storage.clear_scratch()  # what killed processes left
+    shutil.rmtree(storage.scratch(), ignore_errors=True)  # what killed processes left
     return manifests
 
 

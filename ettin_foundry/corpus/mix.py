@@ -19,7 +19,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from ettin_foundry import program_folder
-from ettin_foundry.data.manifest import MANIFEST, open_plain
+from ettin_foundry.data import MANIFEST
+from ettin_foundry.data.manifest import open_plain
 from ettin_foundry.data.mixture import MIX_FORMAT, MIX_VERSION, chunk_permutation, name_word, shared_identity
 from ettin_foundry.data.order import raw_draws
 from ettin_foundry.data.shards import MDSSplit

@@ -118,7 +118,7 @@ def _read_file(source: Source, storage: Storage, part: Part, meter: Meter, optio
 
                 content = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), _BLOCK_BYTES)
             else:
-                path = storage.local_path(part.file)
+                path = Path(storage.where(part.file)) if storage.is_local else None
             file = _File(part, shown, path, raw, content, meter, options)
             yield from _READERS[str(sources.file_kind(name))](file)
         except UnicodeDecodeError as error:
@@ -167,10 +167,10 @@ def _read_whole(file: _File) -> bytes | None:
 
 
 def _read_txt(file: _File) -> Iterator[Document]:
-    if (data := _read_whole(file)) is None:
-        file.meter.oversized += 1
-    else:
+    if (data := _read_whole(file)) is not None:
         yield Document(data.decode(), file.part.file)
+    else:
+        file.meter.oversized += 1
 
 
 def _read_jsonl(file: _File) -> Iterator[Document]:

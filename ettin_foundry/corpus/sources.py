@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ettin_foundry.data.storage import LocalStorage, check_name, is_url, open_storage
+from ettin_foundry.data.storage import Storage, check_name, is_url, open_storage
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def find_source(text: str, *, licence: str | None = None) -> Source:
         return _find_url(name, location, licence)
     path = Path(location.removeprefix("file://"))
     if path.is_dir():
-        storage = LocalStorage(str(path))
+        storage = Storage(str(path))
         files = _readable_files(storage.url, storage.list())
         return Source(name or path.resolve().name, location, files, str(path), licence)
     if path.is_file():
@@ -118,8 +118,7 @@ def plan_parts(source: Source, unit_bytes: int) -> list[tuple[Part, ...]]:
         _, number = open_hub_dataset(source)
         return [(Part("hub", shard, number),) for shard in range(number)]  # no bytes: shard, and number of shards
     units: list[tuple[Part, ...]] = []
-    open_unit: list[Part] = []
-    held = 0
+    open_unit, held = list[Part](), 0
     for name, size in source.files.items():
         is_cut = name.lower().endswith((".jsonl", ".parquet")) and size > 1.5 * unit_bytes
         number = -(-size // unit_bytes) if is_cut else 1

@@ -22,10 +22,10 @@ import numpy as np
 from ettin_foundry.corpus.card import CARD, read_block
 from ettin_foundry.corpus.finalize import describe_splits
 from ettin_foundry.corpus.plan import PLAN, Plan, read_plan, read_record, record_name
+from ettin_foundry.data import INDEX, LENGTHS, MANIFEST
 from ettin_foundry.data.cache import fetch_tokenizer
 from ettin_foundry.data.inspect import Found, draw_samples, find_dataset
-from ettin_foundry.data.manifest import INDEX, LENGTHS, MANIFEST
-from ettin_foundry.data.mixture import MixtureSplit, expand_entries
+from ettin_foundry.data.mixture import MixtureSplit
 from ettin_foundry.data.quantities import format_bytes
 from ettin_foundry.data.shards import MDSSplit
 
@@ -130,9 +130,9 @@ class _Check:
 
         shards, partial = list(range(data.num_shards)), list[int]()
         if isinstance(data, MixtureSplit):  # each shard that it takes from once; partial ones by one thread, which they need
-            entries = expand_entries(data.manifest)[0]
-            once = np.unique(np.stack([entries.set, entries.shard, entries.part]), axis=1, return_index=True)[1]
-            shards, partial = once[entries.part[once] < 0].tolist(), once[entries.part[once] >= 0].tolist()
+            once = np.unique(data.stored, axis=1, return_index=True)[1]
+            part = data.stored[2, once]
+            shards, partial = once[part < 0].tolist(), once[part >= 0].tolist()
         sizes = [*pool.map(check, shards), *map(check, partial)]
         self.report.shards += len(sizes)
         self.report.num_bytes += sum(sizes)

@@ -1,8 +1,8 @@
 """Does one unit of a conversion: read, filter, split, tokenize, cut, write, and a completion record at the end.
 
-Runs in worker processes, on one machine or many, and depends on nothing but the unit and the options: the same
-unit gives the same shards and the same record. The record is written last, so a unit is done or it is not. Reading
-goes on in one thread while another tokenizes and a third one writes shards.
+Runs in worker processes, on one machine or many, and depends on nothing but the unit and the options: the same unit gives
+the same shards and the same record. The record is written last, so a unit is done or it is not. Reading goes on in one
+thread while another tokenizes and a third one writes shards.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from ettin_foundry.corpus.sources import Meter, Source
 from ettin_foundry.corpus.writer import ShardGroupWriter
 from ettin_foundry.data.storage import open_storage
 
-__all__ = ["ConvertUnit", "HashUnit", "TokenizerSpec", "drops_name", "hashes_name"]
-
 T = TypeVar("T")
 
 _BATCH_BYTES = 1 << 20  # text tokenized at a time: enough to make calls cheap, little enough to hold a few of
@@ -45,20 +43,14 @@ class TokenizerSpec(NamedTuple):
 
     name: str
     json: str
-    forbidden: tuple[int, ...]
-    """Ids that no text may give: the special tokens."""
+    forbidden: tuple[int, ...]  # ids that no text may give: the special tokens
     vocab_size: int
     engine: Engine
 
 
-def hashes_name(unit: Unit, base_key: str) -> str:
-    """Hashes of all documents of a unit, relative to the dataset's folder; the name tells input and options."""
-    return f"work/hashes/{unit.number:05d}.{record_key(base_key, unit)}.npy"
-
-
-def drops_name(unit: Unit, base_key: str) -> str:
-    """Ordinals of a unit's documents that repeat earlier ones."""
-    return f"work/drops/{unit.number:05d}.{record_key(base_key, unit)}.npy"
+def work_name(kind: str, unit: Unit, base_key: str) -> str:
+    """`hashes` of a unit's documents, or `drops`, ordinals of those that repeat earlier ones; tells input and options."""
+    return f"work/{kind}/{unit.number:05d}.{record_key(base_key, unit)}.npy"
 
 
 @dataclass(frozen=True)
@@ -78,7 +70,7 @@ class HashUnit:
             reading.count(Tick(1))
         path = storage.scratch() / f"hashes.{unit.number:05d}.{os.getpid()}.npy"
         write_hashes(path, hashes)
-        storage.put_file(path, hashes_name(unit, self.base_key))
+        storage.put_file(path, work_name("hashes", unit, self.base_key))
         return 0
 
 
@@ -144,9 +136,8 @@ class _Conversion:
         self.job, self.unit, self.options, self.storage = job, unit, job.options, open_storage(job.out)
         self.reading, self.read = _Reading(job, unit, report), 0
         splits = ("train", "validation") if self.options["validation"] else ("train",)
-        self.counts = {split: Counter[str]() for split in splits}
-        self.dropped = {split: Counter[str]() for split in splits}
-        self.skipped = {split: Counter[str]() for split in splits}  # by the reading thread, which shares no counts
+        # what is skipped is counted by the reading thread, which shares no counts
+        self.counts, self.dropped, self.skipped = ({split: Counter[str]() for split in splits} for _ in range(3))
         self.encoder, chunker = _tools(job.tokenizer, self.options["chunk_length"], self.options["cut_window"])
         self.writers = {split: ShardGroupWriter(
             self.storage.scratch(), stem=f"shard.{unit.number:05d}", source=unit.source, chunker=chunker,
@@ -197,7 +188,7 @@ class _Conversion:
         if not self.job.filters.deduplicate:
             return frozenset()
         path = self.storage.scratch() / f"drops.{self.unit.number:05d}.{os.getpid()}.npy"
-        self.storage.get_file(drops_name(self.unit, self.job.base_key), path)
+        self.storage.get_file(work_name("drops", self.unit, self.job.base_key), path)
         copies = frozenset(read_drops(path).tolist())
         path.unlink()
         return copies

@@ -2,7 +2,7 @@
 
 The raw shards that training maps lie in the split's local folder. They come from a remote folder or URL, or from
 compressed shards beside them. All processes of a node share the folder: one makes a shard while the others wait for it
-or make another; with a limit one shard is made at a time. A file gets its name only when it is whole and of the stated
+or make another; with a limit one shard is made at a time. A shard gets its name only when it is whole and of the stated
 hash; a wrong one is fetched once more, then it is an error. To stay within the limit, the least recently used shards
 are removed, never one that a process has mapped (it holds a shared lock on it, see manifest.map_file).
 
@@ -23,10 +23,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ettin_foundry.data.manifest import INDEX, LENGTHS, MANIFEST, MAX_JSON_BYTES, bad_file, expand, map_file, open_plain
+from ettin_foundry.data import INDEX, LENGTHS, MANIFEST
+from ettin_foundry.data.manifest import MAX_JSON_BYTES, bad_file, expand, map_file, open_plain
 from ettin_foundry.data.storage import atomic_file, check_name, open_storage
-
-__all__ = ["ShardFiles", "fetch_manifest", "fetch_table", "fetch_tokenizer", "locked"]
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +57,8 @@ def _own_folder(path: Path) -> Path:
     with contextlib.suppress(FileExistsError):
         path.mkdir(parents=True)
     if path.is_symlink() or not path.is_dir():
-        raise bad_file(path, "is not a folder", "a link would lead files out of the dataset", "remove it")
+        raise bad_file(path, "is not a folder", "no link is followed", "remove it")
     return path
-
-
-# ------------------------------------------------------------------ the small files of a remote split
 
 
 def fetch_manifest(local: Path, remote: str) -> None:
@@ -79,16 +75,15 @@ def fetch_manifest(local: Path, remote: str) -> None:
                 stream.write(data)
         with open(open_plain(path), "rb") as stream:
             if stream.read() != data:
-                raise ValueError(f"dataset.local: {str(local)!r} holds another dataset than dataset.remote {remote!r} "
-                                 "(their manifests differ); name another folder, or, to follow a remote dataset that "
-                                 f"has grown, delete {MANIFEST}, {LENGTHS} and {INDEX} there; shards are kept")
+                raise ValueError(f"dataset.local {str(local)!r} holds another dataset than dataset.remote {remote!r}; name "
+                                 f"another folder, or, if it has grown, delete {MANIFEST}, {LENGTHS} and {INDEX} there")
 
 
-def fetch_table(local: Path, remote: str, name: str, num_bytes: int | None = None, *, again: bool = False) -> None:
-    """Puts lengths.npy or index.json of a remote split into its local folder, unless it is there and not `again`."""
+def fetch_table(local: Path, remote: str, name: str, num_bytes: int | None = None) -> None:
+    """Puts lengths.npy or index.json of a remote split into its local folder, unless it is there."""
     storage = open_storage(remote)
     with locked(_own_folder(local / _CACHE) / "lock"):
-        if again or not os.path.lexists(local / name):
+        if not os.path.lexists(local / name):
             storage.get_file(name, local / name, num_bytes=num_bytes, at_most=MAX_JSON_BYTES)
 
 
@@ -99,51 +94,36 @@ def fetch_tokenizer(local: Path, remote: str) -> None:
         if os.path.lexists(target):
             return
         if not (files := storage.list("tokenizer/")):
-            raise FileNotFoundError(f"{storage.where('tokenizer')}: holds no file; the tokenizer that the dataset was "
-                                    "made with is needed; correct dataset.remote, or put it there")
+            raise FileNotFoundError(f"{storage.where('tokenizer')}: holds no file; put the dataset's tokenizer there")
         shutil.rmtree(_own_folder(cache / "tokenizer"))
         for name, _ in files:
             storage.get_file(name, cache / check_name(name), at_most=_MAX_TOKENIZER_BYTES)
         os.replace(cache / "tokenizer", target)
 
 
-# ------------------------------------------------------------------ shards
-
-
 class ShardFiles:
     """The raw shards of one split folder, made when they are needed or shortly before; may be pickled and forked.
 
-    Args:
-        local: the split's folder. shards: the manifest's entries.
-        remote: folder or URL of the same split, or None.
-        cache_limit: most bytes that shards (whole and partial, of all processes) may take in `local`.
-
-    Attributes:
-        fetches: shards have to be made; otherwise nothing here does anything.
-
-    Raises:
-        ValueError: the limit has no effect, is below one shard, or would delete a dataset that was not fetched.
+    `shards` are the manifest's entries, `remote` a folder or URL of the same split, `cache_limit` the most bytes that
+    shards (whole and partial, of all processes) may take in `local`.
     """
 
-    def __init__(self, local: Path, shards: Sequence[dict[str, Any]], *, remote: str | None,
-                 cache_limit: int | None) -> None:
-        self.local, self._shards = local, shards
+    def __init__(self, local: Path, shards: Sequence[dict[str, Any]], remote: str | None, cache_limit: int | None) -> None:
+        self.local, self._cache, self._shards = local, local / _CACHE, shards
         self._storage = None if remote is None else open_storage(remote)
-        self.fetches = remote is not None or shards[0]["zip"] is not None
-        self._cache = local / _CACHE
-        self._by_name = {shard["raw"]["basename"]: shard for shard in shards}
+        self.fetches = remote is not None or shards[0]["zip"] is not None  # else nothing here does anything
         self._wanted: tuple[int, tuple[int, ...]] | None = None  # this process, the shards that it prefetches
         self.cache_limit: int | None = None
         if cache_limit is not None:
             self.set_limit(cache_limit)
 
     def set_limit(self, cache_limit: int) -> None:
-        """Bounds what shards may take; all processes of a node must give the same."""
+        """Bounds what shards may take; ValueError if that has no effect, is too little, or would delete originals."""
         if not self.fetches:
             raise ValueError(f"dataset.cache_limit must be left out for local, uncompressed shards, got {cache_limit}")
         if self._storage is not None and not (self._cache / _FETCHED).is_file():
-            raise ValueError("dataset.local must be a new or empty folder where dataset.cache_limit is given, got "
-                             f"{str(self.local)!r}, which was not made by fetching: its shards would be deleted for good")
+            raise ValueError("dataset.local must be a new folder where dataset.cache_limit is given: the shards in "
+                             f"{str(self.local)!r} were not fetched and would be deleted for good")
         self.cache_limit = cache_limit
         self.check_room([0])
 
@@ -152,7 +132,7 @@ class ShardFiles:
         return self.local / self._shards[shard]["raw"]["basename"]
 
     def check_room(self, shards: Collection[int]) -> None:
-        """Raises ValueError for a limit that cannot hold this many shards at once, whichever they are."""
+        """Raises ValueError for a limit that cannot hold so many shards at once, whichever they are."""
         number = len(set(shards))
         if self.cache_limit is not None and (need := self.room_needed(number)) > self.cache_limit:
             raise ValueError(f"dataset.cache_limit must be at least {need} bytes for the {number} shards in use at a "
@@ -163,34 +143,23 @@ class ShardFiles:
         sizes = sorted((shard["raw"]["bytes"] for shard in self._shards), reverse=True)
         return sum(sizes[:number]) + max(self._bytes_to_make(shard) - shard["raw"]["bytes"] for shard in self._shards)
 
-    def ensure(self, shard: int, release: Callable[[], bool] = lambda: False, *, again: bool = False) -> None:
+    def ensure(self, shard: int, release: Callable[[], bool]) -> None:
         """Returns when the raw shard lies in the local folder, made by this process or another.
 
-        Args:
-            release: called when there is no room: unmaps a shard of this process, False when it has none.
-            again: the file that is there turned out wrong; it is replaced, unless another process has done so.
-
-        Raises:
-            ValueError: what was fetched is not what the manifest states, twice. OSError: no room, or from storage.
+        Where there is no room, `release` unmaps a shard of this process (False when it has none). ValueError: what was
+        fetched is not what the manifest states, twice. OSError: no room, or from storage.
         """
-        path, raw, last = self.path(shard), self._shards[shard]["raw"], again
-        end = time.monotonic() + _PATIENCE
-        while self.fetches and (again or not os.path.lexists(path)):
+        path, end = self.path(shard), time.monotonic() + _PATIENCE
+        while self.fetches and not os.path.lexists(path):
             with locked(self._lock(shard)):
-                if again:
-                    try:
-                        map_file(path, raw["bytes"], raw["xxh64"])
-                    except (FileNotFoundError, ValueError):
-                        path.unlink(missing_ok=True)
-                    again = False
                 if os.path.lexists(path):
                     return
                 if self._make_room(shard):
-                    return self._make(shard, last=last)
+                    return self._make(shard)
             if not release():
                 if time.monotonic() > end:
-                    raise OSError(f"dataset.cache_limit must be larger than {self.cache_limit} bytes: the processes of "
-                                  f"this node use all of it; {path.name} waited {_PATIENCE:.0f} s")
+                    raise OSError(f"dataset.cache_limit must be larger than {self.cache_limit} bytes, all in use here; "
+                                  f"{path.name} waited {_PATIENCE:.0f} s")
                 time.sleep(_POLL)
 
     def prefetch(self, shards: Sequence[int]) -> None:
@@ -220,26 +189,23 @@ class ShardFiles:
                     break
                 time.sleep(_IDLE)
 
-    # -------------------------------------------------------------- making a file
-
     def _lock(self, shard: int) -> Path:
         name = "shards" if self.cache_limit is not None else self.path(shard).name
         return _own_folder(self._cache) / f"{name}.lock"
 
     def _bytes_to_make(self, entry: dict[str, Any]) -> int:
         """Bytes that a shard's files take while it is made."""
-        fetched = entry["zip"]["bytes"] if self._storage is not None and entry["zip"] else 0
-        return entry["raw"]["bytes"] + fetched
+        return entry["raw"]["bytes"] + (entry["zip"]["bytes"] if self._storage is not None and entry["zip"] else 0)
 
-    def _make(self, shard: int, *, last: bool = False) -> None:
-        """Fetches and expands a shard, its lock held; a wrong file is fetched once more, unless this is the last try."""
-        entry, path = self._shards[shard], self.path(shard)
+    def _make(self, shard: int) -> None:
+        """Fetches and expands a shard, its lock held; a wrong file is fetched once more."""
+        path = self.path(shard)
         work = self._cache / f"{path.name}.part"
-        for use_local in (False,) if last else (True, False):
+        for use_local in (True, False):
             shutil.rmtree(_own_folder(work))  # what a process that died has left
             work.mkdir()
             try:
-                return os.replace(self._make_in(work, entry, use_local=use_local), path)
+                return os.replace(self._make_in(work, self._shards[shard], use_local=use_local), path)
             except ValueError as error:
                 if self._storage is None or not use_local:
                     raise
@@ -248,6 +214,7 @@ class ShardFiles:
                 shutil.rmtree(work, ignore_errors=True)
 
     def _make_in(self, work: Path, entry: dict[str, Any], *, use_local: bool) -> Path:
+        """The whole, checked raw shard in the folder `work`."""
         raw, stored = entry["raw"], entry["zip"] or entry["raw"]
         source = self.local / stored["basename"]
         where = str(source)
@@ -270,34 +237,29 @@ class ShardFiles:
         for part in self._cache.glob("*.part"):
             shutil.rmtree(part, ignore_errors=True)  # its maker died
         left = self.cache_limit - self._bytes_to_make(self._shards[shard])
-        kept, found = {self.path(other).name for other in keep}, []
+        known, kept = {entry["raw"]["basename"]: entry for entry in self._shards}, {self.path(other).name for other in keep}
+        found = []
         for entry in os.scandir(self.local):
             if entry.name.endswith(".mds"):
                 status = entry.stat(follow_symlinks=False)
                 found.append((status.st_mtime_ns, entry.name, status.st_size))
                 left -= status.st_size
         for _, name, size in sorted(found):
-            if left < 0 and name not in kept and self._can_go(name) and _remove(self.local / name):
+            if left < 0 and name not in kept and name in known and self._remove(known[name]):
                 left += size
         return left >= 0
 
-    def _can_go(self, name: str) -> bool:
-        """Whether a raw shard could be made again."""
-        if (shard := self._by_name.get(name)) is None or self._storage is not None:
-            return shard is not None
-        with contextlib.suppress(OSError):
-            return os.lstat(self.local / shard["zip"]["basename"]).st_size == shard["zip"]["bytes"]
+    def _remove(self, entry: dict[str, Any]) -> bool:
+        """Removes a raw shard that could be made again and that no process has mapped (see `manifest.map_file`)."""
+        path, packed = self.local / entry["raw"]["basename"], entry["zip"]
+        with contextlib.suppress(OSError, ValueError):
+            if self._storage is None and os.lstat(self.local / packed["basename"]).st_size != packed["bytes"]:
+                return False
+            descriptor = open_plain(path)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(path)
+                return True
+            finally:
+                os.close(descriptor)
         return False
-
-
-def _remove(path: Path) -> bool:
-    """Removes a shard that no process has mapped; see `manifest.map_file`."""
-    with contextlib.suppress(OSError, ValueError):
-        descriptor = open_plain(path)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(path)
-            return True
-        finally:
-            os.close(descriptor)
-    return False

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ettin_foundry.data.manifest import INDEX, MANIFEST, expand, map_file
+from ettin_foundry.data import INDEX, MANIFEST
+from ettin_foundry.data.manifest import expand, map_file
 from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
 from ettin_foundry.data.quantities import length_cells

@@ -1,8 +1,8 @@
 """What the manifest of a converted split states, and files opened without trusting them.
 
-`manifest.json` is written last, so a folder that holds one is complete. Everything that other modules rely on is checked
-here: names, because one with a slash would open any file of the machine; numbers, because sums must not overflow and no
-more is read or decompressed than stated. A file is mapped only if it is a plain file of the stated size and hash.
+`manifest.json` is written last, so a folder that holds one is complete. All that other modules rely on is checked here:
+names, because one with a slash would open any file of the machine; numbers, because sums must not overflow and no more
+is decompressed than stated. A file is mapped only if it is a plain file of the stated size and hash.
 """
 
 from __future__ import annotations
@@ -24,11 +24,7 @@ import orjson
 import xxhash
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from ettin_foundry.data import COLUMNS, FORMAT, INDEX, LENGTHS, MANIFEST, MAX_CHUNK_LENGTH, VERSION
-
-__all__ = ["COLUMNS", "FORMAT", "INDEX", "LENGTHS", "MANIFEST", "MAX_CHUNK_LENGTH", "MAX_JSON_BYTES", "VERSION", "Buffer",
-           "Count", "SplitFacts", "bad_file", "check_hash", "check_record", "expand", "map_file", "open_plain", "read_json",
-           "read_manifest"]
+from ettin_foundry.data import COLUMNS, LENGTHS, MANIFEST, MAX_CHUNK_LENGTH
 
 MAX_JSON_BYTES = 1 << 30  # the manifest of 70,000 shards, two trillion tokens, takes about 30 MB
 _SMALLEST_SAMPLE = 34  # bytes of an empty doc and source with a chunk's sizes, numbers, array head and table entry
@@ -39,11 +35,8 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
 def bad_file(path: Path | str, found: str, allowed: str, advice: str = "fetch or convert the dataset again") -> ValueError:
-    """The error for a file that is not what it must be, to be raised by the caller."""
+    """The error for a file that is not what it must be."""
     return ValueError(f"{path}: {found}; {allowed}; {advice}")
-
-
-# ------------------------------------------------------------------ files
 
 
 def open_plain(path: Path) -> int:
@@ -51,8 +44,7 @@ def open_plain(path: Path) -> int:
     try:  # without O_NONBLOCK a named pipe would wait for a writer for ever
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: missing; fetch or convert the dataset again, or correct dataset.local and "
-                                "dataset.split") from None
+        raise FileNotFoundError(f"{path}: missing; convert again, or correct dataset.local and dataset.split") from None
     except (OSError, ValueError) as error:
         raise bad_file(path, f"cannot be opened as a plain file ({error})", "links are not followed") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -62,15 +54,10 @@ def open_plain(path: Path) -> int:
 
 
 def map_file(path: Path, num_bytes: int | None, xxh64: str | None, *, shared: bool = False, name: str = "") -> mmap.mmap:
-    """Maps a file read-only after checking that it is a plain file of the stated size and hash.
+    """Maps a plain file read-only; ValueError for another size or hash than stated (None leaves the check out).
 
-    Args:
-        num_bytes, xxh64: what it must be; None leaves the check out.
-        shared: locks the file while it is mapped, so that cache.py does not remove it, and marks it as just used.
-        name: what the file is called in messages, if not by its path.
-
-    Raises:
-        FileNotFoundError: missing, or removed at this moment. ValueError: it is something else.
+    `shared` locks the file while it is mapped, so that cache.py does not remove it, and marks it as just used; `name` is
+    what messages call it. FileNotFoundError: missing, or removed at this moment.
     """
     descriptor = open_plain(path)
     try:
@@ -99,8 +86,8 @@ def check_hash(data: Buffer, path: Path | str, xxh64: str | None) -> None:
 def expand(data: Buffer, where: Path | str, num_bytes: int) -> Iterator[bytes]:
     """Decompresses a zstd file in blocks of 1 MiB, which together have `num_bytes` bytes.
 
-    Memory is bounded by the block and zstd's window (128 MiB, more is refused), whatever the file claims. ValueError:
-    it is no zstd file, it holds more or less, or something follows its content.
+    Memory is bounded by the block and zstd's window (128 MiB), whatever the file claims. ValueError: it is no zstd file,
+    or holds more or less.
     """
     import pyarrow as pa  # late: only compressed datasets need it
 
@@ -130,9 +117,6 @@ def read_json(path: Path) -> Any:
         raise bad_file(path, f"is not JSON ({error})", "the file that convert.py wrote is needed") from None
 
 
-# ------------------------------------------------------------------ the manifest
-
-
 def check_record(model: type[BaseModel], data: Any, where: Path | str, place: str = "") -> None:
     """Holds a record from disk, or the part of one at `place`, to a pydantic model; ValueError names the first field."""
     try:
@@ -155,21 +139,20 @@ class _Shard(BaseModel, strict=True):
     zip: _File | None
     samples: int = Field(ge=1, le=2**32)
     tokens: Count
-    documents: Count | None = None  # datasets of the first version do not have it
+    documents: Count
     source: str
     rows: dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")], Annotated[int, Field(ge=1)]]
 
     @model_validator(mode="after")
     def _agree(self) -> _Shard:
-        raw = self.raw
+        raw, most = self.raw, self.raw.bytes + self.raw.bytes // 128 + 1024  # zstd makes no file larger
         if not raw.basename.endswith(".mds"):
             raise ValueError("raw.basename must end in .mds")
-        if self.zip is not None and (self.zip.basename != raw.basename + ".zstd"
-                                     or self.zip.bytes > raw.bytes + raw.bytes // 128 + 1024):
-            raise ValueError(f"zip must be {raw.basename}.zstd, and no larger than zstd makes any {raw.bytes} bytes")
+        if self.zip and (self.zip.basename != raw.basename + ".zstd" or self.zip.bytes > most):
+            raise ValueError(f"zip must be {raw.basename}.zstd of at most {most} bytes")
         if self.tokens < self.samples or _SMALLEST_SAMPLE * self.samples + 2 * self.tokens > raw.bytes:
             raise ValueError(f"samples and tokens must fit into {raw.bytes} bytes, with a token or more in each sample")
-        if max([self.documents or 0, *self.rows.values()]) > self.samples:
+        if max([self.documents, *self.rows.values()]) > self.samples:
             raise ValueError(f"documents and rows must be at most samples, {self.samples}")
         return self
 
@@ -182,7 +165,7 @@ class _Manifest(BaseModel, strict=True):
     format: Literal["ettin-mds"]
     version: Literal[1]
     columns: dict[str, str]
-    compression: Literal["zstd"] | None = None
+    compression: Literal["zstd"] | None
     chunk_length: int = Field(ge=1, le=MAX_CHUNK_LENGTH)
     split: str
     tokenizer: _Tokenizer
@@ -199,46 +182,37 @@ def read_manifest(local: Path) -> dict[str, Any]:
     shards, table, chunk_length = manifest["shards"], manifest["lengths"], manifest["chunk_length"]
     for number, shard in enumerate(shards):  # one by one, so that 70,000 models need not be kept
         check_record(_Shard, shard, where, f"shards.{number}")
-    compression = manifest.get("compression")
     wrong = None
     if manifest["columns"] != COLUMNS:
         wrong = f"columns must be {COLUMNS}, got {manifest['columns']}"
     elif table["basename"] != LENGTHS or table["bytes"] > 4 * len(shards) * (chunk_length + 1) + 4096:
         wrong = f"lengths must be {LENGTHS}, no larger than its table, got {table}"
-    elif {shard["zip"] is None for shard in shards} != {compression is None}:
-        wrong = f"zip must be given in all shards or in none, as compression is: {compression!r}"
+    elif {shard["zip"] is None for shard in shards} != {manifest["compression"] is None}:
+        wrong = "zip must be given in all shards or in none, as compression is"
     elif len({shard["raw"]["basename"] for shard in shards}) != len(shards):
         wrong = "basename must be another one for each shard"
     elif any(shard["tokens"] > shard["samples"] * chunk_length for shard in shards):
         wrong = f"tokens must be at most {chunk_length} in each sample"
     for key in ("documents", "samples", "tokens"):
-        counts, total = [shard.get(key) for shard in shards], manifest["totals"].get(key)
-        if type(total) is not int or (None not in counts and sum(counts) != total):
-            wrong = wrong or f"totals.{key} must be the sum over shards, got {total}"
+        if manifest["totals"].get(key) != (total := sum(shard[key] for shard in shards)):
+            wrong = wrong or f"totals.{key} must be the sum over shards, {total}"
     if wrong:
         raise bad_file(where, wrong, "they contradict each other")
     return manifest
 
 
 class SplitFacts:
-    """What the manifest of a split states, in the form that an order, a plan or a mixture needs. S shards.
-
-    Attributes:
-        chunk_length: most tokens a chunk may hold, special tokens not counted.
-        tokenizer: the manifest's tokenizer block, see `tokenizer.fingerprint`.
-        samples, tokens: (S,) int64, chunks per shard, and their tokens without special tokens.
-        sources: source name per shard; a shard holds one source.
-    """
+    """What the manifest of a split states, in the form that an order, a plan or a mixture needs. S shards."""
 
     def __init__(self, manifest: dict[str, Any]) -> None:
         self.manifest = manifest
         self.split: str = manifest["split"]
-        self.chunk_length: int = manifest["chunk_length"]
-        self.tokenizer: dict[str, Any] = manifest["tokenizer"]
+        self.chunk_length: int = manifest["chunk_length"]  # most tokens of a chunk, special tokens not counted
+        self.tokenizer: dict[str, Any] = manifest["tokenizer"]  # see tokenizer.fingerprint
         shards = manifest.get("shards", ())
-        self.samples = np.array([shard["samples"] for shard in shards], np.int64)
-        self.tokens = np.array([shard["tokens"] for shard in shards], np.int64)
-        self.sources: list[str] = [shard["source"] for shard in shards]
+        self.samples = np.array([shard["samples"] for shard in shards], np.int64)  # (S,) chunks
+        self.tokens = np.array([shard["tokens"] for shard in shards], np.int64)  # (S,), special tokens not counted
+        self.sources: list[str] = [shard["source"] for shard in shards]  # (S,), a shard holds one source
 
     @property
     def num_shards(self) -> int:
@@ -249,9 +223,9 @@ class SplitFacts:
         """sha256 over what determines the data: tokenizer (but not its name), chunk length, every shard's content."""
         keys = ("format", "version", "split", "chunk_length", "columns")
         tokenizer = {key: value for key, value in self.tokenizer.items() if key != "name"}
-        shards = [(s["raw"]["bytes"], s["raw"]["xxh64"], s["samples"], s["tokens"], s["source"])
-                  for s in self.manifest["shards"]]
-        parts = [{key: self.manifest[key] for key in keys}, tokenizer, self.manifest["lengths"]["xxh64"], shards]
+        stated = self.manifest
+        shards = [(s["raw"]["bytes"], s["raw"]["xxh64"], s["samples"], s["tokens"], s["source"]) for s in stated["shards"]]
+        parts = [{key: stated[key] for key in keys}, tokenizer, stated["lengths"]["xxh64"], shards]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def rows(self, max_seq_len: int) -> np.ndarray | None:

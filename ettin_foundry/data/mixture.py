@@ -1,9 +1,8 @@
 """One split of a mixture, which points at shards of converted datasets and holds no text itself.
 
 A mixture says which shards of which datasets belong to which source, how often (a repeat is an entry of its own, in the
-next pass), and of which shards only some chunks are taken. Read, it has the interface of `shards.MDSSplit`, so that the
-order, the loader and the tools do not ask which of the two they have. Every dataset is pinned by its fingerprint: one
-that is missing, altered or of another tokenizer is refused by name when the mixture is opened.
+next pass), and of which shards only some chunks are taken. It is read like a `shards.MDSSplit`. Every dataset is pinned
+by its fingerprint: one that is missing, altered or of another tokenizer is refused by name when the mixture is opened.
 
 MIX/tokenizer/, MIX/train/manifest.json, MIX/validation/manifest.json. Where a dataset lies is a path relative to MIX, or
 a URL; remote ones are kept in MIX/SPLIT/sets/. corpus/mix.py chooses shards and writes.
@@ -18,46 +17,26 @@ import os
 import posixpath
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
 import xxhash
 from pydantic import BaseModel, Field, model_validator
 
+from ettin_foundry.data import MANIFEST, MAX_CHUNK_LENGTH
 from ettin_foundry.data.cache import fetch_manifest
-from ettin_foundry.data.manifest import MANIFEST, MAX_CHUNK_LENGTH, Count, SplitFacts, bad_file, check_record, read_json
+from ettin_foundry.data.manifest import Count, SplitFacts, bad_file, check_record, read_json
 from ettin_foundry.data.order import raw_draws
 from ettin_foundry.data.packing import pack_lengths, piece_counts
 from ettin_foundry.data.quantities import parse_bytes
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import is_url, join, open_storage
 
-__all__ = ["MIX_FORMAT", "MIX_VERSION", "Entries", "MixtureSplit", "PartialShard", "chunk_permutation", "expand_entries",
-           "name_word", "open_split", "shared_identity"]
-
 MIX_FORMAT = "ettin-mix"
 MIX_VERSION = 1
 _REBUILD = "build the mixture again"
 _CHUNKS = 6  # first word of the seed: what the numbers are for, so that no two uses share a stream; mix.py has 5
-
-
-class PartialShard(NamedTuple):
-    """Some chunks of one shard: the first of a permutation, see `chunk_permutation`, and a few more."""
-
-    first: int
-    extra: tuple[int, ...]
-    lengths: np.ndarray  # (chunk_length + 1,) uint32 histogram of the chunks taken
-
-
-class Entries(NamedTuple):
-    """The mixture's shards, one row per entry: V entries, runs before parts. All (V,) int64."""
-
-    source: np.ndarray
-    set: np.ndarray  # number of the dataset
-    passed: np.ndarray  # how many times the source has been gone through before
-    shard: np.ndarray  # number within the dataset
-    part: np.ndarray  # number of the partial shard, -1 for whole shards
 
 
 def name_word(source: str) -> int:
@@ -73,9 +52,6 @@ def chunk_permutation(seed: int, source: str, shard: int, samples: int) -> np.nd
 def shared_identity(data: SplitFacts) -> tuple[Any, ...]:
     """What all datasets of a mixture must have in common: chunk length and tokenizer (but not its name)."""
     return data.chunk_length, {key: value for key, value in data.tokenizer.items() if key != "name"}
-
-
-# ------------------------------------------------------------------ the manifest
 
 
 class _Set(BaseModel, strict=True):
@@ -134,24 +110,6 @@ class _Mixture(BaseModel, strict=True):
         return self
 
 
-def expand_entries(manifest: dict[str, Any]) -> tuple[Entries, list[PartialShard]]:
-    """The mixture's shards, in the order in which they are counted, and its partial shards, from a checked manifest."""
-    number = {name: at for at, name in enumerate(manifest["sources"])}
-    rows = [(number[run["source"]], run["set"], run["pass"], shard, -1) for run in manifest["runs"]
-            for shard in run["shards"]]
-    rows += [(number[part["source"]], part["set"], part["pass"], part["shard"], at)
-             for at, part in enumerate(manifest["parts"])]
-    parts = []
-    for part in manifest["parts"]:
-        lengths = np.zeros(manifest["chunk_length"] + 1, np.uint32)
-        lengths[[int(length) for length in part["lengths"]]] = list(part["lengths"].values())
-        parts.append(PartialShard(part["first"], tuple(part["extra"]), lengths))
-    return Entries(*np.array(rows, np.int64).T), parts
-
-
-# ------------------------------------------------------------------ reading
-
-
 def open_split(local: str | os.PathLike[str], **options: Any) -> MDSSplit | MixtureSplit:
     """Opens a split folder, of a converted dataset or of a mixture; the options are those of `shards.MDSSplit`."""
     if options.get("remote") is not None:
@@ -162,18 +120,12 @@ def open_split(local: str | os.PathLike[str], **options: Any) -> MDSSplit | Mixt
 
 
 class MixtureSplit(SplitFacts):
-    """One split of a mixture, with access to any chunk; shards are counted over all entries of all sources. S shards.
+    """One split folder of a mixture, read like an `MDSSplit`; shards are counted over all entries of all sources. S shards.
 
     Args:
-        local: the split's folder, e.g. `mix/train`.
         max_open: shards kept mapped at a time, shared out among the datasets by their shards in the mixture.
-        remote: folder or URL that the split was fetched from; the datasets are then fetched too, and their paths are
-            relative to the folder above it.
+        remote: folder or URL that the split was fetched from; its datasets are then fetched too, seen from there.
         cache_limit: most bytes that fetched or decompressed shards may take; `check_room` shares it out.
-
-    Attributes:
-        passes: (S,) int64, how many times the shard's source has been gone through before it.
-        fetches: whether shards of some dataset are fetched or decompressed before they are read.
 
     Raises:
         FileNotFoundError: no such folder, or a dataset of the mixture is missing; names the dataset.
@@ -187,30 +139,34 @@ class MixtureSplit(SplitFacts):
         manifest = read_json(where)
         check_record(_Mixture, manifest, where)
         super().__init__(manifest)
-        entries, self._parts = expand_entries(manifest)
-        self._source, self._set, self.passes, self._shard, self._part = entries
-        names = list(manifest["sources"])
-        self.sources = [names[number] for number in self._source]
+        runs, parts = manifest["runs"], manifest["parts"]  # whole shards are counted first, then partial ones
+        rows = [(run["set"], shard, -1, run["pass"], run["source"]) for run in runs for shard in run["shards"]]
+        rows += [(part["set"], part["shard"], at, part["pass"], part["source"]) for at, part in enumerate(parts)]
+        *columns, self.sources = map(list, zip(*rows))
+        self.stored = np.array(columns[:3], np.int64)  # (3, S): dataset, its shard, and the partial shard or -1
+        self._set, self._shard, self._part = self.stored
+        self.passes = np.array(columns[3], np.int64)  # (S,): how often the shard's source has been gone through before it
+        self._histograms = np.zeros((len(parts), self.chunk_length + 1), np.uint32)  # chunks taken of partial shards
+        for histogram, part in zip(self._histograms, parts):
+            histogram[[int(length) for length in part["lengths"]]] = list(part["lengths"].values())
         shares = np.bincount(self._set, minlength=len(manifest["sets"])) / len(self._set)
         self._sets = [self._open_set(entry, remote, 4 + round(max_open * share))
                       for entry, share in zip(manifest["sets"], shares)]
         known = np.array([data.num_shards for data in self._sets])[self._set]
         if (beyond := np.flatnonzero(self._shard >= known)).size:
-            raise bad_file(where, f"it names shard {self._shard[beyond[0]]} of dataset {self._set[beyond[0]]}",
-                           f"that has {known[beyond[0]]}", _REBUILD)
+            at = beyond[0]
+            raise bad_file(where, f"it names shard {self._shard[at]} of a dataset", f"that has {known[at]}", _REBUILD)
         self.fetches = any(data.fetches for data in self._sets)
         self.cache_limit = parse_bytes("dataset.cache_limit", cache_limit)
         if cache_limit is not None and not self.fetches:
-            raise ValueError("dataset.cache_limit must be left out where no dataset of the mixture is remote or "
-                             f"compressed, got {cache_limit}")
-        self.samples = self._gather([data.samples for data in self._sets], [p.lengths.sum() for p in self._parts])
-        self.tokens = self._gather([data.tokens for data in self._sets],
-                                   [p.lengths.astype(np.int64) @ np.arange(p.lengths.size) for p in self._parts])
+            raise ValueError(f"dataset.cache_limit must be left out for local, uncompressed datasets, got {cache_limit}")
+        counts = self._histograms.astype(np.int64)
+        self.samples = self._gather([data.samples for data in self._sets], counts.sum(1))
+        self.tokens = self._gather([data.tokens for data in self._sets], counts @ np.arange(self.chunk_length + 1))
         self._chosen: dict[int, np.ndarray] = {}
         for key, values in (("samples", self.samples), ("tokens", self.tokens)):
-            if int(values.sum()) != manifest["totals"].get(key):
-                raise bad_file(where, f"totals.{key} is {manifest['totals'].get(key)}", f"its shards sum to {values.sum()}",
-                               _REBUILD)
+            if int(values.sum()) != (stated := manifest["totals"].get(key)):
+                raise bad_file(where, f"totals.{key} is {stated}", f"its shards sum to {values.sum()}", _REBUILD)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -222,16 +178,13 @@ class MixtureSplit(SplitFacts):
     def rows(self, max_seq_len: int) -> np.ndarray | None:
         """(S,) int64: best-fit packed rows per shard at this row length, or None where not counted."""
         of_sets = [data.rows(max_seq_len) for data in self._sets]
-        if any(rows is None for rows in of_sets):
-            return None
-        return self._gather(of_sets, [pack_lengths(piece_counts(part.lengths), max_seq_len).num_rows
-                                      for part in self._parts])
+        of_parts = [pack_lengths(piece_counts(lengths), max_seq_len).num_rows for lengths in self._histograms]
+        return None if any(rows is None for rows in of_sets) else self._gather(of_sets, of_parts)
 
     def lengths(self, shard: int) -> np.ndarray:
         """(chunk_length + 1,) uint32: number of chunks of each length in this shard."""
-        if self._part[shard] >= 0:
-            return self._parts[self._part[shard]].lengths
-        return self._of(shard).lengths(int(self._shard[shard]))
+        part = self._part[shard]
+        return self._histograms[part] if part >= 0 else self._of(shard).lengths(int(self._shard[shard]))
 
     def sample_lengths(self, shard: int) -> np.ndarray:
         """(samples,) int32: tokens of each chunk of this shard, in stored order."""
@@ -269,43 +222,38 @@ class MixtureSplit(SplitFacts):
 
     def check_shard(self, shard: int) -> int:
         """Checks a shard in full, see `MDSSplit.check_shard`; a partial one also for the lengths of its chunks."""
-        num_bytes = self._of(shard).check_shard(int(self._shard[shard]))
         self._chunks(shard)
-        return num_bytes
+        return self._of(shard).check_shard(int(self._shard[shard]))
 
     def _open_set(self, entry: dict[str, Any], remote: str | None, max_open: int) -> MDSSplit:
+        """The dataset of an entry of the manifest, seen from the mixture where it was fetched from."""
         path = entry["path"]
         if not is_url(path) and remote is not None and is_url(remote):
             parts = urlsplit(remote)
             path = parts._replace(path=posixpath.normpath(posixpath.join(parts.path.rstrip("/"), "..", path))).geturl()
         elif not is_url(path):
-            split = self.local if remote is None else open_storage(remote).local_path() or self.local
+            split = self.local if remote is None else Path(join(remote))
             path = os.path.normpath(os.path.join(os.path.realpath(split.parent), path))
-        origin, where = join(path, self.split), f"{self.local / MANIFEST}: its dataset {entry['path']!r}"
+        origin = join(path, self.split)
         sources = {self.sources[at] for at in np.flatnonzero(self._set == self.manifest["sets"].index(entry))}
-        where += f" (for {', '.join(sorted(sources))})"
+        where = f"{self.local / MANIFEST}: its dataset {entry['path']!r} (for {', '.join(sorted(sources))})"
         if not open_storage(origin).exists(MANIFEST):
-            raise FileNotFoundError(f"{where}: {origin} holds no {MANIFEST}; put the dataset that the mixture was built "
-                                    f"from back where it was, seen from the mixture, or {_REBUILD}")
-        if is_url(path) or remote is not None:
-            data = MDSSplit(self.local / "sets" / entry["fingerprint"][:16], max_open=max_open, remote=origin)
-        else:
-            data = MDSSplit(origin, max_open=max_open)
+            raise FileNotFoundError(f"{where}: {origin} holds no {MANIFEST}; put the dataset back there, or {_REBUILD}")
+        fetched = is_url(path) or remote is not None
+        local = self.local / "sets" / entry["fingerprint"][:16] if fetched else origin
+        data = MDSSplit(local, max_open=max_open, remote=origin if fetched else None)
         if data.fingerprint != entry["fingerprint"]:
-            raise bad_file(where, f"{path} has fingerprint {data.fingerprint}", f"the mixture was built from "
-                           f"{entry['fingerprint']}: it was altered or replaced", f"put it back, or {_REBUILD}")
+            raise bad_file(where, f"{path} has fingerprint {data.fingerprint}", "it was altered or replaced",
+                           f"put the dataset of fingerprint {entry['fingerprint']} back, or {_REBUILD}")
         if shared_identity(data) != shared_identity(self):
             raise bad_file(where, f"has chunk_length {data.chunk_length} and tokenizer {data.tokenizer!r:.200}",
                            f"the mixture states {self.chunk_length} and {self.tokenizer!r:.200}", _REBUILD)
         return data
 
     def _by_set(self, shards: Sequence[int]) -> Iterator[tuple[MDSSplit, list[int]]]:
-        """The datasets that shards belong to, each with their numbers there, none twice."""
-        stored: dict[int, dict[int, None]] = {}
-        for shard in shards:
-            stored.setdefault(int(self._set[shard]), {})[int(self._shard[shard])] = None
-        for number, wanted in stored.items():
-            yield self._sets[number], list(wanted)
+        """The datasets that shards belong to, each with their numbers there in order of need, none twice."""
+        for number in dict.fromkeys(self._set[list(shards)].tolist()):
+            yield self._sets[number], list(dict.fromkeys(int(self._shard[s]) for s in shards if self._set[s] == number))
 
     def _of(self, shard: int) -> MDSSplit:
         return self._sets[self._set[shard]]
@@ -319,11 +267,9 @@ class MixtureSplit(SplitFacts):
         return values
 
     def _stored(self, shard: int, index: int) -> int:
-        if self._part[shard] < 0:
-            return index
-        if not 0 <= index < self.samples[shard]:
-            raise IndexError(f"chunk {index} of shard {shard}: the mixture takes {self.samples[shard]} chunks of it")
-        return int(self._chunks(shard)[index])
+        if self._part[shard] >= 0 and not 0 <= index < self.samples[shard]:
+            raise IndexError(f"chunk {index} of shard {shard} must be below {self.samples[shard]}")
+        return index if self._part[shard] < 0 else int(self._chunks(shard)[index])
 
     def _chunks(self, shard: int) -> np.ndarray | slice:
         """(samples,) int64: the chunks taken of a shard, in stored order; all of a whole one."""
@@ -331,12 +277,12 @@ class MixtureSplit(SplitFacts):
         if number < 0:
             return slice(None)
         if number not in self._chosen:
-            part, stored = self._parts[number], self._of(shard).sample_lengths(int(self._shard[shard]))
+            part, stored = self.manifest["parts"][number], self._of(shard).sample_lengths(int(self._shard[shard]))
             order = chunk_permutation(self.manifest["seed"], self.sources[shard], int(self._shard[shard]), len(stored))
-            chosen = np.unique(np.append(order[:part.first], part.extra).astype(np.int64))
-            if chosen[-1] >= len(stored) or \
-                    not np.array_equal(np.bincount(stored[chosen], minlength=part.lengths.size), part.lengths):
-                raise bad_file(self.local / MANIFEST, f"the chunks that it takes of shard {self._shard[shard]} of dataset "
+            chosen = np.unique(np.append(order[:part["first"]], part["extra"]).astype(np.int64))
+            lengths = stored[chosen[chosen < len(stored)]]
+            if not np.array_equal(np.bincount(lengths, minlength=self.chunk_length + 1), self._histograms[number]):
+                raise bad_file(self.local / MANIFEST, f"its chunks of shard {self._shard[shard]} of dataset "
                                f"{self._set[shard]} are not of the lengths that it states", "they must be", _REBUILD)
             self._chosen[number] = chosen
         return self._chosen[number]

@@ -1,9 +1,8 @@
 """One split of a converted dataset, read without trusting it: its shards' bytes, and access to any chunk.
 
-Shards are plain MDS files; `manifest.json` beside them states what they must be. All of a shard is checked before one of
-its tokens is handed out, each time it is mapped: size, hash, header, offsets, layout of every sample, range of every
-token. The columns are fixed, so nothing is ever unpickled. A shard that fails is made once more where that is possible
-(cache.py); if it fails again, the run stops with its name. No iteration order lives here (order.py).
+All of a shard is checked before one of its tokens is handed out, each time it is mapped: size and hash (manifest.json
+states them), header, offsets, layout of every sample, range of every token. The columns are fixed, so nothing is ever
+unpickled. A shard that fails is made once more where that is possible (cache.py); if it fails again, the run stops.
 
 Layout of a shard (streaming 0.12, format/mds/writer.py; little-endian): uint32 samples; uint32 offsets[samples + 1];
 JSON config; samples. A sample is one uint32 size per variable-length column in sorted order (doc, source, tokens), then
@@ -13,10 +12,11 @@ bytes per axis length) and the length.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import os
 import re
-import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -25,26 +25,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
+from ettin_foundry.data import COLUMNS, INDEX, LENGTHS, MANIFEST, manifest
 from ettin_foundry.data.cache import ShardFiles, fetch_manifest, fetch_table
-from ettin_foundry.data.manifest import (
-    COLUMNS,
-    INDEX,
-    LENGTHS,
-    MANIFEST,
-    Buffer,
-    SplitFacts,
-    bad_file,
-    check_hash,
-    expand,
-    map_file,
-    read_json,
-    read_manifest,
-)
+from ettin_foundry.data.manifest import Buffer, SplitFacts, bad_file, check_hash, map_file
 from ettin_foundry.data.packing import pack_lengths, piece_counts
 from ettin_foundry.data.quantities import parse_bytes
 from ettin_foundry.data.storage import open_storage
-
-__all__ = ["MDSSplit", "Shard", "parse_shard", "read_columns"]
 
 log = logging.getLogger(__name__)
 
@@ -54,44 +40,34 @@ _CONFIG = {"version": 2, "format": "mds", "column_names": _COLUMN_NAMES,
            "column_encodings": [COLUMNS[name] for name in _COLUMN_NAMES], "column_sizes": _COLUMN_SIZES}
 _HEAD_BYTES = 4 * _COLUMN_SIZES.count(None)  # doc, source, tokens carry their size in front of the sample
 _FIXED_BYTES = 8 + 8  # last and part
-_MAX_CONFIG_BYTES = 1 << 16  # the header's JSON is about 300 bytes; anything near this is not ours
-_GROUP = 1 << 10  # samples looked at together; what is copied stays in the processor's cache
+_MAX_CONFIG_BYTES = 1 << 16  # the header's JSON is about 300 bytes
 
 
 class Shard(NamedTuple):
     """One checked, open shard. S samples."""
 
     buffer: Buffer
-    starts: np.ndarray  # (S,) int64: byte offset of each sample
-    token_starts: np.ndarray  # (S,) int64: byte offset of each chunk's first token
+    starts: np.ndarray  # (S,) int64: byte of each sample
+    token_starts: np.ndarray  # (S,) int64: byte of each chunk's first token
     lengths: np.ndarray  # (S,) int32: tokens per chunk
     last: np.ndarray  # (S,) bool: the chunk ends its document
     sizes: np.ndarray  # (S, 3) int64: bytes of doc, source and tokens
 
 
-def parse_shard(buffer: Buffer, path: Path | str, *, num_samples: int | None, chunk_length: int,
-                vocab_size: int) -> Shard:
-    """Checks a shard's header, offsets, the layout of every sample and the range of every token.
+def parse_shard(buffer: Buffer, path: Path | str, *, num_samples: int | None, chunk_length: int, vocab_size: int) -> Shard:
+    """Checks a raw shard's header, offsets, the layout of every sample and the range of every token.
 
-    Args:
-        buffer: the whole raw shard. path: its name in messages.
-        num_samples: what the header must state; None takes what it states.
-        chunk_length, vocab_size: bounds of a chunk's tokens.
-
-    Raises:
-        ValueError: anything contradicts the format, the file's size or the bounds; nothing was read past the end.
+    `path` is its name in messages, `num_samples` what the header must state (None: anything). ValueError: something
+    contradicts the format, the file's size or the bounds; nothing was read past the end.
     """
     raw = np.frombuffer(buffer, np.uint8)  # (bytes,)
     stated = int.from_bytes(raw[:4].tobytes(), "little")
-    if stated != (num_samples or stated):
-        raise bad_file(path, f"its header states {stated} samples", f"the manifest states {num_samples}")
     table_end = 4 + 4 * (stated + 1)
-    if table_end > len(raw) or not stated:
-        raise bad_file(path, f"its header states {stated} samples", f"1 or more that fit {len(raw)} bytes are needed")
+    if table_end > len(raw) or not 0 < stated == (num_samples or stated):
+        raise bad_file(path, f"its header states {stated} samples", f"it must be {num_samples or 'what its bytes hold'}")
     offsets = np.frombuffer(buffer, "<u4", stated + 1, 4).astype(np.int64)  # (S + 1,)
     if offsets[0] < table_end or offsets[-1] != len(raw) or (np.diff(offsets) < _HEAD_BYTES + _FIXED_BYTES).any():
-        raise bad_file(path, "its sample offsets overlap, run backwards or leave the file",
-                       f"they must rise from the header to byte {len(raw)}")
+        raise bad_file(path, "its sample offsets overlap or leave the file", f"they must rise to byte {len(raw)}")
     config = raw[table_end:min(int(offsets[0]), table_end + _MAX_CONFIG_BYTES)].tobytes()
     try:
         found = orjson.loads(config)
@@ -100,8 +76,7 @@ def parse_shard(buffer: Buffer, path: Path | str, *, num_samples: int | None, ch
     except (ValueError, KeyError, TypeError, AttributeError):
         known = False
     if not known:
-        raise bad_file(path, f"its header describes other columns: {config[:300]!r}", f"only {_CONFIG} is read",
-                       "do not use this shard")
+        raise bad_file(path, f"its header has other columns: {config[:300]!r}", f"only {_CONFIG} is read", "do not use it")
     shard = _parse_samples(buffer, raw, offsets, path, chunk_length)
     _check_range(raw, shard, path, vocab_size)
     return shard
@@ -127,8 +102,7 @@ def _parse_samples(buffer: Buffer, raw: np.ndarray, offsets: np.ndarray, path: P
     if ((head >> 2) != 1).any() or (wide > 1).any() or (1 + (1 << wide) + 2 * lengths != sizes[:, 2]).any():
         raise bad_file(path, "the tokens of a sample are not one row of uint16 of their stated length", "they must be")
     if (lengths < 1).any() or (lengths > chunk_length).any():
-        raise bad_file(path, f"it holds chunks of {lengths.min()} to {lengths.max()} tokens",
-                       f"1 to chunk_length={chunk_length} is allowed")
+        raise bad_file(path, f"chunks have {lengths.min()} to {lengths.max()} tokens", f"chunk_length is {chunk_length}")
     last = _at(raw, "<i8", starts + _HEAD_BYTES + sizes[:, 0])
     if ((last != 0) & (last != 1)).any():
         raise bad_file(path, "`last` of a sample is neither 0 nor 1", "it must be one of both")
@@ -140,9 +114,8 @@ def _check_range(raw: np.ndarray, shard: Shard, path: Path | str, vocab_size: in
     begins, ends = shard.token_starts, shard.token_starts + 2 * shard.lengths.astype(np.int64)
     for odd in (0, 1):
         if (chosen := np.flatnonzero(begins % 2 == odd)).size:
-            # numbers at odd places are copied to even ones, where comparing them is three times as fast
             words = raw[odd:ends[chosen[-1]]]
-            words = (words.copy() if odd else words).view("<u2")
+            words = (words.copy() if odd else words).view("<u2")  # aligned, comparing them is three times as fast
             bounds = (np.stack([begins[chosen], ends[chosen]], 1).reshape(-1) - odd) // 2
             largest = np.maximum.reduceat(words, bounds[:-1])[::2]  # the last range goes to the end by itself
             if (wrong := np.flatnonzero(largest >= vocab_size)).size:
@@ -155,59 +128,36 @@ def read_columns(shard: Shard, index: int, path: Path | str) -> tuple[str, int, 
     num_doc, num_source, _ = (int(size) for size in shard.sizes[index])
     doc_at = int(shard.starts[index]) + _HEAD_BYTES
     source_at = doc_at + num_doc + _FIXED_BYTES
-    part = int(np.frombuffer(shard.buffer, "<i8", 1, doc_at + num_doc + 8)[0])
+    doc, source = shard.buffer[doc_at:doc_at + num_doc], shard.buffer[source_at:source_at + num_source]
     try:
-        return (shard.buffer[doc_at:doc_at + num_doc].decode(), part,
-                shard.buffer[source_at:source_at + num_source].decode())
+        return doc.decode(), int.from_bytes(shard.buffer[source_at - 8:source_at], "little", signed=True), source.decode()
     except UnicodeDecodeError as error:
         raise bad_file(path, f"doc or source of chunk {index} is not UTF-8 ({error})", "both must be UTF-8") from None
 
 
 def _check_documents(shard: Shard, path: Path | str, source: str) -> None:
     """Raises ValueError for a chunk of another source, or parts of a document that do not count up."""
-    raw, wanted = np.frombuffer(shard.buffer, np.uint8), np.frombuffer(source.encode(), np.uint8)
+    raw, name = np.frombuffer(shard.buffer, np.uint8), source.encode()
     after_doc = shard.starts + _HEAD_BYTES + shard.sizes[:, 0]
-    for first in range(0, len(after_doc), _GROUP):
-        group = slice(first, first + _GROUP)
-        named = shard.sizes[group, 1] == len(wanted)
-        if not (named.all() and (raw[after_doc[group, None] + _FIXED_BYTES + np.arange(len(wanted))] == wanted).all()):
-            raise bad_file(path, "it holds chunks of another source", f"all must be of source {source!r:.100}")
-    parts = _at(raw, "<i8", after_doc + 8)
+    name_at = after_doc + _FIXED_BYTES
+    if (shard.sizes[:, 1] != len(name)).any() or any((raw[name_at + i] != byte).any() for i, byte in enumerate(name)):
+        raise bad_file(path, "it holds chunks of another source", f"all must be of source {source!r:.100}")
+    parts = _at(raw, "<i8", after_doc + 8)  # up to the one that is marked as last, and from 0 after it
     expected = np.concatenate([parts[:1], np.where(shard.last[:-1], 0, parts[:-1] + 1)])
     if (wrong := np.flatnonzero((parts != expected) | (parts < 0))).size:
-        raise bad_file(path, f"chunk {wrong[0]} is part {parts[wrong[0]]} of its document",
-                       "parts count up to the one that is marked as last, and start at 0 after it")
-
-
-_SPLITS: weakref.WeakSet[MDSSplit] = weakref.WeakSet()
-
-
-def _unmap_after_fork() -> None:
-    """A forked child would keep its parent's shards from being removed from a limited cache; it maps its own."""
-    for data in list(_SPLITS):
-        if data.files.cache_limit is not None:
-            data._open.clear()
-
-
-os.register_at_fork(after_in_child=_unmap_after_fork)
+        raise bad_file(path, f"chunk {wrong[0]} is part {parts[wrong[0]]} of its document", "parts count up from 0")
 
 
 class MDSSplit(SplitFacts):
-    """One split folder: its manifest, and access to any chunk. It may be pickled, and inherited through fork.
+    """One split folder, e.g. `data/train`: its manifest, and access to any chunk. It may be pickled, and forked.
 
     Args:
-        local: the split's folder, e.g. `data/train`.
         max_open: shards kept mapped at a time; the least recently used is dropped.
         remote: folder or URL of the same split; its files are fetched into `local`, shards when they are needed.
-        cache_limit: most bytes that fetched or decompressed shards may take in `local`, such as "200gb"; the least
-            recently used ones are removed.
-
-    Attributes:
-        files: where its shards are and what room they may take.
-        fetches: whether shards are fetched or decompressed before they are read, so that `prefetch` does something.
+        cache_limit: most bytes, such as "200gb", of fetched or decompressed shards in `local`; see cache.py.
 
     Raises:
-        FileNotFoundError: no such folder, or it holds no manifest. OSError: the remote place cannot be reached.
+        FileNotFoundError: no manifest there. OSError: the remote place cannot be reached.
         ValueError: a file is not what the manifest says, or an argument is out of range; names the file or the key.
     """
 
@@ -217,30 +167,22 @@ class MDSSplit(SplitFacts):
         limit = parse_bytes("dataset.cache_limit", cache_limit)
         if remote is not None:
             fetch_manifest(self.local, remote)
-        super().__init__(read_manifest(self.local))
-        self.files = ShardFiles(self.local, self.manifest["shards"], remote=remote, cache_limit=limit)
-        self.fetches = self.files.fetches
-        self.__setstate__({})
+        super().__init__(manifest.read_manifest(self.local))
+        self.files = ShardFiles(self.local, self.manifest["shards"], remote, limit)
+        self.fetches = self.files.fetches  # whether `prefetch` does something
+        self._open: OrderedDict[int, Shard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lengths": None, "_open": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lengths: np.ndarray | None = None
-        self._open: OrderedDict[int, Shard] = OrderedDict()
-        _SPLITS.add(self)
+        return {key: value for key, value in self.__dict__.items() if key != "_lengths"} | {"_open": OrderedDict()}
 
     def lengths(self, shard: int) -> np.ndarray:
         """(chunk_length + 1,) uint32: number of chunks of each length; ValueError if the manifest's counts differ."""
-        if self._lengths is None:
-            self._lengths = self._map_lengths()
         row = self._lengths[shard]
         found = int(row.sum()), int(np.dot(row.astype(np.int64), np.arange(len(row))))
         stated = int(self.samples[shard]), int(self.tokens[shard])
         if row[0] or found != stated:
-            raise bad_file(self.local / LENGTHS, f"row {shard} counts {found[0]} chunks of {found[1]} tokens, {row[0]} of "
-                           "them empty", f"the manifest states {stated[0]} chunks of {stated[1]} tokens")
+            raise bad_file(self.local / LENGTHS, f"row {shard} counts {found} chunks and tokens, {row[0]} chunks empty",
+                           f"the manifest states {stated}")
         return row
 
     def sample_lengths(self, shard: int) -> np.ndarray:
@@ -255,7 +197,7 @@ class MDSSplit(SplitFacts):
         """(L,) uint16: the plain tokens of one chunk, a copy; IndexError if there is no such chunk."""
         opened = self._shard(shard)
         if not 0 <= index < len(opened.lengths):
-            raise IndexError(f"chunk {index} of shard {shard}: the shard has {len(opened.lengths)} chunks")
+            raise IndexError(f"chunk {index} of shard {shard} must be below {len(opened.lengths)}")
         return np.frombuffer(opened.buffer, "<u2", int(opened.lengths[index]), int(opened.token_starts[index])).copy()
 
     def sample(self, shard: int, index: int) -> dict[str, Any]:
@@ -267,7 +209,7 @@ class MDSSplit(SplitFacts):
     def prefetch(self, shards: Sequence[int]) -> None:
         """Announces the shards of the next rows, in order of need, so that they are fetched in the background.
 
-        Also raises `max_open` to their number, and with a cache limit unmaps others, so that they can make room.
+        Raises `max_open` to their number; with a cache limit unmaps others, so that they can make room.
         """
         self.max_open = max(self.max_open, len(shards))
         if self.files.cache_limit is not None:
@@ -280,26 +222,21 @@ class MDSSplit(SplitFacts):
         self.files.check_room(shards)
 
     def check_shard(self, shard: int) -> int:
-        """Checks all that can be known of one shard, without keeping anything; may run in several threads.
-
-        Returns:
-            Bytes read and hashed; the error raised names the file.
-        """
+        """Checks all that can be known of one shard, without keeping anything; returns the bytes read and hashed."""
         entry, path = self.manifest["shards"][shard], self.files.path(shard)
-        raw, zipped = entry["raw"], entry["zip"]
-        num_bytes, buffer = 0, b""
+        raw, zipped, buffer = entry["raw"], entry["zip"], b""
         if os.path.lexists(path) or zipped is None:
             buffer = self._map(raw)
-            num_bytes = len(buffer)
+        num_bytes = len(buffer)
         if zipped is not None and (not buffer or os.path.lexists(self.local / zipped["basename"])):
             stored = self._map(zipped)
-            buffer = b"".join(expand(stored, self.local / zipped["basename"], raw["bytes"]))
+            buffer = b"".join(manifest.expand(stored, self.local / zipped["basename"], raw["bytes"]))
             check_hash(buffer, path, raw["xxh64"])
             num_bytes += len(stored) + len(buffer)
         opened = self._parse(shard, buffer)
         _check_documents(opened, path, entry["source"])
         where, documents = self.local / MANIFEST, int(opened.last.sum())
-        if documents != entry.get("documents", documents):
+        if documents != entry["documents"]:
             raise bad_file(where, f"shards.{shard}: documents is {entry['documents']}", f"{documents} end in it")
         for length, stated in entry["rows"].items():
             if (found := pack_lengths(piece_counts(self.lengths(shard)), int(length)).num_rows) != stated:
@@ -311,29 +248,24 @@ class MDSSplit(SplitFacts):
         path = self.local / INDEX
         if self.remote is not None:
             fetch_table(self.local, self.remote, INDEX)
-        index = read_json(path)
+        index = manifest.read_json(path)
 
         def file(entry: dict[str, Any] | None) -> dict[str, Any] | None:
             return entry and {"basename": entry["basename"], "bytes": entry["bytes"], "hashes": {"xxh64": entry["xxh64"]}}
 
         expected = [{**_CONFIG, "samples": shard["samples"], "raw_data": file(shard["raw"]), "zip_data": file(shard["zip"])}
                     for shard in self.manifest["shards"]]
-        try:
-            found = [{key: shard[key] for key in expected[0]} for shard in index["shards"]]
-            if index["version"] == 2 and found == expected:
-                return
-        except (KeyError, TypeError) as error:
-            raise bad_file(path, f"is not an MDS index ({error!r})", "the writer's index is needed") from None
-        at = next((i for i, pair in enumerate(zip(found, expected)) if pair[0] != pair[1]), len(expected))
-        raise bad_file(path, f"its shard {at} differs from {MANIFEST}", "both must list the same shards")
+        found = None
+        with contextlib.suppress(KeyError, TypeError):
+            found = index["version"] == 2 and [{key: shard[key] for key in expected[0]} for shard in index["shards"]]
+        if found != expected:
+            raise bad_file(path, f"its shards differ from those of {MANIFEST}", "both must list the same")
 
     def verify(self) -> None:
-        """Checks index.json and every shard in full; errors as in `check_shard`."""
-        self.check_index()
+        """Checks every shard and index.json in full."""
         for shard in range(self.num_shards):
             self.check_shard(shard)
-
-    # -------------------------------------------------------------- files
+        self.check_index()
 
     def _map(self, file: dict[str, Any]) -> Buffer:
         """A file of the split, of the stated size and hash; a remote one that is not here is read into memory."""
@@ -344,22 +276,17 @@ class MDSSplit(SplitFacts):
         check_hash(data, path, file["xxh64"])
         return data
 
-    def _map_lengths(self, *, again: bool = False) -> np.ndarray:
+    @functools.cached_property
+    def _lengths(self) -> np.ndarray:
         """The histograms of lengths.npy, (shards, chunk_length + 1) uint32; read by hand, so that nothing is unpickled."""
         entry, path, shape = self.manifest["lengths"], self.local / LENGTHS, (self.num_shards, self.chunk_length + 1)
         if self.remote is not None:
-            fetch_table(self.local, self.remote, LENGTHS, entry["bytes"], again=again)
-        try:
-            table = map_file(path, entry["bytes"], entry["xxh64"])
-            begin = len(table) - 4 * shape[0] * shape[1]
-            form = rb"\x93NUMPY\x01\x00..\{'descr': '<u4', 'fortran_order': False, 'shape': \(%d, %d\), \} *\n" % shape
-            if not re.fullmatch(form, table[:max(begin, 0)], re.DOTALL):
-                raise bad_file(path, f"its header is {table[:100]!r}", f"a uint32 array {shape} by rows is needed")
-        except ValueError as error:
-            if self.remote is None or again:
-                raise
-            log.warning("%s: it is fetched once more", error)
-            return self._map_lengths(again=True)
+            fetch_table(self.local, self.remote, LENGTHS, entry["bytes"])
+        table = map_file(path, entry["bytes"], entry["xxh64"])
+        begin = len(table) - 4 * shape[0] * shape[1]
+        form = rb"\x93NUMPY\x01\x00..\{'descr': '<u4', 'fortran_order': False, 'shape': \(%d, %d\), \} *\n" % shape
+        if not re.fullmatch(form, table[:max(begin, 0)], re.DOTALL):
+            raise bad_file(path, f"its header is {table[:100]!r}", f"a uint32 array {shape} by rows is needed")
         return np.frombuffer(table, "<u4", offset=begin).reshape(shape)
 
     def _parse(self, shard: int, buffer: Buffer) -> Shard:
@@ -367,42 +294,38 @@ class MDSSplit(SplitFacts):
         opened = parse_shard(buffer, path, num_samples=int(self.samples[shard]), chunk_length=self.chunk_length,
                              vocab_size=self.tokenizer["vocab_size"])
         if not np.array_equal(np.bincount(opened.lengths, minlength=self.chunk_length + 1), self.lengths(shard)):
-            raise bad_file(path, "its chunk lengths differ from the manifest's histogram",
-                           f"row {shard} of {LENGTHS} must match")
+            raise bad_file(path, f"its chunk lengths differ from row {shard} of {LENGTHS}", "they must match")
         return opened
 
     def _shard(self, shard: int) -> Shard:
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
+        """The open shard, checked in full."""
         if not 0 <= shard < self.num_shards:
             raise IndexError(f"shard {shard}: {self.local} has {self.num_shards} shards")
-        opened = self._open[shard] = self._load(shard)
-        while len(self._open) > self.max_open:
-            self._open.popitem(last=False)
-        return opened
+        if shard not in self._open:
+            self._open[shard] = self._load(shard)
+            while len(self._open) > self.max_open:
+                self._release()
+        self._open.move_to_end(shard)
+        return self._open[shard]
 
     def _load(self, shard: int) -> Shard:
         """Opens a shard and checks all of it; one that fails is made once more where that is possible."""
-        raw, path, again = self.manifest["shards"][shard]["raw"], self.files.path(shard), False
+        raw, path, failed = self.manifest["shards"][shard]["raw"], self.files.path(shard), not self.fetches
         while True:
-            self.files.ensure(shard, self._release, again=again)
+            self.files.ensure(shard, self._release)
             try:
                 limited = self.files.cache_limit is not None
                 return self._parse(shard, map_file(path, raw["bytes"], raw["xxh64"], shared=limited))
-            except FileNotFoundError:
+            except FileNotFoundError:  # removed to make room between the two lines above
                 if not self.fetches:
                     raise
-                again = False  # removed to make room between the two lines above
             except ValueError as error:
-                if again or not self.fetches:
+                if failed:
                     raise
-                again = True
+                failed = True
                 log.warning("%s: it is made once more", error)
+                path.unlink(missing_ok=True)
 
     def _release(self) -> bool:
         """Unmaps the least recently used shard; False when none is mapped."""
-        if self._open:
-            self._open.popitem(last=False)
-            return True
-        return False
+        return bool(self._open) and bool(self._open.popitem(last=False))

@@ -1,66 +1,56 @@
 """One small interface over local folders, S3 and whatever fsspec reaches: names in, bytes out.
 
-Corpora, converted datasets and the shards of a training run may lie on a disk or in a bucket; the rest of the package
-does not ask which. Writing is atomic: a name is either absent or whole. S3 is spoken through boto3, which Streaming
-brings, any other scheme (gs://, hf://, ...) through fsspec and its driver; these try requests again.
+The rest of the package does not ask whether a folder lies on a disk or in a bucket. Writing is atomic: a name is either
+absent or whole. S3 is spoken through boto3, any other scheme (gs://, hf://, ...) through fsspec and its driver; these
+try requests again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import io
 import logging
-import multiprocessing.util
 import os
 import re
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO
-
-import fsspec
-from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
-
-__all__ = ["LocalStorage", "Storage", "atomic_file", "check_name", "is_url", "join", "open_storage"]
+from typing import IO, BinaryIO
 
 log = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 8 << 20  # asked for ahead of need from a network
-_PART_BYTES = 64 << 20  # larger files go to S3 in parts of this size
-_TRIES = 5
-
 
 def is_url(text: str | os.PathLike[str]) -> bool:
-    """Whether a place is reached through a network client; `file://` is a way to write a path."""
+    """Whether a place is reached through a network client; `file://` writes a path."""
     return bool(re.match(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(text)))
 
 
 def join(base: str | os.PathLike[str], *names: str) -> str:
     """A place below a folder or URL."""
-    if is_url(base):
-        return "/".join([os.fspath(base).rstrip("/"), *names])
-    return os.path.join(os.fspath(base).removeprefix("file://"), *names)
+    base = os.fspath(base)
+    return "/".join([base.rstrip("/"), *names]) if is_url(base) else os.path.join(base.removeprefix("file://"), *names)
 
 
 def open_storage(place: str | os.PathLike[str]) -> Storage:
     """The storage of a folder or URL, which need not exist; ValueError for a URL that cannot be read here."""
     if not os.fspath(place):
         raise ValueError("a place of files must be a folder or URL, got an empty text")
-    return _RemoteStorage(os.fspath(place)) if is_url(place) else LocalStorage(join(place))
+    if not is_url(place):
+        return Storage(join(place))
+    from ettin_foundry.data.storage_remote import RemoteStorage  # here: fsspec takes 0.1 s to import
+
+    return RemoteStorage(os.fspath(place))
 
 
 def check_name(name: str) -> str:
     """The name, if it is relative and stays inside the folder; else ValueError."""
     if "\0" in name or not all(part not in ("", ".", "..") for part in name.split("/")):
-        raise ValueError(f"file name {name!r:.200} must be a plain name inside the folder: parts divided by single "
-                         "slashes, none of them '.' or '..'")
+        raise ValueError(f"file name {name!r:.200} must be a plain name inside the folder, without '.', '..' or '//'")
     return name
 
 
-def _folder_of(prefix: str) -> str:
+def folder_of(prefix: str) -> str:
     """The folder that names beginning with `prefix` are in; empty for the folder of the storage itself."""
     upper, slash, _ = prefix.rpartition("/")
     return check_name(upper) if slash else ""
@@ -93,18 +83,14 @@ def _place(source: str | os.PathLike[str], target: Path) -> None:
 
 
 class Storage:
-    """A folder, here or elsewhere. Instances hold no connection: they are cheap and can be pickled.
+    """A folder of this machine, or (`RemoteStorage`) elsewhere. Instances hold no connection and can be pickled.
 
     Names are relative, divided by slashes; hidden ones (a part starts with a dot) are read and written like others but
     never listed. Every method raises ValueError for a name that is not plain, FileNotFoundError for a missing one,
-    PermissionError where access is refused, ConnectionError when a network fails, OSError for the rest. Besides what is
-    below, `LocalStorage` documents `local_path size list open write_bytes put_file delete scratch`.
+    PermissionError where access is refused, ConnectionError when a network fails, OSError for the rest.
     """
 
-    is_local = False
-    size: Callable[[str], int]
-    open: Callable[..., BinaryIO]
-    scratch: Callable[[], Path]
+    is_local = True
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/") or url
@@ -113,9 +99,15 @@ class Storage:
         """How a file is called in messages."""
         return join(self.url, name)
 
-    def local_path(self, name: str = "") -> Path | None:
-        """The path on this machine of a file, or of the folder; None for remote storage."""
-        return None
+    def _path(self, name: str, *, existing: bool = False) -> Path:
+        path = Path(self.url, check_name(name))
+        if existing and not path.is_file():  # also keeps the reader out of devices and pipes
+            raise FileNotFoundError(f"{path}: no such file")
+        return path
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return self._path(name, existing=True).stat().st_size
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of this name; folders do not count."""
@@ -123,6 +115,30 @@ class Storage:
             return self.size(name) >= 0
         except FileNotFoundError:
             return False
+
+    def list(self, prefix: str = "") -> list[tuple[str, int]]:
+        """(name, bytes) of every file whose name begins with `prefix`, in the order of names."""
+        def unreadable(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):  # what cannot be listed is an error, not an empty folder
+                raise error
+
+        found: list[tuple[str, int]] = []
+        for folder, folders, files in os.walk(os.path.join(self.url, folder_of(prefix)), onerror=unreadable):
+            start = os.path.relpath(folder, self.url)
+            start = "" if start == "." else start + "/"
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for link in filter(os.path.islink, (os.path.join(folder, name) for name in folders)):
+                log.warning("%s: is a link to a folder and not followed; name the folder itself", link)
+            for name in files:
+                if not name.startswith(".") and (start + name).startswith(prefix):
+                    with contextlib.suppress(FileNotFoundError):  # a link to nothing, or removed just now
+                        entry = os.stat(os.path.join(folder, name))
+                        found += [(start + name, entry.st_size)] if stat.S_ISREG(entry.st_mode) else []
+        return sorted(found)
+
+    def open(self, name: str) -> BinaryIO:
+        """A seekable stream of a file's bytes, to be closed."""
+        return open(self._path(name, existing=True), "rb", buffering=1 << 20)
 
     def read_bytes(self, name: str, *, at_most: int | None = None) -> bytes:
         """A whole file; ValueError when it is larger than `at_most` bytes."""
@@ -140,58 +156,9 @@ class Storage:
     def _check_size(self, name: str, num_bytes: int | None, at_most: int | None) -> int:
         found = self.size(name)
         if num_bytes not in (None, found) or found > (at_most or found):
-            raise ValueError(f"{self.where(name)} must have {'at most ' if num_bytes is None else ''}"
-                             f"{at_most if num_bytes is None else num_bytes} bytes, got {found}; upload or convert it again")
+            wanted = f"at most {at_most}" if num_bytes is None else num_bytes
+            raise ValueError(f"{self.where(name)} must have {wanted} bytes, got {found}; upload or convert it again")
         return found
-
-    def clear_scratch(self) -> None:
-        """Removes `scratch()` with all that killed processes left in it. Only for who works here alone."""
-        shutil.rmtree(self.scratch(), ignore_errors=True)
-
-
-class LocalStorage(Storage):
-    """A folder of this machine, or of a file system that it mounts."""
-
-    is_local = True
-
-    def local_path(self, name: str = "") -> Path:
-        return Path(self.url, check_name(name)) if name else Path(self.url)
-
-    def _path(self, name: str, *, existing: bool = False) -> Path:
-        path = Path(self.url, check_name(name))
-        if existing and not path.is_file():  # also keeps the reader out of devices and pipes
-            raise FileNotFoundError(f"{path}: no such file")
-        return path
-
-    def size(self, name: str) -> int:
-        """Bytes of a file."""
-        return self._path(name, existing=True).stat().st_size
-
-    def list(self, prefix: str = "") -> list[tuple[str, int]]:
-        """(name, bytes) of every file whose name begins with `prefix`, in the order of names."""
-        def unreadable(error: OSError) -> None:
-            if not isinstance(error, FileNotFoundError):  # what cannot be listed is an error, not an empty folder
-                raise error
-
-        found: list[tuple[str, int]] = []
-        for folder, folders, files in os.walk(os.path.join(self.url, _folder_of(prefix)), onerror=unreadable):
-            start = os.path.relpath(folder, self.url)
-            start = "" if start == "." else start + "/"
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            for link in filter(os.path.islink, (os.path.join(folder, name) for name in folders)):
-                log.warning("%s: it is a link to a folder and not followed; name the folder itself", link)
-            for name in files:
-                if not name.startswith(".") and (start + name).startswith(prefix):
-                    with contextlib.suppress(FileNotFoundError):  # a link to nothing, or removed just now
-                        entry = os.stat(os.path.join(folder, name))
-                        found += [(start + name, entry.st_size)] if stat.S_ISREG(entry.st_mode) else []
-        return sorted(found)
-
-    def open(self, name: str, begin: int = 0) -> BinaryIO:
-        """A seekable stream of a file's bytes, standing at `begin`; to be closed."""
-        stream = open(self._path(name, existing=True), "rb", buffering=1 << 20)
-        stream.seek(begin)
-        return stream
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Writes a file, or replaces one, atomically."""
@@ -217,183 +184,3 @@ class LocalStorage(Storage):
         folder = Path(self.url, ".scratch")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-
-
-class _RemoteStorage(Storage):
-    """A bucket or a folder of one, or a folder of a file system that fsspec knows."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        scheme, _, rest = self.url.partition("://")
-        if scheme == "s3":
-            if not re.match("[^/]", rest):
-                raise ValueError(f"{url} must be s3://BUCKET or s3://BUCKET/FOLDER, no bucket is given")
-            return
-        try:
-            if "::" in url:
-                raise ValueError("chained URLs are not read")
-            fsspec.get_filesystem_class(scheme)
-        except (ImportError, ValueError) as error:
-            raise ValueError(f"{url}: {scheme}:// cannot be read here ({error}); local paths, s3:// and what fsspec has "
-                             "an installed driver for can; install it (gs:// needs gcsfs, az:// adlfs)") from error
-
-    def _system(self, name: str, *, fresh: bool = False) -> tuple[AbstractFileSystem, str]:
-        """The client of this process and a file's path; `fresh`: nothing that the client remembers counts."""
-        system, root = _client(self.url, os.getpid(), os.environ.get("S3_ENDPOINT_URL"))
-        if fresh:
-            system.invalidate_cache()
-        return system, f"{root}/{name}" if name else root
-
-    def size(self, name: str) -> int:
-        system, path = self._system(check_name(name), fresh=True)
-        with _errors(self.where(name)):
-            info = system.info(path)
-            if info.get("type") == "directory":
-                raise FileNotFoundError
-        if info.get("size") is None:
-            raise OSError(f"{self.where(name)}: the store does not tell its size; copy it to a disk or bucket")
-        return int(info["size"])
-
-    def list(self, prefix: str = "") -> list[tuple[str, int]]:
-        system, path = self._system(_folder_of(prefix), fresh=True)
-        root, found = self._system("")[1] + "/", []
-        with _errors(self.where(prefix)):
-            try:
-                paths = system.find(path, detail=True, **({"start": root + prefix} if isinstance(system, _S3) else {}))
-            except FileNotFoundError:
-                paths = {}
-        for name, info in ((path.removeprefix(root), info) for path, info in paths.items()):
-            try:
-                hidden = any(part.startswith(".") and part.strip(".") for part in name.split("/"))
-                if name.startswith(prefix) and not name.endswith("/") and not hidden:
-                    found.append((check_name(name), int(info["size"])))
-            except ValueError as error:
-                log.warning("%s: left out: %s", self.url, error)
-        return sorted(found)
-
-    def open(self, name: str, begin: int = 0) -> BinaryIO:
-        system, path = self._system(check_name(name), fresh=True)
-        with _errors(self.where(name)):
-            stream = io.BufferedReader(system.open(path, "rb", block_size=_BLOCK_BYTES), 1 << 20)
-            stream.seek(begin)
-        return stream
-
-    def write_bytes(self, name: str, data: bytes) -> None:
-        system, path = self._system(check_name(name))
-        with _errors(self.where(name)):
-            system.pipe_file(path, data)
-
-    def put_file(self, local_path: str | os.PathLike[str], name: str) -> None:
-        system, path = self._system(check_name(name))
-        with _errors(self.where(name)):
-            system.put_file(os.fspath(local_path), path)
-        os.unlink(local_path)
-
-    def delete(self, name: str) -> None:
-        system, path = self._system(check_name(name))
-        with contextlib.suppress(FileNotFoundError), _errors(self.where(name)):
-            system.rm_file(path)
-
-    def scratch(self) -> Path:
-        # multiprocessing removes its folder when the process that made it ends
-        folder = Path(multiprocessing.util.get_temp_dir(), f"{os.getpid()}-{abs(hash(self.url))}")
-        folder.mkdir(exist_ok=True)
-        return folder
-
-
-@functools.lru_cache(maxsize=64)
-def _client(url: str, process: int, endpoint: str | None) -> tuple[AbstractFileSystem, str]:
-    """The client of this process for a URL, and the folder as it writes it; forked processes share no connections."""
-    if url.startswith("s3://"):
-        return _S3(endpoint), url[len("s3://"):]
-    system, root = fsspec.core.url_to_fs(url, skip_instance_cache=True)
-    return system, root.rstrip("/")
-
-
-@contextlib.contextmanager
-def _errors(place: str) -> Iterator[None]:
-    """Turns what clients raise into Python's own errors, which name the place."""
-    try:
-        yield
-    except Exception as error:
-        cause: Any = error.__context__ if type(error).__name__ == "S3UploadFailedError" else error
-        response = getattr(cause, "response", None)  # boto3's is a dictionary
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else \
-            getattr(response, "status_code", None) or getattr(cause, "status", None) or getattr(cause, "code", None)
-        if isinstance(cause, FileNotFoundError) or status == 404:
-            raise FileNotFoundError(f"{place}: no such file") from error
-        if isinstance(cause, PermissionError) or status in (401, 403) or type(cause).__name__ == "NoCredentialsError":
-            raise PermissionError(f"{place}: access is refused ({cause}); credentials that may read, write and list it "
-                                  "are needed (without leave to list, a missing file is refused too)") from error
-        if isinstance(cause, NotImplementedError) or (isinstance(status, int) and status < 500):
-            raise OSError(f"{place}: the store refuses this ({cause}); see URL, region and S3_ENDPOINT_URL") from error
-        if isinstance(cause, (OSError, ValueError)) and type(cause).__module__ == "builtins":
-            raise
-        raise ConnectionError(f"{place}: {type(cause).__name__}: {cause}; see the network and the endpoint") from error
-
-
-class _S3(AbstractFileSystem):
-    """The calls that `_RemoteStorage` makes, through boto3; paths are BUCKET/KEY. boto3 tries requests again itself."""
-
-    cachable = False
-
-    def __init__(self, endpoint: str | None) -> None:
-        super().__init__(use_listings_cache=False)
-        from boto3.session import Session
-        from botocore import UNSIGNED
-        from botocore.config import Config
-
-        session = Session()
-        options: dict[str, Any] = {} if session.get_credentials() else {"signature_version": UNSIGNED}
-        # the standard mode gives up at once when its quota of retries is used up, which a shaky network does
-        config = Config(retries={"mode": "legacy", "total_max_attempts": _TRIES}, connect_timeout=10, **options)
-        self.client = session.client("s3", endpoint_url=endpoint or None, config=config)  # Streaming's variable
-
-    @staticmethod
-    def _key(path: str) -> dict[str, str]:
-        bucket, _, key = path.partition("/")
-        return {"Bucket": bucket, "Key": key}
-
-    def info(self, path: str, **_: Any) -> dict[str, Any]:
-        head = self.client.head_object(**self._key(path))
-        return {"name": path, "type": "file", "size": head["ContentLength"], "version": head.get("ETag")}
-
-    def find(self, path: str, *, start: str = "", **_: Any) -> dict[str, dict[str, Any]]:
-        bucket, _, prefix = start.partition("/")
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        return {f"{bucket}/{entry['Key']}": {"size": entry["Size"]} for page in pages for entry in page.get("Contents", ())}
-
-    def cat_file(self, path: str, start: int, end: int, version: str | None = None, **_: Any) -> bytes:
-        match = {"IfMatch": version} if version else {}
-        for number in range(1, _TRIES + 1):
-            answer = self.client.get_object(**self._key(path), Range=f"bytes={start}-{end - 1}", **match)
-            try:
-                return answer["Body"].read()
-            except Exception as error:  # lost in the middle of an answer, where boto3 does not try again
-                log.warning("s3://%s: %s: %s; try %d of %d", path, type(error).__name__, error, number, _TRIES)
-                if number == _TRIES:
-                    raise ConnectionError(f"s3://{path}: no whole answer in {_TRIES} tries ({error})") from error
-        raise AssertionError
-
-    def _open(self, path: str, mode: str = "rb", **options: Any) -> AbstractBufferedFile:
-        return _S3File(self, path, mode, **options)
-
-    def pipe_file(self, path: str, value: bytes, **_: Any) -> None:
-        self.client.put_object(**self._key(path), Body=value)
-
-    def put_file(self, lpath: str, rpath: str, **_: Any) -> None:
-        from boto3.s3.transfer import TransferConfig
-
-        config = TransferConfig(multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES, use_threads=False)
-        self.client.upload_file(lpath, *self._key(rpath).values(), Config=config)
-
-    def rm_file(self, path: str) -> None:
-        self.client.delete_object(**self._key(path))
-
-
-class _S3File(AbstractBufferedFile):
-    """An object as a seekable stream. One that is replaced while it is read is an error, not a mixture of two."""
-
-    def _fetch_range(self, start: int, end: int) -> bytes:
-        with _errors(f"s3://{self.path}"):
-            return self.fs.cat_file(self.path, start, end, self.details["version"])

@@ -86,7 +86,8 @@ def special_ids(tok: PreTrainedTokenizerFast) -> dict[str, int | None]:
 def forbidden_ids(tok: PreTrainedTokenizerFast) -> set[int]:
     """Ids that ordinary text must never give: the special tokens, and every added token marked special."""
     added = tok.backend_tokenizer.get_added_tokens_decoder()
-    return {*filter(None.__ne__, special_ids(tok).values()), *(number for number, token in added.items() if token.special)}
+    special = {*special_ids(tok).values(), *(number for number, token in added.items() if token.special)}
+    return {number for number in special if number is not None}
 
 
 def vocab_size(tok: PreTrainedTokenizerFast) -> int:
@@ -137,23 +138,19 @@ def with_template(tok: PreTrainedTokenizerFast, kind: str) -> PreTrainedTokenize
 
     result = copy.deepcopy(tok)
     cls, sep, ids = str(tok.cls_token), str(tok.sep_token), special_ids(tok)
-    end, side = (f" {sep}", "right") if kind == "encoder" else ("", "left")
+    single, pair, side = (f"{cls} $A {sep}", f"{cls} $A {sep} $B:1 {sep}:1", "right") if kind == "encoder" else \
+        (f"{cls} $A", f"{cls} $A $B:1", "left")
     backend: Any = result.backend_tokenizer
-    backend.post_processor = TemplateProcessing(
-        single=f"{cls} $A{end}", pair=f"{cls} $A{end} $B:1{end and end + ':1'}",
-        special_tokens=[(cls, ids["cls"]), (sep, ids["sep"])])
+    backend.post_processor = TemplateProcessing(single=single, pair=pair,
+                                                special_tokens=[(cls, ids["cls"]), (sep, ids["sep"])])
     result.padding_side = side
     # save_pretrained writes only what the constructor was given, so what was changed is put there too
-    result.init_kwargs.update(padding_side=result.padding_side, bos_token=tok.bos_token or cls,
-                              eos_token=tok.eos_token or sep)
+    result.init_kwargs.update(padding_side=side, bos_token=tok.bos_token or cls, eos_token=tok.eos_token or sep)
     return result
 
 
 def save(tok: PreTrainedTokenizerFast, folder: str | os.PathLike[str]) -> None:
-    """`save_pretrained`, with the class name that every version of transformers reads as this tokenizer.
-
-    transformers 4.51 writes the name of the slow class, which holds no vocabulary, for every fast tokenizer.
-    """
+    """`save_pretrained`, naming the fast class: transformers 4.51 names the slow one, which holds no vocabulary."""
     tok.save_pretrained(folder)
     path = Path(folder) / "tokenizer_config.json"
     config = {**json.loads(path.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
@@ -186,8 +183,7 @@ def check(tok: PreTrainedTokenizerFast, manifest_block: dict[str, Any]) -> None:
     for key in ("vocab_size", "special_ids", "vocab_sha256", "probe_sha256"):
         if mine[key] != manifest_block.get(key):
             raise ValueError(f"tokenizer must be the dataset's, {manifest_block.get('name')!r} with {key} "
-                             f"{manifest_block.get(key)}, got {mine['name']} with {mine[key]}; use the "
-                             "dataset's own tokenizer folder, or convert the corpus again")
+                             f"{manifest_block.get(key)}, got {mine['name']} with {mine[key]}; use the dataset's folder")
 
 
 def _name(tok: PreTrainedTokenizerFast) -> str:

@@ -15,8 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule
-from ettin_foundry.training.lr import one_minus_sqrt, warmup_stable_decay
-from ettin_foundry.training.run_config import objective_schedule, parse_time, total_tokens
+from ettin_foundry.training.run_config import (
+    objective_schedule,
+    one_minus_sqrt,
+    parse_time,
+    total_tokens,
+    warmup_stable_decay,
+)
 
 # scheduler -> its function, and its times: {parameter: (key, default)}
 _SCHEDULERS: dict[str, tuple[Any, dict[str, tuple[str, str]]]] = {

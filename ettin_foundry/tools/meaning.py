@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ettin_foundry.data.manifest import MANIFEST, SplitFacts, read_json, read_manifest
+from ettin_foundry.data import MANIFEST
+from ettin_foundry.data.manifest import SplitFacts, read_json, read_manifest
 from ettin_foundry.data.mixture import MIX_FORMAT, open_split
 from ettin_foundry.data.stream import DEFAULT_WINDOW
 from ettin_foundry.model.config import EttinConfig

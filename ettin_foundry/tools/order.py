@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ettin_foundry.data.manifest import MANIFEST
+from ettin_foundry.data import MANIFEST
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
 from ettin_foundry.data.ramp import check_warmup
 from ettin_foundry.data.storage import is_url

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ettin_foundry.data.manifest import MANIFEST
+from ettin_foundry.data import MANIFEST
 from ettin_foundry.data.mixture import MixtureSplit, open_split
 from ettin_foundry.data.quantities import format_bytes, format_count
 from ettin_foundry.data.ramp import BatchRamp, check_warmup

@@ -1,7 +1,4 @@
-"""Callbacks that a recipe asks for by name: samples, figures of the data.
-
-Composer keeps callback state under the class name: one of each per run.
-"""
+"""Callbacks that a recipe asks for by name: samples, figures of the data."""
 
 from __future__ import annotations
 
@@ -30,11 +27,10 @@ def interval_passed(key: str, value: str) -> Any:
 class LogSamples(Callback):
     """Logs what the model makes of a few prompts: continuations of a decoder, filled masks of an encoder.
 
-    Training is not touched: mode and random state are as before. Only rank 0 samples, so sharded models are refused.
+    Mode and random state are as before. Rank 0 samples alone, so sharded models are refused.
 
     Args:
-        interval: a time in ba, tok or sp.
-        prompts: texts; for encoders each with one mask token.
+        interval: a time in ba, tok or sp. prompts: texts; for encoders each with one mask token.
         max_new_tokens: length of a continuation. top_k: candidates for a mask.
     """
 
@@ -47,8 +43,7 @@ class LogSamples(Callback):
 
     def init(self, state: State, logger: Logger) -> None:
         if state.fsdp_config is not None:
-            raise ValueError("callbacks.ettin_samples: given with fsdp_config; one rank alone cannot run a sharded model, "
-                             "so use callbacks.ettin_export and sample from its folders")
+            raise ValueError("callbacks.ettin_samples: given with fsdp_config; one rank alone cannot run a sharded model")
         self._model = state.model
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -72,9 +67,8 @@ class LogSamples(Callback):
 
 
 class DataMonitor(Callback):
-    """Logs how full the batch is, of rank 0's share and while it is still on the CPU, so that nothing waits.
-
-    data/fill: real tokens over positions; data/targets and data/documents: counts; data/target_rate: targets over tokens.
+    """Logs of rank 0's share of the batch, while it is still on the CPU: data/fill (real tokens over positions),
+    data/targets and data/documents (counts), data/target_rate (targets over tokens).
     """
 
     def batch_start(self, state: State, logger: Logger) -> None:

@@ -51,7 +51,7 @@ def _allow_data_only(path: Path) -> Iterator[None]:
     try:
         with torch.serialization.safe_globals(_DATA_TYPES):
             yield
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError) as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"its pickle asks for {found[1]}" if found else "its pickle is not one of torch.save"
         raise ValueError(f"{path}: {what}; loading it could run code, so only checkpoints of tensors and plain data are "
@@ -88,31 +88,33 @@ class _Reader(dcp.FileSystemReader):
         return super().read_data(plan, planner)
 
 
-def _load_sharded(folder: Path, wanted: Callable[[tuple[Any, ...]], bool]) -> tuple[dict[str, Any], Any]:
-    """The entries of a sharded checkpoint whose keys are wanted, as one nested dict, and its Metadata."""
-    metadata = _read_metadata(folder / ".metadata")
+def _read_state(path: Path, wanted: Callable[[tuple[Any, ...]], bool]) -> tuple[dict[str, Any], bool]:
+    """A checkpoint's `state`, of a sharded one the wanted keys of it only, and whether the optimizer's moments are there."""
+    if not path.is_dir():
+        state = load_checkpoint(path).get("state", {})
+        return state, any((optimizer or {}).get("state") for optimizer in (state.get("optimizers") or {}).values())
+    metadata = _read_metadata(path / ".metadata")
     for info in metadata.storage_data.values():
-        part = folder / info.relative_path
+        part = path / info.relative_path
         if not part.is_file() or part.stat().st_size < info.offset + info.length:
-            raise ValueError(f"{folder}: {part.name} is missing or cut short; copy it again, or give an earlier checkpoint")
-    found: dict[str, Any] = {}
-    for name, keys in (metadata.planner_data or {}).items():
-        if wanted(keys):
+            raise ValueError(f"{path}: {part.name} is missing or cut short; copy it again, or give an earlier checkpoint")
+    found: dict[str, Any] = {"state": {}}
+    for name, keys in metadata.planner_data.items():
+        if keys[0] == "state" and wanted(keys[1:]):
             entry, inner = metadata.state_dict_metadata[name], found
             for key in keys[:-1]:
                 inner = inner.setdefault(key, {})
             is_tensor = isinstance(entry, TensorStorageMetadata)
             inner[keys[-1]] = torch.empty(entry.size, dtype=entry.properties.dtype) if is_tensor else None
-    dcp.load(found, storage_reader=_Reader(folder))
-    return found.get("state", {}), metadata
+    dcp.load(found, storage_reader=_Reader(path))
+    in_state = (keys[keys[0] == "state":] for keys in metadata.planner_data.values())
+    return found["state"], any(keys[0] == "optimizers" and keys[2:3] == ("state",) for keys in in_state)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """A Composer `.pt` file as a dict (`state`, `rng`), on the CPU, tensors mapped from the file rather than read.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a global outside the allow-list (the message names it), not a file of torch.save, or a folder.
+    FileNotFoundError, or ValueError: a global outside the allow-list (named), not a file of torch.save, or a folder.
     """
     path = Path(path)
     if (path / "config.json").exists():
@@ -124,11 +126,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def validate(path: str | Path, specs: Sequence[tuple[int, int]] | None = None) -> bool:
-    """Checks a file as Composer asks before it reads one; a refusal is an error, which says more than a False.
+    """Checks a file before Composer reads it; a refusal is an error, which says more than a False.
 
-    Args:
-        path: a `.pt` file, a `.metadata` file, or a data file of a sharded checkpoint.
-        specs: (offset, length) in bytes of the entries about to be read, for data files.
+    specs: of a sharded checkpoint's data file, (offset, length) in bytes of the entries about to be read.
     """
     path = Path(path)
     if path.name == ".metadata":
@@ -145,10 +145,7 @@ def validate(path: str | Path, specs: Sequence[tuple[int, int]] | None = None) -
 
 def install_validation() -> None:
     """Has Composer call `validate` before it loads anything in this process; a user's own function stays in place."""
-    ours = f"{__name__}.validate"
-    if os.environ.setdefault("CHECKPOINT_VALIDATION_FUNCTION", ours) != ours:
-        log.warning("CHECKPOINT_VALIDATION_FUNCTION is %s: checkpoints are checked by that, not by ettin_foundry",
-                    os.environ["CHECKPOINT_VALIDATION_FUNCTION"])
+    os.environ.setdefault("CHECKPOINT_VALIDATION_FUNCTION", f"{__name__}.validate")
 
 
 class Head(NamedTuple):
@@ -174,16 +171,9 @@ def locate(path: str | Path) -> Path:
 def read_head(path: str | Path) -> Head:
     """What a checkpoint (as for `load_model_state`) says of itself, in a moment whatever its size."""
     path = locate(path)
-    if path.is_dir():
-        state, metadata = _load_sharded(path, lambda keys: keys[:3] == ("state", "callbacks", "Clock")
-                                        or keys[1:2] == ("dataset_state",))
-        every = [keys[keys[0] == "state":] for keys in (metadata.planner_data or {}).values()]
-        has_moments = any(keys[:1] == ("optimizers",) and keys[2:3] == ("state",) for keys in every)
-    else:
-        state = load_checkpoint(path).get("state", {})
-        has_moments = any((optimizer or {}).get("state") for optimizer in (state.get("optimizers") or {}).values())
-    return Head(path, decode_record(state.get("callbacks", {}).get("Clock", {})),
-                dict((state.get("dataset_state") or {}).get("train") or {}), has_moments)
+    state, has_moments = _read_state(path, lambda keys: keys[:2] == ("callbacks", "Clock") or keys[0] == "dataset_state")
+    data = (state.get("dataset_state") or {}).get("train") or {}
+    return Head(path, decode_record(state.get("callbacks", {}).get("Clock", {})), dict(data), has_moments)
 
 
 def load_model_state(path: str | Path, *,
@@ -191,19 +181,15 @@ def load_model_state(path: str | Path, *,
     """The weights in a Composer checkpoint, and what `clock.Clock` wrote about the run.
 
     Args:
-        path: a `.pt` file, a sharded checkpoint, or a save folder (then its newest complete checkpoint). With
-            torch.distributed started, every rank must call it for a sharded one.
+        path: a `.pt` file, a sharded checkpoint (every rank must call this), or a save folder (its newest complete one).
         names: only these tensors, in our names; the others are not read.
 
     Returns:
         ({name without the `model.` prefix: tensor on the CPU}, what `Clock.state_dict` names, or nothing).
     """
     path = locate(path)
-    if path.is_dir():
-        state, _ = _load_sharded(path, lambda keys: keys[:3] == ("state", "callbacks", "Clock") or (
-            keys[:2] == ("state", "model") and (names is None or str(keys[2]).removeprefix("model.") in names)))
-    else:
-        state = load_checkpoint(path).get("state", {})
+    state, _ = _read_state(path, lambda keys: keys[:2] == ("callbacks", "Clock") or keys[0] == "model" and (
+        names is None or keys[1].removeprefix("model.") in names))
     weights = {name.removeprefix("model."): value for name, value in state.get("model", {}).items()
                if name.startswith("model.")}
     if not weights and names is None:
@@ -224,10 +210,7 @@ def is_complete(path: Path) -> bool:
 
 
 def complete_checkpoints(save_folder: str | Path) -> list[Path]:
-    """The complete checkpoints of a save folder by batch number (`ba123` in the name), then by time; the newest is last.
-
-    Reads no pickle. Links are not followed: what they point to is looked at under its own name.
-    """
+    """The complete checkpoints of a save folder by batch number (`ba123`), then by time, the newest last; no links."""
     found = []
     for path in Path(save_folder).glob("*"):
         if (path.suffix == ".pt" or path.is_dir()) and not path.is_symlink() and is_complete(path):
@@ -244,17 +227,14 @@ def newest_complete(save_folder: str | Path) -> Path | None:
 def repair_latest(save_folder: str | Path, *, latest: str = "latest-rank0.pt") -> None:
     """Points the link that autoresume follows at the newest complete checkpoint, if it leads nowhere.
 
-    Composer removes the link and then makes it anew, and writes checkpoints under their final name: killed in between,
-    there is no link, or it leads to half a file, and the run would start over or fail. Deletes nothing but that link.
+    Composer, killed between removing and making it, leaves none, or one to half a file. Deletes nothing but that link.
     """
     link = Path(save_folder) / latest
     if is_complete(link):
         return
     if link.exists() and not link.is_symlink():
-        raise ValueError(f"{link}: a damaged file where a link to the latest checkpoint should be; move it away to resume "
-                         "from the newest complete checkpoint")
-    newest = newest_complete(save_folder)
-    if newest is not None:
+        raise ValueError(f"{link}: a damaged file, not a link; move it away to resume from the newest complete checkpoint")
+    if newest := newest_complete(save_folder):
         fresh = link.with_name(f".{link.name}.new")
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(newest.name)

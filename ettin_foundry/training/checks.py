@@ -1,9 +1,8 @@
 """Refuses a run that would fail late, train something else than it says, or ignore a setting, before any work is done.
 
-`check_config` is a config transform of LLM-Foundry, so stock `llmfoundry train` is protected as `train.py` is. It leaves
-runs without our model and loader alone. Every refusal is one ValueError (FileNotFoundError for files): the key as one
-types it, what is allowed, what was given, what to do. What a part checks itself when it is built (numbers of the
-optimizer, the data's files, the tokenizer against the data) is not repeated here.
+`check_config` is a config transform of LLM-Foundry, so stock `llmfoundry train` is protected as `train.py` is; runs without
+our model and loader are left alone. Every refusal is one ValueError (FileNotFoundError for files): the key as one types it,
+what is allowed, what was given, what to do. What a part checks itself when it is built is not repeated here.
 """
 
 from __future__ import annotations
@@ -15,17 +14,9 @@ from typing import Any
 from ettin_foundry.data.ramp import check_warmup
 from ettin_foundry.model.config import MASKED_OBJECTIVES
 from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule, check_together
+from ettin_foundry.training import run_config
 from ettin_foundry.training.keys import HOST_KEYS, MODEL_KEYS, check_effect, check_keys
-from ettin_foundry.training.run_config import (
-    config_text,
-    loaders,
-    model_config,
-    must_be,
-    objective_schedule,
-    parse_time,
-    total_tokens,
-    walk,
-)
+from ettin_foundry.training.run_config import loaders, model_config, must_be, objective_schedule, parse_time, total_tokens
 from ettin_foundry.training.sources import check_start, prepare_start
 
 _BLOCKS = ("model", "tokenizer", "optimizer", "scheduler", "train_loader")
@@ -56,18 +47,13 @@ def _check_presence(cfg: dict[str, Any]) -> None:
     for key in _NEEDED:
         if cfg.get(key) is None:
             raise ValueError(f"{key}: not given; every run needs it, so start from a complete recipe in yamls/")
-    for key in _BLOCKS:
-        if not isinstance(cfg[key], dict) or not isinstance(cfg[key].get("name"), str):
+        if key in _BLOCKS and not (isinstance(cfg[key], dict) and isinstance(cfg[key].get("name"), str)):
             raise must_be(key, "a block with a name", cfg[key], "see yamls/nano.yaml for one of each")
-    for key, value in walk({k: v for k, v in cfg.items() if k != "variables"}):
-        if value == "???":
-            raise ValueError(f"{key}: no value given; add {key}=... to the command line")
     if unknown := sorted(set(cfg) - HOST_KEYS):
         raise ValueError(f"{unknown[0]}: unknown key; LLM-Foundry takes {', '.join(sorted(HOST_KEYS))}. Values of your own "
                          "belong under variables")
     if set(str(cfg.get("run_name") or "")) & set("{}[]"):
-        raise must_be("run_name", "a name without brackets", cfg["run_name"], "a schedule of objectives is no name: set "
-                      "variables.label=... (nano.yaml), or run_name=...")
+        raise must_be("run_name", "a name without brackets", cfg["run_name"], "set variables.label=... or run_name=...")
 
 
 def _check_pairing(cfg: dict[str, Any]) -> None:
@@ -82,22 +68,16 @@ def _check_pairing(cfg: dict[str, Any]) -> None:
         if not isinstance(block.get("dataset"), dict) or not block["dataset"].get("local"):
             raise must_be(f"{key}.dataset", "{local: folder, split: name}", block.get("dataset"),
                           "local is the folder that data_prep/convert.py wrote")
-        endless = key == "train_loader"
-        if block.get("shuffle", True) is not endless:
-            raise must_be(f"{key}.shuffle", f"{str(endless).lower()} (true: an endless stream for training, false: a finite "
-                          "one for evaluation)", block.get("shuffle", True), "set it")
+        endless, given = key == "train_loader", block.get("shuffle", True)
+        if given is not endless:
+            raise must_be(f"{key}.shuffle", f"{str(endless).lower()}", given, "training is endless, evaluation is not")
 
 
 def _check_lengths(cfg: dict[str, Any]) -> None:
-    length = cfg["max_seq_len"]
     for key, block in (("model", cfg["model"]), *loaders(cfg)):
-        if block.get("max_seq_len") != length:
-            raise must_be(f"{key}.max_seq_len", f"{length!r}, as max_seq_len is", block.get("max_seq_len"),
+        if block.get("max_seq_len") != cfg["max_seq_len"]:
+            raise must_be(f"{key}.max_seq_len", f"{cfg['max_seq_len']!r}, as max_seq_len is", block.get("max_seq_len"),
                           "set it once: variables.max_seq_len=...")
-    longest = (cfg["tokenizer"].get("kwargs") or {}).get("model_max_length", length)
-    if longest < length:
-        raise must_be("tokenizer.kwargs.model_max_length", f"at least max_seq_len ({length})", longest,
-                      "set it once: variables.max_seq_len=...")
     model_config(cfg)
 
 
@@ -122,9 +102,8 @@ def _evaluated(cfg: dict[str, Any], key: str, block: dict[str, Any]) -> list[str
     """The objectives that an evaluation loader asks for: a name, a list of names, or all of a schedule."""
     value = block.get("objective")
     named = isinstance(value, list) and value and all(isinstance(name, str) for name in value)
-    parts = [ObjectiveSchedule.parse(part, total=total_tokens(cfg), key=f"{key}.objective")
-             for part in (value if named else [value])]
-    names = [name for part in parts for name in part.objectives]
+    names = [name for part in (value if named else [value]) for name in
+             ObjectiveSchedule.parse(part, total=total_tokens(cfg), key=f"{key}.objective").objectives]
     if len(set(names)) < len(names):
         raise must_be(f"{key}.objective", "a list in which each objective stands once", value, "remove one")
     return names
@@ -156,9 +135,6 @@ def _check_times(cfg: dict[str, Any]) -> None:
 def _check_amounts(cfg: dict[str, Any]) -> None:
     if not _is_count(rows := cfg["global_train_batch_size"]):
         raise must_be("global_train_batch_size", "a whole number of at least 1 row", rows, "correct it")
-    if cfg.get("train_subset_num_batches", -1) != -1:
-        raise must_be("train_subset_num_batches", "left out, since the loader is endless", cfg["train_subset_num_batches"],
-                      "use max_duration")
     if cfg.get("accumulate_train_batch_on_tokens", True) is False and cfg["train_loader"].get("packing", True):
         raise must_be("accumulate_train_batch_on_tokens", "true with packing, so that microbatches are weighted by their "
                       "targets", False, "remove it, or unpack as well (yamls/phases/original.yaml)")
@@ -194,7 +170,7 @@ def check_machine(cfg: dict[str, Any]) -> None:
 
 
 def check_files(cfg: dict[str, Any]) -> None:
-    """Refuses a run whose tokenizer or data is not here; looks at the loaders' folders only."""
+    """Refuses a run whose tokenizer or data is not here."""
     name = cfg["tokenizer"]["name"]
     for _, block in loaders(cfg):
         local, remote = block["dataset"]["local"], block["dataset"].get("remote")
@@ -206,13 +182,13 @@ def check_files(cfg: dict[str, Any]) -> None:
     # a hub id has at most one slash; with more, or below a folder that exists here, a folder is meant
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and Path(name).parent.is_dir())
     if is_path and not Path(name).is_dir():
-        raise FileNotFoundError(f"tokenizer.name: {name!r} given; no such folder. data_prep/convert.py makes one beside "
-                                "the data; if the data lies elsewhere, set variables.data=...")
+        raise FileNotFoundError(f"tokenizer.name: {name!r} given; no such folder. data_prep/convert.py makes one beside the "
+                                "data; set variables.data=... to where that lies")
     for key, block in loaders(cfg):
         folder = Path(block["dataset"]["local"]) / block["dataset"].get("split", "")
         if not block["dataset"].get("remote") and not (folder / "manifest.json").is_file():
-            raise FileNotFoundError(f"{key}.dataset: {block['dataset']} given; {str(folder)!r} holds no converted split. "
-                                    "Run data_prep/convert.py, or set variables.data=... to where its output lies")
+            raise FileNotFoundError(f"{key}.dataset: {block['dataset']} given; {str(folder)!r} holds no split; run "
+                                    "data_prep/convert.py, or set variables.data=...")
 
 
 # ------------------------------------------------------------------ the config transform
@@ -221,14 +197,12 @@ def check_files(cfg: dict[str, Any]) -> None:
 def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     """The config transform `ettin_checks`: every check above, safe loading, and the clock that every run needs.
 
-    Returns:
-        The config with `callbacks.ettin_clock`, and without top-level keys set to null, which then take the host's
-        defaults. A run without our model and loader is returned as it came.
+    Top-level keys set to null are left out, so that they take the host's defaults.
     """
     if not _is_ours(cfg):
         return cfg
     cfg = {key: value for key, value in cfg.items() if value is not None}
-    clock = (cfg.get("callbacks") or {}).get("ettin_clock") or {"run_config": config_text(cfg)}
+    clock = (cfg.get("callbacks") or {}).get("ettin_clock") or {"run_config": run_config.config_text(cfg)}
     check_settings(cfg)
     check_machine(cfg)
     cfg |= prepare_start(cfg)
@@ -254,9 +228,11 @@ def resolve_schedules(cfg: dict[str, Any]) -> None:
     for key, block in list(loaders(cfg))[1:]:
         names, label = _evaluated(cfg, key, block), f"{block['label']}/" if block.get("label") else ""
         for name in names:
-            evals.append({**block, "objective": name, **({"label": label + name} if len(names) > 1 else {})})
-            if len(names) > 1 and name not in MASKED_OBJECTIVES:
-                evals[-1].pop("mask_rate", None)
+            evals.append({**block, "objective": name})
+            if len(names) > 1:
+                evals[-1]["label"] = label + name
+                if name not in MASKED_OBJECTIVES:
+                    evals[-1].pop("mask_rate", None)
     if len(evals) == 1 and "label" not in evals[0]:
         cfg["eval_loader"] = evals[0]
     elif evals:  # the host takes a label from a list only, and hands it on from a dict

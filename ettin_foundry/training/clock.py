@@ -34,20 +34,17 @@ _SETTINGS = ("initial_lr", "max_lr", "weight_decay", "beta1", "beta2", "betas", 
 class Clock(CallbackWithConfig):
     """Ties a step to the tokens before it, guards what is loaded, and writes into every checkpoint what it is.
 
-    - lr of batch k is exactly f(tokens before batch k), also after a resume. Composer evaluates schedules before it adds
-      the finished batch to its clock, so its own value is one batch late.
+    - lr of batch k is exactly f(tokens before batch k); Composer's own value is one batch late.
     - The batch says how many tokens precede it in the stream; that must be Composer's token count.
-    - torch's default generators are seeded from (seed, batch, rank) before each batch, so that dropout is a function of
-      the step: Composer 0.32.1 restores no generator when it resumes mid-epoch with a dataset that has state.
-    - Checkpoints are scanned before they are loaded.
-    - After loading, the optimizer's settings are the recipe's, where Composer would keep the checkpoint's. What must not
-      change in the middle of a run is compared (`check_resume`).
+    - torch's generators are seeded from (seed, batch, rank) before each batch, so that dropout is a function of the step:
+      Composer 0.32.1 restores none when it resumes mid-epoch with a dataset that has state.
+    - After loading, the optimizer's settings are the recipe's, where Composer would keep the checkpoint's, and what must
+      not change in the middle of a run is compared (`check_resume`).
     - Initial weights, drawn and not loaded, are written to `<save_folder>/initial/step0.pt`, which autoresume never sees.
     - What this package logs is shown at the run's python_log_level.
 
     Args:
-        train_config: the run's config, given by LLM-Foundry.
-        run_config: the same as the user's files say it, as `config_text`, given by the checks.
+        train_config: from LLM-Foundry. run_config: the same as the user's files say it (`config_text`), from the checks.
     """
 
     def __init__(self, train_config: Mapping[str, Any], run_config: str | None = None):
@@ -115,18 +112,15 @@ class Clock(CallbackWithConfig):
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))  # and every CUDA device
 
     @functools.cached_property
-    def _tokenizer(self) -> dict[str, Any]:
-        """Name and fingerprint; reading a vocabulary takes a moment, so once."""
+    def _fingerprint(self) -> str:
+        """The tokenizer's, as JSON; reading a vocabulary takes a moment, so once."""
         tokens = getattr(self._model, "tokenizer", None)
-        return {"tokenizer": getattr(tokens, "name_or_path", None),
-                "tokenizer_fingerprint": json.dumps(None if tokens is None else fingerprint(tokens))}
+        return json.dumps(None if tokens is None else fingerprint(tokens))
 
     def state_dict(self) -> dict[str, Any]:
         """What makes a checkpoint readable by itself: plain data only, nested lists as JSON text.
 
-        config, size, objective (what the model ends as), objective_schedule, tokenizer (its name) and its fingerprint;
-        tokens and batch of this run; run_name, phase, run_config (`config_text`) and run_hash, its sha256; lineage, oldest
-        first: what the weights were started from.
+        objective: what the model ends as. tokens, batch: of this run. lineage: what it was started from, oldest first.
         """
         config = getattr(self._model, "config", None)
         plain = dataclasses.asdict(config) if isinstance(config, EttinConfig) else None
@@ -135,7 +129,8 @@ class Clock(CallbackWithConfig):
         return {
             "config": plain, "size": getattr(config, "size", None), "objective": getattr(self._model, "objective", None),
             "objective_schedule": json.dumps(None if schedule is None else ObjectiveSchedule.parse(schedule).plain()),
-            **self._tokenizer,
+            "tokenizer": getattr(getattr(self._model, "tokenizer", None), "name_or_path", None),
+            "tokenizer_fingerprint": self._fingerprint,
             "tokens": 0 if time is None else time.token.value, "batch": 0 if time is None else time.batch.value,
             "run_name": None if self._state is None else self._state.run_name,
             "phase": (self._run.get("variables") or {}).get("phase"), "run_config": self._run_config,

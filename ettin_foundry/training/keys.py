@@ -1,12 +1,12 @@
 """Refuses keys that a config may not have: unknown, removed, of the host's that cannot act here, or without effect.
 
-Keys and defaults of a block are read from the signature of the class that takes it, as source text: importing the
-classes would import torch and the host. Blocks of the host's own classes are left to the host.
+Keys and defaults of our blocks are read from signatures as source text, since importing them would import torch.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import re
 from collections.abc import Mapping
@@ -21,19 +21,17 @@ _BY_HOST = ("self", "tokenizer", "train_config", "params", "device_batch_size") 
 
 
 def _literal(node: ast.expr | None) -> Any:
-    try:
-        value = ast.literal_eval(node) if node is not None else None
-    except ValueError:  # a name, such as MISSING
-        return None
-    return list(value) if isinstance(value, tuple) else value
+    with contextlib.suppress(TypeError, ValueError):  # of no node, and of a name such as MISSING
+        value = ast.literal_eval(node)  # type: ignore[arg-type]
+        return list(value) if isinstance(value, tuple) else value
+    return None
 
 
 def read_parameters(target: str) -> dict[str, Any]:
     """{parameter: default, or None} of a function, a class's `__init__` or a dataclass, given as `module:name`."""
     module, name = target.split(":")
     package, *rest = module.split(".")
-    spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.origin is not None
+    spec: Any = importlib.util.find_spec(package)
     source = Path(spec.origin).parent.joinpath(*rest).with_suffix(".py").read_text(encoding="utf-8")
     node: Any = next(node for node in ast.parse(source).body if getattr(node, "name", None) == name)
     if isinstance(node, ast.ClassDef):
@@ -57,10 +55,8 @@ PARAMETERS["ettin"] |= dict.fromkeys(FIELDS)
 PARAMETERS["ettin_stable_adamw"] |= {"disable_grad": None, "param_groups": None}  # taken out by LLM-Foundry
 MODEL_KEYS = {name: tuple(PARAMETERS[name]) for name in REGISTRY["models"]}
 DEFAULTS = {name: {key: value for key, value in keys.items() if value is not None} for name, keys in PARAMETERS.items()}
-"""As PARAMETERS, without the keys that are absent by default."""
 _HOST = read_parameters("llmfoundry.utils.config_utils:TrainConfig")
 HOST_KEYS = frozenset(_HOST)
-"""Every key that a config may have at its top."""
 HOST_DEFAULTS = {key: value for key, value in _HOST.items() if value is not None}
 
 # pattern of key=value -> what to use instead
@@ -91,9 +87,8 @@ def check_keys(cfg: Mapping[str, Any]) -> None:
             if re.fullmatch(pattern, f"{key}={value}"):
                 raise ValueError(f"{key}: {value!r} given; {instead}")
     for key, block in loaders(cfg):
-        training = key == "train_loader"
-        _check(key, block, ["name", *(each for each in PARAMETERS["ettin_text"] if training or each != "batch_size_warmup"),
-                            *(() if training else ("label",))])
+        odd = {"batch_size_warmup"} if key != "train_loader" else {"label"}  # each belongs to one kind of loader
+        _check(key, block, [each for each in ("name", *PARAMETERS["ettin_text"], "label") if each not in odd])
         if isinstance(block.get("dataset"), Mapping):
             _check(f"{key}.dataset", block["dataset"], DATASET_KEYS)
     for key in ("model", "optimizer", "scheduler"):
@@ -117,5 +112,5 @@ def check_effect(cfg: Mapping[str, Any]) -> None:
     for cause, nothing in _INERT.items():
         keys = [key for key, values in nothing.items() if cfg.get(key) is not None and cfg[key] not in values]
         if keys and not cfg.get(cause) and not (cause == "eval_loader" and cfg.get("eval_loaders")):
-            raise ValueError(f"{', '.join(keys)}: given without {cause}, which alone gives effect to it; give {cause}, "
-                             f"or switch it off ({' '.join(f'{key}=null' for key in keys)})")
+            raise ValueError(f"{', '.join(keys)}: given without {cause}, so without effect; give {cause}, or set "
+                             + " ".join(f"{key}=null" for key in keys))

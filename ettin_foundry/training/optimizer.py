@@ -1,7 +1,4 @@
-"""StableAdamW as Ettin used it, and its learning-rate schedules as Composer schedulers.
-
-That batch k gets exactly f(tokens before batch k) is the work of `clock.Clock`.
-"""
+"""StableAdamW as Ettin used it, and its learning-rate schedules as Composer schedulers (stepped by `clock.Clock`)."""
 
 from __future__ import annotations
 
@@ -16,8 +13,7 @@ from composer.optim import ComposerScheduler
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ettin_foundry.training.lr import one_minus_sqrt, warmup_stable_decay
-from ettin_foundry.training.run_config import must_be, parse_time
+from ettin_foundry.training.run_config import must_be, one_minus_sqrt, parse_time, warmup_stable_decay
 
 log = logging.getLogger(__name__)
 
@@ -34,18 +30,14 @@ class StableAdamW(torch.optim.Optimizer):
         p  <- p - eta m / (sqrt(v) + eps)
 
     So `weight_decay` is what one step at the peak removes; it is not multiplied by lr. Sums are in a fixed order on any
-    device, so that replicas stay bit-equal, and the host reads nothing back. Sharded parameters (FSDP2) take one
-    all-reduce a group.
+    device, so that replicas stay bit-equal. Sharded parameters (FSDP2) take one all-reduce a group.
 
     Args:
-        params: fp32 or fp64 parameters, or group dicts with a `params` key. Build before FSDP wraps the model: which
-            tensors are norms and biases (one dimension or none) is read from their shapes here.
-        lr: peak learning rate, above 0.
-        betas: decay rates of the two moments.
-        eps: added to the root of the second moment.
+        params: fp32 or fp64 parameters, or group dicts. Build before FSDP wraps the model, since norms and biases are told
+            by their shapes here.
+        lr: peak learning rate. betas: decay rates of the moments. eps: added to the root of the second moment.
         weight_decay: fraction of a weight removed per step at lr == max_lr.
-        max_lr: lr at which `weight_decay` applies in full; `lr` unless given. Phases that start below the pretraining peak
-            give that peak.
+        max_lr: `lr` unless given; phases that start below the pretraining peak give that peak.
     """
 
     def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, *,
@@ -53,14 +45,13 @@ class StableAdamW(torch.optim.Optimizer):
                  max_lr: float | None = None):
         max_lr = lr if max_lr is None else max_lr
         for name, value, fits, allowed in (
-                ("lr", lr, lr > 0, "above 0"), ("max_lr", max_lr, max_lr > 0, "above 0"), ("eps", eps, eps > 0, "above 0"),
-                ("betas", betas, all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
-                ("weight_decay", weight_decay, 0 <= weight_decay < 1, "in [0, 1)")):
+                ("lr", lr, lr > 0, "above 0 (to freeze parameters, use disable_grad)"), ("eps", eps, eps > 0, "above 0"),
+                ("max_lr", max_lr, max_lr > 0, "above 0"), ("weight_decay", weight_decay, 0 <= weight_decay < 1, "below 1"),
+                ("betas", betas, all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)")):
             if not fits:
-                raise must_be(f"optimizer.{name}", allowed, value, "to freeze parameters, use disable_grad")
+                raise must_be(f"optimizer.{name}", allowed, value, "correct it")
         if weight_decay > 1e-3:
-            log.warning("optimizer.weight_decay: %s is removed from every weight in each step at the peak, and is not "
-                        "multiplied by lr; the recipes use 1e-5", weight_decay)
+            log.warning("optimizer.weight_decay: %s is not multiplied by lr; the recipes use 1e-5", weight_decay)
         super().__init__(_split_by_decay(params), {
             "lr": lr, "beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay,
             "max_lr": max_lr, "step": torch.tensor(0, dtype=torch.int32)})
@@ -124,15 +115,11 @@ def _split_by_decay(params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> list
     result = []
     for group in given if given and isinstance(given[0], dict) else [{"params": given}]:
         if inert := sorted(set(group) - {"params", "lr", "max_lr", "weight_decay", "eps"}):
-            raise ValueError(f"optimizer.param_groups: {', '.join(inert)} would have no effect; a group may set lr, max_lr, "
-                             "weight_decay and eps")
+            raise ValueError(f"optimizer.param_groups: {', '.join(inert)} would have no effect; set lr, weight_decay, eps")
         members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         if "lr" in group:  # weight decay is relative to the group's own peak
             group = {"max_lr": group["lr"], **group}
         matrices, others = [p for p in members if p.ndim > 1], [p for p in members if p.ndim <= 1]
-        if others and not matrices and group.get("weight_decay", 0) != 0:
-            raise ValueError(f"optimizer.param_groups: weight_decay {group['weight_decay']} would have no effect on a "
-                             "group of norms and biases only; remove it or match other parameters")
         if matrices:
             result.append({**group, "params": matrices})
         if others:
@@ -141,11 +128,9 @@ def _split_by_decay(params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> list
 
 
 class _Schedule(ComposerScheduler):
-    """Times given as strings, each read on the clock of its own unit.
+    """Times given as strings, each read on the clock of its own unit; alpha_f in [0, 1] is the last factor on the peak lr.
 
-    A share (`dur`) is of max_duration. A time in tokens in a run of batches is read on the tokens seen; the run's end in
-    tokens, which a decay needs, is then estimated from the tokens of the batches so far. alpha_f in [0, 1] is the factor on
-    the peak lr at the end.
+    A time in tokens in a run of batches is read on the tokens seen; the end in tokens is estimated from those so far.
     """
 
     def __init__(self, alpha_f: float, **times: str):

@@ -1,4 +1,4 @@
-"""Reads a run's config from plain containers: times, tokens, objective, shape, loaders, and the config as text.
+"""Reads a run's config from plain containers: times, tokens, objective, shape, loaders, text; and schedules of the lr.
 
 What may stand in a config is checked in checks.py. Neither torch nor the host is imported.
 """
@@ -6,8 +6,10 @@ What may stand in a config is checked in checks.py. Neither torch nor the host i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -38,7 +40,7 @@ def parse_time(key: str, value: Any) -> tuple[float, str]:
 
 
 def total_tokens(cfg: Mapping[str, Any]) -> int | None:
-    """Tokens of the run, which a `dur` in a schedule is a share of; None when max_duration is not in tokens."""
+    """Tokens of the run; None when max_duration is not in tokens."""
     amount, unit = parse_time("max_duration", cfg["max_duration"])
     return round(amount) if unit == "tok" else None
 
@@ -69,9 +71,7 @@ def loaders(cfg: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def value_at(cfg: Any, key: str) -> Any:
     """The value of a dotted key, or None."""
-    for part in key.split("."):
-        cfg = cfg.get(part) if isinstance(cfg, Mapping) else None
-    return cfg
+    return functools.reduce(lambda block, part: block.get(part) if isinstance(block, Mapping) else None, key.split("."), cfg)
 
 
 def walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -107,3 +107,24 @@ def config_text(cfg: Mapping[str, Any]) -> str:
 def config_hash(text: str) -> str:
     """sha256 of a `config_text`, in hex."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def warmup_stable_decay(t: float, *, warmup: float, decay: float, total: float, alpha_f: float) -> float:
+    """Factor on the peak lr at time t: linear from 1e-10 to 1, flat, then linear to `alpha_f` over the last `decay`.
+
+    All times in one unit. Source: ModernBERT's src/scheduler.py, lines 81-131 (where decay 0 divides by 0; here it is flat).
+    """
+    if t < warmup:
+        return 1e-10 + (1 - 1e-10) * (t / warmup)
+    if decay == 0 or t < total - decay:
+        return 1.0
+    return 1.0 - min(1.0, (t - (total - decay)) / decay) * (1.0 - alpha_f)
+
+
+def one_minus_sqrt(t: float, *, decay: float, total: float, alpha_f: float) -> float:
+    """Factor on the peak lr at time t: flat, then alpha_f + (1 - alpha_f)(1 - sqrt(x)) over the last `decay`.
+
+    x runs from 0 to 1 in that stretch. All times in one unit. Source: ModernBERT's src/scheduler.py, lines 258-289.
+    """
+    x = min(1.0, max(0.0, (t - (total - decay)) / decay))
+    return alpha_f + (1.0 - alpha_f) * (1.0 - math.sqrt(x))

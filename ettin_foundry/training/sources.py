@@ -1,7 +1,7 @@
 """What a run starts from (nothing, its own checkpoints, or another run's), and whether it may.
 
-All is compared before any work, by settings and by what checkpoints say of themselves (`prepare_start`); the callbacks in
-start.py and clock.py compare again, with what was built. Torch and the host are imported only once a file is read.
+All is compared before any work, by settings and records (`prepare_start`); the callbacks in start.py and clock.py compare
+again, with what was built. Torch and the host are imported only once a file is read.
 """
 
 from __future__ import annotations
@@ -17,24 +17,16 @@ from typing import Any, NamedTuple
 from ettin_foundry.data import tokenizer
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.objectives.schedule import MaskRate
-from ettin_foundry.training.run_config import (
-    config_text,
-    model_config,
-    must_be,
-    objective_schedule,
-    total_tokens,
-    value_at,
-)
+from ettin_foundry.training.run_config import config_text, model_config, must_be, objective_schedule, total_tokens, value_at
 
 log = logging.getLogger(__name__)
 
 STARTS = ("ettin_phase", "ettin_cross")
-SHAPE_FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-"""Fields that decide the shapes of the tensors: a source that differs in one cannot be loaded."""
-FREE_FIELDS = ("causal", "max_position_embeddings", "attn_out_dropout", "initializer_range", "initializer_cutoff_factor")
-"""Fields that a phase may change unasked; `causal` follows from the objective, which is compared instead."""
+_SHAPE_FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+# what a phase may change unasked; causal follows from the objective, which is compared instead
+_FREE_FIELDS = ("causal", "max_position_embeddings", "attn_out_dropout", "initializer_range", "initializer_cutoff_factor")
 _ACCEPTABLE = (*(field.name for field in dataclasses.fields(EttinConfig)
-                 if field.name not in (*SHAPE_FIELDS, *FREE_FIELDS)), "tokenizer")
+                 if field.name not in (*_SHAPE_FIELDS, *_FREE_FIELDS)), "tokenizer")
 # of a config: the same in every part of one run; the loader compares what the data is
 _SAME = ("seed", "optimizer.name", "train_loader.packing", "train_loader.shuffle_seed", "train_loader.shuffle_window",
          "train_loader.dataset.split")
@@ -56,14 +48,6 @@ class Source(NamedTuple):
     has_moments: bool = False
     is_folder: bool = False
 
-    @property
-    def fingerprint(self) -> dict[str, Any] | None:
-        """The tokenizer's, as recorded or of the tokenizer that it names; None if there is none."""
-        recorded, named = self.record.get("tokenizer_fingerprint"), self.record.get("tokenizer")
-        if recorded or not named or not (Path(named) / "tokenizer.json").is_file():
-            return recorded
-        return tokenizer.fingerprint(tokenizer.load(named))
-
 
 class Target(NamedTuple):
     """The run that starts: fields of its `EttinConfig`, objectives of its first batch, its tokenizer's fingerprint."""
@@ -74,15 +58,7 @@ class Target(NamedTuple):
 
 
 def read_source(key: str, given: str) -> Source:
-    """What a source says of itself; reads no tensor.
-
-    Args:
-        key: how the user calls it. given: a `.pt` file, a save folder (then its newest complete checkpoint), or a Hugging
-            Face folder.
-
-    Raises:
-        FileNotFoundError, ValueError: missing, partial, pickled with code, or without a record; it names the key.
-    """
+    """What a checkpoint (as for `checkpoints.locate`) or a Hugging Face folder says of itself; errors name the key."""
     from ettin_foundry.training.checkpoints import read_head
 
     try:
@@ -90,8 +66,7 @@ def read_source(key: str, given: str) -> Source:
             return _read_folder(Path(given))
         head = read_head(given)
         if not head.record.get("config"):
-            raise ValueError(f"{head.path.name} does not say what model it holds; give a checkpoint of a run of "
-                             "ettin_foundry, or one that `ettin import` made")
+            raise ValueError(f"{head.path.name} does not say what model it holds; make one with `ettin import`")
     except (ValueError, OSError) as error:
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
         raise kind(f"{key}: {given!r} given; {error}") from error
@@ -104,10 +79,7 @@ def _read_folder(path: Path) -> Source:
     from ettin_foundry.model.hf_config import read_config
 
     config, objective = read_config(path / "config.json")
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{path} has no model.safetensors")
-    for file in files:
+    for file in sorted(path.glob("*.safetensors")) or [path / "model.safetensors"]:
         try:
             with safe_open(file, "pt"):
                 pass  # opening compares the header with the file's length
@@ -122,18 +94,15 @@ def _read_folder(path: Path) -> Source:
 
 
 def compare(key: str, source: Source, target: Target, accept: Sequence[str], *, crossing: bool) -> Differences:
-    """Compares a source with the run that starts from it; returns the differences that `accept` lists, refuses others.
+    """A source's differences from the run that starts from it; refuses those that `accept` does not list.
 
-    Args:
-        key: the callback as the user calls it. accept: what may differ besides what always may.
-        crossing: for `ettin_cross`; else for `ettin_phase`.
+    crossing: for `ettin_cross`, where objectives must differ; else for `ettin_phase`.
     """
     old, new = source.record["config"], target.config
     found = {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
-    if shape := [f"{name} {was} (here {now})" for name, (was, now) in found.items() if name in SHAPE_FIELDS]:
-        raise ValueError(f"{key}.source: {source.path} has {', '.join(shape)}; its weights do not fit, so choose a source "
-                         "of the same size and vocabulary, or set model.size")
-    free = (*FREE_FIELDS, *(("window_left",) if crossing or old["causal"] != new["causal"] else ()))
+    if shape := [f"{name} {was} (here {now})" for name, (was, now) in found.items() if name in _SHAPE_FIELDS]:
+        raise ValueError(f"{key}.source: {source.path} has {', '.join(shape)}; its weights do not fit, so set model.size")
+    free = (*_FREE_FIELDS, *(("window_left",) if crossing or old["causal"] != new["causal"] else ()))
     found = {name: values for name, values in found.items() if name not in free}
     found |= _compare_tokenizers(source, target) | _compare_objectives(key, source, target, accept, crossing)
     if refused := {name: values for name, values in found.items() if name not in accept}:
@@ -144,7 +113,9 @@ def compare(key: str, source: Source, target: Target, accept: Sequence[str], *, 
 
 
 def _compare_tokenizers(source: Source, target: Target) -> Differences:
-    old, new = source.fingerprint, target.fingerprint
+    old, new, named = source.record.get("tokenizer_fingerprint"), target.fingerprint, source.record.get("tokenizer")
+    if not old and named and (Path(named) / "tokenizer.json").is_file():
+        old = tokenizer.fingerprint(tokenizer.load(named))
     if old is None or new is None:
         if new is not None:
             log.warning("%s names no tokenizer that is here: whether it is this run's is not checked", source.path)
@@ -159,8 +130,8 @@ def _compare_tokenizers(source: Source, target: Target) -> Differences:
 def _compare_objectives(key: str, source: Source, target: Target, accept: Sequence[str], crossing: bool) -> Differences:
     old, new = source.record.get("objective"), " + ".join(target.starts_with)
     if crossing and old is None and target.starts_with != ("clm",) and not source.record["config"]["causal"]:
-        raise ValueError(f"{key}.source: {source.path} does not say whether this encoder predicts masks as mlm or mntp; "
-                         f"run `ettin import {source.path} FILE.pt --objective mlm` (official encoders) and give FILE.pt")
+        raise ValueError(f"{key}.source: {source.path} does not say whether it predicts masks as mlm or mntp; run "
+                         f"`ettin import {source.path} FILE.pt --objective mlm` (official encoders) and give FILE.pt")
     if crossing is not (old in target.starts_with):
         return {}
     trained = f"{key}.source: {source.path} was trained with {old}, and this run starts with {new}; "
@@ -181,8 +152,7 @@ def check_start(cfg: Mapping[str, Any]) -> None:
     given = {f"callbacks.{name}": block or {} for name, block in (cfg.get("callbacks") or {}).items() if name in STARTS}
     if len(given) > 1:
         raise ValueError(" and ".join(f"{key}.source: {block.get('source')!r}" for key, block in given.items())
-                         + " given; only one can give the weights: ettin_phase goes on with the same objective, "
-                         "ettin_cross changes it")
+                         + " given; only one can give the weights (ettin_cross changes the objective)")
     for key, block in given.items():
         if not isinstance(block.get("source"), str) or not block["source"]:
             raise ValueError(f"{key}.source: not given; add variables.source=CHECKPOINT to the command line")
@@ -192,24 +162,21 @@ def check_start(cfg: Mapping[str, Any]) -> None:
                                  "remove one of the two")
         possible, accept = (*_ACCEPTABLE, *(("objective",) if key.endswith("phase") else ())), block.get("accept", [])
         if not isinstance(accept, list) or not set(accept) <= set(possible):
-            raise must_be(f"{key}.accept", f"a list of {', '.join(possible)}", accept,
-                          "what decides the shapes of the weights cannot differ")
+            raise must_be(f"{key}.accept", f"a list of {', '.join(possible)}", accept, "no other key can differ")
         if block.get("keep", "all") not in ("all", "weights"):
             raise must_be(f"{key}.keep", "all (weights and optimizer moments) or weights", block["keep"], "correct it")
     if cfg.get("load_ignore_keys") and not given:
-        raise ValueError(f"load_ignore_keys: {cfg['load_ignore_keys']!r} given; a part of a checkpoint gives a run that "
-                         "counts wrongly; enter a phase with callbacks.ettin_phase, or set load_weights_only=true")
+        raise ValueError(f"load_ignore_keys: {cfg['load_ignore_keys']!r} given; part of a checkpoint counts wrongly; use "
+                         "callbacks.ettin_phase, or load_weights_only=true")
     for key in ("run_name", "save_folder"):
         if cfg.get("autoresume") and not (cfg.get(key) or (key == "run_name" and os.environ.get("RUN_NAME"))):
-            raise ValueError(f"autoresume: given without {key}, by which it finds this run's checkpoints; set {key}, or "
-                             "autoresume=false")
+            raise ValueError(f"autoresume: given without {key}, by which it finds checkpoints; set it, or autoresume=false")
 
 
 def prepare_start(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Scans what will be loaded, repairs the link that autoresume follows, and refuses what this run may not start from.
 
-    Returns:
-        Keys to set in the config, by which the host loads the source of `ettin_phase`.
+    Returns the keys to set in the config, by which the host loads the source of `ettin_phase`.
     """
     from ettin_foundry.training import checkpoints
 
@@ -236,11 +203,8 @@ def prepare_start(cfg: Mapping[str, Any]) -> dict[str, Any]:
         raise must_be("load_path", "a .pt file", path, "the host unpacks archives without any check")
     if path and "://" not in path and "{" not in path:
         if not Path(path).exists():
-            raise FileNotFoundError(f"load_path: {path!r} given; no such file; give one such as runs/NAME/latest-rank0.pt")
-        if checkpoints.is_complete(Path(path)):
-            checkpoints.read_head(path)
-        else:
-            checkpoints.load_checkpoint(path)  # says what it is
+            raise FileNotFoundError(f"load_path: {path!r} given; no such file")
+        checkpoints.read_head(path) if Path(path, ".metadata").is_file() else checkpoints.load_checkpoint(path)
     return {}
 
 
@@ -273,16 +237,15 @@ def _prepare_source(cfg: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _check_loadable(key: str, source: Source, keep_all: bool, optimizer: str, sharded: bool) -> None:
     path, anew = source.path, f"set {key}.keep=weights to start the optimizer anew"
     if source.is_folder:
-        raise ValueError(f"{key}.source: {path} is a Hugging Face folder, which holds no optimizer moments; give the run's "
-                         f"checkpoint, use callbacks.ettin_cross, or `ettin import` it and {anew}")
+        raise ValueError(f"{key}.source: {path} is a Hugging Face folder, which holds no optimizer moments; use "
+                         f"callbacks.ettin_cross, or `ettin import` it and {anew}")
     before = json.loads(source.record.get("run_config") or "{}").get("optimizer", {}).get("name", optimizer)
     if keep_all and (not source.has_moments or before != optimizer):
         has = f"moments of {before}, and optimizer.name is {optimizer}" if source.has_moments else "no optimizer moments"
         raise ValueError(f"{key}.source: {path} holds {has}; give a whole checkpoint of the same optimizer, or {anew}")
     if path.is_dir() != sharded:
-        is_kind, other = ("a sharded checkpoint", "sharded") if path.is_dir() else ("one file", "full")
-        raise ValueError(f"{key}.source: {path} is {is_kind}; the host loads its own kind only, so set "
-                         f"fsdp_config.state_dict_type={other}, as the source's run had it")
+        kind, other = ("a sharded checkpoint", "sharded") if path.is_dir() else ("one file", "full")
+        raise ValueError(f"{key}.source: {path} is {kind}; set fsdp_config.state_dict_type={other}, as its run had it")
 
 
 # ------------------------------------------------------------------ going on
@@ -291,10 +254,8 @@ def _check_loadable(key: str, source: Source, keep_all: bool, optimizer: str, sh
 def check_resume(then: Mapping[str, Any], now: Mapping[str, Any], *, place: str, own: bool) -> None:
     """Refuses to go on with what is another run, or another model, objective, mask rate, optimizer or order.
 
-    Args:
-        then: the checkpoint's record. now: the same of this run, by the config or by `Clock`.
-        place: the checkpoint, for messages.
-        own: it lies in this run's own save folder, so run_name and optimizer must be the same.
+    then: the checkpoint's record. now: the same of this run, by the config or by `Clock`. place: the checkpoint.
+    own: it lies in this run's own save folder, so run_name and optimizer must be the same.
     """
     pairs = [("run_name", now.get("run_name"), then.get("run_name"))] if own else []
     pairs += [("model.objective", _without_end(now.get(key)), _without_end(then.get(key)))
@@ -312,16 +273,14 @@ def check_resume(then: Mapping[str, Any], now: Mapping[str, Any], *, place: str,
     for key, new, old in pairs:
         if new is not None and old is not None and new != old:
             raise ValueError(f"{key}: {new!r} in the config, {old!r} in the checkpoint that this run resumes ({place}); "
-                             "restore the value, or start another run: with another run_name and save_folder, load_path "
-                             "goes on from a checkpoint with another learning rate, callbacks.ettin_phase and ettin_cross "
-                             "with another phase and objective")
+                             "restore it, or start a run of another name and save_folder: from load_path with another "
+                             "learning rate, by callbacks.ettin_phase or ettin_cross with another phase or objective")
 
 
 def _mask_rate(config: dict[str, Any]) -> Any:
-    """Plain data in tokens; None without a loader of ours."""
-    value = value_at(config, "train_loader.mask_rate")
-    return None if value is None else _without_end(
-        MaskRate.parse(value, total=total_tokens(config), key="train_loader.mask_rate").plain())
+    """Plain data in tokens, if there is one."""
+    value, key = value_at(config, "train_loader.mask_rate"), "train_loader.mask_rate"
+    return None if value is None else _without_end(MaskRate.parse(value, total=total_tokens(config), key=key).plain())
 
 
 def _without_end(plain: Any) -> Any:

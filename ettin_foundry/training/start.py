@@ -1,7 +1,6 @@
 """Callbacks that start from another run: entering a phase with weights and moments, or crossing objectives with weights.
 
-Sources are compared in sources.py, before work and again here with what was built. A run that finds its own checkpoint
-enters nothing, so the clock starts anew exactly once.
+A run that finds its own checkpoint enters nothing, so the clock starts anew exactly once.
 """
 
 from __future__ import annotations
@@ -28,10 +27,7 @@ from ettin_foundry.training.sources import Source, Target, compare, read_source
 log = logging.getLogger(__name__)
 
 # of a config: what a phase may change of the training besides its length; logged on entering
-_LOGGED = ("model.", "optimizer.", "train_loader.mask_rate", "train_loader.objective", "train_loader.packing",
-           "train_loader.dataset.", "train_loader.batch_size_warmup", "max_seq_len", "global_train_batch_size",
-           "precision", "accumulate_train_batch_on_tokens", "seed")
-_REPEATED = ("model.max_seq_len", "model.objective")  # logged under another key
+_LOGGED = ("model.", "optimizer.", "train_loader.", "global_train_batch_size", "precision", "seed")
 
 
 class _Start(Callback):
@@ -68,17 +64,12 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 class EnterPhase(_Start):
     """Enters a phase: weights and optimizer moments of the phase before, everything else as this run's recipe says.
 
-    Kept: weights, and the optimizer's moments and step count (not with keep: weights). New: clock, schedule, data order,
-    generators. The host loads, told by load_path and load_ignore_keys what to take. A resumed run is left alone.
+    The host loads, told by load_path and load_ignore_keys what to take. A resumed run is left alone.
 
     Args:
-        source: a Composer checkpoint (file or save folder) of the same objective.
-        accept: fields of the model that this phase may change (`global_rope_theta`), `tokenizer`, or `objective` between
-            encoders. What is listed and does not differ is no error.
+        source: a Composer checkpoint (file, sharded folder or save folder) of the same objective.
+        accept: fields of the model that may differ (`global_rope_theta`), `tokenizer`, or `objective` between encoders.
         keep: `all`, or `weights` to start the optimizer anew.
-
-    Raises:
-        ValueError: see `compare`; or nothing was loaded.
     """
 
     key = "callbacks.ettin_phase"
@@ -107,7 +98,7 @@ class EnterPhase(_Start):
         self._accept(state, source)
         record, now = source.record, clock.state_dict()
         old, new = ({key: value for key, value in walk(json.loads(each.get("run_config") or "{}"))
-                     if key.startswith(_LOGGED) and key not in _REPEATED} for each in (record, now))
+                     if key.startswith(_LOGGED)} for each in (record, now))
         parts = ("weights", ", optimizer") if self.keep == "weights" else ("weights, optimizer moments", "")
         log.info("entering %s from %s (%s, batch %s, %s tokens): kept %s; new clock, schedule, data order, generators%s; "
                  "changed: %s", now["phase"] or "a phase", source.path, record.get("objective"), record.get("batch"),
@@ -115,17 +106,13 @@ class EnterPhase(_Start):
 
 
 class CrossObjective(_Start):
-    """Continues from the weights of another kind of model: an encoder from a decoder, a decoder from an encoder, or one
-    encoder's objective from another's.
+    """Continues from the weights of another kind of model: encoder and decoder, or mlm and mntp.
 
     Head, output bias and tied matrix come along; clock, optimizer and data start anew. A resumed run is left alone.
 
     Args:
-        source: a Composer checkpoint (file or save folder), or a Hugging Face folder, also an official one.
+        source: a Composer checkpoint (file, sharded folder or save folder), or a Hugging Face folder, also an official one.
         accept: fields of the model that may differ (`global_rope_theta`, `local_rope_theta`), or `tokenizer`.
-
-    Raises:
-        ValueError: see `compare`; missing or unknown tensors; or a `load_path` besides.
     """
 
     key = "callbacks.ettin_cross"
@@ -139,8 +126,7 @@ class CrossObjective(_Start):
             log.info("resuming this run: weights of %s are not loaded again", self.source)
             return
         if state.load_path is not None:
-            raise ValueError(f"load_path: {state.load_path} was loaded, and {self.key}.source is {self.source}; only one "
-                             "can give the weights, so remove one of them")
+            raise ValueError(f"load_path: {state.load_path} and {self.key}.source given; only one can give the weights")
         source = read_source(f"{self.key}.source", self.source)
         self._accept(state, source)
         # every rank reads: tensors are mapped from the file, not copied

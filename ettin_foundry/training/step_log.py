@@ -20,11 +20,10 @@ from ettin_foundry.training.steps import STEPS, cut_steps
 
 
 class StepLog(CallbackWithConfig):
-    """Appends one line a step to `<folder>/steps.jsonl`, on rank 0, and flushes it.
+    """Appends one line a step to `<folder>/steps.jsonl`, on rank 0; a resumed run cuts off those that it does again.
 
-    A run that resumes first cuts off the lines of steps that it does again. The hash of the global batch is summed over
-    ranks while the step computes. Metrics: data/mask_rate, and where the objective changes or is mixed,
-    data/objective_NAME, the share of the step's rows that train it.
+    The batch's hash is summed over ranks while the step computes. Metrics: data/mask_rate, and where the objective changes
+    or is mixed, data/objective_NAME, the share of the step's rows that train it.
 
     Args:
         folder: a local folder; save_folder if not given. `{run_name}` is filled in.

@@ -26,12 +26,9 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def read_steps(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Every step of a log (a file, or the save folder that holds it), in order.
+    """Every step of a log (a file, or the save folder that holds it); a ValueError names a line that is none.
 
     A last line that a killed run left unfinished is passed over.
-
-    Raises:
-        FileNotFoundError: there is none. ValueError: a line is no step; it names the line.
     """
     path = Path(path, STEPS) if Path(path).is_dir() else Path(path)
     if not path.is_file():
@@ -45,10 +42,7 @@ def read_steps(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def compare_steps(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> int | None:
-    """The first step at which two runs did not read the same rows, as their logs tell; None where they always did.
-
-    A step that only one of them has is a difference.
-    """
+    """The first step at which two runs, by their logs, did not read the same rows (or only one did); None without."""
     mine, other = read_steps(first), read_steps(second)
     for one, two in zip(mine, other):
         if any(one.get(key) != two.get(key) for key in ("step", "tokens", "rows", "ids_hash")):

@@ -13,7 +13,6 @@ import pytest
 from conftest import make_documents
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from ettin_foundry.corpus import chunking
 from ettin_foundry.corpus.chunking import Chunker, token_bytes
 
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
@@ -43,12 +42,6 @@ def trained() -> Tokenizer:
         vocab_size=700, initial_alphabet=ALPHABET, show_progress=False))
     tokenizer.add_tokens(["   ", "    "])
     return tokenizer
-
-
-@pytest.fixture(scope="module")
-def one_byte() -> Tokenizer:
-    """Every byte is a token, so that places in a text are places between tokens."""
-    return byte_level({character: number for number, character in enumerate(sorted(ALPHABET))}, [])
 
 
 def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
@@ -125,14 +118,12 @@ def check_same(tokenizer: Tokenizer, tokens: np.ndarray, limit: int, *, is_text:
 @pytest.mark.parametrize("limit", [10, 37, 62, 200, 510])
 def test_cuts_are_those_of_the_rule_read_on_text(trained: Tokenizer, limit: int) -> None:
     rng = np.random.default_rng(limit)
-    for words in (0.0, 0.1, 0.5, 1.0, 1.0, 1.0):
-        if words < 1:  # nearly nothing but punctuation and spaces
-            parts = [rng.choice(list("aB3\u6c49" if rng.random() < words else SPECIAL)) for _ in range(2500)]
-        else:
-            prose = [*MIXED.split(" "), *make_documents(6, seed=int(rng.integers(1 << 30)))]
-            ends = [" ", " ", " ", ". ", "\n", "\n\n", "\u3002"]
-            parts = [rng.choice(prose) + rng.choice(ends) for _ in range(300)]
-        assert check_same(trained, encode(trained, "".join(parts)), limit) > 1
+    prose, ends = [*MIXED.split(" "), *make_documents(6, seed=limit)], [" ", " ", " ", ". ", "\n", "\n\n", "\u3002"]
+    texts = ["".join(rng.choice(prose) + rng.choice(ends) for _ in range(900))]
+    for share in (0.0, 0.1, 0.5):  # nearly nothing but punctuation and spaces
+        texts.append("".join(rng.choice(list("aB3\u6c49" if rng.random() < share else SPECIAL)) for _ in range(2500)))
+    for text in texts:
+        assert check_same(trained, encode(trained, text), limit) > 1
 
 
 def test_cuts_are_those_of_the_rule_on_any_ids(trained: Tokenizer) -> None:
@@ -156,46 +147,30 @@ def test_cuts_are_those_of_the_rule_with_the_real_vocabulary(ettin_tokenizer_dir
 CASES = {  # limit 40: a chunk ends after 36 to 40 bytes; the tail after that is longer than 4
     "paragraph before sentence": ("x" * 30 + " line\n\n" + "Go. " + "y" * 40, "x" * 30 + " line\n\n"),
     "blank line of spaces": ("x" * 33 + "\n \t\n  " + "y" * 40, "x" * 33 + "\n \t\n"),
-    "blank line of CR LF": ("x" * 33 + "\r\n\r\n" + "y" * 40, "x" * 33 + "\r\n\r\n"),
     "one CR LF is a line end": ("x" * 30 + "end.a\r\n " + "y" * 40, "x" * 30 + "end.a\r\n"),
     "sentence before line": ("x" * 33 + "ye. a\n" + "y" * 40, "x" * 33 + "ye. "),
-    "sentence end with its newline": ("x" * 33 + "ye.\n  " + "y" * 40, "x" * 33 + "ye.\n"),
-    "latest sentence": ("x" * 30 + "go. Yes! Or " + "y" * 40, "x" * 30 + "go. Yes! "),
     "closing quote and bracket": ("x" * 33 + "a.\") B" + "y" * 40, "x" * 33 + "a.\") "),
     "full stop inside a word": ("x" * 33 + "a.py b" + "y" * 40, "x" * 33 + "a.py"),
-    "digit before the full stop": ("x" * 33 + " 1. a" + "y" * 40, "x" * 33 + " 1."),
-    "initial before the full stop": ("x" * 34 + " J. S" + "y" * 40, "x" * 34 + " J."),
-    "line before word": ("x" * 36 + "\na b" + "y" * 40, "x" * 36 + "\n"),
     "word before character": ("x" * 37 + " " + "y" * 40, "x" * 37),
-    "as late as possible": ("x" * 80, "x" * 40),
-    "not inside a character": ("x" * 39 + "\u00fc" + "y" * 40, "x" * 39),
     "not inside an emoji": ("x" * 37 + "\U0001f600" + "y" * 40, "x" * 37),
-    "outside the tenth is no place": ("x" * 30 + ".\n\n" + "y" * 80, "x" * 30 + ".\n\n" + "y" * 7),
     "one before the tenth": ("x" * 33 + "\n\n" + "y" * 80, "x" * 33 + "\n\n" + "y" * 5),
 }
 
 
-@pytest.mark.parametrize(("text", "first"), CASES.values(), ids=CASES)
-def test_first_chunk(one_byte: Tokenizer, text: str, first: str) -> None:
-    tokens = encode(one_byte, text)
-    assert len(tokens) == len(text.encode())
-    end = Chunker(one_byte.to_str(), 40).cuts(tokens)[0]
-    assert text.encode()[:end].decode() == first
+def test_first_chunk() -> None:
+    """Every byte is a token, so that places in a text are places between tokens."""
+    one_byte = byte_level({character: number for number, character in enumerate(sorted(ALPHABET))}, [])
+    for case, (text, first) in CASES.items():
+        end = Chunker(one_byte.to_str(), 40).cuts(encode(one_byte, text))[0]
+        assert text.encode()[:end].decode() == first, case
 
 
-CJK = {
-    "after the terminator": ("\u3002\u6c49\u5b57", 1), "after its closer": ("\u3002\u300d\u6c49", 2),
-    "not between two terminators": ("\uff01\uff1f\u6c49", 2), "a space may follow": ("\uff1f \u6c49", 2),
-}
-
-
-@pytest.mark.parametrize(("text", "place"), CJK.values(), ids=CJK)
-def test_chinese_sentence_ends_need_no_space(text: str, place: int) -> None:
+def test_chinese_sentence_ends_need_no_space() -> None:
     """Each character is a token here; bytes alone would show no terminator."""
-    characters = sorted(set("\u5927" + text))
-    tokenizer = Tokenizer(models.WordLevel({character: number for number, character in enumerate(characters)}, "\u5927"))
-    tokens = np.array([characters.index(character) for character in "\u5927" * 37 + text + "\u5927" * 40], np.uint16)
-    assert Chunker(tokenizer.to_str(), 40).cuts(tokens)[0] == 37 + place
+    for text, place in ("\u3002\u6c49\u5b57", 1), ("\u3002\u300d\u6c49", 2), ("\uff01\uff1f\u6c49", 2), ("\uff1f \u6c49", 2):
+        vocab = {character: number for number, character in enumerate(sorted(set("\u5927" + text)))}
+        tokens = np.array([vocab[character] for character in "\u5927" * 37 + text + "\u5927" * 40], np.uint16)
+        assert Chunker(Tokenizer(models.WordLevel(vocab, "\u5927")).to_str(), 40).cuts(tokens)[0] == 37 + place
 
 
 def test_characters_are_whole_also_where_tokens_straddle_them() -> None:
@@ -207,16 +182,6 @@ def test_characters_are_whole_also_where_tokens_straddle_them() -> None:
     assert b"".join(np.array(token_bytes(tokenizer), object)[kana]).decode() == "a" * 20 + "\u3042" * 40 + "a" * 60
     assert chunker.cuts(kana) == [20, 70, 98, 122]  # back to the last place between characters
     assert chunker.cuts(np.full(120, 4, np.uint16)) == [50, 100, 120]  # no such place at all
-
-
-def test_state_behind_any_text_is_one_of_few(trained: Tokenizer) -> None:
-    """Tables are uint8: 9 states and at most 247 rows. The machine allows far fewer, whatever the vocabulary."""
-    steps = [tuple(step) for step in chunking._STEPS.values()]
-    found, new = set(steps), set(steps)
-    while new:
-        new = {tuple(step[state] for state in word) for word in new for step in steps} - found
-        found |= new
-    assert len(found) + chunking._NUM_STATES < 256
 
 
 def test_bytes_of_byte_level_tokens(trained: Tokenizer) -> None:
@@ -245,8 +210,7 @@ def test_bytes_of_unigram_pieces_with_byte_fallback() -> None:
     vocab = [("<unk>", 0.0), *((f"<0x{byte:02X}>", -9.0) for byte in range(256)), ("\u2581the", -1.0), ("\u2581", -2.0),
              (".", -2.0), ("a", -3.0), ("<0xZZ>", -3.0)]
     tokenizer = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=True))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Metaspace()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     pieces = token_bytes(tokenizer.to_str())
     assert pieces[1:257] == [bytes([byte]) for byte in range(256)]
     assert pieces[257:] == [b" the", b" ", b".", b"a", b"<0xZZ>"]
@@ -268,11 +232,9 @@ def test_without_a_window_chunks_are_as_long_as_characters_allow(trained: Tokeni
     text = " ".join(make_documents(20, seed=4)) + "\u4f60\u597d\U0001f600 e\u0301" * 50
     tokens = encode(trained, text)
     pieces = token_bytes(trained.to_str())
-    expected, begin = [], 0
-    while len(tokens) - begin > limit:
-        end = begin + limit
-        while pieces[int(tokens[end])][0] & 0xC0 == 0x80:  # the next token continues a character
-            end -= 1
-        expected.append(end)
-        begin = end
-    assert Chunker(trained.to_str(), limit, 0.0).cuts(tokens) == [*expected, len(tokens)]
+    ends = [0]
+    while len(tokens) - ends[-1] > limit:
+        ends.append(ends[-1] + limit)
+        while pieces[int(tokens[ends[-1]])][0] & 0xC0 == 0x80:  # the next token continues a character
+            ends[-1] -= 1
+    assert Chunker(trained.to_str(), limit, 0.0).cuts(tokens) == [*ends[1:], len(tokens)]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from converting import UNIT, files_of, is_finished, options, run, stored, write_corpus
+from converting import UNIT, files_of, is_finished, run, stored, write_corpus
 from s3_server import S3Server
 
 from ettin_foundry.corpus.filters import FilterOptions
@@ -14,7 +14,7 @@ from ettin_foundry.corpus.finalize import finalize
 from ettin_foundry.corpus.worker import ConvertUnit
 from ettin_foundry.corpus.writer import ShardGroupWriter
 from ettin_foundry.data.shards import MDSSplit
-from ettin_foundry.data.storage import LocalStorage
+from ettin_foundry.data.storage import Storage
 
 SETTINGS = {"validation": 0.2, "filters": FilterOptions(deduplicate=True, min_characters=5)}
 
@@ -45,15 +45,15 @@ def kill_at(operation: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From this storage operation on (counted from 1), every write fails."""
     count = [0]
     for name in ("write_bytes", "put_file"):
-        original: Callable[..., None] = getattr(LocalStorage, name)
+        original: Callable[..., None] = getattr(Storage, name)
 
-        def counted(self: LocalStorage, *args: object, _original: Callable[..., None] = original) -> None:
+        def counted(self: Storage, *args: object, _original: Callable[..., None] = original) -> None:
             count[0] += 1
             if count[0] >= operation:
                 raise Killed
             _original(self, *args)
 
-        monkeypatch.setattr(LocalStorage, name, counted)
+        monkeypatch.setattr(Storage, name, counted)
 
 
 def killed(operation: int, *args: object, **more: object) -> bool:
@@ -158,12 +158,11 @@ def test_an_unfinished_append_is_finished_before_another(tmp_path: Path, texts: 
     assert files_of(out) == files_of(tmp_path / "all")
 
 
-@pytest.mark.parametrize("content", [b"\n\n", b'{"body": 1}\n'], ids=["empty", "bad"])
-def test_a_bad_append_can_be_left_out_again(tmp_path: Path, texts: Path, tokenizer_dir: Path, content: bytes) -> None:
+def test_an_empty_append_can_be_left_out_again(tmp_path: Path, texts: Path, tokenizer_dir: Path) -> None:
     write_corpus(tmp_path / "good")
-    (tmp_path / "bad.jsonl").write_bytes(content)
+    (tmp_path / "bad.jsonl").write_bytes(b"\n\n")
     run(tmp_path / "set", [texts], tokenizer_dir)
-    with pytest.raises(ValueError, match="empty|text"):
+    with pytest.raises(ValueError, match="empty"):
         run(tmp_path / "set", [tmp_path / "bad.jsonl"], tokenizer_dir, append=True)
     run(tmp_path / "set", [tmp_path / "good"], tokenizer_dir, append=True)
     run(tmp_path / "both", [texts, tmp_path / "good"], tokenizer_dir)
@@ -187,11 +186,6 @@ def test_another_option_over_the_same_dataset_is_refused_by_name(tmp_path_factor
     with pytest.raises(ValueError, match=f"begun with other options: {option}( of texts)? .*never change"):
         run(out, [texts], tokenizer_dir, **{option: OTHERS[option]})
     assert files_of(out) == before
-
-
-def test_every_option_that_shapes_the_data_is_compared() -> None:
-    assert options(Path("x"), ["y"], Path("z"), max_document_bytes=1).record().keys() == \
-        (OTHERS.keys() | {"train_tokenizer"}) - {"licence"}
 
 
 def test_foreign_folders_and_those_inside_a_source_are_refused_and_stay(tmp_path: Path, tokenizer_dir: Path) -> None:

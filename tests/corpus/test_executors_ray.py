@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -117,9 +116,3 @@ def test_no_cluster_at_the_address_is_said_at_once(monkeypatch: pytest.MonkeyPat
         address = f"127.0.0.1:{closed.getsockname()[1]}"
         with pytest.raises(ConnectionError, match=f"--ray-address must be HOST:PORT .*got {address}"):
             run_tasks(pool_jobs.in_steps, jobs(1), workers=1, board=Board("", 0), ray=True, ray_address=address)
-
-
-def test_missing_ray_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r"--executor.*pip install 'ettin-foundry\[ray\]'"):
-        run_tasks(pool_jobs.in_steps, jobs(1), workers=1, board=Board("", 0), ray=True)

@@ -12,7 +12,7 @@ from mix_sets import BUDGETS, ENTRIES, build, chunks_of, make_sets, write_spec
 
 from ettin_foundry import program_folder
 from ettin_foundry.corpus.mix import build_mix
-from ettin_foundry.data.manifest import MANIFEST
+from ettin_foundry.data import MANIFEST
 from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.order import Order
 

@@ -134,7 +134,7 @@ def test_commands_verify_finalize_and_mix(private: Path, tmp_path: Path, capsys:
     (lambda m: bump(m["shards"][1]["rows"], "64", -1), r"rows of 64 is \d+"),
     (lambda m: [bump(m["shards"][n], "tokens", by) for n, by in ((1, 1), (2, -1))], "lengths.npy: row 1 counts"),
     (lambda m: m["shards"][1].update(source="code"), "chunks of another source"),
-    (lambda m: m["shards"].reverse(), "index.json: its shard 0 differs"),
+    (lambda m: m["shards"].reverse(), "index.json: its shards differ"),
     (lambda m: m["tokenizer"].update(vocab_size=300), "the tokenizer has 300 entries"),
     (lambda m: m["tokenizer"].update(probe_sha256="0"), "probe_sha256"),
     (lambda m: m["tokenizer"]["special_ids"].update(mask=3), "special_ids"),
@@ -207,16 +207,18 @@ def test_dataset_behind_a_url_is_checked_the_same_way(private: Path, tmp_path: P
 
 def test_mixture_is_held_to_its_datasets(private: Path, tmp_path: Path) -> None:
     sources = json.loads((private / "train" / "manifest.json").read_text())["sources"]
-    entries = {name: {"set": "set", "source": name, "tokens": 1.5 * sources[name]["tokens"]} for name in sources}
+    entries = {name: {"set": "set", "source": name, "tokens": sources[name]["tokens"] / 2} for name in sources}
     (tmp_path / "spec.yaml").write_text(json.dumps({"sets": entries}))
     build_mix(tmp_path / "spec.yaml", tmp_path / "mix")
     report = verify_dataset(tmp_path / "mix")
-    totals = json.loads((tmp_path / "mix" / "train" / "manifest.json").read_text())["totals"]
-    assert report.ok and report.counts["train"] == (None, totals["samples"], totals["tokens"])
+    manifest = json.loads((tmp_path / "mix" / "train" / "manifest.json").read_text())
+    assert report.ok and report.counts["train"] == (None, manifest["totals"]["samples"], manifest["totals"]["tokens"])
+    parts = [part["shard"] for part in manifest["parts"]]
+    taken = {*parts, *(shard for run in manifest["runs"] for shard in run["shards"])}
     paths = shards_of(private / "train")
     for path in paths:
         flip(path, -1)
     found = problems(tmp_path / "mix")
-    assert all(str(path) in found for path in paths)
+    assert parts and all((str(path) in found) == (number in taken) for number, path in enumerate(paths))
     edit(private / "train" / "manifest.json", lambda m: m["shards"].reverse())
     assert "altered or replaced" in problems(tmp_path / "mix")

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ettin_foundry.corpus.chunking import Chunker
 from ettin_foundry.corpus.writer import ShardGroupWriter
-from ettin_foundry.data.manifest import COLUMNS
+from ettin_foundry.data import COLUMNS
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 Documents = list[tuple[str, np.ndarray]]
@@ -149,16 +149,6 @@ def test_entries_state_what_the_shards_hold(make: Callable[..., ShardGroupWriter
         assert entry["source"] == "caf\u00e9"
         assert json.loads(json.dumps(entry)) == entry
     assert not expected and len(entries) > 2
-
-
-@pytest.mark.parametrize("chunk_length", [1, 7, 65_535])
-def test_any_chunk_length_keeps_every_token(tmp_path: Path, make: Callable[..., ShardGroupWriter], tokenizer_json: str,
-                                            chunk_length: int) -> None:
-    given = documents([1, 2, 3, 100, 65_535, 65_536, 140_000] if chunk_length > 7 else [1, 2, 3, 8, 200])
-    entries = write(make(chunk_length=chunk_length, shard_bytes=1 << 20), given)
-    stock(tmp_path / "stock", samples(given, Chunker(tokenizer_json, chunk_length)), 1 << 20, None)
-    assert contents(tmp_path / "out") == contents(tmp_path / "stock")
-    assert sum(entry["tokens"] for entry in entries) == sum(len(tokens) for _, tokens in given)
 
 
 def test_failure_to_place_stops_the_next_write_and_leaves_nothing(tmp_path: Path,

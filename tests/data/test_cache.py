@@ -3,8 +3,6 @@
 The remote place is an S3 server on loopback, which can be told to fail.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import multiprocessing
@@ -12,12 +10,9 @@ import os
 import pickle
 import shutil
 import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,32 +23,32 @@ from s3_server import S3Server
 from ettin_foundry.data import cache
 from ettin_foundry.data.order import Order
 from ettin_foundry.data.shards import MDSSplit
-from ettin_foundry.data.storage import LocalStorage
+from ettin_foundry.data.storage import Storage
 
 KINDS = pytest.mark.parametrize("kind", ["plain", "packed"])
 SPAWN = multiprocessing.get_context("spawn")  # the server's threads must not be forked
 
 
-def make_split(folder: Path, sources: str, *, packed: bool = False) -> Path:
+def make_split(folder, sources, *, packed=False):
     rng = np.random.default_rng(11)
     shards = [(source, random_documents(rng, 20 + number)) for number, source in enumerate(sources)]
     return write_split(folder, shards, compress=(lambda data: zstd.compress(data, 3)) if packed else None)
 
 
 @pytest.fixture(scope="module")
-def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def splits(tmp_path_factory):
     """The same ten shards of two sources, plain and packed."""
     place = tmp_path_factory.mktemp("splits")
     return {kind: make_split(place / kind / "train", "aabaabaaab", packed=kind == "packed") for kind in ("plain", "packed")}
 
 
 @pytest.fixture(scope="module")
-def expected(splits: dict[str, Path]) -> list[dict[str, Any]]:
+def expected(splits):
     return samples_of(MDSSplit(splits["plain"]))
 
 
 @pytest.fixture(scope="module")
-def running(splits: dict[str, Path]) -> Iterator[S3Server]:
+def running(splits):
     """A server with the splits as plain/train and packed/train."""
     with S3Server() as server:
         for kind, folder in splits.items():
@@ -63,7 +58,7 @@ def running(splits: dict[str, Path]) -> Iterator[S3Server]:
 
 
 @pytest.fixture
-def server(running: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+def server(running, monkeypatch):
     running.connect(monkeypatch)
     monkeypatch.setattr(cache, "_IDLE", 0.02)
     monkeypatch.setattr(cache, "_POLL", 0.01)
@@ -71,35 +66,17 @@ def server(running: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     return running
 
 
-@pytest.fixture
-def alter(server: S3Server) -> Iterator[Callable[[str, bytes | None], None]]:
-    """Changes a file on the server, or deletes it, until the test ends."""
-    before: dict[str, bytes] = {}
-
-    def alter(key: str, content: bytes | None) -> None:
-        before[key] = server.get(key)
-        if content is None:
-            server.client().delete_object(Bucket=server.bucket, Key=key)
-        else:
-            server.put(key, content)
-        server.clear()
-
-    yield alter
-    for key, content in before.items():
-        server.put(key, content)
-
-
-def downloads(server: S3Server) -> Counter[str]:
+def downloads(server):
     """How often each shard was asked for."""
     return Counter(request.path.rpartition("/")[2] for request in server.requests
                    if request.method == "GET" and ".mds" in request.path)
 
 
-def order_of(data: MDSSplit) -> Order:
+def order_of(data):
     return Order(data, CHUNK_LENGTH + 2, packing=True, shuffle=True, seed=3, window=2)
 
 
-def train(data: MDSSplit, rows: int) -> str:
+def train(data, rows):
     """Reads rows as the loader does; a hash of all their tokens and ends."""
     digest, order = hashlib.sha256(), order_of(data)
     for number in range(rows):
@@ -110,7 +87,7 @@ def train(data: MDSSplit, rows: int) -> str:
     return digest.hexdigest()
 
 
-def used(folder: Path) -> int:
+def used(folder):
     """Bytes of all shards in a folder, whole and partial, as a stranger would count them."""
     total = 0
     for path in [Path(place, name) for place, _, names in os.walk(folder) for name in names if ".mds" in name]:
@@ -119,38 +96,36 @@ def used(folder: Path) -> int:
     return total
 
 
-def wait_until(true: Callable[[], bool]) -> None:
+def wait_until(true):
     end = time.monotonic() + 20
     while not true():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.005)
 
 
-def limit_for(folder: Path, number: int) -> int:
+def limit_for(folder, number):
     """Just enough for so many shards, and for one compressed one that is on its way."""
     shards = MDSSplit(folder).manifest["shards"]
     packed = max(shard["zip"]["bytes"] if shard["zip"] else 0 for shard in shards)
     return sum(sorted((shard["raw"]["bytes"] for shard in shards), reverse=True)[:number]) + packed
 
 
-def read_as_rank(local: str, url: str, limit: int | None, rows: int, start: Any, answers: Any) -> None:
+def read_as_rank(local, url, limit, rows, start, answers):
     """One process of a node."""
     data = MDSSplit(local, remote=url, cache_limit=limit)
     start.wait()
     answers.put(train(data, rows))
 
 
-def hold_and_wait(local: str, url: str, limit: int, ready: Any) -> None:
+def hold_and_wait(local, url, limit, ready):
     """Begins the file of shard 0, and waits to be killed."""
-    data = MDSSplit(local, remote=url, cache_limit=limit)
-
-    def stuck(work: Path, *_: Any, **__: Any) -> Path:
+    def stuck(work, *_, **__):
         (work / "half").write_bytes(b"x" * 500)
         ready.set()
         time.sleep(600)
-        return work
 
-    data.files._make_in = stuck  # type: ignore[method-assign]
+    data = MDSSplit(local, remote=url, cache_limit=limit)
+    data.files._make_in = stuck
     data.chunk(0, 0)
 
 
@@ -158,8 +133,7 @@ def hold_and_wait(local: str, url: str, limit: int, ready: Any) -> None:
 
 
 @KINDS
-def test_remote_samples_are_the_local_ones_bit_for_bit(server: S3Server, splits: dict[str, Path], tmp_path: Path, kind: str,
-                                                       expected: list) -> None:
+def test_remote_samples_are_the_local_ones_bit_for_bit(server, splits, tmp_path, kind, expected):
     data = MDSSplit(tmp_path / "train", remote=server.url(f"{kind}/train"))
     assert not downloads(server)
     assert samples_of(data) == expected and data.fingerprint == MDSSplit(splits[kind]).fingerprint
@@ -175,8 +149,7 @@ def test_remote_samples_are_the_local_ones_bit_for_bit(server: S3Server, splits:
 
 
 @pytest.mark.parametrize("limited", [False, True])
-def test_two_processes_share_a_folder_and_its_limit(server: S3Server, splits: dict[str, Path], tmp_path: Path,
-                                                    limited: bool) -> None:
+def test_two_processes_share_a_folder_and_its_limit(server, splits, tmp_path, limited):
     local = MDSSplit(splits["plain"])
     rows = 2 * order_of(local).rows_per_epoch
     limit = limit_for(splits["packed"], len(order_of(local).shards_ahead(0)) + 1) if limited else None
@@ -200,22 +173,19 @@ def test_two_processes_share_a_folder_and_its_limit(server: S3Server, splits: di
         assert limit // 2 < max(peaks) <= limit and max(downloads(server).values()) > 1
 
 
-def test_a_grown_remote_dataset_is_followed_when_its_old_tables_are_deleted(tmp_path: Path) -> None:
-    place, local = make_split(tmp_path / "place", "aab"), tmp_path / "train"
+def test_a_grown_remote_dataset_is_followed_when_its_old_tables_are_deleted(tmp_path):
+    place, grown, local = make_split(tmp_path / "place", "aab"), make_split(tmp_path / "grown", "aabc"), tmp_path / "train"
     samples_of(MDSSplit(local, remote=str(place)))
-    shutil.rmtree(place)
-    make_split(place, "aabc")
     with pytest.raises(ValueError, match="holds another dataset than dataset.remote.*delete manifest.json, lengths.npy"):
-        MDSSplit(local, remote=str(place))
+        MDSSplit(local, remote=str(grown))
     for name in ("manifest.json", "lengths.npy"):
         (local / name).unlink()
-    before = {path.name: path.stat().st_ino for path in local.glob("*.mds")}
-    grown = MDSSplit(local, remote=str(place))
-    assert samples_of(grown) == samples_of(MDSSplit(place)) and grown.num_shards == 4
-    assert {name: (local / name).stat().st_ino for name in before} == before  # nothing was fetched twice
+    before = {path: path.stat().st_ino for path in local.glob("*.mds")}
+    assert samples_of(MDSSplit(local, remote=str(grown))) == samples_of(MDSSplit(grown))
+    assert len(before) == 3 and {path: path.stat().st_ino for path in before} == before  # nothing was fetched twice
 
 
-def test_the_tokenizer_of_a_remote_dataset_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tokenizer_of_a_remote_dataset_is_fetched_once(tmp_path, monkeypatch):
     place, local = tmp_path / "place", tmp_path / "data"
     with pytest.raises(FileNotFoundError, match="place/tokenizer: holds no file"):
         cache.fetch_tokenizer(local, str(place))
@@ -228,7 +198,7 @@ def test_the_tokenizer_of_a_remote_dataset_is_fetched_once(tmp_path: Path, monke
     os.truncate(place / "tokenizer" / "tokenizer.json", 1 << 30)
     with pytest.raises(ValueError, match="must have at most"):
         cache.fetch_tokenizer(local, str(place))
-    monkeypatch.setattr(LocalStorage, "list", lambda self, prefix: [("tokenizer/../../../escaped", 2)])
+    monkeypatch.setattr(Storage, "list", lambda self, prefix: [("tokenizer/../../../escaped", 2)])
     with pytest.raises(ValueError, match="plain name inside"):
         cache.fetch_tokenizer(local, str(place))
 
@@ -237,13 +207,11 @@ def test_the_tokenizer_of_a_remote_dataset_is_fetched_once(tmp_path: Path, monke
 
 
 @KINDS
-def test_a_shard_that_was_damaged_on_the_way_is_fetched_once_more(server: S3Server, tmp_path: Path, kind: str,
-                                                                  monkeypatch: pytest.MonkeyPatch, expected: list,
-                                                                  caplog: pytest.LogCaptureFixture) -> None:
+def test_a_shard_damaged_on_the_way_or_later_is_fetched_once_more(server, tmp_path, kind, monkeypatch, expected, caplog):
     data = MDSSplit(tmp_path / "train", remote=server.url(f"{kind}/train"))
     true, damaged = type(data.files._storage).get_file, []
 
-    def get_file(self: Any, name: str, local_path: Path, **options: Any) -> None:
+    def get_file(self, name, local_path, **options):
         true(self, name, local_path, **options)
         if not damaged and ".mds" in name:
             damaged.append(name)
@@ -252,90 +220,67 @@ def test_a_shard_that_was_damaged_on_the_way_is_fetched_once_more(server: S3Serv
     monkeypatch.setattr(type(data.files._storage), "get_file", get_file)
     assert samples_of(data) == expected
     assert caplog.text.count("it is fetched once more") == 1 and downloads(server)[damaged[0]] == 2
-
-
-@KINDS
-def test_a_shard_that_is_bad_or_missing_at_its_source_stops_the_run_with_its_name(
-        server: S3Server, alter: Callable, splits: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    name = shard_file(splits[kind], 1, ".zstd" if kind == "packed" else "").name
-    good = (splits[kind] / name).read_bytes()
-    alter(f"{kind}/train/{name}", good[:-3] + bytes([good[-3] ^ 4]) + good[-2:])
-    with pytest.raises(ValueError, match=rf"s3://.*{name}: xxh64 is"):
-        MDSSplit(tmp_path / "train", remote=server.url(f"{kind}/train")).chunk(1, 0)
-    assert downloads(server)[name] == 2 and not any((tmp_path / "train").glob("*.mds"))  # no byte of it was kept
-    server.put(f"{kind}/train/{name}", good)
-    alter(f"{kind}/train/{name}", None)
-    with pytest.raises(FileNotFoundError, match=name):
-        MDSSplit(tmp_path / "train", remote=server.url(f"{kind}/train")).chunk(1, 0)
-
-
-@pytest.mark.parametrize("name", ["shard", "lengths.npy"])
-@KINDS
-def test_a_flipped_byte_in_the_local_copy_is_mended_by_one_fetch(server: S3Server, splits: dict[str, Path], tmp_path: Path,
-                                                                 kind: str, name: str, expected: list) -> None:
-    url = server.url(f"{kind}/train")
-    MDSSplit(tmp_path / "train", remote=url).chunk(1, 0)
-    path = shard_file(tmp_path / "train", 1) if name == "shard" else tmp_path / "train" / name
-    flip(path, -1)
+    flip(shard_file(tmp_path / "train", 1), -1)
     server.clear()
-    assert samples_of(MDSSplit(tmp_path / "train", remote=url)) == expected
-    assert len([request for request in server.requests if request.method == "GET" and path.name in request.path]) == 1
+    assert samples_of(MDSSplit(tmp_path / "train", remote=server.url(f"{kind}/train"))) == expected
+    assert list(downloads(server).values()) == [1]
+
+
+@KINDS
+def test_a_shard_that_is_bad_or_missing_at_its_source_stops_the_run_with_its_name(server, splits, tmp_path, kind):
+    name = shard_file(splits[kind], 1, ".zstd" if kind == "packed" else "").name
+    for file in splits[kind].iterdir():
+        server.put(f"bad/{file.name}", file.read_bytes())
+    good = server.get(f"bad/{name}")
+    server.put(f"bad/{name}", good[:-3] + bytes([good[-3] ^ 4]) + good[-2:])
+    server.clear()
+    data = MDSSplit(tmp_path / "train", remote=server.url("bad"))
+    with pytest.raises(ValueError, match=rf"s3://.*{name}: xxh64 is"):
+        data.chunk(1, 0)
+    assert downloads(server)[name] == 2 and not any((tmp_path / "train").glob("*.mds"))  # no byte of it was kept
+    server.client.delete_object(Bucket=server.bucket, Key=f"bad/{name}")
+    with pytest.raises(FileNotFoundError, match=name):
+        data.chunk(1, 0)
 
 
 # ------------------------------------------------------------------ ahead of need
 
 
-def test_shards_are_fetched_in_the_order_of_need_without_being_read(server: S3Server, tmp_path: Path,
-                                                                    caplog: pytest.LogCaptureFixture) -> None:
+def test_shards_are_fetched_in_the_order_of_need_without_being_read(server, tmp_path, caplog):
     data = MDSSplit(tmp_path / "train", remote=server.url("plain/train"))
-    wanted = order_of(data).shards_ahead(0)
-    names = [data.files.path(shard).name for shard in wanted]
-    assert len(wanted) > 3
-    data.prefetch(wanted)
-    wait_until(lambda: all((tmp_path / "train" / name).exists() for name in names))
-    asked = [request.path.rpartition("/")[2] for request in server.requests if request.method == "GET"]
-    assert [name for name in asked if name.endswith(".mds")] == names
-    wait_until(lambda: not any(thread.name == "ettin-prefetch" for thread in threading.enumerate()))
-    lost, after = [shard for shard in range(10) if shard not in wanted][:2]
-    server.fail(lambda request: data.files.path(lost).name in request.path, times=5)
-    data.prefetch([lost, after])  # an error waits for who needs the shard
-    wait_until(lambda: data.files.path(after).exists())
-    assert "could not be fetched ahead of need" in caplog.text and data.chunk(lost, 0).size
+    data.prefetch([7, 2, 5])
+    wait_until(lambda: data.files.path(5).exists())
+    assert list(downloads(server)) == [data.files.path(shard).name for shard in (7, 2, 5)]  # in the order of requests
+    server.fail(lambda request: data.files.path(0).name in request.path, times=5)
+    other = data.files.path(1).name
+    with cache.locked(tmp_path / "train" / ".cache" / f"{other}.lock"):  # another process fetches it
+        data.prefetch([0, 1, 3])
+        wait_until(lambda: data.files.path(3).exists())
+        assert not downloads(server)[other]
+    assert "could not be fetched ahead of need" in caplog.text  # an error waits for who needs the shard
+    assert data.chunk(0, 0).size and data.chunk(1, 0).size and downloads(server)[other] == 1
 
 
-def test_a_shard_that_another_process_fetches_is_left_to_it(server: S3Server, tmp_path: Path) -> None:
-    data = MDSSplit(tmp_path / "train", remote=server.url("plain/train"))
-    name = data.files.path(0).name
-    with cache.locked(tmp_path / "train" / ".cache" / f"{name}.lock"):
-        data.prefetch([0, 1])
-        wait_until(lambda: data.files.path(1).exists())
-        assert not downloads(server)[name]
-    assert data.chunk(0, 0).size and downloads(server)[name] == 1
-
-
-def test_a_copied_or_forked_split_fetches_for_itself(server: S3Server, splits: dict[str, Path], tmp_path: Path) -> None:
+def test_a_copied_or_forked_split_fetches_for_itself(server, tmp_path):
     data = MDSSplit(tmp_path / "train", remote=server.url("plain/train"))
     data.prefetch([0])
     data.chunk(0, 0)
-    copy = pickle.loads(pickle.dumps(data))
-    copy.prefetch([1])
+    pickle.loads(pickle.dumps(data)).prefetch([1])
     wait_until(lambda: data.files.path(1).exists())
     if not (child := os.fork()):
-        good = False
         try:
             data.prefetch([2])
-            wait_until(lambda: data.files.path(2).exists())
-            good = data.chunk(2, 0).tolist() == MDSSplit(splits["plain"]).chunk(2, 0).tolist()
-        finally:
-            os._exit(0 if good else 1)
+            wait_until(lambda: data.files.path(2).exists() and data.chunk(0, 0).size and data.chunk(2, 0).size)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 
 
 # ------------------------------------------------------------------ the limit
 
 
-def test_a_shard_in_use_never_goes_and_the_least_recently_used_goes_first(server: S3Server, splits: dict[str, Path],
-                                                                          tmp_path: Path) -> None:
+def test_a_shard_in_use_never_goes_and_the_least_recently_used_goes_first(server, splits, tmp_path):
     url, local = server.url("plain/train"), MDSSplit(splits["plain"])
     sizes = [shard["raw"]["bytes"] for shard in local.manifest["shards"]]
     limit = sum(sizes[shard] for shard in (0, 1, 3)) + max(sizes[2], sizes[4])
@@ -349,7 +294,10 @@ def test_a_shard_in_use_never_goes_and_the_least_recently_used_goes_first(server
     assert holder.chunk(0, 1).tolist() == local.chunk(0, 1).tolist() and set(downloads(server).values()) == {1}
 
 
-def test_a_limit_that_is_too_small_or_would_delete_originals_is_refused(splits: dict[str, Path], tmp_path: Path) -> None:
+def test_a_limit_that_is_wrong_too_small_or_would_delete_originals_is_refused(splits, tmp_path):
+    for limit in ("many", 0, "1gb"):  # the last has no effect
+        with pytest.raises(ValueError, match="dataset.cache_limit must be"):
+            MDSSplit(splits["plain"], cache_limit=limit)
     with pytest.raises(ValueError, match=r"dataset.cache_limit must be at least \d+ bytes for the 1 shards"):
         MDSSplit(tmp_path / "train", remote=str(splits["packed"]), cache_limit=2000)
     data = MDSSplit(tmp_path / "train", remote=str(splits["packed"]), cache_limit=limit_for(splits["packed"], 4))
@@ -361,27 +309,24 @@ def test_a_limit_that_is_too_small_or_would_delete_originals_is_refused(splits: 
         MDSSplit(mine, remote=str(splits["plain"]), cache_limit="1gb")
 
 
-def test_what_is_wanted_soon_does_not_go_for_what_is_wanted_later(splits: dict[str, Path], tmp_path: Path,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wanted_soon_does_not_go_for_what_is_wanted_later(splits, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "_IDLE", 0.02)
-    names = [shard_file(splits["plain"], shard).name for shard in range(4)]
-    sizes = [(splits["plain"] / name).stat().st_size for name in names]
+    sizes = [shard_file(splits["plain"], shard).stat().st_size for shard in range(4)]
     limit = max(sum(sizes[:3]), sum(sizes[1:]))
     data = MDSSplit(tmp_path / "train", remote=str(splits["plain"]), cache_limit=limit)
 
-    def there() -> list[str]:
-        return sorted(path.name for path in (tmp_path / "train").glob("*.mds"))
+    def there():
+        return [shard for shard in range(4) if data.files.path(shard).exists()]
 
     data.prefetch([0, 1, 2, 3])
     wait_until(lambda: len(there()) == 3)
     time.sleep(0.05)  # it goes on looking for room
-    assert there() == names[:3]
+    assert there() == [0, 1, 2]
     data.prefetch([1, 2, 3])  # the reader has gone on
-    wait_until(lambda: there() == names[1:])
+    wait_until(lambda: there() == [1, 2, 3])
 
 
-def test_nobody_waits_for_ever_and_a_forked_child_holds_nothing(splits: dict[str, Path], tmp_path: Path,
-                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_waits_for_ever(splits, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "_PATIENCE", 0.5)
     limit, local = limit_for(splits["plain"], 2), MDSSplit(splits["plain"])
     data, other = (MDSSplit(tmp_path / "train", remote=str(splits["plain"]), cache_limit=limit) for _ in range(2))
@@ -389,22 +334,11 @@ def test_nobody_waits_for_ever_and_a_forked_child_holds_nothing(splits: dict[str
         data.chunk(shard, 0)
     with pytest.raises(OSError, match="dataset.cache_limit must be larger"):
         other.chunk(9, 0)
-    read, write = os.pipe()
-    if not (child := os.fork()):  # a worker of another loader, say, that lives on
-        os.close(write)
-        os.read(read, 1)
-        os._exit(0)
-    try:
-        for shard in (2, 3, 4):
-            assert data.chunk(shard, 0).tolist() == local.chunk(shard, 0).tolist()
-    finally:
-        os.close(write)
-        os.close(read)
-        os.waitpid(child, 0)
+    for shard in (2, 3, 4):  # it unmaps its own
+        assert data.chunk(shard, 0).tolist() == local.chunk(shard, 0).tolist()
 
 
-def test_expanded_shards_of_a_local_split_go_and_compressed_ones_stay(splits: dict[str, Path], tmp_path: Path,
-                                                                      expected: list) -> None:
+def test_expanded_shards_of_a_local_split_go_and_compressed_ones_stay(splits, tmp_path, expected):
     mine = Path(shutil.copytree(splits["packed"], tmp_path / "train"))
     data = MDSSplit(mine, cache_limit=limit_for(splits["plain"], 2))
     assert samples_of(data) == expected
@@ -420,7 +354,7 @@ def test_expanded_shards_of_a_local_split_go_and_compressed_ones_stay(splits: di
     assert raw.exists()
 
 
-def test_what_a_killed_process_held_is_free_again(server: S3Server, splits: dict[str, Path], tmp_path: Path) -> None:
+def test_what_a_killed_process_held_is_free_again(server, splits, tmp_path):
     limit, url, local = limit_for(splits["plain"], 2), server.url("plain/train"), tmp_path / "train"
     ready = SPAWN.Event()
     child = SPAWN.Process(target=hold_and_wait, args=(str(local), url, limit, ready))

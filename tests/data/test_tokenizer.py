@@ -42,23 +42,20 @@ def test_tokenizer_that_makes_special_tokens_of_text_is_refused() -> None:
         tokenizers.fingerprint(word_level([*SPECIALS, "a", "b"], unk_token="[UNK]", **NAMES))
 
 
-@pytest.mark.parametrize("reload", [False, True], ids=["copy", "saved-and-loaded"])
-def test_encoder_and_decoder_differ_in_template_and_padding_side_only(tok: PreTrainedTokenizerFast, tmp_path: Path,
-                                                                      reload: bool) -> None:
+def test_encoder_and_decoder_differ_in_template_and_padding_side_only(tok: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     cls, sep = tok.cls_token_id, tok.sep_token_id
     a, b = (tok(text, add_special_tokens=False)["input_ids"] for text in ("kalo", "miter"))
     expected = {"encoder": ([cls, *a, sep], [cls, *a, sep, *b, sep], "right"),
                 "decoder": ([cls, *a], [cls, *a, *b], "left")}
     for kind, (single, pair, side) in expected.items():
-        copy = tokenizers.with_template(tok, kind)
-        if reload:
-            tokenizers.save(copy, tmp_path / kind)
-            config = json.loads((tmp_path / kind / "tokenizer_config.json").read_text())
-            assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
-            copy = AutoTokenizer.from_pretrained(tmp_path / kind)
-        assert copy("kalo")["input_ids"] == single and copy("kalo", "miter")["input_ids"] == pair
-        assert copy.padding_side == side and set(copy("kalo")) == {"input_ids", "attention_mask"}
-        assert (copy.bos_token_id, copy.eos_token_id, copy.pad_token_id) == (cls, sep, tok.pad_token_id)
+        made = tokenizers.with_template(tok, kind)
+        tokenizers.save(made, tmp_path / kind)
+        config = json.loads((tmp_path / kind / "tokenizer_config.json").read_text())
+        assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+        for copy in (made, AutoTokenizer.from_pretrained(tmp_path / kind)):
+            assert copy("kalo")["input_ids"] == single and copy("kalo", "miter")["input_ids"] == pair
+            assert copy.padding_side == side and set(copy("kalo")) == {"input_ids", "attention_mask"}
+            assert (copy.bos_token_id, copy.eos_token_id, copy.pad_token_id) == (cls, sep, tok.pad_token_id)
 
 
 def test_fingerprint_ignores_template_padding_and_place(tok: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -94,11 +91,10 @@ def test_training_on_too_little_text_says_what_is_possible() -> None:
         tokenizers.train_bpe(["ab ab"], 100)
 
 
-@pytest.mark.parametrize("names,words,message", [
+@pytest.mark.parametrize("names, words, message", [
     (dict(cls_token="[CLS]", sep_token="[SEP]"), 0, "different cls, sep, pad and mask"),
     ({**NAMES, "sep_token": "[CLS]"}, 0, "different cls, sep, pad and mask"),
-    (NAMES, 65_540, "at most 65535 entries.*65545"),
-], ids=["missing", "shared", "too-large"])
+    (NAMES, 65_540, "at most 65535 entries.*65545")], ids=["missing", "shared", "too-large"])
 def test_unusable_tokenizer_is_refused(names: dict[str, str], words: int, message: str, tmp_path: Path) -> None:
     word_level([*SPECIALS, *(f"w{i}" for i in range(words))], **names).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
@@ -111,25 +107,21 @@ def test_bos_and_eos_follow_cls_and_sep_and_what_cannot_be_read_is_refused(tmp_p
     assert (tok.bos_token, tok.eos_token) == ("[CLS]", "[SEP]")
     with pytest.raises(FileNotFoundError, match="nowhere/nothing must be a folder"):
         tokenizers.load("nowhere/nothing")
-    for content in ({}, {"tokenizer.json": "{"}, {"tokenizer_config.json": "["}):
-        for name, text in content.items():
-            (tmp_path / name).write_text(text)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         with pytest.raises(ValueError, match="cannot be read"):
             tokenizers.load(tmp_path)
+        (tmp_path / name).write_text("{")
 
 
-def test_ettin_vocabulary_gives_the_published_ids(ettin_tokenizer_dir: Path) -> None:
+def test_ettin_vocabulary_gives_the_published_ids_and_the_fingerprint_on_record(ettin_tokenizer_dir: Path) -> None:
+    """Every manifest on disk holds these hashes: a change of probe or hash would orphan all datasets."""
     tok = tokenizers.load(ettin_tokenizer_dir)
     sentence = "The capital of France is [MASK]."
     body = [510, 5347, 273, 6181, 310, 50284, 15]  # the data folder's README, from the published tokenizer
     assert tokenizers.with_template(tok, "encoder")(sentence)["input_ids"] == [50281, *body, 50282]
     assert tokenizers.with_template(tok, "decoder")(sentence)["input_ids"] == [50281, *body]
-    assert tokenizers.vocab_size(tok) == 50368
-
-
-def test_ettin_fingerprint_is_the_one_on_record(ettin_tokenizer_dir: Path) -> None:
-    """Every manifest on disk holds these: a change of probe or hash would orphan all datasets."""
-    block = tokenizers.fingerprint(tokenizers.load(ettin_tokenizer_dir))
+    block = tokenizers.fingerprint(tok)
+    assert block["vocab_size"] == 50368
     assert block["special_ids"] == {"unk": 50280, "cls": 50281, "sep": 50282, "pad": 50283, "mask": 50284}
     assert block["vocab_sha256"] == "613fdec67dde2dfc762bc35da5d56c2b79834c15b0d451588a8801e7de3e7262"
     assert block["probe_sha256"] == "70d9455a7f38e0230226d447fa5d95847de18171a927ef6b03d67ec3229e1617"

@@ -59,7 +59,6 @@ def chain(tokens, tmp_path):
     add("step0", "mlm", "pretrain", "initial/step0.pt")
     add("step10", "mlm", "pretrain", "ep0-ba10-rank0.pt", batch=10)
     add("step9", "mlm", "pretrain", "ep0-ba9-rank0.pt", batch=9)
-    (root / "pretrain" / "latest-rank0.pt").symlink_to("ep0-ba10-rank0.pt")
     (root / "pretrain" / "ep0-ba11-rank0.pt").write_bytes((root / "pretrain" / "ep0-ba10-rank0.pt").read_bytes()[:-30])
     past = ({"objective": "mlm", "tokens": 100},)
     add("ext3", "mlm", "extend", "ep0-ba3-rank0.pt", batch=3, phase="extend", lineage=past)
@@ -84,17 +83,7 @@ def test_every_checkpoint_of_a_chain_becomes_a_folder(chain, tmp_path):
     assert f"| checkpoint | batch 3 of extend, whose resolved config has the sha256 {'a' * 64} |" in card
 
 
-def test_a_restart_writes_only_what_is_missing(chain, tmp_path):
-    root, _ = chain
-    export_every([root / "pretrain"], tmp_path / "out")
-    (tmp_path / "out" / "step9").rename(tmp_path / "away")
-    kept = (tmp_path / "out" / "step10" / "model.safetensors").stat()
-    assert "1 written, 2 were there" in export_every([root / "pretrain"], tmp_path / "out")
-    assert (tmp_path / "out" / "step10" / "model.safetensors").stat() == kept
-    assert (tmp_path / "out" / "step9").is_dir()
-
-
-def test_folders_of_something_else_are_refused_before_any_is_written(chain, tokens, tmp_path):
+def test_a_restart_writes_what_is_missing_and_refuses_folders_of_something_else(chain, tokens, tmp_path):
     root, models = chain
     out = tmp_path / "out"
     save(root / "other" / "ep0-ba10-rank0.pt", models["step10"], "mlm", tokenizer=tokens, batch=10, run_name="other")
@@ -102,7 +91,11 @@ def test_folders_of_something_else_are_refused_before_any_is_written(chain, toke
     with pytest.raises(ValueError, match="step10: run_name must be 'pretrain'.*got 'other'"):
         export_every([root / "pretrain"], out)
     assert [p.name for p in out.iterdir()] == ["step10"]
-    export_every([root / "pretrain"], out, overwrite=True)
+    assert "3 written, 0 were there" in export_every([root / "pretrain"], out, overwrite=True)
+    (out / "step9").rename(tmp_path / "away")
+    kept = (out / "step10" / "model.safetensors").stat()
+    assert "1 written, 2 were there" in export_every([root / "pretrain"], out)
+    assert (out / "step10" / "model.safetensors").stat() == kept and (out / "step9").is_dir()
     with (out / "step9" / "model.safetensors").open("r+b") as file:
         file.truncate(2000)
     with pytest.raises(ValueError, match="step9: its model.safetensors is not whole"):

@@ -27,10 +27,7 @@ both_kinds = pytest.mark.parametrize("objective", ["mlm", "clm"])
 @pytest.fixture(autouse=True)
 def exact_fp32_products():
     """fp32 references must not be made with TF32's 10 bits; another test may have allowed it."""
-    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def bf16():
