@@ -152,6 +152,16 @@ def test_no_worker_outlives_a_program_that_is_interrupted_or_killed(tmp_path: Pa
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def test_counts_of_a_lost_task_are_taken_back_and_those_of_finished_ones_stay() -> None:
+    shown = board()
+    for key in (7, 8):
+        shown.tick(key, Tick(1, 20, 300, 40))
+    shown.end(7)
+    assert shown.total == Tick(2, 40, 600, 80)
+    shown.end(8, done=False)
+    assert shown.total == Tick(1, 20, 300, 40)
+
+
 def test_log_lines_come_while_it_runs_and_once_at_the_end(monkeypatch: pytest.MonkeyPatch,
                                                           caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(executors, "_LOG_SECONDS", 0.2)
