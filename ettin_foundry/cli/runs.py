@@ -144,10 +144,10 @@ def _list(found: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"name": found.name, "root": str(found.root), "stages": stages}, indent=1))
         return
-    for entry in stages:
-        pair = f", pair {entry['pair']}" if entry["pair"] else ""
-        print(f"{entry['name']}: {entry['max_duration']} from {entry['from'] or 'initialisation'}{pair}")
-        print(f"    {shlex.join(entry['command'])}")
+    for stage in found.stages:
+        pair = f", pair {stage.pair}" if stage.pair else ""
+        print(f"{stage.name}: {stage.config()['max_duration']} from {stage.source or 'initialisation'}{pair}")
+        print(f"    {shlex.join(found.words(stage))}")
 
 
 def evaluate(source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Composer checkpoint, folder of checkpoints, or "

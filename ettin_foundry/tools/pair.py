@@ -120,7 +120,8 @@ def lint_pair(a: Mapping[str, Any], b: Mapping[str, Any], *, names: tuple[str, s
     compared = re.compile("|".join([rf"{_LOADER}\.dataset\.(local|split|remote)", *(re.escape(d.key) for d in found)]))
     blocks: dict[str, list[str]] = {}  # the keys of a block that one side lacks are one difference
     for key in dict.fromkeys([*first.values, *second.values]):
-        if not _same(first.get(key, ABSENT), second.get(key, ABSENT)) and not compared.fullmatch(key):
+        one, other = first.get(key, ABSENT), second.get(key, ABSENT)
+        if (one != other or isinstance(one, bool) != isinstance(other, bool)) and not compared.fullmatch(key):
             parts = key.split(".")
             above = [".".join(parts[:n]) for n in range(1, len(parts))]
             block = next((block for block in above if first.has(block) != second.has(block)), key)
@@ -134,13 +135,9 @@ def lint_pair(a: Mapping[str, Any], b: Mapping[str, Any], *, names: tuple[str, s
     return Report(names, tuple(found), tuple(notes))
 
 
-def _same(a: Any, b: Any) -> bool:
-    return a == b and isinstance(a, bool) == isinstance(b, bool)
-
-
 def _rule(key: str, a: Meaning, b: Meaning) -> tuple[str, str]:
     """(verdict, reason) of a key in which two runs differ."""
-    one_objective = _same(a.get("model.objective"), b.get("model.objective"))
+    one_objective = a.get("model.objective") == b.get("model.objective")
     own = HARMLESS if one_objective else OBJECTIVE  # what each member must have for itself
     if key in ("run_name", "save_folder"):
         return own, "names the run"
@@ -148,9 +145,7 @@ def _rule(key: str, a: Meaning, b: Meaning) -> tuple[str, str]:
         both = key in a.values and key in b.values
         return (own, "each run continues its own checkpoint") if both else (UNFAIR, "only one member begins with weights")
     if re.fullmatch(rf"(model|{_LOADER})\.objective", key):
-        if one_objective:
-            return UNFAIR, "trained alike, the members would be validated on different tasks"
-        return OBJECTIVE, "what a pair is for"
+        return (UNFAIR, "validated on different tasks") if one_objective else (OBJECTIVE, "what a pair is for")
     if re.fullmatch(rf"{_LOADER}\.mask_rate", key):
         objectives = [str(run.get(f"{key.rpartition('.')[0]}.objective", run.get("model.objective"))) for run in (a, b)]
         both = all(any(name in objective for name in MASKED_OBJECTIVES) for objective in objectives)
@@ -224,9 +219,8 @@ def _start(run: Meaning) -> str:
 
 
 def _changed(keys: Sequence[str], before: Meaning, now: Meaning, reason: str) -> _Found:
-    for key in keys:
-        if (old := before.get(key, ABSENT)) != (new := now.get(key, ABSENT)):
-            yield key, old, new, reason
+    found = ((key, before.get(key, ABSENT), now.get(key, ABSENT), reason) for key in keys)
+    return (each for each in found if each[1] != each[2])
 
 
 def _check_model(past: Sequence[Meaning], now: Meaning) -> _Found:
@@ -248,17 +242,11 @@ def _check_model(past: Sequence[Meaning], now: Meaning) -> _Found:
 
 
 def _check_theta(past: Sequence[Meaning], now: Meaning) -> _Found:
-    """A theta may go up once: positions that were learnt under one are read under another."""
-    keys = ("model.global_rope_theta", "model.local_rope_theta")
-    moved = {key: (past[-1].values[key], now.values[key]) for key in keys if past[-1].values[key] != now.values[key]}
-    for key, (old, new) in moved.items():
-        history = {run.values[key] for run in past}
-        if new in history:
-            yield key, old, new, "rotary theta goes back to what it was in an earlier phase"
-        elif new < old:
-            yield key, old, new, "rotary theta goes down"
-        elif len(history) > 1:
-            yield key, old, new, "rotary theta goes up for a second time"
+    """Positions that were learnt under one theta are read under another."""
+    moved = list(_changed(("model.global_rope_theta", "model.local_rope_theta"), past[-1], now, ""))
+    for key, old, new, _ in moved:
+        if new < old or len({run.values[key] for run in past}) > 1:
+            yield key, old, new, "rotary theta may go up once"
         elif key == "model.local_rope_theta" and len(moved) == 1:
             yield key, old, new, "local layers get another rotary theta in a phase that leaves global layers theirs"
 

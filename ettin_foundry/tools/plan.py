@@ -46,8 +46,7 @@ class DataFacts:
     num_tokens: int
     num_chunks: int
     num_rows: int
-    documents: tuple[tuple[int, int], ...]
-    """(length with BOS and EOS, number) of the chunks, each of which is a document to the model."""
+    documents: tuple[tuple[int, int], ...]  # (length with BOS and EOS, number) of the chunks
 
     def attended_pairs(self, config: EttinConfig) -> int:
         """(query, key) pairs of all documents, summed over layers."""
@@ -147,8 +146,8 @@ def memory_bytes(config: EttinConfig, num_tokens: int, targets_per_token: float,
     CPU (benchmarks/plan_memory.py). The CUDA context and unusable memory of the allocator are not counted.
 
     Args:
-        num_tokens: token positions of a microbatch. half: amp_bf16 or amp_fp16, else fp32.
-        fsdp: weights and optimizer are sharded over the ranks. recompute: a layer keeps its input only.
+        num_tokens: of a microbatch. half: amp_bf16 or amp_fp16, else fp32. fsdp: weights and optimizer are sharded over the
+            ranks. recompute: a layer keeps its input only.
     """
     weights = 4 * config.num_parameters
     model = 4 * weights / (ranks if fsdp else 1)  # weights, gradients and two moments
@@ -275,8 +274,7 @@ def plan_runs(stages: Sequence[tuple[str, dict[str, Any]]], *, gpus: str | None 
     """Plans of runs (name, resolved config), in order.
 
     Raises:
-        ValueError: what `check_settings` and `plan_run` refuse, or a batch that the GPUs cannot divide; of several runs
-            the message begins with the run's name.
+        ValueError: what `check_settings` and `plan_run` refuse, or a batch that the GPUs cannot divide.
     """
     found = []
     for name, cfg in stages:
@@ -336,17 +334,17 @@ def text(plans: Sequence[Plan]) -> str:
     if len(plans) > 1:
         return _table(plans)
     [plan] = plans
-    lines, fit = _lines(plan), ""
+    lines = _lines(plan)
     rate = f", mask rate {plan.curves.mask_rate}" if plan.curves.schedule.masks else ""
     lines["targets"] = f"{plan.targets_per_token:.4f} a token{rate}"
     parts = ", ".join(f"{part} {number / 2**30:.2f}" for part, number in plan.memory_bytes.items())
     where = f"of {GPUS[plan.gpu][1]:g} on each GPU" if plan.gpu in GPUS else "in the process"
     lines["memory"] = f"{plan.memory_gib:.1f} GiB {where}: {parts}"
-    if plan.largest_microbatch is not None:
-        fit = f"; {plan.largest_microbatch:,} rows would fit with {SLACK_GIB:g} GiB to spare"
+    most = plan.largest_microbatch
+    fit = "" if most is None else f"; {most:,} rows would fit with {SLACK_GIB:g} GiB to spare"
     lines["microbatch"] = (f"{'' if plan.fits else 'DOES NOT FIT: '}{plan.microbatch:,} rows, "
                            f"{plan.microbatch * plan.max_seq_len:,} tokens{fit}")
-    lines["hours"] = "not known: the original has none for this size and precision; give --gpus and --mfu"
+    lines["hours"] = "not known for this size and precision; give --gpus and --mfu"
     if plan.hours is not None:
         gpu_hours = plan.hours * plan.num_gpus
         lines["hours"] = (f"{plan.hours:,.2f} on {plan.machine}, {gpu_hours:,.1f} GPU hours: "
