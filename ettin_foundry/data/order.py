@@ -4,7 +4,7 @@ Nothing here is saved: a run resumes, on any number of ranks, by naming the row 
 exactly once per epoch. Rows are packed inside one shard, so that a shard's rows and tokens follow from its
 histogram of lengths; prefix sums over shards lead to any row and to the real tokens before it. Shuffled,
 every source is a stream of rows of its own (its shards permuted, rows permuted within windows of its shards),
-and the streams are merged row by row (`interleave.py`). What is built at start is O(shards); what is built
+and the streams are merged row by row (`Interleave`). What is built at start is O(shards); what is built
 later is one window of shards per source. Random numbers are the raw output of numpy's bit generators, whose
 streams numpy keeps fixed between versions.
 """
@@ -15,12 +15,11 @@ import bisect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ettin_foundry.data.interleave import Interleave
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE, pack_lengths, piece_counts
 
 __all__ = ["ORDER_VERSION", "ChunkTable", "Order", "raw_draws"]
@@ -52,6 +51,87 @@ class ChunkTable(Protocol):
     def rows(self, max_seq_len: int, /) -> Ints | None: ...  # (S,) packed rows; None: not in the manifest
     def lengths(self, shard: int, /) -> npt.NDArray[np.integer]: ...  # (M + 1,) histogram of chunk lengths
     def sample_lengths(self, shard: int, /) -> npt.NDArray[np.integer]: ...  # of each chunk as it is stored
+
+
+_BLOCK_ROWS = 8192  # about a millisecond to merge, and more than a batch
+
+
+class _Block(NamedTuple):
+    """The rows between two keys, merged. n rows, S streams."""
+
+    first: int  # of the whole
+    starts: Ints  # (S,) rows of each stream before the block
+    streams: Ints  # (n,) stream of each row
+    indices: Ints  # (n,) row within its stream
+
+
+class Interleave:
+    """The merged order of S streams, from the rows of each and its phase, from 0 to below 1.
+
+    Row j of a stream of R rows gets the key (j + phase) / R, and all rows are put in order of (key, stream): in any run of
+    rows the count of a stream with share p is off by less than (1 - p) + p * (S - 1). A phase per stream keeps a stream of
+    few rows from always being in the same place. Nothing is written out: how many rows of a stream lie below a key follows
+    from the key, so a place is found in time that grows with S, and the rows around it are merged in blocks. Keys are
+    float64: one addition and one division, each correctly rounded by IEEE 754, so the same everywhere.
+    """
+
+    def __init__(self, rows: npt.ArrayLike, phases: npt.ArrayLike) -> None:
+        self._rows = np.asarray(rows, np.int64)
+        self._phases = np.asarray(phases, np.float64)
+        self._divisors = np.maximum(self._rows, 1).astype(np.float64)
+        self.num_rows = int(self._rows.sum())
+        self._num_blocks = max(1, -(-self.num_rows // _BLOCK_ROWS))
+        self._blocks: list[_Block] = []
+
+    def at(self, row: int, /) -> tuple[int, int]:
+        """The stream that gives row `row` of the whole, and the row's number within that stream."""
+        block = self._block_of(row)
+        return int(block.streams[row - block.first]), int(block.indices[row - block.first])
+
+    def counts(self, row: int, /) -> Ints:
+        """(S,) rows of each stream among the first `row` rows of the whole, 0 <= row <= num_rows."""
+        if row == self.num_rows:
+            return self._rows
+        block = self._block_of(row)
+        return block.starts + np.bincount(block.streams[:row - block.first], minlength=len(self._rows))
+
+    def key(self, stream: int, index: int, /) -> float:
+        """Place, from 0 to 1, of row `index` of a stream."""
+        return float((index + self._phases[stream]) / self._divisors[stream])
+
+    def _block_of(self, row: int) -> _Block:
+        for block in self._blocks:
+            if block.first <= row < block.first + len(block.streams):
+                return block
+        if not 0 <= row < self.num_rows:
+            raise IndexError(f"row must be 0 to {self.num_rows - 1}, got {row}")
+        number = row * self._num_blocks // self.num_rows  # off by one at most
+        while int(self._below(number).sum()) > row:
+            number -= 1
+        while int(self._below(number + 1).sum()) <= row:
+            number += 1
+        self._blocks = [*self._blocks[-1:], self._merge(number)]  # two, for looking back across a border
+        return self._blocks[-1]
+
+    def _below(self, number: int) -> Ints:
+        """(S,) rows of each stream with a key below the first of block `number`."""
+        if number >= self._num_blocks:
+            return self._rows
+        key = number / self._num_blocks
+        counts = np.clip((key * self._divisors - self._phases).astype(np.int64) - 1, 0, self._rows)
+        for _ in range(3):  # the estimate is one or two too low; from there on the keys themselves decide
+            counts = counts + ((counts < self._rows) & ((counts + self._phases) / self._divisors < key))
+        return counts
+
+    def _merge(self, number: int) -> _Block:
+        begin = self._below(number)
+        sizes = self._below(number + 1) - begin
+        streams = np.repeat(np.arange(len(sizes)), sizes)
+        ahead = np.cumsum(sizes) - sizes
+        indices = np.arange(len(streams)) - np.repeat(ahead - begin, sizes)
+        keys = (indices + self._phases[streams]) / self._divisors[streams]
+        order = np.argsort(keys, kind="stable")  # equal keys stay in order of streams
+        return _Block(int(begin.sum()), begin, streams[order], indices[order])
 
 
 def raw_draws(count: int, *words: int) -> npt.NDArray[np.uint64]:

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from ettin_foundry.data.interleave import Interleave
+from ettin_foundry.data.order import Interleave
 
 # billions of tokens per source in the suite's first phase. The smallest is 0.3% of all
 PRETRAIN = [837.2, 356.6, 263.9, 80.3, 57.3, 28.0, 19.6, 16.6, 12.7, 12.6, 7.3, 7.3, 5.3]
