@@ -100,7 +100,7 @@ class TextEncoder:
         wrong = (ids > MAX_VOCAB_SIZE) | self._is_refused[tokens]
         if wrong.any():
             at = int(np.argmax(wrong))
-            text, token = texts[np.searchsorted(ends, at, side="right")], self._reference.id_to_token(int(ids[at]))
+            text, token = texts[int(np.searchsorted(ends, at, side="right"))], self._reference.id_to_token(int(ids[at]))
             raise ValueError(f"tokenizer {self.name}: text must never give a special token, got {ids[at]} ({token!r}) for "
                              f"{text[:60]!a}; mark it special=True in tokenizer.json")
         return tokens, lengths

@@ -138,7 +138,7 @@ class Board:
 
 Report = Callable[[Tick], None]
 Key = tuple[int, int]  # number of a task, number of its try
-T = TypeVar("T")
+T = TypeVar("T", bound=Any)
 R = TypeVar("R")
 
 

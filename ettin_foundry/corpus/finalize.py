@@ -148,7 +148,7 @@ def _add_up(plan: Plan, records: Sequence[Record], split: str) -> dict[str, dict
 
 def _index(plan: Plan, shards: Sequence[Record]) -> bytes:
     """index.json as stock readers read it (streaming 0.12, format/mds/writer.py `encode_joint_shard`)."""
-    def file(data: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    def file(data: dict[str, Any] | None) -> dict[str, Any] | None:
         return data and {"basename": data["basename"], "bytes": data["bytes"], "hashes": {"xxh64": data["xxh64"]}}
 
     config = shard_config(plan.options["shard_size"], plan.options["compression"])

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import orjson
 
@@ -112,7 +112,7 @@ def _read_file(source: Source, storage: Storage, part: Part, meter: Meter, optio
         path, content = None, raw
         try:
             if name.endswith(".gz"):
-                content = gzip.open(raw, "rb")
+                content = cast(BinaryIO, gzip.open(raw, "rb"))
             elif name.endswith(".zst"):
                 import pyarrow  # zstandard's stream reader takes a truncated file for a whole one
 

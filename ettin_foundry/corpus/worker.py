@@ -198,13 +198,13 @@ class _Conversion:
         reasons = [self.job.filters.reason(text, id) for text, id in zip(batch.texts, batch.ids)]
         dropped.update(reason for reason in reasons if reason is not None)
         keep = [reason is None for reason in reasons]
-        texts, ids, sizes = (list(itertools.compress(values, keep)) for values in batch[1:])
+        texts, ids, sizes = (list[Any](itertools.compress(values, keep)) for values in batch[1:])
         if not texts:
             return
         tokens, lengths = self.encoder.encode(texts)
         if not lengths.all():  # text of which the tokenizer's normalizer leaves nothing
             dropped["empty"] += int((lengths == 0).sum())
-            ids, sizes = (list(itertools.compress(values, lengths > 0)) for values in (ids, sizes))
+            ids, sizes = (list[Any](itertools.compress(values, lengths > 0)) for values in (ids, sizes))
             lengths = lengths[lengths > 0]
         if ids:
             self.writers[batch.split].write(ids, tokens, lengths)

@@ -24,8 +24,8 @@ from ettin_foundry.data.storage import Storage, is_url, open_storage
 
 _MAX_TOKENIZER_BYTES = 64 << 20
 _SHOWN = 400  # characters of a sample
-_HEADER = ("source", "documents", "chunks", "tokens", "share", "mean", "10%", "median", "90%", "full", "rows", "fill",
-           "bytes/token", "licence")
+_HEADER: tuple[str, ...] = ("source", "documents", "chunks", "tokens", "share", "mean", "10%", "median", "90%", "full",
+                            "rows", "fill", "bytes/token", "licence")
 
 
 class Found(NamedTuple):
@@ -122,7 +122,7 @@ def draw_samples(data: Any, *, per_source: int, seed: int = 0) -> list[dict[str,
 
 def _sample(data: Any, shard: int, index: int) -> dict[str, Any]:
     """As `data.sample`; a compressed shard that lies here is expanded in memory: looking leaves no file."""
-    entry = data.manifest["shards"][shard] if isinstance(data, MDSSplit) else {"zip": None}
+    entry: dict[str, Any] = data.manifest["shards"][shard] if isinstance(data, MDSSplit) else {"zip": None}
     if entry["zip"] is None or not (path := data.local / entry["zip"]["basename"]).is_file():
         return data.sample(shard, index)
     buffer = b"".join(expand(map_file(path, None, None), path, entry["raw"]["bytes"]))

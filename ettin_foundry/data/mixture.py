@@ -258,7 +258,7 @@ class MixtureSplit(SplitFacts):
     def _of(self, shard: int) -> MDSSplit:
         return self._sets[self._set[shard]]
 
-    def _gather(self, of_sets: Sequence[Any], of_parts: Sequence[Any]) -> np.ndarray:
+    def _gather(self, of_sets: Sequence[Any], of_parts: Sequence[Any] | np.ndarray) -> np.ndarray:
         """(S,) int64 from (shards of the dataset,) per dataset, and one number per partial shard."""
         starts = np.cumsum([0, *(len(values) for values in of_sets)])
         values = np.concatenate(of_sets).astype(np.int64)[starts[self._set] + self._shard]
@@ -269,7 +269,7 @@ class MixtureSplit(SplitFacts):
     def _stored(self, shard: int, index: int) -> int:
         if self._part[shard] >= 0 and not 0 <= index < self.samples[shard]:
             raise IndexError(f"chunk {index} of shard {shard} must be below {self.samples[shard]}")
-        return index if self._part[shard] < 0 else int(self._chunks(shard)[index])
+        return index if self._part[shard] < 0 else int(self._chunks(shard)[index])  # type: ignore[reportIndexIssue]
 
     def _chunks(self, shard: int) -> np.ndarray | slice:
         """(samples,) int64: the chunks taken of a shard, in stored order; all of a whole one."""

@@ -49,7 +49,7 @@ class RemoteStorage(Storage):
                              "needs gcsfs, az:// adlfs)") from error
 
     @contextlib.contextmanager
-    def _at(self, name: str) -> Iterator[tuple[AbstractFileSystem, str]]:
+    def _at(self, name: str) -> Iterator[tuple[Any, str]]:
         """The client of this process, which is to remember nothing, and a file's path; errors become Python's own."""
         system, root = _client(self.url, os.getpid(), os.environ.get("S3_ENDPOINT_URL"))
         system.invalidate_cache()
@@ -162,7 +162,7 @@ class _S3(AbstractFileSystem):
         return {"name": path, "type": "file", "size": head["ContentLength"], "version": head["ETag"]}
 
     def find(self, path: str, *, start: str = "", **_: Any) -> dict[str, dict[str, Any]]:
-        bucket, _, prefix = start.partition("/")
+        bucket, prefix = start.partition("/")[::2]
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         return {f"{bucket}/{entry['Key']}": {"size": entry["Size"]} for page in pages for entry in page.get("Contents", ())}
 

@@ -172,7 +172,7 @@ def _open(dataset: Any, max_open: int) -> MDSSplit | MixtureSplit:
     if not isinstance(dataset, Mapping) or not {"local", "split"} <= set(dataset) <= set(DATASET_KEYS):
         raise ValueError("dataset must have the keys local (folder of the dataset) and split, and may have "
                          f"{' and '.join(DATASET_KEYS[2:])}, got {dataset!r}")
-    local, split, remote = (dataset.get(key) for key in ("local", "split", "remote"))
+    local, split, remote = list[Any](dataset.get(key) for key in ("local", "split", "remote"))
     options: dict[str, Any] = {"cache_limit": dataset["cache_limit"]} if dataset.get("cache_limit") else {}
     if remote:
         options["remote"] = join(remote, split)

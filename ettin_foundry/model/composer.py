@@ -86,7 +86,7 @@ class EttinModel(ComposerModel):
         self.model = Ettin(config, attn_impl, config.with_causal(not config.causal, window))
         # read by Composer from the ComposerModel's direct children: what to shard, what to recompute, how to draw
         self.model.fsdp_wrap_fn = lambda module: isinstance(module, Block)  # type: ignore[assignment]
-        self.model.activation_checkpointing_fn = self.model.fsdp_wrap_fn
+        self.model.activation_checkpointing_fn = self.model.fsdp_wrap_fn  # type: ignore[assignment]
         self.model.param_init_fn = init_parameters  # type: ignore[assignment]
         self._metrics = {kind.__name__: kind() for kind in (TargetCrossEntropy, TargetPerplexity, TargetAccuracy)}
 
@@ -110,7 +110,7 @@ class EttinModel(ComposerModel):
     def eval_forward(self, batch: Any, outputs: Any = None) -> dict[str, Any]:
         return outputs if outputs is not None else self.forward(batch, count=True)
 
-    def get_metrics(self, is_train: bool) -> dict[str, Metric]:
+    def get_metrics(self, is_train: bool) -> dict[str, Any]:
         return {} if is_train else self._metrics  # in training, counting would cost a second projection
 
     def update_metric(self, batch: Any, outputs: Any, metric: Metric) -> None:

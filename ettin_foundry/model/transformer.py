@@ -142,7 +142,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList(Block(config, i, windows) for i in range(config.num_hidden_layers))
+        self.layers: Any = nn.ModuleList(Block(config, i, windows) for i in range(config.num_hidden_layers))
         self.final_norm = _norm(config)
 
     def forward(self, input_ids: Tensor, stream: Stream, backend: str) -> Tensor:

@@ -49,7 +49,7 @@ class Curves:
     schedule: ObjectiveSchedule
     mask_rate: MaskRate
 
-    def shares_between(self, bounds: npt.ArrayLike) -> dict[str, npt.NDArray[np.float64]]:
+    def shares_between(self, bounds: Sequence[float] | npt.NDArray[Any]) -> dict[str, npt.NDArray[np.float64]]:
         """{objective: its mean share of the rows between two bounds (tokens)}, one value less than there are bounds."""
         ends, result = [0, *(p.end for p in self.pieces)], {}
         for name in self.schedule.objectives:

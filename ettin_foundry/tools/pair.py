@@ -128,10 +128,10 @@ def lint_pair(a: Mapping[str, Any], b: Mapping[str, Any], *, names: tuple[str, s
             blocks.setdefault(block, []).append(key)
     for block, keys in blocks.items():
         shown = keys[0] if len(keys) == 1 else block
-        values = [run.values[shown] if shown in run.values else "given" if run.has(shown) else ABSENT
-                  for run in (first, second)]
+        old, new = [run.values[shown] if shown in run.values else "given" if run.has(shown) else ABSENT
+                    for run in (first, second)]
         rules = [_rule(key, first, second) for key in keys]
-        found.append(Difference(shown, *values, *min(rules, key=lambda r: (UNFAIR, HARMLESS, OBJECTIVE).index(r[0]))))
+        found.append(Difference(shown, old, new, *min(rules, key=lambda r: (UNFAIR, HARMLESS, OBJECTIVE).index(r[0]))))
     return Report(names, tuple(found), tuple(notes))
 
 
@@ -236,7 +236,7 @@ def _check_model(past: Sequence[Meaning], now: Meaning) -> _Found:
     if names[0] == names[1] and own[0] != own[1]:  # both beside their data: what the manifests say of them
         names = [data_of(run, "train_loader")[2] for run in (before, now)]
     if None not in names and names[0] != names[1]:
-        yield "tokenizer.name", *own, "the embedding's rows would stand for other tokens"
+        yield "tokenizer.name", own[0], own[1], "the embedding's rows would stand for other tokens"
     if now.values["max_seq_len"] < before.values["max_seq_len"]:
         yield from _changed(["max_seq_len"], before, now, "rows shrink: long documents are not trained on any more")
 

@@ -24,7 +24,7 @@ from ettin_foundry.tools.plan import Plan, batch_ramp
 OBJECTIVE_COLORS = {"mlm": "#2a6fbb", "clm": "#e07b24", "mntp": "#1f9e89"}
 _COLORS = ("#2a6fbb", "#e07b24", "#b5313c", "#1f9e89", "#8e5bbf", "#5c6670", "#c9a227", "#d65f9e")
 _LINE, _GREY = "#30363d", "#6b7280"
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     **matplotlib.rcParamsDefault, "backend": "agg", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9.0,
     "legend.frameon": False, "axes.grid": True, "grid.color": "#e4e7eb", "grid.linewidth": 0.7, "axes.axisbelow": True,
     "axes.titleweight": "bold", "axes.titlesize": 10.5, "axes.titlelocation": "left", "svg.fonttype": "none",

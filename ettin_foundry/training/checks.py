@@ -101,8 +101,8 @@ def _check_objectives(cfg: dict[str, Any]) -> None:
 def _evaluated(cfg: dict[str, Any], key: str, block: dict[str, Any]) -> list[str]:
     """The objectives that an evaluation loader asks for: a name, a list of names, or all of a schedule."""
     value = block.get("objective")
-    named = isinstance(value, list) and value and all(isinstance(name, str) for name in value)
-    names = [name for part in (value if named else [value]) for name in
+    parts = value if isinstance(value, list) and value and all(isinstance(name, str) for name in value) else [value]
+    names = [name for part in parts for name in
              ObjectiveSchedule.parse(part, total=total_tokens(cfg), key=f"{key}.objective").objectives]
     if len(set(names)) < len(names):
         raise must_be(f"{key}.objective", "a list in which each objective stands once", value, "remove one")

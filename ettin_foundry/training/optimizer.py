@@ -82,7 +82,7 @@ class StableAdamW(torch.optim.Optimizer):
         count = int(group["step"])
         beta1, beta2 = ((beta**count - beta) / (beta**count - 1) for beta in (group["beta1"], group["beta2"]))
         weights, gradients, m, v = ([t.to_local() if isinstance(t, DTensor) else t for t in tensors] for tensors in (
-            params, [p.grad for p in params], [self.state[p]["exp_avg"] for p in params],
+            params, [p.grad for p in params if p.grad is not None], [self.state[p]["exp_avg"] for p in params],
             [self.state[p]["exp_avg_sq"] for p in params]))
         torch._foreach_lerp_(m, gradients, 1 - beta1)
         torch._foreach_mul_(v, beta2)
@@ -116,7 +116,7 @@ def _split_by_decay(params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> list
     for group in given if given and isinstance(given[0], dict) else [{"params": given}]:
         if inert := sorted(set(group) - {"params", "lr", "max_lr", "weight_decay", "eps"}):
             raise ValueError(f"optimizer.param_groups: {', '.join(inert)} would have no effect; set lr, weight_decay, eps")
-        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        members: list[Any] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         if "lr" in group:  # weight decay is relative to the group's own peak
             group = {"max_lr": group["lr"], **group}
         matrices, others = [p for p in members if p.ndim > 1], [p for p in members if p.ndim <= 1]

@@ -132,7 +132,7 @@ class CrossObjective(_Start):
         # every rank reads: tensors are mapped from the file, not copied
         weights = import_folder(source.path)[0] if source.is_folder else load_model_state(source.path)[0]
         named: dict[str, Any] = {f"model.{name}": tensor for name, tensor in weights.items()}
-        given, own = ({name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        given, own = ({name: tuple(tensor.shape) for name, tensor in tensors.items()}  # type: ignore[union-attr]
                       for tensors in (named, get_model_state_dict(state.model)))
         if wrong := sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name)):
             raise ValueError(f"{self.key}.source: {source.path} has {len(wrong)} tensor(s) that are not this run's "
