@@ -69,7 +69,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 # pins the newest versions that agree, for Python 3.10 to 3.12; run the tests, then commit the file
 constraints: $(VENV)/.installed
 	$(BIN)/uv pip compile setup.cfg --extra dev --universal --python-version 3.10 --upgrade --quiet \
-		--no-annotate --no-emit-index-url --custom-compile-command "make constraints" -o constraints.txt
+		--no-annotate --custom-compile-command "make constraints" -o constraints.txt
 
 clean:
 	rm -rf $(VENV) .parity .wheels runs
