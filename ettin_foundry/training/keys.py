@@ -59,6 +59,25 @@ _HOST = read_parameters("llmfoundry.utils.config_utils:TrainConfig")
 HOST_KEYS = frozenset(_HOST)
 HOST_DEFAULTS = {key: value for key, value in _HOST.items() if value is not None}
 
+NO_EFFECT = {
+    r"(train_loader|eval_loader(\[.*?\])?)\.(num_workers|prefetch_factor|pin_memory|persistent_workers|timeout|"
+    r"dataset\.cache_limit)": "how rows are fetched; which ones follows from data and seed alone",
+    r"model\.(attn_impl|compile)": "the same function, up to rounding",
+    r"(loggers|metadata|profiler)(\..*)?|progress_bar|log_to_console|console_log_interval|python_log_level|log_config|"
+    r"flatten_metadata|dist_timeout|max_split_size_mb|expandable_segments|cuda_load_lazy":
+        "logging, memory and time only",
+    r"save_interval|save_filename|save_latest_filename|save_overwrite|save_num_checkpoints_to_keep|"
+    r"only_composer_checkpoint|autoresume": "what is kept on disk; a run that resumes continues exactly",
+    r"eval_interval|eval_first": "evaluating changes no weight",
+    r"callbacks\.(speed_monitor|lr_monitor|runtime_estimator|scheduled_gc|memory_monitor|memory_snapshot|oom_observer|"
+    r"optimizer_monitor|system_metrics_monitor|ettin_(clock|monitor|samples|export|steps))(\..*)?":
+        "it observes or writes, and changes no weight",
+    r"callbacks\.ettin_(phase|cross)\.accept(\[.*)?": "it lets a run begin, and has no further effect",
+    r"fsdp_config\.(state_dict_type|activation_checkpointing|activation_cpu_offload|reshard_after_forward|verbose|"
+    r"load_monolith_rank0_only)": "where tensors lie, not what they hold",
+}
+"""{pattern of a whole dotted key: why a difference in it cannot change what a run learns}."""
+
 # pattern of key=value -> what to use instead
 _REMOVED = {
     r"(.*\.)?objective\b.*\bmdlm\b.*": "masked diffusion was removed; use mlm, with a schedule of mask_rate if need be",
