@@ -1,7 +1,6 @@
 """Turns text into a dataset: `python data_prep/convert.py SOURCE [SOURCE ...] --out DIR --train-tokenizer 8192`.
 
-A thin program over ettin_foundry/cli/convert.py; `--help` lists the options. It runs from a bare clone as well as
-installed.
+It is `ettin convert`, from a bare clone as well as installed; `--help` lists the options.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ettin_foundry.cli.convert import main  # noqa: E402
+from ettin_foundry.cli.main import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(["convert", *sys.argv[1:]])

@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -42,10 +41,9 @@ def _program(words: list[str], log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    from ettin_foundry.cli.convert import main
-    from ettin_foundry.corpus.finalize import finalize
+    from ettin_foundry.cli.main import main
 
-    sys.exit(main(words) if words[0] != "finalize" else finalize(words[1]) and 0)
+    main(words if words[0] == "finalize" else ["convert", *words])
 
 
 class Killer:
@@ -55,8 +53,9 @@ class Killer:
         self.folder, self.rng, self.seconds = folder, random.Random(seed), dict[str, float]()
         self.killed, self.conversions = Counter[str](), 0
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["ettin_foundry.cli.convert", "ettin_foundry.corpus.card", "matplotlib.figure",
-                                             "transformers.models.auto.tokenization_auto"])
+        self.context.set_forkserver_preload([
+            "ettin_foundry.cli.main", "ettin_foundry.corpus.convert", "ettin_foundry.corpus.card", "matplotlib.figure",
+            "transformers.models.auto.tokenization_auto"])
         first = self.context.Process(target=int)  # when it has ended, the server has imported everything
         first.start()
         first.join()

@@ -1,25 +1,86 @@
-"""The commands of `ettin` for datasets: verify, show, finalize, mix; exit code 1 when something is wrong."""
+"""The commands of `ettin` for datasets: convert, verify, show, mix, finalize."""
 
 from __future__ import annotations
 
+import logging
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
 _Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="Folder or URL of a dataset, or a split.")]
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Adds this module's commands."""
-    app.command(help="Check every byte of a dataset (folder or URL); all that is wrong is listed.")(verify)
-    app.command(help="Show statistics by source, lengths of chunks and decoded samples of a dataset.")(show)
-    app.command(help="Make a readable dataset of the finished units of a conversion.")(finalize)
-    app.command(help="Build a mixture of datasets by token budgets; it points at their shards.")(mix)
+def _help(text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text)
 
 
-def verify(location: _Dataset, threads: Annotated[
+def convert(
+    sources: Annotated[list[str], typer.Argument(
+        metavar="SOURCE", help="A .jsonl, .json, .txt or .parquet file (plain, .gz, .zst), a folder or URL of them, a "
+        "Hugging Face dataset id (owner/name[:config]), or python-stdlib. NAME=SOURCE names it in the manifest.")],
+    out: Annotated[str, _help("Folder or URL of the dataset: new, or one where this was begun.")],
+    tokenizer: Annotated[str | None, _help("Folder or Hugging Face id.")] = None,
+    train_tokenizer: Annotated[int | None, _help("Entries of one to train on the corpus instead, e.g. 8192.")] = None,
+    chunk_length: Annotated[int, _help("Most tokens in a chunk: row length of training minus 2.")] = 1022,
+    cut_window: Annotated[float, _help(
+        "Share of a chunk in which to look for a paragraph or sentence end; 0: cut as late as possible.")] = 0.1,
+    validation: Annotated[float, _help("Share of the documents for validation, by a hash of the text.")] = 0.005,
+    text_field: Annotated[str, _help("Key or column of the text.")] = "text",
+    id_field: Annotated[str | None, _help("Key or column of a document's id.")] = None,
+    max_document_bytes: Annotated[str, _help("Drop larger documents.")] = "256mb",
+    shard_size: Annotated[str, _help("Bytes per shard.")] = "64mb",
+    unit_size: Annotated[str, _help("Input bytes per unit of work.")] = "256mb",
+    compression: Annotated[Literal["zstd"] | None, _help("Of shards; plain if left out.")] = None,
+    limit_bytes: Annotated[int | None, _help("Stop each source after so much text.")] = None,
+    seed: Annotated[int, _help("Of the validation split.")] = 0,
+    licence: Annotated[str | None, _help("Licence of files, for the manifest.")] = None,
+    append: Annotated[bool, _help("Add these sources to a finished dataset.", "--append")] = False,
+    workers: Annotated[int | None, _help("Processes; all cores if left out.")] = None,
+    engine: Annotated[Literal["auto", "fast", "tokenizers"], _help(
+        "What tokenizes; auto: fast where its ids are the same.")] = "auto",
+    executor: Annotated[Literal["local", "ray"], _help("Where the workers are.")] = "local",
+    ray_address: Annotated[str | None, _help("A running Ray cluster; one is started here if left out.")] = None,
+    task_index: Annotated[int | None, _help("Number of this task in a job array, from 0.")] = None,
+    num_tasks: Annotated[int | None, _help("Tasks of the job array.")] = None,
+    deduplicate: Annotated[bool, _help("Keep the first of equal documents.", "--deduplicate")] = False,
+    min_characters: Annotated[int | None, _help("Drop shorter documents.")] = None,
+    max_characters: Annotated[int | None, _help("Drop longer documents.")] = None,
+    predicates: Annotated[list[str] | None, typer.Option(
+        "--filter", metavar="MODULE:FUNCTION", help="Keep documents for which FUNCTION(text, id) is true. May be "
+        "repeated.")] = None,
+) -> None:
+    """Turn text into a dataset.
+
+    A dataset is MDS shards with a manifest. Interrupted, the same command goes on where it was. The result is the same
+    whatever the workers and machines.
+
+    Example: ettin convert texts/ --out data/mine --train-tokenizer 8192
+    """
+    given = locals()
+    from ettin_foundry.corpus.convert import ConvertOptions
+    from ettin_foundry.corpus.convert import convert as make_dataset
+    from ettin_foundry.corpus.filters import FilterOptions
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        filters = FilterOptions(predicates=given.pop("predicates") or (), **{
+            name: given.pop(name) for name in ("deduplicate", "min_characters", "max_characters")})
+        print(make_dataset(ConvertOptions(**given, filters=filters)))
+    except KeyboardInterrupt:
+        print("interrupted: finished units are kept; the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def verify(dataset: _Dataset, threads: Annotated[
         int | None, typer.Option(min=1, help="Shards read at a time; all cores if left out.")] = None) -> None:
+    """Check every byte of a dataset, and list all that is wrong.
+
+    The exit code is 1 when something is wrong.
+
+    Example: ettin verify data/mine
+    """
     from rich.console import Console
     from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
@@ -29,34 +90,48 @@ def verify(location: _Dataset, threads: Annotated[
     with Progress("verify", DownloadColumn(), TransferSpeedColumn(), console=console, transient=True,
                   disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
-        report = verify_dataset(location, threads=threads, tick=lambda size: progress.advance(task, size))
-    for text in [*(f"problem: {text}" for text in report.problems), *(f"note: {text}" for text in report.notes), report]:
-        print(text)
+        report = verify_dataset(dataset, threads=threads, tick=lambda size: progress.advance(task, size))
+    lines = [f"problem: {text}" for text in report.problems] + [f"note: {text}" for text in report.notes]
+    print(*lines, report, sep="\n")
     print("all is as it should be" if report.ok else f"{len(report.problems)} problems")
     raise typer.Exit(int(not report.ok))
 
 
-def show(location: _Dataset,
+def show(dataset: _Dataset,
          samples: Annotated[int, typer.Option(min=0, help="Decoded chunks of each source and split.")] = 1,
          seed: Annotated[int, typer.Option(min=0, help="Chooses them.")] = 0) -> None:
+    """Show sources, lengths of chunks and decoded samples of a dataset.
+
+    Example: ettin show data/mine --samples 3
+    """
     from ettin_foundry.data.inspect import show_lines
 
-    for line in show_lines(location, samples=samples, seed=seed):
+    for line in show_lines(dataset, samples=samples, seed=seed):
         print(line)
 
 
-def finalize(out: Annotated[str, typer.Argument(help="Folder or URL that was converted into.")]) -> None:
+def mix(spec: Annotated[Path, typer.Argument(metavar="SPEC", help="YAML: a phase of sources.yaml, or own budgets.")],
+        out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to make.")],
+        seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the choice in each source.")] = 21) -> None:
+    """Make a mixture of datasets by token budgets.
+
+    It points at the datasets' shards; nothing is copied.
+
+    Example: ettin mix decay.yaml data/decay
+    """
+    from ettin_foundry.corpus.mix import build_mix
+
+    print("\n".join(build_mix(spec, out, seed=seed)))
+
+
+def finalize(out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL that was converted into.")]) -> None:
+    """Make a dataset of the finished units of a conversion.
+
+    Example: ettin finalize data/mine
+    """
     from ettin_foundry.corpus.finalize import finalize as make_dataset
 
     for split, manifest in make_dataset(out).items():
         totals = manifest["totals"]
         print(f"{split}: {totals['documents']:,} documents, {totals['samples']:,} chunks, {totals['tokens']:,} tokens, "
               f"{len(manifest['shards']):,} shards")
-
-
-def mix(spec: Annotated[Path, typer.Argument(help="YAML: a phase of sources.yaml, or your own budgets.")],
-        out: Annotated[str, typer.Argument(help="Folder to make.")],
-        seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the choice in each source.")] = 21) -> None:
-    from ettin_foundry.corpus.mix import build_mix
-
-    print("\n".join(build_mix(spec, out, seed=seed)))

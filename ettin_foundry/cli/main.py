@@ -1,46 +1,80 @@
-"""The command `ettin`: data, training runs seen as a whole, and models to and from Hugging Face.
+"""The command `ettin`: datasets, training runs seen as a whole, and models to and from Hugging Face.
 
 Training itself is the host's `composer train.py` or `llmfoundry train`. Everything heavy is imported inside the command
-that needs it, so that `ettin --help` answers at once. Exit codes: 0; 1 for bad input, with one line on standard error, or a
-negative answer; 2 for a wrong command line; 3 when a stage of a suite failed; 128 + the signal when stopped.
+that needs it, so that `ettin --help` answers at once. Exit codes: 0; 1 for bad input, with one line on standard error,
+or a negative answer; 2 for a wrong command line; 3 when a stage of a suite failed; 128 + the signal when stopped.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Annotated, Any
 
 import typer
 
-from ettin_foundry.cli import data, model, order, runs
+from ettin_foundry import __version__
+from ettin_foundry.cli import data, model, runs
 
-app = typer.Typer(name="ettin", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  rich_markup_mode=None, help="Ettin encoders and decoders: data in, Hugging Face folders out and in.")
-
+_GROUPS = {
+    "Data": (data.convert, data.verify, data.show, data.mix, data.finalize),
+    "Runs": (runs.recipes, runs.plan, runs.lint, runs.suite, runs.order),
+    "Models": (model.export, model.import_, model.average, model.generate, model.fill_mask, model.evaluate),
+}
+_DATATROVE = "datatrove before the conversion; `ettin convert` reads what it writes (.jsonl.gz)"
+_CHECKPOINT = "a checkpoint of train.py, which holds its shape"
 _REMOVED = {
     "demo": "`make demo`, which is `ettin suite yamls/suite/demo.yaml` after converting python-stdlib into data/demo",
-    "repair": "`ettin convert` again into the same folder, which makes lost shards again, or copy them from a whole copy",
+    "repair": "`ettin convert` again into the same folder, which makes lost shards again",
     "merge": "`ettin average`, with the same arguments",
+    **{f"convert --{option}": _DATATROVE for option in ("decontaminate", "decontaminate-field", "drop-contaminated")},
+    "verify --no-samples": "`ettin verify` without it: every sample is read",
+    "show --picture": "lengths.svg in the dataset, which `ettin finalize` draws",
+    "export --tags": "`ettin export --every`: each folder has the name of its revision",
     "export --ema": "`ettin average SAVE_FOLDER MEAN.pt --last 5`, and export MEAN.pt",
     "export --sentence-transformers": "sentence-transformers on the exported folder, as in examples/embeddings.py",
-    "export --size": "a checkpoint of train.py, which holds its shape",
-    "export --field": "a checkpoint of train.py, which holds its shape",
-    "plan --price": "the GPU hours that it prints",
-    "plan --kwh-price": "the GPU hours that it prints",
-    "plan --pue": "the GPU hours that it prints",
+    "export --size": _CHECKPOINT,
+    "export --field": _CHECKPOINT,
+    **{f"plan --{option}": "the GPU hours that it prints" for option in ("price", "kwh-price", "pue")},
 }
 
 
-@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
-             help="Turn text into a dataset (the same program as data_prep/convert.py; see its --help).")
-def convert(context: typer.Context) -> None:
-    from ettin_foundry.cli.convert import main as convert_main
+class _Group(typer.core.TyperGroup):
+    """Lists the commands by group, and names the nearest choice where an option's value is none."""
 
-    raise typer.Exit(convert_main(context.args))
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        width = max(map(len, self.commands))
+        for title, commands in itertools.groupby(self.commands.values(), lambda command: command.rich_help_panel):
+            with formatter.section(title):
+                formatter.write_dl([(each.name.ljust(width), each.get_short_help_str(80)) for each in commands])
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            if " is not one of " in error.message:
+                value, *choices = error.message.split("'")[1::2]
+                error.message += "".join(f" Did you mean '{near}'?" for near in get_close_matches(value, choices, 1))
+            raise
 
 
-for _group in (model, data, runs, order):
-    _group.add_commands(app)
+app = typer.Typer(name="ettin", cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.callback(invoke_without_command=True)
+def _ettin(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    """Ettin encoders and decoders: data in, Hugging Face folders out and in."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+for _title, _commands in _GROUPS.items():
+    for _command in _commands:
+        app.command(_command.__name__.rstrip("_").replace("_", "-"), rich_help_panel=_title)(_command)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for removed in (words[0], *(f"{words[0]} {word.split('=')[0]}" for word in words[1:])) if words else ():
             if removed in _REMOVED:
                 raise ValueError(f"`ettin {removed}` does not exist any more; use {_REMOVED[removed]}")
-        app(args=words)
+        app(args=words, prog_name="ettin")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -1,46 +1,44 @@
-"""The commands of `ettin` for one model: export, import, average, generate, fill-mask."""
+"""The commands of `ettin` for one model: export, import, average, generate, fill-mask, evaluate."""
 
 from __future__ import annotations
 
-import logging
-import sys
+import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-_Source = Annotated[Path, typer.Argument(help="Hugging Face folder, Composer .pt file, or folder of checkpoints.")]
-_Tokenizer = Annotated[str | None, typer.Option("--tokenizer", help="Tokenizer folder, if the model names none.")]
-_Objective = Annotated[str | None, typer.Option("--objective", help="mlm or mntp, if the model does not say.")]
+_Source = Annotated[Path, typer.Argument(
+    metavar="SOURCE", help="Hugging Face folder, Composer .pt file, or folder of checkpoints.")]
+_File = Annotated[Path, typer.Argument(metavar="OUT", help="The .pt file to write.")]
+_Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer folder, if the model names none.")]
+_Masked = Annotated[Literal["mlm", "mntp"] | None, typer.Option(help="Of the encoder, if the model does not say.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of this name.")]
 
 
-def add_commands(app: typer.Typer) -> None:
-    for name, command in (("export", export), ("import", import_), ("average", average), ("generate", generate),
-                          ("fill-mask", fill_mask)):
-        app.command(name)(command)
-
-
-def export(paths: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT OUT", help="Composer .pt file, or folder of "
-                                                       "checkpoints; folder to write. With --every, several save folders.")],
-           every: Annotated[bool, typer.Option("--every", help="Every checkpoint; whole folders are left.")] = False,
-           tokenizer: _Tokenizer = None,
-           objective: Annotated[str | None, typer.Option(help="mlm, mntp or clm: another objective that the run was "
-                                                         "trained on.")] = None,
-           licence: Annotated[str | None, typer.Option("--license", help="The weights' licence, for the card.")] = None,
-           overwrite: _Overwrite = False) -> None:
+def export(
+    sources: Annotated[list[Path], typer.Argument(
+        metavar="CHECKPOINT", help="Composer .pt file, or folder of checkpoints. With --every, save folders.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    every: Annotated[bool, typer.Option("--every", help="Every checkpoint; whole folders are left.")] = False,
+    tokenizer: _Tokenizer = None,
+    objective: Annotated[Literal["mlm", "mntp", "clm"] | None, typer.Option(
+        help="Another objective that the run was trained on.")] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="The weights' licence, for the card.")] = None,
+    overwrite: _Overwrite = False,
+) -> None:
     """Write a Composer checkpoint as a Hugging Face folder.
 
     With --every, one folder for each checkpoint of save folders, named step1000, ext1000, decay1000.
+
+    Example: ettin export runs/nano-mlm-pretrain models/nano-encoder
     """
-    *sources, out = paths
-    if not sources or (len(sources) > 1 and not every):
-        raise typer.BadParameter("a checkpoint and the folder to write are needed (several save folders with --every)",
-                                 param_hint="CHECKPOINT OUT")
+    if len(sources) > 1 and not every:
+        raise typer.BadParameter("one checkpoint and the folder to write are needed; several save folders take --every",
+                                 param_hint="CHECKPOINT")
     from ettin_foundry.hub.folder import export_every, export_model
     from ettin_foundry.hub.load import load_model
 
-    _log_to_stderr()
     facts = {"license": licence}
     if every:
         print(export_every(sources, out, objective=objective, tokenizer=tokenizer, facts=facts, overwrite=overwrite))
@@ -51,34 +49,40 @@ def export(paths: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT OUT",
     print(f"wrote {out}: {model.config.num_parameters:,} parameters, {model.objective}")
 
 
-def import_(folder: Annotated[Path, typer.Argument(help="Hugging Face folder of an Ettin or ModernBERT model.")],
-            out: Annotated[Path, typer.Argument(help="The .pt file to write.")],
-            objective: _Objective = None, overwrite: _Overwrite = False) -> None:
-    """Turn a Hugging Face folder into a weights file for load_path (with load_weights_only)."""
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Hugging Face folder of Ettin or ModernBERT.")],
+    out: _File, objective: _Masked = None, overwrite: _Overwrite = False,
+) -> None:
+    """Turn a Hugging Face folder into a file of weights.
+
+    A run takes it with load_path=OUT load_weights_only=true.
+
+    Example: ettin import models/nano-encoder nano-encoder.pt
+    """
     from ettin_foundry.hub.average import check_weights_file, save_weights
     from ettin_foundry.hub.load import load_model
     from ettin_foundry.model.weights import weights_checkpoint
 
-    _log_to_stderr()
     check_weights_file(out, overwrite)
     model = load_model(folder, objective)
-    save_weights(out, weights_checkpoint(model.state, model.config, objective=model.objective, tokenizer=model.tokenizer))
+    save_weights(out, weights_checkpoint(model.state, model.config, objective=model.objective,
+                                         tokenizer=model.tokenizer))
     print(f"wrote {out}: {model.config.num_parameters:,} parameters, {model.objective}")
 
 
-def average(paths: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT... OUT.pt", help="Checkpoints of one phase of "
-                                                        "one recipe, or with --last a save folder; then the file.")],
-            last: Annotated[int | None, typer.Option(min=1, help="The K newest complete checkpoints of the folder.")] = None,
-            weights: Annotated[str | None, typer.Option(help="One number above 0 for each checkpoint, such as 1,1,2; they "
-                                                        "need not sum to 1.")] = None,
-            overwrite: _Overwrite = False) -> None:
+def average(
+    sources: Annotated[list[Path], typer.Argument(
+        metavar="CHECKPOINT", help="Checkpoints of one phase of one recipe, or with --last a save folder.")],
+    out: _File,
+    last: Annotated[int | None, typer.Option(min=1, help="The K newest complete checkpoints of the folder.")] = None,
+    weights: Annotated[str | None, typer.Option(
+        help="One number above 0 for each checkpoint, such as 1,1,2; they need not sum to 1.")] = None,
+    overwrite: _Overwrite = False,
+) -> None:
     """Write the mean of the weights of several checkpoints.
 
-    ettin average A.pt B.pt OUT.pt, or ettin average SAVE_FOLDER OUT.pt --last 5.
+    Example: ettin average runs/nano-mlm-pretrain mean.pt --last 5
     """
-    *sources, out = paths
-    if not sources:
-        raise typer.BadParameter("checkpoints and the file to write are needed", param_hint="CHECKPOINT... OUT.pt")
     if last is not None and len(sources) != 1:
         raise ValueError(f"--last takes one save folder, got {len(sources)} sources")
     from ettin_foundry.hub.average import average_checkpoints, last_checkpoints
@@ -88,26 +92,33 @@ def average(paths: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT... O
     try:
         numbers = None if weights is None else [float(part) for part in weights.split(",")]
     except ValueError:
-        raise ValueError(f"--weights must be numbers with commas between them, such as 1,1,2, got {weights!r}") from None
+        raise ValueError(f"--weights must be numbers with commas between, such as 1,1,2, got {weights!r}") from None
     config, objective = average_checkpoints(sources, out, weights=numbers, overwrite=overwrite)
     print(f"wrote {out}: mean of {len(sources)} checkpoints ({', '.join(path.name for path in sources)}), "
           f"{config.num_parameters:,} parameters, {objective}")
 
 
-def generate(source: _Source, prompts: Annotated[list[str], typer.Argument(help="Texts to continue.")],
-             max_new_tokens: Annotated[int, typer.Option(min=1)] = 40,
+def generate(source: _Source, prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="Text to continue.")],
+             max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each continuation.")] = 40,
              temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token.")] = 0.0,
-             seed: int = 0, tokenizer: _Tokenizer = None) -> None:
-    """Continue prompts with a decoder."""
+             seed: Annotated[int, typer.Option(help="Of the draws above temperature 0.")] = 0,
+             tokenizer: _Tokenizer = None) -> None:
+    """Continue prompts with a decoder.
+
+    Example: ettin generate models/nano-decoder "def main("
+    """
     model = _build(source, tokenizer, None)
     for prompt, rest in zip(prompts, model.generate(prompts, max_new_tokens, temperature=temperature, seed=seed)):
         print(prompt + rest)
 
 
-def fill_mask(source: _Source, texts: Annotated[list[str], typer.Argument(help="Texts with a [MASK].")],
-              top_k: Annotated[int, typer.Option(min=1)] = 5, tokenizer: _Tokenizer = None,
-              objective: _Objective = None) -> None:
-    """Fill the first mask token of each text with an encoder."""
+def fill_mask(source: _Source, texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="Text with a [MASK].")],
+              top_k: Annotated[int, typer.Option(min=1, help="Tokens to show.")] = 5, tokenizer: _Tokenizer = None,
+              objective: _Masked = None) -> None:
+    """Fill the first mask token of each text with an encoder.
+
+    Example: ettin fill-mask models/nano-encoder "import [MASK]"
+    """
     model = _build(source, tokenizer, objective)
     for text, best in zip(texts, model.fill_mask(texts, top_k)):
         print(text)
@@ -116,14 +127,38 @@ def fill_mask(source: _Source, texts: Annotated[list[str], typer.Argument(help="
 
 
 def _build(source: Path, tokenizer: str | None, objective: str | None) -> Any:
-    """An `EttinModel` with the source's weights, ready for samples."""
     from ettin_foundry.data.tokenizer import load
     from ettin_foundry.hub.load import build_model, load_model
 
-    _log_to_stderr()
     loaded = load_model(source, objective)
     return build_model(loaded, load(loaded.tokenizer_name(tokenizer)))
 
 
-def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+def evaluate(
+    source: _Source,
+    data: Annotated[Path, typer.Option(help="Folder of a dataset.")],
+    objective: Annotated[list[str] | None, typer.Option(
+        help="clm, mlm or mntp; may be repeated. All three if left out.")] = None,
+    mask_rate: Annotated[float, typer.Option(help="Of mlm and mntp.")] = 0.15,
+    max_batches: Annotated[int | None, typer.Option(help="Of 16,384 positions; the whole split if left out.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "validation",
+    max_seq_len: Annotated[int | None, typer.Option(help="Length of a row; the model's own if left out.")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where it runs.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print a model's losses on a dataset under any objective.
+
+    Example: ettin evaluate runs/nano-mlm-pretrain --data data/nano
+    """
+    from ettin_foundry.tools.evaluate import DEFAULT_OBJECTIVES
+    from ettin_foundry.tools.evaluate import evaluate as measure
+
+    found = measure(source, data, objective or DEFAULT_OBJECTIVES, mask_rate=mask_rate, max_batches=max_batches,
+                    split=split, max_seq_len=max_seq_len, device=device)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    print(f"{'objective':10} {'loss':>8} {'accuracy':>9} {'perplexity':>11} {'targets':>11}")
+    for name, values in found.items():
+        print(f"{name:10} {values['loss']:8.4f} {values['accuracy']:9.4f} {values['perplexity']:11.4g} "
+              f"{values['targets']:11,.0f}")

@@ -1,28 +1,28 @@
-"""The commands of `ettin` for training runs seen as a whole: recipes, plan, lint, suite, evaluate."""
+"""The commands of `ettin` for training runs seen as a whole: recipes, plan, lint, suite, order."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
+import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-
-def add_commands(app: typer.Typer) -> None:
-    for command in (recipes, plan, lint, suite, evaluate):
-        app.command()(command)
+if TYPE_CHECKING:
+    from ettin_foundry.data.stream import RowStream
 
 
-def recipes(copy: Annotated[Path | None, typer.Option(help="Folder to copy train.py, yamls/ and data_prep/ into.")] = None
-            ) -> None:
-    """List the recipes, or copy them with train.py and data_prep/ into a folder of your own."""
-    import shutil
+def recipes(copy: Annotated[Path | None, typer.Option(
+        help="Folder to copy train.py, yamls/ and data_prep/ into.")] = None) -> None:
+    """List the recipes, or copy them into a folder of your own.
 
+    Example: ettin recipes --copy my-runs
+    """
     from ettin_foundry import program_folder
 
     here, parts = program_folder(), ("train.py", "yamls", "data_prep")
@@ -38,27 +38,33 @@ def recipes(copy: Annotated[Path | None, typer.Option(help="Folder to copy train
     print(f"wrote {', '.join(parts)} in {copy}")
 
 
-def plan(recipe: Annotated[list[str], typer.Argument(metavar="RECIPE [OVERLAY | KEY=VALUE]...", help="As for train.py; or a "
-                                                     "suite file and keys of it.")],
-         gpus: Annotated[str | None, typer.Option(help="Such as 4xH100, which is taken if left out (for runs in fp32: one "
-                                                  "CPU process).")] = None,
-         mfu: Annotated[float | None, typer.Option(help="Share of the peak to assume, counting 6 operations per parameter "
-                                                   "and token. If left out, the original's for the six sizes.")] = None,
-         picture: Annotated[Path | None, typer.Option(help="Draw learning rate, batch size, mask rate, objective and row "
-                                                      "length over tokens into this file (png, svg or pdf).")] = None,
-         as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False) -> None:
-    """Say what a run, or every stage of a suite, will take: steps, tokens, memory, hours, storage."""
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or a suite file.")],
+    more: Annotated[list[str] | None, typer.Argument(
+        metavar="OVERLAY|KEY=VALUE", help="As for train.py, or keys of the suite.")] = None,
+    gpus: Annotated[str | None, typer.Option(
+        help="Such as 4xH100, which is taken if left out (for runs in fp32: one CPU process).")] = None,
+    mfu: Annotated[float | None, typer.Option(
+        help="Share of the peak, at 6 operations per parameter and token; the original's if left out.")] = None,
+    picture: Annotated[Path | None, typer.Option(
+        help="Draw learning rate, batch size, masks and row length into this file (png, svg, pdf).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Say what a run or suite takes: steps, memory, hours, storage.
+
+    Example: ettin plan yamls/ettin-dec-150m.yaml --gpus 4xH100
+    """
     from ettin_foundry.tools import plan as planning
     from ettin_foundry.training import recipes as files
 
-    if recipe[0].endswith((".yaml", ".yml")) and {"stages", "extends"} & set(files.read(recipe[0])):
+    if recipe.endswith((".yaml", ".yml")) and {"stages", "extends"} & set(files.read(recipe)):
         from ettin_foundry.tools.suite import load
 
-        found = load(recipe[0], recipe[1:]).stages
+        found = load(recipe, more or []).stages
         stages, sources = [(s.name, s.config()) for s in found], {s.name: s.source for s in found}
     else:
-        config = files.resolved(recipe)
-        name = config.get("run_name") or recipe[0]
+        config = files.resolved([recipe, *(more or [])])
+        name = config.get("run_name") or recipe
         stages, sources = [(name, config)], {name: None}
     runs = planning.plan_runs(stages, gpus=gpus, mfu=mfu)
     if picture is not None:
@@ -68,10 +74,17 @@ def plan(recipe: Annotated[list[str], typer.Argument(metavar="RECIPE [OVERLAY | 
     print(json.dumps(planning.as_json(runs), indent=1) if as_json else planning.text(runs))
 
 
-def lint(words: Annotated[list[str], typer.Argument(metavar="A B [KEY=VALUE]...", help="Two runs, each YAML files and "
-                                                    "key=value joined by '+'; then key=value for both.")],
-         chain: Annotated[bool, typer.Option("--chain", help="The runs are one model's phases, in order.")] = False) -> None:
-    """Say whether two runs are a fair pair, and each difference with its reason."""
+def lint(
+    words: Annotated[list[str], typer.Argument(
+        metavar="RUN|KEY=VALUE", help="Two runs, each YAML files and key=value joined by +; then key=value for both.")],
+    chain: Annotated[bool, typer.Option("--chain", help="The runs are one model's phases, in order.")] = False,
+) -> None:
+    """Say whether two runs are a fair pair, and why.
+
+    The exit code is 1 when they are not.
+
+    Example: ettin lint yamls/ettin-enc-150m.yaml yamls/ettin-dec-150m.yaml
+    """
     from ettin_foundry.tools.pair import lint_chain, lint_pair
 
     runs = [word for word in words if "=" not in word.split("+")[0]]
@@ -99,22 +112,26 @@ def _config(text: str, overrides: list[str]) -> dict[str, Any]:
     return config
 
 
-def suite(file: Annotated[Path, typer.Argument(metavar="FILE", help="Suite file, such as yamls/suite/ettin-150m.yaml.")],
-          settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the file, such as "
-                                                               "scale=0.01 or root=runs/mine.")] = None,
-          list_: Annotated[bool, typer.Option("--list", help="Check all, print each stage, what it starts from and its "
-                                              "exact command; train nothing.")] = False,
-          json_: Annotated[bool, typer.Option("--json", help="As --list, as JSON.")] = False,
-          stage: Annotated[list[str] | None, typer.Option(help="Run this stage only; may be repeated. No export, no "
-                                                          "report.")] = None,
-          report: Annotated[bool, typer.Option("--report", help="Train nothing: export, evaluate and report what is "
-                                               "finished.")] = False,
-          command: Annotated[str | None, typer.Option(help="What starts a run, instead of the file's command.")] = None,
-          allow_unfair: Annotated[bool, typer.Option("--allow-unfair", help="Train pairs that differ in more than their "
-                                                     "objective; the report says so.")] = False) -> None:
-    """Run a suite file: train its stages in order, compare pairs, export, evaluate, report.
+def suite(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Suite file, such as yamls/suite/ettin-150m.yaml.")],
+    settings: Annotated[list[str] | None, typer.Argument(
+        metavar="KEY=VALUE", help="Keys of the file, such as scale=0.01 or root=runs/mine.")] = None,
+    list_: Annotated[bool, typer.Option(
+        "--list", help="Train nothing: check all, print each stage, its source and its exact command.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="As --list, as JSON.")] = False,
+    stage: Annotated[list[str] | None, typer.Option(
+        help="Run this stage only; may be repeated. No export, no report.")] = None,
+    report: Annotated[bool, typer.Option(
+        "--report", help="Train nothing: export, evaluate and report what is finished.")] = False,
+    command: Annotated[str | None, typer.Option(help="What starts a run, instead of the file's command.")] = None,
+    allow_unfair: Annotated[bool, typer.Option(
+        "--allow-unfair", help="Train pairs that differ in more than their objective; the report says so.")] = False,
+) -> None:
+    """Train the stages of a suite in order, then export and report.
 
     Finished stages are skipped, an interrupted one continues.
+
+    Example: ettin suite yamls/suite/nano.yaml scale=0.02 root=runs/suite-short
     """
     from ettin_foundry.tools.suite import load
 
@@ -144,34 +161,88 @@ def _list(found: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"name": found.name, "root": str(found.root), "stages": stages}, indent=1))
         return
-    for stage in found.stages:
-        pair = f", pair {stage.pair}" if stage.pair else ""
-        print(f"{stage.name}: {stage.config()['max_duration']} from {stage.source or 'initialisation'}{pair}")
-        print(f"    {shlex.join(found.words(stage))}")
+    for stage in stages:
+        pair = f", pair {stage['pair']}" if stage["pair"] else ""
+        print(f"{stage['name']}: {stage['max_duration']} from {stage['from'] or 'initialisation'}{pair}\n"
+              f"    {shlex.join(stage['command'])}")
 
 
-def evaluate(source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Composer checkpoint, folder of checkpoints, or "
-                                                    "Hugging Face folder.")],
-             data: Annotated[Path, typer.Option(help="Folder of a dataset.")],
-             objective: Annotated[list[str] | None, typer.Option(help="clm, mlm or mntp; may be repeated. All three if left "
-                                                                 "out.")] = None,
-             mask_rate: Annotated[float, typer.Option(help="Of mlm and mntp.")] = 0.15,
-             max_batches: Annotated[int | None, typer.Option(help="Of 16,384 token positions; the whole split if left "
-                                                             "out.")] = None,
-             split: Annotated[str, typer.Option(help="Split of the dataset.")] = "validation",
-             max_seq_len: Annotated[int | None, typer.Option(help="Length of a row; the model's own if left out.")] = None,
-             device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-             json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Losses of a model on a dataset's validation split, under any objective."""
-    from ettin_foundry.tools.evaluate import DEFAULT_OBJECTIVES
-    from ettin_foundry.tools.evaluate import evaluate as measure
+def order(
+    words: Annotated[list[str] | None, typer.Argument(
+        metavar="DATASET|KEY=VALUE", help="A dataset in place of the recipe's, and keys as for train.py.")] = None,
+    yaml: Annotated[list[str] | None, typer.Option(help="The recipe; again for each overlay.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(
+        help="In place of a recipe: a checkpoint or save folder, and the step that follows it.")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Counted from 0, as in steps.jsonl.")] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows whose documents are printed.")] = 8,
+    decode: Annotated[bool, typer.Option("--decode", help="Print how each chunk begins.")] = False,
+    export: Annotated[Path | None, typer.Option(
+        help="Folder to write the order into, in the format of jhu-clsp/ettin-data-order.")] = None,
+    first: Annotated[int, typer.Option("--from", min=0, help="First step of the export.")] = 0,
+    last: Annotated[int | None, typer.Option("--to", min=0, help="First step that is not exported.")] = None,
+) -> None:
+    """Show what a step of a run reads, or write a run's order as files.
 
-    found = measure(source, data, objective or DEFAULT_OBJECTIVES, mask_rate=mask_rate, max_batches=max_batches, split=split,
-                    max_seq_len=max_seq_len, device=device)
-    if json_:
-        print(json.dumps(found, indent=1))
+    Example: ettin order --yaml yamls/nano.yaml --step 100
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    from ettin_foundry.tools.order import export_order, next_step, steps_of_run, stream_of
+    from ettin_foundry.training.recipes import resolved
+
+    places, overrides = ([word for word in words or [] if ("=" in word) is key] for key in (False, True))
+    for wrong, message in (
+            ((yaml is None) == (checkpoint is None), "either --yaml or --checkpoint must be given"),
+            (checkpoint and overrides, f"--checkpoint must come without keys, got {' '.join(overrides)}"),
+            (export is None and (first or last is not None), "--from and --to must come with --export"),
+            (export and step is not None, "--export must come with --from and --to instead of --step"),
+            (yaml and export is None and step is None, "--step or --export must be given with --yaml")):
+        if wrong:
+            raise ValueError(message)
+    location, following = places[0] if places else None, 0
+    if checkpoint is not None:
+        cfg, stream, following = next_step(checkpoint, location)
+    else:
+        cfg = resolved([*(yaml or []), *overrides])
+        stream = stream_of(cfg, location)
+    if export is None:
+        _show(cfg, stream, following if step is None else step, rows, decode)
         return
-    print(f"{'objective':10} {'loss':>8} {'accuracy':>9} {'perplexity':>11} {'targets':>11}")
-    for name, values in found.items():
-        print(f"{name:10} {values['loss']:8.4f} {values['accuracy']:9.4f} {values['perplexity']:11.4g} "
-              f"{values['targets']:11,.0f}")
+    steps, console = steps_of_run(cfg, stream, first, last), Console(stderr=True)
+    for _ in track(export_order(cfg, stream, export, steps), "steps", len(steps), console=console,
+                   disable=not console.is_terminal):
+        pass
+    files = sum(1 for _ in export.rglob("*.parquet"))
+    print(f"{export} holds the order of {cfg.get('run_name') or 'the run'} in {files:,} files")
+
+
+def _show(cfg: dict[str, Any], stream: RowStream, step: int, rows: int, decode: bool) -> None:
+    from ettin_foundry.data.inspect import load_decoder, plain
+    from ettin_foundry.data.packing import SPECIALS_PER_PIECE
+    from ettin_foundry.data.storage import open_storage
+    from ettin_foundry.tools.order import view_step
+    from ettin_foundry.training.run_config import parse_time
+
+    folder = stream.data.local.parent
+    decoder = load_decoder(open_storage(str(folder))) if decode else None
+    if decode and decoder is None:
+        raise ValueError(f"--decode needs the tokenizer/ of the dataset, got {folder} without one")
+    view = view_step(stream, step, rows=rows)
+    head = view.rows[0]
+    print(f"step {step:,} of {cfg.get('run_name') or 'the run'}: {len(view.rows):,} rows, {view.num_tokens:,} tokens, "
+          f"{head.tokens_before:,} before it, in epoch {head.epoch}; ids_hash {view.ids_hash:012x}")
+    amount, unit = parse_time("max_duration", cfg["max_duration"])
+    if (head.tokens_before if unit == "tok" else step) >= amount:
+        print(f"the run ends before it: max_duration is {cfg['max_duration']}")
+    if rows:
+        print(f"{'row':>6} {'tokens':>7}  source, document (part)")
+    for row, stored in zip(view.rows, view.samples):
+        for chunk, sample in zip(row.chunks, stored):
+            part = f"part {sample['part']}" + (", the last" if sample["last"] else "")
+            source, doc = plain(sample["source"], 60), plain(sample["doc"], 200)
+            print(f"{row.place:>6,} {len(chunk) + SPECIALS_PER_PIECE:>7,}  {source}  {doc} ({part})")
+            if decoder is not None:
+                print(" " * 16 + plain(decoder.decode(chunk[:60].tolist()), 60))
+    if len(view.samples) < len(view.rows):
+        print(f"and {len(view.rows) - len(view.samples):,} rows more (--rows)")

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """What to convert, and how; cli/convert.py says what each option means. Wrong ones raise ValueError."""
+    """What to convert, and how; cli/data.py says what each option means. Wrong ones raise ValueError."""
 
     sources: Sequence[str]
     out: str | os.PathLike[str]

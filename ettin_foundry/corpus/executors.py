@@ -142,7 +142,7 @@ T = TypeVar("T", bound=Any)
 R = TypeVar("R")
 
 
-class WorkerDeath(RuntimeError):
+class WorkerDeath(ChildProcessError):
     """A task has killed too many workers."""
 
 

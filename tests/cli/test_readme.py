@@ -1,20 +1,22 @@
-"""What README and docs tell people to type is accepted."""
+"""What README, docs and the help of each command tell people to type is accepted."""
 
+import re
 import shlex
 
 import nano_run
 import pytest
 import readme_commands
+import typer
+
+from ettin_foundry.cli.main import app
 
 PAGES = [nano_run.ROOT / "README.md", *sorted((nano_run.ROOT / "docs").glob("*.md"))]
+LINES = sorted({line for page in PAGES for line in readme_commands.commands(page.read_text()) if "RECIPE" not in line})
+COMMANDS = typer.main.get_command(app).commands
+EXAMPLES = {name: re.findall(r"^Example: (ettin .*)", command.help, re.M) for name, command in COMMANDS.items()}
 
 
-def commands(start):
-    lines = {line for page in PAGES for line in readme_commands.commands(page.read_text())}
-    return sorted(line for line in lines if line.startswith(start) and "RECIPE" not in line)
-
-
-@pytest.mark.parametrize("line", commands("composer train.py"))
+@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("composer train.py")])
 def test_every_training_command_is_a_valid_run(line, monkeypatch):
     from ettin_foundry.training import checks, recipes
 
@@ -22,15 +24,17 @@ def test_every_training_command_is_a_valid_run(line, monkeypatch):
     checks.check_settings(recipes.resolved([word for word in shlex.split(line)[2:] if word != "--dry-run"]))
 
 
-@pytest.mark.parametrize("line", [*commands("ettin "), *commands("python data_prep/convert.py")])
+@pytest.mark.parametrize("line", [line for line in [*LINES, *sum(EXAMPLES.values(), [])]
+                                  if line.startswith(("ettin ", "python data_prep/convert.py"))])
 def test_every_command_and_option_exists(line):
-    import typer
+    name, *words = shlex.split(line.replace("python data_prep/convert.py", "ettin convert"))[1:]
+    COMMANDS[name].make_context(name, words)
 
-    from ettin_foundry.cli import convert
-    from ettin_foundry.cli.main import app
 
-    words = shlex.split(line)
-    converts = words[0] == "python"
-    command = typer.main.get_command(convert.app) if converts else typer.main.get_command(app).commands[words[1]]
-    known = {option for parameter in command.params for option in parameter.opts}
-    assert {word for word in words if word.startswith("--")} <= known or words[1] == "convert"
+def test_every_help_has_one_example_and_a_first_sentence_of_one_line(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, lines in EXAMPLES.items():
+        assert [line.split()[1] for line in lines] == [name]
+    app(["--help"], standalone_mode=False)
+    listed = re.findall(r"^  ([a-z][a-z-]*) +(\S.*\.)$", capsys.readouterr().out, re.M)
+    assert listed == [(name, command.help.split("\n")[0]) for name, command in COMMANDS.items()]
