@@ -65,7 +65,8 @@ class S3Server:
         """Makes this process talk to the server, without waiting between tries; children get `environment` by it too."""
         for name, value in self.environment.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=lambda seconds: None))
+        for client in ("botocore.endpoint", "ettin_foundry.data.storage_remote"):
+            monkeypatch.setattr(f"{client}.time", SimpleNamespace(sleep=lambda seconds: None))
         if block_bytes:
             monkeypatch.setattr("ettin_foundry.data.storage_remote._BLOCK_BYTES", block_bytes)
 

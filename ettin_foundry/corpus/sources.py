@@ -98,7 +98,7 @@ def find_source(text: str, *, licence: str | None = None) -> Source:
     if path.is_file():
         if file_kind(path.name) is None:
             raise ValueError(f"{path}: suffix must be {_READABLE}, got {path.suffix or 'none'}; rename or convert it")
-        files = {_checked(path.name, str(path.parent)): path.stat().st_size}
+        files = _downloaded({_checked(path.name, str(path.parent)): path.stat().st_size}, str(path.parent))
         return Source(name or _stem(path.name), location, files, str(path.parent), licence)
     if path.exists():
         raise ValueError(f"{path} must be a file or folder, got a pipe or device; write it to a file")
@@ -191,6 +191,13 @@ def _readable_files(url: str, found: list[tuple[str, int]]) -> dict[str, int]:
         raise ValueError(f"{url} must hold {_READABLE} files, got {len(found)} files, none of them readable")
     if other := [name for name, _ in found if not file_kind(name)]:
         log.warning("%s: %d of %d files are not read, the first is %s", url, len(other), len(found), other[0])
+    return _downloaded(files, url)
+
+
+def _downloaded(files: dict[str, int], url: str) -> dict[str, int]:
+    """The files; ValueError, before anything is planned, where git-lfs left pointers. A few small files tell."""
+    for name in [name for name, size in files.items() if size < 1024][:20]:
+        open_storage(url).open(name).close()
     return files
 
 
@@ -199,7 +206,7 @@ def _find_url(name: str | None, location: str, licence: str | None) -> Source:
     folder, _, last = location.rstrip("/").rpartition("/")
     if file_kind(last) and not location.endswith("/"):
         with contextlib.suppress(FileNotFoundError):
-            files = {_checked(last, folder): open_storage(folder).size(last)}
+            files = _downloaded({_checked(last, folder): open_storage(folder).size(last)}, folder)
             return Source(name or _stem(last), location, files, folder, licence)
     storage = open_storage(location)
     if not (found := storage.list()):

@@ -1,13 +1,13 @@
 """One small interface over local folders, S3 and whatever fsspec reaches: names in, bytes out.
 
-The rest of the package does not ask whether a folder lies on a disk or in a bucket. Writing is atomic: a name is either
-absent or whole. S3 is spoken through boto3, any other scheme (gs://, hf://, ...) through fsspec and its driver; these
-try requests again.
+The rest of the package does not ask whether a folder lies on a disk or in a bucket (storage_remote.py). Writing is
+atomic: a name is either absent or whole.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import re
@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 log = logging.getLogger(__name__)
+
+# what git-lfs (also by its first name) and git-annex leave in place of a file that was not downloaded
+_POINTERS = (b"version https://git-lfs.github.com/", b"version https://hawser.github.com/", b"/annex/objects/")
 
 
 def is_url(text: str | os.PathLike[str]) -> bool:
@@ -48,6 +51,15 @@ def check_name(name: str) -> str:
     if "\0" in name or not all(part not in ("", ".", "..") for part in name.split("/")):
         raise ValueError(f"file name {name!r:.200} must be a plain name inside the folder, without '.', '..' or '//'")
     return name
+
+
+def check_content(stream: io.BufferedReader, num_bytes: int, where: str | os.PathLike[str]) -> io.BufferedReader:
+    """A stream, at its beginning, of a file of `num_bytes`; ValueError where the content only stands for the file's."""
+    if num_bytes < 1024 and stream.peek(64).startswith(_POINTERS):
+        stream.close()
+        raise ValueError(f"{where} must be the file itself, got a pointer of git-lfs or git-annex to it; run git lfs "
+                         "pull (git annex get) in the clone that it comes from")
+    return stream
 
 
 def folder_of(prefix: str) -> str:
@@ -87,7 +99,7 @@ class Storage:
 
     Names are relative, divided by slashes; hidden ones (a part starts with a dot) are read and written like others but
     never listed. Every method raises ValueError for a name that is not plain, FileNotFoundError for a missing one,
-    PermissionError where access is refused, ConnectionError when a network fails, OSError for the rest.
+    PermissionError where access is refused, ConnectionError when a network fails for minutes, OSError for the rest.
     """
 
     is_local = True
@@ -111,10 +123,9 @@ class Storage:
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of this name; folders do not count."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             return self.size(name) >= 0
-        except FileNotFoundError:
-            return False
+        return False
 
     def list(self, prefix: str = "") -> list[tuple[str, int]]:
         """(name, bytes) of every file whose name begins with `prefix`, in the order of names."""
@@ -130,15 +141,21 @@ class Storage:
             for link in filter(os.path.islink, (os.path.join(folder, name) for name in folders)):
                 log.warning("%s: is a link to a folder and not followed; name the folder itself", link)
             for name in files:
-                if not name.startswith(".") and (start + name).startswith(prefix):
-                    with contextlib.suppress(FileNotFoundError):  # a link to nothing, or removed just now
-                        entry = os.stat(os.path.join(folder, name))
-                        found += [(start + name, entry.st_size)] if stat.S_ISREG(entry.st_mode) else []
+                path = os.path.join(folder, name)
+                if name.startswith(".") or not (start + name).startswith(prefix):
+                    continue
+                try:
+                    entry = os.stat(path)
+                    found += [(start + name, entry.st_size)] if stat.S_ISREG(entry.st_mode) else []
+                except FileNotFoundError:  # else removed just now
+                    if os.path.islink(path):
+                        log.warning("%s: is a link to nothing and left out; fetch the file, or remove the link", path)
         return sorted(found)
 
     def open(self, name: str) -> BinaryIO:
-        """A seekable stream of a file's bytes, to be closed."""
-        return open(self._path(name, existing=True), "rb", buffering=1 << 20)
+        """A seekable stream of a file's bytes, to be closed; ValueError where it holds a pointer of git-lfs instead."""
+        stream = io.BufferedReader(io.FileIO(self._path(name, existing=True)), 1 << 20)
+        return check_content(stream, os.fstat(stream.fileno()).st_size, self.where(name))
 
     def read_bytes(self, name: str, *, at_most: int | None = None) -> bytes:
         """A whole file; ValueError when it is larger than `at_most` bytes."""
@@ -156,6 +173,7 @@ class Storage:
     def _check_size(self, name: str, num_bytes: int | None, at_most: int | None) -> int:
         found = self.size(name)
         if num_bytes not in (None, found) or found > (at_most or found):
+            self.open(name).close()
             wanted = f"at most {at_most}" if num_bytes is None else num_bytes
             raise ValueError(f"{self.where(name)} must have {wanted} bytes, got {found}; upload or convert it again")
         return found
