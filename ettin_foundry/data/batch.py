@@ -74,43 +74,47 @@ class Collator:
 
 
 def flatten(batch: Batch) -> Batch:
-    """A (B, T) batch as one flat stream without padding; of a mixture, rows of clm come first.
+    """A (B, T) batch on the CPU as one flat stream without padding; of a mixture, rows of clm come first.
 
     All counts are Python ints: the step never reads back from the device. Without any token, N = D = 0.
     """
     if "causal" in batch:
         batch = _causal_first(batch)
-    sequence_id = batch["sequence_id"]
-    real = sequence_id >= 0  # (B, T)
-    input_ids, labels = batch["input_ids"][real], batch["labels"][real]  # (N,)
-    rows = torch.arange(len(real))[:, None] * real.shape[1]  # no two rows share a document number
-    document = (sequence_id + rows)[real]  # (N,)
-    starts = torch.nonzero(document.diff(prepend=document.new_full((1,), -1)))[:, 0]  # (D,)
-    bounds = torch.cat([starts, starts.new_full((1,), len(document))])  # (D + 1,)
-    lengths = bounds.diff()
-    targets = torch.nonzero(labels != IGNORED)[:, 0]
-    causal = batch.get("causal", torch.full((len(real),), batch["objective"] == "clm"))
-    num_causal_tokens = int(real[causal].sum())
-    flat = {
-        "input_ids": input_ids,  # (N,) int64
-        "position_ids": torch.arange(len(document)) - torch.repeat_interleave(starts, lengths),  # (N,) int64
-        "cu_seqlens": bounds.to(torch.int32),  # (D + 1,), [0] without any token
-        "max_seqlen": int(lengths.max()) if len(lengths) else 0,
+    # numpy picks positions by a mask several times faster than torch
+    input_ids, labels, pieces = (batch[key].numpy() for key in ("input_ids", "labels", "sequence_id"))  # (B, T)
+    real = pieces >= 0
+    begins = np.diff(pieces, axis=1, prepend=-1) != 0
+    row_tokens = real.sum(axis=1)  # (B,)
+    num_tokens = int(row_tokens.sum())
+    starts = np.flatnonzero(begins[real])  # (D,)
+    bounds = np.append(starts, num_tokens)  # (D + 1,)
+    lengths = np.diff(bounds)
+    labels = labels[real]
+    targets = np.flatnonzero(labels != IGNORED)
+    causal = batch["causal"].numpy() if "causal" in batch else batch["objective"] == "clm"
+    num_causal_tokens = int((row_tokens * causal).sum())
+    arrays = {
+        "input_ids": input_ids[real],  # (N,) int64
+        "position_ids": np.arange(num_tokens) - np.repeat(starts, lengths),  # (N,) int64
+        "cu_seqlens": bounds.astype(np.int32),  # (D + 1,), [0] without any token
         "target_positions": targets,  # (n,) int64
         "target_labels": labels[targets],  # (n,) int64
-        "num_rows": int(real[:, 0].sum()),  # empty ones not counted
-        "num_tokens": len(document),
+    }
+    if "row_weight" in batch:  # (n,) fp32, of a mixture
+        arrays["target_weights"] = np.repeat(batch["row_weight"].numpy(), row_tokens)[targets]
+    return {
+        **{key: torch.from_numpy(value) for key, value in arrays.items()},
+        "max_seqlen": int(lengths.max(initial=0)),
+        "num_rows": int(np.count_nonzero(row_tokens)),  # empty ones not counted
+        "num_tokens": num_tokens,
         "num_targets": len(targets),
         # the divisor of the loss
         "num_loss_tokens": int(batch["loss_tokens"].sum()) if "loss_tokens" in batch else len(targets),
         # how many of the stream's first see the past only
-        "num_causal_documents": int((starts < num_causal_tokens).sum()),
+        "num_causal_documents": int(np.searchsorted(starts, num_causal_tokens)),
         "num_causal_tokens": num_causal_tokens,
         **{key: value for key, value in batch.items() if not isinstance(value, torch.Tensor)},
     }
-    if "row_weight" in batch:  # (n,) fp32, of a mixture
-        flat["target_weights"] = batch["row_weight"][:, None].expand_as(real)[real][targets]
-    return flat
 
 
 def _causal_first(batch: Batch) -> Batch:
@@ -146,9 +150,8 @@ def count_tokens(batch: Batch) -> dict[str, int | float]:
     if "num_tokens" in batch:
         total, divisor = batch["num_tokens"], batch["num_loss_tokens"]
     else:
-        total = int((batch["sequence_id"] >= 0).sum())
-        counted = batch["loss_tokens"] if "loss_tokens" in batch else batch["labels"] != IGNORED
-        divisor = int(counted.sum())
+        total = np.count_nonzero(batch["sequence_id"].numpy() >= 0)
+        divisor = batch["loss_tokens"].sum() if "loss_tokens" in batch else (batch["labels"] != IGNORED).sum()
     # A float on every rank, for Composer all-reduces it and all must have one dtype; above 0, because
     # Composer divides by the sum and a batch without any target would give NaN. 1e-6 is lost in float32
     # beside any real count.

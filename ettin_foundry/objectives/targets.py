@@ -99,8 +99,9 @@ def make_inputs(objective: str, ids: Ints, sequence_id: Ints, ends_document: npt
         labels[ends[~np.asarray(ends_document, bool)] - 1] = IGNORED
         return Inputs(ids, labels, 1.0, int((labels != IGNORED).sum()))
     maskable = ~vocab.is_special[ids] & (sequence_id >= 0)
-    chosen, candidates = np.flatnonzero(maskable & (rng.random(maskable.size) < mask_rate)), np.flatnonzero(maskable)
-    if candidates.size and not chosen.size:  # a row without a target would be read for nothing: one, drawn uniformly
+    chosen = np.flatnonzero(maskable & (rng.random(maskable.size) < mask_rate))
+    if not chosen.size and maskable.any():  # a row without a target would be read for nothing: one, drawn uniformly
+        candidates = np.flatnonzero(maskable)
         chosen = candidates[[int(rng.random() * candidates.size)]]
     # a text token follows BOS at the earliest, so position t - 1 exists and lies in the same piece
     labels[chosen - 1 if objective == "mntp" else chosen] = ids[chosen]
