@@ -1,7 +1,7 @@
-"""What every test may use: a small tokenizer, a corpus and its converted set, made once per session from a word list.
+"""What every test may use: a small tokenizer, a corpus and its dataset, made once per session from a word list.
 
-Everything is seeded and offline, and nothing outside pytest's own temporary folder is written. Torch and transformers
-are imported by the fixtures that need them only, so that collecting a single fast test stays fast.
+Everything is seeded, offline and in pytest's temporary folder. Fixtures import torch and transformers themselves, so
+that a single fast test is collected fast.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.envi
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), *(str(p) for p in (ROOT / "tests").iterdir() if p.is_dir())]
 
-SEED = 20251
-CHUNK_LENGTH = 62
-"""Tokens per chunk of the `data_set` fixture: rows of 64."""
-VOCAB_SIZE = 512
+SEED, VOCAB_SIZE = 20251, 512
+CHUNK_LENGTH = 62  # of the `data_set` fixture: rows of 64
 
 _SYLLABLES = "ka lo mi ter an dre ous ing con fer el ist ra pu ne vol sta ge quo hy".split()
 _UNICODE = ["\u00e9t\u00e9", "na\u00efve", "\u4f60\u597d", "\u043c\u0438\u0440", "\u03b1\u03b2\u03b3", "\U0001f600",
@@ -64,18 +62,12 @@ def no_process_group() -> None:
 
 
 @pytest.fixture(scope="session")
-def documents() -> list[str]:
-    """The 200 texts of `corpus`, in its order."""
-    return make_documents(200)
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Path:
-    """A folder with one .jsonl of `documents`, with ids doc-0, doc-1, ..."""
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one .jsonl of 200 documents, with ids doc-0, doc-1, ..."""
     folder = tmp_path_factory.mktemp("texts") / "corpus"
     folder.mkdir()
-    records = [json.dumps({"id": f"doc-{i}", "text": text}) for i, text in enumerate(documents)]
-    (folder / "texts.jsonl").write_text("\n".join(records) + "\n", encoding="utf-8")
+    records = [json.dumps({"id": f"doc-{i}", "text": text}) + "\n" for i, text in enumerate(make_documents(200))]
+    (folder / "texts.jsonl").write_text("".join(records), encoding="utf-8")
     return folder
 
 

@@ -32,15 +32,12 @@ def test_every_registered_name_resolves_to_what_the_host_expects():
     from torch.optim import Optimizer
 
     ettin_foundry.register()
-    ettin_foundry.register()  # calling it twice is harmless
     bases = {"models": ComposerModel, "optimizers": Optimizer, "schedulers": ComposerScheduler, "callbacks": Callback,
              "callbacks_with_config": CallbackWithConfig, "algorithms": Algorithm}
     for group, names in ettin_foundry.REGISTRY.items():
         for name in names:
             found = getattr(registry, group).get(name)
-            assert callable(found)
-            if group in bases:
-                assert issubclass(found, bases[group]), name
+            assert callable(found) and (group not in bases or issubclass(found, bases[group])), name
 
 
 STOCK = """
@@ -79,6 +76,6 @@ def test_stock_llmfoundry_finds_every_name_and_trains_with_them(data_set, tmp_pa
 def test_core_modules_import_with_torch_and_numpy_only():
     """The core also runs where LLM-Foundry is not installed, on newer torch."""
     code = ("import sys; sys.modules.update(dict.fromkeys(('llmfoundry', 'composer', 'streaming', 'transformers')))\n"
-            "import ettin_foundry.model.transformer, ettin_foundry.model.loss, ettin_foundry.objectives.targets, ettin_foundry.data.packing\n"  # noqa: E501
-            "import ettin_foundry.data.order, ettin_foundry.model.config, ettin_foundry.data.batch")
+            "from ettin_foundry.model import attention, config, loss, transformer\n"
+            "from ettin_foundry.data import batch, order, packing, stream")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
