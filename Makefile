@@ -17,9 +17,10 @@ suite: $(VENV)/.installed data/nano/train/manifest.json
 data/nano/train/manifest.json data/demo/train/manifest.json: data/%/train/manifest.json: | $(VENV)/.installed
 	$(BIN)/python data_prep/convert.py python-stdlib --out data/$* --train-tokenizer 8192 --chunk-length 254 --validation 0.03
 
-# one process a core; a file's tests stay together, for they share fixtures
+# One process a core; a file's tests stay together, for they share fixtures. A process that dies ends the run at once:
+# pytest-xdist waits for ever where it begins another one under loadfile.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -330,8 +330,8 @@ class _RayPool:
             for force in (False, True):  # first without force, so that half-written files go
                 for reference in references:
                     self.ray.cancel(reference, force=force)
-                if references and not force:
-                    self.ray.wait(references, num_returns=len(references), timeout=_GRACE_SECONDS)
+                if references and not force:  # Ray 2.60 ends this process if a task is cancelled that has just ended
+                    _, references = self.ray.wait(references, num_returns=len(references), timeout=_GRACE_SECONDS)
             self.mail.shutdown(force=True)
         finally:
             if self.begun_here:

@@ -27,6 +27,7 @@ from pool_jobs import jobs
 from ettin_foundry.corpus import executors
 from ettin_foundry.corpus.executors import Board, Tick, WorkerDeath, run_tasks
 
+pytestmark = pytest.mark.timeout(60)
 HEAVY = {"torch", "transformers", "streaming", "boto3", "ray", "matplotlib", "pyarrow", "tokenizers"}
 
 
@@ -50,15 +51,8 @@ def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_process_left_and_no_hang() -> Iterator[None]:
-    def give_up(*_: object) -> None:
-        raise TimeoutError("this test hangs")
-
-    handler = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(60)
+def _no_process_left() -> Iterator[None]:
     yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, handler)
     assert not multiprocessing.active_children()
 
 
