@@ -3,10 +3,9 @@
 The raw shards that training maps lie in the split's local folder. They come from a remote folder or URL, or from
 compressed shards beside them. All processes of a node share the folder: one makes a shard while the others wait for it
 or make another; with a limit one shard is made at a time. A shard gets its name only when it is whole and of the stated
-hash; a wrong one is fetched once more, then it is an error. To stay within the limit, the least recently used shards
-are removed, never one that a process has mapped (it holds a shared lock on it, see manifest.map_file).
+hash; a wrong one is fetched once more, then it is an error.
 
-Layout of `.cache/` in the folder: `NAME.lock`, or `shards.lock` with a limit, and `lock` for the small files (held with
+Layout of `.cache/` in the folder: `NAME.lock`, `room.lock` with a limit, and `lock` for the small files (held with
 flock: the kernel releases it when its holder dies), `NAME.part/` (files being made), `remote` (filled by fetching).
 """
 
@@ -19,12 +18,12 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ettin_foundry.data import INDEX, LENGTHS, MANIFEST
-from ettin_foundry.data.manifest import MAX_JSON_BYTES, bad_file, expand, map_file, open_plain
+from ettin_foundry.data.manifest import MAX_JSON_BYTES, bad_file, expand, map_file, open_plain, parse_json
 from ettin_foundry.data.storage import atomic_file, check_name, open_storage
 
 log = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ log = logging.getLogger(__name__)
 _CACHE, _FETCHED = ".cache", "remote"
 _MAX_TOKENIZER_BYTES = 1 << 28
 _PATIENCE = 600.0  # seconds that a needed shard waits for room before the run stops
-_POLL, _IDLE = 0.1, 0.5  # seconds between looks for room, for a shard that is needed and ahead of need
+_POLL, _IDLE, _LONGEST = 0.1, 0.5, 60.0  # seconds between looks: for room, ahead of need, and after failures
 
 
 @contextlib.contextmanager
@@ -68,6 +67,7 @@ def fetch_manifest(local: Path, remote: str) -> None:
         data = storage.read_bytes(MANIFEST, at_most=MAX_JSON_BYTES)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"dataset.remote must hold a split made by data_prep/convert.py: {error}") from None
+    parse_json(data, storage.where(MANIFEST))  # nothing else is kept under that name
     with locked(_own_folder(cache) / "lock"):
         if not os.path.lexists(path):
             (cache / _FETCHED).write_text(remote + "\n")
@@ -79,12 +79,14 @@ def fetch_manifest(local: Path, remote: str) -> None:
                                  f"another folder, or, if it has grown, delete {MANIFEST}, {LENGTHS} and {INDEX} there")
 
 
-def fetch_table(local: Path, remote: str, name: str, num_bytes: int | None = None) -> None:
+def fetch_table(local: Path, remote: str, name: str, num_bytes: int | None = None, xxh64: str | None = None) -> None:
     """Puts lengths.npy or index.json of a remote split into its local folder, unless it is there."""
-    storage = open_storage(remote)
-    with locked(_own_folder(local / _CACHE) / "lock"):
+    storage, cache = open_storage(remote), _own_folder(local / _CACHE)
+    with locked(cache / "lock"):
         if not os.path.lexists(local / name):
-            storage.get_file(name, local / name, num_bytes=num_bytes, at_most=MAX_JSON_BYTES)
+            storage.get_file(name, cache / name, num_bytes=num_bytes, at_most=MAX_JSON_BYTES)
+            map_file(cache / name, num_bytes, xxh64, name=storage.where(name))
+            os.replace(cache / name, local / name)
 
 
 def fetch_tokenizer(local: Path, remote: str) -> None:
@@ -104,44 +106,19 @@ def fetch_tokenizer(local: Path, remote: str) -> None:
 class ShardFiles:
     """The raw shards of one split folder, made when they are needed or shortly before; may be pickled and forked.
 
-    `shards` are the manifest's entries, `remote` a folder or URL of the same split, `cache_limit` the most bytes that
-    shards (whole and partial, of all processes) may take in `local`.
+    `shards` are the manifest's entries, `remote` a folder or URL of the same split.
     """
 
-    def __init__(self, local: Path, shards: Sequence[dict[str, Any]], remote: str | None, cache_limit: int | None) -> None:
-        self.local, self._cache, self._shards = local, local / _CACHE, shards
-        self._storage = None if remote is None else open_storage(remote)
+    def __init__(self, local: Path, shards: Sequence[dict[str, Any]], remote: str | None) -> None:
+        self.local, self.cache, self.shards = local, local / _CACHE, shards
+        self.storage = None if remote is None else open_storage(remote)
         self.fetches = remote is not None or shards[0]["zip"] is not None  # else nothing here does anything
-        self._wanted: tuple[int, tuple[int, ...]] | None = None  # this process, the shards that it prefetches
-        self.cache_limit: int | None = None
-        if cache_limit is not None:
-            self.set_limit(cache_limit)
-
-    def set_limit(self, cache_limit: int) -> None:
-        """Bounds what shards may take; ValueError if that has no effect, is too little, or would delete originals."""
-        if not self.fetches:
-            raise ValueError(f"dataset.cache_limit must be left out for local, uncompressed shards, got {cache_limit}")
-        if self._storage is not None and not (self._cache / _FETCHED).is_file():
-            raise ValueError("dataset.local must be a new folder where dataset.cache_limit is given: the shards in "
-                             f"{str(self.local)!r} were not fetched and would be deleted for good")
-        self.cache_limit = cache_limit
-        self.check_room([0])
+        self.wanted: tuple[int, tuple[int, ...]] = (0, ())  # a process, and the shards that it prefetches
+        self.room: Room | None = None
 
     def path(self, shard: int) -> Path:
         """Where the raw shard lies, or will lie."""
-        return self.local / self._shards[shard]["raw"]["basename"]
-
-    def check_room(self, shards: Collection[int]) -> None:
-        """Raises ValueError for a limit that cannot hold so many shards at once, whichever they are."""
-        number = len(set(shards))
-        if self.cache_limit is not None and (need := self.room_needed(number)) > self.cache_limit:
-            raise ValueError(f"dataset.cache_limit must be at least {need} bytes for the {number} shards in use at a "
-                             f"time, got {self.cache_limit}; raise it, or lower train_loader.shuffle_window")
-
-    def room_needed(self, number: int) -> int:
-        """Most bytes that so many shards take, with what making one of them takes besides."""
-        sizes = sorted((shard["raw"]["bytes"] for shard in self._shards), reverse=True)
-        return sum(sizes[:number]) + max(self._bytes_to_make(shard) - shard["raw"]["bytes"] for shard in self._shards)
+        return self.local / self.shards[shard]["raw"]["basename"]
 
     def ensure(self, shard: int, release: Callable[[], bool]) -> None:
         """Returns when the raw shard lies in the local folder, made by this process or another.
@@ -149,78 +126,71 @@ class ShardFiles:
         Where there is no room, `release` unmaps a shard of this process (False when it has none). ValueError: what was
         fetched is not what the manifest states, twice. OSError: no room, or from storage.
         """
-        path, end = self.path(shard), time.monotonic() + _PATIENCE
-        while self.fetches and not os.path.lexists(path):
-            with locked(self._lock(shard)):
-                if os.path.lexists(path):
-                    return
-                if self._make_room(shard):
-                    return self._make(shard)
+        end = time.monotonic() + _PATIENCE
+        while self.fetches and not os.path.lexists(self.path(shard)) and not self._make(shard):
             if not release():
                 if time.monotonic() > end:
-                    raise OSError(f"dataset.cache_limit must be larger than {self.cache_limit} bytes, all in use here; "
-                                  f"{path.name} waited {_PATIENCE:.0f} s")
+                    raise OSError("dataset.cache_limit must be larger, got no room for "
+                                  f"{self.path(shard).name} in {_PATIENCE:.0f} s: all is in use; raise it")
                 time.sleep(_POLL)
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Makes these shards in the background, in this order, leaving out those that other processes are making."""
         wanted = os.getpid(), tuple(shards)  # threads do not survive a fork
-        if not self.fetches or wanted == self._wanted:
+        if not self.fetches or wanted == self.wanted:
             return
-        self._wanted = wanted
-        for shard in reversed(shards if self.cache_limit is not None else ()):  # the one needed first is the last to go
-            with contextlib.suppress(OSError):
-                os.utime(self.path(shard), follow_symlinks=False)
+        self.wanted = wanted
         threading.Thread(target=self._make_ahead, args=(wanted,), name="ettin-prefetch", daemon=True).start()
 
     def _make_ahead(self, wanted: tuple[int, tuple[int, ...]]) -> None:
-        """Makes shards until others are wanted; without room it waits."""
-        for shard in wanted[1]:
-            while self._wanted is wanted and not os.path.lexists(self.path(shard)):
+        """Makes shards until all are there or others are wanted; what fails is tried again after a growing pause."""
+        pause = _IDLE
+        while self.wanted is wanted and (missing := [s for s in wanted[1] if not os.path.lexists(self.path(s))]):
+            failed = False
+            for shard in missing:
                 try:
-                    with locked(self._lock(shard), wait=self.cache_limit is not None) as held:
-                        if not held or os.path.lexists(self.path(shard)):
-                            break
-                        if self._make_room(shard, wanted[1]):
-                            self._make(shard)
-                            break
+                    if self.wanted is not wanted or not self._make(shard, ahead=True) and self.room:
+                        break  # without room for it there is none for those that are needed later
                 except Exception as error:  # only a hint: who needs the shard meets the error
-                    log.warning("Shard %d could not be fetched ahead of need: %s", shard, error)
-                    break
-                time.sleep(_IDLE)
+                    failed = True
+                    log.warning("Shard %d could not be fetched ahead of need (%s); tried again", shard, error)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST) if failed else _IDLE
 
-    def _lock(self, shard: int) -> Path:
-        name = "shards" if self.cache_limit is not None else self.path(shard).name
-        return _own_folder(self._cache) / f"{name}.lock"
-
-    def _bytes_to_make(self, entry: dict[str, Any]) -> int:
-        """Bytes that a shard's files take while it is made."""
-        return entry["raw"]["bytes"] + (entry["zip"]["bytes"] if self._storage is not None and entry["zip"] else 0)
-
-    def _make(self, shard: int) -> None:
-        """Fetches and expands a shard, its lock held; a wrong file is fetched once more."""
+    def _make(self, shard: int, *, ahead: bool = False) -> bool:
+        """Makes a shard unless it is there; False without room for it, and ahead of need while another process makes it."""
         path = self.path(shard)
-        work = self._cache / f"{path.name}.part"
-        for use_local in (True, False):
+        with self.room.held() if self.room else contextlib.nullcontext():
+            if self.room and not os.path.lexists(path) and not self.room.clear(self, shard, ahead=ahead):
+                return False
+            with locked(_own_folder(self.cache) / f"{path.name}.lock", wait=not ahead) as held:
+                if held and not os.path.lexists(path):
+                    self._fetch(self.shards[shard], path)
+                return held
+
+    def _fetch(self, entry: dict[str, Any], path: Path) -> None:
+        """Fetches and expands a shard, its lock held; a wrong file is fetched once more."""
+        work = self.cache / f"{path.name}.part"
+        for again in (False, True):
             shutil.rmtree(_own_folder(work))  # what a process that died has left
             work.mkdir()
             try:
-                return os.replace(self._make_in(work, self._shards[shard], use_local=use_local), path)
+                return os.replace(self._fetch_in(work, entry, use_local=not again), path)
             except ValueError as error:
-                if self._storage is None or not use_local:
+                if again or self.storage is None:
                     raise
                 log.warning("%s: it is fetched once more", error)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
 
-    def _make_in(self, work: Path, entry: dict[str, Any], *, use_local: bool) -> Path:
+    def _fetch_in(self, work: Path, entry: dict[str, Any], *, use_local: bool) -> Path:
         """The whole, checked raw shard in the folder `work`."""
         raw, stored = entry["raw"], entry["zip"] or entry["raw"]
         source = self.local / stored["basename"]
         where = str(source)
-        if self._storage is not None and not (entry["zip"] and use_local and os.path.lexists(source)):
-            source, where = work / stored["basename"], self._storage.where(stored["basename"])
-            self._storage.get_file(stored["basename"], source, num_bytes=stored["bytes"])
+        if self.storage is not None and not (entry["zip"] and use_local and os.path.lexists(source)):
+            source, where = work / stored["basename"], self.storage.where(stored["basename"])
+            self.storage.get_file(stored["basename"], source, num_bytes=stored["bytes"])
         content = map_file(source, stored["bytes"], stored["xxh64"], name=where)
         if not entry["zip"]:
             return source
@@ -230,30 +200,15 @@ class ShardFiles:
         map_file(target, raw["bytes"], raw["xxh64"], name=f"{where}, expanded")
         return target
 
-    def _make_room(self, shard: int, keep: Collection[int] = ()) -> bool:
-        """Whether there is room for a shard; removes others, not of `keep`, for it. The folder's lock is held."""
-        if self.cache_limit is None:
-            return True
-        for part in self._cache.glob("*.part"):
-            shutil.rmtree(part, ignore_errors=True)  # its maker died
-        left = self.cache_limit - self._bytes_to_make(self._shards[shard])
-        known, kept = {entry["raw"]["basename"]: entry for entry in self._shards}, {self.path(other).name for other in keep}
-        found = []
-        for entry in os.scandir(self.local):
-            if entry.name.endswith(".mds"):
-                status = entry.stat(follow_symlinks=False)
-                found.append((status.st_mtime_ns, entry.name, status.st_size))
-                left -= status.st_size
-        for _, name, size in sorted(found):
-            if left < 0 and name not in kept and name in known and self._remove(known[name]):
-                left += size
-        return left >= 0
+    def bytes_to_make(self, entry: dict[str, Any]) -> int:
+        """Bytes that a shard's files take while it is made."""
+        return entry["raw"]["bytes"] + (entry["zip"]["bytes"] if self.storage is not None and entry["zip"] else 0)
 
-    def _remove(self, entry: dict[str, Any]) -> bool:
+    def remove(self, entry: dict[str, Any]) -> bool:
         """Removes a raw shard that could be made again and that no process has mapped (see `manifest.map_file`)."""
         path, packed = self.local / entry["raw"]["basename"], entry["zip"]
         with contextlib.suppress(OSError, ValueError):
-            if self._storage is None and os.lstat(self.local / packed["basename"]).st_size != packed["bytes"]:
+            if self.storage is None and os.lstat(self.local / packed["basename"]).st_size != packed["bytes"]:
                 return False
             descriptor = open_plain(path)
             try:
@@ -263,3 +218,58 @@ class ShardFiles:
             finally:
                 os.close(descriptor)
         return False
+
+
+class Room:
+    """One limit on the bytes of shards, whole and partial, of all processes: of a split, or of a mixture's datasets.
+
+    What is least recently used goes first, and what is wanted soon last; never a shard that a process has mapped.
+    """
+
+    def __init__(self, limit: int, folder: Path, members: Iterable[ShardFiles]) -> None:
+        self.limit, self._folder = limit, folder
+        self._members = list({files.local: files for files in members if files.fetches}.values())
+        if not self._members:
+            raise ValueError(f"dataset.cache_limit must be left out for local, uncompressed datasets, got {limit}")
+        for files in self._members:
+            if files.storage is not None and not (files.cache / _FETCHED).is_file():
+                raise ValueError("dataset.local must be a new folder where dataset.cache_limit is given: the shards in "
+                                 f"{str(files.local)!r} were not fetched and would be deleted for good")
+            files.room = self
+
+    def check(self, numbers: Iterable[tuple[ShardFiles, int]]) -> None:
+        """Raises ValueError for a limit that cannot hold so many shards of each folder at once, whichever they are."""
+        sizes, making = list[int](), 0
+        for files, number in numbers:
+            if files.fetches:
+                sizes += sorted((shard["raw"]["bytes"] for shard in files.shards), reverse=True)[:number]
+                making = max(making, *(files.bytes_to_make(shard) - shard["raw"]["bytes"] for shard in files.shards))
+        if (need := sum(sizes) + making) > self.limit:
+            raise ValueError(f"dataset.cache_limit must be at least {need} bytes for the {len(sizes)} shards in use at a "
+                             f"time, got {self.limit}; raise it, or lower train_loader.shuffle_window")
+
+    def held(self) -> contextlib.AbstractContextManager[bool]:
+        """The lock under which one shard at a time is made."""
+        return locked(_own_folder(self._folder / _CACHE) / "room.lock")
+
+    def clear(self, wanting: ShardFiles, shard: int, *, ahead: bool) -> bool:
+        """Whether there is room for a shard; removes others for it, ahead of need none that are wanted soon."""
+        left, found = self.limit - wanting.bytes_to_make(wanting.shards[shard]), []
+        for files in self._members:
+            for part in files.cache.glob("*.part"):
+                with locked(part.with_suffix(".lock"), wait=False) as free:
+                    if free:
+                        shutil.rmtree(part, ignore_errors=True)  # its maker died
+            known = {entry["raw"]["basename"]: entry for entry in files.shards}
+            soon = {files.path(other).name: -at for at, other in enumerate(files.wanted[1])}
+            for entry in os.scandir(files.local):
+                if entry.name.endswith(".mds"):
+                    status = entry.stat(follow_symlinks=False)
+                    left -= status.st_size
+                    order = soon.get(entry.name, -len(files.shards)), status.st_mtime_ns
+                    if entry.name in known and not (ahead and entry.name in soon):
+                        found.append((order, status.st_size, files, known[entry.name]))
+        for _, num_bytes, files, entry in sorted(found, key=lambda item: item[0]):
+            if left < 0 and files.remove(entry):
+                left += num_bytes
+        return left >= 0

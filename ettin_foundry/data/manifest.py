@@ -25,6 +25,7 @@ import xxhash
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ettin_foundry.data import COLUMNS, LENGTHS, MANIFEST, MAX_CHUNK_LENGTH
+from ettin_foundry.data.storage import refuse_pointer
 
 MAX_JSON_BYTES = 1 << 30  # the manifest of 70,000 shards, two trillion tokens, takes about 30 MB
 _SMALLEST_SAMPLE = 34  # bytes of an empty doc and source with a chunk's sizes, numbers, array head and table entry
@@ -46,10 +47,13 @@ def open_plain(path: Path) -> int:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: missing; convert again, or correct dataset.local and dataset.split") from None
     except (OSError, ValueError) as error:
-        raise bad_file(path, f"cannot be opened as a plain file ({error})", "links are not followed") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise bad_file(path, f"cannot be opened as a plain file ({error})", "links are not followed",
+                       "copy the dataset with cp -rL, or name this folder as dataset.remote") from None
+    if not stat.S_ISREG((status := os.fstat(descriptor)).st_mode):
         os.close(descriptor)
         raise bad_file(path, "is not a plain file", "no folder, pipe or device is read")
+    if status.st_size < 1024:
+        refuse_pointer(os.pread(descriptor, 64, 0), path, lambda: os.close(descriptor))
     return descriptor
 
 
@@ -110,11 +114,15 @@ def read_json(path: Path) -> Any:
     with open(open_plain(path), "rb") as stream:
         if (size := os.fstat(stream.fileno()).st_size) > MAX_JSON_BYTES:
             raise bad_file(path, f"has {size} bytes", f"at most {MAX_JSON_BYTES} are read")
-        text = stream.read()
+        return parse_json(stream.read(), path)
+
+
+def parse_json(text: bytes, where: Path | str) -> Any:
+    """The JSON in the bytes of a file; ValueError if it is none."""
     try:
         return orjson.loads(text)  # strict: no NaN, no number beyond 64 bits, bounded depth
     except ValueError as error:
-        raise bad_file(path, f"is not JSON ({error})", "the file that convert.py wrote is needed") from None
+        raise bad_file(where, f"is not JSON ({error})", "the file that convert.py wrote is needed") from None
 
 
 def check_record(model: type[BaseModel], data: Any, where: Path | str, place: str = "") -> None:

@@ -25,7 +25,7 @@ import xxhash
 from pydantic import BaseModel, Field, model_validator
 
 from ettin_foundry.data import MANIFEST, MAX_CHUNK_LENGTH
-from ettin_foundry.data.cache import fetch_manifest
+from ettin_foundry.data.cache import Room, fetch_manifest
 from ettin_foundry.data.manifest import Count, SplitFacts, bad_file, check_record, read_json
 from ettin_foundry.data.order import raw_draws
 from ettin_foundry.data.packing import pack_lengths, piece_counts
@@ -125,7 +125,7 @@ class MixtureSplit(SplitFacts):
     Args:
         max_open: shards kept mapped at a time, shared out among the datasets by their shards in the mixture.
         remote: folder or URL that the split was fetched from; its datasets are then fetched too, seen from there.
-        cache_limit: most bytes that fetched or decompressed shards may take; `check_room` shares it out.
+        cache_limit: most bytes that fetched or decompressed shards of all datasets may take together.
 
     Raises:
         FileNotFoundError: no such folder, or a dataset of the mixture is missing; names the dataset.
@@ -157,9 +157,8 @@ class MixtureSplit(SplitFacts):
             at = beyond[0]
             raise bad_file(where, f"it names shard {self._shard[at]} of a dataset", f"that has {known[at]}", _REBUILD)
         self.fetches = any(data.fetches for data in self._sets)
-        self.cache_limit = parse_bytes("dataset.cache_limit", cache_limit)
-        if cache_limit is not None and not self.fetches:
-            raise ValueError(f"dataset.cache_limit must be left out for local, uncompressed datasets, got {cache_limit}")
+        limit = parse_bytes("dataset.cache_limit", cache_limit)
+        self._room = None if limit is None else Room(limit, self.local, [data.files for data in self._sets])
         counts = self._histograms.astype(np.int64)
         self.samples = self._gather([data.samples for data in self._sets], counts.sum(1))
         self.tokens = self._gather([data.tokens for data in self._sets], counts @ np.arange(self.chunk_length + 1))
@@ -208,17 +207,9 @@ class MixtureSplit(SplitFacts):
             data.prefetch(stored)
 
     def check_room(self, shards: Sequence[int]) -> None:
-        """Shares the cache limit out by what each dataset needs at a time, the rest evenly."""
-        if self.cache_limit is None:
-            return
-        numbers = {id(data): len(stored) for data, stored in self._by_set(shards)}
-        fetching = [data for data in self._sets if data.fetches]
-        needs = [data.files.room_needed(numbers.get(id(data), 1)) for data in fetching]
-        if (rest := self.cache_limit - sum(needs)) < 0:
-            raise ValueError(f"dataset.cache_limit must be at least {sum(needs)} bytes for the {len(set(shards))} shards in "
-                             f"use at a time, got {self.cache_limit}; raise it, or lower train_loader.shuffle_window")
-        for data, need in zip(fetching, needs):
-            data.files.set_limit(need + rest // len(fetching))
+        """Raises ValueError for a cache limit too small for so many shards at a time."""
+        if self._room:
+            self._room.check((data.files, len(stored)) for data, stored in self._by_set(shards))
 
     def check_shard(self, shard: int) -> int:
         """Checks a shard in full, see `MDSSplit.check_shard`; a partial one also for the lengths of its chunks."""

@@ -26,7 +26,7 @@ import numpy as np
 import orjson
 
 from ettin_foundry.data import COLUMNS, INDEX, LENGTHS, MANIFEST, manifest
-from ettin_foundry.data.cache import ShardFiles, fetch_manifest, fetch_table
+from ettin_foundry.data.cache import Room, ShardFiles, fetch_manifest, fetch_table
 from ettin_foundry.data.manifest import Buffer, SplitFacts, bad_file, check_hash, map_file
 from ettin_foundry.data.packing import pack_lengths, piece_counts
 from ettin_foundry.data.quantities import parse_bytes
@@ -168,8 +168,10 @@ class MDSSplit(SplitFacts):
         if remote is not None:
             fetch_manifest(self.local, remote)
         super().__init__(manifest.read_manifest(self.local))
-        self.files = ShardFiles(self.local, self.manifest["shards"], remote, limit)
+        self.files = ShardFiles(self.local, self.manifest["shards"], remote)
         self.fetches = self.files.fetches  # whether `prefetch` does something
+        if limit is not None:
+            Room(limit, self.local, [self.files])
         self._open: OrderedDict[int, Shard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -212,14 +214,15 @@ class MDSSplit(SplitFacts):
         Raises `max_open` to their number; with a cache limit unmaps others, so that they can make room.
         """
         self.max_open = max(self.max_open, len(shards))
-        if self.files.cache_limit is not None:
+        if self.files.room is not None:
             for shard in self._open.keys() - set(shards):
                 del self._open[shard]
         self.files.prefetch(shards)
 
     def check_room(self, shards: Collection[int]) -> None:
         """Raises ValueError for a cache limit too small for so many shards at a time."""
-        self.files.check_room(shards)
+        if self.files.room is not None:
+            self.files.room.check([(self.files, len(set(shards)))])
 
     def check_shard(self, shard: int) -> int:
         """Checks all that can be known of one shard, without keeping anything; returns the bytes read and hashed."""
@@ -281,7 +284,7 @@ class MDSSplit(SplitFacts):
         """The histograms of lengths.npy, (shards, chunk_length + 1) uint32; read by hand, so that nothing is unpickled."""
         entry, path, shape = self.manifest["lengths"], self.local / LENGTHS, (self.num_shards, self.chunk_length + 1)
         if self.remote is not None:
-            fetch_table(self.local, self.remote, LENGTHS, entry["bytes"])
+            fetch_table(self.local, self.remote, LENGTHS, entry["bytes"], entry["xxh64"])
         table = map_file(path, entry["bytes"], entry["xxh64"])
         begin = len(table) - 4 * shape[0] * shape[1]
         form = rb"\x93NUMPY\x01\x00..\{'descr': '<u4', 'fortran_order': False, 'shape': \(%d, %d\), \} *\n" % shape
@@ -314,7 +317,7 @@ class MDSSplit(SplitFacts):
         while True:
             self.files.ensure(shard, self._release)
             try:
-                limited = self.files.cache_limit is not None
+                limited = self.files.room is not None
                 return self._parse(shard, map_file(path, raw["bytes"], raw["xxh64"], shared=limited))
             except FileNotFoundError:  # removed to make room between the two lines above
                 if not self.fetches:
@@ -324,7 +327,8 @@ class MDSSplit(SplitFacts):
                     raise
                 failed = True
                 log.warning("%s: it is made once more", error)
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # of a folder in its place the next look tells
+                    path.unlink()
 
     def _release(self) -> bool:
         """Unmaps the least recently used shard; False when none is mapped."""

@@ -14,7 +14,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -53,13 +53,12 @@ def check_name(name: str) -> str:
     return name
 
 
-def check_content(stream: io.BufferedReader, num_bytes: int, where: str | os.PathLike[str]) -> io.BufferedReader:
-    """A stream, at its beginning, of a file of `num_bytes`; ValueError where the content only stands for the file's."""
-    if num_bytes < 1024 and stream.peek(64).startswith(_POINTERS):
-        stream.close()
+def refuse_pointer(head: bytes, where: str | os.PathLike[str], close: Callable[[], None]) -> None:
+    """Closes the file and raises ValueError where a small file, by its first bytes, only stands for the real one."""
+    if head.startswith(_POINTERS):
+        close()
         raise ValueError(f"{where} must be the file itself, got a pointer of git-lfs or git-annex to it; run git lfs "
                          "pull (git annex get) in the clone that it comes from")
-    return stream
 
 
 def folder_of(prefix: str) -> str:
@@ -154,8 +153,14 @@ class Storage:
 
     def open(self, name: str) -> BinaryIO:
         """A seekable stream of a file's bytes, to be closed; ValueError where it holds a pointer of git-lfs instead."""
-        stream = io.BufferedReader(io.FileIO(self._path(name, existing=True)), 1 << 20)
-        return check_content(stream, os.fstat(stream.fileno()).st_size, self.where(name))
+        size = self.size(name)
+        stream = io.BufferedReader(self._open(name, size), 1 << 20)
+        if size < 1024:
+            refuse_pointer(stream.peek(64), self.where(name), stream.close)
+        return stream
+
+    def _open(self, name: str, num_bytes: int) -> io.RawIOBase:
+        return io.FileIO(self._path(name))
 
     def read_bytes(self, name: str, *, at_most: int | None = None) -> bytes:
         """A whole file; ValueError when it is larger than `at_most` bytes."""

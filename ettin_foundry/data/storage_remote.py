@@ -15,12 +15,12 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import fsspec
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
-from ettin_foundry.data.storage import Storage, check_content, check_name, folder_of
+from ettin_foundry.data.storage import Storage, check_name, folder_of
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +92,8 @@ class RemoteStorage(Storage):
                 log.warning("%s: left out: %s", self.url, error)
         return sorted(found)
 
-    def open(self, name: str) -> BinaryIO:
-        size = self.size(name)
-        return check_content(io.BufferedReader(_Stream(self, name, size), 1 << 20), size, self.where(name))
+    def _open(self, name: str, num_bytes: int) -> io.RawIOBase:
+        return _Stream(self, name, num_bytes)
 
     def write_bytes(self, name: str, data: bytes) -> None:
         self.ask(check_name(name), lambda system, path: system.pipe_file(path, data))

@@ -125,7 +125,7 @@ def hold_and_wait(local, url, limit, ready):
         time.sleep(600)
 
     data = MDSSplit(local, remote=url, cache_limit=limit)
-    data.files._make_in = stuck
+    data.files._fetch_in = stuck
     data.chunk(0, 0)
 
 
@@ -209,7 +209,7 @@ def test_the_tokenizer_of_a_remote_dataset_is_fetched_once(tmp_path, monkeypatch
 @KINDS
 def test_a_shard_damaged_on_the_way_or_later_is_fetched_once_more(server, tmp_path, kind, monkeypatch, expected, caplog):
     data = MDSSplit(tmp_path / "train", remote=server.url(f"{kind}/train"))
-    true, damaged = type(data.files._storage).get_file, []
+    true, damaged = type(data.files.storage).get_file, []
 
     def get_file(self, name, local_path, **options):
         true(self, name, local_path, **options)
@@ -217,7 +217,7 @@ def test_a_shard_damaged_on_the_way_or_later_is_fetched_once_more(server, tmp_pa
             damaged.append(name)
             flip(Path(local_path), -1)
 
-    monkeypatch.setattr(type(data.files._storage), "get_file", get_file)
+    monkeypatch.setattr(type(data.files.storage), "get_file", get_file)
     assert samples_of(data) == expected
     assert caplog.text.count("it is fetched once more") == 1 and downloads(server)[damaged[0]] == 2
     flip(shard_file(tmp_path / "train", 1), -1)
@@ -251,14 +251,14 @@ def test_shards_are_fetched_in_the_order_of_need_without_being_read(server, tmp_
     data.prefetch([7, 2, 5])
     wait_until(lambda: data.files.path(5).exists())
     assert list(downloads(server)) == [data.files.path(shard).name for shard in (7, 2, 5)]  # in the order of requests
-    server.fail(lambda request: data.files.path(0).name in request.path, times=5)
+    server.fail(lambda request: data.files.path(0).name in request.path, times=3, status=403)
     other = data.files.path(1).name
     with cache.locked(tmp_path / "train" / ".cache" / f"{other}.lock"):  # another process fetches it
         data.prefetch([0, 1, 3])
         wait_until(lambda: data.files.path(3).exists())
         assert not downloads(server)[other]
-    assert "could not be fetched ahead of need" in caplog.text  # an error waits for who needs the shard
-    assert data.chunk(0, 0).size and data.chunk(1, 0).size and downloads(server)[other] == 1
+    wait_until(lambda: data.files.path(0).exists() and data.files.path(1).exists())  # both are tried again
+    assert not server.faults_left() and caplog.text.count("Shard 0 could not be fetched ahead of need") == 3
 
 
 def test_a_copied_or_forked_split_fetches_for_itself(server, tmp_path):
@@ -298,8 +298,6 @@ def test_a_limit_that_is_wrong_too_small_or_would_delete_originals_is_refused(sp
     for limit in ("many", 0, "1gb"):  # the last has no effect
         with pytest.raises(ValueError, match="dataset.cache_limit must be"):
             MDSSplit(splits["plain"], cache_limit=limit)
-    with pytest.raises(ValueError, match=r"dataset.cache_limit must be at least \d+ bytes for the 1 shards"):
-        MDSSplit(tmp_path / "train", remote=str(splits["packed"]), cache_limit=2000)
     data = MDSSplit(tmp_path / "train", remote=str(splits["packed"]), cache_limit=limit_for(splits["packed"], 4))
     data.check_room([5, 2, 9, 1])
     with pytest.raises(ValueError, match="for the 5 shards.*lower train_loader.shuffle_window"):

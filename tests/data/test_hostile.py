@@ -130,7 +130,7 @@ def test_a_manifest_that_is_no_json_object_is_refused(split):
 
 
 @pytest.mark.parametrize("name", [SHARD, "lengths.npy", "manifest.json", ZIP])
-@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "large"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "large", "pointer"])
 def test_only_plain_files_are_read(split, tmp_path, name, kind):
     folder = split(name == ZIP)
     path = folder / name
@@ -138,6 +138,10 @@ def test_only_plain_files_are_read(split, tmp_path, name, kind):
         os.truncate(path, (1 << 30) + 1)
         return refused(folder, rf"{name}: has \d+ bytes")
     path.rename(tmp_path / name)
+    if kind == "pointer":
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 8123456\n")
+        refused(folder, f"{name} must be the file itself.*git lfs pull")
+        return refused(tmp_path / "copy", f"{name} must be.*git lfs pull", read=lambda to: read_all(to, remote=str(folder)))
     if kind == "link":
         path.symlink_to(tmp_path / name)
     elif kind == "pipe":
@@ -146,6 +150,8 @@ def test_only_plain_files_are_read(split, tmp_path, name, kind):
         path.mkdir()
     refused(folder, f"{name}: .*plain file")
     assert not (name == ZIP and (folder / SHARD).exists())  # nothing of it was kept
+    if kind == "link":  # what the message advises
+        read_all(tmp_path / "copy", remote=str(folder))
 
 
 @pytest.mark.parametrize("below", ["", SHARD + ".part", SHARD + ".lock"])

@@ -107,20 +107,27 @@ def test_a_remote_mixture_is_read_with_its_datasets_beside_it(sets, mix, cloud, 
         open_split(local, remote="memory://bucket/mixtures/mix/train")
 
 
-def test_a_cache_limit_is_shared_out_among_the_datasets_that_fetch(sets, mix, cloud, tmp_path):
+def test_one_limit_holds_for_all_datasets_of_a_mixture_together(sets, mix, cloud, tmp_path):
     cloud(sets, "bucket")
-    build(sets, "far", sets={"web": {"set": "memory://bucket/web", "tokens": 7000},
-                             "code": {"set": "sets/code", "tokens": 3000},
-                             "both": {"set": "memory://bucket/both", "tokens": 3000}})
-    data = open_split(tmp_path / "far" / "train", cache_limit=100_000)
-    some = list(range(0, data.num_shards, 2))
-    data.check_room(some)
-    limits = [one.files.cache_limit for one in data._sets]
-    assert limits[1] is None and 99_990 <= limits[0] + limits[2] <= 100_000
-    for one, stored in data._by_set(some):  # every dataset gets what it needs at a time
-        assert one.files.cache_limit is None or one.files.cache_limit >= one.files.room_needed(len(stored))
-    with pytest.raises(ValueError, match="dataset.cache_limit must be at least"):
-        open_split(tmp_path / "far" / "train", cache_limit=30_000).check_room(range(data.num_shards))
+    for name, place in (("near", "sets"), ("far", "memory://bucket")):
+        where = {"web": f"{place}/web", "code": "sets/code", "both": f"{place}/both"}
+        build(sets, name, sets={key: {"set": where[key], "tokens": 6000} for key in where})
+    folder = tmp_path / "far" / "train"
+    sizes = {name: sorted(path.stat().st_size for path in (sets / name / "train").glob("*.mds")) for name in ("web", "both")}
+    sources = open_split(folder).sources
+    web = [shard for shard, source in enumerate(sources) if source == "web"]
+    need = sum(sizes["web"][-len(web):])  # far more than a third of the limit for one of three datasets
+    open_split(folder, cache_limit=need).check_room(web)
+    for limit, together in ((need - 1, web), (need, range(len(sources)))):
+        with pytest.raises(ValueError, match=rf"dataset.cache_limit must be at least \d+ bytes.* got {limit}"):
+            open_split(folder, cache_limit=limit).check_room(together)
+    data = pickle.loads(pickle.dumps(open_split(folder, cache_limit=need)))
+    expected, most = open_split(tmp_path / "near" / "train"), 0
+    for shard in range(data.num_shards):
+        data.prefetch([shard])
+        assert np.array_equal(data.chunk(shard, 0), expected.chunk(shard, 0))
+        most = max(most, sum(path.stat().st_size for path in folder.rglob("*.mds")))
+    assert need // 2 < most <= need < sum(map(sum, sizes.values()))
     with pytest.raises(ValueError, match="dataset.cache_limit must be left out"):
         open_split(mix / "train", cache_limit=100_000)
 
