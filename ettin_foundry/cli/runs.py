@@ -195,6 +195,7 @@ def order(
     for wrong, message in (
             ((yaml is None) == (checkpoint is None), "either --yaml or --checkpoint must be given"),
             (checkpoint and overrides, f"--checkpoint must come without keys, got {' '.join(overrides)}"),
+            (len(places) > 1, f"DATASET must be one place, got {' '.join(places)}"),
             (export is None and (first or last is not None), "--from and --to must come with --export"),
             (export and step is not None, "--export must come with --from and --to instead of --step"),
             (yaml and export is None and step is None, "--step or --export must be given with --yaml")):

@@ -18,24 +18,21 @@ from ettin_foundry.model.config import MASKED_OBJECTIVES
 from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule, check_together
 from ettin_foundry.objectives.targets import IGNORED, TextVocab, draw_objective, make_inputs, row_generator
 
-__all__ = ["Batch", "Collator", "count_samples", "count_tokens", "flatten", "split_batch"]
-
 Batch = dict[str, Any]
 
 
 class Collator:
     """Rows to one device batch.
 
-    A row is, for each piece, BOS + chunk + EOS, then padding. The EOS of a chunk whose document goes on in
-    another chunk is no target of clm.
+    A row is, for each piece, BOS + chunk + EOS, then padding. The EOS of a chunk whose document goes on in another
+    chunk is no target of clm.
 
     Args:
         objective, mask_rate: as in YAML, see objectives/schedule.py.
         vocab: ids of special and text tokens. max_seq_len: T. seed: the loader's shuffle_seed.
     """
 
-    def __init__(self, objective: Any, vocab: TextVocab, *, max_seq_len: int, mask_rate: Any,
-                 seed: int) -> None:
+    def __init__(self, objective: Any, vocab: TextVocab, *, max_seq_len: int, mask_rate: Any, seed: int) -> None:
         self.objective, self.mask_rate = ObjectiveSchedule.parse(objective), MaskRate.parse(mask_rate)
         check_together(self.objective, self.mask_rate)
         self.vocab, self.max_seq_len, self.seed = vocab, max_seq_len, seed
@@ -43,9 +40,9 @@ class Collator:
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """A batch: (B, T) int64 input_ids, labels and sequence_id (-1 on padding), and Python scalars.
 
-        ids_hash is the sum of `hash_row` over the rows; the sum over ranks modulo 2**48 tells whether two
-        runs read the same global batch. A mixture of objectives also has causal, (B,) bool, rows of clm;
-        row_weight, (B,) float32, and loss_tokens, (B,) int64, see `targets.Inputs`.
+        ids_hash is the sum of `hash_row` over the rows; the sum over ranks modulo 2**48 tells whether two runs read
+        the same global batch. A mixture of objectives also has causal, (B,) bool, rows of clm; row_weight, (B,)
+        float32, and loss_tokens, (B,) int64, see `targets.Inputs`.
         """
         step, clock = rows[0].step, rows[0].tokens_before
         shares, rate = self.objective.at(clock), self.mask_rate.at(clock)
@@ -110,8 +107,7 @@ def flatten(batch: Batch) -> Batch:
         "num_targets": len(targets),
         # the divisor of the loss
         "num_loss_tokens": int(batch["loss_tokens"].sum()) if "loss_tokens" in batch else len(targets),
-        # how many of the stream's first see the past only
-        "num_causal_documents": int(np.searchsorted(starts, num_causal_tokens)),
+        "num_causal_documents": int(np.searchsorted(starts, num_causal_tokens)),  # the stream's first
         "num_causal_tokens": num_causal_tokens,
         **{key: value for key, value in batch.items() if not isinstance(value, torch.Tensor)},
     }
@@ -126,8 +122,8 @@ def _causal_first(batch: Batch) -> Batch:
 def split_batch(batch: Batch, microbatch_size: int | float, *, pin: bool = False) -> list[Batch]:
     """Flat microbatches of `microbatch_size` rows of a (B, T) batch, the last one possibly of fewer.
 
-    With `pin`, the flat tensors lie in page-locked memory: from pageable memory, their copy to the device
-    would wait for the work that is queued there.
+    With `pin`, the flat tensors lie in page-locked memory: from pageable memory, their copy to the device would wait
+    for the work that is queued there.
     """
     if int(microbatch_size) != microbatch_size or microbatch_size < 1:
         raise ValueError(f"device_train_microbatch_size must be an integer >= 1, got {microbatch_size}")

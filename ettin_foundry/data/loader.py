@@ -1,16 +1,15 @@
 """Rows to batches to Composer's DataSpec: the `ettin_text` loader.
 
-`stream.py` says which rows a step reads; here a rank and a worker take their share of them, and `batch.py`
-turns it into tensors. The only state is the number of rows consumed, which Composer counts, so resuming on
-another number of ranks or workers gives the same global batches. Streaming's own iteration is not used: no
-shared memory, no lock file.
+`stream.py` says which rows a step reads; here a rank and a worker take their share of them, and `batch.py` turns it
+into tensors. The only state is the number of rows consumed, which Composer counts, so resuming on another number of
+ranks or workers gives the same global batches. Streaming's own iteration is not used: no shared memory, no lock file.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,13 +18,9 @@ from composer.utils import dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ettin_foundry.data.batch import Collator, count_samples, count_tokens, split_batch
-from ettin_foundry.data.ramp import check_warmup
-from ettin_foundry.data.stream import Row, RowStream, open_stream
+from ettin_foundry.data.stream import Row, RowStream, check_warmup, open_stream
 from ettin_foundry.data.tokenizer import check as check_tokenizer
 from ettin_foundry.objectives.targets import TextVocab
-
-__all__ = ["RowDataset", "build_ettin_loader", "clm_collator", "mlm_collator", "mntp_collator",
-           "scheduled_collator"]
 
 
 class RowDataset(RowStream, IterableDataset):
@@ -54,38 +49,32 @@ class RowDataset(RowStream, IterableDataset):
         return self.num_steps * (self.ramp.max_size // self.world_size)
 
 
-def _collator_of(objective: str | None) -> Callable[..., tuple[Collator, int]]:
-    """A collator for LLM-Foundry's registry, of one objective or of what the loader's block says."""
-
-    def build(dataloader_cfg: Mapping[str, Any], tokenizer: Any,
-              dataset_batch_size: int) -> tuple[Collator, int]:
-        """A collator and the batch size; the block is that of `ettin_text`."""
-        cfg, vocab = dataloader_cfg, TextVocab.from_tokenizer(tokenizer)
-        return Collator(objective or cfg["objective"], vocab, max_seq_len=cfg["max_seq_len"],
-                        mask_rate=cfg.get("mask_rate", 0.0), seed=cfg["shuffle_seed"]), dataset_batch_size
-
-    return build
+def scheduled_collator(dataloader_cfg: Mapping[str, Any], tokenizer: Any, dataset_batch_size: int, *,
+                       objective: str | None = None) -> tuple[Collator, int]:
+    """For LLM-Foundry's registry: a collator of the block's objective, or of one, and the batch size it was given."""
+    cfg = dataloader_cfg
+    collator = Collator(objective or cfg["objective"], TextVocab.from_tokenizer(tokenizer), seed=cfg["shuffle_seed"],
+                        max_seq_len=cfg["max_seq_len"], mask_rate=cfg.get("mask_rate", 0.0))
+    return collator, dataset_batch_size
 
 
-mlm_collator, clm_collator, mntp_collator = _collator_of("mlm"), _collator_of("clm"), _collator_of("mntp")
-scheduled_collator = _collator_of(None)
+mlm_collator, clm_collator, mntp_collator = (
+    functools.partial(scheduled_collator, objective=objective) for objective in ("mlm", "clm", "mntp"))
 
 
 def build_ettin_loader(
-    tokenizer: Any, device_batch_size: int | float, *, dataset: Mapping[str, Any], objective: Any,
-    max_seq_len: int, mask_rate: Any = 0.0, packing: bool = True, shuffle: bool = True,
-    shuffle_seed: int = 21, shuffle_window: int | None = None,
-    batch_size_warmup: Mapping[str, Any] | None = None, num_workers: int = 0,
-    prefetch_factor: int | None = None, pin_memory: bool = True, persistent_workers: bool = False,
-    timeout: float = 0,
+    tokenizer: Any, device_batch_size: int | float, *, dataset: Mapping[str, Any], objective: Any, max_seq_len: int,
+    mask_rate: Any = 0.0, packing: bool = True, shuffle: bool = True, shuffle_seed: int = 21,
+    shuffle_window: int | None = None, batch_size_warmup: Mapping[str, Any] | None = None, num_workers: int = 0,
+    prefetch_factor: int | None = None, pin_memory: bool = True, persistent_workers: bool = False, timeout: float = 0,
 ) -> DataSpec:
     """Builds the `ettin_text` loader; every key may stand in YAML under train_loader or eval_loader.
 
     Args:
         tokenizer: the one that the data was converted with. device_batch_size: rows per batch on this rank.
-        dataset: {local: folder made by data_prep/convert.py or `ettin mix`, split: train or validation}. With
-            `remote`, a folder or URL of such a dataset, `local` is where its files are kept as they are
-            needed, at most `cache_limit` bytes of shards for the split, such as 200gb.
+        dataset: {local: folder made by `ettin convert` or `ettin mix`, split: train or validation}. With `remote`, a
+            folder or URL of such a dataset, `local` is where its files are kept as they are needed, at most
+            `cache_limit` bytes of shards for the split, such as 200gb.
         objective: mlm, clm or mntp, or a schedule of them, times in tokens (objectives/schedule.py).
         mask_rate: share of tokens that mlm and mntp choose, or a schedule of it; 0 where neither occurs.
         max_seq_len: tokens of a row. packing: several chunks a row (best fit), or one.
@@ -103,12 +92,11 @@ def build_ettin_loader(
         raise ValueError(f"device_batch_size must be an integer >= 1, got {device_batch_size}")
     if batch_size_warmup is not None:
         check_warmup(batch_size_warmup, batch_size * world_size, world_size=world_size)
-    block = {"objective": objective, "mask_rate": mask_rate, "max_seq_len": max_seq_len,
-             "shuffle_seed": shuffle_seed}
-    collate, _ = scheduled_collator(block, tokenizer, batch_size)
-    stream = open_stream(dataset=dataset, max_seq_len=max_seq_len, packing=packing, shuffle=shuffle,
-                         shuffle_seed=shuffle_seed, shuffle_window=shuffle_window,
-                         batch_size_warmup=batch_size_warmup, global_batch_size=batch_size * world_size)
+    collate = Collator(objective, TextVocab.from_tokenizer(tokenizer), max_seq_len=max_seq_len, mask_rate=mask_rate,
+                       seed=shuffle_seed)
+    stream = open_stream(
+        dataset=dataset, max_seq_len=max_seq_len, packing=packing, shuffle=shuffle, shuffle_seed=shuffle_seed,
+        shuffle_window=shuffle_window, batch_size_warmup=batch_size_warmup, global_batch_size=batch_size * world_size)
     check_tokenizer(tokenizer, stream.data.tokenizer)
     loader = DataLoader(
         RowDataset(stream), batch_size=None, collate_fn=collate, num_workers=num_workers,
@@ -117,7 +105,7 @@ def build_ettin_loader(
         generator=torch.Generator().manual_seed(shuffle_seed))
     # the dataset makes the batches; Composer still asks the loader for their size
     object.__setattr__(loader, "batch_size", batch_size)
-    return DataSpec(loader, num_samples=None if shuffle else stream.order.rows_per_epoch,
-                    split_batch=functools.partial(split_batch, pin=pin_memory and torch.cuda.is_available()),
+    split = functools.partial(split_batch, pin=pin_memory and torch.cuda.is_available())
+    return DataSpec(loader, num_samples=None if shuffle else stream.order.rows_per_epoch, split_batch=split,
                     get_num_samples_in_batch=count_samples,
                     get_num_tokens_in_batch=count_tokens)  # type: ignore[arg-type]

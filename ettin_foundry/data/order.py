@@ -1,12 +1,11 @@
 """Which chunks form row n of the endless global stream: a pure function of (manifest, seed, epoch, row).
 
-Nothing here is saved: a run resumes, on any number of ranks, by naming the row to go on from. A chunk is used
-exactly once per epoch. Rows are packed inside one shard, so that a shard's rows and tokens follow from its
-histogram of lengths; prefix sums over shards lead to any row and to the real tokens before it. Shuffled,
-every source is a stream of rows of its own (its shards permuted, rows permuted within windows of its shards),
-and the streams are merged row by row (`Interleave`). What is built at start is O(shards); what is built
-later is one window of shards per source. Random numbers are the raw output of numpy's bit generators, whose
-streams numpy keeps fixed between versions.
+Nothing here is saved: a run resumes, on any number of ranks, by naming the row to go on from. A chunk is used exactly
+once per epoch. Rows are packed inside one shard, so that a shard's rows and tokens follow from its histogram of
+lengths; prefix sums over shards lead to any row and to the real tokens before it. Shuffled, every source is a stream
+of rows of its own (its shards permuted, rows permuted within windows of its shards), and the streams are merged row by
+row (`Interleave`). What is built at start is O(shards), later one window of shards per source. Random numbers are the
+raw output of numpy's bit generators, whose streams numpy keeps fixed between versions.
 """
 
 from __future__ import annotations
@@ -22,12 +21,10 @@ import numpy.typing as npt
 
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE, pack_lengths, piece_counts
 
-__all__ = ["ORDER_VERSION", "ChunkTable", "Order", "raw_draws"]
-
 log = logging.getLogger(__name__)
 
-ORDER_VERSION = 2
-"""Goes up whenever the same arguments give other rows; a checkpoint of another version cannot go on."""
+ORDER_VERSION = 2  # goes up whenever the same arguments give other rows; a checkpoint of another version cannot go on
+_BLOCK_ROWS = 8192  # about a millisecond to merge, and more than a batch
 
 Ints = npt.NDArray[np.int64]
 
@@ -38,8 +35,8 @@ _SHARDS, _ROWS, _CHUNKS = 1, 2, 3
 class ChunkTable(Protocol):
     """What an order needs to know of a dataset: S shards, M tokens in the longest chunk.
 
-    One that holds shards several times also has `passes`, (S,) integers: a source's shards of pass 0 then all
-    come before those of pass 1, so that a chunk's repeats are far apart.
+    One that holds shards several times also has `passes`, (S,) integers: a source's shards of pass 0 then all come
+    before those of pass 1, so that a chunk's repeats are far apart.
     """
 
     @property
@@ -51,9 +48,6 @@ class ChunkTable(Protocol):
     def rows(self, max_seq_len: int, /) -> Ints | None: ...  # (S,) packed rows; None: not in the manifest
     def lengths(self, shard: int, /) -> npt.NDArray[np.integer]: ...  # (M + 1,) histogram of chunk lengths
     def sample_lengths(self, shard: int, /) -> npt.NDArray[np.integer]: ...  # of each chunk as it is stored
-
-
-_BLOCK_ROWS = 8192  # about a millisecond to merge, and more than a batch
 
 
 class _Block(NamedTuple):
@@ -68,11 +62,11 @@ class _Block(NamedTuple):
 class Interleave:
     """The merged order of S streams, from the rows of each and its phase, from 0 to below 1.
 
-    Row j of a stream of R rows gets the key (j + phase) / R, and all rows are put in order of (key, stream): in any run of
-    rows the count of a stream with share p is off by less than (1 - p) + p * (S - 1). A phase per stream keeps a stream of
-    few rows from always being in the same place. Nothing is written out: how many rows of a stream lie below a key follows
-    from the key, so a place is found in time that grows with S, and the rows around it are merged in blocks. Keys are
-    float64: one addition and one division, each correctly rounded by IEEE 754, so the same everywhere.
+    Row j of a stream of R rows gets the key (j + phase) / R, and all rows are put in order of (key, stream): in any
+    run of rows the count of a stream with share p is off by less than (1 - p) + p * (S - 1). A phase per stream keeps
+    a stream of few rows from always being in the same place. Nothing is written out: how many rows of a stream lie
+    below a key follows from the key, so a place is found in time that grows with S, and the rows around it are merged
+    in blocks. Keys are float64, of one addition and one division, which IEEE 754 rounds alike everywhere.
     """
 
     def __init__(self, rows: npt.ArrayLike, phases: npt.ArrayLike) -> None:
@@ -162,15 +156,15 @@ class _Shards:
     """Rows of each shard; an error where histogram, stored chunks and manifest contradict each other."""
 
     def __init__(self, table: ChunkTable, max_seq_len: int, packing: bool, shuffle: bool, seed: int) -> None:
-        self.table, self.max_seq_len, self.packing = table, max_seq_len, packing
-        self.shuffle, self.seed = shuffle, seed
+        self.table, self.max_seq_len = table, max_seq_len
+        self.packing, self.shuffle, self.seed = packing, shuffle, seed
         self.samples = np.asarray(table.samples, np.int64)
         self.tokens = np.asarray(table.tokens, np.int64) + SPECIALS_PER_PIECE * self.samples
         rows = table.rows(max_seq_len) if packing else self.samples
         if rows is None:
             log.info("no packed row counts in the manifest for max_seq_len=%d: packing here", max_seq_len)
-            rows = [pack_lengths(piece_counts(table.lengths(shard)), max_seq_len).num_rows
-                    for shard in range(len(self.samples))]
+            counts = (piece_counts(table.lengths(shard)) for shard in range(len(self.samples)))
+            rows = [pack_lengths(each, max_seq_len).num_rows for each in counts]
         self.rows = np.asarray(rows, np.int64)
 
     def layout(self, shard: int) -> _Layout:
@@ -183,9 +177,8 @@ class _Shards:
             offsets = np.arange(lengths.size + 1)
         found = (lengths.size, int(lengths.sum()), offsets.size - 1)
         if found != (stated := tuple(int(each[shard]) for each in (self.samples, self.tokens, self.rows))):
-            raise ValueError(f"shard {shard} of index.json must have the chunks, tokens and rows of its "
-                             f"manifest, {stated}, got {found} by its histogram; copy or convert the dataset "
-                             "again")
+            raise ValueError(f"shard {shard} of index.json must have the chunks, tokens and rows of its manifest, "
+                             f"{stated}, got {found} by its histogram; copy or convert the dataset again")
         return _Layout(shard, lengths, offsets)
 
     def assign(self, layout: _Layout, epoch: int) -> Ints:
@@ -197,8 +190,8 @@ class _Shards:
         dealt = dealt[np.argsort(chunks[dealt], kind="stable")]
         places = np.argsort(layout.lengths, kind="stable")
         if not np.array_equal(chunks[dealt], layout.lengths[places]):
-            raise ValueError(f"shard {layout.shard} of index.json must hold chunks of the lengths in "
-                             "lengths.npy, got others; copy or convert the dataset again")
+            raise ValueError(f"shard {layout.shard} of index.json must hold chunks of the lengths in lengths.npy, got "
+                             "others; copy or convert the dataset again")
         samples = np.empty(places.size, np.int64)
         samples[places] = dealt
         return samples
@@ -229,11 +222,8 @@ class _Window:
 class _Source:
     """The rows of one source, epoch after epoch.
 
-    Args:
-        shards: of the whole dataset. members: (S,) the source's shards, as they are stored.
-        number: of the source, for its seeds. window: shards whose rows are permuted together.
-        first_window: windows of the sources before it; a window's seed is its number among those of all
-            sources.
+    members: (S,) the source's shards, as they are stored. window: shards whose rows are permuted together.
+    first_window: windows of the sources before it; a window's seed is its number among those of all sources.
     """
 
     def __init__(self, shards: _Shards, number: int, members: Ints, window: int, first_window: int) -> None:
@@ -314,29 +304,23 @@ class Order:
 
     Args:
         table: the dataset's counts. max_seq_len: tokens of a row. packing: several chunks a row, or one.
-        shuffle: permute each source's shards, rows within a window of shards, and chunks among places of
-            their length, and mix the sources row by row. Otherwise shards as they are stored, and a shard's
-            rows by the stored place of their first (longest) chunk.
-        window: shards whose rows are mixed at a time; a source has its share of them, at least one. Without
-            shuffle: 1.
-
-    Attributes:
-        rows_per_epoch: row n is in epoch n // rows_per_epoch.
-        tokens_per_epoch: real tokens: chunks with BOS and EOS, no padding.
-        shards_at_once: shards of which the rows around any place are taken, all sources' windows together.
+        shuffle: permute each source's shards, rows within a window of shards, and chunks among places of their length,
+            and mix the sources row by row. Otherwise shards as they are stored, and a shard's rows by the stored place
+            of their first (longest) chunk.
+        window: shards whose rows are mixed at a time; a source has its share, at least one. Without shuffle: 1.
     """
 
     def __init__(self, table: ChunkTable, max_seq_len: int, *, packing: bool, shuffle: bool, seed: int,
                  window: int) -> None:
         self.table, self.max_seq_len, self.packing = table, max_seq_len, packing
-        self.shuffle, self.seed = shuffle, seed
-        self.window = window if shuffle else 1
+        self.shuffle, self.seed, self.window = shuffle, seed, window if shuffle else 1
         shards = _Shards(table, max_seq_len, packing, shuffle, seed)
-        self.rows_per_epoch = int(shards.rows.sum())
-        self.tokens_per_epoch = int(shards.tokens.sum())
+        self.rows_per_epoch = int(shards.rows.sum())  # row n is in epoch n // rows_per_epoch
+        self.tokens_per_epoch = int(shards.tokens.sum())  # chunks with BOS and EOS, no padding
         if self.rows_per_epoch == 0:
             raise ValueError("dataset must hold at least one chunk, got an empty split; name another split")
         self._sources = self._make_sources(shards)
+        # of so many shards, all sources' windows together, are the rows around any place
         self.shards_at_once = sum(source.window for source in self._sources)
         self._merged: dict[int, Interleave] = {}
 
@@ -356,8 +340,8 @@ class Order:
     def shards_ahead(self, number: int, /) -> list[int]:
         """Shards that a reader at row `number` of the stream needs soon, for fetching them ahead; none twice.
 
-        First the window that each source is in (or that it begins next), then each source's window after
-        that; both in the order in which the stream comes to them.
+        First the window that each source is in (or that it begins next), then each source's window after that; both in
+        the order in which the stream comes to them.
         """
         epoch, row = divmod(number, self.rows_per_epoch)
         now, later = [], []
@@ -365,12 +349,12 @@ class Order:
             source = self._sources[at]
             if not source.num_rows:
                 continue
-            place = (epoch, count) if count < source.num_rows else (epoch + 1, 0)
-            window = source.window_number(*place)
-            now.append((self._key(at, *place), source.window_shards(place[0], window)))
-            then, window = (place[0], window + 1) if window + 1 < source.num_windows else (place[0] + 1, 0)
+            then, first = (epoch, count) if count < source.num_rows else (epoch + 1, 0)
+            window = source.window_number(then, first)
+            now.append((then + self._merge(then).key(at, first), source.window_shards(then, window)))
+            then, window = (then, window + 1) if window + 1 < source.num_windows else (then + 1, 0)
             first = int(source.epoch(then).row_starts[window * source.window])
-            later.append((self._key(at, then, first), source.window_shards(then, window)))
+            later.append((then + self._merge(then).key(at, first), source.window_shards(then, window)))
         wanted = [shard for group in (now, later) for _, shards in sorted(group) for shard in shards]
         return list(dict.fromkeys(wanted))
 
@@ -387,10 +371,6 @@ class Order:
             first_window = sum(source.num_windows for source in sources)
             sources.append(_Source(shards, number, members, max(1, share), first_window))
         return sources
-
-    def _key(self, source: int, epoch: int, row: int) -> float:
-        """Place in the stream, in epochs, of a row of a source."""
-        return epoch + self._merge(epoch).key(source, row)
 
     def _merge(self, epoch: int) -> Interleave:
         if epoch not in self._merged:

@@ -1,9 +1,9 @@
 """Best-fit packing of one shard's chunks into rows, computed on counts of lengths instead of on the chunks.
 
-A piece is a chunk with its BOS and EOS: chunk length + `SPECIALS_PER_PIECE` tokens. Which lengths share a row
-follows from the histogram of lengths alone, so a shard's row count is known from its manifest entry, and
-equal rows are handled as one group: the work grows with the number of distinct lengths, not of chunks. Which
-chunk takes which place of its length is decided in `order.py`. Numpy only; no randomness, no state.
+A piece is a chunk with its BOS and EOS: chunk length + `SPECIALS_PER_PIECE` tokens. Which lengths share a row follows
+from the histogram of lengths alone, so a shard's row count is known from its manifest entry, and equal rows are
+handled as one group: the work grows with the number of distinct lengths, not of chunks. Which chunk takes which place
+of its length is decided in `order.py`. Numpy only; no randomness, no state.
 """
 
 from __future__ import annotations
@@ -14,22 +14,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["SPECIALS_PER_PIECE", "Packing", "pack_lengths", "piece_counts"]
-
-SPECIALS_PER_PIECE = 2
-"""BOS before and EOS after every chunk, for encoders and decoders alike: both read identical rows."""
+Pattern = tuple[tuple[int, int], ...]  # what is in a row: (piece length, how many), ...
+SPECIALS_PER_PIECE = 2  # BOS before and EOS after every chunk, for encoders and decoders alike: both read the same rows
 
 
 @dataclass(frozen=True)
 class Packing:
     """Rows of one shard, as groups of identical rows."""
 
-    patterns: tuple[tuple[tuple[int, int], ...], ...]  # per group: (piece length, how many), ...
+    patterns: tuple[Pattern, ...]  # of each group
     multiplicities: npt.NDArray[np.int64]  # (groups,) rows in each group
 
     @property
     def num_rows(self) -> int:
-        """Rows of all groups."""
         return int(self.multiplicities.sum())
 
     def expand(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -48,28 +45,24 @@ def piece_counts(lengths: npt.ArrayLike) -> npt.NDArray[np.int64]:
 
 
 def pack_lengths(counts: npt.ArrayLike, capacity: int) -> Packing:
-    """Packs pieces into rows by best-fit decreasing.
+    """Packs pieces into rows of `capacity` tokens by best-fit decreasing.
 
-    Longest pieces first; each goes into the row with the least space that still takes it, or into a new row.
-    Rows with the same content so far are one group, and all pieces of one length are placed into a group at
-    once: a row that took a piece has less space than before, hence is again the best fit as long as another
-    one goes in, so that every row of the group takes space // length pieces before the next row is touched. A
-    test holds the result to placing the pieces one by one.
+    Longest pieces first; each goes into the row with the least space that still takes it, or into a new row. Rows with
+    the same content so far are one group, and all pieces of one length are placed into a group at once: a row that
+    took a piece has less space than before, hence is again the best fit as long as another one goes in, so that every
+    row of the group takes space // length pieces before the next row is touched.
 
-    Args:
-        counts: (M + 1,) integers; entry n is the number of pieces of n tokens, BOS and EOS included.
-        capacity: tokens of a row.
+    counts: (M + 1,) integers: entry n is the number of pieces of n tokens, BOS and EOS included.
     """
     table = np.asarray(counts, np.int64)
     used = np.flatnonzero(table)
     if used.size and used[-1] > capacity:
         raise ValueError(f"max_seq_len must be at least {used[-1]}, got {capacity}")
-    # space left -> groups of (pattern, rows) with that space, first opened first; `spaces` are its keys in
-    # order
-    groups: dict[int, list[tuple[tuple[tuple[int, int], ...], int]]] = {}
+    # space left -> groups of (pattern, rows) with that space, first opened first; `spaces` are its keys in order
+    groups: dict[int, list[tuple[Pattern, int]]] = {}
     spaces: list[int] = []
 
-    def put(space: int, pattern: tuple[tuple[int, int], ...], rows: int) -> None:
+    def put(space: int, pattern: Pattern, rows: int) -> None:
         if space not in groups:
             bisect.insort(spaces, space)
             groups[space] = []

@@ -1,15 +1,17 @@
 """Which rows a step reads, and a row before it is masked: its chunks, its ids, its hash.
 
-`order.py` says which chunks form row n of the stream, `ramp.py` which rows form a step; here both meet the
-data. Every step is a pure function of (data, seed, batch sizes), so the only state is the number of rows
-consumed. Numpy only, so that tools/order.py waits for neither torch nor LLM-Foundry. Ranks and workers are
-put on top in loader.py; masks, labels and tensors are made in batch.py.
+`order.py` says which chunks form row n of the stream, `BatchRamp` which rows form a step; here both meet the data.
+Every step is a pure function of (data, seed, batch sizes), so the only state is the number of rows consumed. Ranks and
+workers are put on top in loader.py; masks, labels and tensors are made in batch.py. Numpy only, so that `ettin order`
+waits for neither torch nor LLM-Foundry.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,16 +20,102 @@ import numpy as np
 from ettin_foundry.data.mixture import MixtureSplit, open_split
 from ettin_foundry.data.order import ORDER_VERSION, Order
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
-from ettin_foundry.data.ramp import BatchRamp
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import join
-
-__all__ = ["DATASET_KEYS", "DEFAULT_WINDOW", "HASH_MODULUS", "Row", "RowStream", "fill_row", "hash_row",
-           "open_stream"]
+from ettin_foundry.objectives.schedule import parse_tokens
 
 HASH_MODULUS = 2**48  # a float64, as loggers take, holds it exactly
 DATASET_KEYS = ("local", "split", "remote", "cache_limit")  # the first two are needed
 DEFAULT_WINDOW = 16  # shards whose rows are mixed; of the usual 64 MB, about half a billion tokens
+_WARMUP = "train_loader.batch_size_warmup"
+
+
+@dataclass(frozen=True)
+class BatchRamp:
+    """Batch-size warm-up: how many rows each step has, and with which row of the stream it begins.
+
+    Sizes go up by equal steps, min_size, 2 * min_size, ... to the global batch, and each holds for the same number of
+    steps, hence for tokens in proportion to it, as in ModernBERT's sequence packer. Step and row follow from one
+    another by arithmetic, so a ramp has no state. Without warm-up, min_size is max_size.
+    """
+
+    min_size: int  # rows of the first step; divides max_size
+    max_size: int  # the global batch, of every step after the warm-up
+    steps_per_size: int = 1  # steps of each size below max_size
+
+    @classmethod
+    def build(cls, warmup: Mapping[str, Any] | None, *, max_size: int, tokens_per_row: float) -> BatchRamp:
+        """The ramp that a block of `check_warmup` asks for; of None, max_size rows in every step."""
+        if warmup is None:
+            return cls(max_size, max_size)
+        tokens, smallest = check_warmup(warmup, max_size), warmup["min_size"]
+        sizes = max_size // smallest
+        rows_of_each_size_once = smallest * sizes * (sizes - 1) // 2  # sizes below the last
+        return cls(smallest, max_size, max(1, round(tokens / (rows_of_each_size_once * tokens_per_row))))
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the warm-up: all later ones have max_size rows."""
+        return (self.max_size // self.min_size - 1) * self.steps_per_size
+
+    def rows(self, step: int) -> int:
+        """Rows of a step."""
+        return self.min_size * min(step // self.steps_per_size + 1, self.max_size // self.min_size)
+
+    def first_row(self, step: int) -> int:
+        """The row of the stream that a step begins with: the rows of all steps before it."""
+        done = min(step // self.steps_per_size, self.max_size // self.min_size - 1)  # sizes left behind
+        return self._rows_before_size(done) + (step - done * self.steps_per_size) * self.min_size * (done + 1)
+
+    def step_at(self, row: int) -> int:
+        """The step that reads a row of the stream."""
+        turns = row // (self.min_size * self.steps_per_size)
+        done = min((math.isqrt(8 * turns + 1) - 1) // 2, self.max_size // self.min_size - 1)
+        beyond = row - self._rows_before_size(done)
+        return done * self.steps_per_size + beyond // (self.min_size * (done + 1))
+
+    def step_of(self, row: int) -> int:
+        """The step that begins with a row; ValueError where none does."""
+        step = self.step_at(row)
+        if self.first_row(step) != row:
+            raise ValueError("global_train_batch_size must be what the checkpoint was trained with, got "
+                             f"{self}: no step begins with its row {row}")
+        return step
+
+    def __str__(self) -> str:
+        if self.min_size == self.max_size:
+            return f"{self.max_size} rows"
+        return f"{self.min_size} to {self.max_size} rows, {self.steps_per_size} steps of each size"
+
+    def _rows_before_size(self, done: int) -> int:
+        return self.steps_per_size * self.min_size * done * (done + 1) // 2
+
+
+def check_warmup(warmup: Any, max_size: int, *, world_size: int = 1, microbatch: Any = 1,
+                 total: int | None = None) -> int:
+    """The tokens of a batch-size warm-up; ValueError for one that cannot be carried out as written.
+
+    Args:
+        warmup: {min_size: rows of the first step, tokens: of the warm-up, a number or a time such as 50_000_000tok}.
+        max_size: global_train_batch_size. world_size: processes. microbatch: device_train_microbatch_size.
+        total: tokens of the run, which a time in dur is a share of; without it only tok is possible.
+    """
+    if not isinstance(warmup, Mapping) or set(warmup) != {"min_size", "tokens"}:
+        raise ValueError(f"{_WARMUP} must have the keys min_size (rows) and tokens, got {warmup!r}")
+    smallest, key = warmup["min_size"], f"{_WARMUP}.min_size"
+    tokens = parse_tokens(f"{_WARMUP}.tokens", warmup["tokens"], total)
+    if type(smallest) is not int or not 1 <= smallest < max_size or max_size % smallest:
+        raise ValueError(f"{key} must be below global_train_batch_size, {max_size}, and divide it, got {smallest!r}")
+    if not 0 < tokens <= (tokens if total is None else total):
+        raise ValueError(f"{_WARMUP}.tokens must be above 0 and within max_duration, got {warmup['tokens']!r}")
+    if smallest % world_size:
+        raise ValueError(f"{key} must be a multiple of the {world_size} processes, got {smallest}")
+    if microbatch == "auto":  # the first batches say nothing of the memory that the last ones take
+        raise ValueError(f"device_train_microbatch_size must be a number with {_WARMUP}, got 'auto'")
+    if (smallest // world_size) % microbatch:
+        raise ValueError(f"device_train_microbatch_size must divide the {smallest // world_size} rows that each of "
+                         f"{world_size} process(es) has of {key}, {smallest}, got {microbatch}")
+    return tokens
 
 
 class Row(NamedTuple):
@@ -62,14 +150,11 @@ def hash_row(ids: np.ndarray, place: int) -> int:
 
 
 class RowStream:
-    """The rows of a split, step by step: endless where the order is shuffled, else one epoch.
-
-    Reading begins with row `start_row` of the stream; after a resume, that is the checkpoint's.
-    """
+    """The rows of a split, step by step: endless where the order is shuffled, else one epoch."""
 
     def __init__(self, data: MDSSplit | MixtureSplit, order: Order, ramp: BatchRamp) -> None:
         self.data, self.order, self.ramp = data, order, ramp
-        self.max_seq_len, self.start_row = order.max_seq_len, 0
+        self.max_seq_len, self.start_row = order.max_seq_len, 0  # reading begins there; a resume moves it
 
     @property
     def num_steps(self) -> int | None:
@@ -102,27 +187,19 @@ class RowStream:
         return Row(epoch, in_epoch, step, tokens_before, place, chunks, self.data.last(shard)[list(samples)])
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """What a checkpoint holds of the data: where the stream is, and what it is a stream of.
-
-        Composer gives the rows consumed by all ranks, counted from row 0 or from where this process resumed.
-        """
+        """What a checkpoint holds: the rows read, as Composer counts them over all ranks, and what they are rows of."""
         return {"rows": num_samples if from_beginning else self.start_row + num_samples, **self.identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a checkpoint's row, with any number of ranks and workers.
-
-        Raises:
-            ValueError: the checkpoint's rows are of other data, another order or other batch sizes.
-        """
+        """Goes on from a checkpoint's row, on any number of ranks; ValueError: of other data, order or batch sizes."""
         rows = state.get("rows") if isinstance(state, Mapping) else None
         if not isinstance(rows, int) or rows < 0:
             raise ValueError(f"checkpoint must hold a dataset state written by ettin_text, got {state!r}")
         for key, mine in self.identity().items():
             if state.get(key) != mine:
                 names = {"fingerprint": "dataset (its fingerprint)", "order": "order (its version)"}
-                raise ValueError(f"train_loader.{names.get(key, key)} must be what the checkpoint was "
-                                 f"trained with, {state.get(key)!r}, got {mine!r}; restore it, or load only "
-                                 "the weights (load_weights_only: true)")
+                raise ValueError(f"train_loader.{names.get(key, key)} must be what the checkpoint was trained with, "
+                                 f"{state.get(key)!r}, got {mine!r}; restore it, or set load_weights_only: true")
         self.ramp.step_of(rows)  # refuses a row that no step of these sizes begins with
         self.start_row = rows
 
@@ -138,14 +215,10 @@ class RowStream:
 def open_stream(*, dataset: Mapping[str, Any], max_seq_len: int, global_batch_size: int, packing: bool = True,
                 shuffle: bool = True, shuffle_seed: int = 21, shuffle_window: int | None = None,
                 batch_size_warmup: Mapping[str, Any] | None = None) -> RowStream:
-    """Opens a split and its order; the keys are those of `loader.build_ettin_loader`, described there.
-
-    Raises:
-        ValueError, FileNotFoundError: a key is out of range or without effect, or the data does not fit.
-    """
+    """Opens a split and its order; keys and errors are those of `loader.build_ettin_loader`, described there."""
     window = DEFAULT_WINDOW if shuffle_window is None else shuffle_window
-    for key, value, least in (("max_seq_len", max_seq_len, SPECIALS_PER_PIECE + 1),
-                              ("shuffle_window", window, 1), ("shuffle_seed", shuffle_seed, 0)):
+    for key, value, least in (("max_seq_len", max_seq_len, SPECIALS_PER_PIECE + 1), ("shuffle_window", window, 1),
+                              ("shuffle_seed", shuffle_seed, 0)):
         if type(value) is not int or value < least:
             raise ValueError(f"{key} must be an integer >= {least}, got {value!r}")
     for key, value in (("packing", packing), ("shuffle", shuffle)):
@@ -156,10 +229,10 @@ def open_stream(*, dataset: Mapping[str, Any], max_seq_len: int, global_batch_si
             raise ValueError(f"{key} must be left out with shuffle: false, got {value}")
     data = _open(dataset, max_open=max(32, 2 * window))
     if data.chunk_length + SPECIALS_PER_PIECE > max_seq_len:  # an upper bound only; the histograms tell
-        longest = max(int(np.flatnonzero(data.lengths(shard))[-1]) for shard in range(data.num_shards))
+        longest = max((int(np.flatnonzero(data.lengths(shard))[-1]) for shard in range(data.num_shards)), default=0)
         if longest + SPECIALS_PER_PIECE > max_seq_len:
-            raise ValueError(f"max_seq_len must be at least {longest + SPECIALS_PER_PIECE}, the longest "
-                             f"chunk with BOS and EOS, got {max_seq_len}")
+            raise ValueError(f"max_seq_len must be at least {longest + SPECIALS_PER_PIECE}, the longest chunk with BOS "
+                             f"and EOS, got {max_seq_len}")
     order = Order(data, max_seq_len, packing=packing, shuffle=shuffle, seed=shuffle_seed, window=window)
     data.check_room(order.shards_ahead(0))  # nowhere are they more
     ramp = BatchRamp.build(batch_size_warmup, max_size=global_batch_size,

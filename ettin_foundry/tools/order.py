@@ -3,10 +3,9 @@
 Nothing is replayed: a step late in a run takes as long as the first.
 
 The files have the format of jhu-clsp/ettin-data-order: a folder for what was read between two checkpoints
-(checkpoint_000001; ext_, decay_ and cross_ in the later phases), in it a file for every 100 steps, in it a
-row group for each step. input_ids (list of uint16) are a row's real tokens before masking; step (uint64)
-counts from 1, where steps.jsonl and `--step` count from 0. A file gets its name when it is complete, so a
-stopped export goes on with the next file.
+(checkpoint_000001; ext_, decay_ and cross_ in the later phases), in it a file for every 100 steps, in it a row group
+for each step. input_ids (list of uint16) are a row's real tokens before masking; step (uint64) counts from 1, where
+steps.jsonl and `--step` count from 0. A file gets its name when it is complete: a stopped export goes on with the next.
 """
 
 from __future__ import annotations
@@ -22,24 +21,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ettin_foundry.data import MANIFEST
-from ettin_foundry.data.packing import SPECIALS_PER_PIECE
-from ettin_foundry.data.ramp import check_warmup
 from ettin_foundry.data.storage import is_url
-from ettin_foundry.data.stream import HASH_MODULUS, Row, RowStream, fill_row, hash_row, open_stream
+from ettin_foundry.data.stream import HASH_MODULUS, Row, RowStream, check_warmup, hash_row, open_stream
 from ettin_foundry.training.run_config import parse_time, total_tokens
 
-__all__ = ["StepView", "export_order", "files_of", "next_step", "steps_of_run", "stream_of", "view_step"]
-
 STEPS_PER_FILE = 100
-
 _PREFIXES = {"pretrain": "checkpoint", "extend": "ext"}  # the other phases are called by their name
 
 
 def stream_of(cfg: Mapping[str, Any], location: str | None = None) -> RowStream:
-    """The rows that a run with this config (plain containers, resolved) reads.
-
-    location: folder or URL of the dataset, or of the split, instead of train_loader.dataset.
-    """
+    """The rows that a run with this config reads; `location`: another folder or URL of its dataset or split."""
     loader, rows = cfg.get("train_loader") or {}, cfg.get("global_train_batch_size")
     if loader.get("name") != "ettin_text":
         raise ValueError(f"train_loader.name must be ettin_text, got {loader.get('name')!r}")
@@ -60,16 +51,12 @@ def stream_of(cfg: Mapping[str, Any], location: str | None = None) -> RowStream:
 
 
 def next_step(checkpoint: Path, location: str | None = None) -> tuple[dict[str, Any], RowStream, int]:
-    """The config, the rows and the next step of the run that a checkpoint was saved by.
-
-    checkpoint: a .pt file, or a save folder (its newest). location: as for `stream_of`.
-    """
+    """Config, rows and next step of the run that saved a checkpoint: a .pt file, or the newest of a save folder."""
     from ettin_foundry.training.checkpoints import read_head  # torch
 
     head = read_head(checkpoint)
     if not head.record.get("run_config") or not head.data:
-        what = "place in the data" if head.record.get("run_config") else "config"
-        raise ValueError(f"{head.path} must be of a run with ettin_text, got one without its {what}")
+        raise ValueError(f"{head.path} must be of a run with ettin_text, got one without config or place in the data")
     cfg = json.loads(head.record["run_config"])
     stream = stream_of(cfg, location)
     stream.load_state_dict(head.data)
@@ -96,12 +83,11 @@ def view_step(stream: RowStream, step: int, *, rows: int | None = None) -> StepV
         with ThreadPoolExecutor() as pool:
             list(pool.map(stream.data.sample_lengths, shards))
     read, num_tokens, ids_hash = stream.rows_of(step), 0, 0
-    padded = np.empty(stream.max_seq_len, np.int64)
     for row in read:
         tokens = _row_tokens(row, stream)
-        padded[:len(tokens)], padded[len(tokens):] = tokens, _special_ids(stream)["pad"]
         num_tokens += len(tokens)
-        ids_hash += hash_row(padded, row.place)
+        padding = (0, stream.max_seq_len - len(tokens))
+        ids_hash += hash_row(np.pad(tokens, padding, constant_values=_special_ids(stream)["pad"]), row.place)
     addresses = [stream.order.row(first + row.place)[1:] for row in read[:rows]]
     samples = [[stream.data.sample(shard, sample) for sample in samples] for shard, samples in addresses]
     return StepView(read, num_tokens, ids_hash % HASH_MODULUS, samples)
@@ -115,9 +101,8 @@ def _special_ids(stream: RowStream) -> dict[str, int]:
 def _row_tokens(row: Row, stream: RowStream) -> np.ndarray:
     """(n,) uint16: a row's real tokens, each piece BOS + chunk + EOS, before masking and without padding."""
     special = _special_ids(stream)
-    tokens = np.empty(sum(map(len, row.chunks)) + SPECIALS_PER_PIECE * len(row.chunks), np.uint16)
-    fill_row(tokens, np.empty(tokens.shape, np.int64), row, cls=special["cls"], sep=special["sep"])
-    return tokens
+    parts = [part for chunk in row.chunks for part in ([special["cls"]], chunk, [special["sep"]])]
+    return np.concatenate(parts, dtype=np.uint16, casting="unsafe")
 
 
 def steps_of_run(cfg: Mapping[str, Any], stream: RowStream, first: int = 0, last: int | None = None) -> range:
@@ -126,8 +111,8 @@ def steps_of_run(cfg: Mapping[str, Any], stream: RowStream, first: int = 0, last
     if unit not in ("tok", "ba"):
         raise ValueError(f"max_duration must be in tok or ba, got {cfg['max_duration']!r}")
     beyond = (int(amount) // stream.order.tokens_per_epoch + 1) * stream.order.rows_per_epoch
-    end = int(amount) if unit == "ba" else bisect.bisect_left(
-        range(stream.ramp.step_at(beyond) + 1), amount, key=stream.tokens_before)
+    steps = range(stream.ramp.step_at(beyond) + 1)
+    end = int(amount) if unit == "ba" else bisect.bisect_left(steps, amount, key=stream.tokens_before)
     last = end if last is None else last
     if not 0 <= first < last <= end:
         raise ValueError(f"--from must be below --to, and --to at most {end}, got {first} and {last}")
@@ -140,8 +125,8 @@ def export_order(cfg: Mapping[str, Any], stream: RowStream, out: Path, steps: ra
     prefix, interval = _PREFIXES.get(phase, phase), cfg.get("save_interval") or "1000ba"  # Composer's default
     files = files_of(stream, interval, steps)
     order = {"format": "ettin-order", "version": 1, "phase": phase, "save_interval": interval,
-             "steps": [steps.start, steps.stop], "batches": str(stream.ramp),
-             "special_ids": _special_ids(stream), **stream.identity()}
+             "steps": [steps.start, steps.stop], "batches": str(stream.ramp), "special_ids": _special_ids(stream),
+             **stream.identity()}
     if not any(out.glob("*")):
         out.mkdir(parents=True, exist_ok=True)
         (out / "order.json").write_text(json.dumps(order, indent=1) + "\n")
@@ -156,13 +141,12 @@ def export_order(cfg: Mapping[str, Any], stream: RowStream, out: Path, steps: ra
 def files_of(stream: RowStream, interval: Any, steps: range) -> Iterator[tuple[int, range]]:
     """(number of the checkpoint that comes after them, steps) of each file.
 
-    Cut where a checkpoint is saved, and every 100 steps from there. A checkpoint is saved after the first
-    step whose end has passed a multiple of the interval, as Composer does it.
+    Cut where a checkpoint is saved, and every 100 steps from there. A checkpoint is saved after the first step whose
+    end has passed a multiple of the interval, as Composer does it.
     """
     (amount, unit), rows = parse_time("save_interval", interval), stream.ramp.max_size
     clocks: dict[str, tuple[Callable[[int], int], int]] = {  # by unit; with the most that one step adds
-        "tok": (stream.tokens_before, rows * stream.max_seq_len), "ba": (int, 1),
-        "sp": (stream.ramp.first_row, rows)}
+        "tok": (stream.tokens_before, rows * stream.max_seq_len), "ba": (int, 1), "sp": (stream.ramp.first_row, rows)}
     if unit not in clocks or amount < 1:
         raise ValueError(f"save_interval must be in tok, ba or sp, got {interval!r}")
     clock, most = clocks[unit]

@@ -21,8 +21,8 @@ import numpy as np
 from ettin_foundry.data import MANIFEST
 from ettin_foundry.data.mixture import MixtureSplit, open_split
 from ettin_foundry.data.quantities import format_bytes, format_count
-from ettin_foundry.data.ramp import BatchRamp, check_warmup
 from ettin_foundry.data.shards import MDSSplit
+from ettin_foundry.data.stream import BatchRamp, check_warmup
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.objectives.schedule import parse_tokens
 from ettin_foundry.tools.curves import Curves, run_curves

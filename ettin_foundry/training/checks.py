@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ettin_foundry.data.ramp import check_warmup
+from ettin_foundry.data.stream import check_warmup
 from ettin_foundry.model.config import MASKED_OBJECTIVES
 from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule, check_together
 from ettin_foundry.training import run_config

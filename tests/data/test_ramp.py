@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from ettin_foundry.data.ramp import BatchRamp, check_warmup
+from ettin_foundry.data.stream import BatchRamp, check_warmup
 
 RECIPE = {"min_size": 352, "tokens": "50_000_000_000tok"}
 
