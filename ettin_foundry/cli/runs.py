@@ -61,7 +61,7 @@ def plan(
         from ettin_foundry.tools.suite import load
 
         found = load(recipe, more or []).stages
-        stages, sources = [(s.name, s.config()) for s in found], {s.name: s.source for s in found}
+        stages, sources = [(s.name, s.config) for s in found], {s.name: s.source for s in found}
     else:
         config = files.resolved([recipe, *(more or [])])
         name = config.get("run_name") or recipe
@@ -157,7 +157,7 @@ def suite(
 
 def _list(found: Any, as_json: bool) -> None:
     stages = [{"name": stage.name, "from": stage.source, "pair": stage.pair, "folder": str(stage.folder),
-               "max_duration": stage.config()["max_duration"], "command": found.words(stage)} for stage in found.stages]
+               "max_duration": stage.config["max_duration"], "command": found.words(stage)} for stage in found.stages]
     if as_json:
         print(json.dumps({"name": found.name, "root": str(found.root), "stages": stages}, indent=1))
         return

@@ -1,8 +1,8 @@
-"""What a run will take, from its config and its data's manifest: steps, tokens, operations, memory, hours and disk space.
+"""What a run will take, from its config and its data's manifest: steps, tokens, operations, memory, hours, disk space.
 
 Nothing is built, loaded or written. Without the data, rows are taken to be full and documents to be as long as a row.
-Hours assume a share of the GPU's peak, counting 6 operations per parameter and token: the one that the original reached at
-a published size, or `--mfu`. Evaluations, checkpoint writing and start-up are not counted.
+Hours assume a share of the GPU's peak, counting 6 operations per parameter and token: the one that the original reached
+at a published size, or `--mfu`. Evaluations, checkpoint writing and start-up are not counted.
 """
 
 from __future__ import annotations
@@ -18,13 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from ettin_foundry.data import MANIFEST
-from ettin_foundry.data.mixture import MixtureSplit, open_split
+from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.quantities import format_bytes, format_count
-from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.stream import BatchRamp, check_warmup
 from ettin_foundry.model.config import EttinConfig
-from ettin_foundry.objectives.schedule import parse_tokens
 from ettin_foundry.tools.curves import Curves, run_curves
 from ettin_foundry.training.checks import check_settings
 from ettin_foundry.training.run_config import model_config, parse_time, total_tokens
@@ -32,11 +29,12 @@ from ettin_foundry.training.run_config import model_config, parse_time, total_to
 SLACK_GIB = 2.0  # left free when a microbatch is said to fit
 GPUS = {"h100": (1.979e15 / 2, 79.1), "h100-pcie": (1.513e15 / 2, 79.1), "h200": (1.979e15 / 2, 139.8),
         "a100": (312e12, 79.1), "a100-40gb": (312e12, 39.4), "a10": (125e12, 22.0)}
-"""{name: (peak FLOP/s in dense bf16 as in Composer's speed_monitor.py, memory in GiB)}; h100, h200, a100 are SXM modules."""
+"""{name: (peak FLOP/s in dense bf16 as in Composer's speed_monitor.py, memory in GiB)}; h100, h200, a100 are SXM."""
 
 # Ettin's repository, pretraining/README.md: hours for 2T tokens, all phases, on 4x H100
 ORIGINAL_HOURS = {"17m": 141, "32m": 212, "68m": 300, "150m": 470, "400m": 950, "1b": 2170}
 ORIGINAL_TOKENS, ORIGINAL_GPUS = 2_000_000_000_000, 4
+_NO_DATA = "the data is not on this machine: rows taken as full, documents as long as a row"
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,15 @@ class DataFacts:
         return sum(number * config.attended_pairs(length) for length, number in self.documents)
 
 
-def data_facts(split: MDSSplit | MixtureSplit, max_seq_len: int, *, packing: bool) -> DataFacts | None:
-    """Sums over a split's manifest and length histograms; None when packed rows were not counted for this length."""
-    rows = split.rows(max_seq_len) if packing else split.samples
+def data_facts(cfg: dict[str, Any]) -> DataFacts | None:
+    """What a config's training split holds; None where it, or its count of packed rows, is not on this machine."""
+    loader, length = cfg["train_loader"], cfg["max_seq_len"]
+    folder = Path(loader["dataset"]["local"]) / loader["dataset"].get("split", "train")
+    try:
+        split = open_split(folder)
+    except OSError:
+        return None
+    rows = split.rows(length) if loader.get("packing", True) else split.samples
     if rows is None:
         return None
     counts = np.sum([split.lengths(shard).astype(np.int64) for shard in range(split.num_shards)], axis=0)
@@ -64,67 +68,40 @@ def data_facts(split: MDSSplit | MixtureSplit, max_seq_len: int, *, packing: boo
                      tuple((int(n) + 2, int(counts[n])) for n in np.flatnonzero(counts)))
 
 
-def _split_facts(cfg: dict[str, Any]) -> DataFacts | None:
-    """What a config's training split holds, None when it is not on this machine."""
-    loader = cfg["train_loader"]
-    folder = Path(loader["dataset"]["local"]) / loader["dataset"].get("split", "train")
-    try:
-        if (folder / MANIFEST).is_file():
-            return data_facts(open_split(folder), cfg["max_seq_len"], packing=loader.get("packing", True))
-    except OSError:
-        if not loader["dataset"].get("remote"):  # else the loader fetches what is missing
-            raise
-    return None
-
-
 @dataclass(frozen=True)
 class Plan:
     """A run in numbers. Real tokens are those of chunks, BOS and EOS; padding is not counted."""
 
     name: str
-    size: str
+    model: str  # size and kind: 150m encoder
     objective: str
-    causal: bool  # a decoder at the end
     parameters: int
     max_seq_len: int
     rows_per_step: int  # of the full batch
     first_rows: int  # of the first step of a batch-size warm-up
     warmup_steps: int  # steps with fewer than rows_per_step rows
     tokens_per_step: int  # real tokens of an average step of the full batch
+    fill: float  # share of a step's token positions that hold real tokens
     num_steps: int
     num_tokens: int  # real tokens of the whole run
     epochs: float | None  # passes over the data; None when the data is not here
     shares: dict[str, float]  # {objective: share of the run's tokens}
     targets_per_token: float
     flops_per_token: int  # useful work of forward and backward (`EttinConfig.flops`), mean over the run
+    flops: int  # of the whole run
     num_gpus: int
     gpu: str  # a key of GPUS, or cpu
+    machine: str  # both as text
     microbatch: int  # rows on a device
     memory_bytes: dict[str, int]  # at the peak of a step on a device, by what they belong to
     largest_microbatch: int | None  # rows that fit with SLACK_GIB to spare; None on a CPU
+    fits: bool
     mfu: float | None  # assumed share of the peak, 6 operations per parameter and token
     hours: float | None
     checkpoints: int  # those that exist after the run
     storage_bytes: int
     cfg: dict[str, Any]
     curves: Curves
-
-    @property
-    def fill(self) -> float:
-        """Share of a step's token positions that hold real tokens."""
-        return self.tokens_per_step / (self.rows_per_step * self.max_seq_len)
-
-    @property
-    def flops(self) -> int:
-        return self.flops_per_token * self.num_tokens
-
-    @property
-    def fits(self) -> bool:
-        return self.largest_microbatch is None or self.microbatch <= self.largest_microbatch
-
-    @property
-    def machine(self) -> str:
-        return f"{self.num_gpus}x {self.gpu.upper()}" if self.gpu in GPUS else "one CPU process"
 
     @property
     def memory_gib(self) -> float:
@@ -141,34 +118,35 @@ def memory_bytes(config: EttinConfig, num_tokens: int, targets_per_token: float,
                  fsdp: bool = False, recompute: bool = False) -> dict[str, int]:
     """Peak memory of a training step on one device, by what it belongs to.
 
-    A closed form fitted to measured peaks, which it meets within 5%: amp_bf16 with compiled blocks and flash attention on
-    one H200 (150m mlm, 65,536 tokens: 39 GiB; 1b clm, 16,384 tokens: 48.6 GiB), and fp32 with the reference attention on a
-    CPU (benchmarks/plan_memory.py). The CUDA context and unusable memory of the allocator are not counted.
+    A closed form fitted to measured peaks, which it meets within 5%: amp_bf16 with compiled blocks and flash attention
+    on one H200 (150m mlm, 65,536 tokens: 39 GiB; 1b clm, 16,384 tokens: 48.6 GiB), and fp32 with the reference
+    attention on a CPU (benchmarks/plan_memory.py). CUDA context and unusable memory of the allocator are not counted.
 
     Args:
-        num_tokens: of a microbatch. half: amp_bf16 or amp_fp16, else fp32. fsdp: weights and optimizer are sharded over the
-            ranks. recompute: a layer keeps its input only.
+        num_tokens: of a microbatch. half: amp_bf16 or amp_fp16, else fp32. recompute: a layer keeps its input only.
+        fsdp: weights and optimizer are sharded over the ranks.
     """
     weights = 4 * config.num_parameters
     model = 4 * weights / (ranks if fsdp else 1)  # weights, gradients and two moments
-    model += (weights if ranks > 1 and not fsdp else 0) + (weights / 2 if half else 0)  # DDP's buckets; casts to 16 bits
+    model += (weights if ranks > 1 and not fsdp else 0) + (weights / 2 if half else 0)  # DDP's buckets; 16-bit casts
     per_width, per_glu = _ACTIVATIONS[half]
     layer = num_tokens * (per_width * config.hidden_size + per_glu * config.intermediate_size)
     kept = 4 * num_tokens * config.hidden_size * config.num_hidden_layers
     # a slice of logits with its gradient, and the output matrix twice (its gradient, and that of the embedding)
     logits = min(num_tokens * targets_per_token * config.vocab_size, 2**28 if half else 2**25)
     loss = logits * (8 if half else 4) + 8 * config.vocab_size * config.hidden_size
-    return {"model": round(model), "activations": round(kept + layer if recompute else config.num_hidden_layers * layer),
-            "loss": round(loss)}
+    activations = kept + layer if recompute else config.num_hidden_layers * layer
+    return {"model": round(model), "activations": round(activations), "loss": round(loss)}
 
 
-def batch_ramp(cfg: dict[str, Any], tokens_per_row: float) -> BatchRamp:
+def batch_ramp(cfg: dict[str, Any], tokens_per_row: float, num_gpus: int = 1) -> BatchRamp:
     """Rows of each step: a config's batch-size warm-up, or the same batch from the start."""
-    warmup = cfg["train_loader"].get("batch_size_warmup")
-    if isinstance(warmup, dict) and "tokens" in warmup:
-        key = "train_loader.batch_size_warmup.tokens"
-        warmup = {**warmup, "tokens": parse_tokens(key, warmup["tokens"], total_tokens(cfg))}
-    return BatchRamp.build(warmup, max_size=cfg["global_train_batch_size"], tokens_per_row=tokens_per_row)
+    rows, warmup = cfg["global_train_batch_size"], cfg["train_loader"].get("batch_size_warmup")
+    if warmup is not None:
+        tokens = check_warmup(warmup, rows, world_size=num_gpus, microbatch=cfg["device_train_microbatch_size"],
+                              total=total_tokens(cfg))
+        warmup = {**warmup, "tokens": tokens}
+    return BatchRamp.build(warmup, max_size=rows, tokens_per_row=tokens_per_row)
 
 
 def _flops_per_token(cfg: dict[str, Any], data: DataFacts, causal: float, targets: float) -> int:
@@ -176,8 +154,8 @@ def _flops_per_token(cfg: dict[str, Any], data: DataFacts, causal: float, target
     config = model_config(cfg)
     window = -1 if config.causal else cfg["model"].get("window_left", -1)
     other = dataclasses.replace(config, causal=not config.causal, window_left=window)
-    shares = ((config, causal if config.causal else 1 - causal), (other, 1 - causal if config.causal else causal))
-    pairs = sum(share * data.attended_pairs(shape) for shape, share in shares if share)
+    own = causal if config.causal else 1 - causal
+    pairs = sum(share * data.attended_pairs(shape) for shape, share in ((config, own), (other, 1 - own)) if share)
     per_token = (config.flops(data.num_tokens, 0, 0) + config.flops(0, 0, 1) * pairs) / data.num_tokens
     return round(per_token + config.flops(0, 1, 0) * targets)
 
@@ -205,7 +183,7 @@ def num_checkpoints(cfg: dict[str, Any], num_steps: int, num_tokens: int, tokens
 
 
 def _machine(cfg: dict[str, Any], gpus: str | None) -> tuple[int, str]:
-    """(number, kind) of `--gpus`; else the original's 4x H100, or fewer if the batch needs it, or one CPU for fp32."""
+    """(number, kind) of `--gpus`; else the original's 4x H100, or one for a small batch, or one CPU for fp32."""
     if gpus is not None:
         match = re.fullmatch(r"(?:([1-9][0-9]*)x)?([a-z][a-z0-9-]*)", gpus, re.IGNORECASE)
         name = match[2].lower().removesuffix("-sxm") if match else ""
@@ -215,26 +193,22 @@ def _machine(cfg: dict[str, Any], gpus: str | None) -> tuple[int, str]:
     if cfg.get("precision") == "fp32":
         return 1, "cpu"
     rows, micro = cfg["global_train_batch_size"], cfg["device_train_microbatch_size"]
-    least = micro if isinstance(micro, int) else 1
-    return next(n for n in (ORIGINAL_GPUS, 2, 1) if n == 1 or (rows % n == 0 and n * least <= rows)), "h100"
+    least = ORIGINAL_GPUS * (micro if isinstance(micro, int) else 1)
+    return ORIGINAL_GPUS if rows % ORIGINAL_GPUS == 0 and least <= rows else 1, "h100"
 
 
-def plan_run(cfg: dict[str, Any], *, name: str | None = None, gpus: str | None = None, mfu: float | None = None) -> Plan:
-    """The plan of a config that `check_settings` accepts.
+def plan_run(cfg: dict[str, Any], *, name: str = "", gpus: str | None = None, mfu: float | None = None) -> Plan:
+    """The plan of a config that `check_settings` accepts; a ValueError where gpus or mfu is not possible.
 
-    Args:
-        gpus: such as 4xH100. mfu: share of the peak; None: the original's, where it is known.
-
-    Raises:
-        ValueError: gpus or mfu is not possible, or the data's files contradict their manifest.
+    gpus: such as 4xH100. mfu: share of the peak; None: the original's, where it is known.
     """
     num_gpus, gpu = _machine(cfg, gpus)
     if mfu is not None and not (gpu in GPUS and 0 < mfu <= 1):
         raise ValueError(f"--mfu must be above 0, at most 1, and used with GPUs, got {mfu} on {gpu}; add --gpus")
-    facts, config, length = _split_facts(cfg), model_config(cfg), cfg["max_seq_len"]
+    facts, config, length = data_facts(cfg), model_config(cfg), cfg["max_seq_len"]
     data = facts or DataFacts(length, 1, 1, ((length, 1),))
     per_row = data.num_tokens / data.num_rows
-    ramp = batch_ramp(cfg, per_row)
+    ramp = batch_ramp(cfg, per_row, num_gpus)
     steps = _num_steps(cfg, ramp, per_row)
     tokens, per_step = round(ramp.first_row(steps) * per_row), round(per_row * ramp.max_size)
     curves = run_curves(cfg, max(1, tokens))
@@ -249,7 +223,8 @@ def plan_run(cfg: dict[str, Any], *, name: str | None = None, gpus: str | None =
 
     largest = None
     if gpu in GPUS:
-        largest = bisect.bisect_right(range(1, ramp.max_size // num_gpus + 1), (GPUS[gpu][1] - SLACK_GIB) * 2**30,
+        room = (GPUS[gpu][1] - SLACK_GIB) * 2**30
+        largest = bisect.bisect_right(range(1, ramp.max_size // num_gpus + 1), room,
                                       key=lambda rows: sum(memory(rows).values()))
         if mfu is None and half and config.size in ORIGINAL_HOURS:
             original = ORIGINAL_HOURS[config.size] * 3600 * ORIGINAL_GPUS * GPUS["h100"][0]
@@ -257,14 +232,18 @@ def plan_run(cfg: dict[str, Any], *, name: str | None = None, gpus: str | None =
     micro = cfg["device_train_microbatch_size"]
     micro = max(1, largest or 0) if micro == "auto" else micro
     checkpoints = num_checkpoints(cfg, steps, tokens, per_step)
+    flops = _flops_per_token(cfg, data, shares.get("clm", 0.0), targets)
     work = 6 * config.num_parameters * tokens
     return Plan(
-        name=name or cfg.get("run_name") or "without a name", size=config.size or "custom", objective=str(curves.schedule),
-        causal=config.causal, parameters=config.num_parameters, max_seq_len=length, rows_per_step=ramp.max_size,
-        first_rows=ramp.min_size, warmup_steps=min(steps, ramp.num_steps), tokens_per_step=per_step, num_steps=steps,
-        num_tokens=tokens, epochs=tokens / data.num_tokens if facts else None, shares=shares, targets_per_token=targets,
-        flops_per_token=_flops_per_token(cfg, data, shares.get("clm", 0.0), targets), num_gpus=num_gpus, gpu=gpu,
-        microbatch=micro, memory_bytes=memory(micro), largest_microbatch=largest, mfu=mfu,
+        name=name or cfg.get("run_name") or "without a name",
+        model=f"{config.size or 'custom'} {'decoder' if config.causal else 'encoder'}",
+        objective=str(curves.schedule), parameters=config.num_parameters, max_seq_len=length,
+        rows_per_step=ramp.max_size, first_rows=ramp.min_size, warmup_steps=min(steps, ramp.num_steps),
+        tokens_per_step=per_step, fill=per_step / (ramp.max_size * length), num_steps=steps, num_tokens=tokens,
+        epochs=tokens / data.num_tokens if facts else None, shares=shares, targets_per_token=targets,
+        flops_per_token=flops, flops=flops * tokens, num_gpus=num_gpus, gpu=gpu,
+        machine="one CPU process" if gpu == "cpu" else f"{num_gpus}x {gpu.upper()}", microbatch=micro,
+        memory_bytes=memory(micro), largest_microbatch=largest, fits=largest is None or micro <= largest, mfu=mfu,
         hours=mfu and work / (num_gpus * GPUS[gpu][0] * mfu) / 3600, checkpoints=checkpoints, cfg=cfg, curves=curves,
         storage_bytes=checkpoints * 4 * config.num_parameters * (1 if cfg.get("save_weights_only") else 3))
 
@@ -280,15 +259,13 @@ def plan_runs(stages: Sequence[tuple[str, dict[str, Any]]], *, gpus: str | None 
     for name, cfg in stages:
         try:
             if (model := (cfg.get("model") or {}).get("name")) != "ettin":
-                raise ValueError(f"model.name must be ettin to be planned, got {model!r}; start from a recipe in yamls/")
+                raise ValueError(f"model.name must be ettin to be planned, got {model!r}; use a recipe of yamls/")
             check_settings(cfg)
             num_gpus, rows = _machine(cfg, gpus)[0], cfg["global_train_batch_size"]
-            micro, warmup = cfg["device_train_microbatch_size"], cfg["train_loader"].get("batch_size_warmup")
+            micro = cfg["device_train_microbatch_size"]
             if rows % num_gpus or (isinstance(micro, int) and micro > rows // num_gpus):
                 raise ValueError(f"global_train_batch_size must be a multiple of the {num_gpus} GPUs with at least "
                                  f"device_train_microbatch_size ({micro}) rows for each, got {rows}; change --gpus")
-            if warmup is not None:
-                check_warmup(warmup, rows, world_size=num_gpus, microbatch=micro)
             found.append(plan_run(cfg, name=name, gpus=gpus, mfu=mfu))
         except ValueError as error:
             raise ValueError(f"{name}: {error}" if len(stages) > 1 else str(error)) from error
@@ -300,21 +277,20 @@ def plan_runs(stages: Sequence[tuple[str, dict[str, Any]]], *, gpus: str | None 
 
 def _lines(plan: Plan) -> dict[str, str]:
     """What every report begins with."""
-    basis = "the data is not here: full rows, longest documents" if plan.epochs is None else "as counted in the data"
     epochs = "" if plan.epochs is None else f", {plan.epochs:.3g} passes over the data"
-    ramp = f", after {plan.warmup_steps:,} steps of {plan.first_rows:,} rows and more" if plan.warmup_steps else ""
+    ramp = f", after {plan.warmup_steps:,} steps that grow from {plan.first_rows:,} rows" if plan.warmup_steps else ""
     return {
         "run": plan.name,
-        "model": f"{_model(plan)}, {plan.parameters:,} parameters, objective {plan.objective}",
+        "model": f"{plan.model}, {plan.parameters:,} parameters, objective {plan.objective}",
         "step": f"{plan.rows_per_step:,} rows of {plan.max_seq_len:,}: {plan.tokens_per_step:,} real tokens, "
-                f"{plan.fill:.1%} full ({basis}){ramp}",
+                f"{plan.fill:.1%} full ({_NO_DATA if plan.epochs is None else 'as counted in the data'}){ramp}",
         "length": f"{plan.num_steps:,} steps, {plan.num_tokens:,} tokens{epochs}",
         "work": f"{plan.flops_per_token:.4g} FLOPs per token, {plan.flops:.4g} in all",
     }
 
 
-def _model(plan: Plan) -> str:
-    return f"{plan.size} {'decoder' if plan.causal else 'encoder'}"
+def _joined(lines: dict[str, str]) -> str:
+    return "\n".join(f"{name:10} {line}" for name, line in lines.items())
 
 
 def report(cfg: dict[str, Any]) -> str:
@@ -324,9 +300,8 @@ def report(cfg: dict[str, Any]) -> str:
     from ettin_foundry.model.attention import describe_backend  # imports torch, which the arithmetic does without
 
     backend = describe_backend(cfg["model"].get("attn_impl", "auto"), cfg.get("precision", "amp_bf16"))
-    lines = {**_lines(plan_run(cfg)), "attention": f"{backend.name}: {backend.reason}",
-             "folder": cfg.get("save_folder") or "nothing is saved"}
-    return "\n".join(f"{name:10} {line}" for name, line in lines.items())
+    return _joined({**_lines(plan_run(cfg)), "attention": f"{backend.name}: {backend.reason}",
+                    "folder": cfg.get("save_folder") or "nothing is saved"})
 
 
 def text(plans: Sequence[Plan]) -> str:
@@ -336,7 +311,7 @@ def text(plans: Sequence[Plan]) -> str:
     [plan] = plans
     lines = _lines(plan)
     rate = f", mask rate {plan.curves.mask_rate}" if plan.curves.schedule.masks else ""
-    lines["targets"] = f"{plan.targets_per_token:.4f} a token{rate}"
+    lines["targets"] = f"{plan.targets_per_token:.4f} per token{rate}"
     parts = ", ".join(f"{part} {number / 2**30:.2f}" for part, number in plan.memory_bytes.items())
     where = f"of {GPUS[plan.gpu][1]:g} on each GPU" if plan.gpu in GPUS else "in the process"
     lines["memory"] = f"{plan.memory_gib:.1f} GiB {where}: {parts}"
@@ -347,10 +322,11 @@ def text(plans: Sequence[Plan]) -> str:
     lines["hours"] = "not known for this size and precision; give --gpus and --mfu"
     if plan.hours is not None:
         gpu_hours = plan.hours * plan.num_gpus
-        lines["hours"] = (f"{plan.hours:,.2f} on {plan.machine}, {gpu_hours:,.1f} GPU hours: "
-                          f"{plan.num_tokens / gpu_hours / 3600:,.0f} tokens/s a GPU at an assumed MFU of {plan.mfu:.1%}")
+        speed = plan.num_tokens / gpu_hours / 3600
+        lines["hours"] = (f"{plan.hours:,.2f} on {plan.machine}, {gpu_hours:,.1f} GPU hours: {speed:,.0f} tokens/s per "
+                          f"GPU, assuming an MFU of {plan.mfu:.1%}")
     lines["storage"] = f"{plan.checkpoints:,} checkpoints, {format_bytes(plan.storage_bytes)} in all"
-    return "\n".join(f"{name:10} {line}" for name, line in lines.items())
+    return _joined(lines)
 
 
 def totals(plans: Sequence[Plan]) -> dict[str, Any]:
@@ -362,26 +338,26 @@ def totals(plans: Sequence[Plan]) -> dict[str, Any]:
 
 
 def _table(plans: Sequence[Plan]) -> str:
-    rows = [["stage", "model", "objective", "rows", "length", "GiB", "tokens", "steps", "hours", "checkpoints", "storage"]]
-    shapes = [[plan.name, _model(plan), plan.objective, f"{plan.rows_per_step:,}", f"{plan.max_seq_len:,}",
+    rows = [["stage", "model", "objective", "rows/step", "row length", "GiB", "tokens", "steps", "hours", "checkpoints",
+             "storage"]]
+    shapes = [[plan.name, plan.model, plan.objective, f"{plan.rows_per_step:,}", f"{plan.max_seq_len:,}",
                f"{plan.memory_gib:.1f}{'' if plan.fits else '!'}"] for plan in plans]
     for shape, some in [*zip(shapes, ([plan] for plan in plans)), (["total", *[""] * 5], plans)]:
         sums = totals(some)
         hours = "-" if sums["hours"] is None else f"{sums['hours']:,.1f}"
-        rows.append([*shape, format_count(sums["num_tokens"]), f"{sums['num_steps']:,}", hours, f"{sums['checkpoints']:,}",
-                     format_bytes(sums["storage_bytes"])])
+        rows.append([*shape, format_count(sums["num_tokens"]), f"{sums['num_steps']:,}", hours,
+                     f"{sums['checkpoints']:,}", format_bytes(sums["storage_bytes"])])
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) if i < 3 else cell.rjust(width)
                        for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
-    lines.append(f"on {' and '.join(dict.fromkeys(plan.machine for plan in plans))}; GiB: of one device at its peak"
-                 + ("" if all(plan.fits for plan in plans) else "; ! does not fit")
-                 + ("; some data is not here: full rows, longest documents" if any(p.epochs is None for p in plans) else ""))
-    return "\n".join(lines)
+    notes = [f"On {' and '.join(dict.fromkeys(plan.machine for plan in plans))}; GiB is the peak of one device."]
+    notes += ["! does not fit into the GPU's memory: lower the microbatch."] * (not all(plan.fits for plan in plans))
+    if missing := [plan.name for plan in plans if plan.epochs is None]:
+        notes.append(f"{'all stages' if len(missing) == len(plans) else ', '.join(missing)}: {_NO_DATA}.")
+    return "\n".join([*lines, *notes])
 
 
 def as_json(plans: Sequence[Plan]) -> dict[str, Any]:
     """Everything that `text` shows as plain data, in bytes, hours, operations and tokens."""
-    derived = ("fill", "flops", "fits", "machine")
     names = [field.name for field in dataclasses.fields(Plan) if field.name not in ("cfg", "curves")]
-    return {"stages": [{name: getattr(plan, name) for name in (*names, *derived)} for plan in plans],
-            "totals": totals(plans)}
+    return {"stages": [{name: getattr(plan, name) for name in names} for plan in plans], "totals": totals(plans)}

@@ -1,8 +1,8 @@
-"""What a finished suite has made: Hugging Face folders, their losses under every objective, samples, a table and pictures.
+"""What a finished suite has made: Hugging Face folders, losses under every objective, samples, a table, a picture.
 
-Everything is read from the stages' newest checkpoints and from what their runs logged (steps.jsonl), so the report may be
-made again at any time. Written into the suite's root: models/NAME, report.json, report.md, losses.png. What is
-missing (the log of a run, an evaluation that is refused) is replaced by the reason.
+Everything is read from the stages' newest checkpoints and from what their runs logged (steps.jsonl), so the report may
+be made again at any time. Written into the suite's root: models/NAME, report.json, report.md, losses.png. What is
+missing (the log of a run, a loss, an evaluation that is refused) is replaced by the reason.
 """
 
 from __future__ import annotations
@@ -36,50 +36,53 @@ def write_report(suite: Suite, fairness: Mapping[str, Mapping[str, Any]], *, sec
         fairness: what `suite_run.check_suite` found. seconds: since the suite was started this time.
     """
     suite.root.mkdir(parents=True, exist_ok=True)
-    read = [_read_stage(stage) for stage in suite.stages]
-    stages, runs, pairs = [facts for facts, _ in read], [run for _, run in read if run], {}
+    runs: list[LoggedRun] = []
+    stages = [_read_stage(stage, runs) for stage in suite.stages]
+    pairs: dict[str, dict[str, Any]] = {}
     for pair, members in suite.pairs().items():
         pairs[pair] = {"members": [member.name for member in members]}
         try:
             pairs[pair]["steps_with_equal_rows"] = compare_pair(members)
         except FileNotFoundError as error:
-            pairs[pair]["missing"] = str(error)
+            pairs[pair]["missing"] = f"rows not compared: {error}"
     models = [_make_model(suite, name, suite.stage(stage)) for name, stage in suite.exports.items()]
     if runs:
-        draw_losses(runs, {model["model"]: model["evaluation"] for model in models if model["evaluation"]},
-                    suite.root / "losses.png", f"{suite.name}: the same rows in the same order" if pairs else suite.name)
+        title = f"{suite.name}: the same rows in the same order" if pairs else suite.name
+        draw_losses(runs, suite.root / "losses.png", title)
     trained = sum(facts["seconds"] or 0 for facts in stages)
-    report = {"name": suite.name, "suite": suite.path, "root": str(suite.root), "stages": stages, "pairs": pairs,
-              "fairness": fairness, "allowed_unfair": [key for key, entry in fairness.items() if not entry["fair"]],
-              "models": models, "pictures": ["losses.png"] if runs else [], "training_seconds": trained,
-              "seconds": round(seconds, 1)}
+    report = {"name": suite.name, "suite": suite.path, "stages": stages, "pairs": pairs, "fairness": fairness,
+              "allowed_unfair": [key for key, entry in fairness.items() if not entry["fair"]], "models": models,
+              "pictures": ["losses.png"] if runs else [], "training_seconds": trained, "seconds": round(seconds, 1)}
     (suite.root / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     (suite.root / "report.md").write_text("\n".join(_markdown(suite, report)) + "\n", encoding="utf-8")
-    console = Console(width=None if Console().is_terminal else 160)
-    console.print(Markdown("\n".join(_models(suite, report))))
+    Console(width=None if Console().is_terminal else 160).print(Markdown("\n".join(_models(suite, report))))
     return (f"{suite.name}: {len(stages)} stages, {sum(facts['tokens'] for facts in stages):,} tokens in "
             f"{format_duration(trained)} of training; {len(models)} models in {suite.root / 'models'}, report in "
             f"{suite.root / 'report.md'}; this call took {format_duration(seconds)}")
 
 
-def _read_stage(stage: Stage) -> tuple[dict[str, Any], LoggedRun | None]:
-    """A finished stage's row of the report, and what it logged, if it did."""
+def _read_stage(stage: Stage, runs: list[LoggedRun]) -> dict[str, Any]:
+    """A finished stage's row of the report; what it logged is added to `runs`."""
     state = stage_state(stage)
     if not state.finished:
         raise ValueError(f"stages.{stage.name}: not finished; run it before the report")
     facts = {"stage": stage.name, "from": stage.source, "pair": stage.pair, "objective": _objective(state.record),
-             "tokens": state.tokens, "steps": None, "seconds": None, "tokens_per_second": None, "first_loss": None,
-             "last_loss": None, "folder": str(stage.folder), "checkpoint": str(state.checkpoint),
-             "run_hash": state.record.get("run_hash")}
+             "tokens": state.tokens, "folder": str(stage.folder), "checkpoint": str(state.checkpoint),
+             "run_hash": state.record.get("run_hash"),
+             **dict.fromkeys(("steps", "seconds", "tokens_per_second", "first_loss", "last_loss"))}
     try:
-        steps = read_steps(stage.folder)
-        losses, seconds = [float(step["loss"]) for step in steps], sum(float(step["seconds"]) for step in steps)
-        facts |= {"steps": len(steps), "seconds": round(seconds, 1), "first_loss": round(losses[0], 4),
-                  "last_loss": round(statistics.fmean(losses[-20:]), 4),
-                  "tokens_per_second": round(state.tokens / seconds) if seconds else None}
-    except (OSError, ValueError, LookupError, TypeError) as error:  # no log, an empty one, or one of something else
-        return {**facts, "missing": f"no losses and times: {error}"}, None
-    return facts, LoggedRun(stage.name, stage.source, steps, state.tokens)
+        if not (steps := read_steps(stage.folder)):
+            raise ValueError(f"the log in {stage.folder} is empty")
+        seconds, losses = sum(step["seconds"] for step in steps), [step["loss"] for step in steps]
+    except (OSError, ValueError, LookupError, TypeError) as error:  # no log, or one of something else
+        return {**facts, "missing": f"no losses and times: {error}"}
+    runs.append(LoggedRun(stage.name, stage.source, steps, state.tokens))
+    if lost := [step["step"] for step in steps if step["loss"] is None]:
+        facts["missing"] = f"the loss is not finite at {len(lost):,} of {len(steps):,} steps, first at step {lost[0]:,}"
+    last = [loss for loss in losses[-20:] if loss is not None]
+    return facts | {"steps": len(steps), "seconds": round(seconds, 1), "first_loss": losses[0],
+                    "tokens_per_second": round(state.tokens / seconds) if seconds else None,
+                    "last_loss": statistics.fmean(last) if last else None}
 
 
 def _objective(record: Mapping[str, Any]) -> str:
@@ -131,16 +134,16 @@ def _models(suite: Suite, report: Mapping[str, Any]) -> list[str]:
     wanted, lines = suite.evaluation, []
     names = [] if wanted is None else list(wanted.objectives)
     titles = [f"{name} {wanted.mask_rate:.0%}" if wanted and name in MASKED_OBJECTIVES else name for name in names]
-    rows = [["model", "objective", "tokens", *(f"{title}: loss (accuracy)" for title in titles)]]
+    rows = [["model", "trained with", "tokens", *(f"{title}: loss (accuracy)" for title in titles)]]
     for model in report["models"]:
         objectives = [name for name, _ in itertools.groupby(part["objective"] for part in model["chain"])]
         losses = [f"{value['loss']:.3f} ({value['accuracy']:.1%})" for value in model["evaluation"].values()]
-        rows.append([model["model"], ", then ".join(objectives),
-                     " + ".join(format_count(part["tokens"]) for part in model["chain"]), *(losses or ["-"] * len(names))])
+        tokens = " + ".join(format_count(part["tokens"]) for part in model["chain"])
+        rows.append([model["model"], ", then ".join(objectives), tokens, *(losses or ["-"] * len(names))])
         if model["samples"]:
             lines += [f"**{model['model']}**", "", *(f"- `{sample!r}`" for sample in model["samples"]), ""]
     entries = [(entry["stage"], entry) for entry in report["stages"]] + [(m["model"], m) for m in report["models"]]
-    entries += list(report["pairs"].items())
+    entries += [(f"pair {name}", entry) for name, entry in report["pairs"].items()]
     missing = [f"- {name}: {entry['missing']}" for name, entry in entries if "missing" in entry]
     return [*(_table(rows) if report["models"] else []), *lines, *missing]
 
@@ -148,19 +151,21 @@ def _models(suite: Suite, report: Mapping[str, Any]) -> list[str]:
 def _markdown(suite: Suite, report: Mapping[str, Any]) -> list[str]:
     lines = [f"# {suite.name}", ""]
     if report["allowed_unfair"]:
-        lines += ["**Not a fair comparison**, and allowed by hand (--allow-unfair); what differs is at the end.", ""]
+        lines += ["**Not a fair comparison**, allowed by --allow-unfair; what differs is at the end.", ""]
     lines += _models(suite, report)
     if (wanted := suite.evaluation) is not None:
         part = "whole" if wanted.max_batches is None else f"its first {wanted.max_batches} batches"
-        lines += ["", f"Losses in nats per target on the validation split of {wanted.data} ({part}), the same targets for "
-                  "every model. Under clm a model sees the past only, under the others both sides.", ""]
+        lines += ["", f"Losses in nats per target on the validation split of {wanted.data} ({part}), the same targets "
+                  "for every model. Under clm a model sees the past only, under the others both sides.", ""]
     lines += [f"![{name}]({name})" for name in report["pictures"]] + [""]
     columns = {"stage": "", "from": "", "objective": "", "tokens": ",", "steps": ",", "tokens_per_second": ",",
                "first_loss": ".3f", "last_loss": ".3f"}
-    lines += _table([[*columns], *(["-" if facts[key] is None else format(facts[key], form) for key, form in columns.items()]
-                                   for facts in report["stages"])])
-    lines += [f"- {pair}: {', '.join(entry['members'])} read the same rows at each of {entry['steps_with_equal_rows']:,} "
-              "steps." for pair, entry in report["pairs"].items() if "steps_with_equal_rows" in entry]
+    lines += _table([[key.replace("_", " ") for key in columns], *(
+        ["-" if facts[key] is None else format(facts[key], form) for key, form in columns.items()]
+        for facts in report["stages"])])
+    lines += [f"- pair {pair}: {', '.join(entry['members'])} read the same rows at each of "
+              f"{entry['steps_with_equal_rows']:,} steps."
+              for pair, entry in report["pairs"].items() if "steps_with_equal_rows" in entry]
     for key, entry in report["fairness"].items():
         lines += ["", f"{key}:", "```", entry["findings"], "```"]
     return [*lines, "", f"{format_duration(report['training_seconds'])} of training."]

@@ -1,4 +1,4 @@
-"""A suite file: the training runs that make a family of models, in order, and what is exported and evaluated at the end.
+"""A suite file: the training runs that make a family of models, in order, and what is exported and evaluated then.
 
     name: ettin-150m
     root: runs/ettin-150m            # a folder of each stage is made in it, and models/ and the report
@@ -7,19 +7,18 @@
     overrides: []                    # key=value for every stage
     scale: 1.0                       # multiplies every time in tokens: the same suite at a smaller budget
     stages:
-      encoder-pretrain: {yaml: [yamls/ettin-enc-150m.yaml], pair: pretrain}
-      encoder-extend: {yaml: [yamls/ettin-enc-150m.yaml, yamls/phases/extend.yaml], from: encoder-pretrain, pair: extend}
+      encoder: {yaml: [yamls/ettin-enc-150m.yaml], pair: pretrain}
+      encoder-extend: {yaml: [yamls/ettin-enc-150m.yaml, yamls/phases/extend.yaml], from: encoder, pair: extend}
     exports: {encoder: encoder-extend}
     evaluation: {data: data/decay, objectives: [clm, mlm], mask_rate: 0.15, max_batches: 64}
     samples: {prompts: ["import "], masked: ["import [MASK]"]}   # shown in the report: of decoders, of encoders
 
-A stage is an ordinary run of train.py: its files, then key=value. `from` names the stage whose newest checkpoint it starts
-with (`variables.source`), `pair` what its twin is compared with. `extends` names another suite file that this one changes.
+A stage is an ordinary run of train.py: its files, then key=value. `from` names the stage whose newest checkpoint it
+starts with (`variables.source`); stages of one `pair` are compared. `extends` names a suite file that this one changes.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import re
 import shlex
@@ -37,7 +36,6 @@ from ettin_foundry.training.run_config import parse_time
 
 _Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 _Text = Annotated[str, StringConstraints(min_length=1)]
-_RESERVED = ("models", "report.json", "report.md")  # beside the stages' folders in root
 _OWN_KEYS = ("run_name", "save_folder", "variables.source")  # which follow from name, root and from
 
 
@@ -98,12 +96,9 @@ class Stage:
         """What train.py is given; raises as `recipes.configure`, with the stage's name before the message."""
         return [*self.args, *(_scaled(self._resolved(self.args), self.scale) if self.scale != 1 else ())]
 
+    @functools.cached_property
     def config(self) -> dict[str, Any]:
         """The run's configuration as plain containers, interpolations resolved; raises as `arguments`."""
-        return copy.deepcopy(self._config)
-
-    @functools.cached_property
-    def _config(self) -> dict[str, Any]:
         return self._resolved(self.arguments)
 
     def _resolved(self, args: Sequence[str]) -> dict[str, Any]:
@@ -128,9 +123,10 @@ class Suite:
 
     def stage(self, name: str) -> Stage:
         """The stage of this name."""
-        if found := next((stage for stage in self.stages if stage.name == name), None):
-            return found
-        raise ValueError(f"--stage must be one of {', '.join(s.name for s in self.stages)} ({self.path}), got {name!r}")
+        names = [stage.name for stage in self.stages]
+        if name not in names:
+            raise ValueError(f"--stage must be one of {', '.join(names)} ({self.path}), got {name!r}")
+        return self.stages[names.index(name)]
 
     def chain(self, stage: Stage) -> list[Stage]:
         """The stages from initialisation to this one."""
@@ -147,10 +143,7 @@ class Suite:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
-    """Reads a suite file.
-
-    Args:
-        overrides: key=value of the file itself, such as `scale=0.01` or `variables.data=data/mine`.
+    """Reads a suite file, then key=value of the file itself, such as `scale=0.01` or `variables.data=data/mine`.
 
     Raises:
         FileNotFoundError: it, or one that it extends, does not exist.
@@ -160,7 +153,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
         file = _File.model_validate(_read(str(path), overrides))
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}") from None
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path}: {key}: {first['msg']}, got {first['input']!r}") from None
     if "://" in file.root:
         raise ValueError(f"{path}: root must be a local folder, got {file.root!r}")
     stages = _stages(str(path), file)
@@ -184,11 +178,11 @@ def _read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
         layers[path] = recipes.read(path)
     path = next(iter(layers))
     if wrong := [text for text in overrides if "=" not in text]:
-        raise ValueError(f"{wrong[0]}: after the suite file only key=value of that file is possible, such as scale=0.01")
+        raise ValueError(f"after the suite file only key=value of it is possible, such as scale=0.01, got {wrong[0]!r}")
     try:
         merged = om.merge(*(om.create(layer) for layer in reversed(layers.values())), om.from_cli(list(overrides)))
         if missing := sorted(om.missing_keys(merged)):
-            raise ValueError(f"{path}: {missing[0]}: no value; add it to the file, or {missing[0]}=... to the command line")
+            raise ValueError(f"{path}: {missing[0]} has no value; add {missing[0]}=... to the command line")
         return om.to_container(merged, resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
@@ -198,8 +192,8 @@ def _stages(path: str, file: _File) -> tuple[Stage, ...]:
     found: dict[str, Stage] = {}
     for name, block in file.stages.items():
         where, folder, own = f"{path}: stages.{name}", Path(file.root) / name, [*file.overrides, *block.overrides]
-        if name in _RESERVED:
-            raise ValueError(f"{where}: {', '.join(_RESERVED)} are not possible as names; rename it")
+        if name == "models":
+            raise ValueError(f"{where}: this folder of root holds the exports; give the stage another name")
         if block.source is not None and block.source not in found:
             raise ValueError(f"{where}.from must be a stage before it, one of {[*found]}, got {block.source!r}")
         if wrong := [text for text in own if "=" not in text or text.split("=", 1)[0] in _OWN_KEYS]:
@@ -209,7 +203,7 @@ def _stages(path: str, file: _File) -> tuple[Stage, ...]:
         found[name] = Stage(name, args, folder, block.source, block.pair, file.scale)
     pairs = [stage.pair for stage in found.values() if stage.pair is not None]
     if alone := [pair for pair in pairs if pairs.count(pair) < 2]:
-        raise ValueError(f"{path}: pair must name at least two stages, got {alone[0]!r} for one")
+        raise ValueError(f"{path}: pair must stand in at least two stages, got {alone[0]!r} in one")
     return tuple(found.values())
 
 
@@ -223,8 +217,8 @@ def _scaled(block: Mapping[str, Any], scale: float, prefix: str = "") -> list[st
         if isinstance(value, dict):
             found += _scaled(value, scale, f"{key}.")
         elif isinstance(value, list) and re.search(r"[0-9]tok\b", str(value)):
-            raise ValueError(f"scale is {scale:g}, but {key} lists times in tokens, which are not scaled, {value}; write "
-                             "shares of the run, such as 0.25dur")
+            raise ValueError(f"{key} must be in shares of the run such as 0.25dur with scale={scale:g}, got {value}; "
+                             "times in a list are not scaled")
         elif isinstance(value, str) and re.fullmatch(r"[0-9._]+(e[+-]?[0-9]+)?tok", value, re.IGNORECASE):
             if amount := parse_time(key, value)[0]:
                 found.append(f"{key}={round(amount * scale)}tok")

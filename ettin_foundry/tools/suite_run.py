@@ -1,8 +1,8 @@
-"""Runs the stages of a suite in order: skips finished ones, continues an interrupted one, stops at the first that fails.
+"""Runs the stages of a suite in order: skips finished ones, continues an interrupted one, stops when one fails.
 
-Everything is checked before the first process starts: settings and data of every stage, that pairs are fair, and that what
-lies in the stages' folders belongs to them. What a stage has reached is read from its newest complete checkpoint, so a stage
-may as well be started alone, on another machine, or by a scheduler.
+Everything is checked before the first process starts: settings and data of every stage, that pairs are fair, and that
+what lies in the stages' folders belongs to them. What a stage has reached is read from its newest complete checkpoint,
+so a stage may as well be started alone, on another machine, or by a scheduler.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from ettin_foundry.training.steps import STEPS, compare_steps, read_steps
 
 _SAY_SECONDS = 10.0  # between lines where there is no terminal
 _STOP_SECONDS = 40.0  # Composer's launcher gives its processes 30 s to end
-_SPEED_STEPS = 20
 
 
 class StageFailed(RuntimeError):
@@ -58,16 +57,17 @@ def stage_state(stage: Stage) -> State:
     newest = checkpoints.newest_complete(stage.folder)
     if newest is None:
         return State(None, {}, 0, False)
-    record, config = checkpoints.read_head(newest).record, stage.config()
-    text = config_text(config)
+    record, text = checkpoints.read_head(newest).record, config_text(stage.config)
     if record.get("run_hash") != config_hash(text):
         if "run_config" not in record:
-            raise ValueError(f"stages.{stage.name}: {newest} holds no config, so it is not one of train.py's; move it away")
-        found = lint_pair(json.loads(record["run_config"]), json.loads(text), names=("then", "now")).differences
-        if other := [f"{d.key}: {d.a} then, {d.b} now" for d in found if d.verdict != HARMLESS or d.key.endswith(".source")]:
-            raise ValueError(f"stages.{stage.name}: {newest} was trained with other settings: {'; '.join(other)}. Restore "
-                             "them, or give another root, or move that folder away")
-    amount, unit = parse_time("max_duration", config["max_duration"])
+            raise ValueError(f"stages.{stage.name}: {newest} is not a checkpoint of train.py; move it away")
+        differences = lint_pair(json.loads(record["run_config"]), json.loads(text)).differences
+        other = [f"{d.key}: {d.a} then, {d.b} now" for d in differences
+                 if d.verdict != HARMLESS or d.key.endswith(".source")]
+        if other:
+            raise ValueError(f"stages.{stage.name}: {newest} was trained with other settings: {'; '.join(other)}. "
+                             "Restore them, or give another root, or move that folder away")
+    amount, unit = parse_time("max_duration", stage.config["max_duration"])
     tokens = int(record.get("tokens") or 0)
     return State(newest, record, tokens, (tokens if unit == "tok" else int(record.get("batch") or 0)) >= amount)
 
@@ -81,25 +81,24 @@ def check_suite(suite: Suite, *, allow_unfair: bool = False) -> dict[str, dict[s
     Raises:
         ValueError, FileNotFoundError: naming the stage and the key.
     """
-    configs = {stage.name: stage.config() for stage in suite.stages}
-    for name, config in configs.items():
+    for stage in suite.stages:
         try:
-            checks.check_settings(config)
+            checks.check_settings(stage.config)
         except ValueError as error:
-            raise ValueError(f"stages.{name}: {error}") from error
+            raise ValueError(f"stages.{stage.name}: {error}") from error
     reports = {}
     for pair, (first, *others) in suite.pairs().items():
         for other in others:
-            names = first.name, other.name
-            reports[f"pair {pair}: {', '.join(names)}"] = lint_pair(*(configs[name] for name in names), names=names)
+            reports[f"pair {pair}: {first.name}, {other.name}"] = lint_pair(first.config, other.config,
+                                                                            names=(first.name, other.name))
     followed = {stage.source for stage in suite.stages}
     for chain in (suite.chain(stage) for stage in suite.stages if stage.name not in followed and stage.source):
-        names = [each.name for each in chain]
-        reports[f"chain {' -> '.join(names)}"] = lint_chain([(name, configs[name]) for name in names])
+        name = f"chain {' -> '.join(stage.name for stage in chain)}"
+        reports[name] = lint_chain([(stage.name, stage.config) for stage in chain])
     unfair = [f"{key}\n{report}" for key, report in reports.items() if not report.fair]
     if unfair and not allow_unfair:
-        raise ValueError("\n".join([f"{suite.path}: its models could not be compared:", *unfair,
-                                    "Make the settings equal, or pass --allow-unfair, which the report will say"]))
+        raise ValueError("\n".join([f"{suite.path}: its models could not be compared:", *unfair, "Make the settings "
+                                    "equal, or pass --allow-unfair; the report then says that they differ"]))
     return {key: {"fair": report.fair, "findings": str(report)} for key, report in reports.items()}
 
 
@@ -126,7 +125,7 @@ def run_suite(suite: Suite, *, only: Sequence[str] = (), report_only: bool = Fal
         raise ValueError(f"--report: {', '.join(s.name for s in unfinished)} not finished; run the suite without it")
     for stage in unfinished:
         try:
-            checks.check_files(stage.config())  # data of a late phase, before the first has run for weeks
+            checks.check_files(stage.config)  # data of a late phase, before the first has run for weeks
         except (ValueError, OSError) as error:
             raise type(error)(f"stages.{stage.name}: {error}") from error
     for number, stage in enumerate(stages, 1):
@@ -150,7 +149,7 @@ def _train(suite: Suite, stage: Stage, title: str) -> None:
     failed = _run_process(stage, suite.words(stage), title)
     state = stage_state(stage)
     if failed is None and not state.finished:
-        failed = f"exit code 0, but with {state.tokens:,} tokens of {stage.config()['max_duration']}; see {stage.folder}"
+        failed = f"exit code 0, but with {state.tokens:,} tokens of {stage.config['max_duration']}; see {stage.folder}"
     if failed is not None:
         raise StageFailed(f"{stage.name} failed: {failed}")
     say(f"{title}: done, {state.tokens:,} tokens in {format_duration(time.monotonic() - begin)}")
@@ -169,8 +168,8 @@ def compare_pair(members: Sequence[Stage]) -> int:
     for other in others:
         step = compare_steps(first.folder, other.folder)
         if step is not None:
-            raise ValueError(f"pair {first.pair}: {first.name} and {other.name} did not read the same rows at step {step} "
-                             f"({STEPS} of both); move the folder of the wrong one away and run the suite again")
+            raise ValueError(f"pair {first.pair}: {first.name} and {other.name} did not read the same rows at step "
+                             f"{step} ({STEPS} of both); move the folder of the wrong one away and run the suite again")
     return len(read_steps(first.folder)) if others else 0
 
 
@@ -211,9 +210,10 @@ def _run_process(stage: Stage, words: Sequence[str], title: str) -> str | None:
         output.flush()
         try:
             process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                                       env={**os.environ, "PATH": places}, start_new_session=True, pass_fds=[lock.fileno()])
+                                       env={**os.environ, "PATH": places}, start_new_session=True,
+                                       pass_fds=[lock.fileno()])
         except OSError as error:
-            raise ValueError(f"command: {words[0]!r} cannot be started ({error}); correct the suite's command") from error
+            raise ValueError(f"command must be a program that starts a run, got {words[0]!r} ({error})") from error
         try:
             _watch(process, stage, title)
         finally:
@@ -226,12 +226,10 @@ def _run_process(stage: Stage, words: Sequence[str], title: str) -> str | None:
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends the process and all that it started: SIGTERM, then SIGKILL."""
     for signum, seconds in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, None)):
-        if process.poll() is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signum)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, signum)
+                process.wait(seconds)
 
 
 def _last_error(path: Path, begin: int) -> str:
@@ -246,13 +244,11 @@ def _last_error(path: Path, begin: int) -> str:
 
 def _watch(process: subprocess.Popen[bytes], stage: Stage, title: str) -> None:
     """Shows one line about the stage until its process ends."""
-    console, begin = Console(stderr=True), time.time()
-    amount, unit = parse_time("max_duration", stage.config()["max_duration"])
-    last_said, said = time.monotonic(), ""
+    console, begin, last_said, said = Console(stderr=True), time.time(), time.monotonic(), ""
     with console.status(f"{title}: starting") if console.is_terminal else contextlib.nullcontext() as status:
         while process.poll() is None:
             time.sleep(0.25)
-            line = f"{title}: {_progress(stage.folder / STEPS, begin, amount, unit)}"
+            line = f"{title}: {_progress(stage, begin)}"
             if status is not None:
                 status.update(line)
             elif line != said and time.monotonic() - last_said >= _SAY_SECONDS:
@@ -260,21 +256,19 @@ def _watch(process: subprocess.Popen[bytes], stage: Stage, title: str) -> None:
                 say(line)
 
 
-def _progress(path: Path, begin: float, amount: float, unit: str) -> str:
-    """How far a run of `amount` is, how fast, and what is left, from the end of a steps.jsonl that is newer than `begin`."""
-    steps: list[dict[str, Any]] = []
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        facts = os.fstat(file.fileno())
-        file.seek(max(0, facts.st_size - 400 * _SPEED_STEPS))
-        for text in file.read().split(b"\n") if facts.st_mtime >= begin else ():
-            with contextlib.suppress(ValueError):  # begins or ends in the middle of a line
-                steps.append(json.loads(text))
+def _progress(stage: Stage, begin: float) -> str:
+    """How far a stage is, how fast, and what is left, from the end of a steps.jsonl that is newer than `begin`."""
+    path, steps = stage.folder / STEPS, []
+    if path.is_file() and path.stat().st_mtime >= begin:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 8000))
+            steps = [json.loads(line) for line in file.read().split(b"\n")[1:-1]]  # both ends may be cut
     if not steps:
         return "starting"
-    now, (first, *rest) = steps[-1], steps[-_SPEED_STEPS:]
-    seconds = sum(step["seconds"] for step in rest)
-    speed = (now["tokens"] - first["tokens"]) / seconds if seconds else 0.0
+    now, (amount, unit) = steps[-1], parse_time("max_duration", stage.config["max_duration"])
+    seconds = sum(step["seconds"] for step in steps[:-1])
+    speed = (now["tokens"] - steps[0]["tokens"]) / seconds if seconds else 0.0
     share = (now["tokens"] if unit == "tok" else now["step"]) / amount
     left = f", {format_duration((1 - share) / share * now['tokens'] / speed)} left" if speed and share else ""
-    return (f"{share:4.0%}, {now['tokens']:,} tokens, {speed:,.0f} tokens/s, loss {now['loss']:.3f} ({now['objective']})"
-            f"{left}")
+    loss = "not finite" if now["loss"] is None else f"{now['loss']:.3f}"
+    return (f"{share:4.0%}, {now['tokens']:,} tokens, {speed:,.0f} tokens/s, loss {loss} ({now['objective']}){left}")

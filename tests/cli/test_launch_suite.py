@@ -182,7 +182,7 @@ def test_the_manifest_is_valid_its_parts_fit_together_and_its_command_is_a_suite
     suite = load(arguments[0], arguments[1:])
     place = container["volumeMounts"][0]["mountPath"]
     assert (program, command) == ("ettin", "suite")
-    config = suite.stage("encoder-decay").config()
+    config = suite.stage("encoder-decay").config
     for path in (config["save_folder"], config["train_loader"]["dataset"]["local"], config["tokenizer"]["name"],
                  suite.evaluation.data if suite.evaluation else ""):
         assert path.startswith(f"{place}/")

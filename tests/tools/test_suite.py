@@ -97,7 +97,7 @@ class Small:
         return suite
 
     def prepare(self, stage: Stage) -> None:
-        config = stage.config()
+        config = stage.config
         shape, objective = checks.model_config(config), config["model"]["objective"]
         # whole models only where they will be exported
         state = _weights(shape) if self.plain["exports"] else {"output_bias": torch.zeros(1)}
@@ -311,7 +311,7 @@ def test_scale_multiplies_every_time_in_tokens_and_nothing_else(small: Small) ->
             return {key: value}
         return {k: v for name, item in value.items() for k, v in leaves(item, f"{key}.{name}").items()}
 
-    whole, tenth = (leaves(small.suite(f"scale={scale}", prepare=False).stage("encoder-pretrain").config())
+    whole, tenth = (leaves(small.suite(f"scale={scale}", prepare=False).stage("encoder-pretrain").config)
                     for scale in (1, 0.1))
     times = {key for key, value in whole.items() if str(value).endswith("tok") and not key.startswith(".variables")
              and float(value[:-3]) > 0}
@@ -327,7 +327,7 @@ def test_scale_multiplies_every_time_in_tokens_and_nothing_else(small: Small) ->
 def test_the_suite_is_the_paper_s(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     suite = load(f"yamls/suite/ettin-{size}.yaml")
-    configs = [stage.config() for stage in suite.stages]
+    configs = [stage.config for stage in suite.stages]
     assert [config["model"]["objective"] for config in configs] == ["mlm", "clm"] * 3 + ["clm", "mntp"]
     third = 1 / 3 if size == "1b" else 1
     budgets = [1.7e12] * 2 + [250e9 * third] * 2 + [50e9 * third] * 4
@@ -380,7 +380,7 @@ def test_the_report_says_what_the_exported_folders_are(small: Small, data_set: P
         assert model["evaluation"] == found
         cells = [f"{value['loss']:.3f} ({value['accuracy']:.1%})" for value in found.values()]
         assert f"| {name} | {objective} | 4k + 4k | {' | '.join(cells)} |" in text
-    assert "| model | objective | tokens | clm: loss (accuracy) | mlm 15%: loss (accuracy) |" in text
+    assert "| model | trained with | tokens | clm: loss (accuracy) | mlm 15%: loss (accuracy) |" in text
     assert (root / "losses.png").read_bytes()[:4] == b"\x89PNG"
     said = capfd.readouterr()
     assert "small: 4 stages, 16,000 tokens in 0:00:16 of training; 2 models in" in said.err
