@@ -18,7 +18,7 @@ def options(out: Path | str, sources: list[Path | str], tokenizer: Path | None, 
     """Small shards and units; one worker, in this process."""
     small = {"chunk_length": CHUNK_LENGTH, "validation": 0.0, "shard_size": "8kb", "progress": False, "workers": 1,
              "unit_size": UNIT, **more}
-    return ConvertOptions(sources=[str(source) for source in sources], out=out, tokenizer=tokenizer, **small)  # type: ignore
+    return ConvertOptions(sources=[*map(str, sources)], out=out, tokenizer=tokenizer, **small)  # type: ignore
 
 
 def run(out: Path | str, sources: list[Path | str], tokenizer: Path | None, **more: object) -> Summary:
@@ -28,7 +28,8 @@ def run(out: Path | str, sources: list[Path | str], tokenizer: Path | None, **mo
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
     """A file with ids STEM-0, STEM-1, ..."""
-    lines = [json.dumps({"id": f"{path.stem}-{i}", "text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts)]
+    records = [{"id": f"{path.stem}-{i}", "text": text} for i, text in enumerate(texts)]
+    lines = [json.dumps(record, ensure_ascii=i % 2 == 0) for i, record in enumerate(records)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

@@ -40,8 +40,8 @@ _LICENCES = frozenset("""
     cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl
     lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib
     pddl lgpl-lr""".split())
-_SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B", "10B<n<100B",
-          "100B<n<1T", "n>1T")
+_SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B",
+          "10B<n<100B", "100B<n<1T", "n>1T")
 _READ = '''\
 ```python
 from ettin_foundry.data.shards import MDSSplit
@@ -53,11 +53,10 @@ tokens = data.chunk(0, 0)             # first chunk of the first shard: uint16, 
 
 
 def write_card(storage: Storage, manifests: Manifests, lengths: Lengths) -> None:
-    """Writes README.md and lengths.svg. A README.md that is not one of ours is left alone, with a warning.
+    """Writes README.md and lengths.svg of splits whose manifests are in the storage already.
 
-    Args:
-        storage: of the dataset; the manifests are already in it.
-        manifests: split -> manifest. lengths: split -> (chunk_length + 1,) chunks of each length.
+    A README.md that is not one of ours is left alone, with a warning. `lengths` are (chunk_length + 1,) chunks of each
+    length, by split.
     """
     storage.write_bytes(PICTURE, picture(lengths))
     if storage.exists(CARD) and _MARK.encode() not in storage.read_bytes(CARD):
@@ -71,8 +70,8 @@ def card_text(storage: Storage, manifests: Manifests, lengths: Lengths) -> str:
     # named after its sources, not its folder: the same conversion gives the same bytes wherever it is done
     names = list(dict.fromkeys(name for manifest in manifests.values() for name in manifest["sources"]))
     name = ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
-    small = [PICTURE, *(file for file, _ in storage.list("tokenizer/")), *(f"{split}/{MANIFEST}" for split in manifests)]
-    files = {file: hashlib.sha256(storage.read_bytes(file)).hexdigest() for file in sorted(small)}
+    small = [file for file, _ in storage.list("tokenizer/")] + [f"{split}/{MANIFEST}" for split in manifests]
+    files = {file: hashlib.sha256(storage.read_bytes(file)).hexdigest() for file in sorted([PICTURE, *small])}
     heads = {split: {key: manifest[key] for key in _HEAD_KEYS} for split, manifest in manifests.items()}
     comment = json.dumps({"note": _NOTE, "files": files, "splits": heads})
     for special, escaped in (("<", "\\u003c"), (">", "\\u003e"), ("--", "-\\u002d")):
@@ -95,8 +94,8 @@ def card_text(storage: Storage, manifests: Manifests, lengths: Lengths) -> str:
         _table(("split", "mean", "10%", "median", "90%", "of full length"),
                [(split, *length_cells(found)) for split, found in lengths.items()]),
         "## Made with\n", _table(("", ""), made_with), "## Read it\n", _READ,
-        "Stock `streaming.StreamingDataset` reads the same folders. `ettin verify` checks every byte, `ettin show` prints "
-        "statistics and decoded samples.\n",
+        "Stock `streaming.StreamingDataset` reads the same folders. `ettin verify` checks every byte, `ettin show` "
+        "prints statistics and decoded samples.\n",
         "## Identity\n", "A manifest holds the hash of every shard, so its own hash stands for the whole split.\n",
         _table(("file", "sha256"), [(f"`{file}`", f"`{value}`") for file, value in files.items()]),
         f"{_MARK}{comment} -->\n"])
@@ -105,8 +104,7 @@ def card_text(storage: Storage, manifests: Manifests, lengths: Lengths) -> str:
 def read_block(storage: Storage) -> dict[str, dict[str, Any]] | None:
     """The comment in a dataset's card: {"files": {name: sha256}, "splits": {...}}; None without one.
 
-    Raises:
-        ValueError: it cannot be read, or names files outside the dataset.
+    Raises ValueError for one that cannot be read, or names files outside the dataset.
     """
     if not storage.exists(CARD) or storage.size(CARD) > _MAX_CARD_BYTES:
         return None
@@ -120,8 +118,8 @@ def read_block(storage: Storage) -> dict[str, dict[str, Any]] | None:
         for name in block["files"]:
             check_name(name)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{storage.where(CARD)}: its last comment must be what ettin finalize wrote, got {error!r:.200}; "
-                         "run ettin finalize, or remove the comment") from None
+        raise ValueError(f"{storage.where(CARD)}: its last comment must be what ettin finalize wrote, got "
+                         f"{error!r:.200}; run ettin finalize, or remove the comment") from None
     return block
 
 
@@ -142,12 +140,9 @@ def picture(lengths: Lengths) -> bytes:
         figure.subplots_adjust(left=0.08, right=0.99, bottom=0.18, top=0.96, wspace=0.2)
         for number, split in enumerate(sorted(lengths, key=lambda split: -int(lengths[split].sum()))):
             counts = np.asarray(lengths[split], np.int64)
-            # matplotlib hides a label with an underscore, and typesets one with dollars
-            label = (" " * split.startswith("_") + split).replace("$", "\\$")
             for axes, weights in zip(panels, (counts, counts * np.arange(len(counts)))):
-                total = max(1, int(weights.sum()))
-                shares = np.add.reduceat(np.append(weights, 0)[:edges[-1]], edges[:-1]) / total
-                axes.stairs(shares, edges, fill=not number, label=label, color=f"C{number}", linewidth=1.2)
+                shares = np.add.reduceat(np.append(weights, 0)[:edges[-1]], edges[:-1]) / max(1, int(weights.sum()))
+                axes.stairs(shares, edges, fill=not number, label=split, color=f"C{number}", linewidth=1.2)
         for axes, title in zip(panels, ("chunks", "tokens")):
             axes.set(xlabel="tokens in the chunk", ylabel=f"share of all {title}", xlim=(1, longest + 1))
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -175,15 +170,13 @@ def _front_matter(name: str, manifests: Manifests) -> str:
 
 
 def _source_table(split: str, manifest: Mapping[str, Any]) -> str:
-    rows = []
-    for name, source in manifest["sources"].items():
-        dropped = ", ".join(f"{number:,} {reason}" for reason, number in source.get("dropped", {}).items())
-        share = source["tokens"] / max(1, manifest["totals"]["tokens"])
-        rows.append((name, *(f"{source[key]:,}" for key in ("documents", "chunks", "tokens")), f"{share:.1%}",
-                     f"{source['bytes']:,}", dropped or "none", source.get("licence") or "unknown",
-                     source.get("revision") or "not recorded"))
-    return _table((f"{split}: source", "documents", "chunks", "tokens", "share", "bytes of text", "dropped", "licence",
-                   "revision"), rows)
+    total = max(1, manifest["totals"]["tokens"])
+    header = "documents", "chunks", "tokens", "share", "bytes of text", "dropped", "licence", "revision"
+    return _table((f"{split}: source", *header), [
+        (name, *(f"{source[key]:,}" for key in header[:3]), f"{source['tokens'] / total:.1%}", f"{source['bytes']:,}",
+         ", ".join(f"{number:,} {reason}" for reason, number in source["dropped"].items()) or "none",
+         source["licence"] or "unknown", source["revision"] or "not recorded")
+        for name, source in manifest["sources"].items()])
 
 
 def _clean(text: str) -> str:

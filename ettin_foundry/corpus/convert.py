@@ -6,14 +6,15 @@ Interrupted at any moment and started again, a conversion does only what is not 
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import xxhash
 
@@ -34,6 +35,8 @@ from ettin_foundry.data.storage import Storage, is_url, open_storage
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
@@ -51,7 +54,7 @@ class ConvertOptions:
     max_document_bytes: int | str = ReadOptions.max_document_bytes
     shard_size: int | str = "64mb"
     unit_size: int | str = "256mb"
-    compression: str | None = None
+    compression: Literal["zstd"] | None = None
     limit_bytes: int | None = None
     seed: int = 0
     licence: str | None = None
@@ -59,7 +62,7 @@ class ConvertOptions:
     append: bool = False
     workers: int | None = None
     engine: Engine = "auto"
-    executor: str = "local"
+    executor: Literal["local", "ray"] = "local"
     ray_address: str | None = None
     task_index: int | None = None
     num_tasks: int | None = None
@@ -69,50 +72,40 @@ class ConvertOptions:
         most = 2**31 - 1 if self.compression else 2**32 - 1  # what the zstd package takes; offsets are uint32
         task, tasks, trained = self.task_index, self.num_tasks, self.train_tokenizer is not None
         num_tokenizers = trained + (self.tokenizer is not None)
-        sizes = {key: parse_bytes(_flag(key), getattr(self, key)) or 0 for key in _SIZES}
         rules = [  # option, what it must be, whether it is
-            ("sources", "at least one", bool(self.sources)),
             ("tokenizer", "given, or --train-tokenizer, exactly one of the two (neither with --append)",
              num_tokenizers == 1 or (self.append and not num_tokenizers)),
-            ("train_tokenizer", "left out with --append: a dataset keeps its tokenizer",
-             not (self.append and trained)),
-            ("train_tokenizer", "left out with --task-index: train it on a sample first, then name its folder",
-             task is None or not trained),
+            ("train_tokenizer", "left out with --append, which keeps the dataset's, and with --task-index: train it on "
+             "a sample first", not trained or (task is None and not self.append)),
             ("chunk_length", f"1 to {MAX_CHUNK_LENGTH} tokens", 1 <= self.chunk_length <= MAX_CHUNK_LENGTH),
             ("cut_window", "a share from 0 (cut as late as possible) to 0.5", 0 <= self.cut_window <= 0.5),
             ("validation", "a share of at least 0 and below 1", 0 <= self.validation < 1),
-            ("compression", "zstd, or left out", self.compression in (None, "zstd")),
-            ("shard_size", f"at most {most} bytes", sizes["shard_size"] <= most),
+            ("shard_size", f"at most {most} bytes", self._sizes()["shard_size"] <= most),
             ("limit_bytes", "at least 1, or left out", self.limit_bytes is None or self.limit_bytes >= 1),
             ("seed", "0 to 2**63 - 1", 0 <= self.seed < 2**63),
-            ("engine", " or ".join(get_args(Engine)), self.engine in get_args(Engine)),
-            ("executor", "local or ray", self.executor in ("local", "ray")),
             ("workers", "at least 1, or left out for all cores", self.workers is None or self.workers >= 1),
             ("ray_address", "left out without --executor ray", self.executor == "ray" or not self.ray_address),
             ("task_index", f"0 to --num-tasks - 1, with --num-tasks {tasks}",
-             tasks is None if task is None else tasks is not None and 0 <= task < tasks),
+             task == tasks if None in (task, tasks) else 0 <= task < tasks),
             ("task_index", "left out with --deduplicate, which compares all documents: use --executor ray",
              task is None or not self.filters.deduplicate),
         ]
         for key, allowed, fits in rules:
             if not fits:
-                raise ValueError(f"{_flag(key)} must be {allowed}, got {getattr(self, key)!r}")
+                raise ValueError(f"--{key.replace('_', '-')} must be {allowed}, got {getattr(self, key)!r}")
+
+    def _sizes(self) -> dict[str, int]:
+        keys = ("shard_size", "unit_size", "max_document_bytes")
+        return {key: parse_bytes("--" + key.replace("_", "-"), getattr(self, key)) or 0 for key in keys}
 
     def record(self) -> dict[str, Any]:
         """The options that shape the data, without places on this machine."""
         keys = ("train_tokenizer", "chunk_length", "cut_window", "validation", "text_field", "id_field", "compression",
                 "limit_bytes", "seed")
-        sizes = {key: parse_bytes(_flag(key), getattr(self, key)) for key in _SIZES}
+        sizes = self._sizes()
         if sizes["max_document_bytes"] == ReadOptions.max_document_bytes:
             del sizes["max_document_bytes"]  # as in plans from before there was a limit
         return {**{key: getattr(self, key) for key in keys}, **sizes, "filters": self.filters.record()}
-
-
-_SIZES = ("shard_size", "unit_size", "max_document_bytes")
-
-
-def _flag(key: str) -> str:
-    return key if key == "sources" else "--" + key.replace("_", "-")
 
 
 @dataclass(frozen=True)
@@ -120,30 +113,37 @@ class Summary:
     """What a conversion did."""
 
     out: str
-    sources: Mapping[str, Mapping[str, Any]]  # name -> counts of both splits; empty for one task of an array
-    tokens: int
-    validation_documents: int
+    manifests: Mapping[str, Mapping[str, Any]]  # split -> manifest; empty for one task of an array
     seconds: float
     units: tuple[int, int]  # done by this call, of all
     tokens_done: int  # by this call
 
+    @property
+    def sources(self) -> dict[str, Counter[str]]:
+        """Name -> documents, tokens and bytes of both splits, and what was dropped, as `dropped (REASON)`."""
+        found: dict[str, Counter[str]] = defaultdict(Counter)
+        for name, counts in (pair for manifest in self.manifests.values() for pair in manifest["sources"].items()):
+            found[name].update({key: counts[key] for key in ("documents", "tokens", "bytes")})
+            found[name].update({f"dropped ({reason})": number for reason, number in counts["dropped"].items()})
+        return found
+
     def __str__(self) -> str:
-        done, of = self.units
-        speed = f"{self.seconds:.1f} s, {self.tokens_done / max(self.seconds, 1e-9):,.0f} tokens/s"
-        if not self.sources:
-            return f"{self.out}: {done} of {of} units done by this task; {speed}; after all tasks: ettin finalize {self.out}"
-        per_source = "; ".join(
-            f"{name}: {c['documents']:,} documents, {c['tokens']:,} tokens, {c['bytes'] / 1e6:,.1f} MB"
-            + "".join(f", {n:,} dropped ({reason})" for reason, n in c["dropped"].items())
-            for name, c in self.sources.items())
-        earlier = f"{of - done} of {of} units were done before; " if done < of else ""
-        return f"{self.out}: {per_source}; {self.validation_documents:,} documents for validation; {earlier}{speed}"
+        (done, of), speed = self.units, f"{self.tokens_done / max(self.seconds, 1e-9):,.0f} tokens/s"
+        texts = [f"{name}: " + ", ".join(f"{number:,} {key}" for key, number in counts.items())
+                 for name, counts in self.sources.items()]
+        if "validation" in self.manifests:
+            texts.append(f"{self.manifests['validation']['totals']['documents']:,} documents for validation")
+        if not self.manifests:
+            texts.append(f"{done} of {of} units done by this task; after all tasks: ettin finalize {self.out}")
+        elif done < of:
+            texts.append(f"{of - done} of {of} units were done before")
+        return f"{self.out}: {'; '.join(texts)}; {self.seconds:.1f} s, {speed}"
 
 
 def convert(options: ConvertOptions) -> Summary:
     """Converts a corpus into OUT/tokenizer, OUT/train and OUT/validation, or goes on with doing so.
 
-    Raises OSError or ValueError where the input cannot be converted, or OUT holds something else or was begun otherwise.
+    Raises OSError or ValueError where the input cannot be converted, or OUT holds something else.
     """
     begin, storage = time.perf_counter(), open_storage(options.out)
     before = plans.read_plan(storage)
@@ -152,7 +152,10 @@ def convert(options: ConvertOptions) -> Summary:
     sources = plans.find_sources(options, before)
     tok = _tokenizer(options, storage, before, sources)
     facts = tokenizers.fingerprint(tok)
-    plan = plans.plan_conversion(options, before, sources, tokenizer=facts, storage=storage)
+    plan, again = plans.plan_conversion(options, before, sources, tokenizer=facts, storage=storage)
+    for unit in again:
+        log.warning("%s is done again: its input has changed", unit.label)
+        storage.delete(plans.record_name(unit.number))
     done = done_units(storage, plan)
     todo = [unit for unit in plan.units if unit.number not in done]
     plans.check_append(todo, plan, sources)
@@ -163,28 +166,19 @@ def convert(options: ConvertOptions) -> Summary:
                 for path in sorted(Path(folder).iterdir()):
                     storage.put_file(path, f"tokenizer/{path.name}")
         if plans.read_plan(storage) not in (before, plan):
-            raise ValueError(f"--out must not be used by two conversions at once, got {storage.url}, which has just changed")
+            raise ValueError(f"--out must be used by one conversion at a time, got {storage.url}, which just changed")
         storage.write_bytes(plans.PLAN, plan.to_bytes())  # last: where there is a plan, there is a tokenizer
     if options.task_index is not None:
         todo = [unit for unit in todo if unit.number % int(options.num_tasks or 1) == options.task_index]
     spec = TokenizerSpec(facts["name"], tok.backend_tokenizer.to_str(), tuple(sorted(tokenizers.forbidden_ids(tok))),
                          facts["vocab_size"], options.engine)
-    out = os.fspath(options.out)
-    job = ConvertUnit(out if is_url(out) else os.path.abspath(out), plan.options,
+    job = ConvertUnit(storage.url if is_url(storage.url) else os.path.abspath(storage.url), plan.options,
                       {source.name: source for source in sources}, plan.base_key, spec, options.filters)
     if todo and options.filters.deduplicate:
         _find_duplicates(job, plan, options, storage)
     tokens = _execute(job, todo, "documents", options)
     manifests = finalize(options.out) if options.task_index is None else {}
-    totals: dict[str, dict[str, Any]] = {}
-    for manifest in manifests.values():
-        for name, counts in manifest["sources"].items():
-            total = totals.setdefault(name, {"dropped": Counter()})
-            total["dropped"].update(counts["dropped"])
-            total.update({key: total.get(key, 0) + counts[key] for key in plans.COUNTS})
-    validation = manifests["validation"]["totals"]["documents"] if "validation" in manifests else 0
-    return Summary(storage.url, totals, sum(total["tokens"] for total in totals.values()), validation,
-                   time.perf_counter() - begin, (len(todo), len(plan.units)), tokens)
+    return Summary(storage.url, manifests, time.perf_counter() - begin, (len(todo), len(plan.units)), tokens)
 
 
 def _execute(job: HashUnit, units: Sequence[plans.Unit], title: str, options: ConvertOptions) -> int:
@@ -223,8 +217,8 @@ def _tokenizer(options: ConvertOptions, storage: Storage, plan: plans.Plan | Non
     else:
         with tempfile.TemporaryDirectory(dir=storage.scratch()) as folder:
             for name, size in storage.list("tokenizer/"):
-                storage.get_file(name, Path(folder, Path(name).name), num_bytes=size)
-            tok = tokenizers.load(folder)
+                storage.get_file(name, Path(folder, name), num_bytes=size)
+            tok = tokenizers.load(Path(folder, "tokenizer"))
         tok.name_or_path = plan.tokenizer["name"]
     return tokenizers.with_template(tok, "encoder")
 
@@ -234,15 +228,16 @@ def _train(sources: Sequence[Source], options: ConvertOptions) -> PreTrainedToke
     meter, reading = Meter(), ReadOptions.of(options.record())
 
     def texts() -> Iterator[str]:
+        documents, num_bytes = 0, 0
         for source in sources:
-            total, parts = 0, [part for parts in plan_parts(source, 1 << 62) for part in parts]
+            parts, begin = [part for parts in plan_parts(source, 1 << 62) for part in parts], num_bytes
             for document in read_parts(source, parts, meter, reading):
                 encoded = document.text.encode()
-                board.tick(0, Tick(1, 0, len(encoded), meter.position() - board.total.file_bytes))
+                documents, num_bytes = documents + 1, num_bytes + len(encoded)
+                board.tick(0, Tick(documents, 0, num_bytes, meter.position()))
                 if xxhash.xxh64_intdigest(encoded, seed=options.seed) >= options.validation * 2**64:
                     yield document.text
-                total += len(encoded)
-                if options.limit_bytes is not None and total >= options.limit_bytes:
+                if options.limit_bytes is not None and num_bytes - begin >= options.limit_bytes:
                     break
 
     with Board("tokenizer", sum(source.num_bytes for source in sources), show=options.progress) as board:

@@ -26,14 +26,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 from ettin_foundry.data.quantities import format_duration
 
 log = logging.getLogger(__name__)
 
-_ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
-            "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # where the user has not set them
 _LOOK_SECONDS = 0.5
 _GRACE_SECONDS = 3.0
 _CONNECT_SECONDS = 10.0
@@ -42,45 +40,52 @@ _DRAW_SECONDS = 0.25
 
 
 class Tick(NamedTuple):
-    """What was done since the last tick."""
+    """What a task has done so far."""
 
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0  # UTF-8
     file_bytes: int = 0  # on disk, compressed where the file is
 
-    def plus(self, *others: Tick) -> Tick:
-        return Tick(*map(sum, zip(self, *others)))
-
 
 class Board:
-    """Counts over all workers, shown while it is entered: a bar on a terminal (or as `show` says), else lines of the log.
+    """Counts over all tasks, shown while it is entered: a bar on a terminal (or as `show` says), else lines of the log.
 
-    A task is known by a key of the caller's; `num_bytes` to read is 0 where unknown. Any thread may call the methods.
+    `num_bytes` to read is 0 where unknown.
     """
 
     def __init__(self, title: str, num_bytes: int, *, show: bool | None = None) -> None:
-        self.title, self.num_bytes, self._show = title, num_bytes, sys.stderr.isatty() if show is None else show
-        self._finished, self._in_work = Tick(), dict[Hashable, Tick]()
-        self._lock, self._stop, self._begin = threading.Lock(), threading.Event(), time.monotonic()
-        self._thread = threading.Thread(target=self._loop, name="progress", daemon=True)
+        self.title, self.num_bytes, self._bar = title, num_bytes, cast(Any, None)
+        self._begin = self._shown = time.monotonic()
+        self._ticks = dict[Hashable, Tick]()
+        if sys.stderr.isatty() if show is None else show:
+            from rich import console, progress  # here: it takes 0.1 s, and workers show nothing
+
+            texts = "{task.description}", "{task.fields[counts]}"
+            name, counts = (progress.TextColumn(text, markup=False) for text in texts)
+            self._bar = progress.Progress(name, progress.BarColumn(), progress.TaskProgressColumn(),
+                                          progress.TimeRemainingColumn(), counts, console=console.Console(stderr=True))
+            self._bar.add_task(title, total=num_bytes or None, counts="")
 
     def tick(self, key: Hashable, tick: Tick) -> None:
-        """A task got further."""
-        with self._lock:
-            self._in_work[key] = self._in_work.get(key, Tick()).plus(tick)
+        """A task got further; shows it, where enough time has passed."""
+        self._ticks[key] = tick
+        now = time.monotonic()
+        if now - self._shown < (_DRAW_SECONDS if self._bar else _LOG_SECONDS):
+            return
+        self._shown, share = now, self.total.file_bytes / self.num_bytes if self.num_bytes else 0.0
+        if self._bar:
+            self._draw()
+        else:
+            left = f", {format_duration((now - self._begin) * (1 / share - 1))} left" if 0 < share < 1 else ""
+            log.info("%s: %s%s%s", self.title, f"{share:.0%} of the files, " if share else "", str(self), left)
 
-    def end(self, key: Hashable, *, done: bool = True) -> None:
-        """A task has ended; where it is not done, what it had counted is taken back."""
-        with self._lock:
-            counted = self._in_work.pop(key, Tick())
-            self._finished = self._finished.plus(counted) if done else self._finished
+    def take_back(self, key: Hashable) -> None:
+        self._ticks.pop(key, None)
 
     @property
     def total(self) -> Tick:
-        """Of finished tasks and of those in work."""
-        with self._lock:
-            return self._finished.plus(*self._in_work.values())
+        return Tick(*map(sum, zip(Tick(), *self._ticks.values())))
 
     def __str__(self) -> str:
         documents, tokens, text_bytes, _ = self.total
@@ -90,15 +95,17 @@ class Board:
                 f"({text_bytes / 1e6 / seconds:,.1f} MB/s)")
 
     def __enter__(self) -> Board:
-        if self._show:
-            self._show_bar()
-        self._thread.start()
+        if self._bar:
+            terminal = sys.stderr
+            self._bar.start()  # replaces sys.stderr by a stream that writes above the bar; logs must go there too
+            self._moved: list[Any] = [handler for handler in logging.getLogger().handlers
+                                      if getattr(handler, "stream", None) is terminal]
+            for handler in self._moved:
+                handler.setStream(sys.stderr)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        if self._show:
+        if self._bar:
             self._draw()
             self._bar.stop()
             for handler in self._moved:
@@ -106,38 +113,11 @@ class Board:
         if kind is None:
             log.info("%s: %s", self.title, self)
 
-    def _show_bar(self) -> None:
-        from rich import progress  # here: it takes 0.1 s, and workers show nothing
-        from rich.console import Console
-
-        title, counts = (progress.TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[counts]}"))
-        columns = title, progress.BarColumn(), progress.TaskProgressColumn(), progress.TimeRemainingColumn(), counts
-        self._bar = progress.Progress(*columns, console=Console(stderr=True), auto_refresh=False)
-        self._task = self._bar.add_task(self.title, total=self.num_bytes or None, counts="")
-        terminal = sys.stderr
-        self._bar.start()  # replaces sys.stderr by a stream that writes above the bar; logs must go there too
-        self._moved: list[Any] = [handler for handler in logging.getLogger().handlers
-                                  if getattr(handler, "stream", None) is terminal]
-        for handler in self._moved:
-            handler.setStream(sys.stderr)
-
-    def _loop(self) -> None:
-        logged = self._begin
-        while not self._stop.wait(_DRAW_SECONDS):
-            if self._show:
-                self._draw()
-            elif (now := time.monotonic()) - logged >= _LOG_SECONDS:
-                logged, share = now, self.total.file_bytes / self.num_bytes if self.num_bytes else 0.0
-                left = f", {format_duration((now - self._begin) * (1 / share - 1))} left" if 0 < share < 1 else ""
-                log.info("%s: %s%s%s", self.title, f"{share:.0%} of the files, " if share else "", self, left)
-
     def _draw(self) -> None:
-        self._bar.update(self._task, completed=self.total.file_bytes, counts=str(self))
-        self._bar.refresh()
+        self._bar.update(self._bar.task_ids[0], completed=self.total.file_bytes, counts=str(self))
 
 
 Report = Callable[[Tick], None]
-Key = tuple[int, int]  # number of a task, number of its try
 T = TypeVar("T", bound=Any)
 R = TypeVar("R")
 
@@ -147,46 +127,39 @@ class WorkerDeath(ChildProcessError):
 
 
 class _WorkerLost(Exception):
-    """The worker of a task has died; the text says how."""
+    """The worker of a task has died; says how."""
 
 
 def run_tasks(work: Callable[[T, Report], R], tasks: Sequence[T], *, workers: int, board: Board,
               tries: int = 3, ray: bool = False, ray_address: str | None = None) -> list[R]:
     """Does every task in `workers` processes, a single one in this process; the results in the order of the tasks.
 
-    `work(task, report)` returns the result, `report(Tick(...))` says how far it is; all must be picklable, and tasks have
-    a `label` for messages. A task that kills `tries` workers raises WorkerDeath.
+    `work(task, report)` returns the result, `report(Tick(...))` says how far it is; all must be picklable, and tasks
+    have a `label` for messages. A task that kills `tries` workers raises WorkerDeath.
     """
-    results: dict[int, R] = {}
     if workers == 1 and not ray:
-        for number, task in enumerate(tasks):
-            results[number] = work(task, functools.partial(board.tick, number))
-            board.end(number)
-        return list(results.values())
+        return [work(task, functools.partial(board.tick, number)) for number, task in enumerate(tasks)]
+    results = dict[int, R]()
     pool: Any = _RayPool(work, workers, ray_address) if ray else _LocalPool(work)
-    pending, running = deque(range(len(tasks))), dict[Future[Any], Key]()
-    deaths = Counter[int]()
+    pending, running, deaths = deque(range(len(tasks))), dict[Future[Any], int](), Counter[int]()
     try:
         while pending or running:
             while pending and len(running) < workers:
                 number = pending.popleft()
-                key = number, deaths[number]
-                running[pool.submit(tasks[number], key)] = key
+                running[pool.submit(tasks[number], number)] = number
             ended, _ = wait(running, _LOOK_SECONDS, FIRST_COMPLETED)
-            for key, tick in pool.ticks():  # after waiting: a task that ended has sent everything
-                if key in running.values():
-                    board.tick(key, tick)
+            for number, tick in pool.ticks():  # after waiting: a task that ended has sent everything
+                board.tick(number, tick)
             for future in ended:
-                key = number, _ = running.pop(future)
+                number = running.pop(future)
                 try:
                     results[number] = pool.result(future)
-                    board.end(key)
                 except _WorkerLost as error:
-                    board.end(key, done=False)
+                    board.take_back(number)
                     deaths[number] += 1
                     if deaths[number] == tries:
-                        raise WorkerDeath(f"{tasks[number].label}: {tries} workers died in it, the last of {error}; SIGKILL "
-                                          "mostly means that memory ran out: start again with fewer workers") from None
+                        raise WorkerDeath(f"{tasks[number].label}: {tries} workers died in it, the last of {error}; "
+                                          "SIGKILL mostly means that memory ran out: use fewer workers") from None
                     log.warning("a worker died (%s) in %s, which begins again", error, tasks[number].label)
                     pending.append(number)  # last: memory that ran out is likely to be free by then
     finally:
@@ -213,22 +186,25 @@ class _LocalPool:
         self.idle: list[_Worker] = []
         self.busy: dict[Future[Any], _Worker] = {}
 
-    def submit(self, task: Any, key: Key) -> Future[Any]:
-        """Begins a task, in an idle worker or a new one."""
+    def submit(self, task: Any, number: int) -> Future[Any]:
         while self.idle:
             worker = self.idle.pop()
             with contextlib.suppress(BrokenProcessPool):  # it died after its last task
-                future = worker.executor.submit(_attempt, task, key)
+                future = worker.executor.submit(_attempt, task, number)
                 self.busy[future] = worker
                 return future
             worker.end()
         near, far = multiprocessing.Pipe(duplex=False)  # one for each: no lock that a killed worker could hold
         spawn, others = multiprocessing.get_context("spawn"), {*multiprocessing.active_children()}
         worker = _Worker(ProcessPoolExecutor(1, spawn, _begin_worker, (far, self.setup)), near)
-        with _starting(), far:
-            future = worker.executor.submit(_attempt, task, key)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C, which all of a terminal get, is not for it
+        try:
+            future = worker.executor.submit(_attempt, task, number)
             self.busy[future] = worker
             worker.process, = set(multiprocessing.active_children()) - others
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            far.close()
         return future
 
     def result(self, future: Future[Any]) -> Any:
@@ -241,15 +217,13 @@ class _LocalPool:
         self.idle.append(worker)
         return future.result()
 
-    def ticks(self) -> Iterator[tuple[Key, Tick]]:
-        """What workers have sent, with the key of their task."""
+    def ticks(self) -> Iterator[tuple[int, Tick]]:
         for worker in (*self.idle, *self.busy.values()):
             with contextlib.suppress(EOFError, OSError):  # it died
                 while worker.link.poll():
                     yield worker.link.recv()
 
     def stop(self) -> None:
-        """Ends all workers, whatever they do."""
         for worker in self.busy.values():
             worker.process.terminate()  # leaves through `finally` blocks, so that half-written files go
         wait(self.busy, _GRACE_SECONDS)
@@ -258,20 +232,6 @@ class _LocalPool:
                 worker.process.kill()
         for worker in (*self.idle, *self.busy.values()):
             worker.end()
-
-
-@contextlib.contextmanager
-def _starting() -> Iterator[None]:
-    """A process started inside has its environment, and is deaf to Ctrl-C, which all of a terminal get."""
-    added = {name: value for name, value in _ONE_CORE.items() if name not in os.environ}
-    os.environ.update(added)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        for name in added:
-            del os.environ[name]
 
 
 class _RayPool:
@@ -286,7 +246,7 @@ class _RayPool:
             self.ray: Any = importlib.import_module("ray")
             queues: Any = importlib.import_module("ray.util.queue")
         except ImportError as error:
-            raise ValueError(f"--executor must be local, got ray ({error}); pip install 'ettin-foundry[ray]'") from error
+            raise ValueError(f"--executor must be local, got ray ({error}); pip install 'ettin-foundry[ray]'") from None
         self.begun_here = not self.ray.is_initialized()
         if self.begun_here:
             self._connect(workers, address or os.environ.get("RAY_ADDRESS"))
@@ -303,11 +263,11 @@ class _RayPool:
                 socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
             self.ray.init(address=address or "local", logging_level=logging.WARNING, **({} if address else own))
         except Exception as error:  # a bare Exception where starting takes too long
-            raise ConnectionError("--ray-address must be HOST:PORT of a running cluster's head, auto on one of its machines "
-                                  f"or left out to start Ray, got {address}: {error}") from error
+            raise ConnectionError("--ray-address must be HOST:PORT of a running cluster's head, auto on one of its "
+                                  f"machines or left out to start Ray, got {address}: {error}") from error
 
-    def submit(self, task: Any, key: Key) -> Future[Any]:
-        reference = self.attempt.remote(self.setup, pickle.dumps(task), key, self.mail)
+    def submit(self, task: Any, number: int) -> Future[Any]:
+        reference = self.attempt.remote(self.setup, pickle.dumps(task), number, self.mail)
         self.references[future := reference.future()] = reference
         return future
 
@@ -352,13 +312,21 @@ def _begin_worker(link: Connection, work: bytes) -> None:
     global _work, _link
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _use_one_core()
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     _link, _work = link, pickle.loads(work)
 
 
-def _attempt(task: Any, key: Key) -> Any:
+def _use_one_core() -> None:
+    """Where the user says nothing else; libraries read it when they are imported, which the work does first."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _attempt(task: Any, number: int) -> Any:
     try:
-        return _work(task, lambda tick: _link.send((key, tick)))
+        return _work(task, lambda tick: _link.send((number, tick)))
     except Exception as error:
         raise _sendable(error) from error.__cause__
 
@@ -384,11 +352,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _ray_attempt(setup: bytes, task: bytes, key: Key, mail: Any) -> bytes:
+def _ray_attempt(setup: bytes, task: bytes, number: int, mail: Any) -> bytes:
     """Does a task in a process of Ray's."""
-    for name, value in _ONE_CORE.items():
-        os.environ.setdefault(name, value)
+    _use_one_core()
     try:
-        return pickle.dumps(pickle.loads(setup)(pickle.loads(task), lambda tick: mail.put_nowait((key, tick))))
+        return pickle.dumps(pickle.loads(setup)(pickle.loads(task), lambda tick: mail.put_nowait((number, tick))))
     except Exception as error:
         raise _sendable(error) from error.__cause__

@@ -1,8 +1,9 @@
 """Builds a mixture: a manifest that points at shards of datasets by token budgets, without copying text.
 
-A budget is filled with whole passes over the source, then whole shards in a seeded order, then chunks of the next shard,
-to the nearest chunk. Tokens are counted without BOS and EOS. The specification is YAML: a phase of data_prep/sources.yaml
-(docs/data.md shows one), or, without `phase`, one's own `sets: {wiki: {set: ../sets/wiki, tokens: 3000000000}}`.
+A budget is filled with whole passes over the source, then whole shards in a seeded order, then chunks of the next
+shard, to the nearest chunk. Tokens are counted without BOS and EOS. The specification is YAML: a phase of
+data_prep/sources.yaml (docs/data.md shows one), or, without `phase`, one's own
+`sets: {wiki: {set: ../sets/wiki, tokens: 3000000000}}`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,6 @@ from ettin_foundry.version import __version__
 
 _SHARDS = 5  # first word of the seed: no two uses share a stream; the choice of chunks has 6
 _Tokens = Annotated[float, Field(gt=0, le=1e15)]
-_REMOVED = {"tolerance": "remove it: a budget is met to the nearest chunk",
-            "catalogue": "remove it, and write the tokens of each source in sets"}
 
 
 class Entry(BaseModel, extra="forbid"):
@@ -44,7 +43,8 @@ class Entry(BaseModel, extra="forbid"):
 class MixSpec(BaseModel, extra="forbid"):
     """A specification as it is written."""
 
-    sets: dict[str, Annotated[Entry, BeforeValidator(lambda x: {"set": x} if type(x) is str else x)]] = Field(min_length=1)
+    sets: dict[str, Annotated[Entry, BeforeValidator(lambda x: {"set": x} if type(x) is str else x)]] = Field(
+        min_length=1)
     phase: str | None = None
     scale: float | None = Field(None, gt=0, le=1000)  # of the phase's tokens
     tokens: _Tokens | None = None  # in all, instead of a scale
@@ -59,8 +59,8 @@ def _read_spec(path: Path) -> MixSpec:
         raise ValueError(f"{path} must be YAML: {' '.join(str(error).split()):.200}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        key, keys = ".".join(map(str, first["loc"])), f"keys are {', '.join(MixSpec.model_fields)}"
-        raise ValueError(f"{path}: {key}: {first['msg']}, got {first['input']!r:.80}; {_REMOVED.get(key, keys)}") from None
+        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r:.80}; "
+                         f"keys are {', '.join(MixSpec.model_fields)}") from None
 
 
 def _budgets_of(spec: MixSpec, path: Path) -> tuple[dict[str, int], float | None]:
@@ -68,7 +68,8 @@ def _budgets_of(spec: MixSpec, path: Path) -> tuple[dict[str, int], float | None
     own = {name: entry.tokens for name, entry in spec.sets.items()}
     if spec.phase is None:
         if spec.scale or spec.tokens or spec.leave_out or None in own.values():
-            raise ValueError(f"{path}: without phase, sets must be {{NAME: {{set: ..., tokens: ...}}}}, and no other key")
+            raise ValueError(f"{path}: without phase, sets must be {{NAME: {{set: ..., tokens: ...}}}}, and no other "
+                             "key")
         return {name: max(1, round(tokens or 0)) for name, tokens in own.items()}, None
     phases = yaml.safe_load((program_folder() / "data_prep" / "sources.yaml").read_text())["phases"]
     if (wanted := phases.get(spec.phase)) is None:
@@ -93,7 +94,7 @@ class _Member:
     data: MDSSplit
     shards: np.ndarray  # (S,) int64
     runs: list[tuple[int, np.ndarray]] = field(default_factory=list)  # pass, whole shards
-    parts: list[dict[str, Any]] = field(default_factory=list)  # at most one
+    part: dict[str, Any] | None = None
     wanted: int | None = None
 
     def fill(self, wanted: int, seed: int) -> None:
@@ -110,21 +111,20 @@ class _Member:
             lengths = lengths[chunk_permutation(seed, self.name, shard, len(lengths))]
             if first := int(np.argmin(np.abs(np.append(0, np.cumsum(lengths)) - left))):
                 counts = np.bincount(lengths[:first])
-                self.parts.append({"pass": passes, "shard": shard, "first": first, "extra": [],
-                                   "lengths": {str(n): int(counts[n]) for n in np.flatnonzero(counts)}})
-        if not self.runs and not self.parts:
+                self.part = {"pass": passes, "shard": shard, "first": first, "extra": [],
+                             "lengths": {str(n): int(counts[n]) for n in np.flatnonzero(counts)}}
+        if not self.runs and not self.part:
             raise ValueError(f"sets.{self.name}: its budget must be half a chunk at least, got {wanted}")
 
     def facts(self) -> dict[str, Any]:
         """The source as the manifest states it; tokens without BOS and EOS."""
-        data = self.data
+        data, of_part = self.data, self.part or {"first": 0, "lengths": {}}
         tokens, chunks = (sum(int(of[shards].sum()) for _, shards in self.runs) for of in (data.tokens, data.samples))
-        for part in self.parts:
-            tokens += sum(int(length) * count for length, count in part["lengths"].items())
-            chunks += part["first"]
+        tokens += sum(int(length) * count for length, count in of_part["lengths"].items())
         stated = data.manifest.get("sources") or {}
-        licences = {(stated.get(data.sources[shard]) or {}).get("licence") for shard in self.shards} - {None, ""}
-        facts = {"chunks": chunks, "tokens": tokens, "licence": ", ".join(sorted(map(str, licences))) or None}
+        licences = {stated.get(data.sources[shard], {}).get("licence") for shard in self.shards} - {None, ""}
+        facts = {"chunks": chunks + of_part["first"], "tokens": tokens,
+                 "licence": ", ".join(sorted(map(str, licences))) or None}
         if self.wanted is not None:
             available = int(data.tokens[self.shards].sum())
             facts |= {"wanted": self.wanted, "available": available, "repeats": round(tokens / available, 6)}
@@ -140,12 +140,13 @@ def build_mix(spec: str | os.PathLike[str], out: str | os.PathLike[str], *, seed
     """
     target, path = Path(os.path.realpath(out)), Path(spec)
     if is_url(out):
-        raise ValueError(f"out must be a local folder, got {out}; a mixture is small: build it here, then copy it there")
+        raise ValueError(f"out must be a local folder, got {out}; build it here, and copy it there")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} must be a new or an empty folder; choose another, or remove it")
     written = _read_spec(path)
     budgets, scale = _budgets_of(written, path)
-    head, entries = {"seed": seed, "phase": written.phase, "scale": scale}, {name: written.sets[name] for name in budgets}
+    head = {"seed": seed, "phase": written.phase, "scale": scale}
+    entries = {name: written.sets[name] for name in budgets}
     for entry in entries.values():
         entry.set = entry.set if is_url(entry.set) else os.path.realpath(path.parent / entry.set)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -180,24 +181,25 @@ def _open_members(entries: dict[str, Entry], split: str, scratch: Path) -> list[
     opened: dict[str, MDSSplit] = {}
     members: list[_Member] = []
     for name, entry in entries.items():
-        place, source, where = entry.set, entry.source, join(entry.set, split)
+        place, where = entry.set, join(entry.set, split)
         if place not in opened:
             if not open_storage(where).exists(MANIFEST):
                 if split == "validation":
                     continue
                 raise FileNotFoundError(f"sets.{name}: {where} holds no {MANIFEST}; correct the path")
-            opened[place] = MDSSplit(scratch / f"{split}-{len(opened)}", remote=where) if is_url(place) else MDSSplit(where)
+            local = scratch / f"{split}-{len(opened)}"
+            opened[place] = MDSSplit(local, remote=where) if is_url(place) else MDSSplit(where)
         data, first = opened[place], next(iter(opened))
         if (mine := shared_identity(data)) != (other := shared_identity(opened[first])):
-            raise ValueError(f"sets.{name}: {where} must have the chunk length and tokenizer of {first}, got {mine!r:.300} "
-                             f"and {other!r:.300}")
-        sources = np.array(data.sources)
-        own = np.flatnonzero(sources == source) if source else np.arange(data.num_shards)
+            raise ValueError(f"sets.{name}: {where} must have the chunk length and tokenizer of {first}, got "
+                             f"{mine!r:.300} and {other!r:.300}")
+        own = np.flatnonzero([entry.source in (None, source) for source in data.sources])
         if split == "validation":  # a dataset behind two sources is evaluated on once
             for member in members:
                 own = np.setdiff1d(own, member.shards) if member.place == place else own
         elif not own.size:
-            raise ValueError(f"sets.{name}.source must be one of {', '.join(sorted(set(data.sources)))}, got {source!r}")
+            raise ValueError(f"sets.{name}.source must be one of {', '.join(sorted(set(data.sources)))}, got "
+                             f"{entry.source!r}")
         if own.size:
             members.append(_Member(name, place, data, own))
     return members
@@ -210,15 +212,16 @@ def _write_split(folder: Path, target: Path, members: list[_Member], head: dict[
     sources = {member.name: member.facts() for member in members}
     manifest = {
         "format": MIX_FORMAT, "version": MIX_VERSION, "split": folder.name, **head,
-        "chunk_length": members[0].data.chunk_length, "tokenizer": members[0].data.tokenizer, "code_version": __version__,
+        "chunk_length": members[0].data.chunk_length, "tokenizer": members[0].data.tokenizer,
+        "code_version": __version__,
         "sets": [{"path": place if is_url(place) else os.path.relpath(place, target), "fingerprint": data.fingerprint}
                  for place, data in datasets.items()],
         "sources": sources,
         "runs": [{"source": member.name, "set": at[member.place], "pass": passed, "shards": shards.tolist()}
                  for member in members for passed, shards in member.runs],
-        "parts": [{"source": member.name, "set": at[member.place], **part} for member in members for part in member.parts],
-        "totals": {key: sum(facts[name] for facts in sources.values())
-                   for key, name in (("samples", "chunks"), ("tokens", "tokens"))}}
+        "parts": [{"source": member.name, "set": at[member.place], **member.part} for member in members if member.part],
+        "totals": {"samples": sum(facts["chunks"] for facts in sources.values()),
+                   "tokens": sum(facts["tokens"] for facts in sources.values())}}
     folder.mkdir(parents=True)
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in manifest.items())
     (folder / MANIFEST).write_text(f"{{\n{lines}\n}}\n")

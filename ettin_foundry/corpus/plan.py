@@ -1,31 +1,35 @@
-"""What a conversion will do: its units of work, and the plan that every later start is held to.
+"""What a conversion will do: its units of work, and the plan that every later start goes on with.
 
 A unit is a run of small input files, one file, or a range of a large one. The units follow from the listing of the
 inputs and the options alone, and what a unit writes follows from the unit alone, so that a dataset does not depend on
 workers, machines or interruptions. Until the first unit is finished everything may change. After that options never do,
-inputs only where no finished unit was read, sources only by append.
+and sources are added by append alone; a unit whose input changed is done again, unless a finished dataset holds it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import xxhash
 
 from ettin_foundry.corpus.sources import STDLIB, Part, Source, find_source, plan_parts
+from ettin_foundry.data import MANIFEST
 from ettin_foundry.data.storage import Storage, is_url
 
 if TYPE_CHECKING:
     from ettin_foundry.corpus.convert import ConvertOptions
 
+T = TypeVar("T")
+
 PLAN = "plan.json"
+SPLITS = ("train", "validation")
 COUNTS = ("documents", "chunks", "tokens", "bytes")  # of a split of a unit, or of a source
 
 
@@ -69,10 +73,9 @@ class Plan:
             names[source.name] = {"licence": source.licence, "revision": source.revision}
             groups = plan_parts(source, self.options["unit_size"])
             if self.options["limit_bytes"] is not None:  # where it falls is known only by reading up to it
-                groups = [tuple(part for group in groups for part in group)]
-            for parts in groups:
-                sizes = tuple(source.files.get(part.file, 0) for part in parts)
-                units.append(Unit(len(units), source.name, tuple(parts), sizes))
+                groups = [tuple(itertools.chain(*groups))]
+            units += [Unit(number, source.name, tuple(parts), tuple(source.files.get(part.file, 0) for part in parts))
+                      for number, parts in enumerate(groups, len(units))]
         return replace(self, sources=names, units=tuple(units))
 
     def to_bytes(self) -> bytes:
@@ -83,27 +86,16 @@ class Plan:
         return (json.dumps(head, indent=1)[:-2] + f',\n "units": [\n{units}\n ]\n}}\n').encode()
 
 
-@contextlib.contextmanager
-def _as_written(storage: Storage, name: str) -> Iterator[None]:
-    """Names the file in errors about its content."""
-    try:
-        yield
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"{storage.where(name)}: must be as a conversion wrote it, got {type(error).__name__}: "
-                         f"{str(error)[:200]}; remove it and convert again") from None
-
-
 def read_plan(storage: Storage) -> Plan | None:
     """The plan of a dataset, or None where no conversion was started. Raises ValueError for what is not a plan."""
-    if not storage.exists(PLAN):
-        return None
-    with _as_written(storage, PLAN):
-        stored = json.loads(storage.read_bytes(PLAN))
+    def parse(stored: Any) -> Plan:
         if (stored["format"], stored["version"]) != ("ettin-plan", 1):
             raise ValueError(f"format {stored['format']!r}, version {stored['version']!r}")
         units = [Unit(number, str(unit["source"]), tuple(Part(*part[:3]) for part in unit["parts"]),
                       tuple(int(part[3]) for part in unit["parts"])) for number, unit in enumerate(stored["units"])]
         return Plan(dict(stored["options"]), dict(stored["tokenizer"]), dict(stored["sources"]), tuple(units))
+
+    return _read(storage, PLAN, parse) if storage.exists(PLAN) else None
 
 
 def record_name(unit: int) -> str:
@@ -119,15 +111,23 @@ def record_key(base_key: str, unit: Unit) -> str:
 
 def read_record(storage: Storage, plan: Plan, unit: int) -> dict[str, Any]:
     """A unit's completion record. Raises ValueError if it is not one, or is of another unit."""
-    name, needed = record_name(unit), record_key(plan.base_key, plan.units[unit])
-    with _as_written(storage, name):
-        record: dict[str, Any] = json.loads(storage.read_bytes(name))
-        if record["key"] != needed:
+    def parse(record: Any) -> dict[str, Any]:
+        if record["key"] != (needed := record_key(plan.base_key, plan.units[unit])):
             raise ValueError(f"the record of another unit, key must be {needed}, got {record['key']}")
         for counts in record["splits"].values():
             if not all(type(counts[key]) is int for key in COUNTS):
                 raise TypeError(f"counts {counts}")
-        return record
+        return dict(record)
+
+    return _read(storage, record_name(unit), parse)
+
+
+def _read(storage: Storage, name: str, parse: Callable[[Any], T]) -> T:
+    try:
+        return parse(json.loads(storage.read_bytes(name)))
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{storage.where(name)}: must be as a conversion wrote it, got {type(error).__name__}: "
+                         f"{str(error)[:200]}; remove it and convert again") from None
 
 
 def finished_units(storage: Storage) -> set[int]:
@@ -164,34 +164,42 @@ def find_sources(options: ConvertOptions, plan: Plan | None) -> list[Source]:
 
 
 def plan_conversion(options: ConvertOptions, before: Plan | None, sources: Sequence[Source], *,
-                    tokenizer: Mapping[str, Any], storage: Storage) -> Plan:
-    """What is to be done; the plan `before` must agree with it in all that shapes the data, else ValueError."""
-    finished, names = finished_units(storage), [source.name for source in sources]
-    wanted = Plan(options.record(), tokenizer)
+                    tokenizer: Mapping[str, Any], storage: Storage) -> tuple[Plan, list[Unit]]:
+    """What is to be done, and the finished units of `before` to do again, as their input changed.
+
+    Raises ValueError where `before` differs in what shapes the data, or a finished dataset holds what changed.
+    """
+    wanted, finished, names = Plan(options.record(), tokenizer), finished_units(storage), [s.name for s in sources]
     if before is None or not (finished or options.append):
-        return wanted.with_sources(sources)
+        return wanted.with_sources(sources), []
     _check_options(before, wanted, sources, append=options.append)
     earlier, kept = list(before.sources), []
     if options.append:  # a later source of which nothing was finished may be left out again
-        begun = {*earlier[:1], *(unit.source for unit in before.units if unit.number in finished)}
-        kept = [name for name in earlier if name in begun and name not in names]
+        begun = {unit.source for unit in before.units if unit.number in finished}
+        kept = [name for name in earlier if name in begun.difference(names)]
         if kept != earlier[:len(kept)]:
-            raise ValueError(f"--append must name new sources, or the last of {', '.join(earlier)}, got {', '.join(names)}")
+            raise ValueError(f"--append must name new sources, or the last of {', '.join(earlier)}, got "
+                             f"{', '.join(names)}")
     elif names != earlier:
-        raise ValueError(f"sources must be those that --out was begun with, {', '.join(earlier)}, got {', '.join(names)}; "
-                         "use --append with new sources alone, or another --out")
+        raise ValueError(f"sources must be those that --out was begun with, {', '.join(earlier)}, got "
+                         f"{', '.join(names)}; use --append with new sources alone, or another --out")
     wanted = replace(before, sources={name: before.sources[name] for name in kept},
                      units=[unit for unit in before.units if unit.source in kept]).with_sources(sources)
-    if options.filters.deduplicate:  # which copy stays depends on every document before it
-        finished |= set(range(min(len(before.units), len(wanted.units))))
-    for number in sorted(finished):
-        then, now = ((*plan.units[number:number + 1], None)[0] for plan in (before, wanted))
-        if then and then != now:
-            same = list(zip(now.parts, now.sizes)) if now else []
-            changed = [part.file for part, size in zip(then.parts, then.sizes) if (part, size) not in same]
-            raise ValueError(f"{then.label}: the input was changed after it was converted ({', '.join(changed[:1])}); "
-                             "restore it, or convert into another --out")
-    return wanted
+    pairs = enumerate(itertools.zip_longest(before.units, wanted.units))
+    changed = {number for number, (then, now) in pairs if then != now}
+    if options.filters.deduplicate and changed:  # which copy stays depends on every document before it
+        changed |= {number for number in finished if number > min(changed)}
+    again = [unit for unit in before.units if unit.number in finished & changed]
+    if held := [unit for unit in again if unit.number in published_units(storage)]:
+        raise ValueError(f"{held[0].label}: the files of a finished dataset must stay as they were, got other names or "
+                         "sizes; restore them, or convert into another --out")
+    return wanted, again
+
+
+def published_units(storage: Storage) -> set[int]:
+    """Numbers of the units whose shards a finished dataset holds."""
+    manifests = [_read(storage, name, dict) for split in SPLITS if storage.exists(name := f"{split}/{MANIFEST}")]
+    return {int(shard["raw"]["basename"].split(".")[1]) for manifest in manifests for shard in manifest["shards"]}
 
 
 def check_append(todo: Sequence[Unit], plan: Plan, sources: Sequence[Source]) -> None:
@@ -213,5 +221,5 @@ def _check_options(before: Plan, wanted: Plan, sources: Sequence[Source], *, app
     differing = [f"{key} ({then.get(key)!r} then, {now.get(key)!r} now)" for key in then | now
                  if then.get(key) != now.get(key) and not (append and key == "train_tokenizer")]
     if differing:
-        raise ValueError(f"--out was begun with other options: {'; '.join(differing)}; options of a dataset never change: "
-                         "give the same ones, or another --out")
+        raise ValueError(f"--out was begun with other options: {'; '.join(differing)}; options of a dataset never "
+                         "change: give the same ones, or another --out")

@@ -1,8 +1,8 @@
 """Does one unit of a conversion: read, filter, split, tokenize, cut, write, and a completion record at the end.
 
-Runs in worker processes, on one machine or many, and depends on nothing but the unit and the options: the same unit gives
-the same shards and the same record. The record is written last, so a unit is done or it is not. Reading goes on in one
-thread while another tokenizes and a third one writes shards.
+Runs in worker processes, on one machine or many, and depends on nothing but the unit and the options: the same unit
+gives the same shards and the same record. The record is written last, so a unit is done or it is not. Reading goes on
+in one thread while another tokenizes and a third one writes shards.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import os
-import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from ettin_foundry.corpus.chunking import Chunker
 from ettin_foundry.corpus.encoder import Engine, TextEncoder
 from ettin_foundry.corpus.executors import Report, Tick
 from ettin_foundry.corpus.filters import DUPLICATE, OVERSIZED, FilterOptions, read_drops, write_hashes
-from ettin_foundry.corpus.plan import Unit, record_key, record_name
+from ettin_foundry.corpus.plan import SPLITS, Unit, record_key, record_name
 from ettin_foundry.corpus.readers import Document, ReadOptions, read_parts
 from ettin_foundry.corpus.sources import Meter, Source
 from ettin_foundry.corpus.writer import ShardGroupWriter
@@ -35,7 +34,6 @@ T = TypeVar("T")
 _BATCH_BYTES = 1 << 20  # text tokenized at a time: enough to make calls cheap, little enough to hold a few of
 _BATCH_DOCUMENTS = 4096
 _READ_AHEAD = 2  # batches
-_TICK_SECONDS = 0.5
 
 
 class TokenizerSpec(NamedTuple):
@@ -49,7 +47,7 @@ class TokenizerSpec(NamedTuple):
 
 
 def work_name(kind: str, unit: Unit, base_key: str) -> str:
-    """`hashes` of a unit's documents, or `drops`, ordinals of those that repeat earlier ones; tells input and options."""
+    """Where `hashes` of a unit's documents are, or `drops`, ordinals of those that repeat earlier ones."""
     return f"work/{kind}/{unit.number:05d}.{record_key(base_key, unit)}.npy"
 
 
@@ -63,15 +61,23 @@ class HashUnit:
     base_key: str  # the plan's
 
     def __call__(self, unit: Unit, report: Report) -> int:
-        storage, reading = open_storage(self.out), _Reading(self, unit, report)
-        hashes = bytearray()
-        for document in reading.documents():
+        storage, meter, hashes = open_storage(self.out), Meter(), bytearray()
+        for number, document in enumerate(self.documents(unit, meter), 1):
             hashes += xxhash.xxh3_128_digest(document.text.encode())
-            reading.count(Tick(1))
+            if number % 256 == 0:
+                report(Tick(number, file_bytes=meter.position()))
         path = storage.scratch() / f"hashes.{unit.number:05d}.{os.getpid()}.npy"
         write_hashes(path, hashes)
         storage.put_file(path, work_name("hashes", unit, self.base_key))
         return 0
+
+    def documents(self, unit: Unit, meter: Meter) -> Iterator[Document]:
+        """The documents of a unit in order, up to the one in which `limit_bytes` is reached."""
+        num_bytes, limit = 0, self.options["limit_bytes"]
+        for document in read_parts(self.sources[unit.source], unit.parts, meter, ReadOptions.of(self.options)):
+            yield document
+            if limit is not None and (num_bytes := num_bytes + len(document.text.encode())) >= limit:
+                return
 
 
 @dataclass(frozen=True)
@@ -82,34 +88,14 @@ class ConvertUnit(HashUnit):
     filters: FilterOptions
 
     def __call__(self, unit: Unit, report: Report) -> int:
-        record = _Conversion(self, unit, report).run()
-        open_storage(self.out).write_bytes(record_name(unit.number), json.dumps(record).encode() + b"\n")
+        storage, record = open_storage(self.out), _Conversion(self, unit, report).run()
+        written = {f"{split}/{file['basename']}" for split, counts in record["splits"].items()
+                   for shard in counts["shards"] for file in (shard["raw"], shard["zip"]) if file}
+        for split in SPLITS:  # an earlier try may have had other options
+            for name in {name for name, _ in storage.list(f"{split}/shard.{unit.number:05d}.")} - written:
+                storage.delete(name)
+        storage.write_bytes(record_name(unit.number), json.dumps(record).encode() + b"\n")
         return sum(counts["tokens"] for counts in record["splits"].values())
-
-
-class _Reading:
-    """The documents of a unit, and reports of how far it is."""
-
-    def __init__(self, job: HashUnit, unit: Unit, report: Report) -> None:
-        self.options, self.source, self.unit, self.report = job.options, job.sources[unit.source], unit, report
-        self.meter = Meter()
-        self.reported, self.position, self.waiting = 0.0, 0, Tick()
-
-    def documents(self) -> Iterator[Document]:
-        """The documents in order, up to the one in which `limit_bytes` is reached."""
-        num_bytes, limit = 0, self.options["limit_bytes"]
-        for document in read_parts(self.source, self.unit.parts, self.meter, ReadOptions.of(self.options)):
-            yield document
-            if limit is not None and (num_bytes := num_bytes + len(document.text.encode())) >= limit:
-                return
-
-    def count(self, tick: Tick, *, last: bool = False) -> None:
-        """Reports about twice a second."""
-        self.waiting = self.waiting.plus(tick)
-        if last or time.monotonic() - self.reported > _TICK_SECONDS:
-            position = self.meter.position()
-            self.report(self.waiting._replace(file_bytes=position - self.position))
-            self.reported, self.position, self.waiting = time.monotonic(), position, Tick()
 
 
 @functools.lru_cache(maxsize=1)
@@ -120,22 +106,27 @@ def _tools(spec: TokenizerSpec, chunk_length: int, cut_window: float) -> tuple[T
     return encoder, Chunker(spec.json, chunk_length, cut_window)
 
 
-class _Batch(NamedTuple):
+class _Batch:
     """Documents of one split, ready to be tokenized."""
 
-    split: str
-    texts: list[str]
-    ids: list[str]
-    sizes: list[int]  # UTF-8 bytes
+    def __init__(self, split: str) -> None:
+        self.split, self.num_bytes = split, 0
+        self.texts, self.ids, self.sizes = list[str](), list[str](), list[int]()  # sizes: UTF-8 bytes
+
+    def add(self, document: Document, size: int) -> bool:
+        """Whether it is full now."""
+        self.texts.append(document.text)
+        self.ids.append(document.id)
+        self.sizes.append(size)
+        self.num_bytes += size
+        return self.num_bytes >= _BATCH_BYTES or len(self.texts) >= _BATCH_DOCUMENTS
 
 
 class _Conversion:
-    """The state of one unit being converted."""
-
     def __init__(self, job: ConvertUnit, unit: Unit, report: Report) -> None:
         self.job, self.unit, self.options, self.storage = job, unit, job.options, open_storage(job.out)
-        self.reading, self.read = _Reading(job, unit, report), 0
-        splits = ("train", "validation") if self.options["validation"] else ("train",)
+        self.report, self.meter, self.read = report, Meter(), 0
+        splits = SPLITS if self.options["validation"] else SPLITS[:1]
         # what is skipped is counted by the reading thread, which shares no counts
         self.counts, self.dropped, self.skipped = ({split: Counter[str]() for split in splits} for _ in range(3))
         self.encoder, chunker = _tools(job.tokenizer, self.options["chunk_length"], self.options["cut_window"])
@@ -146,7 +137,6 @@ class _Conversion:
             for split in splits}
 
     def run(self) -> dict[str, Any]:
-        """The completion record."""
         try:
             for batch in _ahead(self._batches()):
                 self._write(batch)
@@ -155,14 +145,12 @@ class _Conversion:
             for writer in self.writers.values():
                 writer.abort()
             raise
-        self.reading.count(Tick(), last=True)
         return self._record(shards)
 
     def _batches(self) -> Iterator[_Batch]:
         """Batches of documents to keep, in order within each split; runs in the reading thread."""
-        batches, waiting = {split: _Batch(split, [], [], []) for split in self.counts}, Counter[str]()
-        copies = self._copies()
-        for ordinal, document in enumerate(self.reading.documents()):
+        batches, copies = {split: _Batch(split) for split in self.counts}, self._copies()
+        for ordinal, document in enumerate(self.job.documents(self.unit, self.meter)):
             self.read += 1
             encoded = document.text.encode()
             # by the text alone, so that copies of a document are on one side, wherever they come from
@@ -172,15 +160,9 @@ class _Conversion:
                 self.skipped[split]["empty"] += 1
             elif ordinal in copies:
                 self.skipped[split][DUPLICATE] += 1
-            else:
-                batch = batches[split]
-                batch.texts.append(document.text)
-                batch.ids.append(document.id)
-                batch.sizes.append(len(encoded))
-                waiting[split] += len(encoded)
-                if waiting[split] >= _BATCH_BYTES or len(batch.texts) >= _BATCH_DOCUMENTS:
-                    yield batch
-                    batches[split], waiting[split] = _Batch(split, [], [], []), 0
+            elif batches[split].add(document, len(encoded)):
+                yield batches[split]
+                batches[split] = _Batch(split)
         yield from (batch for batch in batches.values() if batch.texts)
 
     def _copies(self) -> frozenset[int]:
@@ -194,11 +176,12 @@ class _Conversion:
         return copies
 
     def _write(self, batch: _Batch) -> None:
-        dropped = self.dropped[batch.split]
-        reasons = [self.job.filters.reason(text, id) for text, id in zip(batch.texts, batch.ids)]
-        dropped.update(reason for reason in reasons if reason is not None)
-        keep = [reason is None for reason in reasons]
-        texts, ids, sizes = (list[Any](itertools.compress(values, keep)) for values in batch[1:])
+        dropped, texts, ids, sizes = self.dropped[batch.split], batch.texts, batch.ids, batch.sizes
+        reasons = [self.job.filters.reason(text, id) for text, id in zip(texts, ids)]
+        if any(reasons):
+            dropped.update(filter(None, reasons))
+            keep = [reason is None for reason in reasons]
+            texts, ids, sizes = (list[Any](itertools.compress(values, keep)) for values in (texts, ids, sizes))
         if not texts:
             return
         tokens, lengths = self.encoder.encode(texts)
@@ -209,12 +192,13 @@ class _Conversion:
         if ids:
             self.writers[batch.split].write(ids, tokens, lengths)
         self.counts[batch.split].update(documents=len(ids), tokens=len(tokens), bytes=sum(sizes))
-        self.reading.count(Tick(len(ids), len(tokens), sum(sizes)))
+        sums = (sum(of_split[key] for of_split in self.counts.values()) for key in ("documents", "tokens", "bytes"))
+        self.report(Tick(*sums, self.meter.position()))
 
     def _record(self, shards: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         """The completion record; a RuntimeError where documents or tokens were lost or doubled, which is a bug."""
-        splits, read = {}, self.read + self.reading.meter.oversized
-        self.skipped["train"][OVERSIZED] = self.reading.meter.oversized
+        splits, read = {}, self.read + self.meter.oversized
+        self.skipped["train"][OVERSIZED] = self.meter.oversized
         for split, counts in self.counts.items():
             dropped = self.dropped[split] + self.skipped[split]
             held = {key: sum(entry[key] for entry in shards[split]) for key in ("documents", "samples", "tokens")}

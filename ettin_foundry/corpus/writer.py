@@ -1,15 +1,14 @@
 """Writes documents, given as tokens, as chunks in MDS shards, each with an entry for the manifest.
 
-Shards are what `streaming.MDSWriter` writes for the same chunks, size limit and compression, byte for byte, made without
-an object for each sample: 1 us of CPU a sample and 2 ns a token instead of 16 to 22 us a sample. A shard is built in
-memory, then hashed, compressed, written and placed by a thread while the next one grows. It ends before the first chunk
-with which it would exceed `shard_bytes`. data/shards.py describes the layout.
+Shards are what `streaming.MDSWriter` writes for the same chunks, size limit and compression, byte for byte, made
+without an object for each sample: 1 us of CPU a sample and 2 ns a token instead of 16 to 22 us a sample. A shard is
+built in memory, then hashed, compressed, written and placed by a thread while the next one grows. It ends before the
+first chunk with which it would exceed `shard_bytes`. data/shards.py describes the layout.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import struct
 import uuid
 from collections.abc import Callable, Sequence
@@ -64,11 +63,11 @@ class ShardGroupWriter:
 
     def __init__(self, folder: Path, *, stem: str, source: str, chunker: Chunker, shard_bytes: int,
                  compression: str | None, place: Callable[[Path, str], None]) -> None:
-        self._folder, self._stem, self._source, self._place = folder, stem, source, place
+        self._folder, self._stem, self._source, self._place = folder, stem, source.encode(), place
         self._chunker, self._limit, self._compression = chunker, shard_bytes, compression
         self._config = json.dumps(shard_config(shard_bytes, compression), sort_keys=True).encode()
         # what stands between part and tokens, per chunk length: source, then the head of a uint16 array of one axis
-        self._heads = [source.encode() + (bytes([4, n]) if n < 256 else struct.pack("<BH", 5, n))
+        self._heads = [self._source + (bytes([4, n]) if n < 256 else struct.pack("<BH", 5, n))
                        for n in range(chunker.chunk_length + 1)]
         self._empty = 2 * _OFFSET_BYTES + len(self._config)  # bytes of a shard's count, first offset and config
         self._shard = _Shard(0, self._empty)
@@ -101,8 +100,8 @@ class ShardGroupWriter:
         self._add([name.encode() for name in ids], (documents, parts, lasts, chunk_ends, counts), tokens)
 
     def finish(self) -> list[dict[str, Any]]:
-        """Ends the last shard, waits until all are placed, and returns one entry per shard as manifest.json has it, plus
-        `lengths`: number of its chunks of 0, 1, ... tokens."""
+        """Ends the last shard, waits until all are placed; one entry per shard as manifest.json has it, plus `lengths`:
+        number of its chunks of 0, 1, ... tokens."""
         if self._shard.blobs:
             self._end_shard()
         self._thread.shutdown()
@@ -121,7 +120,7 @@ class ShardGroupWriter:
         documents, *_, counts = chunks
         num_name = np.fromiter(map(len, names), np.int64, len(names))
         array_bytes = 2 + (counts > 255) + 2 * counts
-        sizes = _SIZES.size + _NUMBERS.size + num_name[documents] + len(self._source.encode()) + array_bytes
+        sizes = _SIZES.size + _NUMBERS.size + num_name[documents] + len(self._source) + array_bytes
         filled = np.cumsum(sizes + _OFFSET_BYTES)
         begin, before = 0, 0
         while begin < len(counts):
@@ -134,15 +133,16 @@ class ShardGroupWriter:
                 before = int(filled[end - 1])
             if end < len(counts):
                 if not self._shard.blobs:
-                    raise ValueError(f"--shard-size must hold any chunk, got {self._limit} bytes: one of {self._source} has "
-                                     f"{sizes[end]}, {num_name[documents[end]]} of its id, and the header {self._empty}")
+                    raise ValueError(f"--shard-size must hold any chunk, got {self._limit} bytes: one of "
+                                     f"{self._source.decode()} has {sizes[end]}, {num_name[documents[end]]} of its id, "
+                                     f"and the header {self._empty}")
                 self._end_shard()
             begin = end
 
     def _fill(self, which: slice, names: list[bytes], chunks: tuple[np.ndarray, ...], tokens: np.ndarray) -> None:
         """Puts some chunks, for which there is room, into the shard."""
         data = memoryview(np.ascontiguousarray(tokens, "<u2")).cast("B")  # type: ignore[arg-type]
-        heads, num_source = self._heads, len(self._source.encode())
+        heads, num_source = self._heads, len(self._source)
         pack_sizes, pack_numbers = _SIZES.pack, _NUMBERS.pack
         for first in range(which.start, which.stop, _GROUP):
             group = slice(first, min(first + _GROUP, which.stop))
@@ -178,19 +178,17 @@ class ShardGroupWriter:
             parts = [zstd.compress(b"".join(parts), _ZSTD_LEVEL, 1)]  # 1 thread: the number changes no byte
             packed = _file_entry(f"{name}.zstd", parts)
         basename = (packed or raw)["basename"]
-        partial = self._folder / f".{basename}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
+        partial = self._folder / f".{basename}.{uuid.uuid4().hex}.partial"
         try:
             with open(partial, "xb") as file:
                 file.writelines(parts)
-                file.flush()
-                os.fsync(file.fileno())
             self._place(partial, basename)
         finally:
             partial.unlink(missing_ok=True)
         lengths = np.bincount(np.concatenate(shard.lengths), minlength=self._chunker.chunk_length + 1)
         row_length = self._chunker.chunk_length + SPECIALS_PER_PIECE
         return {"raw": raw, "zip": packed, "samples": len(sizes), "tokens": int(lengths @ np.arange(len(lengths))),
-                "documents": shard.num_documents, "source": self._source,
+                "documents": shard.num_documents, "source": self._source.decode(),
                 "rows": {str(row_length): pack_lengths(piece_counts(lengths), row_length).num_rows},
                 "lengths": lengths.tolist()}
 

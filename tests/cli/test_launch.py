@@ -13,8 +13,8 @@ from converting import files_of, run, write_corpus
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "convert.slurm.sh"
 
-# Writes down what it is asked for, then runs it at once: a copy of the script, as Slurm does, all tasks at the same time,
-# with the environment of a job. A job after a failed array is not run.
+# Writes down what it is asked for, then runs it at once: a copy of the script, as Slurm does, all tasks at the same
+# time, with the environment of a job. A job after a failed array is not run.
 SBATCH = """#!/bin/bash
 here=$(dirname "$0"); array=""; held=""; id=$((100 + $(ls "$here" | grep -c ^copy)))
 printf '%s\\n' "$@" > "$here/sbatch.$id"
@@ -65,14 +65,13 @@ def said(path: Path) -> list[str]:
     return path.read_text().splitlines()
 
 
-def test_script_is_valid_bash_and_clean_for_shellcheck_where_that_is_here() -> None:
+def test_script_is_valid_bash_and_clean_for_shellcheck_where_that_is_here():
     subprocess.run(["bash", "-n", SCRIPT], check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", SCRIPT], check=True)
 
 
-def test_every_task_gets_its_index_and_all_arguments_as_they_were_given(cluster: Path, tmp_path: Path,
-                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_task_gets_its_index_and_all_arguments_as_they_were_given(cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("SUBMIT_OPTIONS", "--partition=cpu --cpus-per-task=8")
     arguments = ["web=a b/*.txt", "--out", "my set", "--tokenizer", "tok", "--filter", "my.module:keep$x"]
     done = submit(3, *arguments, cwd=tmp_path)
@@ -85,7 +84,8 @@ def test_every_task_gets_its_index_and_all_arguments_as_they_were_given(cluster:
             f"{root}/data_prep/convert.py", "--workers", "1", *arguments, "--task-index", str(task), "--num-tasks", "3"]
     after = said(cluster / "sbatch.101")
     assert {"--dependency=afterok:100", "--kill-on-invalid-dep=yes", "--partition=cpu"} <= set(after)
-    assert said(cluster / "log.101.none") == ["-m", "ettin_foundry.cli.main", "finalize", "my set", f"PYTHONPATH={root}"]
+    module = "ettin_foundry.cli.main"
+    assert said(cluster / "log.101.none") == ["-m", module, "finalize", "my set", f"PYTHONPATH={root}"]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -95,13 +95,12 @@ def test_every_task_gets_its_index_and_all_arguments_as_they_were_given(cluster:
     (["2", "corpus", "--out=b", "--num-tasks=4"], "--num-tasks=4: given; not possible in an array"),
     (["2", "corpus", "--out", "b", "--deduplicate"], "--deduplicate: given; not possible in an array"),
 ])
-def test_wrong_command_line_submits_nothing(cluster: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_wrong_command_line_submits_nothing(cluster, tmp_path, arguments, message):
     done = submit(*arguments, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and not list(cluster.glob("sbatch.*"))
 
 
-def test_an_array_ends_with_the_dataset_of_one_machine(cluster: Path, tmp_path: Path, tokenizer_dir: Path,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_array_ends_with_the_dataset_of_one_machine(cluster, tmp_path, tokenizer_dir, monkeypatch):
     """For real: two tasks at once on a fresh OUT, and the job after them; not before all tasks have succeeded."""
     write_corpus(tmp_path / "in" / "texts", files=4)
     monkeypatch.setenv("PYTHON", sys.executable)

@@ -35,9 +35,9 @@ def jobs(number: int, folder: Path | str = "", text: str | bytes = "") -> list[J
 
 
 def in_steps(job: Job, report: Report) -> int:
-    for _ in range(5):
+    for n in range(1, 6):
         time.sleep(0.004)
-        report(Tick(1, 10, 100, 1000))
+        report(Tick(n, 10 * n, 100 * n, 1000 * n))
     return job.number ** 2
 
 

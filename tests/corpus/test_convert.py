@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import re
 import runpy
 import sys
@@ -21,8 +20,7 @@ from ettin_foundry.data import tokenizer as tokenizers
 from ettin_foundry.data.shards import MDSSplit
 
 
-def test_a_dataset_holds_exactly_the_tokens_of_the_corpus_in_its_order(data_set: Path, tokenizer_dir: Path,
-                                                                       documents: list[str]) -> None:
+def test_a_dataset_holds_exactly_the_tokens_of_the_corpus_in_its_order(data_set, tokenizer_dir, documents):
     plain = AutoTokenizer.from_pretrained(tokenizer_dir)
     sides = [stored(data_set / split) for split in ("train", "validation")]
     found = {**sides[0], **sides[1]}
@@ -38,7 +36,7 @@ def test_a_dataset_holds_exactly_the_tokens_of_the_corpus_in_its_order(data_set:
         tokenizers.check(tokenizers.load(data_set / "tokenizer"), split.tokenizer)
 
 
-def test_copies_of_a_document_are_on_one_side(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_copies_of_a_document_are_on_one_side(tmp_path, tokenizer_dir):
     texts = make_documents(60, longest=10)
     files = [write_jsonl(tmp_path / f"{name}.jsonl", texts) for name in ("first", "second")]
     run(tmp_path / "out", files, tokenizer_dir, validation=0.3)
@@ -48,8 +46,7 @@ def test_copies_of_a_document_are_on_one_side(tmp_path: Path, tokenizer_dir: Pat
     assert {name.partition("-")[2] for name in stored(tmp_path / "other" / "validation")} != sides[1]
 
 
-def test_a_tokenizer_is_trained_on_the_training_documents_only_and_names_no_place(
-        tmp_path: Path, corpus: Path, documents: list[str]) -> None:
+def test_a_tokenizer_is_trained_on_the_training_documents_only_and_names_no_place(tmp_path, corpus, documents):
     out = tmp_path / "out"
     run(out, [corpus], None, train_tokenizer=400, validation=0.3)
     held_out = {int(name[4:]) for name in stored(out / "validation")}
@@ -60,7 +57,7 @@ def test_a_tokenizer_is_trained_on_the_training_documents_only_and_names_no_plac
     assert str(tmp_path) not in "".join(path.read_text() for path in out.rglob("*.json"))
 
 
-def test_sources_have_shards_and_counts_of_their_own(tmp_path: Path, tokenizer_dir: Path, corpus: Path) -> None:
+def test_sources_have_shards_and_counts_of_their_own(tmp_path, tokenizer_dir, corpus):
     (tmp_path / "a.txt").write_text("kalo " * 100)
     (tmp_path / "b.jsonl").write_text('{"text": " "}\n{"text": "mi"}\n{"text": ""}\n{"text": "' + "x" * 999 + '"}\n')
     run(tmp_path / "out", ["one=" + str(tmp_path / "a.txt"), tmp_path / "b.jsonl", corpus], tokenizer_dir,
@@ -76,15 +73,14 @@ def test_sources_have_shards_and_counts_of_their_own(tmp_path: Path, tokenizer_d
     assert sum(c["chunks"] for c in counts.values()) == data.samples.sum()
 
 
-def test_a_limit_ends_each_source_at_a_document(tmp_path: Path, corpus: Path, tokenizer_dir: Path,
-                                                documents: list[str]) -> None:
+def test_a_limit_ends_each_source_at_a_document(tmp_path, corpus, tokenizer_dir, documents):
     sizes = np.cumsum([len(text.encode()) for text in documents]).tolist()
     for limit, number in ((1, 1), (sizes[10], 11), (sizes[10] + 1, 12)):
         run(tmp_path / f"out{limit}", [corpus], tokenizer_dir, limit_bytes=limit)
         assert list(stored(tmp_path / f"out{limit}" / "train")) == [f"doc-{i}" for i in range(number)]
 
 
-def test_duplicates_are_dropped_after_the_first_across_files_and_sources(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_duplicates_are_dropped_after_the_first_across_files_and_sources(tmp_path, tokenizer_dir):
     texts = make_documents(120, longest=20)
     rng = np.random.default_rng(3)
     lists = {name: [texts[i] for i in rng.integers(0, len(texts), 150)] for name in ("one/a", "one/b", "two")}
@@ -101,7 +97,7 @@ def test_duplicates_are_dropped_after_the_first_across_files_and_sources(tmp_pat
     assert sum(c["dropped"].get("duplicate", 0) for c in counts.values()) == 450 - len(first) > 200
 
 
-def test_each_filter_counts_what_it_drops(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_filter_counts_what_it_drops(tmp_path, tokenizer_dir, monkeypatch):
     texts = make_documents(100, longest=40)
     texts[12], texts[14] = "x" * 5000, "mi"
     write_jsonl(tmp_path / "c.jsonl", texts)
@@ -119,8 +115,7 @@ def test_each_filter_counts_what_it_drops(tmp_path: Path, tokenizer_dir: Path, m
 
 
 @pytest.mark.parametrize("option, values", [("engine", ("fast", "tokenizers")), ("compression", (None, "zstd"))])
-def test_the_chunks_are_the_same_whatever_tokenizes_and_compresses(tmp_path: Path, tokenizer_dir: Path, option: str,
-                                                                   values: tuple[str | None, str]) -> None:
+def test_the_chunks_are_the_same_whatever_tokenizes_and_compresses(tmp_path, tokenizer_dir, option, values):
     write_corpus(tmp_path / "in", longest=300)
     for value in values:
         run(tmp_path / str(value), [tmp_path / "in"], tokenizer_dir, **{option: value})
@@ -134,11 +129,10 @@ BAD_CALLS: dict[str, tuple[list[str], str]] = {
     "truncated gz": (["{tmp}/cut.jsonl.gz"], r"cut\.jsonl\.gz"),
     "bad second file": (["{tmp}/two"], r"b\.jsonl line 1 .*'text'"),
     "missing": (["{tmp}/nowhere.jsonl"], r"nowhere\.jsonl"),
-    "empty file": (["{tmp}/empty.jsonl"], "empty: the corpus is empty"),
+    "empty file": (["{tmp}/empty.jsonl"], "sources must hold a document for training"),
     "same name": (["{tmp}/good.txt", "{tmp}/two/../good.txt"], "got good twice; write NAME=SOURCE"),
-    "chunk length": (["{tmp}/good.txt", "--chunk-length", "70000"], "--chunk-length must be 1 to 65535 tokens, got 70000"),
+    "chunk length": (["{tmp}/good.txt", "--chunk-length", "70000"], "--chunk-length must be 1 to 65535 .*got 70000"),
     "validation": (["{tmp}/good.txt", "--validation", "1"], "--validation must be .*, got 1.0"),
-    "one document": (["{tmp}/good.txt", "--validation", "0.5"], "--validation must .*, got 0.5"),
     "small shard": (["{tmp}/good.txt", "--shard-size", "300"], "--shard-size must hold any chunk, got 300"),
     "two tokenizers": (["{tmp}/good.txt", "--train-tokenizer", "300"], "exactly one of the two"),
     "half an array": (["{tmp}/good.txt", "--task-index", "0"], "--task-index must be .*, got 0"),
@@ -150,8 +144,7 @@ BAD_CALLS: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_CALLS)
-def test_a_bad_call_is_one_clear_error_and_leaves_no_dataset(tmp_path: Path, tokenizer_dir: Path, case: str,
-                                                             capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_call_is_one_clear_error_and_leaves_no_dataset(tmp_path, tokenizer_dir, case, capsys):
     write_jsonl(tmp_path / "two" / "a.jsonl", ["kalo mi ter " * 50])
     (tmp_path / "two" / "b.jsonl").write_text('{"text": 3}\n')
     (tmp_path / "good.txt").write_text("kalo")
@@ -167,8 +160,7 @@ def test_a_bad_call_is_one_clear_error_and_leaves_no_dataset(tmp_path: Path, tok
     assert not is_finished(tmp_path / "out")
 
 
-def test_the_program_converts_and_says_what_it_did(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch,
-                                                   capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_program_converts_and_says_what_it_did(tmp_path, corpus, monkeypatch, capsys):
     program = Path(__file__).resolve().parents[2] / "data_prep" / "convert.py"
     monkeypatch.setattr(sys, "argv", ["convert.py", str(corpus), "--out", str(tmp_path / "out"), "--train-tokenizer",
                                       "400", "--validation", "0.1", "--chunk-length", "30"])
@@ -176,6 +168,6 @@ def test_the_program_converts_and_says_what_it_did(tmp_path: Path, corpus: Path,
         runpy.run_path(str(program), run_name="__main__")
     line = capsys.readouterr().out
     assert status.value.code == 0 and line.count("\n") == 1
-    manifests = [json.loads((tmp_path / "out" / split / "manifest.json").read_text()) for split in ("train", "validation")]
+    manifests = [MDSSplit(tmp_path / "out" / split).manifest for split in ("train", "validation")]
     assert f"corpus: 200 documents, {sum(m['totals']['tokens'] for m in manifests):,} tokens" in line
     assert f"{manifests[1]['totals']['documents']} documents for validation" in line and " tokens/s" in line

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-from converting import UNIT, files_of, is_finished, run, stored, write_corpus
+from converting import UNIT, files_of, is_finished, run, stored, write_corpus, write_jsonl
 from s3_server import S3Server
 
 from ettin_foundry.corpus.filters import FilterOptions
 from ettin_foundry.corpus.finalize import finalize
+from ettin_foundry.corpus.verify import verify_dataset
 from ettin_foundry.corpus.worker import ConvertUnit
-from ettin_foundry.corpus.writer import ShardGroupWriter
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import Storage
 
@@ -41,25 +42,20 @@ class Killed(BaseException):
     """Stands for SIGKILL: the code under test cleans nothing up, because every later write fails too."""
 
 
-def kill_at(operation: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From this storage operation on (counted from 1), every write fails."""
-    count = [0]
-    for name in ("write_bytes", "put_file"):
-        original: Callable[..., None] = getattr(Storage, name)
-
-        def counted(self: Storage, *args: object, _original: Callable[..., None] = original) -> None:
-            count[0] += 1
-            if count[0] >= operation:
-                raise Killed
-            _original(self, *args)
-
-        monkeypatch.setattr(Storage, name, counted)
-
-
 def killed(operation: int, *args: object, **more: object) -> bool:
-    """Converts until the operation; whether it was killed there."""
+    """Converts until this write (counted from 1), which fails like all after it; whether it was killed there."""
+    left = iter(range(operation - 1))
+
+    def counted(original: Callable[..., None]) -> Callable[..., None]:
+        def write(*args: object) -> None:
+            if next(left, None) is None:
+                raise Killed
+            original(*args)
+        return write
+
     with pytest.MonkeyPatch.context() as patch:
-        kill_at(operation, patch)
+        for name in ("write_bytes", "put_file"):
+            patch.setattr(Storage, name, counted(getattr(Storage, name)))
         try:
             run(*args, **more)  # type: ignore[arg-type]
             return False
@@ -67,36 +63,26 @@ def killed(operation: int, *args: object, **more: object) -> bool:
             return True
 
 
-def test_killed_again_and_again_it_gives_the_same_bytes(tmp_path: Path, texts: Path, tokenizer_dir: Path,
-                                                        whole: dict[str, bytes]) -> None:
+def test_killed_again_and_again_it_leaves_no_half_dataset_and_ends_the_same(tmp_path, texts, tokenizer_dir, whole):
     """Each start gets a few writes further than the one before; the last writes of finalize need more than 6."""
     starts = 1
     while starts < 40 and killed(3 + starts % 4, tmp_path / "set", [texts], tokenizer_dir, **SETTINGS):
         starts += 1
+        for manifest in (tmp_path / "set").rglob("manifest.json"):
+            assert stored(manifest.parent)
     run(tmp_path / "set", [texts], tokenizer_dir, **SETTINGS)
     assert starts > 8 and files_of(tmp_path / "set") == whole
 
 
-@pytest.mark.parametrize("operation", [1, 4, 6, 15, 33, 38, 40])
-def test_killed_at_a_write_leaves_no_dataset_or_a_whole_one(tmp_path: Path, texts: Path, tokenizer_dir: Path,
-                                                            whole: dict[str, bytes], operation: int) -> None:
-    assert killed(operation, tmp_path / "set", [texts], tokenizer_dir, **SETTINGS)
-    for manifest in (tmp_path / "set").rglob("manifest.json"):
-        assert stored(manifest.parent)
-    run(tmp_path / "set", [texts], tokenizer_dir, **SETTINGS)
-    assert files_of(tmp_path / "set") == whole
-
-
-def test_workers_and_a_second_start_change_no_byte(tmp_path: Path, texts: Path, tokenizer_dir: Path,
-                                                   whole: dict[str, bytes]) -> None:
+def test_workers_and_a_second_start_change_no_byte(tmp_path, texts, tokenizer_dir, whole):
     first = run(tmp_path / "set", [texts], tokenizer_dir, workers=2, **SETTINGS)
     assert files_of(tmp_path / "set") == whole
     again = run(tmp_path / "set", [texts], tokenizer_dir, **SETTINGS)
-    assert again.units == (0, first.units[1]) and again.tokens == first.tokens and again.tokens_done == 0
+    assert again.units == (0, first.units[1]) and again.sources == first.sources and again.tokens_done == 0
     assert files_of(tmp_path / "set") == whole and f"{first.units[1]} of {first.units[1]} units were done" in str(again)
 
 
-def test_tasks_of_an_array_and_finalize_give_the_bytes_of_one_run(tmp_path: Path, texts: Path, tokenizer_dir: Path) -> None:
+def test_tasks_of_an_array_and_finalize_give_the_bytes_of_one_run(tmp_path, texts, tokenizer_dir):
     run(tmp_path / "one", [texts], tokenizer_dir, validation=0.2)
     array = {"num_tasks": 3, "validation": 0.2}
     done = [run(tmp_path / "many", [texts], tokenizer_dir, task_index=task, **array).units[0] for task in (2, 0)]
@@ -109,7 +95,7 @@ def test_tasks_of_an_array_and_finalize_give_the_bytes_of_one_run(tmp_path: Path
     assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
 
 
-def test_appending_gives_the_bytes_of_converting_both_at_once(tmp_path: Path, texts: Path, tokenizer_dir: Path) -> None:
+def test_appending_gives_the_bytes_of_converting_both_at_once(tmp_path, texts, tokenizer_dir):
     more = write_corpus(tmp_path / "more", files=2, documents=30, seed=5)
     (tmp_path / "more" / "again.jsonl").write_bytes((texts / "0.jsonl").read_bytes())  # duplicates of the first
     run(tmp_path / "both", [texts, tmp_path / "more"], tokenizer_dir, **SETTINGS)
@@ -117,10 +103,10 @@ def test_appending_gives_the_bytes_of_converting_both_at_once(tmp_path: Path, te
     for _ in range(2):  # appending twice is appending once
         summary = run(tmp_path / "set", [tmp_path / "more"], None, append=True, **SETTINGS)
     assert files_of(tmp_path / "set") == files_of(tmp_path / "both")
-    assert summary.sources["more"]["documents"] + summary.sources["more"]["dropped"]["duplicate"] == len(more) + 25
+    assert summary.sources["more"]["documents"] + summary.sources["more"]["dropped (duplicate)"] == len(more) + 25
 
 
-def test_a_growing_dataset_is_never_half_old_and_half_new(tmp_path: Path, texts: Path, tokenizer_dir: Path) -> None:
+def test_a_growing_dataset_is_never_half_old_and_half_new(tmp_path, texts, tokenizer_dir):
     """Killed at every write of an append: what has a manifest is whole, and the command goes on."""
     write_corpus(tmp_path / "more", files=1, documents=20, seed=5)
     run(tmp_path / "both", [texts, tmp_path / "more"], tokenizer_dir, validation=0.2)
@@ -135,7 +121,7 @@ def test_a_growing_dataset_is_never_half_old_and_half_new(tmp_path: Path, texts:
     assert states >= {0, 2} and files_of(tmp_path / "set") == files_of(tmp_path / "both")
 
 
-def test_an_unfinished_append_is_finished_before_another(tmp_path: Path, texts: Path, tokenizer_dir: Path) -> None:
+def test_an_unfinished_append_is_finished_before_another(tmp_path, texts, tokenizer_dir):
     for name in ("b", "c"):
         write_corpus(tmp_path / name, files=3, seed=ord(name))
     with pytest.raises(FileNotFoundError, match="--append needs a finished dataset"):
@@ -158,27 +144,33 @@ def test_an_unfinished_append_is_finished_before_another(tmp_path: Path, texts: 
     assert files_of(out) == files_of(tmp_path / "all")
 
 
-def test_an_empty_append_can_be_left_out_again(tmp_path: Path, texts: Path, tokenizer_dir: Path) -> None:
-    write_corpus(tmp_path / "good")
-    (tmp_path / "bad.jsonl").write_bytes(b"\n\n")
-    run(tmp_path / "set", [texts], tokenizer_dir)
-    with pytest.raises(ValueError, match="empty"):
-        run(tmp_path / "set", [tmp_path / "bad.jsonl"], tokenizer_dir, append=True)
-    run(tmp_path / "set", [tmp_path / "good"], tokenizer_dir, append=True)
+def test_what_holds_no_document_is_said_and_the_rest_is_written(tmp_path, texts, tokenizer_dir, caplog):
+    write_corpus(tmp_path / "good", first=6)
+    (tmp_path / "blank.jsonl").write_bytes(b"\n\n")
+    (tmp_path / "nothing.jsonl").touch()
+    out, settings = tmp_path / "set", {"validation": 1e-9}  # of which no document falls to validation
+    with pytest.raises(ValueError, match="sources must hold a document for training, got .*'short': 126"):
+        run(out, [texts], tokenizer_dir, filters=FilterOptions(min_characters=10**6), **settings)
+    run(out, [texts, tmp_path / "nothing.jsonl"], tokenizer_dir, **settings)  # then options may be changed
+    for _ in range(2):
+        run(out, [tmp_path / "blank.jsonl"], tokenizer_dir, append=True, **settings)
+    assert "nothing: no document" in caplog.text and "blank: no document" in caplog.text
+    assert "--validation 1e-09: no document fell to validation" in caplog.text
+    run(out, [tmp_path / "good"], tokenizer_dir, append=True, **settings)
+    assert verify_dataset(out).ok and not (out / "validation").exists()
     run(tmp_path / "both", [texts, tmp_path / "good"], tokenizer_dir)
-    found, expected = files_of(tmp_path / "set"), files_of(tmp_path / "both")
-    assert {name: found[name] for name in expected} == expected
+    found, expected = stored(out / "train"), stored(tmp_path / "both" / "train")
+    assert list(found) == list(expected) and all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
 OTHERS: dict[str, object] = {
-    "chunk_length": 40, "cut_window": 0.0, "validation": 0.3, "text_field": "body", "id_field": "id", "shard_size": 16384,
-    "unit_size": UNIT + 1, "compression": "zstd", "limit_bytes": 10_000, "seed": 1, "max_document_bytes": 5000,
-    "filters": FilterOptions(min_characters=9), "licence": "mit"}
+    "chunk_length": 40, "cut_window": 0.0, "validation": 0.3, "text_field": "body", "id_field": "id", "licence": "mit",
+    "shard_size": 16384, "unit_size": UNIT + 1, "compression": "zstd", "limit_bytes": 10_000, "seed": 1,
+    "max_document_bytes": 5000, "filters": FilterOptions(min_characters=9)}
 
 
 @pytest.mark.parametrize("option", OTHERS)
-def test_another_option_over_the_same_dataset_is_refused_by_name(tmp_path_factory: pytest.TempPathFactory, texts: Path,
-                                                                 tokenizer_dir: Path, option: str) -> None:
+def test_another_option_over_the_same_dataset_is_refused_by_name(tmp_path_factory, texts, tokenizer_dir, option):
     out = tmp_path_factory.getbasetemp() / "refused" / "set"
     if not out.exists():
         run(out, [texts], tokenizer_dir)
@@ -188,7 +180,7 @@ def test_another_option_over_the_same_dataset_is_refused_by_name(tmp_path_factor
     assert files_of(out) == before
 
 
-def test_foreign_folders_and_those_inside_a_source_are_refused_and_stay(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_foreign_folders_and_those_inside_a_source_are_refused_and_stay(tmp_path, tokenizer_dir):
     write_corpus(tmp_path / "in")
     before = files_of(tmp_path)
     with pytest.raises(FileExistsError, match=r"holds 0\.jsonl and no plan\.json"):
@@ -198,25 +190,40 @@ def test_foreign_folders_and_those_inside_a_source_are_refused_and_stay(tmp_path
     assert files_of(tmp_path) == before
 
 
-def test_a_bad_file_can_be_repaired_and_finished_units_keep_their_input(tmp_path: Path, tokenizer_dir: Path) -> None:
-    folder, out = tmp_path / "in", tmp_path / "set"
-    write_corpus(folder, files=4)
-    good = (folder / "2.jsonl").read_bytes()
-    run(tmp_path / "whole", [folder], tokenizer_dir)
-    (folder / "2.jsonl").write_bytes(b'{"text": 3}\n' + good)
-    with pytest.raises(ValueError, match=r"2\.jsonl"):
-        run(out, [folder], tokenizer_dir)
+@pytest.mark.parametrize("deduplicate, operation", [(False, 20), (True, 40)])
+def test_changed_input_is_read_again_in_an_unfinished_dataset(tmp_path, tokenizer_dir, deduplicate, operation, caplog):
+    """A record is taken out of a file, another file is removed and one is added; a later file repeats the record."""
+    folder, out, settings = tmp_path / "in", tmp_path / "set", {"filters": FilterOptions(deduplicate=deduplicate)}
+    texts = write_corpus(folder, files=5)
+    write_jsonl(folder / "3.jsonl", texts[5:45])
+    assert killed(operation, out, [folder], tokenizer_dir, **settings)
     finished = len(list((out / "units").iterdir()))
-    (folder / "2.jsonl").write_bytes(good)
-    summary = run(out, [folder], tokenizer_dir)
-    assert 0 < finished == summary.units[1] - summary.units[0] and files_of(out) == files_of(tmp_path / "whole")
-    (folder / "0.jsonl").write_bytes(good)
-    with pytest.raises(ValueError, match=r"unit 0 .*the input was changed after it was converted \(0\.jsonl\)"):
-        run(out, [folder], tokenizer_dir)
+    lines = (folder / "1.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "1.jsonl").write_bytes(b"".join(lines[1:]))
+    (folder / "2.jsonl").unlink()
+    write_jsonl(folder / "5.jsonl", texts[-9:])
+    summary = run(out, [folder], tokenizer_dir, **settings)
+    run(tmp_path / "new", [folder], tokenizer_dir, **settings)
+    assert summary.units[1] - summary.units[0] < finished and "(in: 1.jsonl) is done again" in caplog.text
+    found, expected = files_of(out), files_of(tmp_path / "new")
+    assert {n: d for n, d in found.items() if n[:4] != "work"} == {n: d for n, d in expected.items() if n[:4] != "work"}
+    (folder / "1.jsonl").write_bytes(b"".join(lines))
+    with pytest.raises(ValueError, match=r"unit \d+ .*files of a finished dataset must stay as they were"):
+        run(out, [folder], tokenizer_dir, **settings)
+    assert files_of(out) == found
 
 
-def test_lost_shards_are_made_again_and_a_foreign_record_is_refused(tmp_path: Path, texts: Path, tokenizer_dir: Path,
-                                                                    whole: dict[str, bytes]) -> None:
+@pytest.mark.parametrize("task, unit_size", [(0, UNIT), (1, "1mb")], ids=["the same unit", "no such unit now"])
+def test_nothing_is_left_of_a_try_with_other_options(tmp_path, texts, tokenizer_dir, task, unit_size):
+    out, settings = tmp_path / "set", {"validation": 0.4, "shard_size": "1kb", "task_index": task, "num_tasks": 2}
+    assert killed(8, out, [texts], tokenizer_dir, **settings)
+    before = set(out.rglob(f"shard.0000{task}.*"))
+    run(out, [texts], tokenizer_dir, unit_size=unit_size)
+    run(tmp_path / "new", [texts], tokenizer_dir, unit_size=unit_size)
+    assert files_of(out) == files_of(tmp_path / "new") and before - {*out.rglob("*")}
+
+
+def test_lost_shards_are_made_again_and_a_foreign_record_is_refused(tmp_path, texts, tokenizer_dir, whole):
     out = tmp_path / "set"
     run(out, [texts], tokenizer_dir, **SETTINGS)
     shards = sorted((out / "train").glob("*.mds"))
@@ -233,18 +240,7 @@ def test_lost_shards_are_made_again_and_a_foreign_record_is_refused(tmp_path: Pa
         finalize(out)
 
 
-def test_a_lost_document_is_a_bug_that_stops_the_run(tmp_path: Path, texts: Path, tokenizer_dir: Path,
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    write = ShardGroupWriter.write
-    monkeypatch.setattr(ShardGroupWriter, "write", lambda self, ids, tokens, lengths: write(
-        self, ids[1:], tokens[int(lengths[0]):], lengths[1:]))
-    with pytest.raises(RuntimeError, match="hold .* were given"):
-        run(tmp_path / "set", [texts], tokenizer_dir)
-    assert not (tmp_path / "set" / "units").exists()
-
-
-def test_datasets_on_s3_are_the_local_ones_also_when_requests_fail(texts: Path, tokenizer_dir: Path, whole: dict[str, bytes],
-                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_datasets_on_s3_are_the_local_ones_also_when_requests_fail(texts, tokenizer_dir, whole, monkeypatch):
     with S3Server() as server:
         server.connect(monkeypatch)
         for path in sorted(texts.iterdir()):
@@ -256,8 +252,7 @@ def test_datasets_on_s3_are_the_local_ones_also_when_requests_fail(texts: Path, 
     assert found == whole
 
 
-def test_until_a_unit_is_finished_input_and_options_may_change(tmp_path: Path, tokenizer_dir: Path,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_until_a_unit_is_finished_input_and_options_may_change(tmp_path, tokenizer_dir, monkeypatch):
     """Neither hashes of an old input nor a tokenizer trained on it have a say afterwards."""
     write_corpus(tmp_path / "in", files=2, documents=30)
     lines = (tmp_path / "in" / "0.jsonl").read_text().splitlines(keepends=True)

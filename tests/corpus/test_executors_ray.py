@@ -62,8 +62,7 @@ def _small_ray() -> Iterator[None]:
     patch.undo()
 
 
-def test_conversion_on_ray_with_a_killed_worker_writes_the_bytes_of_one_process(tmp_path: Path, tokenizer_dir: Path,
-                                                                                caplog: pytest.LogCaptureFixture) -> None:
+def test_conversion_on_ray_with_a_killed_worker_writes_the_bytes_of_one_process(tmp_path, tokenizer_dir, caplog):
     write_corpus(tmp_path / "texts", files=6, documents=2_000)
     settings = {"validation": 0.2, "unit_size": "64kb", "engine": "tokenizers"}
     run(tmp_path / "one", [tmp_path / "texts"], tokenizer_dir, **settings)
@@ -95,7 +94,7 @@ def cluster(_small_ray: None) -> None:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_errors_and_hopeless_tasks_are_as_in_a_local_pool(tmp_path: Path) -> None:
+def test_errors_and_hopeless_tasks_are_as_in_a_local_pool(tmp_path):
     options = {"workers": 2, "board": Board("test", 0), "ray": True}
     with pytest.raises(FileNotFoundError, match="no such corpus") as raised:
         run_tasks(pool_jobs.raising, jobs(3, tmp_path)[::-2], **options)  # type: ignore[arg-type]
@@ -109,7 +108,7 @@ def test_errors_and_hopeless_tasks_are_as_in_a_local_pool(tmp_path: Path) -> Non
     assert ray.is_initialized()
 
 
-def test_no_cluster_at_the_address_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_cluster_at_the_address_is_said_at_once(monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

@@ -6,12 +6,9 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import xxhash
 from whole_sets import contents, copy_set, edit, flip, shards_of, whole_set
 
 from ettin_foundry.cli import main as cli
@@ -20,8 +17,8 @@ from ettin_foundry.corpus.plan import Plan, Unit, read_plan
 from ettin_foundry.corpus.verify import verify_dataset
 from ettin_foundry.data.storage import open_storage
 
-SMALL = ["train/lengths.npy", "train/index.json", "train/manifest.json", "validation/manifest.json", "plan.json",
-         "units/00001.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "lengths.svg", "README.md"]
+SMALL = ["train/lengths.npy", "train/index.json", "train/manifest.json", "validation/manifest.json", "lengths.svg",
+         "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "README.md"]
 
 
 @pytest.fixture
@@ -45,7 +42,7 @@ def bump(table: dict, key: str | int, by: int = 1) -> None:
 
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
-def test_whole_dataset_has_no_problem_and_is_not_touched(tokenizer_dir: Path, compression: str | None) -> None:
+def test_whole_dataset_has_no_problem_and_is_not_touched(tokenizer_dir, compression):
     whole = whole_set(tokenizer_dir, compression)
     before = contents(whole)
     report = verify_dataset(whole)
@@ -59,7 +56,7 @@ def test_whole_dataset_has_no_problem_and_is_not_touched(tokenizer_dir: Path, co
 
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
-def test_flipped_bit_of_a_shard_is_found(tokenizer_dir: Path, tmp_path: Path, compression: str | None) -> None:
+def test_flipped_bit_of_a_shard_is_found(tokenizer_dir, tmp_path, compression):
     out = copy_set(tokenizer_dir, tmp_path, compression=compression)
     for place, path in enumerate(shards_of(out / "train")[:6]):
         good = path.read_bytes()
@@ -70,28 +67,22 @@ def test_flipped_bit_of_a_shard_is_found(tokenizer_dir: Path, tmp_path: Path, co
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_damage_to_a_small_file_is_found_wherever_it_is(private: Path, name: str) -> None:
-    """Of a record only what goes into the dataset counts, of the card only the hashes in its comment."""
+def test_damage_to_a_small_file_is_found_wherever_it_is(private, name):
+    """Of the card only the hashes in its comment count."""
     path, rng = private / name, random.Random(name)
     before = path.read_bytes()
     begin, end = (before.index(key) for key in (b'"files"', b'"splits"')) if name == "README.md" else (0, len(before))
     for at in [begin + 2, *(rng.randrange(begin, end) for _ in range(3))]:
         flip(path, at, rng.randrange(7))
-        if verify_dataset(private, threads=1).ok:
-            keys = ("splits", "source", "units", "options", "sources")
-            found, stated = ([json.loads(data).get(key) for key in keys] for data in (path.read_bytes(), before))
-            assert name.startswith(("units/", "plan")) and found == stated, at
+        assert not verify_dataset(private, threads=1).ok, at
         path.write_bytes(before)
-    path.write_bytes(before[:len(before) // 2])
-    report = verify_dataset(private, threads=1)
-    assert not report.ok or (name == "README.md" and report.notes)
-    path.unlink()
-    report = verify_dataset(private, threads=1)
-    found = report.notes if name in ("README.md", "units/00001.json") else report.problems
-    assert any(word in text for text in found for word in (path.name, "units are not done"))
+    for damage in (lambda: path.write_bytes(before[:len(before) // 2]), path.unlink):
+        damage()
+        report = verify_dataset(private, threads=1)
+        assert any(path.name in text for text in (report.notes if name == "README.md" else report.problems))
 
 
-def test_everything_wrong_is_listed_at_once(private: Path, capsys: pytest.CaptureFixture) -> None:
+def test_everything_wrong_is_listed_at_once(private, capsys):
     train, validation = shards_of(private / "train"), shards_of(private / "validation")
     flip(train[0], -1)
     train[1].unlink()
@@ -100,7 +91,7 @@ def test_everything_wrong_is_listed_at_once(private: Path, capsys: pytest.Captur
     train[3].symlink_to(private.parent / "outside")
     stray = Path(shutil.copy(train[4], private / "train" / "shard.00099.000.mds"))
     flip(validation[0], 3)
-    small = [private / name for name in SMALL if name.startswith(("train/index", "train/lengths", "tokenizer/tok", "un"))]
+    small = [private / name for name in SMALL if name.startswith(("train/index", "train/lengths", "tokenizer/tok"))]
     for path in small:
         flip(path, -30)
     (private / "validation" / "index.json").unlink()
@@ -113,14 +104,15 @@ def test_everything_wrong_is_listed_at_once(private: Path, capsys: pytest.Captur
     assert not any(str(path) in text for path in [*train[4:], *validation[1:]])
 
 
-def test_commands_verify_finalize_and_mix(private: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_commands_verify_finalize_and_mix(private, tmp_path, capsys):
     before, none, spec = contents(private), tmp_path / "none", tmp_path / "spec.yaml"
     (private / "train" / "manifest.json").unlink()
     spec.write_text("sets:\n  mine: {set: set, tokens: 2000}\n")
+    wrong = ["finalize", none], ["verify", none], ["mix", none, "x"]
     for words, code, text in ((["finalize", private], 0, "train: 81 documents, 175 chunks, 7,875 tokens, 17 shards"),
                               (["verify", private, "--threads", 2], 0, "all is as it should be"),
                               (["mix", spec, tmp_path / "mix", "--seed", 3], 0, "passes"),
-                              *((words, 1, "none") for words in (["finalize", none], ["verify", none], ["mix", none, "x"]))):
+                              *((words, 1, "none") for words in wrong)):
         with pytest.raises(SystemExit) as end:
             cli.main([str(word) for word in words])
         out, err = capsys.readouterr()
@@ -139,34 +131,18 @@ def test_commands_verify_finalize_and_mix(private: Path, tmp_path: Path, capsys:
     (lambda m: m["tokenizer"].update(probe_sha256="0"), "probe_sha256"),
     (lambda m: m["tokenizer"]["special_ids"].update(mask=3), "special_ids"),
     (lambda m: m.update(chunk_length=61), "chunk_length")])
-def test_lie_of_a_manifest_is_found_by_the_files_alone(bare: Path, change: Callable, words: str) -> None:
+def test_lie_of_a_manifest_is_found_by_the_files_alone(bare, change, words):
     edit(bare / "train" / "manifest.json", change)
     assert re.search(words, problems(bare))
 
 
-@pytest.mark.parametrize("change,in_records", [
-    (lambda m: m["sources"]["wiki"].update(licence="mit"), True), (lambda m: m.update(code_version="9"), False)])
-def test_changed_fact_is_found_by_records_or_card(private: Path, change: Callable, in_records: bool) -> None:
+@pytest.mark.parametrize("change", [lambda m: m["sources"]["wiki"].update(licence="mit"), lambda m: m.update(more=9)])
+def test_changed_fact_is_found_by_the_card(private, change):
     edit(private / "train" / "manifest.json", change)
-    text = problems(private)
-    assert "train/manifest.json: sha256 is" in text and ("differs from plan.json and units/" in text) == in_records
+    assert "train/manifest.json: sha256 is" in problems(private)
 
 
-@pytest.mark.parametrize("token,words", [(600, "token 600 in chunk"), ("mask", "holds the special token")])
-def test_tokens_are_plain_ones_even_under_a_right_hash(bare: Path, token: int | str, words: str) -> None:
-    special = json.loads((bare / "train" / "manifest.json").read_text())["tokenizer"]["special_ids"]
-    for path in shards_of(bare / "train"):
-        data = path.read_bytes()[:-2] + np.array([special.get(token, token)], "<u2").tobytes()
-        old, new = xxhash.xxh64(path.read_bytes()).hexdigest(), xxhash.xxh64(data).hexdigest()
-        path.write_bytes(data)
-        for name in ("manifest.json", "index.json"):
-            text = (bare / "train" / name).read_text()
-            (bare / "train" / name).write_text(text.replace(old, new))
-    found = verify_dataset(bare, threads=1).problems
-    assert found and all(words in text for text in found)
-
-
-def test_source_being_added_is_a_note_and_foreign_files_are_problems(private: Path) -> None:
+def test_source_being_added_is_a_note_and_foreign_files_are_problems(private):
     plan = read_plan(open_storage(private))
     units = [*plan.units, Unit(len(plan.units), "code", plan.units[-1].parts, (9,))]
     (private / "plan.json").write_bytes(Plan(plan.options, plan.tokenizer, plan.sources, units).to_bytes())
@@ -178,17 +154,18 @@ def test_source_being_added_is_a_note_and_foreign_files_are_problems(private: Pa
     assert "00099.json: belongs to no unit" in found and "test: is no split of this dataset" in found
 
 
-@pytest.mark.parametrize("change", [
-    lambda r: r.update(key="0"), lambda r: bump(r["splits"]["train"], "tokens"),
-    lambda r: bump(r["splits"]["train"]["shards"][0]["lengths"], 5), lambda r: r["splits"]["train"].update(shards=3)])
-def test_record_or_card_that_is_not_of_the_dataset_is_found(private: Path, change: Callable) -> None:
-    edit(private / "units" / "00001.json", change)
-    card = private / "README.md"  # one that names files elsewhere reads none of them
+def test_record_plan_or_card_that_is_not_of_the_dataset_is_found(private):
+    card, record = private / "README.md", private / "units" / "00001.json"  # the card names a file elsewhere
     card.write_text(card.read_text().replace('"lengths.svg": "', '"../precious": "00", "lengths.svg": "'))
-    assert "units" in (text := problems(private)) and "README.md: its last comment must be" in text
+    edit(record, lambda r: r.update(key="0"))
+    (private / "units" / "00002.json").write_text("{")
+    text = problems(private)
+    assert "README.md: its last comment must be" in text and "00001.json: must be as" in text and "00002.json" in text
+    (private / "plan.json").write_text("[]")
+    assert "plan.json: must be as a conversion wrote it" in problems(private)
 
 
-def test_dataset_behind_a_url_is_checked_the_same_way(private: Path, tmp_path: Path) -> None:
+def test_dataset_behind_a_url_is_checked_the_same_way(private, tmp_path):
     remote = open_storage(url := f"memory://{tmp_path.name}/set")
     for name, data in contents(private).items():
         remote.write_bytes(name, data)
@@ -205,7 +182,7 @@ def test_dataset_behind_a_url_is_checked_the_same_way(private: Path, tmp_path: P
     assert paths[3].name not in found
 
 
-def test_mixture_is_held_to_its_datasets(private: Path, tmp_path: Path) -> None:
+def test_mixture_is_held_to_its_datasets(private, tmp_path):
     sources = json.loads((private / "train" / "manifest.json").read_text())["sources"]
     entries = {name: {"set": "set", "source": name, "tokens": sources[name]["tokens"] / 2} for name in sources}
     (tmp_path / "spec.yaml").write_text(json.dumps({"sets": entries}))
