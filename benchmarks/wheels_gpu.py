@@ -3,10 +3,9 @@
     python3 benchmarks/wheels_gpu.py                    collects the wheels below into .wheels/ (make wheels-gpu)
     python3 benchmarks/wheels_gpu.py --unpack FOLDER    there: unpacks them; put FOLDER first on PYTHONPATH
 
-The list is what `import llmfoundry, composer, streaming, optimi` and llmfoundry.command_utils.train load beyond a usual
-machine-learning image (torch, torchvision, torchmetrics, accelerate, einops, numpy, pandas, pyarrow, scikit-learn,
-matplotlib, sentencepiece, safetensors, requests, aiohttp, rich, PyYAML, xxhash, protobuf, ...), found by importing with
-everything else out of sight. Cloud SDKs and trackers that are only tried are left out. torch is never fetched.
+`NAMES` is what training and conversion load beyond `IMAGE`, found by running both with everything else out of sight; a
+test holds the package's imports against the two. Cloud SDKs and trackers that are only tried are left out. torch is
+never fetched. Versions are those of constraints.txt.
 """
 
 from __future__ import annotations
@@ -21,34 +20,39 @@ FOLDER = Path(__file__).resolve().parents[1] / ".wheels"
 LIMIT_MB = 60
 PYTHON = "3.12"
 # pip matches each tag literally, so all that a wheel may carry are named
-PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (34, 31, 28, 27, 24, 17, 12, 5)] + ["manylinux2014_x86_64"]
-PINS = """
-llm-foundry==0.22.0 mosaicml==0.32.1 mosaicml-cli==0.7.5 mosaicml-streaming==0.12.0 torch-optimi==0.3.3
-transformers==4.51.3 tokenizers==0.21.4 huggingface-hub==0.33.5 datasets==3.6.0 dill==0.3.8 multiprocess==0.70.16
-omegaconf==2.4.0 catalogue==2.0.10 coolname==2.2.0 importlib-metadata==8.9.0 backoff==2.2.1 tenacity==9.2.1
-beautifulsoup4==4.15.0 soupsieve==4.1.2
-gql==3.5.3 graphql-core==3.2.6 websockets==11.0.3 questionary==2.0.1 prompt-toolkit==3.0.36 wcwidth==0.9.4
-ruamel.yaml==0.19.1 validators==0.36.0 GitPython==3.1.44 gitdb==4.0.12 smmap==5.0.3
-mlflow-skinny==2.22.5 databricks-sdk==0.156.0 google-auth==2.62.2 cachetools==5.5.2 cryptography==50.0.2 cffi==2.1.1
-sqlparse==0.6.1 pytz==2026.6 opentelemetry-api==1.45.2 opentelemetry-sdk==1.45.2
-opentelemetry-semantic-conventions==0.66b2
-pydantic==2.14.3 pydantic-core==2.50.4 annotated-types==0.8.0 typing-inspection==0.4.5
-zstandard==0.25.0 zstd==1.5.6.1 brotli==1.2.1 python-snappy==0.7.3 cramjam==2.14.0
+PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(35, 4, -1)] + ["manylinux2014_x86_64"]
+# of a usual machine-learning image, whatever the version
+IMAGE = """
+torch torchvision torchmetrics triton accelerate einops numpy pandas scikit-learn pyarrow matplotlib sentencepiece
+safetensors requests aiohttp fsspec rich typer click PyYAML protobuf psutil tabulate tqdm packaging
+""".split()
+NAMES = """
+llm-foundry mosaicml mosaicml-cli mosaicml-streaming torch-optimi
+transformers tokenizers huggingface-hub datasets dill multiprocess
+omegaconf catalogue coolname importlib-metadata backoff tenacity beautifulsoup4 soupsieve
+gql graphql-core websockets questionary prompt-toolkit wcwidth
+ruamel.yaml validators GitPython gitdb smmap
+mlflow-skinny databricks-sdk google-auth cachetools cryptography cffi
+sqlparse pytz opentelemetry-api opentelemetry-sdk opentelemetry-semantic-conventions
+pydantic pydantic-core annotated-types typing-inspection
+zstandard zstd brotli python-snappy cramjam
+orjson fastokens setuptools xxhash
 """.split()
 
 
 def collect(folder: Path) -> None:
-    """Downloads `PINS` for the machine's Python; a second call fetches what is missing."""
+    """Downloads `NAMES` for the machine's Python; a second call fetches what is missing."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-               "--implementation", "cp", "--python-version", PYTHON, "--dest", str(folder)]
+               "--implementation", "cp", "--python-version", PYTHON, "--dest", str(folder),
+               "--constraint", str(FOLDER.with_name("constraints.txt"))]
     for platform in PLATFORMS:
         command += ["--platform", platform]
-    subprocess.run([*command, *PINS], check=True)
+    subprocess.run([*command, *NAMES], check=True)
     wheels = sorted(folder.glob("*.whl"))
     megabytes = sum(wheel.stat().st_size for wheel in wheels) / 1e6
     print(f"{len(wheels)} wheels, {megabytes:.1f} MB in {folder}")
-    if megabytes > LIMIT_MB or len(wheels) != len(PINS):
-        raise SystemExit(f"{folder} holds {len(wheels)} wheels of {megabytes:.1f} MB together; {len(PINS)} wheels under "
+    if megabytes > LIMIT_MB or len(wheels) != len(NAMES):
+        raise SystemExit(f"{folder} holds {len(wheels)} wheels of {megabytes:.1f} MB together; {len(NAMES)} wheels under "
                          f"{LIMIT_MB} MB are allowed. Remove the folder and run this again")
 
 

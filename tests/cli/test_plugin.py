@@ -1,7 +1,10 @@
 """LLM-Foundry finds every name, by entry point and by `register()`, and the two tables agree."""
 
+import ast
 import configparser
+import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +12,7 @@ from pathlib import Path
 import nano_run
 
 import ettin_foundry
+from benchmarks import wheels_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,6 +75,21 @@ def test_stock_llmfoundry_finds_every_name_and_trains_with_them(data_set, tmp_pa
     found = {line.split()[1]: line.split()[2:] for line in lines if line.startswith("FOUND ")}
     assert found == {name: ["0", "True"] for names in ettin_foundry.REGISTRY.values() for name in names}
     assert list(tmp_path.rglob("latest-rank0.pt"))
+
+
+def test_wheels_for_a_gpu_machine_hold_what_the_package_imports():
+    setup = configparser.ConfigParser(inline_comment_prefixes="#")
+    setup.read(ROOT / "setup.cfg")
+    bounded = {line for line in setup["options"]["install_requires"].split() if "<" in line or "==" in line}
+    names = {name.lower() for name in wheels_gpu.NAMES}
+    assert {re.split("[<>=]", line)[0] for line in bounded} <= names  # the image may have another version
+    of, there = importlib.metadata.packages_distributions(), names | {name.lower() for name in wheels_gpu.IMAGE}
+    for path in (*(ROOT / "ettin_foundry").rglob("*.py"), ROOT / "train.py"):
+        for node in ast.parse(path.read_text()).body:
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else [
+                alias.name for alias in getattr(node, "names", ())]
+            for module in {name.split(".")[0] for name in modules} - sys.stdlib_module_names - {"ettin_foundry"}:
+                assert {name.lower() for name in of[module]} & there, (path, module)
 
 
 def test_core_modules_import_with_torch_and_numpy_only():
