@@ -47,9 +47,10 @@ def write_corpus(folder: Path, *, files: int = 3, documents: int = 40, seed: int
 def stored(split: Path) -> dict[str, np.ndarray]:
     """Document id -> its tokens, put together again from chunks found in order."""
     data, parts = MDSSplit(split), {}
-    data.verify()
+    data.check_index()
     open_document = None
     for shard in range(data.num_shards):
+        data.check_shard(shard)
         for index in range(int(data.samples[shard])):
             sample = data.sample(shard, index)
             pieces = parts.setdefault(sample["doc"], [])

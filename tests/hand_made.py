@@ -142,6 +142,6 @@ def flip(path: Path, at: int) -> None:
 
 
 def samples_of(data: Any) -> list[dict[str, Any]]:
-    """Every chunk with all its columns."""
-    return [{**sample, "tokens": sample["tokens"].tolist()} for shard in range(data.num_shards)
-            for sample in (data.sample(shard, index) for index in range(int(data.samples[shard])))]
+    """Every chunk with all its columns, of shards that are opened for training."""
+    return [{**data.sample(shard, index), "tokens": data.chunk(shard, index).tolist()} for shard in range(data.num_shards)
+            if data.chunk(shard, 0).size for index in range(int(data.samples[shard]))]

@@ -51,4 +51,4 @@ def edit(mix, change, split="train"):
 def chunks_of(data):
     """(source, document) of every chunk of every shard; `doc` names set, split, shard and chunk in these sets."""
     return [(source, data.sample(shard, index)["doc"]) for shard, source in enumerate(data.sources)
-            for index in range(data.samples[shard])]
+            if data.chunk(shard, 0).size for index in range(data.samples[shard])]

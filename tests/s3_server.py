@@ -65,10 +65,10 @@ class S3Server:
         """Makes this process talk to the server, without waiting between tries; children get `environment` by it too."""
         for name, value in self.environment.items():
             monkeypatch.setenv(name, value)
-        for client in ("botocore.endpoint", "ettin_foundry.data.storage_remote"):
-            monkeypatch.setattr(f"{client}.time", SimpleNamespace(sleep=lambda seconds: None))
+        for module in ("botocore.endpoint", "ettin_foundry.data.storage"):
+            monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=lambda seconds: None))
         if block_bytes:
-            monkeypatch.setattr("ettin_foundry.data.storage_remote._BLOCK_BYTES", block_bytes)
+            monkeypatch.setattr("ettin_foundry.data.storage._BLOCK_BYTES", block_bytes)
 
     def empty(self) -> None:
         """Back to one empty bucket, no faults, no requests: between tests that share a server."""

@@ -2,8 +2,7 @@
 
 The raw shards that training maps lie in the split's local folder. They come from a remote folder or URL, or from
 compressed shards beside them. All processes of a node share the folder: one makes a shard while the others wait for it
-or make another; with a limit one shard is made at a time. A shard gets its name only when it is whole and of the stated
-hash; a wrong one is fetched once more, then it is an error.
+or make another; with a limit one is made at a time. A shard gets its name only when it is whole and of the stated hash.
 
 Layout of `.cache/` in the folder: `NAME.lock`, `room.lock` with a limit, and `lock` for the small files (held with
 flock: the kernel releases it when its holder dies), `NAME.part/` (files being made), `remote` (filled by fetching).
@@ -24,6 +23,7 @@ from typing import Any
 
 from ettin_foundry.data import INDEX, LENGTHS, MANIFEST
 from ettin_foundry.data.manifest import MAX_JSON_BYTES, bad_file, expand, map_file, open_plain, parse_json
+from ettin_foundry.data.quantities import parse_bytes
 from ettin_foundry.data.storage import atomic_file, check_name, open_storage
 
 log = logging.getLogger(__name__)
@@ -104,10 +104,7 @@ def fetch_tokenizer(local: Path, remote: str) -> None:
 
 
 class ShardFiles:
-    """The raw shards of one split folder, made when they are needed or shortly before; may be pickled and forked.
-
-    `shards` are the manifest's entries, `remote` a folder or URL of the same split.
-    """
+    """The raw shards of one split folder, made when they are needed or shortly before; may be pickled and forked."""
 
     def __init__(self, local: Path, shards: Sequence[dict[str, Any]], remote: str | None) -> None:
         self.local, self.cache, self.shards = local, local / _CACHE, shards
@@ -123,15 +120,13 @@ class ShardFiles:
     def ensure(self, shard: int, release: Callable[[], bool]) -> None:
         """Returns when the raw shard lies in the local folder, made by this process or another.
 
-        Where there is no room, `release` unmaps a shard of this process (False when it has none). ValueError: what was
-        fetched is not what the manifest states, twice. OSError: no room, or from storage.
+        Where there is no room, `release` unmaps a shard of this process (False when it has none).
         """
         end = time.monotonic() + _PATIENCE
         while self.fetches and not os.path.lexists(self.path(shard)) and not self._make(shard):
             if not release():
                 if time.monotonic() > end:
-                    raise OSError("dataset.cache_limit must be larger, got no room for "
-                                  f"{self.path(shard).name} in {_PATIENCE:.0f} s: all is in use; raise it")
+                    raise OSError(f"dataset.cache_limit must be larger: no room for {self.path(shard)} in {_PATIENCE:.0f} s")
                 time.sleep(_POLL)
 
     def prefetch(self, shards: Sequence[int]) -> None:
@@ -226,8 +221,8 @@ class Room:
     What is least recently used goes first, and what is wanted soon last; never a shard that a process has mapped.
     """
 
-    def __init__(self, limit: int, folder: Path, members: Iterable[ShardFiles]) -> None:
-        self.limit, self._folder = limit, folder
+    def __init__(self, limit: int | str, folder: Path, members: Iterable[ShardFiles]) -> None:
+        self.limit, self._folder = parse_bytes("dataset.cache_limit", limit) or 0, folder
         self._members = list({files.local: files for files in members if files.fetches}.values())
         if not self._members:
             raise ValueError(f"dataset.cache_limit must be left out for local, uncompressed datasets, got {limit}")

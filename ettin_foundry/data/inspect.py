@@ -1,7 +1,6 @@
-"""Finds a dataset that a user named and says what is in it: counts by source, lengths, decoded samples.
+"""Finds a dataset, split or mixture that a user named and says what is in it: counts by source, lengths, samples.
 
-A location is a folder or URL of a dataset, of one split, or of a mixture; a remote one is read through a temporary
-folder. Counts come from small files alone; only samples open shards. Nothing is written there.
+A remote one is read through a temporary folder. Counts come from small files alone; only samples open shards.
 """
 
 from __future__ import annotations
@@ -15,15 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ettin_foundry.data import INDEX, MANIFEST
-from ettin_foundry.data.manifest import expand, map_file
 from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
 from ettin_foundry.data.quantities import length_cells
-from ettin_foundry.data.shards import MDSSplit, parse_shard, read_columns
 from ettin_foundry.data.storage import Storage, is_url, open_storage
 
-_MAX_TOKENIZER_BYTES = 64 << 20
-_SHOWN = 400  # characters of a sample
 _HEADER: tuple[str, ...] = ("source", "documents", "chunks", "tokens", "share", "mean", "10%", "median", "90%", "full",
                             "rows", "fill", "bytes/token", "licence")
 
@@ -64,16 +59,16 @@ def load_decoder(storage: Storage) -> Any | None:
     name = "tokenizer/tokenizer.json"
     if not storage.exists(name):
         return None
-    text = storage.read_bytes(name, at_most=_MAX_TOKENIZER_BYTES)
+    text = storage.read_bytes(name, at_most=64 << 20)
     try:
         return Tokenizer.from_str(text.decode())
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{storage.where(name)} must be a tokenizer, got {error!s:.200}") from None
 
 
-def plain(text: str, limit: int | None = None) -> str:
+def plain(text: str, limit: int = 10_000) -> str:
     """Foreign text for a terminal: one line, control characters as escapes, cut at `limit` characters."""
-    cut = text if limit is None or len(text) <= limit else text[:limit] + "..."
+    cut = text if len(text) <= limit else text[:limit] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
@@ -116,25 +111,12 @@ def draw_samples(data: Any, *, per_source: int, seed: int = 0) -> list[dict[str,
         drawn = rng.choice(int(ends[-1]), size=min(per_source, int(ends[-1])), replace=False)
         for place in sorted(drawn.tolist()):
             at = int(np.searchsorted(ends, place, side="right"))
-            samples.append({**_sample(data, int(shards[at]), place - int(ends[at - 1] if at else 0)), "source": name})
+            samples.append({**data.sample(int(shards[at]), place - int(ends[at - 1] if at else 0)), "source": name})
     return samples
 
 
-def _sample(data: Any, shard: int, index: int) -> dict[str, Any]:
-    """As `data.sample`; a compressed shard that lies here is expanded in memory: looking leaves no file."""
-    entry: dict[str, Any] = data.manifest["shards"][shard] if isinstance(data, MDSSplit) else {"zip": None}
-    if entry["zip"] is None or not (path := data.local / entry["zip"]["basename"]).is_file():
-        return data.sample(shard, index)
-    buffer = b"".join(expand(map_file(path, None, None), path, entry["raw"]["bytes"]))
-    opened = parse_shard(buffer, path, num_samples=None, chunk_length=data.chunk_length,
-                         vocab_size=data.tokenizer["vocab_size"])
-    doc, part, _ = read_columns(opened, index, path)
-    tokens = np.frombuffer(buffer, "<u2", int(opened.lengths[index]), int(opened.token_starts[index])).copy()
-    return {"tokens": tokens, "doc": doc, "part": part, "last": opened.last[index]}
-
-
 def show_lines(location: str | os.PathLike[str], *, samples: int = 1, seed: int = 0) -> Iterator[str]:
-    """Lines that describe a dataset, split or mixture, with `samples` decoded chunks of each source."""
+    """Lines that describe what lies at a folder or URL, with `samples` decoded chunks of each source."""
     found = find_dataset(location)
     decoder = load_decoder(found.storage) if samples else None
     with tempfile.TemporaryDirectory(prefix="ettin-") as scratch:
@@ -145,7 +127,7 @@ def show_lines(location: str | os.PathLike[str], *, samples: int = 1, seed: int 
                 tokens, end = sample["tokens"].tolist(), ", ends its document" if sample["last"] else ""
                 yield (f"  [{plain(sample['source'])}] {plain(sample['doc'], 100)}, part {sample['part']}, "
                        f"{len(tokens):,} tokens{end}")
-                yield "    " + (plain(decoder.decode(tokens, skip_special_tokens=False), _SHOWN) if decoder else
+                yield "    " + (plain(decoder.decode(tokens, skip_special_tokens=False), 400) if decoder else
                                 f"no tokenizer/ beside the dataset; ids {tokens[:32]}")
             yield ""
 

@@ -1,8 +1,7 @@
 """What the manifest of a converted split states, and files opened without trusting them.
 
-`manifest.json` is written last, so a folder that holds one is complete. All that other modules rely on is checked here:
-names, because one with a slash would open any file of the machine; numbers, because sums must not overflow and no more
-is decompressed than stated. A file is mapped only if it is a plain file of the stated size and hash.
+`manifest.json` is written last, so a folder that holds one is complete. Names are checked, because one with a slash would
+open any file of the machine, and numbers, because sums must not overflow and no more is decompressed than stated.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from ettin_foundry.data.storage import refuse_pointer
 
 MAX_JSON_BYTES = 1 << 30  # the manifest of 70,000 shards, two trillion tokens, takes about 30 MB
 _SMALLEST_SAMPLE = 34  # bytes of an empty doc and source with a chunk's sizes, numbers, array head and table entry
-_BLOCK = 1 << 20
 
 Buffer = mmap.mmap | bytes | bytearray
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -58,10 +56,9 @@ def open_plain(path: Path) -> int:
 
 
 def map_file(path: Path, num_bytes: int | None, xxh64: str | None, *, shared: bool = False, name: str = "") -> mmap.mmap:
-    """Maps a plain file read-only; ValueError for another size or hash than stated (None leaves the check out).
+    """Maps a plain file read-only; ValueError, about `name`, for another size or hash than stated (None: any).
 
-    `shared` locks the file while it is mapped, so that cache.py does not remove it, and marks it as just used; `name` is
-    what messages call it. FileNotFoundError: missing, or removed at this moment.
+    `shared` locks the file while it is mapped, so that cache.py does not remove it, and marks it as just used.
     """
     descriptor = open_plain(path)
     try:
@@ -72,8 +69,8 @@ def map_file(path: Path, num_bytes: int | None, xxh64: str | None, *, shared: bo
         status = os.fstat(descriptor)
         if shared and not status.st_nlink:
             raise FileNotFoundError(f"{path}: removed while it was opened, the cache made room")
-        if not status.st_size or num_bytes not in (None, status.st_size):
-            raise bad_file(name or path, f"has {status.st_size} bytes", f"the manifest states {num_bytes or 'more'}")
+        if not (size := status.st_size) or num_bytes not in (None, size):
+            raise bad_file(name or path, f"has {size} bytes", f"the manifest states {num_bytes or 'more'}")
         buffer = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
     finally:
         os.close(descriptor)
@@ -88,17 +85,16 @@ def check_hash(data: Buffer, path: Path | str, xxh64: str | None) -> None:
 
 
 def expand(data: Buffer, where: Path | str, num_bytes: int) -> Iterator[bytes]:
-    """Decompresses a zstd file in blocks of 1 MiB, which together have `num_bytes` bytes.
+    """Decompresses a zstd file in blocks of 1 MiB, which together have `num_bytes` bytes; ValueError for more or less.
 
-    Memory is bounded by the block and zstd's window (128 MiB), whatever the file claims. ValueError: it is no zstd file,
-    or holds more or less.
+    Memory is bounded by the block and zstd's window (128 MiB), whatever the file claims.
     """
     import pyarrow as pa  # late: only compressed datasets need it
 
     left = num_bytes
     try:
         reader = pa.CompressedInputStream(pa.BufferReader(data), "zstd")
-        while block := reader.read(min(_BLOCK, left + 1)):
+        while block := reader.read(min(1 << 20, left + 1)):
             left -= len(block)
             if left < 0:
                 raise bad_file(where, f"expands beyond {num_bytes} bytes", "no more is stated for it", "do not use it")
@@ -218,22 +214,19 @@ class SplitFacts:
         self.chunk_length: int = manifest["chunk_length"]  # most tokens of a chunk, special tokens not counted
         self.tokenizer: dict[str, Any] = manifest["tokenizer"]  # see tokenizer.fingerprint
         shards = manifest.get("shards", ())
+        self.num_shards = len(shards)
         self.samples = np.array([shard["samples"] for shard in shards], np.int64)  # (S,) chunks
         self.tokens = np.array([shard["tokens"] for shard in shards], np.int64)  # (S,), special tokens not counted
         self.sources: list[str] = [shard["source"] for shard in shards]  # (S,), a shard holds one source
 
-    @property
-    def num_shards(self) -> int:
-        return len(self.samples)
-
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 over what determines the data: tokenizer (but not its name), chunk length, every shard's content."""
-        keys = ("format", "version", "split", "chunk_length", "columns")
+        stated = {key: self.manifest[key] for key in ("format", "version", "split", "chunk_length", "columns")}
         tokenizer = {key: value for key, value in self.tokenizer.items() if key != "name"}
-        stated = self.manifest
-        shards = [(s["raw"]["bytes"], s["raw"]["xxh64"], s["samples"], s["tokens"], s["source"]) for s in stated["shards"]]
-        parts = [{key: stated[key] for key in keys}, tokenizer, stated["lengths"]["xxh64"], shards]
+        shards = [(shard["raw"]["bytes"], shard["raw"]["xxh64"], *(shard[key] for key in ("samples", "tokens", "source")))
+                  for shard in self.manifest["shards"]]
+        parts = [stated, tokenizer, self.manifest["lengths"]["xxh64"], shards]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def rows(self, max_seq_len: int) -> np.ndarray | None:

@@ -1,8 +1,7 @@
 """One split of a mixture, which points at shards of converted datasets and holds no text itself.
 
-A mixture says which shards of which datasets belong to which source, how often (a repeat is an entry of its own, in the
-next pass), and of which shards only some chunks are taken. It is read like a `shards.MDSSplit`. Every dataset is pinned
-by its fingerprint: one that is missing, altered or of another tokenizer is refused by name when the mixture is opened.
+It says which shards of which datasets belong to which source, how often (a repeat is an entry of its own, in the next
+pass), and of which shards only some chunks are taken. Every dataset is pinned by its fingerprint.
 
 MIX/tokenizer/, MIX/train/manifest.json, MIX/validation/manifest.json. Where a dataset lies is a path relative to MIX, or
 a URL; remote ones are kept in MIX/SPLIT/sets/. corpus/mix.py chooses shards and writes.
@@ -29,7 +28,6 @@ from ettin_foundry.data.cache import Room, fetch_manifest
 from ettin_foundry.data.manifest import Count, SplitFacts, bad_file, check_record, read_json
 from ettin_foundry.data.order import raw_draws
 from ettin_foundry.data.packing import pack_lengths, piece_counts
-from ettin_foundry.data.quantities import parse_bytes
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import is_url, join, open_storage
 
@@ -120,16 +118,14 @@ def open_split(local: str | os.PathLike[str], **options: Any) -> MDSSplit | Mixt
 
 
 class MixtureSplit(SplitFacts):
-    """One split folder of a mixture, read like an `MDSSplit`; shards are counted over all entries of all sources. S shards.
+    """One split folder of a mixture, with the methods of an `MDSSplit`; S shards, over all entries of all sources.
 
     Args:
         max_open: shards kept mapped at a time, shared out among the datasets by their shards in the mixture.
         remote: folder or URL that the split was fetched from; its datasets are then fetched too, seen from there.
         cache_limit: most bytes that fetched or decompressed shards of all datasets may take together.
 
-    Raises:
-        FileNotFoundError: no such folder, or a dataset of the mixture is missing; names the dataset.
-        ValueError: the manifest states what cannot be, or a dataset is not the one the mixture was built from.
+    Raises FileNotFoundError or ValueError, naming the dataset, where one is missing or not the one it was built from.
     """
 
     def __init__(self, local: str | os.PathLike[str], *, max_open: int = 32, remote: str | None = None,
@@ -143,6 +139,7 @@ class MixtureSplit(SplitFacts):
         rows = [(run["set"], shard, -1, run["pass"], run["source"]) for run in runs for shard in run["shards"]]
         rows += [(part["set"], part["shard"], at, part["pass"], part["source"]) for at, part in enumerate(parts)]
         *columns, self.sources = map(list, zip(*rows))
+        self.num_shards = len(self.sources)
         self.stored = np.array(columns[:3], np.int64)  # (3, S): dataset, its shard, and the partial shard or -1
         self._set, self._shard, self._part = self.stored
         self.passes = np.array(columns[3], np.int64)  # (S,): how often the shard's source has been gone through before it
@@ -157,8 +154,7 @@ class MixtureSplit(SplitFacts):
             at = beyond[0]
             raise bad_file(where, f"it names shard {self._shard[at]} of a dataset", f"that has {known[at]}", _REBUILD)
         self.fetches = any(data.fetches for data in self._sets)
-        limit = parse_bytes("dataset.cache_limit", cache_limit)
-        self._room = None if limit is None else Room(limit, self.local, [data.files for data in self._sets])
+        self._room = None if cache_limit is None else Room(cache_limit, self.local, [data.files for data in self._sets])
         counts = self._histograms.astype(np.int64)
         self.samples = self._gather([data.samples for data in self._sets], counts.sum(1))
         self.tokens = self._gather([data.tokens for data in self._sets], counts @ np.arange(self.chunk_length + 1))
@@ -175,49 +171,39 @@ class MixtureSplit(SplitFacts):
         return hashlib.sha256(json.dumps([parts, sets], sort_keys=True).encode()).hexdigest()
 
     def rows(self, max_seq_len: int) -> np.ndarray | None:
-        """(S,) int64: best-fit packed rows per shard at this row length, or None where not counted."""
         of_sets = [data.rows(max_seq_len) for data in self._sets]
         of_parts = [pack_lengths(piece_counts(lengths), max_seq_len).num_rows for lengths in self._histograms]
         return None if any(rows is None for rows in of_sets) else self._gather(of_sets, of_parts)
 
     def lengths(self, shard: int) -> np.ndarray:
-        """(chunk_length + 1,) uint32: number of chunks of each length in this shard."""
         part = self._part[shard]
         return self._histograms[part] if part >= 0 else self._of(shard).lengths(int(self._shard[shard]))
 
     def sample_lengths(self, shard: int) -> np.ndarray:
-        """(samples,) int32: tokens of each chunk of this shard, in stored order."""
         return self._of(shard).sample_lengths(int(self._shard[shard]))[self._chunks(shard)]
 
     def last(self, shard: int) -> np.ndarray:
-        """(samples,) bool: whether each chunk ends its document."""
         return self._of(shard).last(int(self._shard[shard]))[self._chunks(shard)]
 
     def chunk(self, shard: int, index: int) -> np.ndarray:
-        """(L,) uint16: the plain tokens of one chunk, a copy."""
         return self._of(shard).chunk(int(self._shard[shard]), self._stored(shard, index))
 
     def sample(self, shard: int, index: int) -> dict[str, Any]:
-        """All columns of one chunk as they are stored; `source` is the name in its dataset."""
         return self._of(shard).sample(int(self._shard[shard]), self._stored(shard, index))
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Announces the shards of the next rows, in order of need; every dataset gets its own."""
         for data, stored in self._by_set(shards):
             data.prefetch(stored)
 
     def check_room(self, shards: Sequence[int]) -> None:
-        """Raises ValueError for a cache limit too small for so many shards at a time."""
         if self._room:
             self._room.check((data.files, len(stored)) for data, stored in self._by_set(shards))
 
     def check_shard(self, shard: int) -> int:
-        """Checks a shard in full, see `MDSSplit.check_shard`; a partial one also for the lengths of its chunks."""
         self._chunks(shard)
         return self._of(shard).check_shard(int(self._shard[shard]))
 
     def _open_set(self, entry: dict[str, Any], remote: str | None, max_open: int) -> MDSSplit:
-        """The dataset of an entry of the manifest, seen from the mixture where it was fetched from."""
         path = entry["path"]
         if not is_url(path) and remote is not None and is_url(remote):
             parts = urlsplit(remote)
@@ -273,7 +259,7 @@ class MixtureSplit(SplitFacts):
             chosen = np.unique(np.append(order[:part["first"]], part["extra"]).astype(np.int64))
             lengths = stored[chosen[chosen < len(stored)]]
             if not np.array_equal(np.bincount(lengths, minlength=self.chunk_length + 1), self._histograms[number]):
-                raise bad_file(self.local / MANIFEST, f"its chunks of shard {self._shard[shard]} of dataset "
-                               f"{self._set[shard]} are not of the lengths that it states", "they must be", _REBUILD)
+                what = f"its chunks of shard {self._shard[shard]} of dataset {self._set[shard]} have other lengths"
+                raise bad_file(self.local / MANIFEST, what, "they must be those that it states", _REBUILD)
             self._chosen[number] = chosen
         return self._chosen[number]

@@ -8,18 +8,12 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["format_bytes", "format_count", "format_duration", "length_cells", "parse_bytes", "quantiles"]
-
 _UNITS = {"": 1, "b": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40}
 _SIZE = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kmgt]?b)?", re.IGNORECASE)
 
 
 def parse_bytes(key: str, value: Any) -> int | None:
-    """A number of bytes given as an integer or as text such as "200gb" (1 gb = 2**30); None stays None.
-
-    Raises:
-        ValueError: it is neither, or below 1; the message names `key`.
-    """
+    """A number of bytes given as an integer or as text such as "200gb" (1 gb = 2**30); None stays None."""
     if value is None:
         return None
     match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
@@ -54,11 +48,7 @@ def format_duration(seconds: float) -> str:
 
 
 def quantiles(histogram: np.ndarray, shares: Sequence[float] = (0.1, 0.5, 0.9)) -> tuple[int, ...]:
-    """The smallest lengths that at least `shares` of the pieces do not exceed.
-
-    Args:
-        histogram: (L + 1,) counts; entry n is the number of pieces of length n.
-    """
+    """The smallest lengths that at least `shares` of the pieces do not exceed, of (L + 1,) counts by length."""
     below = np.cumsum(histogram)
     return tuple(int(np.searchsorted(below, share * int(histogram.sum()))) for share in shares)
 

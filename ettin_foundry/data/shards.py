@@ -1,8 +1,7 @@
 """One split of a converted dataset, read without trusting it: its shards' bytes, and access to any chunk.
 
-All of a shard is checked before one of its tokens is handed out, each time it is mapped: size and hash (manifest.json
-states them), header, offsets, layout of every sample, range of every token. The columns are fixed, so nothing is ever
-unpickled. A shard that fails is made once more where that is possible (cache.py); if it fails again, the run stops.
+All of a shard is checked before one of its tokens is handed out: size and hash (manifest.json states them), header,
+offsets, layout of every sample, range of every token. The columns are fixed, so nothing is ever unpickled.
 
 Layout of a shard (streaming 0.12, format/mds/writer.py; little-endian): uint32 samples; uint32 offsets[samples + 1];
 JSON config; samples. A sample is one uint32 size per variable-length column in sorted order (doc, source, tokens), then
@@ -23,13 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import orjson
 
 from ettin_foundry.data import COLUMNS, INDEX, LENGTHS, MANIFEST, manifest
 from ettin_foundry.data.cache import Room, ShardFiles, fetch_manifest, fetch_table
 from ettin_foundry.data.manifest import Buffer, SplitFacts, bad_file, check_hash, map_file
 from ettin_foundry.data.packing import pack_lengths, piece_counts
-from ettin_foundry.data.quantities import parse_bytes
 from ettin_foundry.data.storage import open_storage
 
 log = logging.getLogger(__name__)
@@ -54,29 +51,22 @@ class Shard(NamedTuple):
     sizes: np.ndarray  # (S, 3) int64: bytes of doc, source and tokens
 
 
-def parse_shard(buffer: Buffer, path: Path | str, *, num_samples: int | None, chunk_length: int, vocab_size: int) -> Shard:
+def parse_shard(buffer: Buffer, path: Path | str, *, num_samples: int, chunk_length: int, vocab_size: int) -> Shard:
     """Checks a raw shard's header, offsets, the layout of every sample and the range of every token.
 
-    `path` is its name in messages, `num_samples` what the header must state (None: anything). ValueError: something
-    contradicts the format, the file's size or the bounds; nothing was read past the end.
+    ValueError, naming `path`: something contradicts the format, the file's size or the bounds.
     """
     raw = np.frombuffer(buffer, np.uint8)  # (bytes,)
     stated = int.from_bytes(raw[:4].tobytes(), "little")
     table_end = 4 + 4 * (stated + 1)
-    if table_end > len(raw) or not 0 < stated == (num_samples or stated):
-        raise bad_file(path, f"its header states {stated} samples", f"it must be {num_samples or 'what its bytes hold'}")
+    if table_end > len(raw) or not 0 < stated == num_samples:
+        raise bad_file(path, f"its header states {stated} samples", f"it must be {num_samples}")
     offsets = np.frombuffer(buffer, "<u4", stated + 1, 4).astype(np.int64)  # (S + 1,)
     if offsets[0] < table_end or offsets[-1] != len(raw) or (np.diff(offsets) < _HEAD_BYTES + _FIXED_BYTES).any():
         raise bad_file(path, "its sample offsets overlap or leave the file", f"they must rise to byte {len(raw)}")
-    config = raw[table_end:min(int(offsets[0]), table_end + _MAX_CONFIG_BYTES)].tobytes()
-    try:
-        found = orjson.loads(config)
-        known = {key: found[key] for key in _CONFIG} == _CONFIG and \
-            re.fullmatch(r"None|zstd(:[0-9]{1,2})?", str(found.get("compression")))  # of the file around this shard
-    except (ValueError, KeyError, TypeError, AttributeError):
-        known = False
-    if not known:
-        raise bad_file(path, f"its header has other columns: {config[:300]!r}", f"only {_CONFIG} is read", "do not use it")
+    config = manifest.parse_json(raw[table_end:min(int(offsets[0]), table_end + _MAX_CONFIG_BYTES)].tobytes(), path)
+    if not isinstance(config, dict) or {key: config.get(key) for key in _CONFIG} != _CONFIG:
+        raise bad_file(path, f"its header has other columns: {config!r:.300}", f"only {_CONFIG} is read", "do not use it")
     shard = _parse_samples(buffer, raw, offsets, path, chunk_length)
     _check_range(raw, shard, path, vocab_size)
     return shard
@@ -123,18 +113,6 @@ def _check_range(raw: np.ndarray, shard: Shard, path: Path | str, vocab_size: in
                                f"the tokenizer has {vocab_size} entries")
 
 
-def read_columns(shard: Shard, index: int, path: Path | str) -> tuple[str, int, str]:
-    """doc, part and source of one chunk; ValueError if a text is not UTF-8."""
-    num_doc, num_source, _ = (int(size) for size in shard.sizes[index])
-    doc_at = int(shard.starts[index]) + _HEAD_BYTES
-    source_at = doc_at + num_doc + _FIXED_BYTES
-    doc, source = shard.buffer[doc_at:doc_at + num_doc], shard.buffer[source_at:source_at + num_source]
-    try:
-        return doc.decode(), int.from_bytes(shard.buffer[source_at - 8:source_at], "little", signed=True), source.decode()
-    except UnicodeDecodeError as error:
-        raise bad_file(path, f"doc or source of chunk {index} is not UTF-8 ({error})", "both must be UTF-8") from None
-
-
 def _check_documents(shard: Shard, path: Path | str, source: str) -> None:
     """Raises ValueError for a chunk of another source, or parts of a document that do not count up."""
     raw, name = np.frombuffer(shard.buffer, np.uint8), source.encode()
@@ -154,24 +132,22 @@ class MDSSplit(SplitFacts):
     Args:
         max_open: shards kept mapped at a time; the least recently used is dropped.
         remote: folder or URL of the same split; its files are fetched into `local`, shards when they are needed.
-        cache_limit: most bytes, such as "200gb", of fetched or decompressed shards in `local`; see cache.py.
+        cache_limit: most bytes, such as "200gb", of fetched or decompressed shards; see `cache.Room`.
 
     Raises:
         FileNotFoundError: no manifest there. OSError: the remote place cannot be reached.
-        ValueError: a file is not what the manifest says, or an argument is out of range; names the file or the key.
+        ValueError: a file is not what the manifest says, or an argument is out of range.
     """
 
     def __init__(self, local: str | os.PathLike[str], *, max_open: int = 32, remote: str | None = None,
                  cache_limit: int | str | None = None) -> None:
         self.local, self.remote, self.max_open = Path(local), remote, max_open
-        limit = parse_bytes("dataset.cache_limit", cache_limit)
         if remote is not None:
             fetch_manifest(self.local, remote)
         super().__init__(manifest.read_manifest(self.local))
         self.files = ShardFiles(self.local, self.manifest["shards"], remote)
         self.fetches = self.files.fetches  # whether `prefetch` does something
-        if limit is not None:
-            Room(limit, self.local, [self.files])
+        self.room = None if cache_limit is None else Room(cache_limit, self.local, [self.files])
         self._open: OrderedDict[int, Shard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -203,16 +179,22 @@ class MDSSplit(SplitFacts):
         return np.frombuffer(opened.buffer, "<u2", int(opened.lengths[index]), int(opened.token_starts[index])).copy()
 
     def sample(self, shard: int, index: int) -> dict[str, Any]:
-        """All columns of one chunk: tokens (L,) uint16, doc str, part int, last int, source str."""
-        tokens, opened = self.chunk(shard, index), self._shard(shard)
-        doc, part, source = read_columns(opened, index, self.files.path(shard))
+        """All columns of one chunk: tokens (L,) uint16, doc str, part int, last int, source str. It leaves no file."""
+        expand = self.manifest["shards"][shard]["zip"] is not None and shard not in self._open
+        opened, path = self._read(shard) if expand else self._shard(shard), self.files.path(shard)
+        num_doc, num_source, _ = opened.sizes[index].tolist()
+        doc_at = int(opened.starts[index]) + _HEAD_BYTES
+        source_at = doc_at + num_doc + _FIXED_BYTES
+        try:
+            doc, source = (opened.buffer[at:at + size].decode() for at, size in ((doc_at, num_doc), (source_at, num_source)))
+        except UnicodeDecodeError as error:
+            raise bad_file(path, f"doc or source of chunk {index} is not UTF-8 ({error})", "both must be UTF-8") from None
+        part = int.from_bytes(opened.buffer[source_at - 8:source_at], "little", signed=True)
+        tokens = np.frombuffer(opened.buffer, "<u2", int(opened.lengths[index]), int(opened.token_starts[index])).copy()
         return {"tokens": tokens, "doc": doc, "part": part, "last": int(opened.last[index]), "source": source}
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Announces the shards of the next rows, in order of need, so that they are fetched in the background.
-
-        Raises `max_open` to their number; with a cache limit unmaps others, so that they can make room.
-        """
+        """Announces the shards of the next rows, in order of need: they are fetched, and others may make room."""
         self.max_open = max(self.max_open, len(shards))
         if self.files.room is not None:
             for shard in self._open.keys() - set(shards):
@@ -221,54 +203,45 @@ class MDSSplit(SplitFacts):
 
     def check_room(self, shards: Collection[int]) -> None:
         """Raises ValueError for a cache limit too small for so many shards at a time."""
-        if self.files.room is not None:
-            self.files.room.check([(self.files, len(set(shards)))])
+        if self.room is not None:
+            self.room.check([(self.files, len(set(shards)))])
 
     def check_shard(self, shard: int) -> int:
-        """Checks all that can be known of one shard, without keeping anything; returns the bytes read and hashed."""
-        entry, path = self.manifest["shards"][shard], self.files.path(shard)
-        raw, zipped, buffer = entry["raw"], entry["zip"], b""
-        if os.path.lexists(path) or zipped is None:
-            buffer = self._map(raw)
-        num_bytes = len(buffer)
-        if zipped is not None and (not buffer or os.path.lexists(self.local / zipped["basename"])):
-            stored = self._map(zipped)
-            buffer = b"".join(manifest.expand(stored, self.local / zipped["basename"], raw["bytes"]))
-            check_hash(buffer, path, raw["xxh64"])
-            num_bytes += len(stored) + len(buffer)
-        opened = self._parse(shard, buffer)
-        _check_documents(opened, path, entry["source"])
-        where, documents = self.local / MANIFEST, int(opened.last.sum())
-        if documents != entry["documents"]:
+        """Checks all that can be known of one shard, without keeping anything; returns the bytes of its files."""
+        opened, entry, where = self._read(shard), self.manifest["shards"][shard], self.local / MANIFEST
+        _check_documents(opened, self.files.path(shard), entry["source"])
+        if (documents := int(opened.last.sum())) != entry["documents"]:
             raise bad_file(where, f"shards.{shard}: documents is {entry['documents']}", f"{documents} end in it")
         for length, stated in entry["rows"].items():
             if (found := pack_lengths(piece_counts(self.lengths(shard)), int(length)).num_rows) != stated:
                 raise bad_file(where, f"shards.{shard}: rows of {length} is {stated}", f"its chunks fill {found}")
-        return num_bytes
+        return entry["raw"]["bytes"] + (entry["zip"] or {"bytes": 0})["bytes"]
 
     def check_index(self) -> None:
         """Raises ValueError when index.json, which stock readers trust, does not say what the manifest says."""
-        path = self.local / INDEX
         if self.remote is not None:
             fetch_table(self.local, self.remote, INDEX)
-        index = manifest.read_json(path)
-
         def file(entry: dict[str, Any] | None) -> dict[str, Any] | None:
             return entry and {"basename": entry["basename"], "bytes": entry["bytes"], "hashes": {"xxh64": entry["xxh64"]}}
 
+        index, found = manifest.read_json(self.local / INDEX), None
         expected = [{**_CONFIG, "samples": shard["samples"], "raw_data": file(shard["raw"]), "zip_data": file(shard["zip"])}
                     for shard in self.manifest["shards"]]
-        found = None
         with contextlib.suppress(KeyError, TypeError):
             found = index["version"] == 2 and [{key: shard[key] for key in expected[0]} for shard in index["shards"]]
         if found != expected:
-            raise bad_file(path, f"its shards differ from those of {MANIFEST}", "both must list the same")
+            raise bad_file(self.local / INDEX, f"its shards differ from those of {MANIFEST}", "both must list the same")
 
-    def verify(self) -> None:
-        """Checks every shard and index.json in full."""
-        for shard in range(self.num_shards):
-            self.check_shard(shard)
-        self.check_index()
+    def _read(self, shard: int) -> Shard:
+        """A shard from all of its files, checked in full; it leaves no file."""
+        entry, path, buffer = self.manifest["shards"][shard], self.files.path(shard), b""
+        raw, zipped = entry["raw"], entry["zip"]
+        if os.path.lexists(path) or zipped is None:
+            buffer = self._map(raw)
+        if zipped is not None and (not buffer or os.path.lexists(self.local / zipped["basename"])):
+            buffer = b"".join(manifest.expand(self._map(zipped), self.local / zipped["basename"], raw["bytes"]))
+            check_hash(buffer, path, raw["xxh64"])
+        return self._parse(shard, buffer)
 
     def _map(self, file: dict[str, Any]) -> Buffer:
         """A file of the split, of the stated size and hash; a remote one that is not here is read into memory."""

@@ -1,25 +1,30 @@
-"""One small interface over local folders, S3 and whatever fsspec reaches: names in, bytes out.
+"""One small interface over local folders, S3 (through boto3) and whatever fsspec reaches: names in, bytes out.
 
-The rest of the package does not ask whether a folder lies on a disk or in a bucket (storage_remote.py). Writing is
-atomic: a name is either absent or whole.
+Writing is atomic: a name is either absent or whole. What fails because of a network is tried again for minutes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
+import multiprocessing.util
 import os
 import re
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 log = logging.getLogger(__name__)
 
+_BLOCK_BYTES = 8 << 20  # read at a time from a network
+_PART_BYTES = 64 << 20  # larger files go to S3 in parts of this size
+_PAUSES = (1, 2, 4, 8, 15, 30, *[60] * 9)  # seconds between tries, ten minutes in all: most outages are shorter
 # what git-lfs (also by its first name) and git-annex leave in place of a file that was not downloaded
 _POINTERS = (b"version https://git-lfs.github.com/", b"version https://hawser.github.com/", b"/annex/objects/")
 
@@ -39,11 +44,7 @@ def open_storage(place: str | os.PathLike[str]) -> Storage:
     """The storage of a folder or URL, which need not exist; ValueError for a URL that cannot be read here."""
     if not os.fspath(place):
         raise ValueError("a place of files must be a folder or URL, got an empty text")
-    if not is_url(place):
-        return Storage(join(place))
-    from ettin_foundry.data.storage_remote import RemoteStorage  # here: fsspec takes 0.1 s to import
-
-    return RemoteStorage(os.fspath(place))
+    return RemoteStorage(os.fspath(place)) if is_url(place) else Storage(join(place))
 
 
 def check_name(name: str) -> str:
@@ -59,12 +60,6 @@ def refuse_pointer(head: bytes, where: str | os.PathLike[str], close: Callable[[
         close()
         raise ValueError(f"{where} must be the file itself, got a pointer of git-lfs or git-annex to it; run git lfs "
                          "pull (git annex get) in the clone that it comes from")
-
-
-def folder_of(prefix: str) -> str:
-    """The folder that names beginning with `prefix` are in; empty for the folder of the storage itself."""
-    upper, slash, _ = prefix.rpartition("/")
-    return check_name(upper) if slash else ""
 
 
 @contextlib.contextmanager
@@ -126,35 +121,29 @@ class Storage:
             return self.size(name) >= 0
         return False
 
-    def list(self, prefix: str = "") -> list[tuple[str, int]]:
-        """(name, bytes) of every file whose name begins with `prefix`, in the order of names."""
+    def list(self, folder: str = "") -> list[tuple[str, int]]:
+        """(name, bytes) of every file, of all or of those in a folder such as "units/", in the order of names."""
         def unreadable(error: OSError) -> None:
             if not isinstance(error, FileNotFoundError):  # what cannot be listed is an error, not an empty folder
                 raise error
 
         found: list[tuple[str, int]] = []
-        for folder, folders, files in os.walk(os.path.join(self.url, folder_of(prefix)), onerror=unreadable):
-            start = os.path.relpath(folder, self.url)
-            start = "" if start == "." else start + "/"
+        top = self._path(folder.removesuffix("/")) if folder else self.url
+        for place, folders, files in os.walk(top, onerror=unreadable):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            for link in filter(os.path.islink, (os.path.join(folder, name) for name in folders)):
-                log.warning("%s: is a link to a folder and not followed; name the folder itself", link)
-            for name in files:
-                path = os.path.join(folder, name)
-                if name.startswith(".") or not (start + name).startswith(prefix):
-                    continue
-                try:
-                    entry = os.stat(path)
-                    found += [(start + name, entry.st_size)] if stat.S_ISREG(entry.st_mode) else []
-                except FileNotFoundError:  # else removed just now
-                    if os.path.islink(path):
-                        log.warning("%s: is a link to nothing and left out; fetch the file, or remove the link", path)
+            for path in (os.path.join(place, name) for name in (*folders, *files) if not name.startswith(".")):
+                with contextlib.suppress(FileNotFoundError):  # removed just now
+                    if os.path.islink(path) and not os.path.isfile(path):
+                        log.warning("%s: is a link to %s and left out; put the files themselves there", path,
+                                    "a folder" if os.path.isdir(path) else "nothing")
+                    elif stat.S_ISREG((entry := os.stat(path)).st_mode):
+                        found.append((os.path.relpath(path, self.url), entry.st_size))
         return sorted(found)
 
     def open(self, name: str) -> BinaryIO:
         """A seekable stream of a file's bytes, to be closed; ValueError where it holds a pointer of git-lfs instead."""
         size = self.size(name)
-        stream = io.BufferedReader(self._open(name, size), 1 << 20)
+        stream = io.BufferedReader(self._open(name, size), 1 << 20 if self.is_local else _BLOCK_BYTES)
         if size < 1024:
             refuse_pointer(stream.peek(64), self.where(name), stream.close)
         return stream
@@ -189,14 +178,10 @@ class Storage:
             stream.write(data)
 
     def put_file(self, local_path: str | os.PathLike[str], name: str) -> None:
-        """Moves a local file into place atomically; it is gone from where it was. Cheapest from `scratch()`."""
+        """Moves a file made in `scratch()` into place atomically; it is gone from where it was."""
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if os.stat(local_path).st_dev == path.parent.stat().st_dev:
-            return _place(local_path, path)
-        with open(local_path, "rb") as source, atomic_file(path, self.scratch()) as stream:
-            shutil.copyfileobj(source, stream, 1 << 20)
-        os.unlink(local_path)
+        _place(local_path, path)
 
     def delete(self, name: str) -> None:
         """Removes a file; a missing one is fine."""
@@ -207,3 +192,215 @@ class Storage:
         folder = Path(self.url, ".scratch")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+
+class RemoteStorage(Storage):
+    """A bucket or a folder of one, or a folder of a file system that fsspec knows."""
+
+    is_local = False
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        scheme, _, rest = self.url.partition("://")
+        if scheme == "s3":
+            if not re.match("[^/]", rest):
+                raise ValueError(f"{url} must be s3://BUCKET or s3://BUCKET/FOLDER")
+            return
+        import fsspec  # takes 0.1 s
+
+        try:
+            fsspec.get_filesystem_class(scheme)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"{url}: {scheme}:// cannot be read here ({error}); install its driver of fsspec (gs:// "
+                             "needs gcsfs, az:// adlfs)") from error
+
+    def ask(self, name: str, do: Callable[[Any, str], Any]) -> Any:
+        """What `do` returns for the client of this process and a file's path; errors are Python's own, see Storage."""
+        for pause in (*_PAUSES, None):
+            system, root = _client(self.url, os.getpid(), os.environ.get("S3_ENDPOINT_URL"))
+            system.invalidate_cache()
+            try:
+                return do(system, f"{root}/{name}" if name else root)
+            except Exception as raised:
+                error = _own_error(raised, self.where(name))
+                if pause is None or not isinstance(error, ConnectionError):
+                    raise error from (None if error is raised else raised)
+                log.warning("%s; tried again in %d s, for ten minutes in all", error, pause)
+                time.sleep(pause)
+
+    def size(self, name: str) -> int:
+        def size(system: Any, path: str) -> int:
+            info = system.info(path)
+            if info.get("type") == "directory":
+                raise FileNotFoundError
+            return int(info["size"])
+
+        return self.ask(check_name(name), size)
+
+    def list(self, folder: str = "") -> list[tuple[str, int]]:
+        def find(system: Any, path: str) -> tuple[str, dict[str, Any]]:
+            with contextlib.suppress(FileNotFoundError):
+                return path, system.find(path, detail=True)
+            return path, {}
+
+        found, folder = [], check_name(folder.removesuffix("/")) if folder else ""
+        top, paths = self.ask(folder, find)
+        for path, info in paths.items():
+            name = f"{folder}/".removeprefix("/") + path.removeprefix(top).removeprefix("/")
+            hidden = any(part.startswith(".") and part.strip(".") for part in name.split("/"))
+            try:
+                if not name.endswith("/") and not hidden:
+                    found.append((check_name(name), int(info["size"])))
+            except ValueError as error:
+                log.warning("%s: left out: %s", self.url, error)
+        return sorted(found)
+
+    def _open(self, name: str, num_bytes: int) -> io.RawIOBase:
+        return _Stream(self, name, num_bytes)
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        self.ask(check_name(name), lambda system, path: system.pipe_file(path, data))
+
+    def put_file(self, local_path: str | os.PathLike[str], name: str) -> None:
+        self.ask(check_name(name), lambda system, path: system.put_file(os.fspath(local_path), path))
+        os.unlink(local_path)
+
+    def delete(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.ask(check_name(name), lambda system, path: system.rm_file(path))
+
+    def scratch(self) -> Path:
+        # multiprocessing removes its folder when the process that made it ends
+        folder = Path(multiprocessing.util.get_temp_dir(), f"{os.getpid()}-{abs(hash(self.url))}")
+        folder.mkdir(exist_ok=True)
+        return folder
+
+
+class _Stream(io.RawIOBase):
+    """A file of `num_bytes`, opened again where reading broke; one that is replaced meanwhile is an error."""
+
+    def __init__(self, storage: RemoteStorage, name: str, num_bytes: int) -> None:
+        self._storage, self._name, self._end = storage, name, num_bytes
+        self._at, self._file, self._version = 0, None, None
+
+    def readable(self) -> bool:
+        return True
+
+    seekable = readable
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + (0, self._at, self._end)[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        def read(system: Any, path: str) -> bytes:
+            file = self._file or system.open(path, "rb", block_size=_BLOCK_BYTES)
+            self._file, version = None, getattr(file, "details", {}).get("ETag")
+            if version != (self._version or version):
+                raise OSError(f"{self._storage.where(self._name)}: was replaced while it was read; read it again")
+            if file.tell() != self._at:
+                file.seek(self._at)
+            if not (data := file.read(len(buffer))):
+                raise ConnectionError(f"the answer ends at byte {self._at} of {self._end}")
+            self._file, self._version = file, version
+            return data
+
+        data = self._storage.ask(self._name, read) if self._at < self._end else b""
+        buffer[:len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+@functools.lru_cache(maxsize=64)
+def _client(url: str, process: int, endpoint: str | None) -> tuple[Any, str]:
+    """The client of this process for a URL, and the folder as it writes it; forked processes share no connections."""
+    if url.startswith("s3://"):
+        return _S3(endpoint), url[len("s3://"):]
+    import fsspec
+
+    system, root = fsspec.core.url_to_fs(url, skip_instance_cache=True)
+    return system, root.rstrip("/")
+
+
+def _own_error(error: Any, place: str) -> Exception:
+    """Python's own error for what a client raised, with the place; ConnectionError for what may pass by itself."""
+    cause = error.__context__ if type(error).__name__ == "S3UploadFailedError" else error
+    response = getattr(cause, "response", None)  # boto3's is a dictionary
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else \
+        getattr(response, "status_code", None) or getattr(cause, "status", None) or getattr(cause, "code", None)
+    if isinstance(cause, (FileNotFoundError, IsADirectoryError)) or status == 404:
+        return FileNotFoundError(f"{place}: no such file")
+    if isinstance(cause, PermissionError) or status in (401, 403) or type(cause).__name__ == "NoCredentialsError":
+        return PermissionError(f"{place}: access is refused ({cause}); see the credentials, and their right to list")
+    if isinstance(cause, NotImplementedError) or re.match("ParamVal|Invalid|No[A-Z]|Unknown", type(cause).__name__) or \
+            isinstance(status, int) and status < 500 and status not in (408, 429):
+        return OSError(f"{place}: the store refuses this ({cause}); see URL, region and S3_ENDPOINT_URL")
+    if type(cause).__module__ == "builtins" and not isinstance(cause, (ConnectionError, TimeoutError)):
+        return cause  # of the disk, or a mistake here
+    return ConnectionError(f"{place}: {type(cause).__name__}: {cause}; see the network and the endpoint")
+
+
+class _S3:
+    """What `RemoteStorage` asks of a file system of fsspec, through boto3; paths are BUCKET/KEY."""
+
+    def __init__(self, endpoint: str | None) -> None:
+        from boto3.session import Session
+        from botocore import UNSIGNED
+        from botocore.config import Config
+
+        session = Session()
+        options: dict[str, Any] = {} if session.get_credentials() else {"signature_version": UNSIGNED}
+        # the standard mode gives up at once when its quota of retries is used up, which a shaky network does
+        config = Config(retries={"mode": "legacy", "total_max_attempts": 3}, connect_timeout=10, **options)
+        self.client = session.client("s3", endpoint_url=endpoint or None, config=config)  # Streaming's variable
+
+    def invalidate_cache(self) -> None:
+        """There is none."""
+
+    @staticmethod
+    def _key(path: str) -> dict[str, str]:
+        return dict(zip(("Bucket", "Key"), path.split("/", 1)))
+
+    def info(self, path: str) -> dict[str, Any]:
+        head = self.client.head_object(**self._key(path))
+        return {"size": head["ContentLength"], "ETag": head["ETag"]}
+
+    def find(self, path: str, **_: Any) -> dict[str, dict[str, Any]]:
+        bucket, prefix = f"{path}/".split("/", 1)
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        found = (entry for page in pages for entry in page.get("Contents", ()))
+        return {f"{bucket}/{entry['Key']}": {"size": entry["Size"]} for entry in found}
+
+    def open(self, path: str, *_: Any, **__: Any) -> _S3File:
+        return _S3File(self.client, self._key(path), self.info(path))
+
+    def pipe_file(self, path: str, value: bytes) -> None:
+        self.client.put_object(**self._key(path), Body=value)
+
+    def put_file(self, lpath: str, rpath: str) -> None:
+        from boto3.s3.transfer import TransferConfig
+
+        config = TransferConfig(multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES, use_threads=False)
+        self.client.upload_file(lpath, *self._key(rpath).values(), Config=config)
+
+    def rm_file(self, path: str) -> None:
+        self.client.delete_object(**self._key(path))
+
+
+class _S3File:
+    """An object as `_Stream` reads it."""
+
+    def __init__(self, client: Any, key: dict[str, str], details: dict[str, Any]) -> None:
+        self._client, self._key, self.details, self._at = client, key, details, 0
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int) -> None:
+        self._at = offset
+
+    def read(self, size: int) -> bytes:
+        span = f"bytes={self._at}-{self._at + size - 1}"
+        data = self._client.get_object(**self._key, Range=span, IfMatch=self.details["ETag"])["Body"].read()
+        self._at += len(data)
+        return data

@@ -49,7 +49,10 @@ def read_all(folder, **options):
 
 
 def check_all(folder):
-    MDSSplit(folder).verify()
+    data = MDSSplit(folder)
+    for shard in range(data.num_shards):
+        data.check_shard(shard)
+    data.check_index()
 
 
 def refused(folder, message, *, read=read_all):
@@ -224,7 +227,7 @@ FORGERIES = [
     *[(config(change), "has other columns") for change in (
         lambda c: c.replace(b'"int", "int"', b'"pkl", "int"'), lambda c: c.replace(b'"mds"', b'"csv"'),
         lambda c: c.replace(b"uint16", b"uint32"), lambda c: c.replace(b'"last", "part"', b'"part", "last"'),
-        lambda c: c.replace(b'"compression": null', b'"compression": "gz"'), lambda c: b"{", lambda c: b"[" * len(c))],
+        lambda c: b"[3]")], *[(config(change), "is not JSON") for change in (lambda c: b"{", lambda c: b"[" * len(c))],
 ]
 UNREAD = [  # what only a full check looks at
     (lambda d: put(d, last_at(d, 1) + 8, 7, "<i8"), "chunk 1 is part 7"),

@@ -10,8 +10,7 @@ from unittest.mock import Mock
 import pytest
 from s3_server import S3Server
 
-from ettin_foundry.data.storage import is_url, join, open_storage
-from ettin_foundry.data.storage_remote import _client
+from ettin_foundry.data.storage import _client, is_url, join, open_storage
 
 BLOCK = 1000
 
@@ -56,9 +55,8 @@ def test_what_is_written_is_read_listed_and_deleted(storage):
     storage.write_bytes("train/.hidden", b"x")
     storage.write_bytes(".work/x", b"x")
     assert storage.list() == [(name, len(content[name])) for name in sorted(content)]
-    assert storage.list("train/") == [("train/b.bin", 5 * BLOCK + 7), ("train/b2/c", 0)] == storage.list("train/b")
-    assert storage.list("train/b.") == [("train/b.bin", 5 * BLOCK + 7)]
-    assert storage.list("t/") == storage.list("train/x") == []
+    assert storage.list("train/") == [("train/b.bin", 5 * BLOCK + 7), ("train/b2/c", 0)]
+    assert storage.list("train/b2/") == [("train/b2/c", 0)] and storage.list("t/") == storage.list("train/x/") == []
     for name, data in content.items():
         assert storage.read_bytes(name) == data and storage.size(name) == len(data) and storage.exists(name)
     assert storage.read_bytes("train/.hidden") == b"x"
@@ -67,7 +65,7 @@ def test_what_is_written_is_read_listed_and_deleted(storage):
         storage.read_bytes("a.bin", at_most=9)
     storage.delete("a.bin")
     storage.delete("a.bin")
-    assert storage.list("a") == [] and not storage.exists("a.bin")
+    assert len(storage.list()) == 3 and not storage.exists("a.bin")
     assert pickle.loads(pickle.dumps(storage)).read_bytes("units/00001.json") == b"{}"
 
 
@@ -90,10 +88,9 @@ def test_a_stream_reads_and_seeks_like_a_file(storage):
 
 def test_files_move_in_and_are_copied_out(storage, tmp_path):
     data = noise(3 * BLOCK + 1)
-    for folder in (storage.scratch(), tmp_path):
-        (folder / "made").write_bytes(data)
-        storage.put_file(folder / "made", "train/x")
-        assert storage.read_bytes("train/x") == data and not (folder / "made").exists()
+    (made := storage.scratch() / "made").write_bytes(data)
+    storage.put_file(made, "train/x")
+    assert storage.read_bytes("train/x") == data and not made.exists()
     target = tmp_path / "cache" / "deep" / "x"
     storage.get_file("train/x", target, num_bytes=len(data))
     assert target.read_bytes() == data and [path.name for path in target.parent.iterdir()] == ["x"]
@@ -138,7 +135,7 @@ def test_places_are_told_apart_and_joined():
         [True, True, False, False, False, False, True]
     assert join("s3://b/c/", "d", "e") == join("s3://b/c", "d/e") == "s3://b/c/d/e"
     assert join("/a/b", "c", "d") == join("file:///a/b", "c/d") == "/a/b/c/d"
-    for url in ("s3://", "s3:///x", "nowhere://x/y", "memory://x::s3://y", ""):
+    for url in ("s3://", "s3:///x", "nowhere://x/y", ""):
         with pytest.raises(ValueError, match=url or "empty"):
             open_storage(url)
 
@@ -163,7 +160,7 @@ def test_links_to_files_are_followed_others_named_and_pipes_left_out(tmp_path, c
     os.mkfifo(folder / "pipe")
     storage = open_storage(folder)
     assert storage.list() == [("b.txt", 3)]
-    assert "more: is a link to a folder" in caplog.text and "broken: is a link to nothing and left out" in caplog.text
+    assert "more: is a link to a folder" in caplog.text and "broken: is a link to nothing" in caplog.text
     with pytest.raises(FileNotFoundError):
         storage.open("pipe")
 
@@ -214,7 +211,8 @@ def test_any_driver_is_asked_for_minutes_with_growing_pauses_and_it_is_said(monk
         return true(file, number)
 
     monkeypatch.setattr(MemoryFile, "read", read)
-    monkeypatch.setattr("ettin_foundry.data.storage_remote.time", SimpleNamespace(
+    monkeypatch.setattr("ettin_foundry.data.storage._BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr("ettin_foundry.data.storage.time", SimpleNamespace(
         sleep=lambda seconds: clock.__setitem__(0, clock[0] + seconds)))
     outage = 300
     storage.get_file("y", tmp_path / "y")
