@@ -28,7 +28,7 @@ def place_one_by_one(pieces, capacity):
 
 def rows_of(packing):
     lengths, offsets = packing.expand()
-    return [lengths[begin:end] for begin, end in zip(offsets[:-1], offsets[1:])]
+    return np.split(lengths, offsets[1:-1])
 
 
 @pytest.mark.parametrize("seed", range(8))

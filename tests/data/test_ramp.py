@@ -22,7 +22,7 @@ def simulate(smallest, largest, steps_each, number):
 
 
 @pytest.mark.parametrize(("smallest", "largest", "steps_each"), [
-    (1, 1, 1), (4, 4, 1), (1, 2, 1), (2, 8, 1), (2, 8, 3), (3, 30, 7), (5, 25, 2), (352, 2816, 11), (1, 40, 1)])
+    (4, 4, 1), (1, 2, 1), (2, 8, 3), (3, 30, 7), (352, 2816, 11), (1, 40, 1)])
 def test_every_step_and_every_row_equals_the_simulation(smallest, largest, steps_each):
     ramp = BatchRamp(smallest, largest, steps_each)
     steps = simulate(smallest, largest, steps_each, ramp.num_steps + 25)
@@ -42,9 +42,8 @@ def test_rows_of_a_trillion_tokens_stay_exact():
     ramp = BatchRamp(352, 2816, 40_000_007)
     rng = random.Random(5)
     for step in [0, ramp.num_steps - 1, ramp.num_steps, *(rng.randrange(10**12) for _ in range(300))]:
-        first = ramp.first_row(step)
-        assert ramp.first_row(step + 1) == first + ramp.rows(step) and ramp.step_of(first) == step
-        assert ramp.step_at(first + ramp.rows(step) - 1) == step
+        first, following = ramp.first_row(step), ramp.first_row(step + 1)
+        assert following == first + ramp.rows(step) and ramp.step_of(first) == ramp.step_at(following - 1) == step
 
 
 @pytest.mark.parametrize(("warmup", "largest", "tokens_per_row"), [
@@ -64,13 +63,9 @@ def test_sizes_share_the_tokens_asked_for_in_proportion_to_themselves(warmup, la
 
 @pytest.mark.parametrize(("change", "machine", "message"), [
     ({"step": 3}, {}, "batch_size_warmup must have the keys min_size"),
-    ({"min_size": 2.0}, {}, "min_size must be .*2816, .*got 2.0"),
-    ({"min_size": 300}, {}, "min_size must be .*2816, .*got 300"),
-    ({"min_size": 2816}, {}, "min_size must be .*2816, .*got 2816"),
-    ({"tokens": "0tok"}, {}, "tokens must be above 0"),
-    ({"tokens": "1ba"}, {}, "batch_size_warmup.tokens"),
-    ({"tokens": "0.1dur"}, {}, "batch_size_warmup.tokens"),
-    ({}, {"total": 10**9}, "within max_duration"),
+    ({"min_size": 2.0}, {}, "min_size must be .*2816, .*got 2.0"), ({"min_size": 300}, {}, "min_size must be .*got 300"),
+    ({"min_size": 2816}, {}, "min_size must be .*got 2816"), ({"tokens": "0tok"}, {}, "tokens must be above 0"),
+    ({"tokens": "0.1dur"}, {}, "batch_size_warmup.tokens"), ({}, {"total": 10**9}, "within max_duration"),
     ({}, {"world_size": 3}, "min_size must be a multiple of the 3 processes, got 352"),
     ({}, {"world_size": 8, "microbatch": 88}, "device_train_microbatch_size must divide the 44 rows .*got 88"),
     ({}, {"microbatch": "auto"}, "device_train_microbatch_size must be a number")], ids=str)

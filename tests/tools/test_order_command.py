@@ -1,4 +1,4 @@
-"""`ettin order`: a step's documents against the batches of a real run, and the order as files, cut where Composer saves."""
+"""`ettin order`: a step's documents against the batches of a real run; the order as files, cut where Composer saves."""
 
 import json
 import shutil
@@ -75,9 +75,9 @@ def test_the_dataset_may_lie_elsewhere_and_a_checkpoint_alone_names_the_next_ste
     with pytest.raises(ValueError, match="dataset .its fingerprint. must be what the checkpoint was trained with"):
         next_step(alone, str(moved / "validation"))
     state = torch.load(alone, weights_only=False)
-    for key, words in (("dataset_state", "place in the data"), ("callbacks", "config")):
+    for key in ("dataset_state", "callbacks"):  # the latter hold the config
         torch.save({**state, "state": {k: v for k, v in state["state"].items() if k != key}}, tmp_path / "part.pt")
-        with pytest.raises(ValueError, match=f"part.pt must be of a run with ettin_text, got one without its {words}"):
+        with pytest.raises(ValueError, match="part.pt must be of a run with ettin_text, got one without"):
             next_step(tmp_path / "part.pt")
 
 
@@ -102,8 +102,7 @@ YAML = ["--yaml", "yamls/nano.yaml"]
     ([*YAML, "--step", "3", "--to", "9"], "--from and --to must come with --export"),
     (["a", "b", *YAML, "--step", "3"], "one place, got a b"), (["--checkpoint", "x.pt", "seed=3"], "got seed=3"),
     (["--checkpoint", "x.pt"], "x.pt"), (["nowhere", *YAML, "--step", "3"], "'nowhere'"),
-    ([*YAML, "--step", "3", "train_loader.name=text"], "got 'text'"),
-    ([*YAML, "--step", "3", "global_train_batch_size=0"], "global_train_batch_size")], ids=str)
+    ([*YAML, "--step", "3", "train_loader.name=text"], "got 'text'")], ids=str)
 def test_a_wrong_command_line_ends_with_one_line_that_says_so(arguments, words, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["order", *arguments])
@@ -190,7 +189,7 @@ def test_a_range_is_written_under_the_names_of_its_phase_and_another_order_or_ra
     for first, last in ((3, 3), (5, 4), (0, 10**6)):
         with pytest.raises(ValueError, match="--from must be below --to"):
             steps_of_run(cfg, stream, first, last)
-    for interval in ("1sec", "0.1dur", "0tok"):
+    for interval in ("1sec", "0tok"):
         with pytest.raises(ValueError, match="save_interval must be in tok, ba or sp"):
-            list(export_order({**cfg, "save_interval": interval}, stream, tmp_path / interval, range(4, 8)))
-        assert not (tmp_path / interval).exists()
+            list(export_order({**cfg, "save_interval": interval}, stream, tmp_path / "none", range(4, 8)))
+    assert not (tmp_path / "none").exists()
