@@ -1,30 +1,37 @@
 """Whether two runs are a fair pair, and whether the phases of one model continue each other.
 
 A fair pair reads the same rows in the same order at the same sizes and schedule, and differs only where the objectives
-demand it. What a difference in a key means stands in `RULES`; a key that no rule names must be equal.
+demand it. What a difference in a key means stands in `RULES`; a key that no rule names must be equal. Before they are
+compared, settings are read so that two spellings of one thing are equal: `10000` is `10000.0`, `1dur` is the run's
+length, a key that is left out is the default that the code takes, a size is the shape it stands for.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from ettin_foundry.model.config import MASKED_OBJECTIVES
-from ettin_foundry.tools.curves import learning_rates
-from ettin_foundry.tools.meaning import Meaning, data_of, read_meaning
-from ettin_foundry.training.keys import NO_EFFECT
+from ettin_foundry.data.mixture import open_split
+from ettin_foundry.data.stream import DEFAULT_WINDOW
+from ettin_foundry.model.config import MASKED_OBJECTIVES, EttinConfig
+from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule
+from ettin_foundry.tools.plan import learning_rates
+from ettin_foundry.training.keys import DEFAULTS, HOST_DEFAULTS, NO_EFFECT
+from ettin_foundry.training.run_config import model_config, objective_schedule, parse_time, total_tokens, walk
 
 UNFAIR, HARMLESS, OBJECTIVE = VERDICTS = "unfair", "harmless", "objective"
 ABSENT = "absent"
 _WIDEST = 48
+_SHAPE = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """One key in which two runs, or two phases of one model, differ."""
 
     key: str
@@ -35,22 +42,17 @@ class Difference:
     where: str = ""  # the phase, when the report is about a chain
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """Every difference, and notes about what could not be compared."""
 
     names: tuple[str, str]
-    differences: tuple[Difference, ...]
-    notes: tuple[str, ...] = ()
+    differences: list[Difference]
+    notes: list[str]
     what: str = "pair"
 
     @property
-    def unfair(self) -> tuple[Difference, ...]:
-        return tuple(d for d in self.differences if d.verdict == UNFAIR)
-
-    @property
     def fair(self) -> bool:
-        return not self.unfair
+        return not any(d.verdict == UNFAIR for d in self.differences)
 
     def __str__(self) -> str:
         """A table, unfair differences first, then the notes, then one line with the verdict."""
@@ -61,18 +63,118 @@ class Report:
         widths = [*(max(map(len, column)) for column in list(zip(*rows))[:4]), 0]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows if found]
         lines += [f"note: {note}" for note in self.notes]
-        if self.unfair:
-            keys = ", ".join(sorted({d.key for d in self.unfair}))
-            return "\n".join([*lines, f"unfair {self.what}, because of {keys}"])
-        counts = [f"{sum(d.verdict == verdict for d in found)} {verdict}" for verdict in VERDICTS[1:]]
-        counts = [count for count in counts if not count.startswith("0 ")]
-        return "\n".join([*lines, f"fair {self.what}: {', '.join(counts) or 'no difference'}"])
+        if not self.fair:
+            keys = dict.fromkeys(d.key for d in found if d.verdict == UNFAIR)
+            return "\n".join([*lines, f"unfair {self.what}, because of {', '.join(keys)}"])
+        counts = [(sum(d.verdict == verdict for d in found), verdict) for verdict in VERDICTS]
+        summary = ", ".join(f"{number} {verdict}" for number, verdict in counts if number)
+        return "\n".join([*lines, f"fair {self.what}: {summary or 'no difference'}"])
 
 
 def _shown(value: Any) -> str:
     """As in YAML, cut where it is long."""
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= _WIDEST else text[:_WIDEST - 3] + "..."
+
+
+# ------------------------------------------------------------------ settings, read
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run's settings: `values` by dotted key, every default filled in, without `variables`."""
+
+    name: str
+    cfg: Mapping[str, Any]
+    values: Mapping[str, Any]
+    config: EttinConfig
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.values.get(key, default)
+
+    def has(self, key: str) -> bool:
+        """Whether the key, or one below it, is set."""
+        return any(k == key or k.startswith((f"{key}.", f"{key}[")) for k in self.values)
+
+
+def read_settings(name: str, cfg: Mapping[str, Any]) -> Settings:
+    """Reads a resolved config that `checks.check_settings` accepts."""
+    cfg = {key: value for key, value in cfg.items() if value is not None and key != "variables"}
+    config, (amount, unit) = model_config(cfg), parse_time("max_duration", cfg["max_duration"])
+    values = {key: _in_one_unit(value, amount, unit) for key, value in walk(_fill(cfg, config))}
+    return Settings(name, cfg, values, config)
+
+
+def _fill(cfg: dict[str, Any], config: EttinConfig) -> dict[str, Any]:
+    """The config with every default filled in."""
+    total, fields = total_tokens(cfg), dataclasses.asdict(config)
+    run = {**HOST_DEFAULTS, **cfg, "optimizer": _filled(cfg["optimizer"]), "scheduler": _filled(cfg["scheduler"])}
+    # causal and the length follow from objective and max_seq_len, which are compared themselves
+    run["model"] = {key: value for key, value in {**_filled(cfg["model"]), **fields}.items()
+                    if key not in (*_SHAPE, "causal", "max_position_embeddings")}
+    run["model"] |= {"size": config.size or f"layers, widths, heads: {[fields[key] for key in _SHAPE]}",
+                     "objective": _plain(objective_schedule(cfg))}
+    run["optimizer"].setdefault("max_lr", run["optimizer"]["lr"])
+    callbacks = {"ettin_clock": {}, **(cfg.get("callbacks") or {})}  # the checks give the clock to every run
+    run["callbacks"] = {key: _filled(block or {}, key) for key, block in callbacks.items()}
+    # FULL: the checks set it, and without sharding nothing is narrowed either
+    run["fsdp_config"] = {"mixed_precision": "FULL", **(cfg.get("fsdp_config") or {})}
+    if Path(cfg["tokenizer"].get("name", ".")) == Path(cfg["train_loader"]["dataset"]["local"], "tokenizer"):
+        run["tokenizer"] = {**cfg["tokenizer"], "name": "that of the data"}  # whose fingerprint tells what it does
+    run["train_loader"] = _loader(cfg["train_loader"], total)
+    evaluations = run.pop("eval_loaders", None) or run.pop("eval_loader", None) or []
+    evaluations = [evaluations] if isinstance(evaluations, Mapping) else evaluations
+    for i, block in enumerate(evaluations):
+        run["eval_loader" if len(evaluations) == 1 else f"eval_loader[{block.get('label', i)}]"] = _loader(block, total)
+    micro = run["device_train_microbatch_size"]
+    run.setdefault("device_eval_batch_size", 1 if micro == "auto" else micro)  # the host's default
+    return run
+
+
+def _filled(block: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
+    """A block of ours with its defaults; `name` for blocks without the key."""
+    return {**DEFAULTS.get(name or block.get("name", ""), {}), **{k: v for k, v in block.items() if v is not None}}
+
+
+def _loader(block: Mapping[str, Any], total: int | None) -> dict[str, Any]:
+    filled = _filled(block, "ettin_text")
+    filled["mask_rate"] = _plain(MaskRate.parse(filled["mask_rate"], total=total))
+    objective = filled.get("objective")
+    if isinstance(objective, list) and all(isinstance(name, str) for name in objective):  # an evaluation under each
+        filled["objective"] = ", ".join(sorted(objective))
+    elif objective is not None:
+        filled["objective"] = _plain(ObjectiveSchedule.parse(objective, total=total))
+    if filled["shuffle"]:
+        filled.setdefault("shuffle_window", DEFAULT_WINDOW)
+    return filled
+
+
+def _plain(schedule: ObjectiveSchedule | MaskRate) -> Any:
+    """A constant as a name or number, else text that keeps the order of its parts."""
+    value = schedule.plain()
+    return value if isinstance(value, (str, float)) else json.dumps(value)
+
+
+def _in_one_unit(value: Any, amount: float, unit: str) -> Any:
+    """A time as `8_500_000_000tok`, shares of the run in the run's own unit; anything else as it is."""
+    try:
+        number, own_unit = parse_time("", value)
+    except ValueError:
+        return value
+    if own_unit == "dur" or number == 0:
+        number, own_unit = number * amount, unit
+    return f"{round(number, 0 if own_unit == 'tok' else 6):_}".removesuffix(".0") + own_unit
+
+
+def _data_of(run: Settings, key: str) -> tuple[str, str | None, dict[str, Any] | None]:
+    """(place, fingerprint, tokenizer) of a loader's dataset, by its key; the last two None without its manifest."""
+    local, split, remote = (run.get(f"{key}.{name}") for name in ("local", "split", "remote"))
+    place = f"{remote or local}/{split}"
+    try:
+        facts = open_split(Path(str(local), str(split)))
+    except OSError:
+        return place, None, None
+    return place, facts.fingerprint, {name: value for name, value in facts.tokenizer.items() if name != "name"}
 
 
 # ------------------------------------------------------------------ pairs
@@ -84,47 +186,37 @@ class Rule(NamedTuple):
     keys: str
     verdict: str
     reason: str
-    condition: Callable[[Meaning, Meaning, str], bool] = lambda a, b, key: True
+    condition: Callable[[Settings, Settings, str], bool] = lambda a, b, key: True
 
 
-def _other_objectives(a: Meaning, b: Meaning, key: str) -> bool:
-    return a.get("model.objective") != b.get("model.objective")
-
-
-def _one_masks(a: Meaning, b: Meaning, key: str) -> bool:
+def _one_masks(a: Settings, b: Settings, key: str) -> bool:
     objectives = [str(run.get(key.replace("mask_rate", "objective"), run.get("model.objective"))) for run in (a, b)]
     return not all(any(name in objective for name in MASKED_OBJECTIVES) for objective in objectives)
 
 
-def _usual_windows(a: Meaning, b: Meaning, key: str) -> bool:
+def _usual_windows(a: Settings, b: Settings, key: str) -> bool:
     usual = [run.config.window_left == dataclasses.replace(run.config, window_left=-1).window_left for run in (a, b)]
     return a.config.causal != b.config.causal and all(usual)
 
 
-def _both_given(a: Meaning, b: Meaning, key: str) -> bool:
-    return key in a.values and key in b.values
-
-
-def _weighs_targets(a: Meaning, b: Meaning, key: str) -> bool:
-    return all(run.get("accumulate_train_batch_on_tokens") is True for run in (a, b))
-
-
-def _whole_split(a: Meaning, b: Meaning, key: str) -> bool:
-    return all(run.get("eval_subset_num_batches") == -1 for run in (a, b))
+def _both(key: str, value: Any) -> Callable[[Settings, Settings, str], bool]:
+    return lambda a, b, _: a.get(key) == b.get(key) == value
 
 
 _LOADER = r"(train_loader|eval_loader(\[.*?\])?)"
 RULES = (
-    Rule(rf"(model|{_LOADER})\.objective", OBJECTIVE, "what a pair is for", _other_objectives),
+    Rule(rf"(model|{_LOADER})\.objective", OBJECTIVE, "what a pair is for",
+         lambda a, b, key: a.get("model.objective") != b.get("model.objective")),
     Rule(rf"{_LOADER}\.mask_rate", OBJECTIVE, "only one member masks", _one_masks),
     Rule(r"model\.window_left", OBJECTIVE, "transformers lets an encoder see half of local_attention to the left, a "
          "decoder one token less", _usual_windows),
     Rule("run_name|save_folder", HARMLESS, "names the run"),
     Rule(r"load_path|callbacks\.ettin_(phase|cross)\.source", HARMLESS, "each run continues its own checkpoint",
-         _both_given),
+         lambda a, b, key: key in a.values and key in b.values),
     Rule("device_train_microbatch_size", HARMLESS, "every target of a step weighs the same, whatever the microbatch",
-         _weighs_targets),
-    Rule("device_eval_batch_size", HARMLESS, "metrics are sums over targets, whatever the batch", _whole_split),
+         _both("accumulate_train_batch_on_tokens", True)),
+    Rule("device_eval_batch_size", HARMLESS, "metrics are sums over targets, whatever the batch",
+         _both("eval_subset_num_batches", -1)),
     *(Rule(keys, HARMLESS, reason) for keys, reason in NO_EFFECT.items()),
     Rule(rf"{_LOADER}\.mask_rate", UNFAIR, "both members mask, so they must mask alike"),
     Rule(rf"{_LOADER}\.(shuffle|shuffle_seed|shuffle_window|packing)|global_train_batch_size|max_duration|"
@@ -148,9 +240,9 @@ def lint_pair(a: Mapping[str, Any], b: Mapping[str, Any], *, names: tuple[str, s
     """Compares two resolved configs that `checks.check_settings` accepts as the members of a pair.
 
     Datasets are compared by their fingerprints where their manifests are on this machine, else by their paths, which a
-    note says; a ValueError or FileNotFoundError for a broken manifest.
+    note says; a ValueError for a broken manifest.
     """
-    first, second = read_meaning(names[0], a), read_meaning(names[1], b)
+    first, second = read_settings(names[0], a), read_settings(names[1], b)
     found, notes = _compare_data(first, second)
     compared = re.compile("|".join([rf"{_LOADER}\.dataset\.(local|split|remote)", *(re.escape(d.key) for d in found)]))
     blocks: dict[str, list[str]] = {}  # the keys of a block that one side lacks are one difference
@@ -169,23 +261,23 @@ def lint_pair(a: Mapping[str, Any], b: Mapping[str, Any], *, names: tuple[str, s
         # of a whole block, the most general of the worst
         worst = min(rules, key=lambda rule: (VERDICTS.index(rule.verdict), -RULES.index(rule)))
         found.append(Difference(shown, old, new, worst.verdict, worst.reason))
-    return Report(names, tuple(found), tuple(notes))
+    return Report(names, found, notes)
 
 
-def _compare_data(a: Meaning, b: Meaning) -> tuple[list[Difference], list[str]]:
+def _compare_data(a: Settings, b: Settings) -> tuple[list[Difference], list[str]]:
     """Differences of the datasets that the loaders read, and notes on how they were compared."""
     found, notes = [], []
     for key in dict.fromkeys(key.removesuffix(".local") for key in a.values if key.endswith(".dataset.local")):
         if not b.has(key):
             continue  # the loader itself is a difference
-        (place, mark, _), (other, other_mark, _) = (data_of(run, key.removesuffix(".dataset")) for run in (a, b))
+        (place, mark, _), (other, other_mark, _) = _data_of(a, key), _data_of(b, key)
         if mark and other_mark and mark != other_mark:
             found.append(Difference(key, mark[:12], other_mark[:12], UNFAIR, "not the same text (fingerprints)"))
         elif mark and other_mark and place != other:
             found.append(Difference(key, place, other, HARMLESS, "copies of one dataset, by fingerprint"))
         elif place != other:
             found.append(Difference(key, place, other, UNFAIR,
-                                    "elsewhere, and the manifests are not both on this machine"))
+                                    "other folders, whose manifests are not both on this machine"))
         elif not mark:
             notes.append(f"{key}: {place} is not on this machine, so only its path was compared")
     return found, notes
@@ -204,7 +296,7 @@ def lint_chain(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> Report:
     Shape, tokenizer, row length, rotary theta, clock, learning rate and weight decay must continue; data, budget, batch
     and mask rate may change. A cross run follows the run whose weights it takes.
     """
-    chain = [read_meaning(name, cfg) for name, cfg in runs]
+    chain = [read_settings(name, cfg) for name, cfg in runs]
     found, notes = [], []
     for i, now in enumerate(chain[1:], 1):
         for check in (_check_model, _check_theta, _check_optimizer):
@@ -213,15 +305,15 @@ def lint_chain(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> Report:
             if learning_rates(dict(run.cfg)) is None:
                 notes.append(f"{now.name}: learning rates were not compared, since they cannot be computed for the "
                              f"scheduler {run.get('scheduler.name')} of {run.name}")
-    return Report(("before", "now"), tuple(found), tuple(notes), "chain")
+    return Report(("before", "now"), found, notes, "chain")
 
 
-def _changed(keys: Sequence[str], before: Meaning, now: Meaning, reason: str) -> _Found:
+def _changed(keys: Sequence[str], before: Settings, now: Settings, reason: str) -> _Found:
     found = ((key, before.get(key, ABSENT), now.get(key, ABSENT), reason) for key in keys)
     return (each for each in found if each[1] != each[2])
 
 
-def _check_model(past: Sequence[Meaning], now: Meaning) -> _Found:
+def _check_model(past: Sequence[Settings], now: Settings) -> _Found:
     before = past[-1]
     same_kind = before.config.causal == now.config.causal
     yield from _changed([*_MODEL_KEYS, *(["model.window_left"] if same_kind else [])], before, now,
@@ -232,14 +324,14 @@ def _check_model(past: Sequence[Meaning], now: Meaning) -> _Found:
     names = [run.get("tokenizer.name") for run in (before, now)]
     own = [run.cfg["tokenizer"]["name"] for run in (before, now)]
     if names[0] == names[1] and own[0] != own[1]:  # both beside their data: what the manifests say of them
-        names = [data_of(run, "train_loader")[2] for run in (before, now)]
+        names = [_data_of(run, "train_loader.dataset")[2] for run in (before, now)]
     if None not in names and names[0] != names[1]:
         yield "tokenizer.name", own[0], own[1], "the embedding's rows would stand for other tokens"
     if now.values["max_seq_len"] < before.values["max_seq_len"]:
         yield from _changed(["max_seq_len"], before, now, "rows shrink: long documents are not trained on any more")
 
 
-def _check_theta(past: Sequence[Meaning], now: Meaning) -> _Found:
+def _check_theta(past: Sequence[Settings], now: Settings) -> _Found:
     """Positions that were learnt under one theta are read under another."""
     moved = list(_changed(("model.global_rope_theta", "model.local_rope_theta"), past[-1], now, ""))
     for key, old, new, _ in moved:
@@ -249,26 +341,26 @@ def _check_theta(past: Sequence[Meaning], now: Meaning) -> _Found:
             yield key, old, new, "local layers get another rotary theta in a phase that leaves global layers theirs"
 
 
-def _check_optimizer(past: Sequence[Meaning], now: Meaning) -> _Found:
-    before, is_phase, loads = past[-1], now.has("callbacks.ettin_phase"), now.get("load_path") is not None
-    if not (is_phase or loads or now.has("callbacks.ettin_cross")):
+def _check_optimizer(past: Sequence[Settings], now: Settings) -> _Found:
+    before, crosses, loads = past[-1], now.has("callbacks.ettin_cross"), now.get("load_path") is not None
+    if not (crosses or loads or now.has("callbacks.ettin_phase")):
         yield "load_path", ABSENT, ABSENT, "nothing is loaded: the phase would train a new model"
         return
-    weights_only = (now.has("callbacks.ettin_cross") or now.get("callbacks.ettin_phase.keep") == "weights"
-                    or (loads and now.get("load_weights_only")))
-    if loads and not weights_only:
-        yield ("load_path", before.get("load_path", ABSENT), now.get("load_path"), "the checkpoint's clock is not set "
-               "back, so the phase begins past its end or in the middle of its schedule; use callbacks.ettin_phase")
-    if not weights_only:
+    fresh = crosses or now.get("callbacks.ettin_phase.keep") == "weights" or loads and now.get("load_weights_only")
+    if not fresh:
         yield from _changed(("optimizer.name", "optimizer.weight_decay"), before, now,
                             "the optimizer is kept, and would do something else")
+    if loads and not fresh:
+        yield ("load_path", before.get("load_path", ABSENT), now.get("load_path"), "the checkpoint's clock is not set "
+               "back, so the phase begins past its end or in the middle of its schedule; use callbacks.ettin_phase")
+        return
     ours, last = learning_rates(dict(now.cfg)), learning_rates(dict(before.cfg))
-    if (is_phase or weights_only) and ours and last:
+    if ours and last:
         begin, end, given = ours[1][0], last[1][-1], now.values["optimizer.lr"]
         if begin > end and not math.isclose(begin, end, rel_tol=1e-6):
             yield "optimizer.lr", end, begin, "the learning rate jumps up from where the phase before ended"
-        elif not weights_only and 1e-6 * given <= begin < end * (1 - 1e-6):  # below that it warms up
+        elif not fresh and 1e-6 * given <= begin < end * (1 - 1e-6):  # below that it warms up
             yield "optimizer.lr", end, begin, "the learning rate falls from where the phase before ended"
-    if is_phase and not weights_only:
+    if not fresh:
         yield from _changed(("optimizer.max_lr",), before, now,
                             "weight decay is relative to max_lr: at one learning rate it would be another")

@@ -16,8 +16,7 @@ from matplotlib.figure import Figure
 
 from ettin_foundry.data.quantities import format_count
 from ettin_foundry.model.config import MASKED_OBJECTIVES
-from ettin_foundry.tools.curves import learning_rates
-from ettin_foundry.tools.plan import Plan, batch_ramp
+from ettin_foundry.tools.plan import Plan, batch_ramp, learning_rates
 
 _COLORS = {"mlm": "#2a6fbb", "clm": "#e07b24", "mntp": "#1f9e89"}
 _LINE, _GREY = "#30363d", "#6b7280"

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.quantities import format_bytes, format_count
 from ettin_foundry.data.stream import BatchRamp, check_warmup
 from ettin_foundry.model.config import EttinConfig
-from ettin_foundry.tools.curves import Curves, run_curves
+from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule
+from ettin_foundry.training import run_config
 from ettin_foundry.training.checks import check_settings
 from ettin_foundry.training.run_config import model_config, parse_time, total_tokens
 
@@ -108,6 +111,89 @@ class Plan:
         return sum(self.memory_bytes.values()) / 2**30
 
 
+# ------------------------------------------------------------------ what changes along the tokens of a run
+
+# scheduler -> its function, and defaults of its times
+_SCHEDULERS: dict[str, tuple[Any, dict[str, str]]] = {
+    "warmup_stable_decay": (run_config.warmup_stable_decay, {"total": "1dur", "warmup": "0ba", "decay": "0ba"}),
+    "one_minus_sqrt": (run_config.one_minus_sqrt, {"total": "1dur", "decay": "1dur"})}
+
+
+class Piece(NamedTuple):
+    """A range of tokens in which the objective does not change and the mask rate is linear."""
+
+    begin: int
+    end: int
+    shares: dict[str, float]  # {objective: share of the rows}
+    first_rate: float  # mask rate at the token `begin`
+    last_rate: float  # at the token `end - 1`
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Objective and mask rate of a run of `pieces[-1].end` tokens."""
+
+    pieces: Sequence[Piece]
+    schedule: ObjectiveSchedule
+    mask_rate: MaskRate
+
+    def shares_between(self, bounds: Sequence[float] | npt.NDArray[Any]) -> dict[str, npt.NDArray[np.float64]]:
+        """{objective: its mean share of the rows between two bounds (tokens)}, one value less than there are bounds."""
+        ends, result = [0, *(p.end for p in self.pieces)], {}
+        for name in self.schedule.objectives:
+            summed = np.cumsum([0.0, *((p.end - p.begin) * p.shares.get(name, 0.0) for p in self.pieces)])
+            result[name] = np.diff(np.interp(bounds, ends, summed)) / np.diff(bounds)
+        return result
+
+    def targets_per_token(self, text_share: float, first_share: float) -> tuple[float, float]:
+        """(mean over the run, maximum over its pieces) of the targets of a token.
+
+        Args:
+            text_share: share of the tokens that are neither BOS nor EOS, among which masks are drawn.
+            first_share: share of the tokens that are the first of a document, which clm cannot predict.
+        """
+        def targets(p: Piece, rate: float) -> float:
+            return sum(share * (1 - first_share if name == "clm" else text_share * rate)
+                       for name, share in p.shares.items())
+
+        total = math.fsum((p.end - p.begin) * targets(p, (p.first_rate + p.last_rate) / 2) for p in self.pieces)
+        return total / self.pieces[-1].end, max(targets(p, max(p.first_rate, p.last_rate)) for p in self.pieces)
+
+
+def run_curves(cfg: dict[str, Any], num_tokens: int) -> Curves:
+    """Objective and mask rate of a config over a run of `num_tokens` tokens (at least 1)."""
+    objective, total = run_config.objective_schedule(cfg), total_tokens(cfg)
+    rate = MaskRate.parse(cfg["train_loader"].get("mask_rate", 0.0), total=total)
+    # a slope ends with the run's budget, which its last step may pass
+    ends = {total} if total is not None and total < num_tokens else set()
+    begins = sorted({*objective.breakpoints(num_tokens), *rate.breakpoints(num_tokens), *ends})
+    return Curves([Piece(begin, end, objective.at(begin), rate.at(begin), rate.at(end - 1))
+                   for begin, end in zip(begins, [*begins[1:], num_tokens])], objective, rate)
+
+
+def learning_rates(cfg: dict[str, Any], places: Sequence[float] = ()) -> tuple[list[float], list[float]] | None:
+    """(places, learning rates) at places from 0 to 1 of the run; those where the slope changes are added to `places`.
+
+    None for a scheduler of the host, which is not evaluated here, and for times in another unit than the run's length:
+    how many batches its tokens make is not known here.
+    """
+    block = cfg["scheduler"]
+    if block["name"] not in _SCHEDULERS:
+        return None
+    function, defaults = _SCHEDULERS[block["name"]]
+    total, unit = parse_time("max_duration", cfg["max_duration"])
+    times = {}
+    for name, default in defaults.items():
+        key = "t_max" if name == "total" else f"t_{name}"
+        value, own_unit = parse_time(f"scheduler.{key}", block.get(key, default))
+        if value and own_unit not in ("dur", unit):
+            return None
+        times[name] = value if own_unit == "dur" else value / total
+    breakpoints = (0.0, 1.0, times.get("warmup", 0.0), times["total"] - times["decay"], times["total"])
+    at = sorted({*map(float, places), *(p for p in breakpoints if 0 <= p <= 1)})
+    return at, [cfg["optimizer"]["lr"] * function(place, alpha_f=block.get("alpha_f", 0.0), **times) for place in at]
+
+
 # ------------------------------------------------------------------ arithmetic
 
 # bytes that autograd keeps of a token in a layer, for each unit of (hidden_size, intermediate_size), in 16 bits or fp32
@@ -184,23 +270,26 @@ def num_checkpoints(cfg: dict[str, Any], num_steps: int, num_tokens: int, tokens
 
 def _machine(cfg: dict[str, Any], gpus: str | None) -> tuple[int, str]:
     """(number, kind) of `--gpus`; else the original's 4x H100, or one for a small batch, or one CPU for fp32."""
-    if gpus is not None:
-        match = re.fullmatch(r"(?:([1-9][0-9]*)x)?([a-z][a-z0-9-]*)", gpus, re.IGNORECASE)
-        name = match[2].lower().removesuffix("-sxm") if match else ""
-        if match is None or name not in GPUS:
-            raise ValueError(f"--gpus must be a number and one of {', '.join(GPUS)}, such as 4xH100, got {gpus!r}")
-        return int(match[1] or 1), name
-    if cfg.get("precision") == "fp32":
-        return 1, "cpu"
     rows, micro = cfg["global_train_batch_size"], cfg["device_train_microbatch_size"]
-    least = ORIGINAL_GPUS * (micro if isinstance(micro, int) else 1)
-    return ORIGINAL_GPUS if rows % ORIGINAL_GPUS == 0 and least <= rows else 1, "h100"
+    least = micro if isinstance(micro, int) else 1
+    if gpus is None:
+        fits = rows % ORIGINAL_GPUS == 0 and ORIGINAL_GPUS * least <= rows
+        return (1, "cpu") if cfg.get("precision") == "fp32" else (ORIGINAL_GPUS if fits else 1, "h100")
+    match = re.fullmatch(r"(?:([1-9][0-9]*)x)?([a-z][a-z0-9-]*)", gpus, re.IGNORECASE)
+    name, number = match[2].lower().removesuffix("-sxm") if match else "", int(match[1] or 1) if match else 1
+    if name not in GPUS:
+        raise ValueError(f"--gpus must be a number and one of {', '.join(GPUS)}, such as 4xH100, got {gpus!r}")
+    if rows % number or number * least > rows:
+        raise ValueError(f"--gpus must divide global_train_batch_size ({rows}) with device_train_microbatch_size "
+                         f"({micro}) rows for each, got {gpus!r}; choose another number")
+    return number, name
 
 
 def plan_run(cfg: dict[str, Any], *, name: str = "", gpus: str | None = None, mfu: float | None = None) -> Plan:
     """The plan of a config that `check_settings` accepts; a ValueError where gpus or mfu is not possible.
 
-    gpus: such as 4xH100. mfu: share of the peak; None: the original's, where it is known.
+    Args:
+        gpus: such as 4xH100. mfu: share of the peak; None: the original's, where it is known.
     """
     num_gpus, gpu = _machine(cfg, gpus)
     if mfu is not None and not (gpu in GPUS and 0 < mfu <= 1):
@@ -216,16 +305,13 @@ def plan_run(cfg: dict[str, Any], *, name: str = "", gpus: str | None = None, mf
     first_share = data.num_chunks / data.num_tokens
     targets, most_targets = curves.targets_per_token(1 - 2 * first_share, first_share)
     half, sharding = cfg.get("precision", "amp_bf16").startswith("amp_"), cfg.get("fsdp_config") or {}
-
-    def memory(rows: int) -> dict[str, int]:
-        return memory_bytes(config, rows * length, most_targets, half=half, ranks=num_gpus, fsdp=bool(sharding),
-                            recompute=bool(sharding.get("activation_checkpointing")))
-
+    memory = functools.partial(memory_bytes, config, targets_per_token=most_targets, half=half, ranks=num_gpus,
+                               fsdp=bool(sharding), recompute=bool(sharding.get("activation_checkpointing")))
     largest = None
     if gpu in GPUS:
         room = (GPUS[gpu][1] - SLACK_GIB) * 2**30
         largest = bisect.bisect_right(range(1, ramp.max_size // num_gpus + 1), room,
-                                      key=lambda rows: sum(memory(rows).values()))
+                                      key=lambda rows: sum(memory(rows * length).values()))
         if mfu is None and half and config.size in ORIGINAL_HOURS:
             original = ORIGINAL_HOURS[config.size] * 3600 * ORIGINAL_GPUS * GPUS["h100"][0]
             mfu = 6 * config.num_parameters * ORIGINAL_TOKENS / original
@@ -243,32 +329,24 @@ def plan_run(cfg: dict[str, Any], *, name: str = "", gpus: str | None = None, mf
         epochs=tokens / data.num_tokens if facts else None, shares=shares, targets_per_token=targets,
         flops_per_token=flops, flops=flops * tokens, num_gpus=num_gpus, gpu=gpu,
         machine="one CPU process" if gpu == "cpu" else f"{num_gpus}x {gpu.upper()}", microbatch=micro,
-        memory_bytes=memory(micro), largest_microbatch=largest, fits=largest is None or micro <= largest, mfu=mfu,
-        hours=mfu and work / (num_gpus * GPUS[gpu][0] * mfu) / 3600, checkpoints=checkpoints, cfg=cfg, curves=curves,
+        memory_bytes=memory(micro * length), largest_microbatch=largest, fits=largest is None or micro <= largest,
+        mfu=mfu, hours=mfu and work / (num_gpus * GPUS[gpu][0] * mfu) / 3600, checkpoints=checkpoints, cfg=cfg,
+        curves=curves,
         storage_bytes=checkpoints * 4 * config.num_parameters * (1 if cfg.get("save_weights_only") else 3))
 
 
 def plan_runs(stages: Sequence[tuple[str, dict[str, Any]]], *, gpus: str | None = None,
               mfu: float | None = None) -> list[Plan]:
-    """Plans of runs (name, resolved config), in order.
-
-    Raises:
-        ValueError: what `check_settings` and `plan_run` refuse, or a batch that the GPUs cannot divide.
-    """
+    """Plans of runs (name, resolved config), in order; a ValueError for what `check_settings` and `plan_run` refuse."""
     found = []
     for name, cfg in stages:
         try:
             if (model := (cfg.get("model") or {}).get("name")) != "ettin":
                 raise ValueError(f"model.name must be ettin to be planned, got {model!r}; use a recipe of yamls/")
             check_settings(cfg)
-            num_gpus, rows = _machine(cfg, gpus)[0], cfg["global_train_batch_size"]
-            micro = cfg["device_train_microbatch_size"]
-            if rows % num_gpus or (isinstance(micro, int) and micro > rows // num_gpus):
-                raise ValueError(f"global_train_batch_size must be a multiple of the {num_gpus} GPUs with at least "
-                                 f"device_train_microbatch_size ({micro}) rows for each, got {rows}; change --gpus")
             found.append(plan_run(cfg, name=name, gpus=gpus, mfu=mfu))
         except ValueError as error:
-            raise ValueError(f"{name}: {error}" if len(stages) > 1 else str(error)) from error
+            raise ValueError(f"{name}: {error}") from error
     return found
 
 

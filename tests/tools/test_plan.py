@@ -16,7 +16,6 @@ import pytest
 from ettin_foundry.cli.main import main
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.tools import pictures, plan
-from ettin_foundry.tools.curves import learning_rates, run_curves
 from ettin_foundry.training import recipes
 from ettin_foundry.training.run_config import model_config
 
@@ -134,7 +133,7 @@ def test_means_of_random_schedules_are_those_of_single_tokens():
         masked = [share] * end + [float(t % (length + other) < length) for t in range(total - end)]
         rates = [low + (high - low) * t / total for t in range(total)]
         mask_rate = [{"from": low, "to": high}]
-        found = run_curves({"model": {"objective": objective}, "train_loader": {"mask_rate": mask_rate},
+        found = plan.run_curves({"model": {"objective": objective}, "train_loader": {"mask_rate": mask_rate},
                             "max_duration": f"{total}tok"}, total)
         each = [m * rate * text + (1 - m) * (1 - first) for m, rate in zip(masked, rates)]
         mean, most = found.targets_per_token(text, first)
@@ -155,11 +154,11 @@ def test_means_of_random_schedules_are_those_of_single_tokens():
 ])
 def test_learning_rates_follow_the_recipe(scheduler, formula):
     cfg = {"scheduler": scheduler, "optimizer": {"lr": 8e-4}, "max_duration": "1000tok"}
-    places, rates = learning_rates(cfg, np.linspace(0, 1, 301))
+    places, rates = plan.learning_rates(cfg, np.linspace(0, 1, 301))
     assert rates == pytest.approx([8e-4 * formula(1000 * p) for p in places], rel=1e-9)
-    assert learning_rates({**cfg, "scheduler": {"name": "cosine_with_warmup"}}) is None  # the host's is not guessed
+    assert plan.learning_rates({**cfg, "scheduler": {"name": "cosine_with_warmup"}}) is None  # the host's is not guessed
     tokens = {"name": "one_minus_sqrt", "t_decay": "500tok"}  # of a run in batches: how many those are is not known
-    assert learning_rates({**cfg, "scheduler": tokens, "max_duration": "50ba"}) is None
+    assert plan.learning_rates({**cfg, "scheduler": tokens, "max_duration": "50ba"}) is None
 
 
 # Ettin's repository, pretraining/README.md: hours on 4x H100 for 2T tokens; from them tokens/s of a GPU
@@ -275,7 +274,7 @@ def test_a_suite_file_is_planned_stage_by_stage_as_text_json_and_picture(capsys,
 @pytest.mark.parametrize("arguments, message", [
     ([ENC, "--gpus", "4xH800"], "--gpus must be"), ([ENC, "--mfu", "1.5"], "--mfu must be"),
     ([ENC, "model.name=mpt_causal_lm"], "model.name must be ettin"),
-    ([ROOT / "yamls/suite/ettin-150m.yaml", "--gpus", "3xH100"], "encoder-pretrain: global_train_batch_size"),
+    ([ROOT / "yamls/suite/ettin-150m.yaml", "--gpus", "3xH100"], "encoder-pretrain: --gpus must divide global_train"),
 ])
 def test_bad_input_is_one_line(capsys, arguments, message):
     code, out, err = run(capsys, *arguments)
