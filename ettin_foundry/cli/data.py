@@ -30,6 +30,7 @@ def convert(
     text_field: Annotated[str, _help("Key or column of the text.")] = "text",
     id_field: Annotated[str | None, _help("Key or column of a document's id.")] = None,
     max_document_bytes: Annotated[str, _help("Drop larger documents.")] = "256mb",
+    max_bad_records: Annotated[int, _help("Drop up to so many records that cannot be read.")] = 1000,
     shard_size: Annotated[str, _help("Bytes per shard.")] = "64mb",
     unit_size: Annotated[str, _help("Input bytes per unit of work.")] = "256mb",
     compression: Annotated[Literal["zstd"] | None, _help("Of shards; plain if left out.")] = None,

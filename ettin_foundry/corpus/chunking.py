@@ -2,18 +2,18 @@
 
 A document of at most `chunk_length` tokens is one chunk. A longer one is cut, from its beginning, like this:
 
-1. While at least 1.1 chunks remain, the next chunk ends at the best place of the last tenth of `chunk_length`: the latest
-   paragraph end, else sentence end, else line end, else place before a space, else place between characters.
+1. While at least 1.1 chunks remain, the next chunk ends at the best place of the last tenth of `chunk_length`: the
+   latest paragraph end, else sentence end, else line end, else place before a space, else place between characters.
 2. When more than one but less than 1.1 chunks remain, they become two chunks of similar size, cut at the best place of
    the tenth around their middle. So every chunk of a longer document holds at least a tenth of `chunk_length`.
-3. Where the whole tenth lies inside characters (a token may end one and begin the next), the latest place before it that
-   lies between two characters is taken; where the chunk has none, the cut is made all the same.
+3. Where the whole tenth lies inside characters (a token may end one and begin the next), the latest place before it
+   that lies between two characters is taken; where the chunk has none, the cut is made all the same.
 
-What a token means for a cut depends on its bytes alone, so the rule is tables with one entry per id, filled once from
-tokenizer.json, and a state machine that runs over the tokens around the limit. Paragraph end: after a blank line.
-Sentence end: after a terminator and its closing quotes or brackets, if a space follows (after a Chinese or Japanese
-terminator it need not), or after that space. A full stop after a digit or a capital ends no sentence ("3.14", "1. Item",
-"J. Smith"). A terminator that the vocabulary splits into bytes is not seen.
+What a token means for a cut depends on its bytes alone, so the rule is tables with one entry per id, and a state machine
+that runs over the tokens around the limit. Paragraph end: after a blank line. Sentence end: after a terminator and its
+closing quotes or brackets, if a space follows (after a Chinese or Japanese terminator it need not), or after that space.
+A full stop after a digit or a capital ends no sentence ("3.14", "1. Item", "J. Smith"). A terminator that the vocabulary
+splits into bytes is not seen.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import orjson
 
 _NUM_IDS = 1 << 16  # tokens are uint16: with a table entry for each, no id can be outside
 
-# Kinds of characters. A full stop is no plain terminator: after a capital or a digit it ends no sentence.
+# Kinds of characters.
 _OTHER, _CAPITAL, _STOP, _TERMINATOR, _CJK_TERMINATOR, _CLOSER, _BLANK, _NEWLINE = range(8)
 _KINDS = {
     ".": _STOP, **dict.fromkeys("\n\u2028\u2029", _NEWLINE),
@@ -102,7 +102,7 @@ class Chunker:
     """Cuts documents of one tokenizer into chunks, as the module says.
 
     Args:
-        tokenizer_json: the content of a tokenizer.json. chunk_length: most tokens in a chunk, 1 to 65,535.
+        tokenizer_json: content of tokenizer.json. chunk_length: most tokens in a chunk, 1 to 65,535.
         window: share of `chunk_length`, 0 to 0.5, in which the best place is looked for: the module's tenth. With 0 a
             chunk is as long as characters allow, and what remains at the end may be short.
     """
@@ -142,7 +142,7 @@ def _tables(pieces: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, list[tuple
     """(65536,) uint8 state after each token; (65536,) uint8 how it begins; rows of states.
 
     The state after a token of nothing but punctuation and spaces may depend on the one before it: then the first table
-    holds 9 + the number of a row, which has the state after for each state before. There are fewer than 247 such rows.
+    holds 9 + the number of a row of states after, one for each before. There are fewer than 247 such rows.
     """
     texts = [piece.decode("utf-8", "replace") for piece in pieces]
     passing = "".join(c for c in set("".join(texts)) if _kind(c) not in (_OTHER, _CAPITAL))
@@ -156,16 +156,15 @@ def _tables(pieces: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, list[tuple
         if word:
             after[token] = steps[_INITIAL if _kind(word[-1]) == _CAPITAL else _WORD]
         else:
-            after[token] = steps[0] if len(set(steps)) == 1 else _NUM_STATES + rows.setdefault(steps, len(rows))
-        is_inside = 0x80 <= piece[0] < 0xC0
-        begins[token] = _BEGINS_INSIDE if is_inside else _BEGINS.get(_kind(text[0]), _BEGINS_WORD)
+            after[token] = steps[0] if len({*steps}) == 1 else _NUM_STATES + rows.setdefault(steps, len(rows))
+        begins[token] = _BEGINS_INSIDE if 0x80 <= piece[0] < 0xC0 else _BEGINS.get(_kind(text[0]), _BEGINS_WORD)
     return after, begins, [()] * _NUM_STATES + list(rows)
 
 
 def token_bytes(tokenizer_json: str) -> list[bytes]:
     """The bytes that each id stands for, b"" for ids that are not given.
 
-    Byte-level vocabularies exactly. Others as their decoders read them: a word mark U+2581 is a space, <0x0A> is a byte;
+    Byte-level vocabularies exactly. Others as their decoders read them: a word mark U+2581 is a space, <0x0A> a byte;
     where pieces inside a word are marked (WordPiece), or none are (WordLevel), a piece that begins a word has a space
     before it. Added tokens are found in a text as they are.
     """

@@ -52,6 +52,7 @@ class ConvertOptions:
     text_field: str = ReadOptions.text_field
     id_field: str | None = ReadOptions.id_field
     max_document_bytes: int | str = ReadOptions.max_document_bytes
+    max_bad_records: int = ReadOptions.max_bad_records
     shard_size: int | str = "64mb"
     unit_size: int | str = "256mb"
     compression: Literal["zstd"] | None = None
@@ -124,6 +125,7 @@ class Summary:
         found: dict[str, Counter[str]] = defaultdict(Counter)
         for name, counts in (pair for manifest in self.manifests.values() for pair in manifest["sources"].items()):
             found[name].update({key: counts[key] for key in ("documents", "tokens", "bytes")})
+            found[name].update({"unknown tokens": counts["unknown"]} if "unknown" in counts else {})
             found[name].update({f"dropped ({reason})": number for reason, number in counts["dropped"].items()})
         return found
 
@@ -171,13 +173,14 @@ def convert(options: ConvertOptions) -> Summary:
     if options.task_index is not None:
         todo = [unit for unit in todo if unit.number % int(options.num_tasks or 1) == options.task_index]
     spec = TokenizerSpec(facts["name"], tok.backend_tokenizer.to_str(), tuple(sorted(tokenizers.forbidden_ids(tok))),
-                         facts["vocab_size"], options.engine)
-    job = ConvertUnit(storage.url if is_url(storage.url) else os.path.abspath(storage.url), plan.options,
+                         options.engine)
+    job = ConvertUnit(storage.url if is_url(storage.url) else os.path.abspath(storage.url),
+                      {**plan.options, "max_bad_records": options.max_bad_records},
                       {source.name: source for source in sources}, plan.base_key, spec, options.filters)
     if todo and options.filters.deduplicate:
         _find_duplicates(job, plan, options, storage)
     tokens = _execute(job, todo, "documents", options)
-    manifests = finalize(options.out) if options.task_index is None else {}
+    manifests = finalize(options.out, max_bad_records=options.max_bad_records) if options.task_index is None else {}
     return Summary(storage.url, manifests, time.perf_counter() - begin, (len(todo), len(plan.units)), tokens)
 
 
@@ -225,7 +228,7 @@ def _tokenizer(options: ConvertOptions, storage: Storage, plan: plans.Plan | Non
 
 def _train(sources: Sequence[Source], options: ConvertOptions) -> PreTrainedTokenizerFast:
     """Trains on the training split only: validation text must be as new to the tokenizer as to the model."""
-    meter, reading = Meter(), ReadOptions.of(options.record())
+    meter, reading = Meter(), ReadOptions.of({**options.record(), "max_bad_records": options.max_bad_records})
 
     def texts() -> Iterator[str]:
         documents, num_bytes = 0, 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import logging
 import os
 import random
@@ -17,10 +16,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import orjson
 import xxhash
 from tokenizers import Tokenizer
-
-from ettin_foundry.data.tokenizer import MAX_VOCAB_SIZE
 
 log = logging.getLogger(__name__)
 
@@ -29,81 +27,79 @@ Flat = tuple[np.ndarray, np.ndarray]  # ids (N,) of all texts, one after another
 
 _STRETCH = 1 << 20  # characters that `tokenizers` is given at a time: it needs 120 bytes of memory for each
 _LINE_BREAK = re.compile(r"(?<=\S\n)(?=\w)")  # where no token of a usual vocabulary reaches across
-_NOT_OF_THE_LIBRARY = (UnicodeEncodeError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit)
+_THREADS = {"FASTOKENS_BPE_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+_NOT_OF_THE_LIBRARY = (MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit)
 
-# What tokenizer libraries differ on: white space, what normalization composes and orders, scripts, digits, contractions,
-# code points beside the surrogates, special tokens written out.
+# What libraries differ on: white space, what normalization composes, scripts, digits, contractions, special tokens in text
 _FRAGMENTS = (
-    " ", "  ", "\t", "\n", "\r\n", "\n\n", "\x0b", "\x1c", "\x85", "\xa0", "\u2003", "\u3000", "\u200b",
-    "\ufeff", "\0", "\x7f", " " * 7, " " * 24, " " * 31, "a", "b", "Word", " the", " of", "1234567890", "0x1F",
-    "'s", "'LL", "'\u017f", "\u2019s", "don't", "'", "...", "://", "\"", "$x^{2}$", "e\u0301", "\xe9", "\u0301",
-    "A\u030a", "\u212b", "\u1e9b\u0323", "q\u0307\u0323", "\u0344", "\u1100\u1161\u11a8", "\uac00\u11a8",
-    "\u2126", "\U0002f800", "\u0300" * 9, "\U0001f600", "\U0001f468\u200d\U0001f469\u200d\U0001f467",
-    "\U0001f3f3\ufe0f\u200d\U0001f308", "\U0001f1e9\U0001f1ea", "\ud7ff", "\ue000", "\ufffd", "\uffff",
-    "\U00010000", "\U0010ffff", "\u4f60\u597d", "\u3002", "\u65e5\u672c\u8a9e\u30c6", "\ud55c\uad6d",
-    "\u041f\u0440\u0438", "\u0645\u0631\u062d", "\u0939\u093f\u0928\u094d", "\u05e9\u05c1", "\u0e20\u0e32",
-    "\u1f00\u0345", "\u0130", "\xdf", "\xb2", "\u0663", "\u2460", "\U0001d400", "[MASK]", " [MASK]", "[CLS]",
-    "[SEP", "<|endoftext|>", "<|endof")
+    " ", "  ", "\t", "\n", "\r\n", "\n\n", "\x0b", "\x1c", "\x85", "\xa0", "\u2003", "\u3000", "\u200b", "\ufeff",
+    "\0", "\x7f", " " * 7, " " * 24, " " * 31, "a", "b", "Word", " the", " of", "1234567890", "0x1F", "'s", "'LL",
+    "'\u017f", "\u2019s", "don't", "'", "...", "://", "\"", "$x^{2}$", "e\u0301", "\xe9", "\u0301", "A\u030a",
+    "\u212b", "\u1e9b\u0323", "q\u0307\u0323", "\u0344", "\u1100\u1161\u11a8", "\uac00\u11a8", "\u2126", "\U0002f800",
+    "\u0300" * 9, "\U0001f600", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f3f3\ufe0f\u200d\U0001f308",
+    "\U0001f1e9\U0001f1ea", "\ud7ff", "\ue000", "\ufffd", "\uffff", "\U00010000", "\U0010ffff", "\u4f60\u597d",
+    "\u3002", "\u65e5\u672c\u8a9e\u30c6", "\ud55c\uad6d", "\u041f\u0440\u0438", "\u0645\u0631\u062d",
+    "\u0939\u093f\u0928\u094d", "\u05e9\u05c1", "\u0e20\u0e32", "\u1f00\u0345", "\u0130", "\xdf", "\xb2", "\u0663",
+    "\u2460", "\U0001d400", "[MASK]", " [MASK]", "[CLS]", "[SEP", "<|endoftext|>", "<|endof")
 
 
 class TextEncoder:
     """Encodes texts with one tokenizer, on one core; torch and transformers are not imported.
 
     A literal "[MASK]" in a text stays ordinary text: read as the special token it would teach the model that masks occur
-    in prose, and any page could inject document ends. The attribute `engine` names the library and its version.
+    in prose, and any page could inject document ends. `engine` names the library and its version, `unknown` is the id
+    that the model gives for characters out of its vocabulary, or -1.
 
     Args:
-        tokenizer_json: content of tokenizer.json. forbidden: ids that no text may give. vocab_size: highest id plus one.
-        engine: "tokenizers", "fast" (fastokens, or an error), or "auto" (fastokens where it can be used). It never
-            changes the tokens.
+        tokenizer_json: content of tokenizer.json. forbidden: ids that no text may give.
+        engine: "tokenizers", "fast" (fastokens, or an error), "auto" (fastokens where it can be used): the same tokens.
         check_share: share of the texts that both encode, chosen by a hash of the text; 1/512 costs some 4% of the time.
     """
 
-    def __init__(self, tokenizer_json: str, *, forbidden: Collection[int], vocab_size: int,
-                 engine: Engine = "auto", check_share: float = 1 / 512, name: str = "unnamed") -> None:
+    def __init__(self, tokenizer_json: str, *, forbidden: Collection[int], engine: Engine = "auto",
+                 check_share: float = 1 / 512, name: str = "unnamed") -> None:
         self.name = name
         self._check_below = int(check_share * 2**64)
-        self._is_refused = np.ones(1 << 16, dtype=bool)  # by id; ids out of the vocabulary stay refused
-        self._is_refused[:vocab_size] = False
-        self._is_refused[sorted(forbidden)] = True
         self._reference: Any = Tokenizer.from_str(tokenizer_json)  # Any: its stubs lack setters
         self._reference.encode_special_tokens = True
         self._reference.no_truncation()
         self._reference.no_padding()
         self._version = self.engine = f"tokenizers {importlib.metadata.version('tokenizers')}"
-        added = [token["content"] for token in json.loads(tokenizer_json).get("added_tokens") or ()]
-        probe = _probe_texts(added)
-        lines, self._can_cut = "\n".join([*probe, *added]), False
-        whole, parts = (self._reference_ids(texts)[0] for texts in ([lines], _LINE_BREAK.split(lines)))
-        self._can_cut = np.array_equal(whole, parts)
+        content = orjson.loads(tokenizer_json)
+        unknown = content["model"].get("unk_token")
+        found = self._reference.token_to_id(unknown) if unknown else content["model"].get("unk_id")
+        self.unknown: int = -1 if found is None else found
+        self._is_special = np.zeros(1 << 16, dtype=bool)  # by id
+        self._is_special[sorted({*forbidden} - {self.unknown})] = True
+        added = [token["content"] for token in content.get("added_tokens") or ()]
+        probe, self._can_cut = _probe_texts(added), False
+        lines = "\n".join([*probe, *added])
+        self._can_cut = np.array_equal(*(self._reference_ids(texts)[0] for texts in ([lines], _LINE_BREAK.split(lines))))
         self._fast: Callable[[Sequence[str]], Flat] | None = None
         if engine != "tokenizers":
             self._choose(engine, tokenizer_json, probe)
 
     def encode(self, texts: Sequence[str]) -> Flat:
-        """Encodes documents: tokens (N,) uint16 of all texts, one after another; lengths (len(texts),) int64.
+        """Tokens (N,) uint16 of all texts, one after another; lengths (len(texts),) int64.
 
-        Raises ValueError where a text holds lone surrogates, gives a forbidden id, or the libraries disagree on it.
+        Raises ValueError where the libraries disagree on a text, or a special token cannot be written as text.
         """
-        try:
-            ids, lengths = self._ids(texts)
-        except UnicodeEncodeError as error:
-            raise ValueError(f"tokenizer {self.name}: text must be valid Unicode, got a lone surrogate at character "
-                             f"{error.start} of {error.object[:60]!a}; drop that document") from None
+        ids, lengths = self._ids(texts)
         ends = np.cumsum(lengths)
         for number, text in enumerate(texts) if self._fast else ():
             if xxhash.xxh3_64_intdigest(text) < self._check_below and not np.array_equal(
                     ids[ends[number] - lengths[number]:ends[number]], self._reference_ids([text])[0]):
                 raise ValueError(f"tokenizer {self.name}: {self.engine} and {self._version} must agree, got different "
                                  f"ids for {text[:60]!a}; convert with --engine tokenizers")
-        tokens = ids.astype(np.uint16)
-        wrong = (ids > MAX_VOCAB_SIZE) | self._is_refused[tokens]
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            text, token = texts[int(np.searchsorted(ends, at, side="right"))], self._reference.id_to_token(int(ids[at]))
-            raise ValueError(f"tokenizer {self.name}: text must never give a special token, got {ids[at]} ({token!r}) for "
-                             f"{text[:60]!a}; mark it special=True in tokenizer.json")
-        return tokens, lengths
+        for at in np.flatnonzero(self._is_special[ids])[::-1].tolist():  # which a model may have among its pieces
+            token = self._reference.id_to_token(int(ids[at]))
+            letters = [self._reference.token_to_id(letter) for letter in token]
+            if self.unknown < 0 and None in letters:
+                raise ValueError(f"tokenizer {self.name}: {token!r} in a text must be made of other tokens, got a "
+                                 "vocabulary without its letters; give the model an unknown token")
+            lengths[np.searchsorted(ends, at, side="right")] += len(letters) - 1
+            ids = np.concatenate([ids[:at], [self.unknown if n is None else n for n in letters], ids[at + 1:]])
+        return ids.astype(np.uint16), lengths
 
     def _ids(self, texts: Sequence[str]) -> Flat:
         """Ids as the fast library gives them; where there is none, or it fails, as `tokenizers` does."""
@@ -120,9 +116,8 @@ class TextEncoder:
         arrays, lengths = [np.zeros(0, np.uint32)], np.zeros(len(texts), np.int64)
         with _one_thread():
             for number, text in enumerate(texts):
-                text.encode()  # names a lone surrogate, which the library calls a wrong type
                 for stretch in self._stretches(text):
-                    found = self._reference.encode_batch_fast([stretch], add_special_tokens=False)[0]
+                    [found] = self._reference.encode_batch_fast([stretch], add_special_tokens=False)
                     arrays.append(np.array(found.ids, np.uint32))
                     lengths[number] += len(arrays[-1])
         return np.concatenate(arrays), lengths
@@ -136,7 +131,7 @@ class TextEncoder:
         yield text[begin:]
 
     def _choose(self, engine: Engine, tokenizer_json: str, probe: Sequence[str]) -> None:
-        """Takes the fast library if it gives the ids of `tokenizers` on the probe; logs which and why."""
+        """Takes fastokens if it gives the ids of `tokenizers` on the probe; logs which library encodes, and why."""
         try:
             fast, version = _open_fastokens(tokenizer_json)
             if all(map(np.array_equal, fast(probe), self._reference_ids(probe))):
@@ -144,12 +139,10 @@ class TextEncoder:
                 self._fast, self.engine = fast, version
                 return
             reason = f"{version} gives other ids than {self._version} on the probe texts"
-        except ImportError:
-            reason = "fastokens is not installed"
         except BaseException as error:  # a panic of a Rust library derives from BaseException alone
             if isinstance(error, _NOT_OF_THE_LIBRARY):
                 raise
-            reason = f"fastokens cannot be used with it ({type(error).__name__}: {str(error)[:200]})"
+            reason = f"fastokens cannot be used with it ({type(error).__name__}: {error!s:.200})"
         if engine == "fast":
             raise ValueError(f"--engine must be auto or tokenizers with {self.name}, got fast, but {reason}")
         log.warning("tokenizer %s: %s encodes, about 20 times slower: %s", self.name, self._version, reason)
@@ -175,15 +168,13 @@ def _open_fastokens(tokenizer_json: str) -> tuple[Callable[[Sequence[str]], Flat
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     """Both libraries read their number of threads from the environment; a worker process has one core."""
-    wanted = {"FASTOKENS_BPE_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    before = {key: os.environ[key] for key in wanted if key in os.environ}
-    os.environ.update(wanted)
+    before = {key: os.environ.get(key) for key in _THREADS}
+    os.environ.update(_THREADS)
     try:
         yield
     finally:
-        for key in wanted:
-            del os.environ[key]
-        os.environ.update(before)
+        for key, value in before.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
 
 
 def _probe_texts(added_tokens: Sequence[str]) -> list[str]:

@@ -4,10 +4,9 @@ A predicate is any function f(text, id) -> bool, written as `package.module:func
 alone, or two conversions will differ. Near-duplicates, language and quality filters and decontamination are datatrove's
 work: run it first and convert what it writes (.jsonl.gz).
 
-For exact duplicates workers hash the documents of their units, in order. `find_duplicates` then finds, in bounded memory,
-which documents repeat an earlier one; the first in the order of (unit, ordinal) stays, whoever hashed what when. Documents
-are taken for equal when their xxh3_128 agree: for 1e9 documents the chance that any two different ones do is 1.5e-21. The
-hash has no key, so a text can be made to collide with another on purpose, which drops one of the two.
+For exact duplicates workers hash the documents of their units. `find_duplicates` then finds, in bounded memory, which
+repeat an earlier one in the order of (unit, ordinal). Documents are taken for equal when their xxh3_128 agree: for 1e9
+documents the chance that any two different ones do is 1.5e-21; but a text can be made to collide on purpose.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ log = logging.getLogger(__name__)
 
 _BLOCK = 4 << 20  # documents sorted at a time: about 100 bytes of memory each
 
-SHORT, LONG, DUPLICATE, OVERSIZED = "short", "long", "duplicate", "oversized"
+SHORT, LONG, DUPLICATE, OVERSIZED, UNREADABLE = "short", "long", "duplicate", "oversized", "unreadable"
 """Reasons to drop a document; a predicate's is `predicate package.module:function`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilterOptions:
-    """Which filters are on, and their settings. Picklable, as predicates are known by their names."""
+    """Which filters are on. Picklable, as predicates are known by their names."""
 
     min_characters: int | None = None  # Unicode code points; empty documents are dropped anyway
     max_characters: int | None = None
@@ -66,8 +65,8 @@ class FilterOptions:
                 if not isinstance(keep, (bool, np.bool_)):
                     raise TypeError(f"{keep!r:.100}")
             except Exception as error:
-                raise ValueError(f"--filter {name} must give True or False, got {type(error).__name__} ({error!s:.300}) "
-                                 f"for the document {id!r:.200}") from error
+                raise ValueError(f"--filter {name} must give True or False, got {type(error).__name__} "
+                                 f"({error!s:.300}) for the document {id!r:.200}") from error
             if not keep:
                 return f"predicate {name}"
         return None
@@ -75,19 +74,19 @@ class FilterOptions:
     def record(self) -> dict[str, Any]:
         """All that shapes the data, as JSON, without places on this machine.
 
-        A predicate is told by the hash of the file that defines it; what that file imports is not looked at. The keys of
-        decontamination stay, so that manifests of earlier conversions can be appended to.
+        A predicate is told by the hash of the file that defines it; what that file imports is not looked at. The keys
+        of decontamination stay, so that datasets made with them can be appended to.
         """
-        files = {name: _load_predicate(name)[1].read_bytes() for name in self.predicates}
+        hashes = {name: hashlib.sha256(_load_predicate(name)[1].read_bytes()).hexdigest() for name in self.predicates}
         return {"min_characters": self.min_characters, "max_characters": self.max_characters,
-                "predicates": [{"name": name, "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()],
+                "predicates": [{"name": name, "sha256": value} for name, value in hashes.items()],
                 "decontaminate": [], "decontaminate_field": "text", "decontaminate_drop": False,
                 "ngrams": None, "deduplicate": self.deduplicate}
 
 
 @functools.cache
 def _load_predicate(name: str) -> tuple[Callable[[str, str], bool], Path]:
-    """The function of a dotted path, and the file that defines it; ValueError where there is none of use."""
+    """The function of a dotted path, and the file that defines it."""
     try:
         module, _, attribute = name.partition(":")
         function = getattr(importlib.import_module(module), attribute)
@@ -96,8 +95,8 @@ def _load_predicate(name: str) -> tuple[Callable[[str, str], bool], Path]:
         if not file.is_file():
             raise TypeError("it has no source file")
     except Exception as error:  # a module of the user's: whatever it raises
-        raise ValueError("--filter must be package.module:function of a function f(text, id) -> bool on PYTHONPATH, got "
-                         f"{name!r} ({type(error).__name__}: {error!s:.300})") from error
+        raise ValueError("--filter must be package.module:function of a function f(text, id) -> bool on PYTHONPATH, "
+                         f"got {name!r} ({type(error).__name__}: {error!s:.300})") from error
     return function, file
 
 
@@ -108,32 +107,40 @@ def write_hashes(path: Path, hashes: bytes | bytearray) -> None:
 
 def read_drops(path: Path) -> np.ndarray:
     """(K,) uint64: increasing ordinals of a unit's documents to drop, as `find_duplicates` wrote them."""
-    return _load(path, 1)
+    return np.load(path, allow_pickle=False)
 
 
 def find_duplicates(hash_files: Sequence[Path], out_folder: Path) -> int:
     """Finds the documents that repeat an earlier one; how many there are.
 
     Writes `out_folder/NAME` for the hash file of that name of every unit, in the form of `read_drops`. The hashes are
-    divided by their leading bits into files of `_BLOCK` documents, of which one at a time is sorted. A hash is passed on
-    once a block, so that a text repeated without end does not fill one file. `out_folder` needs 25 bytes a document.
+    divided by their leading bits into files of about `_BLOCK` documents, of which one at a time is sorted. A hash is
+    passed on once a block, so that a text repeated without end does not fill one file. `out_folder` needs 25 bytes a
+    document.
     """
-    begins = np.cumsum([0, *(len(_load(path, 2)) for path in hash_files)]).tolist()
+    units = [np.load(path, mmap_mode="r", allow_pickle=False) for path in hash_files]
+    begins = np.cumsum([0, *map(len, units)]).tolist()
     bits = (begins[-1] // _BLOCK).bit_length()
     out_folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_folder) as scratch:
         paths = [Path(scratch, f"hashes.{prefix}") for prefix in range(1 << bits)]
+        for path in paths:
+            path.touch()
         is_copy = np.memmap(Path(scratch, "copies"), bool, "w+", shape=max(1, begins[-1]))
-        for file, first in zip(hash_files, begins):
-            hashes = _load(file, 2)
+        for hashes, first in zip(units, begins):
             for begin in range(0, len(hashes), _BLOCK):
                 block = hashes[begin:begin + _BLOCK]
                 numbers = np.arange(first + begin, first + begin + len(block), dtype=np.uint64)
-                records = np.column_stack([block, numbers])
                 repeats = _repeats(block)
                 is_copy[first + begin + repeats] = True
-                _append_by_prefix(np.delete(records, repeats, axis=0), bits, paths)
-        for path in filter(Path.exists, paths):
+                records = np.delete(np.column_stack([block, numbers]), repeats, axis=0)
+                prefixes = records[:, 0] >> np.uint64(64 - bits) if bits else np.zeros(len(records))
+                records = records[np.argsort(prefixes, kind="stable")]
+                ends = np.cumsum(np.bincount(prefixes.astype(np.int64), minlength=len(paths)))
+                for path, part in zip(paths, np.split(records, ends[:-1])):
+                    with open(path, "ab") as stream:
+                        stream.write(part.data)
+        for path in paths:
             records = np.fromfile(path, np.uint64).reshape(-1, 3)
             is_copy[records[_repeats(records[:, :2]), 2].astype(np.int64)] = True
             path.unlink()
@@ -144,29 +151,7 @@ def find_duplicates(hash_files: Sequence[Path], out_folder: Path) -> int:
     return found
 
 
-def _append_by_prefix(records: np.ndarray, bits: int, paths: Sequence[Path]) -> None:
-    """Appends each (3,) record to the path numbered by the leading bits of its hash, in order."""
-    prefixes = records[:, 0].astype(np.uint64) >> np.uint64(64 - bits) if bits else np.zeros(len(records))
-    order = np.argsort(prefixes, kind="stable")
-    ends = np.cumsum(np.bincount(prefixes.astype(np.int64), minlength=len(paths))).tolist()
-    for path, begin, end in zip(paths, [0, *ends], ends):
-        if end > begin:
-            with open(path, "ab") as stream:
-                stream.write(records[order[begin:end]].data)
-
-
 def _repeats(hashes: np.ndarray) -> np.ndarray:
     """Positions of (N, 2) uint64 rows that equal an earlier row."""
     rows = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal hashes stay in order
     return rows[1:][(hashes[rows[1:]] == hashes[rows[:-1]]).all(axis=1)]
-
-
-def _load(path: Path, axes: int) -> np.ndarray:
-    """An .npy file of uint64, (N,) or (N, 2), mapped into memory."""
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-        if array.dtype != np.dtype("<u8") or array.shape[1:] != (2,) * (axes - 1):
-            raise ValueError(f"{array.dtype} {array.shape}")
-    except (ValueError, EOFError, OverflowError, AttributeError) as error:
-        raise ValueError(f"{path} must be a whole array of a conversion, got {error}; remove it and convert again") from None
-    return array

@@ -20,6 +20,7 @@ import numpy as np
 import xxhash
 
 from ettin_foundry.corpus.card import write_card
+from ettin_foundry.corpus.filters import UNREADABLE
 from ettin_foundry.corpus.plan import COUNTS, PLAN, SPLITS, Plan, read_plan, read_record, record_name
 from ettin_foundry.corpus.writer import shard_config
 from ettin_foundry.data import COLUMNS, FORMAT, INDEX, LENGTHS, MANIFEST, VERSION
@@ -50,10 +51,11 @@ def done_units(storage: Storage, plan: Plan) -> dict[int, Record]:
     return done
 
 
-def finalize(out: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+def finalize(out: str | os.PathLike[str], *, max_bad_records: int | None = None) -> dict[str, dict[str, Any]]:
     """Makes a readable dataset of the finished units of OUT; split -> manifest. Again gives the same bytes.
 
-    Raises FileNotFoundError where units are missing, ValueError where no document is there to train on.
+    Raises FileNotFoundError where units are missing, ValueError where no document is there to train on, or more than
+    `max_bad_records` were unreadable.
     """
     storage = open_storage(out)
     if (plan := read_plan(storage)) is None:
@@ -63,7 +65,7 @@ def finalize(out: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         raise FileNotFoundError(f"{storage.url}: {len(missing)} of {len(plan.units)} units are not finished, the first "
                                 f"is {missing[0].label}; run the same conversion (or tasks of the job array) again")
     manifests, files, lengths = _describe_splits(plan, [found[unit.number] for unit in plan.units])
-    _check_content(plan, manifests, storage)
+    _check_content(plan, manifests, storage, max_bad_records)
     old = [name for name in files if name.endswith(MANIFEST) and storage.exists(name)]
     if any(storage.read_bytes(name) != files[name] for name in old):
         for name in old:  # between old and new tables a dataset that grows is unfinished
@@ -80,7 +82,7 @@ def finalize(out: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     return manifests
 
 
-def _check_content(plan: Plan, manifests: Mapping[str, Any], storage: Storage) -> None:
+def _check_content(plan: Plan, manifests: Mapping[str, Any], storage: Storage, max_bad_records: int | None) -> None:
     """Warns of sources and splits without a document; ValueError where there is none to train on."""
     documents, dropped = Counter[str](), Counter[str]()
     for manifest in manifests.values():
@@ -92,6 +94,9 @@ def _check_content(plan: Plan, manifests: Mapping[str, Any], storage: Storage) -
             storage.delete(record_name(unit.number))
         raise ValueError(f"sources must hold a document for training, got {documents.total()} for validation and "
                          f"{dict(dropped) or 'none'} dropped; give other text, filters or --validation")
+    if max_bad_records is not None and dropped[UNREADABLE] > max_bad_records:
+        raise ValueError(f"--max-bad-records must be at least the {dropped[UNREADABLE]} records that could not be read, "
+                         f"got {max_bad_records}; with more the same command reads nothing again")
     for name in plan.sources:
         if not documents[name]:
             log.warning("%s: no document of it is in the dataset", name)
@@ -146,6 +151,8 @@ def _add_up(plan: Plan, counted: Sequence[tuple[str, Record]]) -> dict[str, dict
         dropped = sum((Counter(counts["dropped"]) for counts in mine), Counter())
         total = {**facts, **{key: sum(counts[key] for counts in mine) for key in COUNTS},
                  "dropped": dict(sorted(dropped.items()))}
+        if unknown := sum(counts.get("unknown", 0) for counts in mine):
+            total["unknown"] = unknown  # tokens, for characters out of the tokenizer's vocabulary
         if total["documents"] or dropped:
             totals[name] = total
     return totals

@@ -1,8 +1,8 @@
 """Reads the parts of a source as documents, in a fixed order: .jsonl, .json, .txt, .parquet, plain, .gz or .zst.
 
 Two runs over the same corpus give the same documents, however it is cut into parts. Memory is bounded by the largest
-document: one above `ReadOptions.max_document_bytes` is left out and counted; a .json file is read whole, up to that size.
-An error names file and place.
+document; a .json file that is not JSON Lines is read whole. A record that cannot be read is left out, named in the log
+and counted; what is wrong with a whole file (cut off, another column) is an error.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import gzip
 import io
 import itertools
 import json
+import logging
+import re
 import shutil
 import sys
 import tempfile
@@ -27,9 +29,15 @@ from ettin_foundry.corpus import sources
 from ettin_foundry.corpus.sources import STDLIB, Meter, Part, Source
 from ettin_foundry.data.storage import Storage, open_storage
 
+log = logging.getLogger(__name__)
+
 _BLOCK_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _PARQUET_ROWS, _PARQUET_BYTES = 1024, 16 << 20  # most of a batch
+_ALL_BAD = 10  # so many records, none of them readable, are no accident
+_ADVICE = {b"\xff\xfe": "convert the file with `iconv -f UTF-16 -t UTF-8`", b"\x1f\x8b": "add .gz to the file's name",
+           b"\xfe\xff": "convert the file with `iconv -f UTF-16 -t UTF-8`", b"\x28\xb5": "add .zst to the file's name",
+           b"": "where it is Latin-1, convert the file with `iconv -f LATIN1 -t UTF-8`"}  # by how it begins
 
 
 class Document(NamedTuple):
@@ -43,10 +51,11 @@ class ReadOptions:
 
     text_field: str = "text"  # the key or column that holds the text
     id_field: str | None = None
-    """The key or column of the id. None takes `id` where a record has one, else the place of the record: `file:byte` for
-    .jsonl, `file:record` for .json and .parquet, `file` for .txt."""
+    """The key or column of the id. None takes `id` where a record has one, else the place of the record: `file:byte`
+    for JSON Lines, `file:record` for other .json and .parquet, `file` for .txt."""
     max_document_bytes: int = 256 << 20
-    """A larger text (UTF-8) or .jsonl line is left out and counted in `Meter.oversized`."""
+    """A larger text (UTF-8) or line of JSON is left out and counted in `Meter.oversized`."""
+    max_bad_records: int = 1000  # more than so many unreadable records of a unit are an error
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> ReadOptions:
@@ -74,9 +83,18 @@ def read_parts(source: Source, parts: Sequence[Part], meter: Meter,
                options: ReadOptions = ReadOptions()) -> Iterator[Document]:  # noqa: B008
     """Streams the documents of some parts of a source, in order, and moves the meter.
 
-    Raises ValueError, with file, record and what to do, for an unreadable archive, invalid UTF-8, a record without text,
-    or a file that changed since it was listed; OSError for storage that does not answer.
+    Raises ValueError, with place and what to do, for an unreadable archive, a file that changed since it was listed, or
+    where too many records, or all, cannot be read; OSError for storage that does not answer.
     """
+    documents, before = _read_all(source, parts, meter, options), meter.unreadable
+    if (first := next(documents, None)) is not None:
+        yield first
+        yield from documents
+    elif meter.unreadable - before >= _ALL_BAD:
+        raise ValueError(f"{meter.problem}; and none of the {meter.unreadable - before} records here can be read")
+
+
+def _read_all(source: Source, parts: Sequence[Part], meter: Meter, options: ReadOptions) -> Iterator[Document]:
     storage = open_storage(source.root) if source.files else None
     for part in parts:
         if source.location == STDLIB and part.file == sources.DOCSTRINGS:
@@ -103,26 +121,16 @@ def _read_hub(source: Source, part: Part, meter: Meter, options: ReadOptions) ->
 
 
 def _read_file(source: Source, storage: Storage, part: Part, meter: Meter, options: ReadOptions) -> Iterator[Document]:
-    name, shown = part.file.lower(), storage.where(part.file)
+    shown, listed, kind = storage.where(part.file), source.files.get(part.file), sources.file_kind(part.file)
     with storage.open(part.file) as raw:
-        size, listed = raw.seek(0, io.SEEK_END), source.files.get(part.file)
-        if size != listed:
+        if (size := raw.seek(0, io.SEEK_END)) != listed:
             raise ValueError(f"{shown} must have the {listed} bytes that were listed, got {size}; restore it")
-        raw.seek(max(0, part.begin - 1) if name.endswith(".jsonl") else 0)
-        path, content = None, raw
         try:
-            if name.endswith(".gz"):
-                content = cast(BinaryIO, gzip.open(raw, "rb"))
-            elif name.endswith(".zst"):
-                import pyarrow  # zstandard's stream reader takes a truncated file for a whole one
-
-                content = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), _BLOCK_BYTES)
-            else:
-                path = Path(storage.where(part.file)) if storage.is_local else None
-            file = _File(part, shown, path, raw, content, meter, options)
-            yield from _READERS[str(sources.file_kind(name))](file)
-        except UnicodeDecodeError as error:
-            raise _not_utf8(shown, error) from None
+            if kind == ".json" and _holds_lines(storage, part.file, options.max_document_bytes):
+                kind = ".jsonl"
+            content = _decompressed(raw, part.file)
+            path = Path(storage.where(part.file)) if storage.is_local and content is raw else None
+            yield from _READERS[str(kind)](_File(part, shown, path, raw, content, meter, options))
         except (EOFError, zlib.error, OSError) as error:  # BadGzipFile and pyarrow's errors are OSErrors
             if getattr(error, "errno", None) or isinstance(error, (FileNotFoundError, ConnectionError)):
                 raise  # not the file's fault
@@ -130,29 +138,65 @@ def _read_file(source: Source, storage: Storage, part: Part, meter: Meter, optio
                              "fetch or write it again") from error
 
 
+def _decompressed(raw: BinaryIO, name: str) -> BinaryIO:
+    """The content of a file from its beginning on."""
+    raw.seek(0)
+    if name.lower().endswith(".gz"):
+        return cast(BinaryIO, gzip.open(raw, "rb"))
+    if name.lower().endswith(".zst") and raw.read(1):  # a file of no bytes is no archive for pyarrow
+        import pyarrow  # zstandard's stream reader takes a truncated file for a whole one
+
+        raw.seek(0)
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), _BLOCK_BYTES)
+    return raw
+
+
+def _holds_lines(storage: Storage, name: str, limit: int) -> bool:
+    """Whether a .json file holds one object a line: two lines begin with one, and the first is not open behind it."""
+    with storage.open(name) as raw:
+        content = _decompressed(raw, name)
+        lines = filter(None, (line.strip() for line in iter(lambda: content.readline(limit + 1), b"")))
+        first, second = next(lines, b"").removeprefix(_BOM), next(lines, b"")
+        return first[:1] == second[:1] == b"{" and first[-1:] not in b"{[:,"
+
+
 def _document(record: Any, where: str, default_id: str, meter: Meter, options: ReadOptions) -> Iterator[Document]:
-    """The document of a record, which must have text and the id asked for; nothing where it is too large."""
-    text = record.get(options.text_field) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f"{where} must be an object whose {options.text_field!r} is a string, got {record!r:.200}; name "
-                         "the key of the text with --text-field, or repair the record")
-    identity = record.get(options.id_field or "id")
-    if identity is None or isinstance(identity, (dict, list)):
-        if options.id_field is not None:
-            raise ValueError(f"{where}: its {options.id_field!r} must be a string or number, got {identity!r:.40}; leave "
-                             "--id-field out to number records by their place")
-        identity = default_id
-    identity = str(identity)
+    """The document of a record, or of the JSON of one; none, but a count, where it is too large or cannot be read."""
     try:
+        if isinstance(record, bytes):
+            record = json.loads(record.decode())  # not orjson: it reads no NaN, 1e400 or integers of over 64 bits
+        text = record.get(options.text_field) if isinstance(record, dict) else None
+        text = text.decode() if isinstance(text, bytes) else text
+        if not isinstance(text, str):
+            raise ValueError(f"it must be an object whose {options.text_field!r} is a string, got {record!r:.200}; "
+                             "name the key of the text with --text-field")
+        identity = record.get(options.id_field or "id")
+        if identity is None or isinstance(identity, (dict, list)):
+            if options.id_field is not None:
+                raise ValueError(f"its {options.id_field!r} must be a string or number, got {identity!r:.40}; leave "
+                                 "--id-field out to number records by their place")
+            identity = default_id
+        identity = identity.decode("utf-8", "backslashreplace") if isinstance(identity, bytes) else str(identity)
         identity.encode()
         num_bytes = len(text.encode())
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where} must be valid Unicode, got half of a surrogate pair at character {error.start}; "
-                         "repair or remove the record") from None
+    except (ValueError, RecursionError) as error:
+        return _leave_out(where, error, meter, options)
     if num_bytes > options.max_document_bytes:
         meter.oversized += 1
     else:
         yield Document(text, identity)
+
+
+def _leave_out(where: str, error: Exception, meter: Meter, options: ReadOptions) -> None:
+    """Counts a record that cannot be read; ValueError where it is one too many."""
+    meter.unreadable, problem = meter.unreadable + 1, f"{where}: {error}"
+    if isinstance(error, UnicodeDecodeError):
+        problem += "; " + next(advice for begin, advice in _ADVICE.items() if error.object.startswith(begin))
+    meter.problem = meter.problem or problem
+    if meter.unreadable > options.max_bad_records:
+        raise ValueError(f"{problem}; more than --max-bad-records ({options.max_bad_records}) records cannot be read: "
+                         "repair them or raise it")
+    log.warning("unreadable, left out: %s", problem)
 
 
 def _read_whole(file: _File) -> bytes | None:
@@ -167,16 +211,35 @@ def _read_whole(file: _File) -> bytes | None:
 
 
 def _read_txt(file: _File) -> Iterator[Document]:
-    if (data := _read_whole(file)) is not None:
-        yield Document(data.decode(), file.part.file)
-    else:
+    if (data := _read_whole(file)) is None:
         file.meter.oversized += 1
+        return
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        return _leave_out(file.shown, error, file.meter, file.options)
+    yield Document(text, file.part.file)
+
+
+def _read_json(file: _File) -> Iterator[Document]:
+    """The documents of a list of records, or of a single one; the file is read whole."""
+    if (data := _read_whole(file)) is None:
+        raise ValueError(f"{file.shown} must have at most --max-document-bytes ({file.options.max_document_bytes}), as "
+                         "JSON that is not one record a line is read whole, got more; raise it, or write lines")
+    records: Sequence[Any] = [data] if data.strip() else []
+    if data.lstrip().startswith(b"["):
+        try:
+            records = json.loads(data.decode("utf-8", "surrogateescape"))  # what is not UTF-8 spoils its record alone
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file.shown} must be a whole JSON list, got {error!s:.300}; write it again") from None
+    for number, record in enumerate(records, 1):
+        where = f"{file.shown} record {number}"
+        yield from _document(record, where, f"{file.part.file}:{number}", file.meter, file.options)
 
 
 def _read_jsonl(file: _File) -> Iterator[Document]:
     """The documents of the lines whose first byte is in the part; default ids end with that byte's offset."""
-    name, begin, end = file.part
-    options, limit = file.options, file.options.max_document_bytes
+    (name, begin, end), options, limit = file.part, file.options, file.options.max_document_bytes
     text_field, key = options.text_field, options.id_field or "id"
     number = 0  # of the line, known only where reading begins with the file
     for offset, lines in _line_groups(file.content, begin, sys.maxsize if end is None else end, limit):
@@ -196,17 +259,16 @@ def _read_jsonl(file: _File) -> Iterator[Document]:
                 yield Document(text, f"{name}:{offset}")
             elif line.strip():
                 where = f"{file.shown} " + (f"byte {offset}" if begin else f"line {number} (byte {offset})")
-                yield from _document(_parse(line, where), where, f"{name}:{offset}", file.meter, options)
+                yield from _document(line, where, f"{name}:{offset}", file.meter, options)
             offset += len(line) + 1
 
 
 def _line_groups(stream: BinaryIO, begin: int, end: int, limit: int) -> Iterator[tuple[int, list[bytes]]]:
     """(byte offset, lines) of the lines that begin in the bytes [begin, end), without their ends.
 
-    Where `begin` is not 0 the stream stands one byte before it. A line of more than `limit` bytes is cut off behind
-    them; it is the last of its group.
+    A line of more than `limit` bytes is cut off behind them; it is the last of its group.
     """
-    position = begin - 1 + _skip_line(stream, end - begin + 1) if begin else 0
+    position = stream.seek(begin - 1) + _skip_line(stream, end - begin + 1) if begin else 0
     while position < end and (block := stream.read(min(_BLOCK_BYTES, end - position))):
         skipped = 0
         if not block.endswith(b"\n"):
@@ -228,48 +290,23 @@ def _skip_line(stream: BinaryIO, most: int) -> int:
     return skipped
 
 
-def _parse(data: bytes, where: str) -> Any:
-    """JSON that orjson may not read rightly: NaN, 1e400, integers of over 64 bits, or no JSON at all."""
-    try:
-        return json.loads(data.decode())
-    except UnicodeDecodeError as error:
-        raise _not_utf8(where, error) from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} must be one JSON value, got no JSON ({error}); repair or remove it, or call a file with "
-                         "one object a line .jsonl") from None
-
-
-def _read_json(file: _File) -> Iterator[Document]:
-    """The documents of a list of records, or of a single one; the file is read whole."""
-    if (data := _read_whole(file)) is None:
-        raise ValueError(f"{file.shown} must have at most --max-document-bytes ({file.options.max_document_bytes}), as a "
-                         ".json file is read whole, got more; raise the limit, or write its records as lines of .jsonl")
-    value = _parse(data, file.shown)
-    for number, record in enumerate(value if isinstance(value, list) else [value], 1):
-        yield from _document(record, f"{file.shown} record {number}", f"{file.part.file}:{number}", file.meter, file.options)
-
-
 def _read_parquet(file: _File) -> Iterator[Document]:
     """The documents of the row groups whose first byte is in the part; default ids end with the row."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    (name, begin, end), text_field = file.part, file.options.text_field
+    (_, begin, end), text_field = file.part, file.options.text_field
     with contextlib.ExitStack() as closing:
         seekable: Any = file.path or file.content
-        if name.lower().endswith(sources.COMPRESSIONS):  # Parquet is read from its end
+        if file.content is not file.raw:  # Parquet is read from its end
             seekable = closing.enter_context(tempfile.TemporaryFile())
             shutil.copyfileobj(file.content, seekable, _BLOCK_BYTES)
-            seekable.seek(0)
+        if not (file.raw if file.path else seekable).seek(0, io.SEEK_END):
+            return  # a part that nothing was written to
         try:
             # from a network a column is fetched in one go: going back and forth would fetch blocks repeatedly
             table = ParquetFile(seekable, buffer_size=_BLOCK_BYTES if file.path else 0, page_checksum_verification=True)
-            names = table.schema_arrow.names
-            if text_field not in names:
-                raise ValueError(f"{file.shown} must have a column {text_field!r}, got {', '.join(names)}; name the "
-                                 "column with --text-field")
-            columns = [name for name in names if name in (text_field, file.options.id_field or "id")]
-            row = 0
+            columns, row = _columns(table.schema_arrow, file) if table.metadata.num_rows else [], 0
             for number in range(table.num_row_groups):
                 group = table.metadata.row_group(number)
                 chunks = [group.column(index) for index in range(group.num_columns)]
@@ -289,13 +326,29 @@ def _read_parquet(file: _File) -> Iterator[Document]:
                              "fetch or write it again") from error
 
 
+def _columns(schema: Any, file: _File) -> list[str]:
+    """The columns of text and id; ValueError where the first is missing or can hold no text."""
+    text_field = file.options.text_field
+    if text_field not in schema.names:
+        raise ValueError(f"{file.shown} must have a column {text_field!r}, got {', '.join(schema.names)}; name the "
+                         "column with --text-field")
+    kind = getattr(schema.field(text_field).type, "storage_type", schema.field(text_field).type)
+    kind = kind.value_type if str(kind).startswith("dictionary") else kind
+    if not re.match(r"(large_|fixed_size_)?(string|binary)|null", str(kind)):
+        raise ValueError(f"{file.shown} must hold text in its column {text_field!r}, got {kind}; name the column of the "
+                         "text with --text-field")
+    return [name for name in schema.names if name in (text_field, file.options.id_field or "id")]
+
+
 def _rows(batch: Any, row: int, file: _File) -> Iterator[Document]:
     """The documents of a batch that `row` rows are before."""
     text_field, key, most = file.options.text_field, file.options.id_field or "id", file.options.max_document_bytes
+    column = batch.column(text_field)
     try:
-        texts = batch.column(text_field).to_pylist()
-    except UnicodeDecodeError as error:
-        raise _not_utf8(f"{file.shown} rows {row + 1} to {row + len(batch)}", error) from None
+        texts = column.to_pylist()
+    except UnicodeDecodeError:  # some row's: as bytes they are looked at one by one
+        column = getattr(column, "storage", column)
+        texts = getattr(column, "dictionary_decode", lambda: column)().cast("large_binary").to_pylist()
     ids = batch.column(key).to_pylist() if key in batch.schema.names else itertools.repeat(None)
     for number, (text, identity) in enumerate(zip(texts, ids), row + 1):
         if type(text) is str and type(identity) is str and 4 * len(text) <= most:
@@ -303,11 +356,6 @@ def _rows(batch: Any, row: int, file: _File) -> Iterator[Document]:
         else:
             yield from _document({key: identity, text_field: text}, f"{file.shown} row {number}",
                                  f"{file.part.file}:{number}", file.meter, file.options)
-
-
-def _not_utf8(where: str, error: UnicodeDecodeError) -> ValueError:
-    return ValueError(f"{where} must be UTF-8, got other bytes ({error.reason} at byte {error.start}); "
-                      "convert the file, e.g. with `iconv -f LATIN1 -t UTF-8`")
 
 
 _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".txt": _read_txt, ".parquet": _read_parquet}

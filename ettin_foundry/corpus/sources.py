@@ -1,13 +1,11 @@
 """Where text comes from, and in which parts it is read: files, folders, URLs, Hugging Face datasets, stdlib.
 
-A source is resolved once into a sorted listing with sizes. The parts follow from the listing alone, so that the same
-corpus is cut into the same parts on every machine.
+A source is resolved once into a sorted listing with sizes, from which alone the parts follow: on every machine the same.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.machinery
 import importlib.util
 import inspect
 import logging
@@ -20,10 +18,11 @@ import tokenize
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ettin_foundry.data.storage import Storage, check_name, is_url, open_storage
+from ettin_foundry.data.storage import check_name, is_url, open_storage
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +52,9 @@ class Meter:
 
     finished_bytes: int = 0
     current_bytes: int = 0
-    oversized: int = 0  # documents left out because they are larger than `ReadOptions.max_document_bytes`
+    oversized: int = 0  # documents left out: larger than `ReadOptions.max_document_bytes`
+    unreadable: int = 0  # records left out: no JSON, not UTF-8, without text
+    problem: str = ""  # of the first of them
 
     def position(self) -> int:
         return self.finished_bytes + self.current_bytes
@@ -86,26 +87,23 @@ def find_source(text: str, *, licence: str | None = None) -> Source:
         raise ValueError("source must be a file, folder, URL or dataset id, got an empty name")
     named = _NAMED.fullmatch(text) if not Path(text).exists() else None
     name, location = named.groups() if named else (None, text)
+    path = Path(location.removeprefix("file://"))
     if location == STDLIB:
         return _find_stdlib(name or STDLIB)
     if is_url(location):
-        return _find_url(name, location, licence)
-    path = Path(location.removeprefix("file://"))
-    if path.is_dir():
-        storage = Storage(str(path))
-        files = _readable_files(storage.url, storage.list())
-        return Source(name or path.resolve().name, location, files, str(path), licence)
-    if path.is_file():
-        if file_kind(path.name) is None:
-            raise ValueError(f"{path}: suffix must be {_READABLE}, got {path.suffix or 'none'}; rename or convert it")
-        files = _downloaded({_checked(path.name, str(path.parent)): path.stat().st_size}, str(path.parent))
-        return Source(name or _stem(path.name), location, files, str(path.parent), licence)
-    if path.exists():
+        default, root, found = _list_url(location)
+    elif path.is_dir():
+        default, root, found = path.resolve().name, str(path), open_storage(path).list()
+    elif path.is_file():
+        default, root, found = _stem(path.name), str(path.parent), [(path.name, path.stat().st_size)]
+    elif path.exists():
         raise ValueError(f"{path} must be a file or folder, got a pipe or device; write it to a file")
-    if _HUB_ID.fullmatch(location) and file_kind(location) is None:
+    elif _HUB_ID.fullmatch(location) and file_kind(location) is None:
         return _find_hub(name, location, licence)
-    raise FileNotFoundError(f"{location}: no such file or folder; give a file ({_READABLE}), a folder of them, a URL "
-                            f"(s3://...), a Hugging Face dataset id (owner/name) or {STDLIB}")
+    else:
+        raise FileNotFoundError(f"{location}: no such file or folder; give a file ({_READABLE}), a folder of them, a URL "
+                                f"(s3://...), a Hugging Face dataset id (owner/name) or {STDLIB}")
+    return Source(name or default, location, _readable_files(root, found), root, licence)
 
 
 def plan_parts(source: Source, unit_bytes: int) -> list[tuple[Part, ...]]:
@@ -163,10 +161,9 @@ def open_hub_dataset(source: Source) -> tuple[Any, int]:
 def _find_stdlib(name: str) -> Source:
     """The .py files of the standard library without its test suites."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    names = [path.relative_to(root) for path in root.rglob("*.py")]
-    files = {name.as_posix(): Path(root, name).stat().st_size for name in names
-             if not _SKIPPED_FOLDERS.intersection(name.parts)}
-    return Source(name, STDLIB, dict(sorted(files.items())), str(root), "PSF-2.0", platform.python_version())
+    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    files = {name: paths[name].stat().st_size for name in sorted(paths) if not _SKIPPED_FOLDERS & {*name.split("/")}}
+    return Source(name, STDLIB, files, str(root), "PSF-2.0", platform.python_version())
 
 
 def _stem(name: str) -> str:
@@ -175,43 +172,35 @@ def _stem(name: str) -> str:
     return name
 
 
-def _checked(name: str, folder: str) -> str:
-    """A file's name, which becomes part of document ids; ValueError where it is not valid Unicode."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{folder}: names must be UTF-8, got {os.fsencode(name)!r}; rename it") from None
-    return check_name(name)
-
-
-def _readable_files(url: str, found: list[tuple[str, int]]) -> dict[str, int]:
-    """The readable ones of the files found below a folder or URL, sorted by name; the others are logged."""
-    files = {_checked(name, url): size for name, size in found if file_kind(name)}
+def _readable_files(root: str, found: list[tuple[str, int]]) -> dict[str, int]:
+    """Name -> size of the files to read; the others are logged."""
+    files = {check_name(name): size for name, size in found if file_kind(name)}
+    others = [name for name, _ in found if name not in files]
     if not files:
-        raise ValueError(f"{url} must hold {_READABLE} files, got {len(found)} files, none of them readable")
-    if other := [name for name, _ in found if not file_kind(name)]:
-        log.warning("%s: %d of %d files are not read, the first is %s", url, len(other), len(found), other[0])
-    return _downloaded(files, url)
-
-
-def _downloaded(files: dict[str, int], url: str) -> dict[str, int]:
-    """The files; ValueError, before anything is planned, where git-lfs left pointers. A few small files tell."""
+        raise ValueError(f"{root} must hold files named {_READABLE}, got {', '.join(others[:3]) or 'none'}; rename or "
+                         "convert them")
+    if odd := [name for name in files if re.search("[\ud800-\udfff]", name)]:  # names become parts of document ids
+        raise ValueError(f"{root}: names must be UTF-8, got {os.fsencode(odd[0])!r}; rename it")
+    if others:
+        log.warning("%s: %d of %d files are not read, the first is %s", root, len(others), len(found), others[0])
+    for name in [name for name in files if name.lower().endswith(COMPRESSIONS) and name.rpartition(".")[0] in files]:
+        log.warning("%s: %s is not read, as what it was made of is beside it; remove that to read it", root, name)
+        del files[name]
     for name in [name for name, size in files.items() if size < 1024][:20]:
-        open_storage(url).open(name).close()
+        open_storage(root).open(name).close()  # refuses, before anything is planned, what git-lfs left for a file
     return files
 
 
-def _find_url(name: str | None, location: str, licence: str | None) -> Source:
-    """A file where there is one of that name, else a folder."""
+def _list_url(location: str) -> tuple[str, str, list[tuple[str, int]]]:
+    """(default name, root, files with sizes): of one file where there is one of that name, else of a folder."""
     folder, _, last = location.rstrip("/").rpartition("/")
     if file_kind(last) and not location.endswith("/"):
         with contextlib.suppress(FileNotFoundError):
-            files = _downloaded({_checked(last, folder): open_storage(folder).size(last)}, folder)
-            return Source(name or _stem(last), location, files, folder, licence)
+            return _stem(last), folder, [(last, open_storage(folder).size(last))]
     storage = open_storage(location)
     if not (found := storage.list()):
         raise FileNotFoundError(f"{location}: nothing is there; give a file or folder of {_READABLE}")
-    return Source(name or last, location, _readable_files(storage.url, found), storage.url, licence)
+    return last, storage.url, found
 
 
 def _find_hub(name: str | None, location: str, licence: str | None) -> Source:
@@ -221,9 +210,8 @@ def _find_hub(name: str | None, location: str, licence: str | None) -> Source:
     try:
         info = HfApi().dataset_info(repo)
     except Exception as error:  # offline, not found, gated, rate limited: the client has a class for each
-        reason = str(error).strip().partition("\n")[0][:200]
         raise FileNotFoundError(f"{location}: no such file or folder, and the Hugging Face dataset {repo} cannot be "
-                                f"reached ({type(error).__name__}: {reason})") from error
+                                f"reached ({type(error).__name__}: {error!s:.200})") from error
     found = (info.card_data or {}).get("license")
     licence = licence or (", ".join(map(str, found)) if isinstance(found, list) else found and str(found))
     return Source(name or repo.replace("/", "--"), location, licence=licence, revision=info.sha)
@@ -241,12 +229,10 @@ def read_module(path: Path) -> str | None:
 def stdlib_docstrings() -> Iterator[tuple[str, str]]:
     """(docstrings, document id) of each module without a .py file."""
     for name in sorted(sys.stdlib_module_names):
-        if name.startswith(_SKIPPED_MODULES):
-            continue
         try:
             origin = getattr(importlib.util.find_spec(name), "origin", None) or ""
-            is_extension = origin.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES))
-            if name not in sys.builtin_module_names and not is_extension:
+            is_compiled = name in sys.builtin_module_names or origin.endswith(tuple(EXTENSION_SUFFIXES))
+            if name.startswith(_SKIPPED_MODULES) or not is_compiled:
                 continue
             with warnings.catch_warnings():  # some modules announce their removal when imported
                 warnings.simplefilter("ignore")
@@ -266,6 +252,6 @@ def stdlib_docstrings() -> Iterator[tuple[str, str]]:
 
 
 def _described(name: str, value: Any) -> str:
-    """Name, signature and docstring of a function or class of a module; "" where it has no docstring."""
+    """Name, signature and docstring of a function or class; "" where it has no docstring."""
     doc, signature = getattr(value, "__doc__", None), getattr(value, "__text_signature__", None) or ""
     return f"{name}{signature}\n\n{inspect.cleandoc(doc)}" if isinstance(doc, str) and doc else ""

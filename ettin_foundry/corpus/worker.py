@@ -17,12 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import xxhash
 
 from ettin_foundry.corpus.chunking import Chunker
 from ettin_foundry.corpus.encoder import Engine, TextEncoder
 from ettin_foundry.corpus.executors import Report, Tick
-from ettin_foundry.corpus.filters import DUPLICATE, OVERSIZED, FilterOptions, read_drops, write_hashes
+from ettin_foundry.corpus.filters import DUPLICATE, OVERSIZED, UNREADABLE, FilterOptions, read_drops, write_hashes
 from ettin_foundry.corpus.plan import SPLITS, Unit, record_key, record_name
 from ettin_foundry.corpus.readers import Document, ReadOptions, read_parts
 from ettin_foundry.corpus.sources import Meter, Source
@@ -31,6 +32,7 @@ from ettin_foundry.data.storage import open_storage
 
 T = TypeVar("T")
 
+_MOST_UNKNOWN = 0.25  # share of tokens: more are no odd characters, but another script than the tokenizer's
 _BATCH_BYTES = 1 << 20  # text tokenized at a time: enough to make calls cheap, little enough to hold a few of
 _BATCH_DOCUMENTS = 4096
 _READ_AHEAD = 2  # batches
@@ -42,7 +44,6 @@ class TokenizerSpec(NamedTuple):
     name: str
     json: str
     forbidden: tuple[int, ...]  # ids that no text may give: the special tokens
-    vocab_size: int
     engine: Engine
 
 
@@ -101,8 +102,7 @@ class ConvertUnit(HashUnit):
 @functools.lru_cache(maxsize=1)
 def _tools(spec: TokenizerSpec, chunk_length: int, cut_window: float) -> tuple[TextEncoder, Chunker]:
     """What takes time to make, kept for the next unit."""
-    encoder = TextEncoder(spec.json, forbidden=spec.forbidden, vocab_size=spec.vocab_size, engine=spec.engine,
-                          name=spec.name)
+    encoder = TextEncoder(spec.json, forbidden=spec.forbidden, engine=spec.engine, name=spec.name)
     return encoder, Chunker(spec.json, chunk_length, cut_window)
 
 
@@ -191,14 +191,20 @@ class _Conversion:
             lengths = lengths[lengths > 0]
         if ids:
             self.writers[batch.split].write(ids, tokens, lengths)
-        self.counts[batch.split].update(documents=len(ids), tokens=len(tokens), bytes=sum(sizes))
+        unknown = int(np.count_nonzero(tokens == self.encoder.unknown))
+        self.counts[batch.split].update(documents=len(ids), tokens=len(tokens), bytes=sum(sizes), unknown=unknown)
         sums = (sum(of_split[key] for of_split in self.counts.values()) for key in ("documents", "tokens", "bytes"))
         self.report(Tick(*sums, self.meter.position()))
 
     def _record(self, shards: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         """The completion record; a RuntimeError where documents or tokens were lost or doubled, which is a bug."""
-        splits, read = {}, self.read + self.meter.oversized
-        self.skipped["train"][OVERSIZED] = self.meter.oversized
+        left_out = {OVERSIZED: self.meter.oversized, UNREADABLE: self.meter.unreadable}
+        splits, read = {}, self.read + sum(left_out.values())
+        self.skipped["train"].update(left_out)
+        unknown, tokens = (sum(counts[key] for counts in self.counts.values()) for key in ("unknown", "tokens"))
+        if tokens >= 1000 and unknown > _MOST_UNKNOWN * tokens:
+            raise ValueError(f"{self.unit.label}: tokenizer {self.job.tokenizer.name} must know its characters, got "
+                             f"{unknown} unknown of {tokens} tokens; take another, or one of --train-tokenizer")
         for split, counts in self.counts.items():
             dropped = self.dropped[split] + self.skipped[split]
             held = {key: sum(entry[key] for entry in shards[split]) for key in ("documents", "samples", "tokens")}
@@ -206,7 +212,7 @@ class _Conversion:
                 raise RuntimeError(f"{self.unit.label}: shards of {split} hold {held}, {counts} were given to them")
             splits[split] = {"documents": held["documents"], "chunks": held["samples"], "tokens": held["tokens"],
                              "bytes": counts["bytes"], "dropped": dict(sorted(dropped.items())),
-                             "shards": shards[split]}
+                             **({"unknown": counts["unknown"]} if counts["unknown"] else {}), "shards": shards[split]}
         if (kept := sum(s["documents"] + sum(s["dropped"].values()) for s in splits.values())) != read:
             raise RuntimeError(f"{self.unit.label}: {read} documents read, {kept} written or dropped")
         return {"unit": self.unit.number, "key": record_key(self.job.base_key, self.unit),

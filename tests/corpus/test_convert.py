@@ -125,9 +125,9 @@ def test_the_chunks_are_the_same_whatever_tokenizes_and_compresses(tmp_path, tok
 
 
 BAD_CALLS: dict[str, tuple[list[str], str]] = {
-    "invalid UTF-8": (["{tmp}/latin.txt"], r"latin\.txt.*UTF-8"),
+    "invalid UTF-8": (["{tmp}/latin.txt"], r"a document for training, got 0 .*'unreadable': 1"),
     "truncated gz": (["{tmp}/cut.jsonl.gz"], r"cut\.jsonl\.gz"),
-    "bad second file": (["{tmp}/two"], r"b\.jsonl line 1 .*'text'"),
+    "bad record": (["{tmp}/two", "--max-bad-records", "0"], r"b\.jsonl line 1 .*'text'.*--max-bad-records \(0\)"),
     "missing": (["{tmp}/nowhere.jsonl"], r"nowhere\.jsonl"),
     "empty file": (["{tmp}/empty.jsonl"], "sources must hold a document for training"),
     "same name": (["{tmp}/good.txt", "{tmp}/two/../good.txt"], "got good twice; write NAME=SOURCE"),

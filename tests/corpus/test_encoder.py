@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import make_documents
+from converting import run, write_jsonl
 from odd_texts import odd_texts
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from ettin_foundry.corpus import encoder as encoders
 from ettin_foundry.corpus.encoder import TextEncoder
@@ -30,9 +31,8 @@ def tok_json(tokenizer_dir: Path) -> str:
 
 def make(tokenizer_json: str, **options: Any) -> TextEncoder:
     content = json.loads(tokenizer_json)
-    vocab = Tokenizer.from_str(tokenizer_json).get_vocab()
     special = [token["id"] for token in content["added_tokens"] if token["special"]]
-    return TextEncoder(tokenizer_json, **{"forbidden": special, "vocab_size": max(vocab.values()) + 1, **options})
+    return TextEncoder(tokenizer_json, **{"forbidden": special, **options})
 
 
 def reference(tokenizer_json: str, texts: Sequence[str]) -> list[list[int]]:
@@ -81,16 +81,36 @@ def test_special_tokens_written_out_stay_ordinary_text(tok_json: str, engine: An
     assert backend.decode(ids, skip_special_tokens=False) == text
 
 
-def test_special_tokens_surrogates_and_ids_out_of_the_vocabulary_are_errors(tok_json: str) -> None:
-    encoder = make(word_level(), forbidden=range(5), name="words")
-    assert encoder.encode(["a b", "b"])[0].tolist() == [5, 6, 6]
-    with pytest.raises(ValueError, match=r"words: .* special token, got 4 \('\[MASK\]'\) for 'b \[MASK\] a'"):
+TRAINERS: dict[str, tuple[Any, Any]] = {
+    "Unigram": (models.Unigram(), trainers.UnigramTrainer(vocab_size=400, special_tokens=SPECIALS, unk_token="[UNK]")),
+    "WordPiece": (models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer(vocab_size=400, special_tokens=SPECIALS)),
+    "WordLevel": (models.WordLevel(unk_token="[UNK]"), trainers.WordLevelTrainer(special_tokens=SPECIALS))}
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_unknown_characters_are_told_and_special_tokens_in_text_are_spelled(kind: str) -> None:
+    """These models may have "[MASK]" among their pieces, and give it for a text that holds it."""
+    backend: Any = Tokenizer(TRAINERS[kind][0])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace() if kind == "Unigram" else pre_tokenizers.WhitespaceSplit()
+    backend.train_from_iterator([*make_documents(300), "[ M A S K"], TRAINERS[kind][1])
+    encoder = make(backend.to_str(), forbidden=range(5))
+    texts = ["kalo miter", "kalo [MASK] miter \U0001f680", "[MASK][MASK]", "\U0001f680", "kalo"]
+    expected = reference(backend.to_str(), texts)
+    assert encoder.unknown == 0 and sum(ids.count(4) for ids in expected) >= 1 and expected[3][-1] == 0
+    letters = [backend.token_to_id(letter) or 0 for letter in "[MASK]"]
+    found = as_lists(encoder.encode(texts))
+    assert found == [[n for token in ids for n in (letters if token == 4 else [token])] for ids in expected]
+    assert make(word_level()).unknown == 0 and not {1, 2, 3, 4} & {n for ids in found for n in ids}
+
+
+def test_special_token_that_cannot_be_spelled_is_an_error(tok_json: str) -> None:
+    assert make(tok_json).unknown == -1
+    content = json.loads(word_level())
+    content["model"]["unk_token"] = "a"  # so that there is one, yet no id of it
+    with pytest.raises(ValueError, match=r"mine: '\[MASK\]' in a text must be made of other tokens"):
+        encoder = make(json.dumps(content), forbidden=range(5), name="mine")
+        encoder.unknown = -1
         encoder.encode(["a b", "b [MASK] a"])
-    with pytest.raises(ValueError, match=r"lone surrogate at character 4 of 'kalo\\ud800 miter'"):
-        make(tok_json).encode(["a", "kalo\ud800 miter"])
-    highest = max(reference(tok_json, ["kalo miter"])[0])
-    with pytest.raises(ValueError, match=f"special token, got {highest}"):
-        make(tok_json, forbidden=(), vocab_size=highest).encode(["kalo miter"])
 
 
 def disagreeing(content: str) -> Any:
@@ -105,7 +125,7 @@ def disagreeing(content: str) -> Any:
     return wrong, version
 
 
-@pytest.mark.parametrize("case, reason", [("missing", "not installed"), ("disagreeing", "gives other ids than"),
+@pytest.mark.parametrize("case, reason", [("missing", "ModuleNotFoundError"), ("disagreeing", "gives other ids than"),
                                           ("unreadable", "cannot be used with it")])
 def test_where_the_fast_library_cannot_be_used_tokenizers_encodes(
         tok_json: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, case: str, reason: str) -> None:
@@ -179,7 +199,7 @@ import os, sys
 from pathlib import Path
 before = dict(os.environ)
 from ettin_foundry.corpus.encoder import TextEncoder
-encoder = TextEncoder(open(sys.argv[1], encoding="utf-8").read(), forbidden=(), vocab_size=512)
+encoder = TextEncoder(open(sys.argv[1], encoding="utf-8").read(), forbidden=())
 encoder.encode(["kalo miter " * 10_000] * 8)
 assert dict(os.environ) == before, "environment"
 assert not {"torch", "transformers", "streaming"} & set(sys.modules), "slow imports"
@@ -190,3 +210,17 @@ print(sum((task / "comm").read_text().startswith("fastokens") for task in tasks.
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "tokenizer.json")], cwd=ROOT, env=env,
                           capture_output=True, text=True)
     assert done.stdout.strip() == "0", done.stderr
+
+
+def test_a_conversion_counts_unknown_tokens_and_refuses_another_script(tmp_path: Path) -> None:
+    letters = sorted({*"".join(make_documents(300))})
+    vocabulary = {word: i for i, word in enumerate([*SPECIALS, *letters, *("##" + letter for letter in letters)])}
+    backend: Any = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    texts = [text + " \u0e20\u0e32\u0e29\u0e32 [MASK]" for text in make_documents(40)]
+    expected = sum(ids.count(0) for ids in reference(backend.to_str(), texts))
+    summary = run(tmp_path / "set", [write_jsonl(tmp_path / "a.jsonl", texts)], tmp_path)
+    assert expected >= 40 and summary.sources["a"]["unknown tokens"] == expected
+    with pytest.raises(ValueError, match=r"unit \d+ .* must know its characters, got \d+ unknown of \d+ tokens"):
+        run(tmp_path / "other", [write_jsonl(tmp_path / "b.jsonl", ["\u0e20\u0e32 " * 999 + "kalo"])], tmp_path)

@@ -37,11 +37,6 @@ def test_trained_vocabulary_has_the_size_asked_and_special_tokens_last(tok: PreT
     assert ids == [*parts[0], tok.mask_token_id, *parts[1]]
 
 
-def test_tokenizer_that_makes_special_tokens_of_text_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"special token, got '\[\w+\]'"):
-        tokenizers.fingerprint(word_level([*SPECIALS, "a", "b"], unk_token="[UNK]", **NAMES))
-
-
 def test_encoder_and_decoder_differ_in_template_and_padding_side_only(tok: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     cls, sep = tok.cls_token_id, tok.sep_token_id
     a, b = (tok(text, add_special_tokens=False)["input_ids"] for text in ("kalo", "miter"))
@@ -92,19 +87,45 @@ def test_training_on_too_little_text_says_what_is_possible() -> None:
 
 
 @pytest.mark.parametrize("names, words, message", [
-    (dict(cls_token="[CLS]", sep_token="[SEP]"), 0, "different cls, sep, pad and mask"),
-    ({**NAMES, "sep_token": "[CLS]"}, 0, "different cls, sep, pad and mask"),
-    (NAMES, 65_540, "at most 65535 entries.*65545")], ids=["missing", "shared", "too-large"])
-def test_unusable_tokenizer_is_refused(names: dict[str, str], words: int, message: str, tmp_path: Path) -> None:
-    word_level([*SPECIALS, *(f"w{i}" for i in range(words))], **names).save_pretrained(tmp_path)
+    (dict(cls_token="[CLS]", sep_token="[SEP]"), SPECIALS[:4], "different cls, sep, pad and mask"),
+    ({**NAMES, "sep_token": "[CLS]"}, SPECIALS, "different cls, sep, pad and mask"),
+    (NAMES, [*SPECIALS, *map(str, range(65_540))], "at most 65535 entries.*65545")], ids=["missing", "shared", "large"])
+def test_unusable_tokenizer_is_refused(names: dict[str, str], words: list[str], message: str, tmp_path: Path) -> None:
+    word_level(words, **names).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         tokenizers.load(tmp_path)
 
 
-def test_bos_and_eos_follow_cls_and_sep_and_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    word_level(SPECIALS, **NAMES).save_pretrained(tmp_path / "names none")
-    tok = tokenizers.load(tmp_path / "names none")
-    assert (tok.bos_token, tok.eos_token) == ("[CLS]", "[SEP]")
+LAYOUTS: dict[str, dict[str, object] | None] = {  # tokenizer_config.json beside the same tokenizer.json
+    "of transformers 4": {"tokenizer_class": "PreTrainedTokenizerFast", **NAMES, "unk_token": "[UNK]"},
+    "of transformers 5": {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "is_local": True,
+                          "local_files_only": True, **NAMES, "unk_token": "[UNK]"},
+    "5, further tokens": {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", **NAMES,
+                          "extra_special_tokens": ["<a>", "<b>"]},
+    "5, named tokens": {"tokenizer_class": "TokenizersBackend", **NAMES, "extra_special_tokens": [],
+                        "image_token": "<a>", "model_specific_special_tokens": {"image_token": "<a>"}},
+    "5, class of a model": {"tokenizer_class": "BertTokenizer", "backend": "tokenizers", **NAMES, "do_lower_case": True,
+                            "extra_special_tokens": ["<a>"], "strip_accents": None},
+    "names no tokens": {"tokenizer_class": "PreTrainedTokenizerFast"}, "tokenizer.json alone": None}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_every_layout_of_a_saved_tokenizer_is_read_and_saved_alike(case: str, tmp_path: Path) -> None:
+    backend = word_level([*SPECIALS, "a", "b", "<a>", "<b>"]).backend_tokenizer
+    backend.add_special_tokens([*SPECIALS, "<a>", "<b>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    if LAYOUTS[case] is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(LAYOUTS[case]))
+    for folder in (tmp_path, tmp_path / "again"):
+        tok = tokenizers.load(folder)
+        assert tokenizers.special_ids(tok) == {"unk": 0, "cls": 1, "sep": 2, "pad": 3, "mask": 4}
+        assert (tok.bos_token, tok.eos_token) == ("[CLS]", "[SEP]")
+        assert tok("a b", add_special_tokens=False)["input_ids"] == [5, 6] and tokenizers.vocab_size(tok) == 9
+        assert {0, 1, 2, 3, 4, 7, 8} == tokenizers.forbidden_ids(tok)
+        tokenizers.save(tokenizers.with_template(tok, "encoder"), tmp_path / "again")
+
+
+def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere/nothing must be a folder"):
         tokenizers.load("nowhere/nothing")
     for name in ("tokenizer.json", "tokenizer_config.json"):
