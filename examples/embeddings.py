@@ -2,8 +2,8 @@
 
     python examples/embeddings.py models/nano-encoder sentences.txt models/embeddings
 
-sentences.txt holds one text a line. Each text is its own positive, seen twice under different dropout; the other texts of
-its batch are the negatives. Any transformers-compatible trunk works: our encoders, and our decoders from transformers 4.56.
+sentences.txt holds one text a line. Each text is its own positive, seen twice under different dropout; the other texts
+of its batch are the negatives. Any trunk of transformers works: our encoders, and our decoders from transformers 4.56.
 """
 
 from __future__ import annotations

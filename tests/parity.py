@@ -1,8 +1,8 @@
 """Holds our models to transformers: exports small random models and compares logits. Run once per transformers version.
 
-`make parity` starts this program with each version in front of PYTHONPATH; the tests import its parts. Random weights are
-drawn wide (logits up to 15), since near zero anything would agree. As a control, the same weights with one key more or
-fewer in the window, and with another local rotary base, must both NOT agree.
+`make parity` starts this program with each version in front of PYTHONPATH; the tests import its parts. Random weights
+are drawn wide (logits up to 15), since near zero anything would agree. As a control, the same weights with one key more
+or fewer in the window, and with another local rotary base, must both NOT agree.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def control_models(model: Ettin) -> list[Ettin]:
     window = {"window_left": config.window_left - 1} if config.causal else {
         "local_attention": config.local_attention + 2, "window_left": -1}
     wrong_base = {"local_rope_theta": 10_000.0 if config.local_rope_theta != 10_000.0 else 160_000.0}
-    models = [Ettin(dataclasses.replace(config, **change), attn_impl="reference").eval() for change in (window, wrong_base)]
+    models = [Ettin(dataclasses.replace(config, **change), "reference").eval() for change in (window, wrong_base)]
     for wrong in models:
         wrong.load_state_dict(model.state_dict())
     return models
@@ -152,7 +152,8 @@ def _saved_again(hf: Any, config: EttinConfig, state: dict[str, torch.Tensor], p
             again, read, _ = import_folder(path)
         except ValueError as error:
             return ", then ".join([*answers, f"refused ({str(error).split(': ', 1)[1][:60]}...)"])
-        answers.append("same" if read == config and all(torch.equal(again[n], t) for n, t in state.items()) else "changed")
+        same = read == config and all(torch.equal(again[name], tensor) for name, tensor in state.items())
+        answers.append("same" if same else "changed")
         hf = (AutoModelForCausalLM if config.causal else AutoModelForMaskedLM).from_pretrained(str(path))
     return ", then ".join(answers)
 
@@ -187,7 +188,7 @@ def main() -> int:
                 results.append({"transformers": version, **r, "passed": passed(r)})
                 differences = ", ".join(f"{d:.1e} at {n}" for n, d in r["differences"].items())
                 print(f"{version:9}{name:19}{r['attention']:7}{differences}; control {r['control']:.1e}; logits to "
-                      f"{r['max_logit']:.1f}; saved again: {r.get('saved_again', '')}; {'ok' if passed(r) else 'FAILED'}")
+                      f"{r['max_logit']:.1f}; saved again: {r.get('saved_again')}; {'ok' if passed(r) else 'FAILED'}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")

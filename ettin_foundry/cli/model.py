@@ -25,6 +25,7 @@ def export(
     objective: Annotated[Literal["mlm", "mntp", "clm"] | None, typer.Option(
         help="Another objective that the run was trained on.")] = None,
     licence: Annotated[str | None, typer.Option("--license", help="The weights' licence, for the card.")] = None,
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights.")] = "fp32",
     overwrite: _Overwrite = False,
 ) -> None:
     """Write a Composer checkpoint as a Hugging Face folder.
@@ -36,16 +37,14 @@ def export(
     if len(sources) > 1 and not every:
         raise typer.BadParameter("one checkpoint and the folder to write are needed; several save folders take --every",
                                  param_hint="CHECKPOINT")
-    from ettin_foundry.hub.folder import export_every, export_model
-    from ettin_foundry.hub.load import load_model
+    from ettin_foundry.hub.folder import export_checkpoint, export_every
 
-    facts = {"license": licence}
+    options: Any = {"objective": objective, "tokenizer": tokenizer, "licence": licence, "dtype": dtype,
+                    "overwrite": overwrite}
     if every:
-        print(export_every(sources, out, objective=objective, tokenizer=tokenizer, facts=facts, overwrite=overwrite))
+        print(export_every(sources, out, **options))
         return
-    model = load_model(sources[0], objective)
-    export_model(model.state, model.config, model.tokenizer_name(tokenizer), out, objective=model.objective,
-                 facts={**model.facts, **facts}, overwrite=overwrite)
+    model = export_checkpoint(sources[0], out, **options)
     print(f"wrote {out}: {model.config.num_parameters:,} parameters, {model.objective}")
 
 
@@ -59,15 +58,10 @@ def import_(
 
     Example: ettin import models/nano-encoder nano-encoder.pt
     """
-    from ettin_foundry.hub.average import check_weights_file, save_weights
-    from ettin_foundry.hub.load import load_model
-    from ettin_foundry.model.weights import weights_checkpoint
+    from ettin_foundry.hub.average import import_weights
 
-    check_weights_file(out, overwrite)
-    model = load_model(folder, objective)
-    save_weights(out, weights_checkpoint(model.state, model.config, objective=model.objective,
-                                         tokenizer=model.tokenizer))
-    print(f"wrote {out}: {model.config.num_parameters:,} parameters, {model.objective}")
+    config, stated = import_weights(folder, out, objective=objective, overwrite=overwrite)
+    print(f"wrote {out}: {config.num_parameters:,} parameters, {stated}")
 
 
 def average(
@@ -85,17 +79,15 @@ def average(
     """
     if last is not None and len(sources) != 1:
         raise ValueError(f"--last takes one save folder, got {len(sources)} sources")
-    from ettin_foundry.hub.average import average_checkpoints, last_checkpoints
+    from ettin_foundry.hub.average import average_checkpoints
 
-    if last is not None:
-        sources = last_checkpoints(sources[0], last)
     try:
         numbers = None if weights is None else [float(part) for part in weights.split(",")]
     except ValueError:
         raise ValueError(f"--weights must be numbers with commas between, such as 1,1,2, got {weights!r}") from None
-    config, objective = average_checkpoints(sources, out, weights=numbers, overwrite=overwrite)
-    print(f"wrote {out}: mean of {len(sources)} checkpoints ({', '.join(path.name for path in sources)}), "
-          f"{config.num_parameters:,} parameters, {objective}")
+    config, found = average_checkpoints(sources, out, last=last, weights=numbers, overwrite=overwrite)
+    print(f"wrote {out}: mean of {len(found)} checkpoints ({', '.join(path.name for path in found)}), "
+          f"{config.num_parameters:,} parameters")
 
 
 def generate(source: _Source, prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="Text to continue.")],
@@ -127,11 +119,10 @@ def fill_mask(source: _Source, texts: Annotated[list[str], typer.Argument(metava
 
 
 def _build(source: Path, tokenizer: str | None, objective: str | None) -> Any:
-    from ettin_foundry.data.tokenizer import load
-    from ettin_foundry.hub.load import build_model, load_model
+    from ettin_foundry.hub.load import load_model
 
     loaded = load_model(source, objective)
-    return build_model(loaded, load(loaded.tokenizer_name(tokenizer)))
+    return loaded.predictor(loaded.tokenizer(tokenizer))
 
 
 def evaluate(

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -74,6 +75,23 @@ def atomic_file(path: Path, folder: Path | None = None) -> Iterator[IO[bytes]]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which replaces `folder` when the block ends; if anything fails, the old one stays."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+        new, earlier = Path(beside, "new"), Path(beside, "earlier")
+        new.mkdir()
+        yield new
+        if folder.exists():
+            folder.rename(earlier)
+        try:
+            new.rename(folder)
+        finally:
+            if earlier.exists() and not folder.exists():
+                earlier.rename(folder)
 
 
 def _place(source: str | os.PathLike[str], target: Path) -> None:

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,13 +180,20 @@ def fingerprint(tok: PreTrainedTokenizerFast) -> dict[str, Any]:
             "probe_sha256": hashlib.sha256(probe.tobytes()).hexdigest()}
 
 
-def check(tok: PreTrainedTokenizerFast, manifest_block: dict[str, Any]) -> None:
+def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first part in which two fingerprints differ, with both values, or ""; names may differ."""
+    for key in ("vocab_size", "special_ids", "vocab_sha256", "probe_sha256"):
+        if found.get(key) != wanted.get(key):
+            return f"{key} is {found.get(key)}, not {wanted.get(key)}"
+    return ""
+
+
+def check(tok: PreTrainedTokenizerFast, manifest_block: Mapping[str, Any]) -> None:
     """Raises ValueError where a tokenizer is not the one that a dataset was made with."""
     mine = fingerprint(tok)
-    for key in ("vocab_size", "special_ids", "vocab_sha256", "probe_sha256"):
-        if mine[key] != manifest_block.get(key):
-            raise ValueError(f"tokenizer must be the dataset's, {manifest_block.get('name')!r} with {key} "
-                             f"{manifest_block.get(key)}, got {mine['name']} with {mine[key]}; use the dataset's folder")
+    if differing := difference(mine, manifest_block):
+        raise ValueError(f"tokenizer must be the dataset's, {manifest_block.get('name')!r}, got {mine['name']!r}, whose "
+                         f"{differing}; use the dataset's folder")
 
 
 def _name(tok: PreTrainedTokenizerFast) -> str:

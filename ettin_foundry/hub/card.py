@@ -11,13 +11,8 @@ from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.hf_config import export_notes
 from ettin_foundry.version import __version__
 
-FACTS = ("phase", "tokens", "checkpoint", "objective_schedule", "license", "lineage")
-"""What `card` can be told, all optional: the last phase; real tokens of all phases; a mapping with run_name, phase, batch
-and run_hash; the objectives as text, where they change or are mixed; the licence as the Hub spells it; a list of mappings,
-oldest first: where the weights come from, or (merged_from) what they are the mean of."""
-
-MNTP_NOTE = ("this encoder was trained with mntp: a masked token is predicted at the position BEFORE the mask, so the usual "
-             "fill-mask pipeline looks broken. Shift by one, as the model card shows. Embeddings are unaffected")
+MNTP_NOTE = ("this encoder was trained with mntp: a masked token is predicted at the position BEFORE the mask, so the "
+             "usual fill-mask pipeline looks broken. Shift by one, as the model card shows. Embeddings are unaffected")
 
 _TRAINED_BY = {
     "mlm": "masked language modelling (mlm): of the chosen tokens 80% become the mask, 10% a random token, 10% stay",
@@ -42,6 +37,9 @@ Needs transformers {transformers} or newer, and no remote code.
 ```python
 {code}```
 
+## In other programs
+
+{programs}
 ## Training
 
 {training}
@@ -84,12 +82,28 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 '''
 
 
+_PROGRAMS_ENCODER = '''\
+- sentence-transformers: `SentenceTransformer("{name}")`, a mean over tokens, to be trained before use.
+- vLLM: `LLM("{name}", hf_overrides={{"architectures": ["ModernBertModel"]}})`; it takes the first token's vector unless
+  told to take the mean.
+- llama.cpp reads the trunk alone: `AutoModel.from_pretrained("{name}").save_pretrained("trunk")`, copy the tokenizer's
+  files there and convert that to GGUF. Its converter knows the tokenizers of published models only.
+'''
+
+_PROGRAMS_DECODER = '''\
+- vLLM and llama.cpp (GGUF) have no ModernBertDecoder: serve it with transformers, or from an export by `torch.onnx`.
+'''
+
+
 def card(config: EttinConfig, *, objective: str, name: str, facts: Mapping[str, Any] | None = None,
          mask_token: str = "[MASK]") -> str:
-    """The text of README.md, titled `name`; `facts` that are not given leave their line out."""
-    facts = {key: value for key, value in (facts or {}).items() if value not in (None, [], {}, "")}
-    if unknown := sorted(set(facts) - set(FACTS)):
-        raise ValueError(f"facts must be of {', '.join(FACTS)}, got {', '.join(unknown)}")
+    """The text of README.md, titled `name`.
+
+    facts, all optional: phase (the last), tokens (real ones, of all phases), objective_schedule (text, where objectives
+    change), license (as the Hub spells it), checkpoint (a mapping with run_name, phase, batch and run_hash), lineage
+    (mappings, oldest first: where the weights come from, or, merged_from, what they are the mean of).
+    """
+    facts = {key: value for key, value in (facts or {}).items() if value}
     kind = "decoder" if config.causal else "encoder"
     shift = " - 1" if objective == "mntp" else ""
     one_base = config.local_rope_theta == config.global_rope_theta
@@ -98,8 +112,7 @@ def card(config: EttinConfig, *, objective: str, name: str, facts: Mapping[str, 
         f"Inputs longer than {config.max_position_embeddings:,} tokens were not seen in training.",
         "No evaluation, no contamination check and no measurement of bias came with this export.",
         *export_notes(config),
-        *["For sequence classification transformers draws a fresh head for decoders, and keeps the trained one for encoders."
-          ][:config.causal]]
+        *["For sequence classification transformers draws a fresh head, where it keeps an encoder's."][:config.causal]]
     return _CARD.format(
         metadata=ModelCardData(license=facts.get("license", "unknown"), library_name="transformers",
                                pipeline_tag="text-generation" if config.causal else "fill-mask",
@@ -108,6 +121,7 @@ def card(config: EttinConfig, *, objective: str, name: str, facts: Mapping[str, 
         attention="causal attention and next tokens" if config.causal else "bidirectional attention and masked tokens",
         version=__version__, note=f"\n> **Mind the position:** {MNTP_NOTE}.\n" if shift else "",
         transformers="4.48" if not config.causal else "4.56" if one_base else "5.0",
+        programs=(_PROGRAMS_DECODER if config.causal else _PROGRAMS_ENCODER).format(name=name),
         code=_LOAD_DECODER if config.causal else _LOAD_ENCODER.format(mask_token=mask_token, shift=shift),
         training=_training_table(config, objective, facts), limits="".join(f"- {line}\n" for line in limits))
 
@@ -123,12 +137,12 @@ def _training_table(config: EttinConfig, objective: str, facts: Mapping[str, Any
         "context": f"{config.max_position_embeddings:,} tokens",
         "shape": f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads, "
                  f"vocabulary {config.vocab_size:,}",
-        "local layers": f"{config.layer_types.count('sliding_attention')} of {config.num_hidden_layers}; each token sees "
-                        f"{left} tokens back and {right} ahead",
-        "rotary base": f"{config.global_rope_theta:,.0f} in global layers, {config.local_rope_theta:,.0f} in local ones",
+        "local layers": f"{config.layer_types.count('sliding_attention')} of {config.num_hidden_layers}; each token "
+                        f"sees {left} tokens back and {right} ahead",
+        "rotary base": f"{config.global_rope_theta:,.0f} in global layers, {config.local_rope_theta:,.0f} in local",
         "dropout": f"{config.attn_out_dropout:g} on the output of attention, in training only",
-        "checkpoint": checkpoint and f"batch {checkpoint['batch']:,} of {checkpoint['run_name']}, whose resolved config has "
-                                     f"the sha256 {checkpoint['run_hash']}",
+        "checkpoint": checkpoint and f"batch {checkpoint['batch']:,} of {checkpoint['run_name']}, whose resolved "
+                                     f"config has the sha256 {checkpoint['run_hash']}",
         "continued from": "; then ".join(
             ", ".join(f"{key} {value}" for key, value in entry.items() if value is not None)
             for entry in lineage if "merged_from" not in entry),

@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 
 class ExportHF(Callback):
-    """Writes Hugging Face folders of the trained weights at an interval and at the end of training.
+    """Writes Hugging Face folders of the weights, named as by `ettin export --every`, at an interval and at the end.
 
-    They are named as `ettin export --every` names them. A run whose weights are drawn writes step0 before its first step.
+    A run whose weights are drawn writes step0 before its first step.
 
     Args:
         interval: a time in ba, tok or sp. folder: a local folder; `{run_name}` is filled in.
@@ -31,7 +31,7 @@ class ExportHF(Callback):
 
     def __init__(self, interval: str, folder: str):
         if "://" in folder:
-            raise ValueError(f"callbacks.ettin_export.folder must be a local folder, got {folder!r}; upload it afterwards")
+            raise ValueError(f"callbacks.ettin_export.folder must be local, got {folder!r}; upload it afterwards")
         self.folder = folder
         self._due = interval_passed("callbacks.ettin_export.interval", interval)
         self._model: Any = None
@@ -53,7 +53,7 @@ class ExportHF(Callback):
             self._write(state)
 
     def _record(self, state: State) -> dict[str, Any]:
-        return next((decode_record(c.state_dict()) for c in state.callbacks if isinstance(c, Clock)), {})
+        return decode_record(next(c for c in state.callbacks if isinstance(c, Clock)).state_dict())
 
     def _write(self, state: State) -> None:
         """Every rank gathers, rank 0 writes; what fails there is raised on every rank, so that none waits for it."""
@@ -65,8 +65,8 @@ class ExportHF(Callback):
                 record = self._record(state)
                 name = "step0" if self._last_batch == 0 else revision_name(record.get("phase"), self._last_batch)
                 folder = Path(format_name_with_dist(self.folder, state.run_name)) / name
-                export_model(weights, self._model.config, self._model.tokenizer, folder, objective=self._model.objective,
-                             facts=facts_of(record) if record else {"tokens": state.timestamp.token.value}, overwrite=True)
+                export_model(weights, self._model.config, self._model.tokenizer, folder,
+                             objective=self._model.objective, facts=facts_of(record), overwrite=True)
                 log.info("wrote %s", folder)
             except Exception as error:
                 failed = [error]

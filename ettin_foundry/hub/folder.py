@@ -1,4 +1,4 @@
-"""Hugging Face folders: of one model, or of every checkpoint of a run, named as the original's tags. Whole or not there."""
+"""Hugging Face folders: of one model, or of every checkpoint of a run, named as the original's tags."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import contextlib
 import json
 import logging
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ettin_foundry.data import tokenizer as tokenizers
+from ettin_foundry.data.storage import atomic_folder
 from ettin_foundry.hub.card import MNTP_NOTE, card
-from ettin_foundry.hub.load import chosen_objective, load_model
+from ettin_foundry.hub.load import LoadedModel, chosen_objective, load_model
 from ettin_foundry.model.config import OBJECTIVES, EttinConfig
 from ettin_foundry.model.hf_config import config_json, read_config
 from ettin_foundry.model.weights import WEIGHTS, plain_state, to_hf
@@ -27,50 +26,55 @@ from ettin_foundry.training import checkpoints
 
 log = logging.getLogger(__name__)
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 def export_model(model: Any, config: EttinConfig, tokenizer: Any, folder: str | Path, *, objective: str,
-                 facts: Mapping[str, Any] | None = None, overwrite: bool = False) -> Path:
+                 facts: Mapping[str, Any] | None = None, dtype: str = "fp32", overwrite: bool = False) -> Path:
     """Writes a Hugging Face folder: config, safetensors, tokenizer, generation config (decoders), card.
 
-    Everything is written beside the target, read back and compared bit by bit, then renamed into place.
+    Everything is written beside the target, read back and compared, then renamed into place.
 
     Args:
-        model: an `EttinModel`, an `Ettin`, or a state dict of either. overwrite: replace an earlier export of this name.
-        tokenizer: a fast tokenizer of transformers, or the name of a folder that holds one.
-        objective: what the head was last trained on. facts: see `card.FACTS`; some also go into config.json.
+        model: an `EttinModel`, an `Ettin`, or a state dict of either. tokenizer: a fast one of transformers.
+        objective: what the head was last trained on. facts: as of `card.card`; some also go into config.json.
+        dtype: of the weights, a key of `DTYPES`. overwrite: replace an earlier export of this name.
     """
     folder, facts = Path(folder), dict(facts or {})
     if objective not in OBJECTIVES or (objective == "clm") != config.causal:
-        raise ValueError(f"objective must be {'clm' if config.causal else 'mlm or mntp'} of this model, got {objective!r}")
+        raise ValueError(f"objective must be {'clm' if config.causal else 'mlm or mntp'} here, got {objective!r}")
     _check_target(folder, overwrite)
-    tokenizer = _tokenizer_of_kind(tokenizer, config)
-    weights = to_hf(plain_state(model), config)
-    content = config_json(config, objective=objective, special_ids=tokenizers.special_ids(tokenizer),
-                          tokens=facts.get("tokens"), lineage=facts.get("lineage") or (), checkpoint=facts.get("checkpoint"))
+    exported = _tokenizer_of_kind(tokenizer, config)
+    weights = to_hf(plain_state(model), config, DTYPES[dtype])
+    content = config_json(config, objective=objective, special_ids=tokenizers.special_ids(exported), facts=facts,
+                          dtype=str(DTYPES[dtype]).removeprefix("torch."))
     if objective == "mntp":
         log.warning("%s: %s", folder, MNTP_NOTE)
-    with _new_folder(folder) as partial:
-        _write_files(partial, content, weights, tokenizer)
-        text = card(config, objective=objective, name=folder.name, facts=facts, mask_token=tokenizer.mask_token)
+    with atomic_folder(folder) as partial:
+        _write_files(partial, content, weights, exported)
+        text = card(config, objective=objective, name=folder.name, facts=facts, mask_token=exported.mask_token)
         (partial / "README.md").write_text(text, encoding="utf-8")
-        stored = load_file(partial / WEIGHTS)
+        for path in partial.iterdir():  # as the umask says: safetensors makes a file that nobody else can read
+            path.chmod((partial / "README.md").stat().st_mode)
+        stored, read = load_file(partial / WEIGHTS), tokenizers.load(partial)
         differing = [name for name, tensor in weights.items()
-                     if name not in stored or not torch.equal(stored[name].view(torch.int32), tensor.view(torch.int32))]
-        if differing or read_config(partial / "config.json") != (config, objective):
-            raise ValueError(f"{folder}: {', '.join(differing[:4]) or 'config'} does not read back the same; check the disk")
+                     if name not in stored or not torch.equal(stored[name], tensor)]
+        differing += [name for name, number in content.items()
+                      if name.endswith("_token_id") and getattr(read, name) != number]
+        differing += ["config.json"] * (read_config(partial / "config.json") != (config, objective))
+        differing += filter(None, [tokenizers.difference(*map(tokenizers.fingerprint, (read, tokenizer)))])
+        if differing:
+            raise ValueError(f"{folder}: {', '.join(differing[:4])} does not read back the same; check the disk")
     return folder
 
 
 def _tokenizer_of_kind(tokenizer: Any, config: EttinConfig) -> Any:
-    """A copy of `tokenizer` (or of the one in the folder of this name) with the template of the model's kind."""
-    if tokenizer is None:
-        raise ValueError("tokenizer must be given; pass OUT/tokenizer of the conversion")
-    if isinstance(tokenizer, (str, Path)):
-        tokenizer = tokenizers.load(str(tokenizer))
+    """A copy with the template of the model's kind, and with the special tokens that the model was trained with."""
     if tokenizers.vocab_size(tokenizer) > config.vocab_size:
         raise ValueError(f"tokenizer must have at most the model's {config.vocab_size} entries, got "
                          f"{tokenizers.vocab_size(tokenizer)}; pass the one that the model was trained with")
     copy = tokenizers.with_template(tokenizer, "decoder" if config.causal else "encoder")
+    copy.bos_token, copy.eos_token = copy.cls_token, copy.sep_token  # whatever BOS and EOS it had of its own
     copy.model_max_length = config.max_position_embeddings
     copy.model_input_names = ["input_ids", "attention_mask"]  # one segment: there are no token types
     return copy
@@ -104,21 +108,20 @@ def _check_target(folder: Path, overwrite: bool) -> None:
             raise ValueError(f"{folder}: is not an exported model, so it is not overwritten; give another name")
 
 
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which replaces `folder` when the block ends; if anything fails, the old one stays."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
-        new, earlier = Path(beside, "new"), Path(beside, "earlier")
-        new.mkdir()
-        yield new
-        if folder.exists():
-            folder.rename(earlier)
-        try:
-            new.rename(folder)
-        finally:
-            if earlier.exists() and not folder.exists():
-                earlier.rename(folder)
+# ------------------------------------------------------------------ checkpoints
+
+
+def export_checkpoint(source: str | Path, folder: str | Path, *, objective: str | None = None,
+                      tokenizer: str | None = None, licence: str | None = None, dtype: str = "fp32",
+                      overwrite: bool = False) -> LoadedModel:
+    """Writes a checkpoint, or the newest of a save folder, as `export_model` does, with all that it says of itself.
+
+    `objective` and `tokenizer` are as for `load.load_model` and `LoadedModel.tokenizer`.
+    """
+    model = load_model(source, objective)
+    export_model(model.state, model.config, model.tokenizer(tokenizer), folder, objective=model.objective, dtype=dtype,
+                 facts={**model.facts, "license": licence}, overwrite=overwrite)
+    return model
 
 
 def revision_name(phase: str | None, batch: int) -> str:
@@ -127,65 +130,58 @@ def revision_name(phase: str | None, batch: int) -> str:
     return f"{prefix if re.fullmatch('[a-z][a-z_]*', prefix) else 'ba'}{batch}"
 
 
-@dataclass(frozen=True)
-class Revision:
-    path: Path
-    identity: Mapping[str, Any]  # run_name, phase, batch, run_hash, and the objective it is exported as
-
-
-def _find_revisions(folders: Sequence[str | Path], objective: str | None) -> dict[str, Revision]:
-    """Every complete checkpoint of save folders by name, in the order of the folders and then of batches, step0 first."""
-    found: dict[str, Revision] = {}
+def _find_revisions(folders: Sequence[str | Path], objective: str | None) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """{name: (path, what its folder must say)} of every complete checkpoint, by folder and batch, step0 first."""
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for folder in map(Path, folders):
         initial = folder / "initial" / "step0.pt"
         paths = [*([initial] if checkpoints.is_complete(initial) else []), *checkpoints.complete_checkpoints(folder)]
         if not paths:
-            raise FileNotFoundError(f"{folder}: is no folder of complete checkpoints; --every takes save folders of runs")
+            raise FileNotFoundError(f"{folder}: is no folder of complete checkpoints; --every takes save folders")
         for path in paths:
             record = checkpoints.read_head(path).record
             if not record.get("config") or record.get("batch") is None:
                 raise ValueError(f"{path}: holds no record of its phase and batch; export it alone, without --every")
             name = "step0" if path == initial else revision_name(record.get("phase"), record["batch"])
             if name in found:
-                raise ValueError(f"{path}: would be called {name}, as would {found[name].path}; export to different folders")
+                raise ValueError(f"{path}: would be called {name}, as would {found[name][0]}; use two folders")
             identity = {key: record.get(key) for key in ("run_name", "phase", "batch", "run_hash")}
-            found[name] = Revision(path, {**identity, "objective": chosen_objective(path, record, objective)[0]})
+            found[name] = path, {**identity, "objective": chosen_objective(path, record, objective)[0]}
     return found
 
 
-def export_every(folders: Sequence[str | Path], out: str | Path, *, objective: str | None = None,
-                 tokenizer: str | None = None, facts: Mapping[str, Any] | None = None, overwrite: bool = False) -> str:
+def export_every(folders: Sequence[str | Path], out: str | Path, *, dtype: str = "fp32", overwrite: bool = False,
+                 objective: str | None = None, **options: Any) -> str:
     """Writes one folder in `out` for each complete checkpoint of save folders; returns a line that says what was done.
 
-    Whole folders of the same checkpoint are left. Every refusal is made before the first weight is read. `objective` and
-    `tokenizer` are as for `load.load_model` and `LoadedModel.tokenizer_name`, `facts` for every card.
+    Whole folders of the same checkpoint are left. Every refusal is made before the first weight is read. Options are
+    those of `export_checkpoint`.
     """
     from rich.console import Console
     from rich.progress import track
 
-    out = Path(out)
-    revisions = _find_revisions(folders, objective)
-    wanted = [name for name, revision in revisions.items() if overwrite or not _is_there(out / name, revision)]
+    out, revisions = Path(out), _find_revisions(folders, objective)
+    wanted = [name for name, (path, identity) in revisions.items()
+              if overwrite or not _is_there(out / name, path, {**identity, "dtype": DTYPES[dtype]})]
     for name in track(wanted, "export", console=Console(stderr=True)):
-        model = load_model(revisions[name].path, objective)
-        export_model(model.state, model.config, model.tokenizer_name(tokenizer), out / name,
-                     objective=model.objective, facts={**model.facts, **(facts or {})}, overwrite=overwrite)
+        export_checkpoint(revisions[name][0], out / name, objective=objective, dtype=dtype, overwrite=overwrite,
+                          **options)
     return f"{len(revisions)} revisions in {out}: {len(wanted)} written, {len(revisions) - len(wanted)} were there"
 
 
-def _is_there(folder: Path, revision: Revision) -> bool:
+def _is_there(folder: Path, path: Path, identity: Mapping[str, Any]) -> bool:
     """Whether a whole folder of this very checkpoint stands there; one of another is refused."""
     if not folder.exists():
         return False
-    try:
-        block = json.loads((folder / "config.json").read_text(encoding="utf-8"))["ettin_foundry"]
-        there = {**block["checkpoint"], "objective": block["objective"]}
-    except (OSError, ValueError, LookupError, TypeError):
-        there = {}
-    for key, value in revision.identity.items():
+    there: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        block = content["ettin_foundry"]
+        there = {**block["checkpoint"], "objective": block["objective"], "dtype": getattr(torch, content["dtype"])}
+    for key, value in identity.items():
         if there.get(key) != value:
-            raise ValueError(f"{folder}: {key} must be {value!r} as in {revision.path}, got {there.get(key)!r}; give "
-                             "another folder, or pass --overwrite")
+            raise ValueError(f"{folder}: {key} must be {value!r} as in {path}, got {there.get(key)!r}; give another "
+                             "folder, or pass --overwrite")
     try:
         with safe_open(folder / WEIGHTS, "pt"):
             return True  # opening compares the header with the file's length

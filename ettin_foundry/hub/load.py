@@ -1,39 +1,70 @@
-"""A model read from anything: a Hugging Face folder, a Composer `.pt` file, a save folder."""
+"""A model read from anything: a Hugging Face folder, a Composer `.pt` file, a save folder. Needs no host."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ettin_foundry.data import tokenizer as tokenizers
 from ettin_foundry.model.config import MASKED_OBJECTIVES, EttinConfig
+from ettin_foundry.model.hf_config import read_record
+from ettin_foundry.model.inference import Predictor
+from ettin_foundry.model.transformer import Ettin
 from ettin_foundry.model.weights import import_folder
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
-from ettin_foundry.training.checkpoints import load_model_state
+from ettin_foundry.training import checkpoints
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    source: Path
+    source: Path  # the folder or the checkpoint itself
     state: dict[str, Tensor]  # under our names
     config: EttinConfig
     objective: str
-    tokenizer: str | None  # its folder or name, if the source names one
-    facts: dict[str, Any] = field(default_factory=dict)  # of `card.FACTS`
+    record: Mapping[str, Any]  # what it says of itself, as `clock.Clock.state_dict`
+    other: EttinConfig  # the same shape with the other attention, for rows of the other kind
 
-    def tokenizer_name(self, given: str | None = None) -> str:
-        """The tokenizer given, or else the source's own; neither raises."""
-        if not (name := given or self.tokenizer):
-            raise ValueError(f"--tokenizer must be given, for {self.source} names none; pass the data's tokenizer folder")
-        return name
+    @property
+    def facts(self) -> dict[str, Any]:
+        return facts_of(self.record)
+
+    def tokenizer(self, given: str | None = None, otherwise: str | Path = "") -> Any:
+        """The tokenizer that the model was trained with, by its fingerprint; ValueError where none is found.
+
+        A run leaves a copy in its save folder. The recorded place counts where it is a folder that exists.
+
+        Args:
+            given: by the user: this one or none. otherwise: where to look after what the source itself says.
+        """
+        wanted = self.record.get("tokenizer_fingerprint") or {}
+        beside = [folder / "tokenizer" for folder in self.source.resolve().parents[:2]]  # 2: of initial/step0.pt
+        places = [str(place) for place in (*(beside if wanted else ()), self.record.get("tokenizer"), otherwise)
+                  if place and Path(place, "tokenizer.json").is_file()]
+        if "/" in (hub_name := wanted.get("name", "")):  # of a folder it has no slash
+            places.append(hub_name)
+        others = []
+        for place in [given] if given else places:
+            tokenizer = tokenizers.load(place)
+            if not (differing := wanted and tokenizers.difference(tokenizers.fingerprint(tokenizer), wanted)):
+                return tokenizer
+            others.append(f"{place}, whose {differing}")
+        raise ValueError(f"the tokenizer must be the one that {self.source} was trained with, got "
+                         f"{'; '.join(others) or 'none'}; give the folder of its data's tokenizer (--tokenizer)")
+
+    def predictor(self, tokenizer: Any, device: Any = "cpu") -> Predictor:
+        """The model in eval mode, ready to be asked."""
+        model = Ettin(self.config, other=self.other)
+        model.load_state_dict(self.state)
+        return Predictor(model.eval().to(device), tokenizer, self.objective)
 
 
-def load_model(source: str | Path, objective: str | None = None, *, default_objective: str | None = None) -> LoadedModel:
+def load_model(source: str | Path, objective: str | None = None, *,
+               default_objective: str | None = None) -> LoadedModel:
     """Reads a model from a Hugging Face folder, or from what `checkpoints.load_model_state` reads.
 
     Args:
@@ -47,39 +78,29 @@ def load_model(source: str | Path, objective: str | None = None, *, default_obje
         if (stated and objective not in (None, stated)) or (stated is None and chosen not in MASKED_OBJECTIVES):
             possible = stated or "mlm (official encoders) or mntp (those made from decoders)"
             raise ValueError(f"--objective must be {possible} for {source}, got {objective!r}")
-        tokenizer = str(source) if (source / "tokenizer.json").is_file() else None
-        return LoadedModel(source, state, config, str(chosen), tokenizer)
-    state, record = load_model_state(source)
+        tokenizer = tokenizers.fingerprint(tokenizers.load(source)) if (source / "tokenizer.json").is_file() else None
+        record = {**read_record(source), "tokenizer": str(source.resolve()), "tokenizer_fingerprint": tokenizer}
+        return LoadedModel(source, state, config, str(chosen), record, config.with_causal(not config.causal))
+    source = checkpoints.locate(source)
+    state, record = checkpoints.load_model_state(source)
     if not record.get("config"):
-        raise ValueError(f"{source}: holds no record of its config; only checkpoints of ettin_foundry's runs can be read")
-    chosen, config = chosen_objective(source, record, objective)
-    return LoadedModel(source, state, config, chosen, record.get("tokenizer"), facts_of(record))
+        raise ValueError(f"{source}: holds no record of its config; give a checkpoint of ettin_foundry's runs")
+    chosen, config, other = chosen_objective(source, record, objective)
+    return LoadedModel(source, state, config, chosen, record, other)
 
 
-def build_model(loaded: LoadedModel, tokenizer: Any) -> Any:
-    """An `EttinModel` with these weights and this tokenizer, in eval mode."""
-    from ettin_foundry.model.composer import EttinModel
-
-    fields = dataclasses.asdict(loaded.config)
-    del fields["causal"]
-    model = EttinModel(tokenizer, size="nano", objective=loaded.objective, max_seq_len=fields.pop("max_position_embeddings"),
-                       **fields)  # every field of the size is replaced
-    model.model.load_state_dict(loaded.state)
-    return model.eval()
-
-
-def chosen_objective(path: str | Path, record: Mapping[str, Any], asked: str | None) -> tuple[str, EttinConfig]:
-    """What a checkpoint is read as: what its run ends with, or another objective that it has been trained on."""
-    config, schedule = EttinConfig(**record["config"]), _schedule(record)
-    if asked is None:
-        return record["objective"], config
-    if len(schedule.objectives) == 1 or asked not in schedule.objectives:
-        possible = "left out" if len(schedule.objectives) == 1 else f"one of {', '.join(schedule.objectives)}"
-        raise ValueError(f"--objective must be {possible} for {path}, got {asked!r}: it was trained for "
-                         f"{record.get('tokens') or 0:,} tokens of {schedule}")
+def chosen_objective(path: Path, record: Mapping[str, Any], asked: str | None) -> tuple[str, EttinConfig, EttinConfig]:
+    """(objective, config, config with the other attention) that a checkpoint is read as: what its run ends with, or the
+    one asked for, if it has been trained on that."""
+    config, schedule, chosen = EttinConfig(**record["config"]), _schedule(record), asked or record["objective"]
+    if chosen not in schedule.objectives:
+        raise ValueError(f"--objective must be {' or '.join(schedule.objectives)} for {path}, got {asked!r}; it was "
+                         f"trained for {record.get('tokens') or 0:,} tokens of {schedule}")
     # an explicit window belongs to rows of clm
     explicit = json.loads(record.get("run_config") or "{}").get("model", {}).get("window_left", -1)
-    return asked, config.with_causal(asked == "clm", explicit if asked == "clm" else -1)
+    other = config.with_causal(not config.causal, -1 if config.causal else explicit)
+    configs = {config.causal: config, other.causal: other}
+    return chosen, configs[chosen == "clm"], configs[chosen != "clm"]
 
 
 def _schedule(record: Mapping[str, Any]) -> ObjectiveSchedule:
@@ -87,11 +108,11 @@ def _schedule(record: Mapping[str, Any]) -> ObjectiveSchedule:
 
 
 def facts_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What `card.FACTS` a record of `clock.Clock` holds."""
+    """The facts that `card.card` takes, of a record of `clock.Clock`."""
     lineage = [dict(entry) for entry in record.get("lineage") or ()]
     tokens = int(record.get("tokens") or 0) + sum(entry.get("tokens") or 0 for entry in lineage)
     facts: dict[str, Any] = {"tokens": tokens or None, "phase": record.get("phase"), "lineage": lineage}
-    if len((schedule := _schedule(record)).objectives) > 1:
+    if record.get("objective_schedule") and len((schedule := _schedule(record)).objectives) > 1:
         facts["objective_schedule"] = str(schedule)
     if record.get("run_hash") and record.get("batch") is not None:
         facts["checkpoint"] = {key: record.get(key) for key in ("run_name", "phase", "batch", "run_hash")}

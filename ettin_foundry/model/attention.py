@@ -1,9 +1,8 @@
 """Attention over a flat stream of documents: one signature, a flash path and a reference path.
 
-Attention never crosses a document's border. Windows are flash-attn's: (left, right), both ends included, -1 for no limit;
-causal is right == 0. The reference path, SDPA on any device and dtype, defines the meaning. The flash path is flash-attn 3
-or 2 if installed, else torch's `varlen_attn` (torch >= 2.11). Shapes: N tokens, D documents, H heads, K head dimension,
-W block width.
+Windows are flash-attn's: (left, right), both ends included, -1 for no limit; causal is right == 0. The reference path,
+SDPA on any device and dtype, defines the meaning. The flash path is flash-attn 3 or 2 if installed, else torch's
+`varlen_attn` (torch >= 2.11). Shapes: N tokens, D documents, H heads, K head dimension, W block width.
 """
 
 from __future__ import annotations
@@ -19,12 +18,8 @@ from torch import Tensor
 
 
 class Documents:
-    """Where documents lie in a flat stream of N tokens.
-
-    Args:
-        cu_seqlens: (D + 1,) int32 offsets of documents. position_ids: (N,) int64, place of each token in its own document.
-        max_seqlen: length of the longest document, a Python int (reading it from the device would stall the step).
-    """
+    """Where documents lie in a flat stream: (D + 1,) int32 offsets; the longest's length, a Python int (reading it from
+    the device would stall the step); (N,) int64, the place of each token in its own document."""
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, position_ids: Tensor) -> None:
         self.cu_seqlens, self.max_seqlen, self.position_ids = cu_seqlens, max_seqlen, position_ids
@@ -45,10 +40,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window_size
               backend: str = "reference") -> Tensor:
     """(N, H, K) softmax attention inside each document, scale K ** -0.5.
 
-    Args:
-        q, k, v: (N, H, K), of one dtype; bf16 or fp16 for the flash backends.
-        window_size: (left, right) tokens a query sees to each side, itself not counted; -1 is unlimited.
-        backend: a `Backend.name`.
+    q, k, v: (N, H, K), of one dtype, bf16 or fp16 for the flash backends. backend: a `Backend.name`.
     """
     if q.shape[0] == 0:  # flash kernels refuse it; returned as it is, so that every rank has gradients to reduce
         return q
@@ -63,7 +55,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window_size
         from flash_attn import flash_attn_varlen_func  # type: ignore
     else:
         from flash_attn_interface import flash_attn_varlen_func  # type: ignore
-    out = flash_attn_varlen_func(q, k, v, *borders, causal=window_size[1] == 0, window_size=window_size)
+    out = flash_attn_varlen_func(q, k, v, *borders, causal=window_size[1] == 0, window_size=window_size,
+                                 deterministic=torch.are_deterministic_algorithms_enabled())
     return out[0] if isinstance(out, tuple) else out  # early flash-attn 3 returns (out, lse)
 
 
@@ -95,8 +88,7 @@ def _reference_local(q: Tensor, k: Tensor, v: Tensor, documents: Documents, wind
 
     W is at least the window's reach, so one block to each side holds every visible key: N * 3W scores, not N ** 2.
     """
-    num_tokens, heads, dim = q.shape
-    width = max(*window_size, 16)
+    (num_tokens, heads, dim), width = q.shape, max(*window_size, 16)
     blocks = -(-num_tokens // width)
     sides = (1, 1 if window_size[1] else 0)  # blocks of keys to the left and to the right of a query's own
 
@@ -145,7 +137,7 @@ def _flash_candidates() -> tuple[Backend, ...]:
 
 
 def select_backend(wish: str, device_type: str, dtype: torch.dtype) -> Backend:
-    """The attention implementation for this device and dtype; `flash` is any flash kernel, an error where there is none."""
+    """The attention implementation for this device and dtype; a `flash` that cannot be had is an error."""
     if wish not in ("auto", "flash", "reference"):
         raise ValueError(f"model.attn_impl must be auto, flash or reference, got {wish!r}")
     if wish == "reference":
@@ -161,9 +153,3 @@ def select_backend(wish: str, device_type: str, dtype: torch.dtype) -> Backend:
     if wish == "flash":
         raise ValueError(f"model.attn_impl must be auto or reference here, got 'flash': {obstacle}")
     return Backend("reference", obstacle)
-
-
-def describe_backend(wish: str, precision: str) -> Backend:
-    """What a run with Composer's `precision` on this machine will use."""
-    dtype = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(precision, torch.float32)
-    return select_backend(wish, "cuda" if torch.cuda.is_available() else "cpu", dtype)

@@ -1,7 +1,4 @@
-"""The ComposerModel that LLM-Foundry builds from `model: {name: ettin, ...}`: batch in, loss and metrics out.
-
-It branches on Python scalars of a microbatch only: forward, loss and backward read nothing back from the device.
-"""
+"""The ComposerModel that LLM-Foundry builds from `model: {name: ettin, ...}`: batch in, loss and metrics out."""
 
 from __future__ import annotations
 
@@ -11,24 +8,26 @@ from typing import Any
 import numpy as np
 import torch
 from composer.models import ComposerModel
+from composer.utils.reproducibility import configure_deterministic_mode
 from torch import Tensor
 from torchmetrics import Metric
 
-from ettin_foundry.model import sampling
 from ettin_foundry.model.attention import select_backend
 from ettin_foundry.model.config import EttinConfig, objective_names
-from ettin_foundry.model.transformer import Block, Ettin, TargetLoss, init_parameters
+from ettin_foundry.model.inference import Predictor
+from ettin_foundry.model.transformer import Block, Ettin, batch_loss, init_parameters
 
 
 class _TargetMetric(Metric):
     """A mean over targets, exact over microbatches and ranks."""
 
     full_state_update = False
+    of = ("nll", "num_loss_tokens")  # the sum and its divisor, of what `batch_loss` returns
     total: Tensor
     num_targets: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self) -> None:
+        super().__init__()
         for name in ("total", "num_targets"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -52,29 +51,31 @@ class TargetPerplexity(_TargetMetric):
 class TargetAccuracy(_TargetMetric):
     """Share of targets whose label is the most probable entry."""
 
+    of = ("correct", "num_targets")
+
 
 class EttinModel(ComposerModel):
     """An Ettin encoder or decoder under Composer.
 
     Args:
-        tokenizer: the host's tokenizer, used for samples and export and to check the vocabulary; None in tools.
-        size: a name in `config.SIZES`.
+        tokenizer: the host's, for samples, export and a check of the vocabulary. size: a name in `config.SIZES`.
         objective: `mlm` or `mntp` (encoder), `clm` (decoder), or a schedule of them (objectives/schedule.py), whose
             last one, kept as `.objective`, decides what the model is. Rows of `clm` are causal whatever the model is.
         max_seq_len: longest document in tokens; becomes `max_position_embeddings`.
         attn_impl: `auto`, `flash` or `reference`. init_device: acted on by the host, which builds this under it.
-        overrides: single fields of `EttinConfig` by name (`vocab_size`, `global_rope_theta`, `window_left`, ...).
+        deterministic: torch's deterministic algorithms, in the whole process.
+        overrides: fields of `EttinConfig` by name (`vocab_size`, `global_rope_theta`, `window_left`, ...).
     """
 
-    generate = sampling.generate
-    fill_mask = sampling.fill_mask
-
     def __init__(self, tokenizer: Any = None, *, size: str, objective: Any, max_seq_len: int, attn_impl: str = "auto",
-                 init_device: str = "cpu", **overrides: Any) -> None:
+                 init_device: str = "cpu", deterministic: bool = False, **overrides: Any) -> None:
         super().__init__()
+        if deterministic:
+            configure_deterministic_mode()
         self.objective_schedule = objective
         self.objectives, self.objective = objective_names(objective)
-        config = EttinConfig.for_size(size, causal=self.objective == "clm", max_position_embeddings=max_seq_len, **overrides)
+        config = EttinConfig.for_size(size, causal=self.objective == "clm", max_position_embeddings=max_seq_len,
+                                      **overrides)
         if tokenizer is not None and len(tokenizer) > config.vocab_size:
             raise ValueError(f"model.vocab_size must be at least the {len(tokenizer)} entries of the tokenizer, got "
                              f"{config.vocab_size}")
@@ -90,32 +91,29 @@ class EttinModel(ComposerModel):
         self.model.param_init_fn = init_parameters  # type: ignore[assignment]
         self._metrics = {kind.__name__: kind() for kind in (TargetCrossEntropy, TargetPerplexity, TargetAccuracy)}
 
-    def forward(self, batch: Mapping[str, Any], count: bool = False) -> dict[str, Any]:
-        """One microbatch as `data.batch.split_batch` makes it to {loss, nll, correct, num_targets, num_loss_tokens}."""
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """`batch_loss` of a microbatch as `data.batch.split_batch` makes it."""
         if self.training and not set(batch["objective"].split("+")) <= set(self.objectives):
-            raise ValueError(f"model.objective is {self.objective_schedule}, but the batch is of {batch['objective']!r}")
-        out = self.model(batch["input_ids"], batch["position_ids"], batch["cu_seqlens"], batch["max_seqlen"],
-                         batch["target_positions"], batch["target_labels"], count=count,
-                         causal=(batch["num_causal_documents"], batch["num_causal_tokens"]),
-                         target_weights=batch.get("target_weights"))
-        assert isinstance(out, TargetLoss)
-        # max(1, n): a microbatch without any target has a loss of 0, not 0 / 0
-        return {"loss": out.nll / max(1, batch["num_loss_tokens"]), "nll": out.nll, "correct": out.correct,
-                "num_targets": batch["num_targets"], "num_loss_tokens": batch["num_loss_tokens"]}
+            raise ValueError(f"model.objective must include the batch's {batch['objective']!r}, got "
+                             f"{self.objective_schedule!r}; give the loader the same objective")
+        return batch_loss(self.model, batch)
+
+    @property
+    def predictor(self) -> Predictor:
+        return Predictor(self.model, self.tokenizer, self.objective)
 
     def loss(self, outputs: Mapping[str, Any], batch: Any) -> Tensor:
         """Mean over the microbatch's targets; the host weights microbatches by what they were divided by."""
         return outputs["loss"]
 
     def eval_forward(self, batch: Any, outputs: Any = None) -> dict[str, Any]:
-        return outputs if outputs is not None else self.forward(batch, count=True)
+        return outputs if outputs is not None else self.forward(batch)
 
     def get_metrics(self, is_train: bool) -> dict[str, Any]:
-        return {} if is_train else self._metrics  # in training, counting would cost a second projection
+        return {} if is_train else self._metrics  # a training step counts nothing
 
     def update_metric(self, batch: Any, outputs: Any, metric: Metric) -> None:
-        names = ("correct", "num_targets") if isinstance(metric, TargetAccuracy) else ("nll", "num_loss_tokens")
-        metric.update(*(outputs[name] for name in names))
+        metric.update(*(outputs[name] for name in metric.of))  # type: ignore[union-attr]
 
     def flops_per_batch(self, batch: Mapping[str, Any]) -> int:
         """Useful floating-point operations of a step on this (B, T) batch; the host divides by the peak for MFU."""

@@ -16,7 +16,7 @@ MASKED_OBJECTIVES = ("mlm", "mntp")  # those that choose tokens at a given mask 
 
 
 def objective_names(value: Any, key: str = "model.objective") -> tuple[tuple[str, ...], str]:
-    """(every objective that an objective or schedule (objectives/schedule.py) names, in order, what the model ends as)."""
+    """(every objective that an objective or a schedule of them names, in order; what the model ends as)."""
     def mixtures(part: Any) -> list[list[Any]]:
         if isinstance(part, Mapping):
             inner = part.get("cycle", part.get("objective"))
@@ -81,7 +81,7 @@ class EttinConfig:
         whole = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size",
                  "max_position_embeddings", "global_attn_every_n_layers", "local_attention")
         rules = [
-            *((name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "an integer >= 1") for name in whole),
+            *((name, type(value := getattr(self, name)) is int and value >= 1, "an integer >= 1") for name in whole),
             *((name, getattr(self, name) > 0, "above 0") for name in (
                 "global_rope_theta", "local_rope_theta", "norm_eps", "initializer_range", "initializer_cutoff_factor")),
             ("hidden_size", self.hidden_size == 64 * self.num_attention_heads, "64 for each of num_attention_heads"),
@@ -123,8 +123,7 @@ class EttinConfig:
         return layer % self.global_attn_every_n_layers == 0
 
     @property
-    def layer_types(self) -> list[str]:
-        """transformers' names of the layer kinds, first layer first."""
+    def layer_types(self) -> list[str]:  # transformers' names
         return ["full_attention" if self.is_global(i) else "sliding_attention" for i in range(self.num_hidden_layers)]
 
     @property
@@ -144,10 +143,8 @@ class EttinConfig:
         return sum(full if self.is_global(i) else local for i in range(self.num_hidden_layers))
 
     def flops(self, num_tokens: int, num_targets: int, attended_pairs: int) -> int:
-        """Useful floating-point operations of one training step: two per multiply-add, three passes.
-
-        6 per weight and token for the layers, 6 per weight and target for head and vocabulary, 12 hidden_size per pair.
-        """
+        """Useful floating-point operations of a training step: two per multiply-add, three passes; head and vocabulary
+        at targets only."""
         c = self.hidden_size
         matrices = self.num_hidden_layers * (4 * c * c + 3 * c * self.intermediate_size)
         return 6 * matrices * num_tokens + 6 * (c * c + c * self.vocab_size) * num_targets + 12 * c * attended_pairs

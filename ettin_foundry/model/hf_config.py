@@ -1,15 +1,15 @@
 """config.json of transformers' ModernBert classes, written and read.
 
-Written so that every version computes the same function (4.48 to 5.x for encoders, 4.54 to 5.x for decoders; each rule was
-measured by loading). Read with the defaults of the version that saved it. A setting that an Ettin model cannot express is
-refused by name, and so is a file that means different functions to different versions.
+Written so that every version computes the same function (4.48 to 5.x for encoders, 4.54 to 5.x for decoders; each rule
+was measured by loading). Read with the defaults of the version that saved it; what an Ettin model cannot express, or
+what means different functions to different versions, is refused by name.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from ettin_foundry.model.config import OBJECTIVES, EttinConfig
 from ettin_foundry.version import __version__
 
 log = logging.getLogger(__name__)
-
 # fields of the same name and meaning on both sides, with transformers' value where a key is missing (4.48 to 5.23)
 _DEFAULTS = {"vocab_size": 50368, "hidden_size": 768, "intermediate_size": 1152, "num_hidden_layers": 22,
              "num_attention_heads": 12, "max_position_embeddings": 8192, "initializer_range": 0.02,
@@ -36,31 +35,32 @@ def export_notes(config: EttinConfig) -> list[str]:
     """What a user of the exported model must know about versions of transformers; empty for most models."""
     notes = []
     if config.causal and config.window_left != 63:
-        notes.append(f"Local layers see {config.window_left} tokens back (`local_attention: {2 * config.window_left + 2}`); "
-                     "transformers 4.54 to 5.0 drop that key when they save the model again, and 4.x falls back to 63.")
+        notes.append(f"Local layers see {config.window_left} tokens back (`local_attention: "
+                     f"{2 * config.window_left + 2}`); transformers 4.54 to 5.0 drop that key when they save the model "
+                     "again, and 4.x falls back to 63.")
     if config.causal and config.local_rope_theta != config.global_rope_theta:
         notes.append(f"Local layers use the rotary base {config.local_rope_theta:g}, global layers "
                      f"{config.global_rope_theta:g}: use transformers 5 or newer, since 4.x ignores the local base.")
     return notes
 
 
-def config_json(config: EttinConfig, *, objective: str, special_ids: Mapping[str, int | None], tokens: int | None = None,
-                lineage: Iterable[Mapping[str, Any]] = (), checkpoint: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def config_json(config: EttinConfig, *, objective: str, special_ids: Mapping[str, int | None],
+                facts: Mapping[str, Any] | None = None, dtype: str = "float32") -> dict[str, Any]:
     """The content of config.json for both generations of transformers, and for TEI, which needs the flat keys.
 
-    Both keys of each rotary base are written, because each generation falls back to a default of its own. An encoder gets
-    no `sliding_window` (5.x doubles it into `local_attention`); a decoder gets one that counts the token itself. What no
-    key of transformers can say stands under `ettin_foundry`, so that an import gives the config back whole. For `tokens`,
-    `lineage` and `checkpoint` see `card.FACTS`.
+    Both keys of each rotary base are written, because each generation falls back to a default of its own. An encoder
+    gets no `sliding_window` (5.x doubles it into `local_attention`); a decoder's counts the token itself. What no key
+    of transformers can say stands under `ettin_foundry`, so that an import gives the config back whole.
     """
+    facts = facts or {}
     for note in export_notes(config):
         log.warning("%s", note)
     thetas = {kind: float(getattr(config, name)) for kind, name in _BASES.items()}
     model_type = "modernbert-decoder" if config.causal else "modernbert"
     ours = {"version": __version__, "objective": objective, "window_left": config.window_left,
             "local_attention": config.local_attention, "attn_out_dropout": config.attn_out_dropout,
-            "tokens": tokens, "lineage": [dict(entry) for entry in lineage]}
-    if checkpoint:
+            "tokens": facts.get("tokens"), "lineage": [dict(entry) for entry in facts.get("lineage") or ()]}
+    if checkpoint := facts.get("checkpoint"):
         ours["checkpoint"] = dict(checkpoint)
     if objective == "mntp":
         ours["mask_is_predicted_at"] = "the position before the mask"
@@ -71,6 +71,7 @@ def config_json(config: EttinConfig, *, objective: str, special_ids: Mapping[str
         "architectures": [_MODEL_TYPES[model_type]],
         "model_type": model_type,
         **{name: getattr(config, name) for name in _DEFAULTS},
+        "layer_norm_eps": config.norm_eps,  # read by llama.cpp and vLLM
         **_FIXED,
         **dict.fromkeys(_DROPOUTS, 0.0),
         "classifier_pooling": "mean",
@@ -80,27 +81,36 @@ def config_json(config: EttinConfig, *, objective: str, special_ids: Mapping[str
         "rope_parameters": {kind: {"rope_theta": theta, "rope_type": "default"} for kind, theta in thetas.items()},
         "layer_types": config.layer_types,
         **window,
-        "torch_dtype": "float32",  # read up to 4.55
-        "dtype": "float32",        # read from 4.56
+        "torch_dtype": dtype,  # read up to 4.55
+        "dtype": dtype,        # read from 4.56
         **({"use_cache": True} if config.causal else {}),
         "ettin_foundry": ours,
     }
 
 
 def read_config(path: Path) -> tuple[EttinConfig, str | None]:
-    """config.json to (config, objective: None for an encoder that does not say); errors name the file and the key."""
+    """(config, objective: None for an encoder that does not say) of a config.json; errors name file and key."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; a Hugging Face model folder has a config.json")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw.get("model_type") not in _MODEL_TYPES:
-            raise ValueError(f"model_type must be {' or '.join(_MODEL_TYPES)}, got {raw.get('model_type')!r}")
-        return _read(raw, causal=raw["model_type"] == "modernbert-decoder", path=path)
+        return _read(json.loads(path.read_text(encoding="utf-8")), path)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}. This model cannot be imported") from error
 
 
-def _read(raw: dict[str, Any], causal: bool, path: Path) -> tuple[EttinConfig, str | None]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """What an exported folder says of its training, as `clock.Clock.state_dict`; little of a folder of others."""
+    ours = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("ettin_foundry") or {}
+    tokens, lineage = ours.get("tokens"), tuple(ours.get("lineage") or ())
+    if tokens is not None:  # counted from initialisation there, from the last start in a record
+        tokens -= sum(entry.get("tokens") or 0 for entry in lineage)
+    return {**(ours.get("checkpoint") or {}), "tokens": tokens, "lineage": lineage}
+
+
+def _read(raw: dict[str, Any], path: Path) -> tuple[EttinConfig, str | None]:
+    if raw.get("model_type") not in _MODEL_TYPES:
+        raise ValueError(f"model_type must be {' or '.join(_MODEL_TYPES)}, got {raw.get('model_type')!r}")
+    causal = raw["model_type"] == "modernbert-decoder"
     for name, value in {**_FIXED, "rope_scaling": None}.items():
         if raw.get(name, value) != value:
             raise ValueError(f"{name} must be {value!r}, got {raw[name]!r}")
@@ -113,7 +123,7 @@ def _read(raw: dict[str, Any], causal: bool, path: Path) -> tuple[EttinConfig, s
         fields["attn_out_dropout"] = ours["attn_out_dropout"]
     config = EttinConfig(causal=causal, **_windows(raw, ours, causal), **_thetas(raw, causal, path), **fields)
     if kinds not in (None, config.layer_types):
-        raise ValueError(f"layer_types must be global in layers 0, {config.global_attn_every_n_layers}, ..., got {kinds}")
+        raise ValueError(f"layer_types must be {config.layer_types}, got {kinds}")
     objective = ours.get("objective", "clm" if causal else None)
     if objective is not None and (objective not in OBJECTIVES or (objective == "clm") != causal):
         raise ValueError(f"ettin_foundry.objective must be {'clm' if causal else 'mlm or mntp'}, got {objective!r}")
@@ -127,32 +137,29 @@ def _windows(raw: dict[str, Any], ours: dict[str, Any], causal: bool) -> dict[st
         if name in raw and (type(value) is not int or value < 1):
             raise ValueError(f"{name} must be an integer >= 1 or absent, got {value!r}")
     if local is not None and sliding is not None and local // 2 != sliding:
-        raise ValueError(f"local_attention {local} and sliding_window {sliding} contradict each other; keep the trained one")
+        raise ValueError(f"local_attention {local} and sliding_window {sliding} contradict each other; keep one")
     side = sliding if sliding is not None else (128 if local is None else local) // 2
     window_left = side - 1 if causal else side
     stated = ours.get("window_left", window_left)
     if stated != window_left:
         raise ValueError(f"the model was trained with window_left {stated} (ettin_foundry.window_left), but "
-                         f"local_attention {local} and sliding_window {sliding} mean {window_left}: transformers 4.x loses "
-                         f"the window when it saves twice. Set local_attention to {2 * (stated + causal)}"
+                         f"local_attention {local} and sliding_window {sliding} mean {window_left}: transformers 4.x "
+                         f"loses the window when it saves twice. Set local_attention to {2 * (stated + causal)}"
                          f"{f' and sliding_window to {stated + 1}' if causal else ''}")
     return {"window_left": window_left, "local_attention": ours.get("local_attention", 2 * side)}
 
 
 def _thetas(raw: dict[str, Any], causal: bool, path: Path) -> dict[str, float]:
-    """Rotary bases from the new keys, the old keys, or the defaults of the version that saved them."""
+    """From the new keys, the old keys, or the defaults of the version that saved them."""
     new = raw.get("rope_parameters") or {}
-    plain = set(new) <= set(_BASES) and all(
-        set(entry) <= {"rope_theta", "rope_type"} and entry.get("rope_type", "default") == "default"
-        for entry in new.values())
-    if not plain:
+    if not set(new) <= set(_BASES) or any(entry.get("rope_type", "default") != "default" for entry in new.values()):
         raise ValueError(f"rope_parameters must hold rope_type default for {' and '.join(_BASES)}, got {new!r}")
     found: dict[str, float] = {}
     for kind, name in _BASES.items():
         values = {float(v) for v in (new.get(kind, {}).get("rope_theta"), raw.get(name)) if v is not None}
         if len(values) > 1:
-            raise ValueError(f"rope_parameters.{kind}.rope_theta and {name} contradict each other ({sorted(values)}); keep "
-                             "the trained one")
+            raise ValueError(f"rope_parameters.{kind}.rope_theta and {name} contradict each other ({sorted(values)}); "
+                             "keep the trained one")
         if values:
             found[name] = values.pop()
     found.setdefault("global_rope_theta", 160_000.0)
@@ -160,6 +167,6 @@ def _thetas(raw: dict[str, Any], causal: bool, path: Path) -> dict[str, float]:
         # encoders: 10k in every version. Decoders: 4.x computes with the global base whatever is written, 5.x with 10k
         major = str(raw.get("transformers_version", "4")).split(".")[0]
         found["local_rope_theta"] = found["global_rope_theta"] if causal and major == "4" else 10_000.0
-        log.warning("%s: no rotary base for local layers; %g is taken, the value that transformers %s computes with", path,
+        log.warning("%s: no rotary base for local layers; %g is taken, as transformers %s computes with", path,
                     found["local_rope_theta"], major)
     return found

@@ -1,8 +1,8 @@
 """Cross-entropy over target positions, with the vocabulary projection inside and never all logits at once.
 
-A decoder predicts at every token: with 50,368 entries and 32k tokens, logits in fp32 are 6.6 GB, and autograd keeps them
-twice. Here projection, loss and gradients are done for a slice of targets at a time, in the forward pass; one (n, C) and
-one (V, C) gradient are kept for backward. Shapes: n targets, s targets of a slice, C hidden, V vocabulary.
+A decoder predicts at every token: with 50,368 entries and 32k tokens, fp32 logits are 6.6 GB, kept twice by autograd.
+Here projection, loss and gradients are done for a slice of targets at a time, in the forward pass; one (n, C) and one
+(V, C) gradient are kept for backward. Shapes: n targets, s targets of a slice, C hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,34 +19,26 @@ _SLICE_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 
 @torch.compiler.disable  # the number of slices depends on the batch; tracing the loop would recompile for each
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
-                         target_weights: Tensor | None = None) -> Tensor:
+                         target_weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Sum over targets of -log softmax(hidden @ weight.T + bias)[label], each times its weight: scalar fp32, in nats.
 
-    Softmax and sums are in fp32 or wider; products in the autocast dtype when autocast is on.
+    Softmax and sums are in fp32 or wider, products in autocast's dtype if it is on. The second value, under no_grad
+    only, is how many labels are the most probable entry: scalar int64.
 
     Args:
-        hidden: (n, C), n may be 0. weight: (V, C). bias: (V,). labels: (n,) int64. target_weights: (n,) fp32, default 1.
+        hidden: (n, C), n may be 0. weight: (V, C). bias: (V,). labels: (n,) int64. target_weights: (n,) fp32.
     """
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad or bias.requires_grad):
-        return _LinearCrossEntropy.apply(hidden, weight, bias, labels, target_weights)  # type: ignore[return-value]
+    if torch.is_grad_enabled():
+        return _LinearCrossEntropy.apply(hidden, weight, bias, labels, target_weights), None  # type: ignore
     total = hidden.new_zeros((), dtype=torch.float32)
-    with torch.no_grad(), _in_compute_dtype(hidden, weight, bias) as (hidden, weight, bias):
+    correct = hidden.new_zeros((), dtype=torch.int64)
+    with _in_compute_dtype(hidden, weight, bias) as (hidden, weight, bias):
         for logits, index, part in _slices(hidden, weight, bias, labels):
             logits = logits.float()
             losses = torch.logsumexp(logits, -1) - logits.gather(-1, index[:, None])[:, 0]
             total += (losses if target_weights is None else losses * target_weights[part]).sum()
-    return total
-
-
-@torch.compiler.disable
-@torch.no_grad()
-def count_correct(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
-    """How many targets have their label as the most probable entry. Arguments as above; returns a scalar int64."""
-    correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-    with _in_compute_dtype(hidden, weight, bias) as (hidden, weight, bias):
-        for logits, index, _ in _slices(hidden, weight, bias, labels):
             correct += (logits.argmax(-1) == index).sum()
-    return correct
+    return total, correct
 
 
 @contextlib.contextmanager
@@ -60,10 +52,7 @@ def _in_compute_dtype(*tensors: Tensor):
 
 
 def _slices(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor):
-    """Yields (logits (s, V), labels (s,), slice) over the targets; all logits share one buffer, which is free to overwrite.
-
-    Fresh memory costs more than the softmax.
-    """
+    """Yields (logits (s, V), labels (s,), slice); one buffer, since fresh memory costs more than the softmax."""
     step = max(256, _SLICE_ELEMENTS.get(hidden.device.type, 2**25) // weight.shape[0])
     buffer = hidden.new_empty(min(step, hidden.shape[0]), weight.shape[0])
     for start in range(0, hidden.shape[0], step):

@@ -1,8 +1,9 @@
 """The Ettin transformer in plain torch: one stream of tokens in, hidden states or a loss out.
 
-Encoder and decoder have the same modules and parameters; causal or not changes only the windows given to attention, so one
-model runs streams of either kind, or of both. The order of operations is the reference's (bert24 src/bert_layers/model.py,
-layers.py). Shapes: N tokens of the stream, D documents, n targets, C hidden, H heads, K head dimension, V vocabulary.
+Encoder and decoder have the same modules and parameters; causal or not changes only the windows given to attention, so
+one model runs streams of either kind, or of both. The order of operations is the reference's (bert24
+src/bert_layers/{model,layers}.py). Shapes: N tokens of the stream, D documents, n targets, C hidden, H heads, K head
+dimension, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ettin_foundry.model.attention import Backend, Documents, attention, select_backend
 from ettin_foundry.model.config import EttinConfig
-from ettin_foundry.model.loss import count_correct, linear_cross_entropy
+from ettin_foundry.model.loss import linear_cross_entropy
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class TargetLoss(NamedTuple):
     """Sums over the targets of one stream; divide by their number for means."""
 
     nll: Tensor  # scalar fp32, in nats; weighted where the targets have weights
-    correct: Tensor | None  # scalar int64: targets whose label is the most probable entry; None unless asked for
+    correct: Tensor | None  # scalar int64: targets whose label is the most probable entry; under no_grad only
 
 
 class Stream:
@@ -55,7 +56,7 @@ def _drawn(module: Any, config: EttinConfig, std: float) -> Any:
 
 
 def _linear(config: EttinConfig, size_in: int, size_out: int, *, is_output: bool = False) -> nn.Linear:
-    """A matrix without bias; `is_output`: it writes to the residual stream and is drawn smaller, by the depth."""
+    """Without bias; `is_output`: it writes to the residual stream and is drawn smaller, by the depth."""
     std = config.initializer_range / ((2 * config.num_hidden_layers) ** 0.5 if is_output else 1)
     return _drawn(nn.Linear(size_in, size_out, bias=False), config, std)
 
@@ -65,7 +66,7 @@ def _norm(config: EttinConfig) -> nn.LayerNorm:
 
 
 def rotary(position_ids: Tensor, theta: float, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (N, 1, K / 2) fp32, of position times theta ** (-2i / K). All of a head is rotated."""
+    """cos and sin, each (N, 1, K / 2) fp32, of position times theta ** (-2i / K)."""
     exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
     # an inverse frequency times the position, rounded as transformers does: at 1,500 tokens a division shows in logits
     angle = position_ids.to(torch.float32)[:, None, None] * (1.0 / theta**exponent)
@@ -81,7 +82,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Embeddings(nn.Module):
     def __init__(self, config: EttinConfig) -> None:
         super().__init__()
-        self.tok_embeddings = _drawn(nn.Embedding(config.vocab_size, config.hidden_size), config, config.initializer_range)
+        matrix = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.tok_embeddings = _drawn(matrix, config, config.initializer_range)
         self.norm = _norm(config)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -184,7 +186,7 @@ class Ettin(nn.Module):
         self.apply(init_parameters)
 
     def backend(self, device_type: str, dtype: torch.dtype) -> Backend:
-        """The attention implementation for this device and dtype: chosen and logged once."""
+        """`select_backend`, chosen and logged once."""
         key = (device_type, dtype)
         if key not in self._backends:
             self._backends[key] = select_backend(self.attn_impl, *key)
@@ -193,21 +195,19 @@ class Ettin(nn.Module):
         return self._backends[key]
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-                target_positions: Tensor | None = None, target_labels: Tensor | None = None, count: bool = False, *,
+                target_positions: Tensor | None = None, target_labels: Tensor | None = None, *,
                 causal: tuple[int, int] | None = None, target_weights: Tensor | None = None) -> Tensor | TargetLoss:
         """(N, C) hidden states, or with targets a `TargetLoss`, made in here because FSDP unshards weights inside only.
 
         Args:
             input_ids: (N,) int64. position_ids: (N,) int64, restarting at 0 in each document.
-            cu_seqlens: (D + 1,) int32 borders of documents. max_seqlen: longest document.
+            cu_seqlens, max_seqlen: as of `Documents`. target_weights: (n,) fp32, in the sum; 1 unless given.
             target_positions: (n,) int64 places in the stream. target_labels: (n,) int64 what they must predict.
-            count: also count correct predictions (a second projection; for evaluation).
-            causal: (documents, tokens) at the start of the stream that see the past only; by default as the config says.
-            target_weights: (n,) fp32, what each target weighs in the sum; 1 unless given.
+            causal: (documents, tokens) at the start of the stream that see the past only; as the config says if None.
         """
         device = input_ids.device.type
-        dtype = (torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device)
-                 else self.trunk.embeddings.tok_embeddings.weight.dtype)
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.output_bias.dtype
         if causal is None:
             causal = (cu_seqlens.shape[0] - 1, input_ids.shape[0]) if self.config.causal else (0, 0)
         stream = Stream(position_ids, cu_seqlens, max_seqlen, causal)
@@ -216,20 +216,30 @@ class Ettin(nn.Module):
             return hidden
         assert target_labels is not None
         targets = self.head(hidden.index_select(0, target_positions))
-        output = (targets, self.trunk.embeddings.tok_embeddings.weight, self.output_bias, target_labels)
-        return TargetLoss(linear_cross_entropy(*output, target_weights), count_correct(*output) if count else None)
+        matrix = self.trunk.embeddings.tok_embeddings.weight
+        return TargetLoss(*linear_cross_entropy(targets, matrix, self.output_bias, target_labels, target_weights))
 
     def predict(self, hidden: Tensor) -> Tensor:
         """(n, C) hidden states to (n, V) logits."""
         return F.linear(self.head(hidden), self.trunk.embeddings.tok_embeddings.weight, self.output_bias)
 
 
+def batch_loss(model: Ettin, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """{loss, nll, correct, num_targets, num_loss_tokens} of a flat batch as `data.batch.flatten` makes it."""
+    out: Any = model(batch["input_ids"], batch["position_ids"], batch["cu_seqlens"], batch["max_seqlen"],
+                     batch["target_positions"], batch["target_labels"], target_weights=batch.get("target_weights"),
+                     causal=(batch["num_causal_documents"], batch["num_causal_tokens"]))
+    # max(1, n): a microbatch without any target has a loss of 0, not 0 / 0
+    return {"loss": out.nll / max(1, batch["num_loss_tokens"]), "nll": out.nll, "correct": out.correct,
+            "num_targets": batch["num_targets"], "num_loss_tokens": batch["num_loss_tokens"]}
+
+
 @torch.no_grad()
 def init_parameters(module: nn.Module) -> None:
     """Draws the parameters that `module` itself owns, by role (`full_megatron` of bert24 initialization.py:107-137).
 
-    A normal, cut at `initializer_cutoff_factor` deviations: 0.02 for embedding, Wqkv, Wi and the head's dense, 0.02 /
-    sqrt(2 * layers) for both Wo. Norm weights 1, output bias 0, where the reference keeps torch's random default.
+    A normal, cut at `initializer_cutoff_factor` deviations: 0.02, for both Wo 0.02 / sqrt(2 * layers). Norm weights 1,
+    output bias 0, where the reference keeps torch's random default.
     """
     if hasattr(module, "init_std"):
         nn.init.trunc_normal_(module.weight, std=module.init_std, a=-module.init_cut, b=module.init_cut)  # type: ignore

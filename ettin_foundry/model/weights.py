@@ -1,7 +1,6 @@
 """Weights under our names and under transformers': one table read both ways, folders read, weights files laid out.
 
-Encoders are `ModernBertForMaskedLM`, decoders `ModernBertDecoderForCausalLM`. Nothing is unpickled: weights are safetensors,
-everything else is JSON. Folders are written by hub/folder.py.
+Encoders are `ModernBertForMaskedLM`, decoders `ModernBertDecoderForCausalLM`. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -24,10 +23,8 @@ WEIGHTS = "model.safetensors"
 
 
 class TensorRow(NamedTuple):
-    """One tensor of ours and its names there; several names mean equal parts, stacked along dimension 0."""
-
     name: str
-    hf_names: tuple[str, ...]
+    hf_names: tuple[str, ...]  # several mean equal parts, stacked along dimension 0
     shape: tuple[int, ...]
 
 
@@ -72,30 +69,28 @@ def plain_state(model: Any) -> dict[str, Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in state.items()} if prefixed else dict(state)
 
 
-def to_hf(state: Mapping[str, Tensor], config: EttinConfig) -> dict[str, Tensor]:
-    """Our whole, unsharded parameters under transformers' names: fp32 on the CPU, contiguous; copied only if they are not.
+def to_hf(state: Mapping[str, Tensor], config: EttinConfig, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Our whole parameters under transformers' names: on the CPU, contiguous; copied only if they are not.
 
     A missing or unknown name, a wrong shape or a value that is not finite is an error.
     """
-    rows = tensor_table(config)
+    rows, out = tensor_table(config), {}
     _check_names(state, (row.name for row in rows), "the model's state")
-    out: dict[str, Tensor] = {}
     for row in rows:
         check_tensor(row.name, state[row.name], row.shape)
         for name, part in zip(row.hf_names, state[row.name].detach().chunk(len(row.hf_names))):
-            out[name] = part.to(device="cpu", dtype=torch.float32).contiguous()
+            out[name] = part.to(device="cpu", dtype=dtype).contiguous()
     return out
 
 
 def from_hf(hf_state: Mapping[str, Tensor], config: EttinConfig) -> dict[str, Tensor]:
-    """The way back, with the same checks: our parameters in fp32; a stored `decoder.weight` must equal the embedding."""
+    """The way back, with the same checks; a stored `decoder.weight` must equal the embedding."""
     given = dict(hf_state)
     tied = given.pop(_TIED, None)
     if tied is not None and _EMBEDDING in given and not torch.equal(tied, given[_EMBEDDING]):
-        raise ValueError(f"{_TIED} must equal {_EMBEDDING}, and differs: untied matrices cannot be imported")
-    rows = tensor_table(config)
+        raise ValueError(f"{_TIED} must equal {_EMBEDDING}, got one that differs: no untied matrix can be imported")
+    rows, out = tensor_table(config), {}
     _check_names(given, (name for row in rows for name in row.hf_names), "the folder's weights")
-    out: dict[str, Tensor] = {}
     for row in rows:
         parts = [given[name] for name in row.hf_names]
         for name, part in zip(row.hf_names, parts):
@@ -109,7 +104,7 @@ def _check_names(given: Iterable[str], expected: Iterable[str], where: str) -> N
     problems = [f"{label} {', '.join(sorted(names)[:8])}{' ...' if len(names) > 8 else ''}"
                 for label, names in (("missing", expected - given), ("unknown", given - expected)) if names]
     if problems:
-        raise ValueError(f"{where} must be the {len(expected)} tensors of its config, head included: {'; '.join(problems)}")
+        raise ValueError(f"{where} must be the {len(expected)} tensors of its config, got {'; '.join(problems)}")
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -121,14 +116,10 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def import_folder(folder: str | Path) -> tuple[dict[str, Tensor], EttinConfig, str | None]:
-    """Reads a Hugging Face folder: ours, official Ettin ones, and those that transformers 4.48 to 5.x saved.
-
-    Returns:
-        (parameters under our names in fp32, config, objective: None for an encoder that does not say).
-    """
-    folder = Path(folder)
-    config, objective = read_config(folder / "config.json")
-    return from_hf(_read_weights(folder), config), config, objective
+    """(parameters under our names in fp32, config, objective: None for an encoder that does not say) of a Hugging Face
+    folder: ours, official Ettin ones, and those that transformers 4.48 to 5.x saved."""
+    config, objective = read_config(Path(folder, "config.json"))
+    return from_hf(_read_weights(Path(folder)), config), config, objective
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -143,12 +134,12 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             hint = f"; {pickled} is a pickle, which can run code and is never read" if pickled else ""
             raise FileNotFoundError(f"{folder}: has no {WEIGHTS}{hint}")
         try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = sorted({str(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: is not an index of safetensors shards ({error})") from error
     out: dict[str, Tensor] = {}
     for file in files:
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"{index}: names the shard {file!r}; only safetensors files in the same folder are read")
         try:
             out.update(load_file(folder / file))
@@ -158,10 +149,14 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def weights_checkpoint(state: Mapping[str, Tensor], config: EttinConfig, *, objective: str,
-                       tokenizer: str | None = None, lineage: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """A Composer checkpoint without optimizer, clock and random state: plain data and tensors, to be torch.saved."""
-    clock = {"config": dataclasses.asdict(config), "objective": objective, "size": config.size, "tokenizer": tokenizer,
-             "tokens": 0, "lineage": [dict(entry) for entry in lineage]}
+                       **record: Any) -> dict[str, Any]:
+    """A Composer checkpoint without optimizer, clock and random state: plain data and tensors, to be torch.saved.
+
+    record: what else it says of itself, as `checkpoints.decode_record` gives it.
+    """
+    clock = {"tokenizer": None, "tokens": 0, "lineage": (), **record, "config": dataclasses.asdict(config),
+             "objective": objective, "size": config.size}
+    clock |= {key: json.dumps(clock[key]) for key in ("objective_schedule", "tokenizer_fingerprint") if key in clock}
     return {"state": {"model": {f"model.{name}": tensor for name, tensor in state.items()},
                       "callbacks": {"Clock": clock}, "integrations": {},
                       "metadata": {"ettin_foundry_version": __version__}}}

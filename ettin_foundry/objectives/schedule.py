@@ -1,8 +1,7 @@
 """Objective and mask rate as functions of the tokens read so far.
 
-A batch takes the value that holds at the real tokens before it, so the value is the same after a resume, on any number of
-ranks, and for both members of a pair. Times are in `tok`, or in `dur`, a share of max_duration; the last segment ends with
-the run. Nothing here imports torch or the host.
+A batch takes the value that holds at the real tokens before it, whatever ranks and resumes. Times are in `tok`, or in
+`dur`, a share of max_duration; the last segment ends with the run.
 
     objective: clm                                              # constant
     objective:                                                  # one after the other (arXiv 2507.00994)
@@ -31,7 +30,7 @@ _TIME = re.compile(r"([0-9._]+(?:e[+-]?[0-9]+)?)(tok|dur)", re.IGNORECASE)
 class Segment(NamedTuple):
     start: int  # in tokens
     end: int | None  # None where the length of the run is not known
-    value: Any  # (rate at the start, rate at the end), or blocks (tokens, `Shares`) that repeat; one alone has tokens None
+    value: Any  # (rate at the start, rate at the end), or blocks (tokens, `Shares`) that repeat; tokens None if alone
 
 
 class _Schedule:
@@ -44,12 +43,9 @@ class _Schedule:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Schedule) and self._segments == other._segments
 
-    def _content(self, segment: Segment) -> dict[str, Any]:
-        raise NotImplementedError
-
     def plain(self) -> Any:
         """The schedule as plain data in tokens, for checkpoints and hashes; `parse` reads it back."""
-        contents = [self._content(segment) for segment in self._segments]
+        contents = [self._content(segment) for segment in self._segments]  # type: ignore[attr-defined]
         if len(contents) == 1 and self._segments[0].end is None and contents[0].keys() <= {"objective", "rate"}:
             return next(iter(contents[0].values()))
         return [{**({} if segment.end is None else {"until": segment.end}), **content}
@@ -65,6 +61,7 @@ class ObjectiveSchedule(_Schedule):
     Attributes:
         objectives: every objective that occurs, in order of first occurrence.
         final: what the model is trained on at the end, and exported as; of a mixture, the first named.
+        masks: whether some objective needs a mask rate.
     """
 
     def __init__(self, segments: Sequence[Segment]) -> None:
@@ -72,10 +69,11 @@ class ObjectiveSchedule(_Schedule):
         mixtures: list[Shares] = [shares for segment in segments for _, shares in segment.value]
         self.objectives = tuple(dict.fromkeys(name for shares in mixtures for name, _ in shares))
         self.final: str = mixtures[-1][0][0]
+        self.masks = not set(MASKED_OBJECTIVES).isdisjoint(self.objectives)
 
     @classmethod
     def parse(cls, value: Any, *, total: int | None = None, key: str = "objective") -> ObjectiveSchedule:
-        """Reads the forms of the module docstring, or what `plain` gave; without `total`, the run's tokens, not `dur`."""
+        """Reads the module docstring's forms, or what `plain` gave; without `total`, the run's tokens, not `dur`."""
         if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
             return cls([Segment(0, None, ((None, _shares(key, value)),))])
         segments = []
@@ -97,11 +95,6 @@ class ObjectiveSchedule(_Schedule):
             return dict(segment.value[0][1])
         place, end = (tokens - segment.start) % sum(length for length, _ in segment.value), 0
         return dict(next(shares for length, shares in segment.value if place < (end := end + length)))
-
-    @property
-    def masks(self) -> bool:
-        """Whether some objective needs a mask rate."""
-        return any(name in MASKED_OBJECTIVES for name in self.objectives)
 
     def breakpoints(self, total: int) -> list[int]:
         """Token counts, 0 included, at which the value may change, below `total`."""
@@ -133,7 +126,7 @@ class MaskRate(_Schedule):
         segments = []
         for where, start, end, content in _segments(key, value, total, ("rate",), ("from", "to")):
             if end is None and "from" in content:
-                raise ValueError(f"{where}.until must be given for a linear segment where max_duration is not in tokens")
+                raise ValueError(f"{where}.until must be given for a slope where max_duration is not in tokens")
             names = ("rate", "rate") if "rate" in content else ("from", "to")
             segments.append(Segment(start, end, tuple(_rate(f"{where}.{name}", content[name]) for name in names)))
         return cls(segments)
@@ -167,12 +160,12 @@ def parse_tokens(key: str, value: Any, total: int | None, *, least: int = 0) -> 
             return round(number)
     except ValueError:
         pass
-    raise ValueError(f"{key} must be at least {least} tokens or a share, such as 8_000_000tok or 0.25dur, got {value!r}")
+    raise ValueError(f"{key} must be at least {least} tokens, or a share such as 0.25dur, got {value!r}")
 
 
 def _segments(key: str, value: Sequence[Any], total: int | None,
               *forms: tuple[str, ...]) -> list[tuple[str, int, int | None, Mapping[str, Any]]]:
-    """(key, start, end, content without until) of segments, up to the end of the run; `forms`: the keys they may have."""
+    """(key, start, end, content without until) of segments; `forms`: the keys they may have."""
     found, start = [], 0
     for i, segment in enumerate(value):
         where = f"{key}[{i}]"
@@ -183,8 +176,8 @@ def _segments(key: str, value: Sequence[Any], total: int | None,
             raise ValueError(f"{where}.until must be given; only the last segment may leave it out")
         end = parse_tokens(f"{where}.until", segment["until"], total) if "until" in segment else total
         if end is not None and (end <= start or (total is not None and end > total)):
-            raise ValueError(f"{where}.until must be after the segment's start ({start:,} tokens) and not past the end of "
-                             f"the run ({total} tokens), got {segment.get('until', end)!r}")
+            raise ValueError(f"{where}.until must be after the segment's start ({start:,} tokens) and not past the end "
+                             f"of the run ({total} tokens), got {segment.get('until', end)!r}")
         found.append((where, start, end, {name: part for name, part in segment.items() if name != "until"}))
         start = end if end is not None else start
     if not found:
@@ -210,20 +203,20 @@ def _rate(key: str, value: Any) -> float:
 
 
 def _describe(plain: Any) -> str:
-    """A schedule in one line for people."""
-    if isinstance(plain, Mapping):
-        return " + ".join(f"{share:g} {name}" for name, share in plain.items())
-    if not isinstance(plain, list):
+    """A schedule, a segment or a mixture in one line for people."""
+    if isinstance(plain, list):
+        return ", then ".join(map(_describe, plain))
+    if not isinstance(plain, Mapping):
         return str(plain)
-    def describe(segment: Mapping[str, Any]) -> str:
-        if "cycle" in segment:
-            return "turns of " + ", ".join(f"{b['tokens']:,} tokens {_describe(b['objective'])}" for b in segment["cycle"])
-        if "from" in segment:
-            return f"{segment['from']:g} to {segment['to']:g}"
-        return _describe(segment.get("objective", segment.get("rate")))
-
-    return ", then ".join(describe(segment) + (f" until {segment['until']:,}" if "until" in segment else "")
-                          for segment in plain)
+    until = f" until {plain['until']:,}" if "until" in plain else ""
+    if "cycle" in plain:
+        blocks = (f"{block['tokens']:,} tokens {_describe(block['objective'])}" for block in plain["cycle"])
+        return f"turns of {', '.join(blocks)}{until}"
+    if "from" in plain:
+        return f"{plain['from']:g} to {plain['to']:g}{until}"
+    if "objective" in plain or "rate" in plain:
+        return f"{_describe(plain.get('objective', plain.get('rate')))}{until}"
+    return " + ".join(f"{share:g} {name}" for name, share in plain.items())
 
 
 def check_together(objective: ObjectiveSchedule, mask_rate: MaskRate, key: str = "") -> None:

@@ -1,8 +1,8 @@
 """mlm, clm and mntp: from one row of tokens to what the model reads and what it must predict.
 
-Labels are aligned: labels[t] is what the hidden state at t must predict, so the model never shifts. Every draw comes from a
-generator seeded by (seed, epoch, row), so that masks are the same on any worker, rank or resume. Masking is BERT's 80/10/10
-(arXiv 1810.04805, 3.1); mntp predicts a masked token from the position before it (LLM2Vec, arXiv 2404.05961). Numpy only.
+Labels are aligned: labels[t] is what the hidden state at t must predict. Every draw comes from a generator seeded by
+(seed, epoch, row), so that masks are the same on any worker, rank or resume. Masking is BERT's 80/10/10 (arXiv
+1810.04805, 3.1); mntp predicts a masked token from the position before it (LLM2Vec, arXiv 2404.05961).
 Shapes: T row length, P pieces (documents) in the row.
 """
 
@@ -39,8 +39,8 @@ class TextVocab:
         named: dict[str, Any] = {name: getattr(tokenizer, f"{name}_token_id", None)
                                  for name in ("cls", "sep", "pad", "mask")}
         if missing := [f"{name}_token" for name, number in named.items() if number is None]:
-            raise ValueError(f"tokenizer {getattr(tokenizer, 'name_or_path', tokenizer)!r} must have {', '.join(missing)}; "
-                             "use the one that the converter wrote beside the data")
+            raise ValueError(f"tokenizer {getattr(tokenizer, 'name_or_path', tokenizer)!r} must have "
+                             f"{', '.join(missing)}; use the one that the converter wrote beside the data")
         entries = np.unique(np.fromiter(tokenizer.get_vocab().values(), np.int64))
         special = np.union1d(np.array(tokenizer.all_special_ids, np.int64), np.array(list(named.values()), np.int64))
         is_special = np.zeros(int(max(entries[-1], special[-1])) + 1, bool)
@@ -50,7 +50,7 @@ class TextVocab:
 
 
 def row_generator(seed: int, epoch: int, row: int) -> np.random.Generator:
-    """The generator of the masks of a row, which is counted from the epoch's first."""
+    """Of the masks of a row, which is counted from the epoch's first."""
     return _generator(_MASKS, seed, epoch, row)
 
 
@@ -80,9 +80,9 @@ def make_inputs(objective: str, ids: Ints, sequence_id: Ints, ends_document: npt
                 mask_rate: float, vocab: TextVocab, rng: np.random.Generator, mixed: bool = False) -> Inputs:
     """What the model reads and what it must predict, for one row.
 
-    The loss of a batch is the mean over its targets. In a mixture that would give clm, which predicts every token, several
-    times its share of the rows: there each target of mlm and mntp weighs 1 / mask_rate and a row counts by the tokens that
-    could be targets, so that in expectation the loss is the sum of the objectives' means, weighted by their shares.
+    The loss of a batch is the mean over its targets. In a mixture that would give clm, which predicts every token,
+    several times its share of the rows: there each target of mlm and mntp weighs 1 / mask_rate and a row counts by the
+    tokens that could be targets, so that in expectation the loss is the objectives' means, weighted by their shares.
 
     Args:
         ids: (T,) int64; each piece is BOS, chunk, EOS; padding at the end. Not changed.

@@ -41,8 +41,8 @@ def evaluate(source: str | Path, data: str | Path, objectives: Sequence[str] = D
     import torch
 
     from ettin_foundry.data.stream import open_stream
-    from ettin_foundry.data.tokenizer import check, load
-    from ettin_foundry.hub.load import build_model, load_model
+    from ettin_foundry.data.tokenizer import check
+    from ettin_foundry.hub.load import load_model
     from ettin_foundry.objectives.targets import TextVocab
 
     if unknown := [name for name in objectives if name not in OBJECTIVES] or not objectives:
@@ -50,8 +50,7 @@ def evaluate(source: str | Path, data: str | Path, objectives: Sequence[str] = D
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"--max-batches must be at least 1, got {max_batches}; leave it out for the whole split")
     loaded = load_model(source, default_objective="mlm")
-    own = loaded.tokenizer  # of a checkpoint it may lie on the machine of the run
-    tokenizer = load(own if own and Path(own).is_dir() else str(Path(data) / "tokenizer"))
+    tokenizer = loaded.tokenizer(otherwise=Path(data) / "tokenizer")  # its own may lie on the machine of the run
     longest = loaded.config.max_position_embeddings
     length = longest if max_seq_len is None else max_seq_len
     if not 3 <= length <= longest:
@@ -61,21 +60,22 @@ def evaluate(source: str | Path, data: str | Path, objectives: Sequence[str] = D
     check(tokenizer, stream.data.tokenizer)
     vocab = TextVocab.from_tokenizer(tokenizer)
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    model = build_model(loaded, tokenizer).to(place)
+    predictor = loaded.predictor(tokenizer, place)
     rates = {name: mask_rate if name in MASKED_OBJECTIVES else 0.0 for name in objectives}
-    return {name: _measure(model, _batches(stream, vocab, name, rate, max_batches), place) for name, rate in rates.items()}
+    return {name: _measure(predictor, _batches(stream, vocab, name, rate, max_batches), place)
+            for name, rate in rates.items()}
 
 
-def _measure(model: Any, batches: Iterator[dict[str, Any]], device: Any) -> dict[str, float]:
+def _measure(predictor: Any, batches: Iterator[dict[str, Any]], device: Any) -> dict[str, float]:
     import torch
 
+    from ettin_foundry.model.transformer import batch_loss
+
     nll = correct = targets = 0
-    # flash kernels have no fp32; on the reference path evaluation is in the precision of the weights
-    half = device.type == "cuda" and model.model.attn_impl != "reference"
-    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+    with torch.no_grad(), predictor.autocast():
         for batch in batches:
             moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-            out = model(moved, count=True)
+            out = batch_loss(predictor.model, moved)
             nll += float(out["nll"])
             correct += int(out["correct"])
             targets += out["num_targets"]

@@ -375,9 +375,13 @@ def report(cfg: dict[str, Any]) -> str:
     """What train.py prints before a run, one fact a line; empty for a run without our model."""
     if cfg.get("model", {}).get("name") != "ettin":
         return ""
-    from ettin_foundry.model.attention import describe_backend  # imports torch, which the arithmetic does without
+    import torch  # here, since the arithmetic does without
 
-    backend = describe_backend(cfg["model"].get("attn_impl", "auto"), cfg.get("precision", "amp_bf16"))
+    from ettin_foundry.model.attention import select_backend
+
+    dtype = {"fp32": torch.float32, "amp_fp16": torch.float16}.get(cfg.get("precision"), torch.bfloat16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backend = select_backend(cfg["model"].get("attn_impl", "auto"), device, dtype)
     return _joined({**_lines(plan_run(cfg)), "attention": f"{backend.name}: {backend.reason}",
                     "folder": cfg.get("save_folder") or "nothing is saved"})
 

@@ -17,9 +17,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from ettin_foundry.data.quantities import format_count, format_duration
-from ettin_foundry.data.tokenizer import load as load_tokenizer
-from ettin_foundry.hub.folder import export_model
-from ettin_foundry.hub.load import LoadedModel, build_model, load_model
+from ettin_foundry.hub.folder import export_checkpoint
+from ettin_foundry.hub.load import LoadedModel
 from ettin_foundry.model.config import MASKED_OBJECTIVES
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
 from ettin_foundry.tools.evaluate import evaluate
@@ -91,9 +90,8 @@ def _objective(record: Mapping[str, Any]) -> str:
 
 def _make_model(suite: Suite, name: str, stage: Stage) -> dict[str, Any]:
     """One export with its evaluation and samples."""
-    loaded = load_model(stage.folder)
-    folder = export_model(loaded.state, loaded.config, loaded.tokenizer_name(), suite.root / "models" / name,
-                          objective=loaded.objective, facts=loaded.facts, overwrite=True)
+    folder = suite.root / "models" / name
+    loaded = export_checkpoint(stage.folder, folder, overwrite=True)
     say(f"{name}: wrote {folder}")
     states = [(each.name, stage_state(each)) for each in suite.chain(stage)]
     chain = [{"stage": each, "objective": _objective(state.record), "tokens": state.tokens} for each, state in states]
@@ -114,11 +112,11 @@ def _samples(loaded: LoadedModel, wanted: Samples) -> list[str]:
     """Prompts continued by a decoder, masks filled by an encoder."""
     if not (texts := wanted.prompts if loaded.config.causal else wanted.masked):
         return []
-    model = build_model(loaded, load_tokenizer(loaded.tokenizer_name()))
+    predictor = loaded.predictor(loaded.tokenizer())
     if loaded.config.causal:
-        return [prompt + rest for prompt, rest in zip(texts, model.generate(texts, max_new_tokens=24))]
+        return [prompt + rest for prompt, rest in zip(texts, predictor.generate(texts, max_new_tokens=24))]
     return [f"{text} -> {', '.join(repr(token) for token, _ in best[:4])}"
-            for text, best in zip(texts, model.fill_mask(texts))]
+            for text, best in zip(texts, predictor.fill_mask(texts))]
 
 
 # ------------------------------------------------------------------ text

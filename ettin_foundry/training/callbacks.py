@@ -54,10 +54,10 @@ class LogSamples(Callback):
         try:
             with torch.random.fork_rng(), torch.no_grad(), get_precision_context(state.precision):
                 if self._model.objective == "clm":
-                    texts = map(repr, self._model.generate(self.prompts, max_new_tokens=self.max_new_tokens))
+                    texts = map(repr, self._model.predictor.generate(self.prompts, max_new_tokens=self.max_new_tokens))
                 else:
                     texts = (", ".join(f"{token!r} {share:.3f}" for token, share in candidates)
-                             for candidates in self._model.fill_mask(self.prompts, top_k=self.top_k))
+                             for candidates in self._model.predictor.fill_mask(self.prompts, top_k=self.top_k))
                 rows = [[prompt, text] for prompt, text in zip(self.prompts, texts)]
         finally:
             self._model.train(was_training)

@@ -18,8 +18,8 @@ from composer.utils import dist, format_name_with_dist
 from llmfoundry.interfaces import CallbackWithConfig
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from ettin_foundry.data.storage import atomic_file
-from ettin_foundry.data.tokenizer import fingerprint
+from ettin_foundry.data.storage import atomic_file, atomic_folder
+from ettin_foundry.data.tokenizer import fingerprint, save
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.weights import weights_checkpoint
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
@@ -56,6 +56,7 @@ class Clock(CallbackWithConfig):
             logging.getLogger("ettin_foundry").setLevel(level)
         self._state: State | None = None
         self._model: Any = None
+        self._tokenizer: str | None = None  # where its copy lies
         self._given: list[dict[str, Any]] = []
         self.loaded: dict[str, Any] | None = None
         # a tuple: torch's sharded checkpoints flatten lists of dicts into keys, which must then be there on loading
@@ -81,8 +82,15 @@ class Clock(CallbackWithConfig):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         folder, config = self._run.get("save_folder"), getattr(self._model, "config", None)
-        drawn = state.load_path is None and not self.lineage and state.timestamp.batch == 0
-        if not drawn or not folder or "://" in folder or not isinstance(config, EttinConfig):
+        if not folder or "://" in folder or not isinstance(config, EttinConfig):
+            return
+        folder = Path(format_name_with_dist(folder, state.run_name))
+        if (tokenizer := getattr(self._model, "tokenizer", None)) is not None:  # so that an export needs nothing else
+            self._tokenizer = str((folder / "tokenizer").resolve())
+            if dist.get_global_rank() == 0:
+                with atomic_folder(folder / "tokenizer") as copy:
+                    save(tokenizer, copy)
+        if state.load_path is not None or self.lineage or state.timestamp.batch > 0:
             return
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights: Any = get_model_state_dict(state.model, options=options)  # every rank gathers
@@ -90,8 +98,7 @@ class Clock(CallbackWithConfig):
             content = weights_checkpoint({name.removeprefix("model."): value for name, value in weights.items()}, config,
                                          objective=self._model.objective)
             content["state"]["callbacks"]["Clock"] = self.state_dict()
-            path = Path(format_name_with_dist(folder, state.run_name)) / "initial" / "step0.pt"
-            with atomic_file(path) as file:
+            with atomic_file(folder / "initial" / "step0.pt") as file:
                 torch.save(content, file)
 
     def batch_start(self, state: State, logger: Logger) -> None:
@@ -129,7 +136,7 @@ class Clock(CallbackWithConfig):
         return {
             "config": plain, "size": getattr(config, "size", None), "objective": getattr(self._model, "objective", None),
             "objective_schedule": json.dumps(None if schedule is None else ObjectiveSchedule.parse(schedule).plain()),
-            "tokenizer": getattr(getattr(self._model, "tokenizer", None), "name_or_path", None),
+            "tokenizer": self._tokenizer or getattr(getattr(self._model, "tokenizer", None), "name_or_path", None),
             "tokenizer_fingerprint": self._fingerprint,
             "tokens": 0 if time is None else time.token.value, "batch": 0 if time is None else time.batch.value,
             "run_name": None if self._state is None else self._state.run_name,

@@ -62,7 +62,7 @@ HOST_DEFAULTS = {key: value for key, value in _HOST.items() if value is not None
 NO_EFFECT = {
     r"(train_loader|eval_loader(\[.*?\])?)\.(num_workers|prefetch_factor|pin_memory|persistent_workers|timeout|"
     r"dataset\.cache_limit)": "how rows are fetched; which ones follows from data and seed alone",
-    r"model\.(attn_impl|compile)": "the same function, up to rounding",
+    r"model\.(attn_impl|compile|deterministic)": "the same function, up to rounding",
     r"(loggers|metadata|profiler)(\..*)?|progress_bar|log_to_console|console_log_interval|python_log_level|log_config|"
     r"flatten_metadata|dist_timeout|max_split_size_mb|expandable_segments|cuda_load_lazy":
         "logging, memory and time only",

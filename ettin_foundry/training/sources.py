@@ -76,7 +76,7 @@ def read_source(key: str, given: str) -> Source:
 def _read_folder(path: Path) -> Source:
     from safetensors import SafetensorError, safe_open
 
-    from ettin_foundry.model.hf_config import read_config
+    from ettin_foundry.model.hf_config import read_config, read_record
 
     config, objective = read_config(path / "config.json")
     for file in sorted(path.glob("*.safetensors")) or [path / "model.safetensors"]:
@@ -85,12 +85,8 @@ def _read_folder(path: Path) -> Source:
                 pass  # opening compares the header with the file's length
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is not a whole safetensors file ({error}); download or export it again") from error
-    ours = json.loads((path / "config.json").read_text(encoding="utf-8")).get("ettin_foundry") or {}
-    lineage, tokens = tuple(ours.get("lineage") or ()), ours.get("tokens")
-    if tokens is not None:  # the card counts from initialisation, a record from the last start
-        tokens -= sum(entry.get("tokens") or 0 for entry in lineage)
-    return Source(path, {"config": dataclasses.asdict(config), "size": config.size, "objective": objective,
-                         "tokens": tokens, "tokenizer": str(path), "lineage": lineage}, is_folder=True)
+    return Source(path, {**read_record(path), "config": dataclasses.asdict(config), "size": config.size,
+                         "objective": objective, "tokenizer": str(path)}, is_folder=True)
 
 
 def compare(key: str, source: Source, target: Target, accept: Sequence[str], *, crossing: bool) -> Differences:

@@ -141,7 +141,7 @@ def test_bad_input_is_one_line_and_exit_code_1(encoder, tokenizer, tmp_path, cap
         (("export", good, tmp_path / "o", "--ema"), "ettin average"),
         (("export", good, folder), "exists and is not empty"),
         (("import", folder, tmp_path / "there.pt"), "--overwrite"),
-        (("generate", folder, "x"), "use fill_mask"),
+        (("generate", folder, "x"), "use fill-mask"),
         (("demo",), "yamls/suite/demo.yaml"), (("merge",), "ettin average"),
         (("recipes", "--copy", tmp_path / "copy"), "--copy must be a folder without train.py"),
         (("convert", tmp_path / "missing.jsonl", "--out", tmp_path / "o", "--tokenizer", tokenizer[1]), "missing.jsonl"),

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import os
+import re
 from pathlib import Path
 
 import parity
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from ettin_foundry.hub import folder as hub_folder
 from ettin_foundry.hub.card import card
@@ -41,8 +44,9 @@ def encoder():
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, encoder, tokenizer):
     """An encoder's and a decoder's folder."""
-    return {kind: export_model(model, model.config, tokenizer, tmp_path_factory.mktemp("exported") / kind, objective=name)
-            for kind, name, model in (("encoder", "mlm", encoder), ("decoder", "clm", parity.random_model(shape(True))))}
+    root, decoder = tmp_path_factory.mktemp("exported"), parity.random_model(shape(True))
+    return {kind: export_model(model, model.config, tokenizer, root / kind, objective=name)
+            for kind, name, model in (("encoder", "mlm", encoder), ("decoder", "clm", decoder))}
 
 
 @pytest.mark.parametrize("objective, changes", [
@@ -66,7 +70,7 @@ def test_out_and_in_is_bit_equal(objective, changes, tokenizer, tmp_path):
 def test_config_json_speaks_to_both_generations(exported, tokenizer):
     encoder, decoder = (json.loads((exported[k] / "config.json").read_text()) for k in ("encoder", "decoder"))
     for content in (encoder, decoder):
-        assert not set(TEI_KEYS) - set(content)
+        assert not set(TEI_KEYS) - set(content) and content["layer_norm_eps"] == content["norm_eps"] == 1e-5
         assert content["rope_parameters"]["sliding_attention"] == {"rope_theta": 10_000.0, "rope_type": "default"}
         assert content["layer_types"][:4] == ["full_attention"] + 2 * ["sliding_attention"] + ["full_attention"]
         assert content["torch_dtype"] == content["dtype"] == "float32" and content["tie_word_embeddings"] is True
@@ -153,14 +157,64 @@ def test_only_an_earlier_export_is_overwritten_and_only_when_asked(encoder, toke
 
 def test_export_refuses_contradictions(encoder, tokenizer, tmp_path):
     config = encoder.config
-    for shape_, objective, given, facts, words in (
-            (config, "clm", tokenizer, {}, "objective must be mlm or mntp .*'clm'"),
-            (shape(True), "mntp", tokenizer, {}, "objective must be clm .*'mntp'"),
-            (dataclasses.replace(config, vocab_size=299), "mlm", tokenizer, {}, "at most the model's 299 entries, got 300"),
-            (config, "mlm", None, {}, "tokenizer must be given"), (config, "mlm", tokenizer, {"colour": "red"}, "colour")):
+    for shape_, objective, words in (
+            (config, "clm", "objective must be mlm or mntp .*'clm'"),
+            (shape(True), "mntp", "objective must be clm .*'mntp'"),
+            (dataclasses.replace(config, vocab_size=299), "mlm", "most the model's 299 entries, got 300")):
         with pytest.raises(ValueError, match=words):
-            export_model(encoder, shape_, given, tmp_path / "m", objective=objective, facts=facts)
+            export_model(encoder, shape_, tokenizer, tmp_path / "m", objective=objective)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])
+def test_special_ids_are_those_that_the_model_was_trained_with(causal, tmp_path):
+    """A tokenizer with BOS and EOS of its own, to which [CLS] and [SEP] were added for the conversion."""
+    from transformers import AutoTokenizer
+
+    own, model = parity.tiny_tokenizer(), parity.random_model(shape(causal))
+    own.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    folder = export_model(model, model.config, own, tmp_path / "m", objective="clm" if causal else "mlm")
+    read, content = AutoTokenizer.from_pretrained(folder), json.loads((folder / "config.json").read_text())
+    generation = json.loads((folder / "generation_config.json").read_text()) if causal else content
+    for key, role in (("bos_token_id", "cls"), ("eos_token_id", "sep"), ("pad_token_id", "pad")):
+        assert getattr(read, key) == content[key] == generation[key] == IDS[role]
+    assert own.eos_token == "</s>"  # the caller's is not changed
+
+
+def test_weights_in_bf16_are_rounded_once_and_come_back_as_that(encoder, tokenizer, tmp_path):
+    from transformers import AutoModelForMaskedLM
+
+    folder = export_model(encoder, encoder.config, tokenizer, tmp_path / "m", objective="mlm", dtype="bf16")
+    state, config, _ = import_folder(folder)
+    rounded = {name: tensor.bfloat16().float() for name, tensor in encoder.state_dict().items()}
+    assert config == encoder.config and all(torch.equal(state[name], tensor) for name, tensor in rounded.items())
+    whole = export_model(encoder, encoder.config, tokenizer, tmp_path / "w", objective="mlm") / "model.safetensors"
+    assert (folder / "model.safetensors").stat().st_size < 0.55 * whole.stat().st_size
+    assert AutoModelForMaskedLM.from_pretrained(folder, torch_dtype="auto").dtype == torch.bfloat16
+
+
+def test_whom_the_umask_lets_read_may_read_every_file(encoder, tokenizer, tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder = export_model(encoder, encoder.config, tokenizer, tmp_path / "m", objective="mlm")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
+    assert folder.stat().st_mode & 0o777 == 0o750
+
+
+def test_the_card_s_way_to_a_trunk_for_llama_cpp_works(exported, tmp_path):
+    """And it says of a decoder that nothing but transformers runs it."""
+    from transformers import AutoModel
+
+    encoder, decoder = ((exported[kind] / "README.md").read_text() for kind in ("encoder", "decoder"))
+    assert "vLLM and llama.cpp (GGUF) have no ModernBertDecoder" in decoder and "ModernBertModel" in encoder
+    [line] = re.findall(r'`(AutoModel[^`]*)`', encoder)
+    eval(line.replace('"encoder"', "folder").replace('"trunk"', "trunk"),
+         {"AutoModel": AutoModel, "folder": exported["encoder"], "trunk": tmp_path / "trunk"})
+    content = json.loads((tmp_path / "trunk" / "config.json").read_text())
+    assert content["architectures"] == ["ModernBertModel"] and content["layer_norm_eps"] == 1e-5
+    assert not any(name.startswith(("decoder", "head")) for name in load_file(tmp_path / "trunk" / "model.safetensors"))
 
 
 def test_card_says_where_weights_come_from():
@@ -174,5 +228,6 @@ def test_card_says_where_weights_come_from():
                 "objectives in training | clm, then mlm",
                 "checkpoint | batch 1,234 of r, whose resolved config has the sha256 ab"):
         assert f"| {row} |" in text, row
-    assert yaml.safe_load(text.split("---\n")[1]) == {"license": "mit", "library_name": "transformers", "pipeline_tag":
-                                                      "fill-mask", "tags": ["ettin", "modernbert", "encoder"]}
+    assert yaml.safe_load(text.split("---\n")[1]) == {
+        "license": "mit", "library_name": "transformers", "pipeline_tag": "fill-mask",
+        "tags": ["ettin", "modernbert", "encoder"]}

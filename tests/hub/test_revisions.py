@@ -1,4 +1,4 @@
-"""Checkpoints as revisions: names, chains of phases, restarts, objectives of one run, exports in the course of a run."""
+"""Checkpoints as revisions: names, chains of phases, restarts, tokenizers, exports in the course of a run."""
 
 import json
 
@@ -6,12 +6,15 @@ import parity
 import pytest
 import torch
 
+from ettin_foundry.data import tokenizer
+from ettin_foundry.data.tokenizer import fingerprint, train_bpe
 from ettin_foundry.hub.folder import export_every, export_model, revision_name
-from ettin_foundry.hub.load import build_model, load_model
+from ettin_foundry.hub.load import load_model
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.weights import import_folder, weights_checkpoint
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
 
+FINGERPRINT = fingerprint(parity.tiny_tokenizer())
 SHAPE = {"vocab_size": 320, "num_hidden_layers": 1}  # one layer: files of these tests are many
 
 
@@ -26,15 +29,12 @@ def model(objective, seed=0, **changes):
     return parity.random_model(EttinConfig.for_size("nano", causal=objective == "clm", **{**SHAPE, **changes}), seed)
 
 
-def content(source, objective, *, tokenizer="t", schedule=None, **record):
+def content(source, objective, *, place="t", schedule=None, **record):
     """A checkpoint as a run's clock describes itself (`clock.Clock.state_dict`)."""
-    content = weights_checkpoint(source.state_dict(), source.config, objective=objective, tokenizer=str(tokenizer))
-    plain = objective if schedule is None else ObjectiveSchedule.parse(schedule).plain()
-    content["state"]["callbacks"]["Clock"].update(
-        {"tokens": 10 * (record.get("batch") or 0), "batch": 0, "phase": "pretrain", "run_name": "r", "run_hash": "a" * 64,
-         "run_config": "{}", "objective_schedule": json.dumps(plain), "tokenizer_fingerprint": json.dumps({"ids": 1}),
-         **record})
-    return content
+    record = {"tokens": 10 * (record.get("batch") or 0), "batch": 0, "phase": "pretrain", "run_name": "r",
+              "run_hash": "a" * 64, "run_config": "{}", "tokenizer": str(place), "tokenizer_fingerprint": FINGERPRINT,
+              "objective_schedule": ObjectiveSchedule.parse(schedule or objective).plain(), **record}
+    return weights_checkpoint(source.state_dict(), source.config, objective=objective, **record)
 
 
 def save(path, *args, **record):
@@ -54,7 +54,7 @@ def chain(tokens, tmp_path):
 
     def add(name, objective, folder, file, **record):
         models[name] = model(objective, seed=len(models))
-        save(root / folder / file, models[name], objective, tokenizer=tokens, run_name=folder, **record)
+        save(root / folder / file, models[name], objective, place=tokens, run_name=folder, **record)
 
     add("step0", "mlm", "pretrain", "initial/step0.pt")
     add("step10", "mlm", "pretrain", "ep0-ba10-rank0.pt", batch=10)
@@ -70,7 +70,7 @@ def chain(tokens, tmp_path):
 def test_every_checkpoint_of_a_chain_becomes_a_folder(chain, tmp_path):
     root, models = chain
     line = export_every([root / name for name in ("pretrain", "extend", "decay", "cross")], tmp_path / "out",
-                        facts={"license": "mit"})
+                        licence="mit")
     assert line.startswith("6 revisions in ") and line.endswith("6 written, 0 were there")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(models)  # named as the original's tags
     assert revision_name("../x", 7) == "ba7"
@@ -86,7 +86,7 @@ def test_every_checkpoint_of_a_chain_becomes_a_folder(chain, tmp_path):
 def test_a_restart_writes_what_is_missing_and_refuses_folders_of_something_else(chain, tokens, tmp_path):
     root, models = chain
     out = tmp_path / "out"
-    save(root / "other" / "ep0-ba10-rank0.pt", models["step10"], "mlm", tokenizer=tokens, batch=10, run_name="other")
+    save(root / "other" / "ep0-ba10-rank0.pt", models["step10"], "mlm", place=tokens, batch=10, run_name="other")
     export_every([root / "other"], out)
     with pytest.raises(ValueError, match="step10: run_name must be 'pretrain'.*got 'other'"):
         export_every([root / "pretrain"], out)
@@ -106,12 +106,12 @@ def test_bad_input_is_named_and_nothing_is_written(chain, tmp_path):
     root, models = chain
     save(root / "again" / "ep0-ba10-rank0.pt", models["step10"], "mlm", batch=10, run_name="again")
     save(root / "old" / "ep0-ba1-rank0.pt", models["step10"], "mlm", batch=None)
-    save(root / "simcse" / "ep0-ba1-rank0.pt", models["step10"], "mlm", batch=1, objective_schedule='"simcse"')
+    save(root / "simcse" / "ep0-ba1-rank0.pt", models["step10"], "mlm", batch=1, objective_schedule="simcse")
     for folders, options, words in (
             (["none"], {}, "is no folder of complete checkpoints"),
             (["pretrain", "again"], {}, "ba10-rank0.pt: would be called step10, as would"),
             (["old"], {}, "holds no record of its phase and batch"), (["simcse"], {}, "'simcse'"),
-            (["pretrain"], {"objective": "clm"}, "--objective must be left out")):
+            (["pretrain"], {"objective": "clm"}, "--objective must be mlm ")):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             export_every([root / folder for folder in folders], tmp_path / "out", **options)
     plain = content(models["step10"], "mlm")
@@ -132,19 +132,19 @@ def test_a_mixture_is_read_as_both_kinds_with_their_own_windows(run_config, wind
         causal, left = loaded.config.causal, loaded.config.window_left
         assert (causal, left) == ((True, window) if objective == "clm" else (False, 64))
         assert loaded.facts["objective_schedule"] == "0.75 mntp + 0.25 clm"
-    with pytest.raises(ValueError, match="--objective must be one of mntp, clm .*got 'mlm'"):
+    with pytest.raises(ValueError, match="--objective must be mntp or clm .*got 'mlm'"):
         load_model(path, "mlm")
 
 
 def test_a_model_is_the_same_from_a_checkpoint_and_from_its_export(chain, tokens, tmp_path):
     root, models = chain
     source = load_model(root / "cross" / "ep0-ba1-rank0.pt")
-    export_model(source.state, source.config, source.tokenizer_name(), tmp_path / "hf", objective=source.objective)
+    export_model(source.state, source.config, source.tokenizer(), tmp_path / "hf", objective=source.objective)
     for loaded in (source, load_model(tmp_path / "hf"), load_model(root / "cross")):
-        built = build_model(loaded, parity.tiny_tokenizer())
-        assert equal_states(built.model.state_dict(), models["cross1"].state_dict()) and not built.training
-        assert built.config == models["cross1"].config and built.objective == "clm"
-    encoder = export_model(models["ext3"], models["ext3"].config, str(tokens), tmp_path / "enc", objective="mlm")
+        built = loaded.predictor(loaded.tokenizer())
+        assert equal_states(built.model.state_dict(), models["cross1"].state_dict()) and not built.model.training
+        assert built.model.config == models["cross1"].config and built.objective == "clm"
+    encoder = export_model(models["ext3"], models["ext3"].config, source.tokenizer(), tmp_path / "enc", objective="mlm")
     plain = json.loads((encoder / "config.json").read_text())
     del plain["ettin_foundry"]  # as an official folder: it does not say its objective
     (encoder / "config.json").write_text(json.dumps(plain))
@@ -153,22 +153,56 @@ def test_a_model_is_the_same_from_a_checkpoint_and_from_its_export(chain, tokens
     assert load_model(encoder, "mntp").objective == "mntp"
 
 
+def test_a_checkpoint_is_read_with_the_tokenizer_that_it_was_trained_with_or_not_at_all(chain, tmp_path, monkeypatch):
+    """Whatever lies where its data's tokenizer lay, and wherever the run was moved to."""
+    root, _ = chain
+    right, other = tmp_path / "data" / "tokenizer", tmp_path / "other"
+    parity.tiny_tokenizer().save_pretrained(str(right))
+    train_bpe(["zebra quartz, the text of another corpus, and none of the first one"] * 3, 300).save_pretrained(other)
+    monkeypatch.chdir(tmp_path)
+    path = save(root / "own" / "ep0-ba1-rank0.pt", model("mlm"), "mlm", place="data/tokenizer", batch=1)
+    assert fingerprint(load_model(path).tokenizer())["probe_sha256"] == FINGERPRINT["probe_sha256"]
+    right.rename(root / "own" / "tokenizer")  # as a run's copy
+    other.rename(right)
+    asked = []
+    monkeypatch.setattr(tokenizer, "load", lambda place, load=tokenizer.load: asked.append(str(place)) or load(place))
+    for folder in (root / "own", (root / "own").rename(tmp_path / "moved")):
+        if folder.exists():
+            assert tokenizer.difference(fingerprint(load_model(folder).tokenizer()), FINGERPRINT) == ""
+    with pytest.raises(ValueError, match="data/tokenizer, whose vocab_sha256 is"):
+        load_model(tmp_path / "moved").tokenizer("data/tokenizer")
+    (tmp_path / "moved" / "tokenizer").rename(tmp_path / "away")
+    with pytest.raises(ValueError, match="the tokenizer must be the one that .*moved.* got data/tokenizer, whose"):
+        load_model(tmp_path / "moved").tokenizer()
+    assert load_model(tmp_path / "moved").tokenizer(otherwise=tmp_path / "away")
+    (tmp_path / "data").rename(tmp_path / "gone")
+    asked.clear()
+    with pytest.raises(ValueError, match="got none"):
+        load_model(tmp_path / "moved").tokenizer()
+    assert asked == []  # a path is not looked up on the Hub; a name is
+    with pytest.raises(FileNotFoundError, match="org/name"):
+        load_model(save(tmp_path / "h.pt", model("mlm"), "mlm", tokenizer_fingerprint={"name": "org/name"})).tokenizer()
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_folders_are_written_in_the_course_of_a_run(tokenizer_dir, tmp_path):
     from composer import Trainer
 
-    from ettin_foundry.data import tokenizer
     from ettin_foundry.hub.export import ExportHF
     from ettin_foundry.model.composer import EttinModel
     from ettin_foundry.training.clock import Clock
 
-    trained = EttinModel(tokenizer.load(str(tokenizer_dir)), size="nano", objective="mlm", max_seq_len=64, vocab_size=512)
+    own = tokenizer.load(str(tokenizer_dir))
+    trained = EttinModel(own, size="nano", objective="mlm", max_seq_len=64, vocab_size=512)
     for phase, lineage, names in (("extend", ({"objective": "clm", "tokens": 5},), ["ext2", "ext4", "ext5"]),
                                   (None, (), ["ba2", "ba4", "ba5", "step0"])):  # drawn, not loaded: step0
-        clock, export = Clock({"variables": {"phase": phase}}), ExportHF("2ba", str(tmp_path / "{run_name}"))
-        run = Trainer(model=trained, device="cpu", callbacks=[clock, export], run_name=f"run-{phase}", progress_bar=False,
-                      max_duration="5ba")
+        export, save_folder = ExportHF("2ba", str(tmp_path / "{run_name}")), tmp_path / f"save-{phase}"
+        clock = Clock({"variables": {"phase": phase}, "save_folder": str(save_folder)})
+        run = Trainer(model=trained, device="cpu", callbacks=[clock, export], run_name=f"run-{phase}",
+                      progress_bar=False, max_duration="5ba")
         clock.lineage = lineage
+        clock.fit_start(run.state, run.logger)
+        assert not tokenizer.difference(fingerprint(tokenizer.load(save_folder / "tokenizer")), fingerprint(own))
         export.fit_start(run.state, run.logger)
         for _ in range(5):
             run.state.previous_timestamp = run.state.timestamp

@@ -45,7 +45,7 @@ def test_reference_path_equals_a_naive_softmax_in_value_and_gradients(window):
         (out * weight).sum().backward()
         found.append([out.detach(), *(x.grad for x in inputs)])
     for ours, theirs in zip(*found):
-        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)  # float64: rounding of sums of at most 131 terms
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)  # float64: sums of at most 131 terms
 
 
 @pytest.mark.parametrize("kind", ["encoder_global", "decoder_global"])  # local windows take one path on every device

@@ -78,7 +78,8 @@ def test_flops_of_a_batch_are_those_of_a_loop_over_its_documents(objective):
     assert model.flops_per_batch(batch_of(objective, rows=((), ()))) == 0
 
 
-@pytest.mark.parametrize(("last", "given", "reach"), [("clm", {}, 63), ("mlm", {}, 63), ("mlm", {"window_left": 64}, 64)])
+@pytest.mark.parametrize(("last", "given", "reach"),
+                         [("clm", {}, 63), ("mlm", {}, 63), ("mlm", {"window_left": 64}, 64)])
 def test_rows_of_clm_have_the_decoders_window_whatever_the_model_ends_as(last, given, reach):
     first = "mlm" if last == "clm" else "clm"
     model = EttinModel(size="nano", objective=[{"until": 10, "objective": first}, {"objective": last}], max_seq_len=512,
@@ -111,17 +112,16 @@ def test_weighted_targets_are_divided_by_the_loss_tokens_in_loss_and_metric():
 def test_what_does_not_fit_is_refused(tokenizer):
     for objective, other in (("mlm", "clm"), ("clm", "mlm"), ("mntp", "mlm")):
         model = model_of(objective)
-        with pytest.raises(ValueError, match=f"model.objective is {objective}.*'{other}'"):
+        with pytest.raises(ValueError, match=f"model.objective must include the batch's '{other}', got '{objective}'"):
             model(flatten(batch_of(other)))
         assert model(flatten(batch_of(objective)))["loss"].isfinite()
     for call, words in (
             (lambda: model_of("mlm", tokenizer, vocab_size=511), "vocab_size must be at least the 512 entries.*511"),
             (lambda: model_of("rtd"), "model.objective must be"),
-            (lambda: model_of("mntp", tokenizer).generate(["x"]), "generate needs a decoder"),
-            (lambda: model_of("clm", tokenizer).fill_mask(["[MASK]"]), "fill_mask needs an encoder"),
-            (lambda: model_of("clm").generate(["x"]), "tokenizer"),
-            (lambda: model_of("mlm", tokenizer).fill_mask(["[MASK]", "kalo"]), "must have a .MASK.*'kalo'"),
-            (lambda: model_of("mlm", tokenizer, max_seq_len=16).fill_mask(["[MASK]" * 15]), "at most 16 tokens.*17")):
+            (lambda: model_of("mntp", tokenizer).predictor.generate(["x"]), "generate needs a decoder"),
+            (lambda: model_of("clm", tokenizer).predictor.fill_mask(["[MASK]"]), "fill-mask needs an encoder"),
+            (lambda: model_of("mlm", tokenizer).predictor.fill_mask(["[MASK]", "kalo"]), "must have a .MASK.*'kalo'"),
+            (lambda: model_of("mlm", tokenizer, max_seq_len=16).predictor.fill_mask(["[MASK]" * 15]), "most 16 .*17")):
         with pytest.raises(ValueError, match=words):
             call()
 
@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_refused(tokenizer):
 def test_fill_mask_reads_an_mlm_model_at_the_mask_and_an_mntp_model_one_before(objective, before, tokenizer):
     model = model_of(objective, tokenizer)
     texts = ["kalo [MASK] mi ter", "vol sta ge quo [MASK] hy [MASK]"]
-    for text, answer in zip(texts, model.fill_mask(texts, top_k=3), strict=True):
+    for text, answer in zip(texts, model.predictor.fill_mask(texts, top_k=3), strict=True):
         ids = [tokenizer.cls_token_id, *tokenizer.encode(text, add_special_tokens=False), tokenizer.sep_token_id]
         at = ids.index(tokenizer.mask_token_id)
         best = naive_logits(model, ids).softmax(-1).topk(3)
@@ -155,15 +155,15 @@ def continued(model, ids, eos):
 
 def test_greedy_generation_equals_a_loop_over_argmax(tokenizer):
     prompts = ["kalo mi", "vol sta ge quo hy", "kalo " * 15]
-    starts = [[tokenizer.bos_token_id, *tokenizer.encode(p, add_special_tokens=False)] for p in prompts]
+    starts = [[tokenizer.cls_token_id, *tokenizer.encode(p, add_special_tokens=False)] for p in prompts]
     model = model_of("clm", max_seq_len=len(starts[2]) + 5)
     free = [continued(model, ids, None)[0] for ids in starts]
     # a random model never ends a document: let the token that only the first prompt's continuation has be the end
     eos = next(token for token in free[0][2:] if all(token not in other for other in free[1:]))
-    model.tokenizer = SimpleNamespace(bos_token_id=tokenizer.bos_token_id, eos_token_id=eos,
+    model.tokenizer = SimpleNamespace(cls_token_id=tokenizer.cls_token_id, sep_token_id=eos,
                                       encode=tokenizer.encode, decode=tokenizer.decode)
     expected = [continued(model, ids, eos) for ids in starts]
     assert [why for _, why in expected] == ["EOS", "number", "context full"]  # all three ways to stop
     model.train()
-    assert model.generate(prompts, max_new_tokens=12) == [tokenizer.decode(new) for new, _ in expected]
+    assert model.predictor.generate(prompts, max_new_tokens=12) == [tokenizer.decode(new) for new, _ in expected]
     assert model.training  # samples leave the model in its mode

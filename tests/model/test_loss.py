@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import ettin_foundry.model.loss as module
-from ettin_foundry.model.loss import count_correct, linear_cross_entropy
+from ettin_foundry.model.loss import linear_cross_entropy
 
 
 @pytest.fixture(autouse=True)
@@ -27,27 +27,31 @@ def test_value_and_gradients_equal_cross_entropy_on_dense_logits(n, weighted):
 
     def naive(h, w, b, y, t):
         losses = F.cross_entropy((h @ w.T + b).double(), y, reduction="none")
-        return (losses if t is None else losses * t.double()).sum()
+        return (losses if t is None else losses * t.double()).sum(), None
 
     found = []
     for function in (linear_cross_entropy, naive):
         leaves = [x.clone().requires_grad_() for x in (h, w, b)]
-        loss = function(*leaves, labels, weights)
+        loss, _ = function(*leaves, labels, weights)
         (loss * 0.37).backward()
         found.append([loss.detach().float(), *(x.grad for x in leaves)])
     for ours, theirs in zip(*found):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=5e-5)  # fp32 sums over up to 1,000 targets
     with torch.no_grad():
-        torch.testing.assert_close(linear_cross_entropy(h, w, b, labels, weights), found[0][0], rtol=1e-6, atol=0)
-    assert count_correct(h, w, b, labels).item() == ((h @ w.T + b).argmax(-1) == labels).sum().item()
+        loss, correct = linear_cross_entropy(h, w, b, labels, weights)
+    torch.testing.assert_close(loss, found[0][0], rtol=1e-6, atol=0)
+    best, label = (h.double() @ w.double().T + b.double()).topk(2), labels[:, None]
+    clear = best.values[:, 0] - best.values[:, 1] > 1e-4  # closer ones may be rounded to another order
+    hits = (best.indices[:, :1] == label)[clear].sum()
+    assert hits <= correct <= hits + (~clear).sum()
 
 
 def test_no_target_gives_zero_loss_and_zero_gradients():
     h, w, b, labels = inputs(0)
     leaves = [x.requires_grad_() for x in (h, w, b)]
-    loss = linear_cross_entropy(*leaves, labels)
+    loss, _ = linear_cross_entropy(*leaves, labels)
     loss.backward()
-    assert loss.item() == 0.0 and count_correct(h, w, b, labels).item() == 0
+    assert loss.item() == 0.0
     assert all(x.grad is not None and not x.grad.any() for x in leaves)
 
 
@@ -60,7 +64,7 @@ def test_under_autocast_products_are_bf16_and_sums_are_not(parameters):
     reference.backward()
     leaves = [x.requires_grad_() for x in (h, w, b)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = linear_cross_entropy(*leaves, labels)
+        loss, _ = linear_cross_entropy(*leaves, labels)
     loss.backward()
     assert loss.dtype == torch.float32
     assert loss.item() != pytest.approx(reference.item(), rel=1e-7)  # it did round to bf16

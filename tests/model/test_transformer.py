@@ -55,7 +55,8 @@ def test_packed_document_equals_document_alone_in_logits_and_gradients(causal):
     packed = model.predict(model(ids, positions, cu_seqlens, longest))
     for i, (start, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist())):
         own = (places >= start) & (places < end)
-        alone_args = (ids[start:end], positions[start:end], torch.tensor([0, end - start], dtype=torch.int32), end - start)
+        borders = torch.tensor([0, end - start], dtype=torch.int32)
+        alone_args = (ids[start:end], positions[start:end], borders, end - start)
         # fp32 sums of up to 320 terms of size 1 in another order
         torch.testing.assert_close(packed[start:end], model.predict(model(*alone_args)), rtol=1e-5, atol=1e-5)
         grads = []
@@ -107,13 +108,13 @@ def test_initialisation_follows_the_role_of_each_matrix():
 
 @pytest.mark.parametrize("causal", [False, True], ids=["mlm", "clm"])
 def test_forward_and_loss_read_nothing_back_from_the_device(causal):
-    """On `meta` there is no value to read: .item(), .tolist(), a branch on a tensor or a data-dependent shape raises."""
+    """On `meta` there is no value to read: .item(), a branch on a tensor or a data-dependent shape raises."""
     with torch.device("meta"):
         model = Ettin(EttinConfig.for_size("nano", causal=causal)).train()
     *tensors, longest = stream(LENGTHS)
     tensors, of_targets = ([x.to("meta") for x in part] for part in (tensors, targets(LENGTHS, causal)))
     assert model(*tensors, longest).shape == (sum(LENGTHS), 128)
-    model(*tensors, longest, *of_targets, count=True).nll.backward()
+    model(*tensors, longest, *of_targets).nll.backward()
     assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
 
 
@@ -128,7 +129,7 @@ def test_bad_config_is_refused_by_name(overrides, message):
 
 
 def test_fsdp2_draws_meta_parameters_by_role_and_never_rounds_the_angles(monkeypatch, no_process_group):
-    """One process over gloo: parameters start on `meta`, are sharded, materialised and drawn; blocks compute in bf16."""
+    """One process over gloo: parameters start on `meta`, are sharded, made and drawn; blocks compute in bf16."""
     import torch.distributed as dist
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -146,9 +147,8 @@ def test_fsdp2_draws_meta_parameters_by_role_and_never_rounds_the_angles(monkeyp
         model.apply(module.init_parameters)
         assert model.trunk.layers[2].mlp.Wi.weight.full_tensor().std().item() == pytest.approx(0.02 * 0.8796, rel=0.05)
         assert model.output_bias.full_tensor().abs().max() == 0
-        seen = []
-        rotate = module._rotate
-        monkeypatch.setattr(module, "_rotate", lambda x, cos, sin: seen.append((x.dtype, cos.dtype)) or rotate(x, cos, sin))
+        seen, rotate = [], module._rotate
+        monkeypatch.setattr(module, "_rotate", lambda x, *angle: seen.append((x.dtype, angle[0].dtype)) or rotate(x, *angle))
         ids, positions, cu_seqlens, longest = stream(LENGTHS)
         places, labels = targets(LENGTHS, causal=False)
         model(ids, positions, cu_seqlens, longest, places, labels).nll.backward()

@@ -37,7 +37,8 @@ def test_segments_and_cycles_hold_where_their_formula_says():
 
 
 def test_rates_are_their_formula_at_every_breakpoint_and_at_random_tokens():
-    steps = MaskRate.parse([{"until": "0.5dur", "rate": 0.3}, {"until": 800_000, "rate": 0.15}, {"rate": 0.05}], total=TOTAL)
+    segments = [{"until": "0.5dur", "rate": 0.3}, {"until": 800_000, "rate": 0.15}, {"rate": 0.05}]
+    steps = MaskRate.parse(segments, total=TOTAL)
     ends = [round(Fraction(TOTAL, 2)), 800_000, TOTAL]
     linear = MaskRate.parse([{"until": 300_000, "from": 0.3, "to": 0.15}, {"from": 0.15, "to": 0.05}], total=TOTAL)
     for t in tokens_to_try(*ends, 300_000):
@@ -48,8 +49,9 @@ def test_rates_are_their_formula_at_every_breakpoint_and_at_random_tokens():
     assert linear.breakpoints(TOTAL) == [0, 300_000] and MaskRate.parse(0.3).at(7) == 0.3
 
 
-@pytest.mark.parametrize("value", ["mlm", BIPHASIC, ALTERNATING, {"clm": 0.25, "mntp": 0.75},
-                                   [{"until": 10, "objective": {"clm": 0.5, "mlm": 0.5}}, {"objective": "mntp"}]], ids=str)
+@pytest.mark.parametrize("value", [
+    "mlm", BIPHASIC, ALTERNATING, {"clm": 0.25, "mntp": 0.75},
+    [{"until": 10, "objective": {"clm": 0.5, "mlm": 0.5}}, {"objective": "mntp"}]], ids=str)
 def test_plain_data_reads_back_as_the_same_schedule(value):
     schedule = ObjectiveSchedule.parse(value, total=TOTAL)
     again = ObjectiveSchedule.parse(schedule.plain())
@@ -69,17 +71,18 @@ def test_what_does_not_fill_the_run_or_is_out_of_range_is_refused_by_key():
             (ObjectiveSchedule, [*until, {"until": 1001, "objective": "mlm"}], "past the end"),
             (ObjectiveSchedule, [{"objective": "clm"}, {"objective": "mlm"}], r"\[0\].until"),
             (ObjectiveSchedule, [{"until": "3ba", "objective": "clm"}, {"objective": "mlm"}], "'3ba'"),
-            (ObjectiveSchedule, [{"until": 10, "objektive": "clm"}, {"objective": "mlm"}], "objective or cycle.*objektive"),
+            (ObjectiveSchedule, [{"until": 10, "objektive": "clm"}, {"objective": "mlm"}], "or cycle.*objektive"),
             (ObjectiveSchedule, [], "empty list"), (ObjectiveSchedule, ["clm", "mlm"], "'clm'"),
             (ObjectiveSchedule, None, "None"), (ObjectiveSchedule, "mdlm", "'mdlm'"),
-            (ObjectiveSchedule, {"clm": 0.5, "mlm": 0.6}, "sum to 1"), (ObjectiveSchedule, {"clm": 0.5, "rtd": 0.5}, "rtd"),
+            (ObjectiveSchedule, {"clm": 0.5, "mlm": 0.6}, "sum to 1"), (ObjectiveSchedule, {"rtd": 1}, "rtd"),
             (ObjectiveSchedule, {"clm": -1, "mlm": 2}, "-1"), (ObjectiveSchedule, {}, "{}"),
             (ObjectiveSchedule, [{"cycle": [{"tokens": 5, "objective": "clm"}]}], "at least two blocks"),
             (ObjectiveSchedule, [{"cycle": [{"tokens": 0, "objective": "clm"}, {"tokens": 5, "objective": "mlm"}]}],
              r"\[0\].tokens"),
             (MaskRate, 1.01, "1.01"), (MaskRate, -0.1, "-0.1"), (MaskRate, True, "True"), (MaskRate, "0.3", "'0.3'"),
             (MaskRate, float("nan"), "nan"), (MaskRate, [{"rate": 0.0}], r"\[0\].rate"),
-            (MaskRate, [{"from": 0.3, "to": 1.5}], r"\[0\].to"), (MaskRate, [{"rate": 0.3, "to": 0.1}], "rate or from")):
+            (MaskRate, [{"from": 0.3, "to": 1.5}], r"\[0\].to"),
+            (MaskRate, [{"rate": 0.3, "to": 0.1}], "rate or from")):
         with pytest.raises(ValueError, match=f"key.*{words}"):
             schedule.parse(value, total=1000, key="key")
 

@@ -42,7 +42,7 @@ def test_text_ids_are_the_real_entries_that_are_no_specials(vocab):
     assert vocab.text.tolist() == expected
     assert [number for number in range(VOCAB_SIZE - 1) if vocab.is_special[number]] == [CLS, SEP, PAD, MASK]
     with pytest.raises(ValueError, match="some-gpt.*mask_token"):
-        TextVocab.from_tokenizer(SimpleNamespace(name_or_path="some-gpt", cls_token_id=1, sep_token_id=2, pad_token_id=3))
+        TextVocab.from_tokenizer(SimpleNamespace(name_or_path="some-gpt", cls_token_id=1, sep_token_id=2))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -94,7 +94,8 @@ def test_chosen_tokens_are_the_rate_and_split_80_10_10_with_uniform_random_ids(o
     for row in range(600):
         ids, sequence_id, ends = make_row(row, lengths=[T - 2])
         ids[10:20:5], ids[11:20:5] = MASK, SEP  # specials inside a chunk are never chosen
-        inputs = make_inputs(objective, ids, sequence_id, ends, mask_rate=rate, vocab=vocab, rng=row_generator(7, 0, row))
+        inputs = make_inputs(objective, ids, sequence_id, ends, mask_rate=rate, vocab=vocab,
+                             rng=row_generator(7, 0, row))
         chosen = np.roll(inputs.labels, 1) != -100 if objective == "mntp" else inputs.labels != -100
         columns.append((ids, inputs.input_ids, chosen, ~np.isin(ids, [CLS, SEP, PAD, MASK])))
     ids, input_ids, chosen, maskable = (np.concatenate(column) for column in zip(*columns))
@@ -115,7 +116,8 @@ def test_a_row_with_a_text_token_has_a_target_spread_evenly(objective, vocab):
     ids, sequence_id, ends = make_row(4, lengths=[5, 1], length=16)
     chosen = []
     for row in range(1200):
-        inputs = make_inputs(objective, ids, sequence_id, ends, mask_rate=1e-9, vocab=vocab, rng=row_generator(1, 0, row))
+        inputs = make_inputs(objective, ids, sequence_id, ends, mask_rate=1e-9, vocab=vocab,
+                             rng=row_generator(1, 0, row))
         [target] = np.flatnonzero(inputs.labels != -100)
         chosen.append(target + (objective == "mntp"))
     counts = np.bincount(chosen, minlength=16)

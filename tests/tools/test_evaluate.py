@@ -35,7 +35,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> tu
     model, folder = parity.random_model(config), tmp_path_factory.mktemp("encoder")
     content = weights_checkpoint(model.state_dict(), config, objective="mlm", tokenizer=str(tokenizer_dir))
     torch.save(content, folder / "a.pt")
-    return folder / "a.pt", export_model(model, config, str(tokenizer_dir), folder / "hf", objective="mlm")
+    return folder / "a.pt", export_model(model, config, load(tokenizer_dir), folder / "hf", objective="mlm")
 
 
 @pytest.fixture(scope="module")

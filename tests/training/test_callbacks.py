@@ -17,6 +17,7 @@ class Sampler(nn.Module):
     """Draws random numbers and must be in eval mode."""
 
     objective = "clm"
+    predictor = property(lambda self: self)
 
     def generate(self, prompts, max_new_tokens):
         assert not self.training
