@@ -3,8 +3,8 @@
     python benchmarks/loader.py runs/demo/data                      this tree
     python benchmarks/loader.py runs/demo/data . ../other-tree      several trees in turn, and the ratio to the first
 
-A round is 25 batches of 32 rows of 1,024, each split into microbatches of 8 rows. Each tree has a process of its own, and
-the trees take turns round by round, so that other load on the machine meets all of them alike. Prints medians.
+A round is 25 batches of 32 rows of 1,024, each split into microbatches of 8 rows. Each tree has a process of its own,
+and the trees take turns round by round, so that other load on the machine meets all of them alike. Prints medians.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
 """How the order of rows behaves on a set of two trillion tokens: start-up, memory, and rows at any step.
 
-    python benchmarks/order_at_scale.py                          2.8e9 chunks in 70,000 shards, sources as in pretraining
-    python benchmarks/order_at_scale.py --set runs/demo/data     lengths of a converted set instead of the standard library's
+    python benchmarks/order_at_scale.py                        2.8e9 chunks in 70,000 shards, sources as in pretraining
+    python benchmarks/order_at_scale.py --set runs/demo/data   lengths of a converted dataset, not the standard library's
 
 No shard exists. A shard's histogram of chunk lengths is drawn from that of real text: the standard library's files,
-counted in words and signs and cut as chunks are (or lengths.npy of a converted set). To keep the preparation
-short there are `--kinds` different histograms, which the shards share; the order does not know that. Sources have shards in
-the proportions of data_prep/sources.yaml. What reading a real shard costs is not in these figures: the lengths of a shard's
-chunks come from a random permutation of its histogram.
+counted in words and signs and cut as chunks are (or lengths.npy of a converted set). To keep the preparation short
+there are `--kinds` different histograms, which the shards share; the order does not know that. Sources have shards in
+the proportions of data_prep/sources.yaml. What reading a real shard costs is not in these figures: the lengths of a
+shard's chunks come from a random permutation of its histogram.
 
-Each place is measured in a process of its own: `start` makes the order, `first row` is what a resumed run then waits for
-(tokens before the row, and the row), `first step` all rows of one step, `later` a row of the step after that. `peak` is what
-the process took beyond its imports and the simulated set. `manifest` opens a manifest.json of as many shards as a set has.
-Prints a table and writes nothing (the manifest lies in a temporary folder meanwhile).
+Each place is measured in a process of its own: `start` makes the order, `first row` is what a resumed run then waits
+for (tokens before the row, and the row), `first step` all rows of one step, `later` a row of the step after that.
+`peak` is what the process took beyond its imports and the simulated set. `manifest` opens a manifest.json of as many
+shards as a set has. Prints a table and writes nothing (the manifest lies in a temporary folder meanwhile).
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def write_manifest(folder: Path, table: dict[str, Any], max_seq_len: int) -> Non
 
 
 def peak_bytes() -> int:
-    """Most memory that this process has had. Not getrusage's, which begins with that of the process it was forked from."""
+    """Most memory that this process has had; getrusage's begins with that of the process it was forked from."""
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
 
 
@@ -143,10 +143,11 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
     later = (time.perf_counter() - begin) / case["step_rows"]
     begin = time.perf_counter()
     ahead = order.shards_ahead(row)
-    return {"step": step + 1, "start": start, "first": first, "whole": whole, "later": later, "peak": peak_bytes() - before,
-            "ahead": time.perf_counter() - begin, "num_ahead": len(ahead), "tokens": order.tokens_per_epoch,
-            "rows": order.rows_per_epoch,
-            "fill": order.tokens_per_epoch / (order.rows_per_epoch * case["max_seq_len"]), "at_once": order.shards_at_once}
+    seconds = time.perf_counter() - begin
+    tokens, rows = order.tokens_per_epoch, order.rows_per_epoch
+    return {"step": step + 1, "start": start, "first": first, "whole": whole, "later": later, "ahead": seconds,
+            "num_ahead": len(ahead), "tokens": tokens, "rows": rows, "fill": tokens / (rows * case["max_seq_len"]),
+            "at_once": order.shards_at_once, "peak": peak_bytes() - before}
 
 
 def in_process(case: dict[str, Any]) -> dict[str, float]:
@@ -169,7 +170,8 @@ def main() -> None:
         print(json.dumps(measure(pickle.load(sys.stdin.buffer))))
         return
     table = simulate(options)
-    case = {"table": table, "max_seq_len": options.max_seq_len, "window": options.window, "step_rows": options.step_rows}
+    case = {"table": table, "max_seq_len": options.max_seq_len, "window": options.window,
+            "step_rows": options.step_rows}
     results = [in_process({**case, "place": place}) for place in PLACES]
     with tempfile.TemporaryDirectory() as folder:
         write_manifest(Path(folder), table, options.max_seq_len)
@@ -178,8 +180,8 @@ def main() -> None:
     report(options, table, results, opened, size)
 
 
-def report(options: argparse.Namespace, table: dict[str, Any], results: list[dict[str, float]], opened: dict[str, float],
-           size: int) -> None:
+def report(options: argparse.Namespace, table: dict[str, Any], results: list[dict[str, float]],
+           opened: dict[str, float], size: int) -> None:
     first = results[0]
     num_chunks = int(SimulatedSet(**table).samples.sum())
     print(f"{num_chunks:,} chunks in {options.shards:,} shards of {len(set(table['sources']))} sources, "

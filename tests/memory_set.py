@@ -1,4 +1,4 @@
-"""Sets for tests of order, batches and mixtures: in memory with mds.MDSSplit's interface, or written by hand to disk."""
+"""Datasets for tests of order, batches and mixtures: in memory with the interface of `MDSSplit`, or written to disk."""
 
 from __future__ import annotations
 

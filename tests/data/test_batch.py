@@ -59,8 +59,8 @@ def flat_by_loops(batch):
     bounds += [len(ids)] * bool(ids)
     lengths = [end - begin for begin, end in zip(bounds, bounds[1:])]
     return {"input_ids": ids, "position_ids": positions, "target_positions": targets, "target_labels": labels,
-            **({"target_weights": weights} if "row_weight" in batch else {}), **counts,
-            "cu_seqlens": bounds, "max_seqlen": max(lengths, default=0), "num_tokens": len(ids), "num_targets": len(labels),
+            **({"target_weights": weights} if "row_weight" in batch else {}), **counts, "num_tokens": len(ids),
+            "cu_seqlens": bounds, "max_seqlen": max(lengths, default=0), "num_targets": len(labels),
             **{key: value for key, value in batch.items() if not isinstance(value, torch.Tensor)}}
 
 

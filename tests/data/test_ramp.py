@@ -63,7 +63,7 @@ def test_sizes_share_the_tokens_asked_for_in_proportion_to_themselves(warmup, la
 
 @pytest.mark.parametrize(("change", "machine", "message"), [
     ({"step": 3}, {}, "batch_size_warmup must have the keys min_size"),
-    ({"min_size": 2.0}, {}, "min_size must be .*2816, .*got 2.0"), ({"min_size": 300}, {}, "min_size must be .*got 300"),
+    ({"min_size": 2.0}, {}, "min_size must be .*2816, .*got 2.0"), ({"min_size": 300}, {}, "min_size must .*got 300"),
     ({"min_size": 2816}, {}, "min_size must be .*got 2816"), ({"tokens": "0tok"}, {}, "tokens must be above 0"),
     ({"tokens": "0.1dur"}, {}, "batch_size_warmup.tokens"), ({}, {"total": 10**9}, "within max_duration"),
     ({}, {"world_size": 3}, "min_size must be a multiple of the 3 processes, got 352"),

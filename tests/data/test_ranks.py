@@ -55,7 +55,7 @@ def test_two_ranks_equal_one(kind, objective, two_ranks, data_set, tmp_path):
         for key in ("input_ids", "labels", "sequence_id"):
             assert torch.equal(torch.cat([rank["batches"][step][key] for rank in ranks]), alone[key])
         assert {rank["batches"][step]["tokens_before"] for rank in ranks} == {alone["tokens_before"]}
-    assert compare_steps(tmp_path, two_ranks / f"{kind}-{objective}") is None  # rank 0 wrote the hash of all ranks' rows
+    assert compare_steps(tmp_path, two_ranks / f"{kind}-{objective}") is None  # rank 0 wrote the hash of all rows
     assert len(read_steps(tmp_path)) == 3
     for rank in ranks:
         assert rank["lrs"] == capture.lrs and rank["tokens"] == capture.tokens
