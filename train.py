@@ -1,9 +1,11 @@
-"""Merges recipe and overlays, prints what will run, and hands it to LLM-Foundry.
+"""Trains a model: merges recipe and overlays, prints what will run, and hands it to LLM-Foundry.
 
-    composer train.py recipe.yaml [overlay.yaml ...] [key=value ...] [--dry-run]
+    composer train.py RECIPE.yaml [OVERLAY.yaml ...] [KEY=VALUE ...] [--dry-run]
 
-Later files win over earlier ones, and key=value wins over files. `--dry-run` stops before any work. What protects a run
-is not here but in `ettin_foundry.training.checks`, which stock `llmfoundry train` reaches too.
+Later files win over earlier ones, and key=value wins over files. `--dry-run` stops before any work. `ettin recipes` lists
+the recipes; each says at its top what `variables` a person sets.
+
+Example: composer train.py yamls/nano.yaml yamls/options/decoder.yaml max_duration=200_000tok
 """
 
 from __future__ import annotations
@@ -26,6 +28,10 @@ __all__ = ["configure", "main", "merge", "read"]
 
 def main(argv: list[str]) -> int:
     """Runs the command line; 1 and one line on standard error when the configuration is refused."""
+    # what protects a run is in training/checks.py, which stock `llmfoundry train` reaches too
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
     dry_run = "--dry-run" in argv
     try:
         config = configure([arg for arg in argv if arg != "--dry-run"])

@@ -1,5 +1,6 @@
 """The command `ettin`: every command on a real file, and one clear line for bad input."""
 
+import inspect
 import subprocess
 import sys
 
@@ -7,7 +8,10 @@ import parity
 import pytest
 import torch
 
+from ettin_foundry import __version__
+from ettin_foundry.cli import data
 from ettin_foundry.cli.main import main
+from ettin_foundry.corpus.convert import ConvertOptions
 from ettin_foundry.hub.folder import export_model
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.weights import import_folder, weights_checkpoint
@@ -56,9 +60,25 @@ def test_help_is_fast_and_names_every_command():
     code = ("import sys; from ettin_foundry.cli.main import main\ntry:\n    main(['--help'])\nexcept SystemExit: pass\n"
             "print(sorted({'torch', 'transformers', 'composer', 'llmfoundry'} & set(sys.modules)))")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip().endswith("[]")
-    for command in ("export", "import", "convert", "generate", "fill-mask"):
-        assert f"\n  {command} " in out
+    assert out.strip().endswith("[]") and "\nData:\n  convert " in out
+
+
+@pytest.mark.parametrize("words, said", [
+    ("exprot a b", "Did you mean 'export'?"), ("export a b --overwite", "--overwrite"),
+    ("convert a --out b --engine fsat", "'fsat' is not one of 'auto', 'fast', 'tokenizers'. Did you mean 'fast'?"),
+    ("generate", "Missing argument 'SOURCE'")])
+def test_a_wrong_word_names_the_nearest_right_one(words, said, capsys):
+    code, _, err = run(capsys, *words.split())
+    assert code == 2 and said in err
+
+
+def test_version_and_defaults_are_those_of_the_package(capsys):
+    assert run(capsys, "--version") == (0, f"{__version__}\n", "")
+    given = {name: option.default for name, option in inspect.signature(data.convert).parameters.items()
+             if name in ConvertOptions.__dataclass_fields__}
+    needed = {"sources": ["x"], "out": "y", "tokenizer": "z"}
+    ours, theirs = ConvertOptions(**{**given, **needed}), ConvertOptions(**needed)
+    assert ours.record() == theirs.record() and (ours.engine, ours.executor) == (theirs.engine, theirs.executor)
 
 
 def test_checkpoint_to_folder_to_checkpoint_is_bit_equal(decoder, tokenizer, tmp_path, capsys):
@@ -138,7 +158,8 @@ def test_bad_input_is_one_line_and_exit_code_1(encoder, tokenizer, tmp_path, cap
     assert (tmp_path / "copy/yamls/phases/cross.yaml").is_file()
     for arguments, words in (
         (("export", tmp_path / "there.pt", tmp_path / "o"), "there.pt"),
-        (("export", good, tmp_path / "o", "--ema"), "ettin average"),
+        (("export", good, tmp_path / "o", "--ema"), "ettin average"), (("export", good, "o", "--tags"), "--every"),
+        (("verify", "x", "--no-samples"), "every sample"), (("show", "x", "--picture", "y.svg"), "lengths.svg"),
         (("export", good, folder), "exists and is not empty"),
         (("import", folder, tmp_path / "there.pt"), "--overwrite"),
         (("generate", folder, "x"), "use fill-mask"),

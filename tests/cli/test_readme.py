@@ -16,7 +16,8 @@ COMMANDS = typer.main.get_command(app).commands
 EXAMPLES = {name: re.findall(r"^Example: (ettin .*)", command.help, re.M) for name, command in COMMANDS.items()}
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("composer train.py")])
+@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("composer train.py")]
+                         + re.findall("^Example: (composer .*)", (nano_run.ROOT / "train.py").read_text(), re.M))
 def test_every_training_command_is_a_valid_run(line, monkeypatch):
     from ettin_foundry.training import checks, recipes
 
@@ -29,6 +30,11 @@ def test_every_training_command_is_a_valid_run(line, monkeypatch):
 def test_every_command_and_option_exists(line):
     name, *words = shlex.split(line.replace("python data_prep/convert.py", "ettin convert"))[1:]
     COMMANDS[name].make_context(name, words)
+
+
+def test_the_help_of_train_py_says_how_it_is_called(capsys):
+    program = nano_run.program()
+    assert program.main(["--help"]) == 0 and "RECIPE.yaml [OVERLAY.yaml ...] [KEY=VALUE ...]" in capsys.readouterr().out
 
 
 def test_every_help_has_one_example_and_a_first_sentence_of_one_line(capsys, monkeypatch):
