@@ -140,13 +140,18 @@ def suite(
     found = load(file, [*(settings or []), *([f"command={command}"] if command is not None else [])])
     from ettin_foundry.tools.suite_run import StageFailed, check_suite, run_suite, signals
 
+    fairness = check_suite(found, allow_unfair=allow_unfair)
     if list_ or json_:
-        check_suite(found, allow_unfair=allow_unfair)
         _list(found, json_)
         return
     try:
         with signals():
-            run_suite(found, only=stage or [], report_only=report, allow_unfair=allow_unfair)
+            if not report:
+                run_suite(found, only=stage or [])
+            if not stage:
+                from ettin_foundry.tools.report import write_report
+
+                write_report(found, fairness)
     except StageFailed as error:
         print(f"error: {error}\nNothing after it was started. The same command continues.", file=sys.stderr)
         raise typer.Exit(3) from None
@@ -157,7 +162,7 @@ def suite(
 
 def _list(found: Any, as_json: bool) -> None:
     stages = [{"name": stage.name, "from": stage.source, "pair": stage.pair, "folder": str(stage.folder),
-               "max_duration": stage.config["max_duration"], "command": found.words(stage)} for stage in found.stages]
+               "max_duration": stage.config["max_duration"], "command": stage.words} for stage in found.stages]
     if as_json:
         print(json.dumps({"name": found.name, "root": str(found.root), "stages": stages}, indent=1))
         return

@@ -28,12 +28,14 @@ from ettin_foundry.tools.suite_run import compare_pair, say, stage_state
 from ettin_foundry.training.steps import read_steps
 
 
-def write_report(suite: Suite, fairness: Mapping[str, Mapping[str, Any]], *, seconds: float) -> str:
-    """Exports, evaluates, draws and writes; returns one line that says what was made, where, and how long it took.
+def write_report(suite: Suite, fairness: Mapping[str, Mapping[str, Any]]) -> None:
+    """Exports, evaluates, draws and writes; `fairness` is what `suite_run.check_suite` found.
 
-    Args:
-        fairness: what `suite_run.check_suite` found. seconds: since the suite was started this time.
+    Raises:
+        ValueError: stages that are not finished, or a pair that read different rows.
     """
+    if unfinished := [stage.name for stage in suite.stages if not stage_state(stage).finished]:
+        raise ValueError(f"--report: {', '.join(unfinished)} not finished; run the suite without it")
     suite.root.mkdir(parents=True, exist_ok=True)
     runs: list[LoggedRun] = []
     stages = [_read_stage(stage, runs) for stage in suite.stages]
@@ -51,20 +53,18 @@ def write_report(suite: Suite, fairness: Mapping[str, Mapping[str, Any]], *, sec
     trained = sum(facts["seconds"] or 0 for facts in stages)
     report = {"name": suite.name, "suite": suite.path, "stages": stages, "pairs": pairs, "fairness": fairness,
               "allowed_unfair": [key for key, entry in fairness.items() if not entry["fair"]], "models": models,
-              "pictures": ["losses.png"] if runs else [], "training_seconds": trained, "seconds": round(seconds, 1)}
+              "pictures": ["losses.png"] if runs else [], "training_seconds": trained}
     (suite.root / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     (suite.root / "report.md").write_text("\n".join(_markdown(suite, report)) + "\n", encoding="utf-8")
     Console(width=None if Console().is_terminal else 160).print(Markdown("\n".join(_models(suite, report))))
-    return (f"{suite.name}: {len(stages)} stages, {sum(facts['tokens'] for facts in stages):,} tokens in "
-            f"{format_duration(trained)} of training; {len(models)} models in {suite.root / 'models'}, report in "
-            f"{suite.root / 'report.md'}; this call took {format_duration(seconds)}")
+    say(f"{suite.name}: {len(stages)} stages, {sum(facts['tokens'] for facts in stages):,} tokens in "
+        f"{format_duration(trained)} of training; {len(models)} models in {suite.root / 'models'}, report in "
+        f"{suite.root / 'report.md'}")
 
 
 def _read_stage(stage: Stage, runs: list[LoggedRun]) -> dict[str, Any]:
     """A finished stage's row of the report; what it logged is added to `runs`."""
     state = stage_state(stage)
-    if not state.finished:
-        raise ValueError(f"stages.{stage.name}: not finished; run it before the report")
     facts = {"stage": stage.name, "from": stage.source, "pair": stage.pair, "objective": _objective(state.record),
              "tokens": state.tokens, "folder": str(stage.folder), "checkpoint": str(state.checkpoint),
              "run_hash": state.record.get("run_hash"),

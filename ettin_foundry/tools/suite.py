@@ -19,10 +19,11 @@ starts with (`variables.source`); stages of one `pair` are compared. `extends` n
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -85,6 +86,7 @@ class Stage:
     """One run of train.py."""
 
     name: str
+    command: tuple[str, ...]  # what starts a run
     args: tuple[str, ...]  # YAML files and key=value, as train.py takes them; without those that `scale` adds
     folder: Path  # its save folder
     source: str | None = None  # the stage whose weights it starts with
@@ -92,18 +94,23 @@ class Stage:
     scale: float = 1.0
 
     @functools.cached_property
-    def arguments(self) -> list[str]:
-        """What train.py is given; raises as `recipes.configure`, with the stage's name before the message."""
-        return [*self.args, *(_scaled(self._resolved(self.args), self.scale) if self.scale != 1 else ())]
+    def words(self) -> list[str]:
+        """The exact command line; raises as `recipes.resolved`, with the stage's name before the message."""
+        with self.named():
+            scaled = _scaled(recipes.resolved(self.args), self.scale) if self.scale != 1 else []
+        return [*self.command, *self.args, *scaled]
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """The run's configuration as plain containers, interpolations resolved; raises as `arguments`."""
-        return self._resolved(self.arguments)
+        """The run's configuration as plain containers, interpolations resolved; raises as `words`."""
+        with self.named():
+            return recipes.resolved(self.words[len(self.command):])
 
-    def _resolved(self, args: Sequence[str]) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """Puts the stage's name before the message of an error that is raised within."""
         try:
-            return recipes.resolved(args)
+            yield
         except (ValueError, OSError) as error:
             raise type(error)(f"stages.{self.name}: {error}") from error
 
@@ -115,7 +122,6 @@ class Suite:
     path: str
     name: str
     root: Path
-    command: tuple[str, ...]
     stages: tuple[Stage, ...]  # each after the one that it starts from
     exports: Mapping[str, str]  # name of a model -> stage
     evaluation: Evaluation | None
@@ -136,10 +142,6 @@ class Suite:
         """{pair: its members in order}."""
         names = dict.fromkeys(stage.pair for stage in self.stages if stage.pair is not None)
         return {name: [stage for stage in self.stages if stage.pair == name] for name in names}
-
-    def words(self, stage: Stage) -> list[str]:
-        """The exact command line of a stage."""
-        return [*self.command, *stage.arguments]
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
@@ -164,8 +166,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
             raise ValueError(f"{path}: exports.{model} must be one of {', '.join(names)}, got {stage!r}")
     if (file.evaluation or file.samples != Samples()) and not file.exports:
         raise ValueError(f"{path}: evaluation and samples need exports, which are what is evaluated; add exports")
-    return Suite(str(path), file.name, Path(file.root), tuple(shlex.split(file.command)), stages, file.exports,
-                 file.evaluation, file.samples)
+    return Suite(str(path), file.name, Path(file.root), stages, file.exports, file.evaluation, file.samples)
 
 
 def _read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -200,7 +201,8 @@ def _stages(path: str, file: _File) -> tuple[Stage, ...]:
             raise ValueError(f"{where}.overrides must be key=value without {', '.join(_OWN_KEYS)}, got {wrong[0]!r}")
         source = [] if block.source is None else [f"variables.source={found[block.source].folder}"]
         args = *block.yaml, f"run_name={file.name}-{name}", f"save_folder={folder}", *own, *source
-        found[name] = Stage(name, args, folder, block.source, block.pair, file.scale)
+        command = tuple(shlex.split(file.command))
+        found[name] = Stage(name, command, args, folder, block.source, block.pair, file.scale)
     pairs = [stage.pair for stage in found.values() if stage.pair is not None]
     if alone := [pair for pair in pairs if pairs.count(pair) < 2]:
         raise ValueError(f"{path}: pair must stand in at least two stages, got {alone[0]!r} in one")

@@ -82,10 +82,9 @@ def check_suite(suite: Suite, *, allow_unfair: bool = False) -> dict[str, dict[s
         ValueError, FileNotFoundError: naming the stage and the key.
     """
     for stage in suite.stages:
-        try:
-            checks.check_settings(stage.config)
-        except ValueError as error:
-            raise ValueError(f"stages.{stage.name}: {error}") from error
+        config = stage.config
+        with stage.named():
+            checks.check_settings(config)
     reports = {}
     for pair, (first, *others) in suite.pairs().items():
         for other in others:
@@ -105,29 +104,22 @@ def check_suite(suite: Suite, *, allow_unfair: bool = False) -> dict[str, dict[s
 # ------------------------------------------------------------------ running
 
 
-def run_suite(suite: Suite, *, only: Sequence[str] = (), report_only: bool = False, allow_unfair: bool = False) -> None:
-    """Trains what is not finished, compares pairs, then exports, evaluates and reports.
+def run_suite(suite: Suite, *, only: Sequence[str] = ()) -> None:
+    """Trains what is not finished of a suite that `check_suite` accepts, and compares pairs.
 
     Args:
-        only: names of stages; nothing but these is trained, and nothing is reported.
-        report_only: nothing is trained; every stage must be finished.
+        only: names of stages; nothing but these is trained.
 
     Raises:
-        ValueError, FileNotFoundError: a setting, a folder, data, or a pair that read different rows.
+        ValueError, FileNotFoundError: a folder, data, or a pair that read different rows.
         StageFailed: a stage failed; the message has its reason.
         KeyboardInterrupt: this process was told to end; the stage's process was ended before.
     """
-    begin = time.monotonic()
-    stages = [suite.stage(name) for name in only] or list(suite.stages)
-    fairness = check_suite(suite, allow_unfair=allow_unfair)
+    stages = [suite.stage(name) for name in only] or suite.stages
     unfinished = [stage for stage in stages if not stage_state(stage).finished]
-    if report_only and unfinished:
-        raise ValueError(f"--report: {', '.join(s.name for s in unfinished)} not finished; run the suite without it")
     for stage in unfinished:
-        try:
+        with stage.named():
             checks.check_files(stage.config)  # data of a late phase, before the first has run for weeks
-        except (ValueError, OSError) as error:
-            raise type(error)(f"stages.{stage.name}: {error}") from error
     for number, stage in enumerate(stages, 1):
         title = f"{number}/{len(stages)} {stage.name}"
         if stage in unfinished:
@@ -136,17 +128,13 @@ def run_suite(suite: Suite, *, only: Sequence[str] = (), report_only: bool = Fal
             say(f"{title}: finished, {stage_state(stage).tokens:,} tokens")
         if stage.pair is not None:
             compare_pair(suite.pairs()[stage.pair])
-    if not only:
-        from ettin_foundry.tools.report import write_report
-
-        say(write_report(suite, fairness, seconds=time.monotonic() - begin))
 
 
 def _train(suite: Suite, stage: Stage, title: str) -> None:
     if stage.source is not None and not stage_state(suite.stage(stage.source)).finished:
         raise ValueError(f"stages.{stage.name}: starts from {stage.source}, which is not finished; run that first")
     begin = time.monotonic()
-    failed = _run_process(stage, suite.words(stage), title)
+    failed = _run_process(stage, title)
     state = stage_state(stage)
     if failed is None and not state.finished:
         failed = f"exit code 0, but with {state.tokens:,} tokens of {stage.config['max_duration']}; see {stage.folder}"
@@ -190,14 +178,14 @@ def signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _run_process(stage: Stage, words: Sequence[str], title: str) -> str | None:
+def _run_process(stage: Stage, title: str) -> str | None:
     """Trains a stage in a process of its own; None if that ended with 0, else how it ended and the lines that say why.
 
     Raises:
         ValueError: another process trains in the stage's folder, or the command cannot be started.
     """
     stage.folder.mkdir(parents=True, exist_ok=True)
-    path = stage.folder / "suite.log"
+    path, words = stage.folder / "suite.log", stage.words
     # the environment of this interpreter comes first, whether or not it is activated
     places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     with (stage.folder / ".suite.lock").open("a") as lock, path.open("ab") as output:

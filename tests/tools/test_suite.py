@@ -156,9 +156,9 @@ def test_stages_run_in_order_with_the_listed_commands_and_a_second_call_trains_n
     suite = small.suite(evaluation=None, exports={})
     run_suite(suite)
     assert small.trained == ALL
-    assert [[sys.executable, str(small.program), *args] for args in small.called] == [suite.words(s) for s in suite.stages]
+    assert [[sys.executable, str(small.program), *args] for args in small.called] == [s.words for s in suite.stages]
     log = (suite.stage("encoder-pretrain").folder / "suite.log").read_text()
-    assert log.strip().splitlines() == [f"$ {shlex.join(suite.words(suite.stages[0]))}", "training encoder-pretrain"]
+    assert log.strip().splitlines() == [f"$ {shlex.join(suite.stages[0].words)}", "training encoder-pretrain"]
     capfd.readouterr()
     run_suite(small.suite(prepare=False))
     assert small.trained == ALL
@@ -194,9 +194,8 @@ def test_one_stage_runs_alone_after_the_one_it_starts_from(small: Small) -> None
     run_suite(suite, only=["encoder-pretrain"])
     run_suite(suite, only=["encoder-extend"])
     assert small.trained == ["encoder-pretrain", "encoder-extend"]
-    assert not (small.folder / "root" / "report.json").exists()
     with pytest.raises(ValueError, match=r"--report: decoder-pretrain, decoder-extend not finished"):
-        run_suite(suite, report_only=True)
+        write_report(suite, {})
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -227,7 +226,7 @@ def test_the_stage_holds_the_lock_itself_so_that_it_outlives_us(small: Small) ->
     suite = small.suite()
     small.plan("encoder-pretrain", "hang")
     code = ("import sys; from ettin_foundry.tools.suite import load; from ettin_foundry.tools import suite_run\n"
-            "suite = load(sys.argv[1]); suite_run._run_process(suite.stages[0], suite.words(suite.stages[0]), 'x')")
+            "suite = load(sys.argv[1]); suite_run._run_process(suite.stages[0], 'x')")
     parent = subprocess.Popen([sys.executable, "-c", code, str(small.file)], env={**os.environ, "PYTHONPATH": str(ROOT)})
     child = None
     try:
@@ -264,9 +263,9 @@ def test_an_unfair_pair_is_refused_and_allowed_by_hand(small: Small) -> None:
     small.plain["stages"]["decoder-pretrain"]["overrides"] = ["train_loader.shuffle_seed=22"]
     suite = small.suite(exports={}, evaluation=None)
     with pytest.raises(ValueError, match=r"(?s)could not be compared.*train_loader.shuffle_seed.*--allow-unfair"):
-        run_suite(suite)
-    assert small.called == []
-    run_suite(suite, allow_unfair=True)
+        check_suite(suite)
+    run_suite(suite)
+    write_report(suite, check_suite(suite, allow_unfair=True))
     report = json.loads((small.folder / "root" / "report.json").read_text())
     assert report["allowed_unfair"] == ["pair pretrain: encoder-pretrain, decoder-pretrain"]
     text = (small.folder / "root" / "report.md").read_text()
@@ -283,8 +282,7 @@ def test_a_late_stage_that_could_not_run_is_found_before_the_first_starts(
     for member in ("encoder-extend", "decoder-extend"):  # alone they are no pair, which is not what is tested here
         small.plain["stages"][member].pop("pair")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        run_suite(small.suite(prepare=False))
-    assert small.called == []
+        check_suite(small.suite(prepare=False))
 
 
 @pytest.mark.parametrize("change, key", [
@@ -359,6 +357,7 @@ def test_the_report_says_what_the_exported_folders_are(small: Small, data_set: P
                                                        capfd: pytest.CaptureFixture[str]) -> None:
     suite = small.suite()
     run_suite(suite)
+    write_report(suite, check_suite(suite))
     root = small.folder / "root"
     report = json.loads((root / "report.json").read_text())
     assert report["pairs"]["extend"] == {"members": ["encoder-extend", "decoder-extend"], "steps_with_equal_rows": STEPS}
@@ -396,7 +395,7 @@ def test_the_report_says_why_a_number_is_missing(small: Small) -> None:
     (suite.stage("decoder-extend").folder / "steps.jsonl").write_text("")
     for stage in suite.pairs()["pretrain"]:
         assert stage_state(stage).finished
-    write_report(suite, {}, seconds=1.0)
+    write_report(suite, {})
     text = (small.folder / "root" / "report.md").read_text()
     for words in ("encoder-extend: no losses and times", "decoder-extend: no losses and times", "encoder: not evaluated: ",
                   "| encoder-extend | encoder-pretrain | mlm | 4,000 | - | - | - | - |", "a [MASK] -> "):
