@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,26 @@ def set_in(*path: Any, value: Any) -> Callable[[Any], None]:
             content = content[step]
         content[path[-1]] = value
     return change
+
+
+WRONG = (None, True, -1, 0, 1, 2**31, 2**62, 1.5, "", "../outside/secret.mds", "/etc/passwd", "pkl", [], {}, ["x"])
+
+
+def spoil(path: Path, *, values: int = 6) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Puts some wrong values, one after the other, in each place of a JSON file; says which, and restores it."""
+    def places(content: Any) -> Iterator[tuple[Any, ...]]:
+        pairs = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+        for step, value in pairs:
+            yield from ((step,), *((step, *rest) for rest in places(value)))
+
+    text, draw = path.read_text(), random.Random(1)
+    for place in places(json.loads(text)):
+        for value in draw.sample(WRONG, values):
+            path.write_text(text)
+            edit(path.parent, set_in(*place, value=value), path.name)
+            if json.loads(path.read_text()) != json.loads(text):
+                yield place, value
+    path.write_text(text)
 
 
 def seal(folder: Path) -> None:

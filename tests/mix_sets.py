@@ -1,13 +1,10 @@
 """Small converted sets, and mixtures built from them, for the tests of mixtures."""
 
-import json
-
 import numpy as np
 import yaml
 from memory_set import write_set
 
 from ettin_foundry.corpus.mix import build_mix
-from ettin_foundry.data import MANIFEST
 
 
 def shards(number, *, seed, chunks=60, longest=62):
@@ -39,13 +36,6 @@ def write_spec(folder, **changes):
 
 def build(root, name="mix", seed=21, **changes):
     return build_mix(write_spec(root.parent, **changes), root.parent / name, seed=seed)
-
-
-def edit(mix, change, split="train"):
-    path = mix / split / MANIFEST
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
 
 
 def chunks_of(data):

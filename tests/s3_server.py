@@ -1,7 +1,4 @@
-"""An S3 server on loopback (moto's) for tests, which can be told to fail: busy answers, and answers cut off in the middle.
-
-Server and faults live in the test's process; clients may be in any process that gets `environment`.
-"""
+"""An S3 server on loopback (moto's) for tests, which can be told to fail: busy answers, and answers cut off."""
 
 from __future__ import annotations
 
@@ -16,8 +13,6 @@ from typing import Any, NamedTuple
 
 
 class Request(NamedTuple):
-    """What was asked of the server."""
-
     method: str
     path: str  # /bucket/key
     range: str | None  # bytes=0-99 where a part was asked for
@@ -47,10 +42,6 @@ class S3Server:
         application = self._with_faults(DomainDispatcherApplication(create_backend_app))
         self.server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=QuietHandler)
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
-        self.environment = {"S3_ENDPOINT_URL": self.endpoint, "AWS_ACCESS_KEY_ID": "test",
-                            "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
-                            "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/dev/null",
-                            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"}
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self.thread.start()
         self.empty()
@@ -62,8 +53,10 @@ class S3Server:
         self.thread.join()
 
     def connect(self, monkeypatch: Any, *, block_bytes: int | None = None) -> None:
-        """Makes this process talk to the server, without waiting between tries; children get `environment` by it too."""
-        for name, value in self.environment.items():
+        """Makes this process, and its children, talk to the server, this one without waiting between tries."""
+        for name, value in {"S3_ENDPOINT_URL": self.endpoint, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+                            "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+                            "AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"}.items():
             monkeypatch.setenv(name, value)
         for module in ("botocore.endpoint", "ettin_foundry.data.storage"):
             monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=lambda seconds: None))
@@ -71,7 +64,7 @@ class S3Server:
             monkeypatch.setattr("ettin_foundry.data.storage._BLOCK_BYTES", block_bytes)
 
     def empty(self) -> None:
-        """Back to one empty bucket, no faults, no requests: between tests that share a server."""
+        """Back to one empty bucket, no faults, no requests."""
         self.clear()
         reset = urllib.request.Request(f"{self.endpoint}/moto-api/reset", method="POST")  # its state outlives a server
         urllib.request.urlopen(reset).close()
@@ -80,7 +73,6 @@ class S3Server:
 
     @functools.cached_property  # slow to make
     def client(self) -> Any:
-        """A boto3 client of this server, for what the methods below do not do."""
         from boto3.session import Session
 
         session = Session(aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1")
@@ -102,22 +94,19 @@ class S3Server:
 
     def fail(self, matches: Callable[[Request], bool], *, times: int = 1, status: int = 503) -> None:
         """The next `times` requests that match get this status and nothing is done for them."""
-        with self.lock:
-            self.faults.append([matches, times, status, 0])
+        self.faults.append([matches, times, status, 0])
 
     def cut(self, matches: Callable[[Request], bool], *, times: int = 1, after: int = 1000) -> None:
         """The next `times` answers that match promise all their bytes; the connection is lost after `after` of them."""
-        with self.lock:
-            self.faults.append([matches, times, None, after])
+        self.faults.append([matches, times, None, after])
 
     def faults_left(self) -> int:
         return sum(fault[1] for fault in self.faults)
 
     def clear(self) -> None:
         """Forgets the faults that are left, and the requests."""
-        with self.lock:
-            self.faults.clear()
-            self.requests.clear()
+        self.faults.clear()
+        self.requests.clear()
 
     def _with_faults(self, application: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
         def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:

@@ -10,10 +10,11 @@ import re
 import shutil
 from pathlib import Path
 
+import hand_made
 import numpy as np
 import pytest
 import zstd
-from hand_made import CONFIG, NAMES, array_file, edit, random_documents, samples_of, seal, set_in, shard_bytes, write_split
+from hand_made import NAMES, array_file, edit, random_documents, samples_of, seal, set_in, shard_bytes, write_split
 
 from ettin_foundry.data.shards import MDSSplit
 
@@ -70,36 +71,34 @@ def test_the_split_that_is_spoilt_was_good(split, masters):
 # ------------------------------------------------------------------ what manifest and index state
 
 
-RAW, ZIPPED, FIRST = ("shards", 0, "raw"), ("shards", 0, "zip"), ("shards", 1)
-LIES = [
-    *[(set_in(*RAW, "basename", value=bad), "basename") for bad in (
-        "../outside/secret.mds", "/etc/secret.mds", "a/b.mds", ".hidden.mds", "shard\0.mds", "", "s" * 300 + ".mds",
-        "lengths.npy", "a.mds\n")],
-    (set_in("lengths", "basename", value="../outside/secret"), "lengths"),
-    (set_in("lengths", "basename", value=SHARD), "lengths"),
+@pytest.mark.parametrize("packed", [False, True])
+def test_any_wrong_value_in_a_manifest_is_refused_or_changes_nothing(split, packed):
+    folder, refusals = split(packed), 0
+    expected = samples_of(MDSSplit(folder))
+    for place, value in hand_made.spoil(folder / "manifest.json"):
+        for path in folder.glob("*.mds") if packed else ():
+            path.unlink()
+        try:
+            found = samples_of(MDSSplit(folder))
+        except (ValueError, OSError) as error:
+            assert str(folder) in str(error), (place, value, error)
+            refusals += 1
+        else:
+            assert found == expected and place[-1] not in ("basename", "bytes", "xxh64", "zip", "samples"), (place, value)
+    assert refusals > 200
+
+
+RAW, FIRST = ("shards", 0, "raw"), ("shards", 1)
+LIES = [  # values that are wrong only beside others
+    (set_in("lengths", "basename", value=SHARD), "lengths"), (set_in("lengths", "bytes", value=2**31), "lengths"),
     (lambda m: m["shards"][0].update(m["shards"][1]), "basename"),
     (set_in("columns", "extra", value="pkl"), "columns"), (set_in("columns", "tokens", value="pkl"), "columns"),
-    *[(set_in(*RAW, "bytes", value=bad), "bytes") for bad in (0, -1, 2**32)], (set_in(*RAW, "xxh64", value="abc"), "xxh64"),
-    (set_in("lengths", "bytes", value=2**31), "lengths"), (set_in("compression", value="br"), "compression"),
-    (set_in(*ZIPPED, value={"basename": SHARD + ".zstd", "bytes": 9, "xxh64": "0" * 16}), "zip"),
-    *[(set_in("totals", key, value=1), f"totals.{key}") for key in ("samples", "tokens", "documents")],
-    (lambda m: m["totals"].pop("samples"), "totals.samples"),
-    *[(set_in(*FIRST, "samples", value=value), "shards.1.*samples") for value in (0, -5, 3.0)],
-    (set_in(*FIRST, "tokens", value=True), "shards.1.tokens"), (set_in(*FIRST, "tokens", value=2**62), "shards.1.tokens"),
+    (set_in("shards", 0, "zip", value={"basename": SHARD + ".zstd", "bytes": 9, "xxh64": "0" * 16}), "zip"),
+    *[(set_in(*RAW, "basename", value=value), "basename") for value in (".hidden.mds", "shard\0.mds", "s" * 300, "a.mds\n")],
     (lambda m: m["shards"][1].update(samples=10**6, tokens=10**6), "must fit"),
-    (lambda m: m["shards"][1].update(tokens=m["shards"][1]["raw"]["bytes"]), "must fit"),
     (set_in(*FIRST, "tokens", value=1), "must fit"), (set_in(*FIRST, "documents", value=10**6), "documents"),
-    (set_in(*FIRST, "rows", "64", value=-1), "rows.64"), (set_in(*FIRST, "rows", "64", value=10**6), "rows"),
-    (set_in(*FIRST, "rows", "abc", value=1), "rows.abc"), (lambda m: m["shards"][1].pop("source"), "source"),
-    (set_in("shards", value=[]), "shards"), (set_in("shards", value=[3]), "shards.0"),
-    *[(set_in("chunk_length", value=value), "chunk_length") for value in (0, "62")],
-    (set_in("chunk_length", value=5), "tokens|lengths"), (lambda m: m["tokenizer"].pop("vocab_size"), "vocab_size"),
-    (set_in("tokenizer", "vocab_size", value=2**20), "vocab_size"), (set_in("version", value=2), "version"),
-]
-ZSTD_LIES = [  # of a compressed split
-    (set_in(*ZIPPED, "basename", value="../outside/secret.zstd"), "zip"), (set_in(*ZIPPED, value=None), "zip"),
-    (lambda m: m["shards"][0]["zip"].update(basename=m["shards"][1]["zip"]["basename"]), "zip"),
-    (set_in(*ZIPPED, "bytes", value=2**31), "zip"),
+    (set_in(*FIRST, "rows", "64", value=10**6), "rows"), (lambda m: m["shards"][1].pop("source"), "source"),
+    (set_in("chunk_length", value=5), "tokens|lengths"),
 ]
 COUNTS = [  # what only a full check looks at
     (set_in(*FIRST, "rows", "64", value=1), "shards.1: rows of 64 is 1"),
@@ -110,14 +109,14 @@ COUNTS = [  # what only a full check looks at
 INDEX_LIES = [
     lambda i: i["shards"][1]["raw_data"].update(basename="../outside/secret.mds"), lambda i: i["shards"].pop(),
     lambda i: i["shards"][0].update(column_encodings=["pkl"] * 5), lambda i: i.pop("shards")]
-STATED = [*((change, f"manifest.json: .*(?:{message})", read_all) for change, message in LIES + ZSTD_LIES),
+STATED = [*((change, f"manifest.json: .*(?:{message})", read_all) for change, message in LIES),
           *((*case, check_all) for case in COUNTS), *((change, "index.json: ", check_all) for change in INDEX_LIES)]
 
 
 @pytest.mark.parametrize("number", range(len(STATED)))
-def test_manifests_and_indices_that_state_what_is_not_are_refused(split, number):
+def test_manifests_and_indices_that_contradict_themselves_are_refused(split, number):
     change, message, read = STATED[number]
-    folder = split(change in [lie for lie, _ in ZSTD_LIES])
+    folder = split(False)
     edit(folder, change, "index.json" if change in INDEX_LIES else "manifest.json")
     refused(folder, message, read=read)
 
@@ -210,19 +209,13 @@ def config(change):
 
 FORGERIES = [
     *[(lambda d, number=number: put(d, 0, number), f"states {number} samples") for number in (0, 3, 2**32 - 1)],
-    (lambda d: put(d, 4 + 4 * 2, sample_at(d, 1)), "offsets overlap"),
-    (lambda d: put(d, 4 + 4 * 2, sample_at(d, 5)), "offsets overlap|do not add up"),
-    (lambda d: put(d, 4, 8), "offsets overlap"), (lambda d: put(d, 4 + 4 * 3, 2**32 - 1), "offsets overlap"),
+    *[(lambda d, at=at, to=to: put(d, at, to), "offsets overlap") for at, to in ((4, 8), (4 + 4 * 3, 2**32 - 1))],
     (lambda d: d.extend(b"xx"), "leave the file"),
-    (lambda d: d.__setitem__(slice(sample_at(d, -2), len(d)), b""), "offsets overlap|leave the file"),
-    (lambda d: put(d, sample_at(d, 0), 2**32 - 1), "do not add up"),
-    (lambda d: put(d, sample_at(d, 0) + 8, 2**31), "do not add up"),
     (lambda d: (put(d, sample_at(d, 0), 2**32 - 8), put(d, sample_at(d, 0) + 4, 20)), "do not add up"),
     (no_tokens, "a sample has no tokens"),
-    *[(lambda d, byte=byte: d.__setitem__(array_at(d), byte), "one row of uint16") for byte in (8, 6, 7, 0)],
-    (lambda d: d.__setitem__(array_at(d) + 1, d[array_at(d) + 1] - 1), "one row of uint16"),
+    *[(lambda d, byte=byte: d.__setitem__(array_at(d), byte), "one row of uint16") for byte in (8, 6, 0)],
     (lambda d: put(d, sample_at(d, 1) - 2, 60_000, "<u2"), "token 60000 in chunk 0"),
-    (lambda d: put(d, last_at(d), 2, "<i8"), "`last`"), (lambda d: put(d, last_at(d), -(2**63), "<i8"), "`last`"),
+    (lambda d: put(d, last_at(d), -(2**63), "<i8"), "`last`"),
     (lambda d: put(d, sample_at(d, 0) + 12, 0xFF, "u1"), "not UTF-8"),
     *[(config(change), "has other columns") for change in (
         lambda c: c.replace(b'"int", "int"', b'"pkl", "int"'), lambda c: c.replace(b'"mds"', b'"csv"'),
@@ -254,9 +247,9 @@ class Payload:
 
 def test_a_pickle_column_is_never_decoded(split):
     folder, payload = split(False), pickle.dumps(Payload())
-    encodings = {**dict(zip(NAMES, CONFIG["column_encodings"])), "extra": "pkl", "tokens": "pkl"}
+    encodings = {**dict(zip(NAMES, hand_made.CONFIG["column_encodings"])), "extra": "pkl", "tokens": "pkl"}
     names = sorted(encodings)
-    forged = {**CONFIG, "column_names": names, "column_encodings": [encodings[name] for name in names],
+    forged = {**hand_made.CONFIG, "column_names": names, "column_encodings": [encodings[name] for name in names],
               "column_sizes": [8 if encodings[name] == "int" else None for name in names]}
     sample = np.array([len(payload)] * 4, "<u4").tobytes() + payload * 4
     (folder / SHARD).write_bytes(shard_bytes([sample], forged))
@@ -281,12 +274,11 @@ NPY = b"\x93NUMPY\1\0"
     (lambda a: array_file(swap(a)), f"{SHARD}: its chunk lengths differ"),
     (lambda a: array_file(a[::-1]), "lengths.npy: row 0 counts"),
     (lambda a: array_file(a + np.eye(*a.shape, dtype=a.dtype)), "lengths.npy: row 0 counts"),
-    (lambda a: array_file(a + np.array(2**32 - 1, "<u4")), "lengths.npy: row 0 counts"),
     *[(lambda a, change=change: change(a), "lengths.npy: its header|lengths must") for change in (
         lambda a: array_file(a.astype(np.int64)), lambda a: array_file(a[:-1]),
         lambda a: array_file(np.asfortranarray(a)), lambda a: array_file(np.array([Payload()])), lambda a: b"junk" * 20,
         lambda a: NPY + b"\x30\0" + b"__import__('os').mkdir('executed')".ljust(48), lambda a: NPY + b"\xff\xff{")],
-], ids=range(11))
+], ids=range(10))
 def test_other_tables_of_lengths_are_refused(split, change, message):
     folder = split(False)
     (folder / "lengths.npy").write_bytes(change(np.load(folder / "lengths.npy")))

@@ -1,6 +1,7 @@
 """Reading a split: the same as the stock reader on good files, and every damaged byte noticed. Lies: test_hostile.py."""
 
 import pickle
+import random
 import shutil
 from pathlib import Path
 
@@ -126,11 +127,8 @@ def test_a_compressed_shard_is_expanded_once_and_made_again_when_it_is_damaged(p
     expected, when = first.chunk(BAD, 0).tolist(), raw.stat().st_mtime_ns
     assert MDSSplit(packed).chunk(BAD, 0).tolist() == expected and raw.stat().st_mtime_ns == when
     assert [path.name for path in packed.glob("*.mds")] == [raw.name]  # only what is read
-    assert not list((packed / ".cache").glob("*.part"))
-    for at in (0, 3, 40, -1):
-        flip(raw, at)
-        assert MDSSplit(packed).chunk(BAD, 0).tolist() == expected and f"{raw.name}: xxh64 is" in caplog.text
-        caplog.clear()
+    flip(raw, 40)
+    assert MDSSplit(packed).chunk(BAD, 0).tolist() == expected and f"{raw.name}: xxh64 is" in caplog.text
 
 
 def test_expanding_stops_at_the_declared_size():
@@ -157,24 +155,16 @@ def test_no_flipped_byte_is_read_silently(kind, name, request, tmp_path):
     assert MDSSplit(folder).chunk(BAD, 0).size
 
 
-def test_a_shard_that_changes_while_training_is_noticed_when_it_is_mapped_again(private):
-    data = MDSSplit(private, max_open=1)
-    data.chunk(BAD, 0)
-    data.chunk(0, 0)
-    flip(shard_file(private, BAD), -1)
-    with pytest.raises(ValueError, match="altered"):
-        data.chunk(BAD, 0)
-
-
-def test_any_flipped_byte_under_a_right_hash_is_refused_or_a_token_of_the_vocabulary(plain):
+def test_any_wrong_bytes_under_a_right_hash_are_refused_or_tokens_of_the_vocabulary(plain):
     """Structure is checked for itself: whoever can write a shard can also write its hash."""
     good = shard_file(plain, BAD).read_bytes()
     sizes = {"num_samples": int(MDSSplit(plain).samples[BAD]), "chunk_length": CHUNK_LENGTH, "vocab_size": VOCAB_SIZE}
     expected = parse_shard(good, "x", **sizes)
-    rng, refused = np.random.default_rng(5), 0
-    for at in rng.integers(0, len(good), 400).tolist():
-        spoilt = bytearray(good)
-        spoilt[at] ^= 1 << int(rng.integers(8))
+    rng, refused = random.Random(5), 0
+    for _ in range(1200):  # most of them in what describes the samples
+        at, spoilt = rng.randrange(rng.choice((len(good), 600))), bytearray(good)
+        wrong = rng.choice((bytes([good[at] ^ 1 << rng.randrange(8)]), bytes(4), b"\xff" * 4, b"\xff" * 8, rng.randbytes(4)))
+        spoilt[at:at + len(wrong)] = wrong[:len(good) - at]
         try:
             found = parse_shard(bytes(spoilt), "x", **sizes)
         except ValueError:
