@@ -13,6 +13,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -155,11 +156,9 @@ def convert(options: ConvertOptions) -> Summary:
     tok = _tokenizer(options, storage, before, sources)
     facts = tokenizers.fingerprint(tok)
     plan, again = plans.plan_conversion(options, before, sources, tokenizer=facts, storage=storage)
-    for unit in again:
-        log.warning("%s is done again: its input has changed", unit.label)
-        storage.delete(plans.record_name(unit.number))
-    done = done_units(storage, plan)
-    todo = [unit for unit in plan.units if unit.number not in done]
+    libraries = ["tokenizers", "zstd"] if options.compression else ["tokenizers"]
+    made_with = ", ".join(f"{name} {version(name)}" for name in libraries)
+    todo = _undone(storage, plan, again, made_with)
     plans.check_append(todo, plan, sources)
     if plan != before:
         if before is None or before.tokenizer != plan.tokenizer:
@@ -176,12 +175,29 @@ def convert(options: ConvertOptions) -> Summary:
                          options.engine)
     job = ConvertUnit(storage.url if is_url(storage.url) else os.path.abspath(storage.url),
                       {**plan.options, "max_bad_records": options.max_bad_records},
-                      {source.name: source for source in sources}, plan.base_key, spec, options.filters)
+                      {source.name: source for source in sources}, plan.base_key, spec, options.filters, made_with)
     if todo and options.filters.deduplicate:
         _find_duplicates(job, plan, options, storage)
     tokens = _execute(job, todo, "documents", options)
     manifests = finalize(options.out, max_bad_records=options.max_bad_records) if options.task_index is None else {}
     return Summary(storage.url, manifests, time.perf_counter() - begin, (len(todo), len(plan.units)), tokens)
+
+
+def _undone(storage: Storage, plan: plans.Plan, changed: Sequence[plans.Unit], made_with: str) -> list[plans.Unit]:
+    """Units to do, among them those whose input `changed`, and those of no finished dataset done by other libraries."""
+    def withdraw(unit: plans.Unit, why: str) -> None:
+        log.warning("%s is done again: %s", unit.label, why)
+        storage.delete(plans.record_name(unit.number))
+
+    for unit in changed:
+        withdraw(unit, "its input has changed")
+    done = done_units(storage, plan)
+    others = [unit for unit in plan.units if done.get(unit.number, {}).get("made_with", made_with) != made_with]
+    finished = plans.published_units(storage) if others else set()
+    for unit in others:
+        if unit.number not in finished:
+            withdraw(unit, f"it was done with {done.pop(unit.number)['made_with']}, here is {made_with}")
+    return [unit for unit in plan.units if unit.number not in done]
 
 
 def _execute(job: HashUnit, units: Sequence[plans.Unit], title: str, options: ConvertOptions) -> int:

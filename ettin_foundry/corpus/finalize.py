@@ -75,9 +75,10 @@ def finalize(out: str | os.PathLike[str], *, max_bad_records: int | None = None)
     write_card(storage, manifests, lengths)
     named = {f"{split}/{file['basename']}" for split, manifest in manifests.items() for shard in manifest["shards"]
              for file in (shard["raw"], shard["zip"]) if file}
-    for split in SPLITS:  # shards of units that a changed input left without a place
-        for name in {name for name, _ in storage.list(f"{split}/shard.")} - named:
-            storage.delete(name)
+    for split in SPLITS:  # what tries with other options or another input left
+        for name, _ in storage.list(f"{split}/"):
+            if name.startswith(f"{split}/shard.") and name not in named:
+                storage.delete(name)
     shutil.rmtree(storage.scratch(), ignore_errors=True)  # what killed processes left
     return manifests
 

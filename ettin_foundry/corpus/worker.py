@@ -87,15 +87,11 @@ class ConvertUnit(HashUnit):
 
     tokenizer: TokenizerSpec
     filters: FilterOptions
+    made_with: str  # the versions of the libraries that shape the bytes
 
     def __call__(self, unit: Unit, report: Report) -> int:
-        storage, record = open_storage(self.out), _Conversion(self, unit, report).run()
-        written = {f"{split}/{file['basename']}" for split, counts in record["splits"].items()
-                   for shard in counts["shards"] for file in (shard["raw"], shard["zip"]) if file}
-        for split in SPLITS:  # an earlier try may have had other options
-            for name in {name for name, _ in storage.list(f"{split}/shard.{unit.number:05d}.")} - written:
-                storage.delete(name)
-        storage.write_bytes(record_name(unit.number), json.dumps(record).encode() + b"\n")
+        record = _Conversion(self, unit, report).run()
+        open_storage(self.out).write_bytes(record_name(unit.number), json.dumps(record).encode() + b"\n")
         return sum(counts["tokens"] for counts in record["splits"].values())
 
 
@@ -216,7 +212,7 @@ class _Conversion:
         if (kept := sum(s["documents"] + sum(s["dropped"].values()) for s in splits.values())) != read:
             raise RuntimeError(f"{self.unit.label}: {read} documents read, {kept} written or dropped")
         return {"unit": self.unit.number, "key": record_key(self.job.base_key, self.unit),
-                "source": self.unit.source, "read": read, "splits": splits}
+                "source": self.unit.source, "made_with": self.job.made_with, "read": read, "splits": splits}
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:

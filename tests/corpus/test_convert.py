@@ -19,18 +19,20 @@ from ettin_foundry.corpus.filters import FilterOptions
 from ettin_foundry.data import tokenizer as tokenizers
 from ettin_foundry.data.shards import MDSSplit
 
+DOCUMENTS = make_documents(200)  # those of the fixture `corpus`
 
-def test_a_dataset_holds_exactly_the_tokens_of_the_corpus_in_its_order(data_set, tokenizer_dir, documents):
+
+def test_a_dataset_holds_exactly_the_tokens_of_the_corpus_in_its_order(data_set, tokenizer_dir):
     plain = AutoTokenizer.from_pretrained(tokenizer_dir)
     sides = [stored(data_set / split) for split in ("train", "validation")]
     found = {**sides[0], **sides[1]}
-    assert sorted(found) == sorted(f"doc-{i}" for i in range(len(documents)))
-    for index, text in enumerate(documents):
+    assert sorted(found) == sorted(f"doc-{i}" for i in range(len(DOCUMENTS)))
+    for index, text in enumerate(DOCUMENTS):
         assert found[f"doc-{index}"].tolist() == plain(text, add_special_tokens=False)["input_ids"]
     numbers = [int(name[4:]) for name in sides[0]]
     assert numbers == sorted(numbers)
     splits = [MDSSplit(data_set / split) for split in ("train", "validation")]
-    assert sum(split.manifest["totals"]["documents"] for split in splits) == len(documents)
+    assert sum(split.manifest["totals"]["documents"] for split in splits) == len(DOCUMENTS)
     assert sum(split.manifest["totals"]["tokens"] for split in splits) == sum(map(len, found.values()))
     for split in splits:
         tokenizers.check(tokenizers.load(data_set / "tokenizer"), split.tokenizer)
@@ -46,14 +48,14 @@ def test_copies_of_a_document_are_on_one_side(tmp_path, tokenizer_dir):
     assert {name.partition("-")[2] for name in stored(tmp_path / "other" / "validation")} != sides[1]
 
 
-def test_a_tokenizer_is_trained_on_the_training_documents_only_and_names_no_place(tmp_path, corpus, documents):
+def test_a_tokenizer_is_trained_on_the_training_documents_only_and_names_no_place(tmp_path, corpus):
     out = tmp_path / "out"
     run(out, [corpus], None, train_tokenizer=400, validation=0.3)
     held_out = {int(name[4:]) for name in stored(out / "validation")}
-    expected = tokenizers.train_bpe((text for i, text in enumerate(documents) if i not in held_out), 400)
+    expected = tokenizers.train_bpe((text for i, text in enumerate(DOCUMENTS) if i not in held_out), 400)
     assert 20 < len(held_out) < 100
     assert tokenizers.load(out / "tokenizer").get_vocab() == expected.get_vocab() != \
-        tokenizers.train_bpe(documents, 400).get_vocab()
+        tokenizers.train_bpe(DOCUMENTS, 400).get_vocab()
     assert str(tmp_path) not in "".join(path.read_text() for path in out.rglob("*.json"))
 
 
@@ -73,8 +75,8 @@ def test_sources_have_shards_and_counts_of_their_own(tmp_path, tokenizer_dir, co
     assert sum(c["chunks"] for c in counts.values()) == data.samples.sum()
 
 
-def test_a_limit_ends_each_source_at_a_document(tmp_path, corpus, tokenizer_dir, documents):
-    sizes = np.cumsum([len(text.encode()) for text in documents]).tolist()
+def test_a_limit_ends_each_source_at_a_document(tmp_path, corpus, tokenizer_dir):
+    sizes = np.cumsum([len(text.encode()) for text in DOCUMENTS]).tolist()
     for limit, number in ((1, 1), (sizes[10], 11), (sizes[10] + 1, 12)):
         run(tmp_path / f"out{limit}", [corpus], tokenizer_dir, limit_bytes=limit)
         assert list(stored(tmp_path / f"out{limit}" / "train")) == [f"doc-{i}" for i in range(number)]
@@ -95,6 +97,19 @@ def test_duplicates_are_dropped_after_the_first_across_files_and_sources(tmp_pat
     assert list(stored(tmp_path / "out" / "train")) == list(first.values())
     counts = MDSSplit(tmp_path / "out" / "train").manifest["sources"]
     assert sum(c["dropped"].get("duplicate", 0) for c in counts.values()) == 450 - len(first) > 200
+
+
+def test_a_text_that_lies_twice_in_a_folder_is_read_once(tmp_path, tokenizer_dir, caplog):
+    """As `gzip -k` and `zstd` leave it, or as a link to it; a file of the same name in another folder is another text."""
+    folder, texts = tmp_path / "in", make_documents(30)
+    data = write_jsonl(folder / "a.jsonl", texts).read_bytes()
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(data))
+    (folder / "b.jsonl").symlink_to(folder / "a.jsonl")
+    write_jsonl(folder / "deeper" / "a.jsonl", ["kalo mi ter"])
+    summary = run(tmp_path / "out", [folder], tokenizer_dir)
+    assert summary.sources["in"]["documents"] == 31
+    for name in ("a.jsonl.gz", "b.jsonl"):
+        assert f"{name} is not read, as it is the text of a.jsonl" in caplog.text
 
 
 def test_each_filter_counts_what_it_drops(tmp_path, tokenizer_dir, monkeypatch):

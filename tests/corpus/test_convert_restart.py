@@ -10,11 +10,11 @@ import pytest
 from converting import UNIT, files_of, is_finished, run, stored, write_corpus, write_jsonl
 from s3_server import S3Server
 
+from ettin_foundry.corpus import convert as converting
 from ettin_foundry.corpus.filters import FilterOptions
 from ettin_foundry.corpus.finalize import finalize
 from ettin_foundry.corpus.verify import verify_dataset
 from ettin_foundry.corpus.worker import ConvertUnit
-from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import Storage
 
 SETTINGS = {"validation": 0.2, "filters": FilterOptions(deduplicate=True, min_characters=5)}
@@ -108,7 +108,7 @@ def test_appending_gives_the_bytes_of_converting_both_at_once(tmp_path, texts, t
 
 def test_a_growing_dataset_is_never_half_old_and_half_new(tmp_path, texts, tokenizer_dir):
     """Killed at every write of an append: what has a manifest is whole, and the command goes on."""
-    write_corpus(tmp_path / "more", files=1, documents=20, seed=5)
+    write_corpus(tmp_path / "more", files=1, documents=20, seed=5, first=6)
     run(tmp_path / "both", [texts, tmp_path / "more"], tokenizer_dir, validation=0.2)
     run(tmp_path / "set", [texts], tokenizer_dir, validation=0.2)
     states, operation = set(), 2
@@ -116,7 +116,7 @@ def test_a_growing_dataset_is_never_half_old_and_half_new(tmp_path, texts, token
         manifests = sorted((tmp_path / "set").rglob("manifest.json"))
         states.add(len(manifests))
         for manifest in manifests:
-            MDSSplit(manifest.parent).verify()
+            assert stored(manifest.parent)
         operation += 1
     assert states >= {0, 2} and files_of(tmp_path / "set") == files_of(tmp_path / "both")
 
@@ -221,6 +221,24 @@ def test_nothing_is_left_of_a_try_with_other_options(tmp_path, texts, tokenizer_
     run(out, [texts], tokenizer_dir, unit_size=unit_size)
     run(tmp_path / "new", [texts], tokenizer_dir, unit_size=unit_size)
     assert files_of(out) == files_of(tmp_path / "new") and before - {*out.rglob("*")}
+
+
+def test_units_of_another_tokenizers_version_are_done_again_in_an_unfinished_dataset(
+        tmp_path, texts, tokenizer_dir, monkeypatch, caplog):
+    out, more = tmp_path / "set", write_corpus(tmp_path / "more", files=2, first=6)
+    run(tmp_path / "new", [texts], tokenizer_dir)
+    for release in ("0.1", "0.2"):
+        monkeypatch.setattr(converting, "version", lambda name, release=release: release)
+        assert killed(12, out, [texts], tokenizer_dir)
+        assert all(f"tokenizers {release}" in path.read_text() for path in (out / "units").iterdir())
+    monkeypatch.undo()
+    run(out, [texts], tokenizer_dir)
+    assert files_of(out) == files_of(tmp_path / "new") and "it was done with tokenizers 0.2, here is" in caplog.text
+    monkeypatch.setattr(converting, "version", lambda name: "0.3")  # what is finished stays, also when it grows
+    (out / "train" / "shard.00001.000.mds").unlink()
+    assert run(out, [texts], tokenizer_dir).units[0] == 1
+    summary = run(out, [tmp_path / "more"], None, append=True)
+    assert summary.units[0] == summary.units[1] - len(list((tmp_path / "new" / "units").iterdir())) and more
 
 
 def test_lost_shards_are_made_again_and_a_foreign_record_is_refused(tmp_path, texts, tokenizer_dir, whole):
