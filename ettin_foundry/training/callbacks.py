@@ -11,7 +11,7 @@ from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 
-from ettin_foundry.training.run_config import must_be
+from ettin_foundry.training.run_config import require
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 def interval_passed(key: str, value: str) -> Any:
     """Composer's function of (state, event) that says when an interval has passed."""
     time = Time.from_input(value, TimeUnit.EPOCH)
-    if time.unit not in (TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE) or time.value < 1:
-        raise must_be(key, "at least 1, in ba, tok or sp", value, "give a time such as 1000ba")
+    require(time.unit in (TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE) and time.value >= 1, key,
+            "at least 1, in ba, tok or sp", value, "give a time such as 1000ba")
     return create_interval_scheduler(value, include_end_of_training=False)
 
 
@@ -35,32 +35,30 @@ class LogSamples(Callback):
     """
 
     def __init__(self, interval: str, prompts: list[str], max_new_tokens: int = 32, top_k: int = 3):
-        if isinstance(prompts, str) or not prompts:
-            raise must_be("callbacks.ettin_samples.prompts", "a list of at least one text", prompts, "write a YAML list")
+        require(not isinstance(prompts, str) and prompts, "callbacks.ettin_samples.prompts",
+                "a list of at least one text", prompts, "write a YAML list")
         self.prompts, self.max_new_tokens, self.top_k = list(prompts), max_new_tokens, top_k
         self._due = interval_passed("callbacks.ettin_samples.interval", interval)
         self._model: Any = None
 
     def init(self, state: State, logger: Logger) -> None:
         if state.fsdp_config is not None:
-            raise ValueError("callbacks.ettin_samples: given with fsdp_config; one rank alone cannot run a sharded model")
+            raise ValueError("callbacks.ettin_samples: given with fsdp_config; one rank cannot run a sharded model")
         self._model = state.model
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if not self._due(state, Event.BATCH_CHECKPOINT) or dist.get_global_rank() != 0:
             return
-        was_training = self._model.training
+        was_training, predictor = self._model.training, self._model.predictor
         self._model.eval()
-        try:
-            with torch.random.fork_rng(), torch.no_grad(), get_precision_context(state.precision):
-                if self._model.objective == "clm":
-                    texts = map(repr, self._model.predictor.generate(self.prompts, max_new_tokens=self.max_new_tokens))
-                else:
-                    texts = (", ".join(f"{token!r} {share:.3f}" for token, share in candidates)
-                             for candidates in self._model.predictor.fill_mask(self.prompts, top_k=self.top_k))
-                rows = [[prompt, text] for prompt, text in zip(self.prompts, texts)]
-        finally:
-            self._model.train(was_training)
+        with torch.random.fork_rng(), torch.no_grad(), get_precision_context(state.precision):
+            if self._model.objective == "clm":
+                texts = [repr(text) for text in predictor.generate(self.prompts, max_new_tokens=self.max_new_tokens)]
+            else:
+                texts = [", ".join(f"{token!r} {share:.3f}" for token, share in candidates)
+                         for candidates in predictor.fill_mask(self.prompts, top_k=self.top_k)]
+        self._model.train(was_training)
+        rows = [[prompt, text] for prompt, text in zip(self.prompts, texts)]
         for prompt, text in rows:
             log.info("batch %d: %r -> %s", state.timestamp.batch.value, prompt, text)
         logger.log_table(["prompt", "output"], rows, name="samples")

@@ -1,8 +1,8 @@
 """Checkpoints of Composer, read: nothing pickled runs before it was checked, and the newest complete one is found.
 
-mosaicml 0.32.1 unpickles whatever it loads (`torch.load(weights_only=False)`), and torch does so with `.metadata` and byte
-entries of sharded checkpoints. Here unpicklers know allow-listed types only, and `install_validation` makes Composer ask
-them before each load, also of files it downloaded: what passes names no other global, whoever loads it.
+mosaicml 0.32.1 unpickles whatever it loads, and torch does so with `.metadata` and byte entries of sharded checkpoints.
+Here unpicklers know allow-listed types only, and `install_validation` makes Composer ask them before each load, also of
+files it downloaded.
 """
 
 from __future__ import annotations
@@ -47,15 +47,16 @@ _METADATA_TYPES = frozenset({
 
 @contextlib.contextmanager
 def _allow_data_only(path: Path) -> Iterator[None]:
-    """torch.load inside reads data types only; whatever else a pickle asks for is a ValueError that names it."""
+    """torch.load inside reads data types only; a ValueError names what else a pickle asks for."""
     try:
         with torch.serialization.safe_globals(_DATA_TYPES):
             yield
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError,
+            ValueError) as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"its pickle asks for {found[1]}" if found else "its pickle is not one of torch.save"
-        raise ValueError(f"{path}: {what}; loading it could run code, so only checkpoints of tensors and plain data are "
-                         "read. If you trust its origin, write its weights anew, as safetensors") from error
+        raise ValueError(f"{path}: {what}; loading it could run code, so only tensors and plain data are read; if you "
+                         "trust its origin, write its weights as safetensors") from error
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -89,7 +90,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 def _read_state(path: Path, wanted: Callable[[tuple[Any, ...]], bool]) -> tuple[dict[str, Any], bool]:
-    """A checkpoint's `state`, of a sharded one the wanted keys of it only, and whether the optimizer's moments are there."""
+    """A checkpoint's `state`, of a sharded one its wanted keys only, and whether the optimizer's moments are there."""
     if not path.is_dir():
         state = load_checkpoint(path).get("state", {})
         return state, any((optimizer or {}).get("state") for optimizer in (state.get("optimizers") or {}).values())
@@ -97,7 +98,7 @@ def _read_state(path: Path, wanted: Callable[[tuple[Any, ...]], bool]) -> tuple[
     for info in metadata.storage_data.values():
         part = path / info.relative_path
         if not part.is_file() or part.stat().st_size < info.offset + info.length:
-            raise ValueError(f"{path}: {part.name} is missing or cut short; copy it again, or give an earlier checkpoint")
+            raise ValueError(f"{path}: {part.name} is missing or cut short; copy it again, or give another checkpoint")
     found: dict[str, Any] = {"state": {}}
     for name, keys in metadata.planner_data.items():
         if keys[0] == "state" and wanted(keys[1:]):
@@ -112,13 +113,10 @@ def _read_state(path: Path, wanted: Callable[[tuple[Any, ...]], bool]) -> tuple[
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A Composer `.pt` file as a dict (`state`, `rng`), on the CPU, tensors mapped from the file rather than read.
-
-    FileNotFoundError, or ValueError: a global outside the allow-list (named), not a file of torch.save, or a folder.
-    """
+    """A Composer `.pt` file as a dict (`state`, `rng`), on the CPU, its tensors mapped from the file."""
     path = Path(path)
     if (path / "config.json").exists():
-        raise ValueError(f"{path}: a Hugging Face folder, not a checkpoint; make one with `ettin import {path} FILE.pt`")
+        raise ValueError(f"{path}: a Hugging Face folder, no checkpoint; make one with `ettin import {path} FILE.pt`")
     if path.exists() and not zipfile.is_zipfile(path):
         raise ValueError(f"{path}: not a whole archive as torch.save writes it; give another checkpoint")
     with _allow_data_only(path):
@@ -126,10 +124,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def validate(path: str | Path, specs: Sequence[tuple[int, int]] | None = None) -> bool:
-    """Checks a file before Composer reads it; a refusal is an error, which says more than a False.
-
-    specs: of a sharded checkpoint's data file, (offset, length) in bytes of the entries about to be read.
-    """
+    """Checks a file before Composer reads it; specs: (offset, length) of the entries wanted of a data file."""
     path = Path(path)
     if path.name == ".metadata":
         _read_metadata(path)
@@ -144,12 +139,12 @@ def validate(path: str | Path, specs: Sequence[tuple[int, int]] | None = None) -
 
 
 def install_validation() -> None:
-    """Has Composer call `validate` before it loads anything in this process; a user's own function stays in place."""
+    """Has Composer call `validate` before it loads anything in this process, unless a user's own function is set."""
     os.environ.setdefault("CHECKPOINT_VALIDATION_FUNCTION", f"{__name__}.validate")
 
 
 class Head(NamedTuple):
-    """What a checkpoint says of itself: `Clock.state_dict`, `RowStream.state_dict`, and whether it has the optimizer's."""
+    """What a checkpoint says of itself: `Clock.state_dict`, `RowStream.state_dict`, whether it has moments."""
 
     path: Path
     record: dict[str, Any]
@@ -171,21 +166,17 @@ def locate(path: str | Path) -> Path:
 def read_head(path: str | Path) -> Head:
     """What a checkpoint (as for `load_model_state`) says of itself, in a moment whatever its size."""
     path = locate(path)
-    state, has_moments = _read_state(path, lambda keys: keys[:2] == ("callbacks", "Clock") or keys[0] == "dataset_state")
+    state, has_moments = _read_state(path, lambda key: key[:2] == ("callbacks", "Clock") or key[0] == "dataset_state")
     data = (state.get("dataset_state") or {}).get("train") or {}
     return Head(path, decode_record(state.get("callbacks", {}).get("Clock", {})), dict(data), has_moments)
 
 
 def load_model_state(path: str | Path, *,
                      names: Collection[str] | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The weights in a Composer checkpoint, and what `clock.Clock` wrote about the run.
+    """({our name: tensor on the CPU}, what `Clock.state_dict` wrote about the run) of a Composer checkpoint.
 
-    Args:
-        path: a `.pt` file, a sharded checkpoint (every rank must call this), or a save folder (its newest complete one).
-        names: only these tensors, in our names; the others are not read.
-
-    Returns:
-        ({name without the `model.` prefix: tensor on the CPU}, what `Clock.state_dict` names, or nothing).
+    path: a `.pt` file, a sharded checkpoint (every rank must call this), or a save folder (its newest complete one).
+    names: only these tensors; the others are not read.
     """
     path = locate(path)
     state, _ = _read_state(path, lambda keys: keys[:2] == ("callbacks", "Clock") or keys[0] == "model" and (
@@ -210,7 +201,7 @@ def is_complete(path: Path) -> bool:
 
 
 def complete_checkpoints(save_folder: str | Path) -> list[Path]:
-    """The complete checkpoints of a save folder by batch number (`ba123`), then by time, the newest last; no links."""
+    """The complete checkpoints of a save folder by batch number (`ba123`), then by time; no links."""
     found = []
     for path in Path(save_folder).glob("*"):
         if (path.suffix == ".pt" or path.is_dir()) and not path.is_symlink() and is_complete(path):
@@ -227,16 +218,16 @@ def newest_complete(save_folder: str | Path) -> Path | None:
 def repair_latest(save_folder: str | Path, *, latest: str = "latest-rank0.pt") -> None:
     """Points the link that autoresume follows at the newest complete checkpoint, if it leads nowhere.
 
-    Composer, killed between removing and making it, leaves none, or one to half a file. Deletes nothing but that link.
+    Composer, killed between removing and making it, leaves none, or one to half a file.
     """
     link = Path(save_folder) / latest
     if is_complete(link):
         return
     if link.exists() and not link.is_symlink():
-        raise ValueError(f"{link}: a damaged file, not a link; move it away to resume from the newest complete checkpoint")
+        raise ValueError(f"{link}: a damaged file, not a link; move it away to resume from the newest checkpoint")
     if newest := newest_complete(save_folder):
         fresh = link.with_name(f".{link.name}.new")
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(newest.name)
         os.replace(fresh, link)  # atomic: a kill here leaves the old link or the new one
-        log.warning("%s was missing or broken; it leads to %s now, the newest complete checkpoint", link, newest.name)
+        log.warning("%s was missing or broken; it leads to %s now, the newest checkpoint", link, newest.name)

@@ -6,50 +6,57 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from composer.callbacks import CheckpointSaver
 from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist
 from llmfoundry.interfaces import CallbackWithConfig
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from ettin_foundry.data.storage import atomic_file, atomic_folder
 from ettin_foundry.data.tokenizer import fingerprint, save
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.weights import weights_checkpoint
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
-from ettin_foundry.training.checkpoints import decode_record, install_validation
+from ettin_foundry.training.checkpoints import decode_record, install_validation, newest_complete
 from ettin_foundry.training.run_config import config_hash, config_text
-from ettin_foundry.training.sources import check_resume
+from ettin_foundry.training.sources import check_resume, describe
+
+log = logging.getLogger(__name__)
 
 # of an optimizer group: what the recipe says
 _SETTINGS = ("initial_lr", "max_lr", "weight_decay", "beta1", "beta2", "betas", "eps")
 
 
 class Clock(CallbackWithConfig):
-    """Ties a step to the tokens before it, guards what is loaded, and writes into every checkpoint what it is.
+    """Ties a step to the tokens before it, guards what is loaded and saved, and writes into checkpoints what they are.
 
     - lr of batch k is exactly f(tokens before batch k); Composer's own value is one batch late.
     - The batch says how many tokens precede it in the stream; that must be Composer's token count.
-    - torch's generators are seeded from (seed, batch, rank) before each batch, so that dropout is a function of the step:
-      Composer 0.32.1 restores none when it resumes mid-epoch with a dataset that has state.
-    - After loading, the optimizer's settings are the recipe's, where Composer would keep the checkpoint's, and what must
-      not change in the middle of a run is compared (`check_resume`).
-    - Initial weights, drawn and not loaded, are written to `<save_folder>/initial/step0.pt`, which autoresume never sees.
+    - torch's generators are seeded from (seed, batch, rank) before each batch, since Composer 0.32.1 restores none when
+      it resumes mid-epoch with a dataset that has state: dropout is a function of the step.
+    - After loading, the optimizer's settings are the recipe's, where Composer would keep the checkpoint's, and what
+      must not change in the middle of a run is compared (`check_resume`).
+    - A loss or gradient that is not finite stops every rank at the end of its step, before anything is saved.
+    - Initial weights, drawn and not loaded, go to `<save_folder>/initial/step0.pt`, which autoresume never sees.
     - What this package logs is shown at the run's python_log_level.
 
     Args:
-        train_config: from LLM-Foundry. run_config: the same as the user's files say it (`config_text`), from the checks.
+        train_config: from LLM-Foundry. run_config: the same as in the user's files (`config_text`), from the checks.
+        accept: keys that may differ from the checkpoint that a run goes on from, such as `optimizer.lr`.
     """
 
-    def __init__(self, train_config: Mapping[str, Any], run_config: str | None = None):
+    def __init__(self, train_config: Mapping[str, Any], run_config: str | None = None, accept: Sequence[str] = ()):
         super().__init__(dict(train_config))
-        self._run = train_config
+        self._run, self._accept = train_config, list(accept)
         self._run_config = run_config or config_text(train_config)
         level = getattr(logging, str(train_config.get("python_log_level")).upper(), logging.WARNING)
         if level < logging.WARNING:  # the host sets the level of its own loggers only
@@ -58,6 +65,8 @@ class Clock(CallbackWithConfig):
         self._model: Any = None
         self._tokenizer: str | None = None  # where its copy lies
         self._given: list[dict[str, Any]] = []
+        self._squares = torch.zeros(())
+        self._summed: Any = None
         self.loaded: dict[str, Any] | None = None
         # a tuple: torch's sharded checkpoints flatten lists of dicts into keys, which must then be there on loading
         self.lineage: tuple[dict[str, Any], ...] = ()
@@ -73,14 +82,25 @@ class Clock(CallbackWithConfig):
     def after_load(self, state: State, logger: Logger) -> None:
         if self.loaded is not None and state.timestamp.batch > 0:
             own = state.load_path != self._run.get("load_path")  # then autoresume has found it
-            check_resume(self.loaded, decode_record(self.state_dict()), own=own,
-                         place=f"{state.load_path}, batch {state.timestamp.batch.value}")
+            place, time = f"{state.load_path}, batch {state.timestamp.batch.value}", state.timestamp
+            now = decode_record(self.state_dict())
+            if changed := describe(check_resume(self.loaded, now, place=place, own=own, accept=self._accept)):
+                changed += f" from batch {time.batch.value} ({time.token.value:,} tokens) on"
+                self.extend_lineage(self.loaded, state.load_path, changed, None)  # its tokens are on this clock
+                log.warning("going on from %s with %s", place, changed)
         for group, given in zip(_groups(state), self._given):
             group.update(given, lr=given["initial_lr"])
         for scheduler in state.schedulers:
             scheduler.base_lrs = [given["initial_lr"] for given in self._given]
 
+    def extend_lineage(self, record: Mapping[str, Any], path: Any, accepted: str | None, tokens: int | None) -> None:
+        """Adds what this run starts or goes on from to what stands in checkpoints and cards."""
+        entry = {"source": "/".join(Path(path).resolve().parts[-2:]), "tokens": tokens, "accepted": accepted,
+                 **{key: record.get(key) for key in ("objective", "phase", "run_hash")}}
+        self.lineage = (*record.get("lineage", ()), entry)
+
     def fit_start(self, state: State, logger: Logger) -> None:
+        self._count_checkpoints(state)
         folder, config = self._run.get("save_folder"), getattr(self._model, "config", None)
         if not folder or "://" in folder or not isinstance(config, EttinConfig):
             return
@@ -95,20 +115,28 @@ class Clock(CallbackWithConfig):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights: Any = get_model_state_dict(state.model, options=options)  # every rank gathers
         if dist.get_global_rank() == 0:
-            content = weights_checkpoint({name.removeprefix("model."): value for name, value in weights.items()}, config,
-                                         objective=self._model.objective)
+            plain = {name.removeprefix("model."): value for name, value in weights.items()}
+            content = weights_checkpoint(plain, config, objective=self._model.objective)
             content["state"]["callbacks"]["Clock"] = self.state_dict()
             with atomic_file(folder / "initial" / "step0.pt") as file:
                 torch.save(content, file)
+
+    def _count_checkpoints(self, state: State) -> None:
+        """Has the saver count the files of earlier processes of this run too, so that it removes the oldest of all."""
+        for saver in (each for each in state.callbacks if isinstance(each, CheckpointSaver)):
+            folder = format_name_with_dist(saver.folder, state.run_name)
+            depth = 2 if state.fsdp_sharded_state_dict_enabled else 1  # ba4/__0_0.distcp, or ba4.pt
+            paths = [Path(folder, *Path(name).parts[-depth:]) for name in saver.all_saved_checkpoints_to_timestamp]
+            saver.saved_checkpoints[:0] = [str(path) for path in paths if path.exists()]
 
     def batch_start(self, state: State, logger: Logger) -> None:
         batch, time = state.batch, state.timestamp
         if isinstance(batch, Mapping) and "tokens_before" in batch:
             stream, clock = int(batch["tokens_before"]), time.token.value
             if stream != clock:
-                raise ValueError(f"train_loader: its next batch comes after {stream} tokens of the stream, but the trainer "
-                                 f"has counted {clock} at batch {time.batch.value}; resume a whole checkpoint with the "
-                                 "same data and global batch, or enter it with callbacks.ettin_phase")
+                raise ValueError(f"train_loader: its next batch comes after {stream} tokens of the stream, but the "
+                                 f"trainer has counted {clock} at batch {time.batch.value}; resume a whole checkpoint "
+                                 "with the same data and global batch, or enter it with callbacks.ettin_phase")
         for scheduler in state.schedulers:
             lrs = [base * factor(scheduler.last_epoch)  # type: ignore[attr-defined]
                    for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]  # type: ignore[attr-defined]
@@ -117,6 +145,30 @@ class Clock(CallbackWithConfig):
             scheduler._last_lr = lrs
         words = (state.rank_zero_seed, time.batch.value, dist.get_global_rank())
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))  # and every CUDA device
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        """Sums the squares of all gradients; read at the end of the step, when nothing has to wait for it any more."""
+        gradients: list[Any] = [p.grad for p in state.model.parameters() if p.grad is not None]
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        self._squares = torch.stack(torch._foreach_norm(local)).square().sum()  # as the second moments, it may overflow
+        if local and isinstance(gradients[0], DTensor):  # else every rank has the same
+            self._summed = torch.distributed.all_reduce(self._squares, async_op=True)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self._summed is not None:
+            self._summed.wait()
+        loss, squares = float(state.total_loss_dict["loss/train/total"]), float(self._squares)  # the host sums the loss
+        if math.isfinite(loss) and math.isfinite(squares):
+            return
+        folder = format_name_with_dist(self._run.get("save_folder") or "", state.run_name)
+        newest = folder if "://" in folder else folder and newest_complete(folder)
+        what, value = ("loss", loss) if not math.isfinite(loss) else ("gradients", f"a sum of squares of {squares}")
+        advice = f"Go on from {newest} by the same command" if newest else "No checkpoint was saved before: start again"
+        key, before = " callbacks.ettin_clock.accept=[optimizer.lr]" if newest else "", state.previous_timestamp
+        assert before is not None
+        raise ValueError(f"{what} must be finite, got {value} at step {before.batch.value}, after "
+                         f"{before.token.value:,} tokens; nothing of it is saved. {advice} with a lower learning rate "
+                         f"(variables.peak_lr=...{key})")
 
     @functools.cached_property
     def _fingerprint(self) -> str:
@@ -134,7 +186,8 @@ class Clock(CallbackWithConfig):
         schedule = getattr(self._model, "objective_schedule", None)
         time = None if self._state is None else self._state.timestamp
         return {
-            "config": plain, "size": getattr(config, "size", None), "objective": getattr(self._model, "objective", None),
+            "config": plain, "size": getattr(config, "size", None),
+            "objective": getattr(self._model, "objective", None),
             "objective_schedule": json.dumps(None if schedule is None else ObjectiveSchedule.parse(schedule).plain()),
             "tokenizer": self._tokenizer or getattr(getattr(self._model, "tokenizer", None), "name_or_path", None),
             "tokenizer_fingerprint": self._fingerprint,

@@ -53,7 +53,6 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 """Of our blocks, by the name of their class: {key: default, or None}."""
 PARAMETERS["ettin"] |= dict.fromkeys(FIELDS)
 PARAMETERS["ettin_stable_adamw"] |= {"disable_grad": None, "param_groups": None}  # taken out by LLM-Foundry
-MODEL_KEYS = {name: tuple(PARAMETERS[name]) for name in REGISTRY["models"]}
 DEFAULTS = {name: {key: value for key, value in keys.items() if value is not None} for name, keys in PARAMETERS.items()}
 _HOST = read_parameters("llmfoundry.utils.config_utils:TrainConfig")
 HOST_KEYS = frozenset(_HOST)
@@ -99,12 +98,16 @@ _INERT: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 
 
-def check_keys(cfg: Mapping[str, Any]) -> None:
-    """Refuses removed keys and values, and unknown keys in blocks of ours, naming what to use instead."""
+def check_removed(cfg: Mapping[str, Any]) -> None:
+    """Refuses removed keys and values, naming what to use instead."""
     for key, value in walk({name: block for name, block in cfg.items() if name != "variables"}):
         for pattern, instead in _REMOVED.items():
             if re.fullmatch(pattern, f"{key}={value}"):
                 raise ValueError(f"{key}: {value!r} given; {instead}")
+
+
+def check_keys(cfg: Mapping[str, Any]) -> None:
+    """Refuses unknown keys in blocks of ours."""
     for key, block in loaders(cfg):
         odd = {"batch_size_warmup"} if key != "train_loader" else {"label"}  # each belongs to one kind of loader
         _check(key, block, [each for each in ("name", *PARAMETERS["ettin_text"], "label") if each not in odd])

@@ -13,7 +13,7 @@ from composer.optim import ComposerScheduler
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ettin_foundry.training.run_config import must_be, one_minus_sqrt, parse_time, warmup_stable_decay
+from ettin_foundry.training.run_config import must_be, parse_time, schedule_factor
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,7 @@ class StableAdamW(torch.optim.Optimizer):
     device, so that replicas stay bit-equal. Sharded parameters (FSDP2) take one all-reduce a group.
 
     Args:
-        params: fp32 or fp64 parameters, or group dicts. Build before FSDP wraps the model, since norms and biases are told
-            by their shapes here.
+        params: fp32 or fp64 parameters, or group dicts; before FSDP shards them, since shapes tell norms and biases.
         lr: peak learning rate. betas: decay rates of the moments. eps: added to the root of the second moment.
         weight_decay: fraction of a weight removed per step at lr == max_lr.
         max_lr: `lr` unless given; phases that start below the pretraining peak give that peak.
@@ -45,8 +44,9 @@ class StableAdamW(torch.optim.Optimizer):
                  max_lr: float | None = None):
         max_lr = lr if max_lr is None else max_lr
         for name, value, fits, allowed in (
-                ("lr", lr, lr > 0, "above 0 (to freeze parameters, use disable_grad)"), ("eps", eps, eps > 0, "above 0"),
-                ("max_lr", max_lr, max_lr > 0, "above 0"), ("weight_decay", weight_decay, 0 <= weight_decay < 1, "below 1"),
+                ("lr", lr, lr > 0, "above 0 (to freeze parameters, use disable_grad)"),
+                ("eps", eps, eps > 0, "above 0"), ("max_lr", max_lr, max_lr > 0, "above 0"),
+                ("weight_decay", weight_decay, 0 <= weight_decay < 1, "below 1"),
                 ("betas", betas, all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)")):
             if not fits:
                 raise must_be(f"optimizer.{name}", allowed, value, "correct it")
@@ -76,8 +76,8 @@ class StableAdamW(torch.optim.Optimizer):
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         sharded = [p for p in params if isinstance(p, DTensor)]
         if len(sharded) not in (0, len(params)) or any(p.dtype not in (torch.float32, torch.float64) for p in params):
-            raise ValueError("ettin_stable_adamw: parameters must be fp32, and all or none sharded; let fsdp_config shard "
-                             "the whole model, and its mixed_precision set the compute type")
+            raise ValueError("ettin_stable_adamw: parameters must be fp32, and all or none sharded; let fsdp_config "
+                             "shard the whole model, and its mixed_precision set the compute type")
         group["step"] = group["step"].cpu() + 1  # a checkpoint may bring it from a GPU; it is read here
         count = int(group["step"])
         beta1, beta2 = ((beta**count - beta) / (beta**count - 1) for beta in (group["beta1"], group["beta2"]))
@@ -110,12 +110,12 @@ class StableAdamW(torch.optim.Optimizer):
 
 
 def _split_by_decay(params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups in which tensors of one dimension or none (norms, biases) have a group of their own without weight decay."""
+    """Groups in which tensors of one dimension or none (norms, biases) are apart, without weight decay."""
     given: list[Any] = list(params)
     result = []
     for group in given if given and isinstance(given[0], dict) else [{"params": given}]:
         if inert := sorted(set(group) - {"params", "lr", "max_lr", "weight_decay", "eps"}):
-            raise ValueError(f"optimizer.param_groups: {', '.join(inert)} would have no effect; set lr, weight_decay, eps")
+            raise ValueError(f"optimizer.param_groups: {', '.join(inert)} has no effect; set lr, weight_decay or eps")
         members: list[Any] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         if "lr" in group:  # weight decay is relative to the group's own peak
             group = {"max_lr": group["lr"], **group}
@@ -128,50 +128,37 @@ def _split_by_decay(params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> list
 
 
 class _Schedule(ComposerScheduler):
-    """Times given as strings, each read on the clock of its own unit; alpha_f in [0, 1] is the last factor on the peak lr.
+    """`schedule_factor` under Composer: times given as strings; alpha_f in [0, 1] is the last factor on the peak lr."""
 
-    A time in tokens in a run of batches is read on the tokens seen; the end in tokens is estimated from those so far.
-    """
+    name: str
 
     def __init__(self, alpha_f: float, **times: str):
         if not 0.0 <= alpha_f <= 1.0:
             raise must_be("scheduler.alpha_f", "in [0, 1]", alpha_f, "it is the last factor on the peak lr")
-        self.alpha_f, self.times = alpha_f, {name: parse_time(f"scheduler.{name}", value) for name, value in times.items()}
+        self.alpha_f = alpha_f
+        self.times = {key: parse_time(f"scheduler.{key}", value) for key, value in times.items()}
 
-    def _read(self, state: State, name: str) -> tuple[float, float, float]:
-        """(present, length of the named time, end of the schedule) in one unit."""
+    def __call__(self, state: State, ssr: float = 1.0) -> float:
         assert state.max_duration is not None
-        whole, run_unit = state.max_duration.value, state.max_duration.unit.value
-        (length, unit), (end, end_unit) = ((value * whole, run_unit) if unit == "dur" else (value, unit)
-                                           for value, unit in (self.times[name], self.times.get("t_max", (1.0, "dur"))))
-        now, past = (float(state.timestamp.get(each).value) for each in (unit, end_unit))
-        if unit != end_unit:
-            end = end * now / past if past else float("inf")
-        return now, length, end
+        run = (state.max_duration.value, state.max_duration.unit.value)
+        return schedule_factor(self.name, self.times, self.alpha_f, run, lambda unit: state.timestamp.get(unit).value)
 
 
 class WarmupStableDecay(_Schedule):
-    """`warmup_stable_decay` as a Composer scheduler: a warm-up, and a linear decay ("0tok" for none) that ends at t_max."""
+    """A warm-up, and a linear decay ("0tok" for none) that ends at t_max."""
+
+    name = "warmup_stable_decay"
 
     def __init__(self, t_warmup: str, t_decay: str, *, t_max: str = "1dur", alpha_f: float = 0.0):
         super().__init__(alpha_f, t_warmup=t_warmup, t_decay=t_decay, t_max=t_max)
 
-    def __call__(self, state: State, ssr: float = 1.0) -> float:
-        now, warmup, _ = self._read(state, "t_warmup")
-        if now < warmup:
-            return warmup_stable_decay(now, warmup=warmup, decay=0.0, total=0.0, alpha_f=1.0)
-        now, decay, end = self._read(state, "t_decay")
-        return warmup_stable_decay(now, warmup=0.0, decay=decay, total=end, alpha_f=self.alpha_f)
-
 
 class OneMinusSqrt(_Schedule):
-    """`one_minus_sqrt` as a Composer scheduler: a decay, by default over the whole run, that ends at t_max."""
+    """A decay along 1 - sqrt, by default over the whole run, that ends at t_max."""
+
+    name = "one_minus_sqrt"
 
     def __init__(self, t_decay: str = "1dur", *, t_max: str = "1dur", alpha_f: float = 0.0):
         super().__init__(alpha_f, t_decay=t_decay, t_max=t_max)
         if self.times["t_decay"][0] == 0:
             raise must_be("scheduler.t_decay", "above 0", t_decay, "for a flat lr use warmup_stable_decay")
-
-    def __call__(self, state: State, ssr: float = 1.0) -> float:
-        now, decay, end = self._read(state, "t_decay")
-        return one_minus_sqrt(now, decay=decay, total=end, alpha_f=self.alpha_f)

@@ -1,6 +1,6 @@
 """Reads recipes: merges YAML files and key=value into one configuration, for `train.py` and every command.
 
-Later files win over earlier ones, and key=value wins over files. What a configuration may hold is checked in `checks.py`.
+Later files win over earlier ones, and key=value wins over files. What a configuration may hold is checked in checks.py.
 """
 
 from __future__ import annotations
@@ -18,19 +18,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ettin_foundry import program_folder
 
-__all__ = ["configure", "merge", "read", "resolved", "rows_from_tokens"]
-
 
 def merge(base: Any, over: Any) -> Any:
-    """`over` laid onto `base`, in new containers.
+    """`over` laid onto `base` key by key, in new containers; a block whose `name` changes is replaced.
 
-    Blocks are merged key by key, except that a block whose `name` changes is replaced: a new scheduler must not inherit
-    the old one's settings. `???` (no value yet) never hides a value.
+    So a new scheduler does not inherit the old one's settings. `???` (no value yet) never hides a value.
     """
     if isinstance(base, dict) and isinstance(over, dict):
-        if base.get("name", over.get("name")) == over.get("name", base.get("name")):
-            return {**base, **{k: merge(base[k], v) if k in base else v for k, v in over.items()}}
-        return over
+        if "name" in base and over.get("name", base["name"]) != base["name"]:
+            return over
+        return {**base, **{k: merge(base[k], v) if k in base else v for k, v in over.items()}}
     return base if over == "???" else over
 
 
@@ -50,11 +47,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 def configure(args: Sequence[str]) -> DictConfig:
-    """The merged config of a command line, every interpolation resolvable and no value missing.
-
-    Raises:
-        FileNotFoundError, ValueError: a file is missing or broken, an override names no variable, a value is missing.
-    """
+    """The merged config of a command line: its interpolations resolve, no value is missing, its variables exist."""
     om.clear_resolver("oc.env")  # as LLM-Foundry does, so that a YAML means the same in both
     files, overrides = [arg for arg in args if "=" not in arg], [arg for arg in args if "=" in arg]
     if wrong := [arg for arg in files if not arg.endswith((".yaml", ".yml"))]:
@@ -64,18 +57,16 @@ def configure(args: Sequence[str]) -> DictConfig:
     merged: dict[str, Any] = {}
     for path in files:
         merged = merge(merged, read(path))
-    command_line = om.to_container(om.from_cli(overrides))
-    assert isinstance(command_line, dict)
+    command_line: Any = om.to_container(om.from_cli(overrides))
     known = merged.get("variables") or {}
     if unknown := [k for k in command_line.get("variables") or {} if k not in known]:
         raise ValueError(f"variables.{unknown[0]}: {', '.join(files)} has no such variable, so nothing would change; "
                          f"the variables are {', '.join(map(str, known))}")
-    config = om.create(merge(merged, command_line))
-    assert isinstance(config, DictConfig)
+    config: Any = om.create(merge(merged, command_line))
     try:
         missing = sorted(om.missing_keys(config), key=lambda key: (not key.startswith("variables."), key))
         if not missing:
-            config.update(rows_from_tokens(om.to_container(config, resolve=True)))  # type: ignore[arg-type]
+            config.update(rows_from_tokens(om.to_container(config, resolve=True)))
     except OmegaConfBaseException as error:
         raise ValueError(f"{', '.join(files)}: {' '.join(str(error).split())}") from error
     if missing:
@@ -90,17 +81,11 @@ def resolved(args: Sequence[str]) -> dict[str, Any]:
 
 
 def rows_from_tokens(cfg: dict[str, Any], world_size: int | None = None) -> dict[str, int]:
-    """Rows a GPU takes at once, where the config gives token positions instead.
+    """Rows a GPU takes at once, where a config (plain containers, resolved) gives token positions instead.
 
     `variables.microbatch_tokens` gives `device_train_microbatch_size`: the most rows of `max_seq_len` that it holds and
-    that divide every batch of a process evenly (of `world_size` processes; by default WORLD_SIZE).
-    `variables.eval_tokens` gives `device_eval_batch_size`. A key that the config has itself is left alone.
-
-    Args:
-        cfg: plain containers, interpolations resolved.
-
-    Raises:
-        ValueError: a variable is not a number of tokens, at least one row.
+    that divide every batch of each of `world_size` (by default WORLD_SIZE) processes. `variables.eval_tokens` gives
+    `device_eval_batch_size`. A key that the config has itself is left alone.
     """
     variables, length, batch = cfg.get("variables") or {}, cfg.get("max_seq_len"), cfg.get("global_train_batch_size")
     found: dict[str, int] = {}

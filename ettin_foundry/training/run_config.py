@@ -6,12 +6,11 @@ What may stand in a config is checked in checks.py. Neither torch nor the host i
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ettin_foundry.model.config import EttinConfig
@@ -29,14 +28,20 @@ def must_be(key: str, allowed: str, given: Any, advice: str) -> ValueError:
     return ValueError(f"{key} must be {allowed}, got {given!r}; {advice}")
 
 
+def require(fits: Any, key: str, allowed: str, given: Any, advice: str) -> None:
+    """Raises `must_be` unless the setting fits."""
+    if not fits:
+        raise must_be(key, allowed, given, advice)
+
+
 def parse_time(key: str, value: Any) -> tuple[float, str]:
     """A time of the host such as `3_000_000_000tok` as (number, unit); a ValueError that names `key` if it is none."""
     match = _TIME.fullmatch(value) if isinstance(value, str) else None
     try:
         return float(match[1]), match[2].lower()  # type: ignore[index]
     except (TypeError, ValueError):
-        raise must_be(key, "a number with the unit tok, ba or dur", value, "the loader's one epoch never ends, so give a "
-                      "time such as 8_500_000_000tok or 3000ba") from None
+        raise must_be(key, "a number with the unit tok, ba or dur", value, "the loader's one epoch never ends, so give "
+                      "a time such as 8_500_000_000tok or 3000ba") from None
 
 
 def total_tokens(cfg: Mapping[str, Any]) -> int | None:
@@ -53,7 +58,7 @@ def objective_schedule(cfg: Mapping[str, Any]) -> ObjectiveSchedule:
 
 
 def model_config(cfg: Mapping[str, Any]) -> EttinConfig:
-    """The shape that a config's model block asks for; under a schedule, that of the objective it ends with."""
+    """The shape that a config asks for; under a schedule, that of the objective it ends with."""
     fields = {key: value for key, value in cfg["model"].items() if key in FIELDS}
     return EttinConfig.for_size(cfg["model"].get("size"), causal=objective_schedule(cfg).final == "clm",
                                 max_position_embeddings=cfg["max_seq_len"], **fields)
@@ -71,7 +76,9 @@ def loaders(cfg: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def value_at(cfg: Any, key: str) -> Any:
     """The value of a dotted key, or None."""
-    return functools.reduce(lambda block, part: block.get(part) if isinstance(block, Mapping) else None, key.split("."), cfg)
+    for part in key.split("."):
+        cfg = cfg.get(part) if isinstance(cfg, Mapping) else None
+    return cfg
 
 
 def walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -112,7 +119,7 @@ def config_hash(text: str) -> str:
 def warmup_stable_decay(t: float, *, warmup: float, decay: float, total: float, alpha_f: float) -> float:
     """Factor on the peak lr at time t: linear from 1e-10 to 1, flat, then linear to `alpha_f` over the last `decay`.
 
-    All times in one unit. Source: ModernBERT's src/scheduler.py, lines 81-131 (where decay 0 divides by 0; here it is flat).
+    All times in one unit. Source: ModernBERT's src/scheduler.py, lines 81-131 (decay 0 divides by 0 there; here: flat).
     """
     if t < warmup:
         return 1e-10 + (1 - 1e-10) * (t / warmup)
@@ -128,3 +135,45 @@ def one_minus_sqrt(t: float, *, decay: float, total: float, alpha_f: float) -> f
     """
     x = min(1.0, max(0.0, (t - (total - decay)) / decay))
     return alpha_f + (1.0 - alpha_f) * (1.0 - math.sqrt(x))
+
+
+SCHEDULES = {"warmup_stable_decay": {"t_warmup": "0tok", "t_decay": "0tok", "t_max": "1dur"},
+             "one_minus_sqrt": {"t_decay": "1dur", "t_max": "1dur"}}
+"""Learning-rate schedules of ours: {name: {time: default}}."""
+
+
+def schedule_factor(name: str, times: Mapping[str, tuple[float, str]], alpha_f: float, run: tuple[float, str],
+                    clock: Callable[[str], float]) -> float:
+    """Factor on the peak lr of a schedule of ours, each of whose times is read on the clock of its own unit.
+
+    A time in tokens in a run of batches is read on the tokens seen; the end in tokens is estimated from those so far.
+
+    Args:
+        times: as in `SCHEDULES`, and run: max_duration, as (number, unit). clock: the present in a unit.
+    """
+    def read(key: str) -> tuple[float, float, float]:
+        """(present, length of that time, end of the schedule) in one unit."""
+        (length, unit), (end, end_unit) = ((value * run[0], run[1]) if unit == "dur" else (value, unit)
+                                           for value, unit in (times[key], times["t_max"]))
+        now, past = clock(unit), clock(end_unit)
+        if unit != end_unit:
+            end = end * now / past if past else math.inf
+        return now, length, end
+
+    now, decay, end = read("t_decay")
+    if name == "one_minus_sqrt":
+        return one_minus_sqrt(now, decay=decay, total=end, alpha_f=alpha_f)
+    present, warmup, _ = read("t_warmup")
+    if present < warmup:
+        return warmup_stable_decay(present, warmup=warmup, decay=0.0, total=0.0, alpha_f=1.0)
+    return warmup_stable_decay(now, warmup=0.0, decay=decay, total=end, alpha_f=alpha_f)
+
+
+def lr_factor(scheduler: Mapping[str, Any], run: tuple[float, str], tokens: int, batch: int) -> float | None:
+    """`schedule_factor` of a scheduler's block after so many tokens and batches; None for a scheduler of the host."""
+    if scheduler["name"] not in SCHEDULES:
+        return None
+    times = {key: parse_time(f"scheduler.{key}", scheduler.get(key, default))
+             for key, default in SCHEDULES[scheduler["name"]].items()}
+    clock = {"tok": tokens, "ba": batch}
+    return schedule_factor(scheduler["name"], times, scheduler.get("alpha_f", 0.0), run, lambda unit: clock[unit])

@@ -1,14 +1,12 @@
-"""Callbacks that start from another run: entering a phase with weights and moments, or crossing objectives with weights.
+"""Callbacks that start from another run: entering a phase with its moments, or crossing objectives with weights alone.
 
 A run that finds its own checkpoint enters nothing, so the clock starts anew exactly once.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,49 +14,30 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
-from ettin_foundry.data import tokenizer
 from ettin_foundry.model.weights import import_folder
-from ettin_foundry.objectives.schedule import ObjectiveSchedule
-from ettin_foundry.training.checkpoints import load_model_state
+from ettin_foundry.training.checkpoints import decode_record, load_model_state
 from ettin_foundry.training.clock import Clock
-from ettin_foundry.training.run_config import walk
-from ettin_foundry.training.sources import Source, Target, compare, read_source
+from ettin_foundry.training.sources import Source, compare, compare_configs, describe, read_source
 
 log = logging.getLogger(__name__)
 
-# of a config: what a phase may change of the training besides its length; logged on entering
-_LOGGED = ("model.", "optimizer.", "train_loader.", "global_train_batch_size", "precision", "seed")
-
 
 class _Start(Callback):
-    """What both callbacks do once the weights are there."""
-
     key = ""
 
     def __init__(self, source: str, accept: Sequence[str] = ()):
         self.source, self.accept = source, list(accept)
 
-    def _accept(self, state: State, source: Source) -> None:
-        """Compares the source with the built model, and adds it to the lineage in checkpoints and cards."""
-        model: Any = state.model
-        tokens = getattr(model, "tokenizer", None)
-        target = Target(dataclasses.asdict(model.config), tuple(ObjectiveSchedule.parse(model.objective_schedule).at(0)),
-                        None if tokens is None else tokenizer.fingerprint(tokens))
-        accepted = compare(self.key, source, target, self.accept, crossing=isinstance(self, CrossObjective))
-        path, record = source.path.resolve(), source.record
-        _clock(state).lineage = (*record.get("lineage", ()), {
-            "source": f"{path.parent.name}/{path.name}",
-            **{key: record.get(key) for key in ("objective", "tokens", "phase", "run_hash")},
-            "accepted": ", ".join(f"{name} {was} -> {now}" for name, (was, now) in accepted.items()) or None})
+    def _accept(self, state: State, source: Source) -> str:
+        """Compares the source with what was built, adds it to the lineage, and says what differs."""
+        now = decode_record(_clock(state).state_dict())
+        accepted = describe(compare(self.key, source, now, self.accept))
+        _clock(state).extend_lineage(source.record, source.path, accepted or None, source.record.get("tokens"))
+        return describe(compare_configs(source.record, now)) or "nothing"
 
 
 def _clock(state: State) -> Clock:
-    return next(callback for callback in state.callbacks if isinstance(callback, Clock))  # the checks add it to every run
-
-
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in dict.fromkeys((*old, *new))
-                     if old.get(key) != new.get(key)) or "nothing"
+    return next(each for each in state.callbacks if isinstance(each, Clock))  # the checks add it to every run
 
 
 class EnterPhase(_Start):
@@ -83,11 +62,11 @@ class EnterPhase(_Start):
             log.info("resuming this run: %s is not entered again", self.source)
             return
         if state.load_path is None:
-            raise ValueError(f"{self.key}.source: {self.source} was not loaded; the config transform ettin_checks tells "
-                             "the host to, so run it through train.py or llmfoundry train")
+            raise ValueError(f"{self.key}.source: {self.source} was not loaded; the config transform ettin_checks makes"
+                             " the host load it: run it through train.py or llmfoundry train")
         if self.keep == "all" and not any(optimizer.state for optimizer in state.optimizers):
-            raise ValueError(f"{self.key}.source: {self.source} gave no moments to {type(state.optimizers[0]).__name__}; "
-                             f"take the optimizer that it was trained with, or set {self.key}.keep=weights")
+            raise ValueError(f"{self.key}.source: {self.source} gave no moments to {type(state.optimizers[0]).__name__}"
+                             f"; take the optimizer that it was trained with, or set {self.key}.keep=weights")
         clock = _clock(state)
         if "://" not in state.load_path:
             source = read_source(f"{self.key}.source", state.load_path)
@@ -95,14 +74,11 @@ class EnterPhase(_Start):
             source = Source(Path(state.load_path), clock.loaded)
         else:
             raise ValueError(f"{self.key}.source: {self.source} does not say what model it holds; download it first")
-        self._accept(state, source)
-        record, now = source.record, clock.state_dict()
-        old, new = ({key: value for key, value in walk(json.loads(each.get("run_config") or "{}"))
-                     if key.startswith(_LOGGED)} for each in (record, now))
+        changed, record = self._accept(state, source), source.record
         parts = ("weights", ", optimizer") if self.keep == "weights" else ("weights, optimizer moments", "")
-        log.info("entering %s from %s (%s, batch %s, %s tokens): kept %s; new clock, schedule, data order, generators%s; "
-                 "changed: %s", now["phase"] or "a phase", source.path, record.get("objective"), record.get("batch"),
-                 record.get("tokens"), *parts, _changes(old, new))
+        log.info("entering %s from %s (%s, batch %s, %s tokens): kept %s; new clock, schedule, data order, "
+                 "generators%s; changed: %s", clock.state_dict()["phase"] or "a phase", source.path,
+                 record.get("objective"), record.get("batch"), record.get("tokens"), *parts, changed)
 
 
 class CrossObjective(_Start):
@@ -111,7 +87,7 @@ class CrossObjective(_Start):
     Head, output bias and tied matrix come along; clock, optimizer and data start anew. A resumed run is left alone.
 
     Args:
-        source: a Composer checkpoint (file, sharded folder or save folder), or a Hugging Face folder, also an official one.
+        source: a Composer checkpoint (file, sharded folder or save folder), or a Hugging Face folder.
         accept: fields of the model that may differ (`global_rope_theta`, `local_rope_theta`), or `tokenizer`.
     """
 
@@ -128,7 +104,7 @@ class CrossObjective(_Start):
         if state.load_path is not None:
             raise ValueError(f"load_path: {state.load_path} and {self.key}.source given; only one can give the weights")
         source = read_source(f"{self.key}.source", self.source)
-        self._accept(state, source)
+        changed = self._accept(state, source)
         # every rank reads: tensors are mapped from the file, not copied
         weights = import_folder(source.path)[0] if source.is_folder else load_model_state(source.path)[0]
         named: dict[str, Any] = {f"model.{name}": tensor for name, tensor in weights.items()}
@@ -138,11 +114,9 @@ class CrossObjective(_Start):
             raise ValueError(f"{self.key}.source: {source.path} has {len(wrong)} tensor(s) that are not this run's "
                              f"model's, the first {wrong[0]} of shape {given.get(wrong[0])} (here {own.get(wrong[0])})")
         set_model_state_dict(state.model, named, options=StateDictOptions(full_state_dict=True, strict=True))
-        model: Any = state.model
-        log.info("crossing from %s (%s, %s tokens) to %s: kept weights; new clock, schedule, data order, generators, "
+        log.info("crossing from %s (%s, %s tokens): kept weights; new clock, schedule, data order, generators, "
                  "optimizer; changed: %s", source.path, source.record.get("objective") or "objective unknown",
-                 source.record.get("tokens"), model.objective, _changes(source.record["config"],
-                                                                        dataclasses.asdict(model.config)))
+                 source.record.get("tokens"), changed)
 
     def state_dict(self) -> dict[str, Any]:
         return {"source": self.source}

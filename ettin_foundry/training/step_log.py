@@ -1,9 +1,8 @@
-"""The callback `ettin_steps`: writes what each step read and gave to steps.jsonl (see steps.py), and logs its objective."""
+"""The callback `ettin_steps`: writes what each step read and gave to steps.jsonl (see steps.py)."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,8 +21,8 @@ from ettin_foundry.training.steps import STEPS, cut_steps
 class StepLog(CallbackWithConfig):
     """Appends one line a step to `<folder>/steps.jsonl`, on rank 0; a resumed run cuts off those that it does again.
 
-    The batch's hash is summed over ranks while the step computes. Metrics: data/mask_rate, and where the objective changes
-    or is mixed, data/objective_NAME, the share of the step's rows that train it.
+    The batch's hash is summed over ranks while the step computes. Metrics: data/mask_rate, and where the objective
+    changes or is mixed, data/objective_NAME, the share of the step's rows that train it.
 
     Args:
         folder: a local folder; save_folder if not given. `{run_name}` is filled in.
@@ -33,8 +32,9 @@ class StepLog(CallbackWithConfig):
         super().__init__(dict(train_config))
         given = folder or train_config.get("save_folder")
         if not given or "://" in given:
-            raise must_be("callbacks.ettin_steps.folder" if folder else "save_folder", f"a local folder, for {STEPS}", given,
-                          "set callbacks.ettin_steps.folder to one, or remove callbacks.ettin_steps")
+            key = "callbacks.ettin_steps.folder"
+            raise must_be(key if folder else "save_folder", f"a local folder, for {STEPS}", given,
+                          f"set {key} to one, or remove callbacks.ettin_steps")
         self.folder: str = given
         self._file: TextIO | None = None
         self._hash = torch.zeros(1, dtype=torch.int64)
@@ -53,7 +53,7 @@ class StepLog(CallbackWithConfig):
         self._hash = torch.tensor([batch["ids_hash"]], dtype=torch.int64)
         if dist.get_world_size() > 1:
             if state.device.name == "gpu":  # from pageable memory the copy would wait for the work that is queued there
-                self._hash = self._hash.pin_memory().to(torch.device("cuda", torch.cuda.current_device()), non_blocking=True)
+                self._hash = self._hash.pin_memory().to(f"cuda:{torch.cuda.current_device()}", non_blocking=True)
             self._summed = torch.distributed.all_reduce(self._hash, async_op=True)
         self._entry = {"objective": batch["objective"], "mask_rate": batch["mask_rate"]}
         schedule = getattr(getattr(state.train_dataloader, "collate_fn", None), "objective", None)
@@ -73,8 +73,8 @@ class StepLog(CallbackWithConfig):
         if self._file is None or before is None:
             return
         loss = float(state.total_loss_dict["loss/train/total"])
-        line = {"step": before.batch.value, "tokens": before.token.value, "rows": now.sample.value - before.sample.value,
-                **self._entry, "loss": loss if math.isfinite(loss) else None,  # JSON has no word for the others
+        line = {"step": before.batch.value, "tokens": before.token.value,
+                "rows": now.sample.value - before.sample.value, **self._entry, "loss": loss,
                 "ids_hash": f"{int(self._hash.item()) % HASH_MODULUS:012x}",
                 "seconds": round(now.batch_wct.total_seconds(), 6)}
         self._file.write(json.dumps(line) + "\n")

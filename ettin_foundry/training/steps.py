@@ -3,8 +3,8 @@
     {"step": 41, "tokens": 352140, "rows": 32, "objective": "mlm", "mask_rate": 0.3, "lr": 0.003, "loss": 5.114,
      "ids_hash": "09f1c2aa7730", "seconds": 0.21}
 
-step is the host's batch number before the step, tokens are those before it, rows and ids_hash are the global batch's: two
-runs whose lines agree in both read the same documents in the same order. Neither torch nor the host is imported.
+step is the host's batch number before the step, tokens are those before it, rows and ids_hash are the global batch's:
+two runs whose lines agree in both read the same documents in the same order. Neither torch nor the host is imported.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from ettin_foundry.tools.evaluate import evaluate
 from ettin_foundry.tools.report import write_report
 from ettin_foundry.tools.suite import Stage, Suite, load
 from ettin_foundry.tools.suite_run import check_suite, run_suite, stage_state
-from ettin_foundry.training import checks, recipes, run_config
+from ettin_foundry.training import recipes, run_config
 
 ROOT = nano_run.ROOT
 STEPS = 8  # of each stage, of 500 tokens
@@ -98,7 +98,7 @@ class Small:
 
     def prepare(self, stage: Stage) -> None:
         config = stage.config
-        shape, objective = checks.model_config(config), config["model"]["objective"]
+        shape, objective = run_config.model_config(config), config["model"]["objective"]
         # whole models only where they will be exported
         state = _weights(shape) if self.plain["exports"] else {"output_bias": torch.zeros(1)}
         text = run_config.config_text(config)

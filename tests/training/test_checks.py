@@ -52,7 +52,7 @@ OBJECTIVE = ("model.objective", "train_loader.objective", "eval_loader.objective
 
 @pytest.mark.parametrize("changes, words", [
     # each: what is changed -> parts of the message
-    ({"max_duration": ...}, ["max_duration: not given", "yamls/"]),
+    ({"max_duration": ...}, ["max_duration must be given", "yamls/"]),
     ({"model": "ettin", "train_loader.name": "ettin_text"}, ["model must be a block with a name"]),
     ({"modle": 1}, ["modle: unknown key", "variables"]),
     ({"run_name": "nano-[{'until': 1}]"}, ["run_name", "brackets", "variables.label"]),
@@ -93,12 +93,13 @@ OBJECTIVE = ("model.objective", "train_loader.objective", "eval_loader.objective
     ({"eval_loader": None}, ["eval_interval", "without eval_loader", "eval_interval=null"]),
     ({"save_folder": ..., "autoresume": False}, ["save_interval", "save_overwrite=null"]),
     # where a run starts
-    ({"callbacks.ettin_cross": {"source": "a"}, "load_path": "b"}, ["load_path: 'b'", "ettin_cross", "'a'"]),
+    ({"callbacks.ettin_cross": {"source": "a"}, "load_path": "b"}, ["load_path must", "'b'", "ettin_cross.source=a"]),
     ({"callbacks.ettin_phase": {"source": ""}}, ["ettin_phase.source", "variables.source"]),
-    ({"callbacks.ettin_phase": {"source": "a"}, "callbacks.ettin_cross": {"source": "b"}}, ["'a'", "'b'", "only one"]),
+    ({"callbacks.ettin_phase": {"source": "a"}, "callbacks.ettin_cross": {"source": "b"}}, ["source=a", "'b'", "only one"]),
     ({"callbacks.ettin_phase": {"source": "a", "keep": "moments"}}, ["ettin_phase.keep", "'moments'", "weights"]),
     ({"callbacks.ettin_cross": {"source": "a", "accept": ["objective"]}}, ["accept", "objective", "global_rope_theta"]),
     ({"load_path": "x", "load_ignore_keys": ["state/timestamp"]}, ["load_ignore_keys", "ettin_phase"]),
+    ({"callbacks.ettin_clock": {"accept": "optimizer.lr"}}, ["ettin_clock.accept must be a list", "'optimizer.lr'"]),
     ({"run_name": ...}, ["autoresume", "run_name"]),])
 def test_a_setting_that_cannot_be_meant_is_refused(changes, words, monkeypatch):
     monkeypatch.delenv("RUN_NAME", raising=False)

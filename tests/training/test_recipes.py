@@ -16,7 +16,6 @@ from omegaconf import OmegaConf as om
 
 from ettin_foundry.model.composer import EttinModel
 from ettin_foundry.training import checks, recipes, run_config
-from ettin_foundry.training import optimizer as optim
 
 ROOT = Path(__file__).resolve().parents[2]
 ORIGINAL = json.loads((ROOT / "tests/original_recipe.json").read_text())
@@ -64,7 +63,7 @@ def config_of(run, *overlays):
 
 
 def tokens(value, total=None):
-    number, unit = checks.parse_time("test", value)
+    number, unit = run_config.parse_time("test", value)
     return round(number * total) if unit == "dur" else int(number)
 
 
@@ -87,7 +86,7 @@ def facts_of(cfg):
         "sequence_packing": loader["packing"], "autoresume": cfg["autoresume"],
         "load_path_set": not cfg["callbacks"].keys().isdisjoint({"ettin_phase", "ettin_cross"}),
         "global_rope_theta": cfg["model"]["global_rope_theta"], "local_rope_theta": cfg["model"]["local_rope_theta"],
-        "objective": cfg["model"]["objective"].upper(), "window_left": checks.model_config(cfg).window_left,
+        "objective": cfg["model"]["objective"].upper(), "window_left": run_config.model_config(cfg).window_left,
         "accumulate_train_batch_on_tokens": cfg["accumulate_train_batch_on_tokens"],
         "eval_interval": cfg["eval_interval"],
     }
@@ -141,9 +140,9 @@ def test_the_schedule_ends_at_the_originals_learning_rate(run):
     common = {"decay": facts["t_decay_tokens"], "total": facts["t_max_tokens"], "alpha_f": facts["alpha_f"] or 0.0}
     end = facts["t_max_tokens"] - 1e-3  # within 1e-12 of the end of 50B tokens, before a division by a decay of 0
     if facts["name"] == "one_minus_sqrt":
-        factor = optim.one_minus_sqrt(end, **common)
+        factor = run_config.one_minus_sqrt(end, **common)
     else:
-        factor = optim.warmup_stable_decay(end, warmup=facts["t_warmup_tokens"], **common)
+        factor = run_config.warmup_stable_decay(end, warmup=facts["t_warmup_tokens"], **common)
     assert facts["lr"] * factor == pytest.approx(run["scheduler"]["final_lr_reached"], rel=1e-5)  # sqrt at 1 - 1e-14
     # weight decay is relative to the peak in the phases that keep the optimizer, and to the phase's lr in cross
     peak = cfg["variables"]["peak_lr"]
@@ -151,7 +150,7 @@ def test_the_schedule_ends_at_the_originals_learning_rate(run):
 
 
 def test_constants_of_the_model_are_the_originals():
-    config = checks.model_config(resolved(RECIPES[0]))
+    config = run_config.model_config(resolved(RECIPES[0]))
     assert {"attn_out_dropout_prob": config.attn_out_dropout, "norm_eps": config.norm_eps,
             "global_attn_every_n_layers": config.global_attn_every_n_layers, "sliding_window": config.local_attention,
             "vocab_size": config.vocab_size} == ORIGINAL["model"]

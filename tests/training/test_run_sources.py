@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ettin_foundry.training import checks, sources
 from ettin_foundry.training.clock import Clock
 from ettin_foundry.training.optimizer import StableAdamW
 from ettin_foundry.training.recipes import resolved
-from ettin_foundry.training.run_config import config_text, model_config, objective_schedule
+from ettin_foundry.training.run_config import config_text
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -95,7 +95,7 @@ CLM = {"model.objective": "clm", "train_loader.mask_rate": 0.0}
 
 @pytest.mark.parametrize(("changes", "words"), [
     (THETA, ["global_rope_theta 10000.0 (here 160000.0)", "local_rope_theta 10000.0", "variables.rope_theta",
-             "callbacks.ettin_cross.accept=[global_rope_theta, local_rope_theta]"]),
+             "callbacks.ettin_cross.accept=[global_rope_theta,local_rope_theta]"]),
     ({**THETA, "callbacks.ettin_cross.accept": ["global_rope_theta"]}, ["local_rope_theta 10000.0 (here 160000.0)"]),
     ({**THETA, "callbacks.ettin_cross.accept": ["global_rope_theta", "local_rope_theta"]}, None),
     ({}, None), ({"model.attn_out_dropout": 0.3}, None), ({"model.objective": "mlm"}, None),
@@ -207,6 +207,7 @@ def test_what_has_no_moments_is_refused_unless_weights_are_enough(phase_cfg, enc
 
 @pytest.fixture(scope="module")
 def cfg(data_set):
+    """A nano encoder's of the fixtures' data, whose rows are of 64 tokens."""
     return om.to_container(nano_run.configure(data_set, Path("runs"), "model.vocab_size=512"), resolve=True)
 
 
@@ -228,34 +229,70 @@ def test_the_text_of_a_config_is_what_the_user_wrote_on_any_number_of_processes(
         assert config_text(put(cfg, {key: value})) != text, key
 
 
-def record_of(cfg, **changes):
-    """What Clock writes for a run of this config, made here by hand."""
-    objective = cfg["model"]["objective"]
-    schedule = json.dumps(objective if isinstance(objective, str) else objective_schedule(cfg).plain())
-    return {"run_name": cfg["run_name"], "objective": objective if isinstance(objective, str) else "mlm",
-            "objective_schedule": schedule, "config": dataclasses.asdict(model_config(cfg)),
-            "run_config": config_text(cfg), "tokens": 3, "batch": 5, "lineage": (), **changes}
-
-
-def resume(cfg, tmp_path, record):
-    """`prepare_start` of a config whose save folder holds a checkpoint with that record."""
+def resume(cfg, tmp_path, then, **changes):
+    """`prepare_start` of a config whose save folder holds a checkpoint of the config `then`, after 3 tokens in 5 batches."""
+    record = {**sources.record_of(then), "tokens": 3, "batch": 5, "lineage": (), **changes}
+    for key in ("objective_schedule", "tokenizer_fingerprint"):
+        record[key] = json.dumps(record[key])  # as Clock writes it
     torch.save({"state": {"callbacks": {"Clock": record}}}, tmp_path / "ep0-ba5-rank0.pt")
     return sources.prepare_start({**cfg, "save_folder": str(tmp_path)})
 
 
-def test_a_run_that_was_another_or_was_changed_is_refused_with_both_values(cfg, tmp_path):
-    for key, old, words in (
-            ("run_name", "other", "'nano-mlm-pretrain' in the config, 'other' in"), ("seed", 17, "21 in the config, 17 in"),
-            ("model.global_rope_theta", 160000.0, "10000.0 in the config, 160000.0"),
-            ("model.local_attention", 64, "128 in the config, 64 in"), ("model.objective", "mntp", "'mlm' in .*, 'mntp'"),
-            ("train_loader.mask_rate", 0.15, "0.3 in the config, 0.15 in"), ("optimizer.lr", 0.001, "0.003 in .*, 0.001 in"),
-            ("train_loader.shuffle_seed", 5, "21 in the config, 5 in"),
-            ("train_loader.dataset.split", "validation", "'train' in the config, 'validation'")):
-        with pytest.raises(ValueError, match=f"{key}: {words}.*{tmp_path}"):
-            resume(cfg, tmp_path, record_of(put(cfg, {key: old})))
-    for key, old in (("model.window_left", 64), ("max_duration", "4ba"), ("device_train_microbatch_size", 8)):
-        assert resume(cfg, tmp_path, record_of(put(cfg, {key: old}))) == {}
+ACCEPT = "callbacks.ettin_clock.accept"
+FIXED = [("run_name", "other"), ("seed", 17), ("model.global_rope_theta", 160000.0), ("model.local_attention", 64),
+         ("model.objective", "mntp"), ("train_loader.shuffle_seed", 5), ("train_loader.packing", False),
+         ("train_loader.dataset.split", "validation"), ("optimizer.name", "decoupled_adamw")]
+CHANGEABLE = [("train_loader.mask_rate", 0.15), ("optimizer.lr", 0.001), ("optimizer.weight_decay", 0.0),
+              ("global_train_batch_size", 4), ("scheduler.t_warmup", "2ba"), ("scheduler.name", "one_minus_sqrt"),
+              ("algorithms.gradient_clipping.clipping_threshold", 1.0), ("precision", "amp_bf16"),
+              ("train_loader.batch_size_warmup", {"min_size": 4, "tokens": 2000}), ("train_subset_num_batches", 3),
+              ("callbacks.global_lr_scaling.lr_scale", 2.0)]
+FREE = [("model.window_left", 64), ("max_duration", "4ba"), ("device_train_microbatch_size", 8), ("save_interval", "3ba"),
+        ("train_loader.num_workers", 3), ("loggers.wandb.project", "p"), ("eval_interval", "3ba"), ("fsdp_config", {}),
+        ("callbacks.lr_monitor", {"a": 1}), ("optimizer.max_lr", 0.003), ("optimizer.eps", 0.000001),
+        ("scheduler.t_warmup", "1.0ba"), ("python_log_level", "debug"), ("variables.x", 1)]
+
+
+@pytest.mark.parametrize(("key", "old"), FIXED + CHANGEABLE, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_run_that_learns_otherwise_is_refused_with_both_values(key, old, cfg, tmp_path):
+    then = put(cfg, {key: old})
+    wrong = key.split(".")[0] if key.startswith("algorithms") else key  # a block that is not there at all
+    was = "" if isinstance(old, dict) else old
+    with pytest.raises(ValueError, match=rf"{wrong}.* must be .*{was}.*{tmp_path}") as error:
+        resume(cfg, tmp_path, then)
+    advice = str(error.value)
+    if (key, old) in FIXED:
+        assert "another name and save_folder" in advice
+        with pytest.raises(ValueError, match=key):
+            resume(put(cfg, {ACCEPT: [key]}), tmp_path, then)
+    else:  # as the message says
+        accept = re.search(rf"{ACCEPT}=\[(.*)\]", advice)[1].split(",")
+        assert resume(put(cfg, {ACCEPT: accept}), tmp_path, then) == {}
+
+
+def test_each_difference_is_named_and_what_cannot_change_learning_is_free(cfg, tmp_path):
+    with pytest.raises(ValueError, match="batch_size must be 4, got 8; optimizer.lr must be 0.001, got 0.003: "):
+        resume(cfg, tmp_path, put(cfg, {"optimizer.lr": 0.001, "global_train_batch_size": 4}))
+    for key, old in FREE:
+        assert resume(cfg, tmp_path, put(cfg, {key: old})) == {}, key
         assert (tmp_path / "latest-rank0.pt").resolve().name == "ep0-ba5-rank0.pt"  # its link is repaired
+
+
+@pytest.mark.parametrize(("scheduler", "tokens", "fits"), [
+    ({"t_warmup": "0tok", "t_decay": "0tok"}, 3000, True), ({"t_warmup": "0.1dur", "t_decay": "0tok"}, 3000, True),
+    ({"t_warmup": "0.5dur", "t_decay": "0tok"}, 1000, False),  # 1,000 of 2,000 would be of 4,000
+    ({"t_warmup": "0tok", "t_decay": "500tok"}, 3000, True), ({"t_warmup": "0tok", "t_decay": "500tok"}, 3600, False),
+    ({"t_warmup": "0tok", "t_decay": "500tok", "t_max": "4000tok"}, 3600, True),
+    ({"name": "one_minus_sqrt", "t_decay": "1dur"}, 1000, False),
+    ({"name": "cosine_with_warmup", "t_warmup": "0tok"}, 1000, False)])  # of the host: not known
+def test_a_run_may_be_lengthened_where_its_learning_rate_does_not_jump(scheduler, tokens, fits, cfg, tmp_path):
+    block = {"name": "warmup_stable_decay", **scheduler}
+    then, now = ({**put(cfg, {"max_duration": end}), "scheduler": block} for end in ("4_000tok", "8000tok"))
+    if fits:
+        assert resume(now, tmp_path, then, tokens=tokens) == {}
+    else:
+        with pytest.raises(ValueError, match="^max_duration must be '4_000tok', got '8000tok'.*accept=.max_duration"):
+            resume(now, tmp_path, then, tokens=tokens)
 
 
 def test_schedules_may_be_lengthened_at_their_open_end_only(cfg, tmp_path):
@@ -264,33 +301,60 @@ def test_schedules_may_be_lengthened_at_their_open_end_only(cfg, tmp_path):
         return put(cfg, {"max_duration": duration, "model.objective": objective, "train_loader.objective": objective,
                          "train_loader.mask_rate": rate or [{"until": joint, "rate": 0.3}, {"rate": 0.15}]})
 
-    then = record_of(with_schedule("4000tok", "1000tok"))
+    then = with_schedule("4000tok", "1000tok")
     assert resume(with_schedule("8000tok", "1000tok"), tmp_path, then) == {}
-    with pytest.raises(ValueError, match=r"model.objective: .*'until': 2000.*in the config, .*'until': 1000"):
+    with pytest.raises(ValueError, match=r"model.objective must be .*'until': 1000.*, got .*'until': 2000"):
         resume(with_schedule("8000tok", "0.25dur"), tmp_path, then)
     slope = [{"from": 0.3, "to": 0.1}]
-    with pytest.raises(ValueError, match=r"train_loader.mask_rate: .*8000.*in the config, .*4000"):
-        resume(with_schedule("8000tok", "1000tok", slope), tmp_path, record_of(with_schedule("4000tok", "1000tok", slope)))
+    with pytest.raises(ValueError, match="train_loader.mask_rate must be"):
+        resume(with_schedule("8000tok", "1000tok", slope), tmp_path, with_schedule("4000tok", "1000tok", slope))
 
 
 def test_another_source_is_refused_and_a_checkpoint_without_record_goes_on(cfg, tmp_path):
     key = "callbacks.ettin_phase.source"
-    then = record_of(put(cfg, {key: "runs/a"}))
-    with pytest.raises(ValueError, match="ettin_phase.source: 'runs/b' in the config, 'runs/a' in"):
+    then = put(cfg, {key: "runs/a"})
+    with pytest.raises(ValueError, match="ettin_phase.source must be 'runs/a', got 'runs/b'"):
         resume(put(cfg, {key: "runs/b"}), tmp_path, then)
     assert resume(put(cfg, {key: "runs/c/../a"}), tmp_path, then) == {}  # though it is not here any more
-    assert resume(cfg, tmp_path, {}) == {}
+    torch.save({"state": {}}, tmp_path / "ep0-ba5-rank0.pt")
+    assert sources.prepare_start({**cfg, "save_folder": str(tmp_path)}) == {}
 
 
 def test_autoresume_into_another_runs_folder_stops_before_any_work(cfg, data_set, tmp_path):
     """Through the host: the model is not even built."""
-    torch.save({"state": {"callbacks": {"Clock": record_of(cfg, run_name="a")}}}, tmp_path / "ep0-ba5-rank0.pt")
-    with pytest.raises(ValueError, match="run_name: 'b' in the config, 'a' in the checkpoint that this run resumes"):
+    with pytest.raises(ValueError):
+        resume(cfg, tmp_path, cfg, run_name="a")
+    with pytest.raises(ValueError, match="run_name must be 'a', got 'b': so it was in the checkpoint that this run resumes"):
         nano_run.run(data_set, tmp_path, "model.vocab_size=512", "run_name=b", f"save_folder={tmp_path}")
 
 
-def test_a_load_path_that_the_host_would_read_unchecked_is_refused(cfg, tmp_path):
-    for path, says in (("s3://b/run.tar.gz", "archives"), ("nowhere.pt", "no such file"), (str(tmp_path), "Hugging Face")):
-        (tmp_path / "config.json").write_text("{}")
+# ------------------------------------------------------------------ load_path
+
+
+def loaded(cfg, path, **changes):
+    return sources.prepare_start(put({**cfg, "autoresume": False, "load_path": str(path)}, changes))
+
+
+def test_a_load_path_is_compared_as_a_source_is(cfg, encoder, decoder, tokenizer_dir, tmp_path):
+    cfg, weights = put(cfg, {"tokenizer.name": str(tokenizer_dir), "max_seq_len": 64}), {"load_weights_only": True}
+    assert loaded(cfg, encoder, **weights) == {"load_path": str(encoder)} == loaded(cfg, encoder.parent, **weights)
+    from conftest import make_documents
+
+    tokenizer.save(tokenizer.train_bpe(make_documents(300, seed=4), 512), tmp_path / "other")
+    for changes, words in (({"model.vocab_size": 576}, "load_path: .* has vocab_size 512 .here 576"),
+                           (THETA, rf"global_rope_theta 10000.0 .here 160000.0.*{ACCEPT}=.global_rope_theta,local"),
+                           ({"tokenizer.name": str(tmp_path / "other")}, "tokenizer .* with vocab_sha256")):
+        for whole in ({}, weights):
+            with pytest.raises(ValueError, match=words if whole else "vocab|theta"):
+                loaded(cfg, encoder, **whole, **changes)
+    with pytest.raises(ValueError, match="trained with clm, and this run starts with mlm; use callbacks.ettin_cross"):
+        loaded(cfg, decoder, **weights)
+    accepted = {ACCEPT: ["global_rope_theta", "local_rope_theta"]}
+    assert loaded(cfg, encoder, **weights, **THETA, **accepted) == {"load_path": str(encoder)}
+
+
+def test_a_load_path_that_the_host_would_read_unchecked_is_refused(cfg, folder, tmp_path):
+    for path, says in (("s3://b/run.tar.gz", "archives"), ("nowhere.pt", "no such checkpoint"),
+                       (folder, r"ettin import .*out FILE.pt.*load_weights_only")):
         with pytest.raises((ValueError, FileNotFoundError), match=says):
-            sources.prepare_start({**cfg, "autoresume": False, "load_path": path})
+            loaded(cfg, path)

@@ -200,22 +200,73 @@ def test_a_cross_run_logs_the_losses_of_both_objectives_at_its_interval(chain, d
 # ------------------------------------------------------------------ going on from the middle of a run
 
 
-def test_another_lr_is_refused_in_a_run_and_taken_by_another_run_that_goes_on_from_it(chain, data_set, tmp_path):
+def test_another_lr_is_refused_unless_accepted_or_in_a_branch_and_recorded(chain, data_set, tmp_path):
     """With the same clock, rows and moments; the learning rate is then the new recipe's in every place."""
-    source = chain["pretrain"]["folder"]
+    source, before = chain["pretrain"]["folder"], chain["pretrain"]
     shutil.copytree(source, tmp_path / source.name)
     args = arguments("pretrain", "max_duration=5000tok", "variables.peak_lr=1e-3")
-    with pytest.raises(ValueError, match="optimizer.lr: 0.001 in the config, 0.003 in the checkpoint"):
+    with pytest.raises(ValueError, match="optimizer.lr must be 0.003, got 0.001.*ettin_clock.accept=.optimizer.lr."):
         nano_run.run(data_set, tmp_path, *args)
-    nano_run.run(data_set, tmp_path, *args, "run_name=lower", f"load_path={checkpoints.newest_complete(source)}").close()
-    seen, before = PhaseWatch.seen, chain["pretrain"]
-    assert seen[0]["tokens"] == seen[0]["before"] == before["tokens"] and len(seen) > 2
-    assert min(PhaseWatch.first["steps"]) == len(before["seen"])
-    for batch in seen:
-        assert [(g["lr"], g["initial_lr"], g["max_lr"]) for g in batch["groups"]] == [(1e-3, 1e-3, 1e-3)] * 2
-    with pytest.raises(ValueError, match="model.objective: 'mntp' in the config, 'mlm' in the checkpoint.*ettin_cross"):
-        nano_run.run(data_set, tmp_path, *args, "run_name=other", "variables.objective=mntp",
-                     f"load_path={checkpoints.newest_complete(source)}")
+    for name, more in (("lower", [f"load_path={source}"]),
+                       (source.name, ["callbacks.ettin_clock.accept=[optimizer.lr]"])):
+        nano_run.run(data_set, tmp_path, *args, f"run_name={name}", *more).close()
+        seen = PhaseWatch.seen
+        assert seen[0]["tokens"] == seen[0]["before"] == before["tokens"] and len(seen) > 2
+        assert min(PhaseWatch.first["steps"]) == len(before["seen"])
+        for batch in seen:
+            assert [(g["lr"], g["initial_lr"], g["max_lr"]) for g in batch["groups"]] == [(1e-3, 1e-3, 1e-3)] * 2
+        [entry] = checkpoints.read_head(tmp_path / name).record["lineage"]
+        assert entry["accepted"] == (f"optimizer.lr 0.003 -> 0.001 from batch {len(before['seen'])} "
+                                     f"({before['tokens']:,} tokens) on") and entry["tokens"] is None
+    nano_run.run(data_set, tmp_path, *args, "max_duration=6500tok").close()  # no difference any more
+    assert len(checkpoints.read_head(tmp_path / source.name).record["lineage"]) == 1
+    with pytest.raises(ValueError, match="model.objective must be 'mlm', got 'mntp'.*ettin_cross"):
+        nano_run.run(data_set, tmp_path, *args, "run_name=other", "variables.objective=mntp", f"load_path={source}")
+
+
+@pytest.mark.parametrize("what", ["loss", "gradients"])
+def test_what_is_not_finite_stops_a_run_before_it_is_saved(what, data_set, tmp_path):
+    class Overflow(Callback):
+        """In step 5: the loss of the first of two microbatches, or a gradient whose square is infinite."""
+
+        done = False
+
+        def after_loss(self, state, logger):
+            if state.timestamp.batch == 5 and what == "loss" and not self.done:
+                state.loss, self.done = state.loss * float("nan"), True
+
+        def after_backward(self, state, logger):
+            if state.timestamp.batch == 5 and what == "gradients":
+                next(p for p in state.model.parameters() if p.grad is not None).grad.view(-1)[3] = 1e20
+
+    registry.callbacks.register("overflow", func=Overflow)
+    args = arguments("pretrain", "save_interval=1ba", "callbacks.overflow={}", "eval_interval=1ba")
+    with pytest.raises(ValueError, match=rf"{what} must be finite.* at step 5, after 2,\d+ tokens.* Go on from \S+"
+                                         r"ep0-ba5-rank0.pt .*peak_lr.*ettin_clock.accept=.optimizer.lr."):
+        nano_run.run(data_set, tmp_path, *args)
+    assert checkpoints.locate(tmp_path / "nano-mlm-pretrain").name == "ep0-ba5-rank0.pt"
+    steps = (tmp_path / "nano-mlm-pretrain" / "steps.jsonl").read_text().splitlines()
+    assert len(steps) == 5
+    # as the message says
+    nano_run.run(data_set, tmp_path, *arguments("pretrain"), "variables.peak_lr=1e-3",
+                 "callbacks.ettin_clock.accept=[optimizer.lr]").close()
+    assert PhaseWatch.seen[0]["tokens"] > 2000 and PhaseWatch.seen[0]["groups"][0]["lr"] == 1e-3
+
+
+def test_checkpoints_of_earlier_processes_count_among_those_to_keep(data_set, tmp_path):
+    args = arguments("pretrain", "save_interval=1ba", "save_num_checkpoints_to_keep=3")
+    folder = tmp_path / "nano-mlm-pretrain"
+    for die_at in (3, 5, -1):
+        if die_at > 0:
+            with pytest.raises(RuntimeError, match="killed"):
+                nano_run.run(data_set, tmp_path, *args, f"callbacks.phase_watch.die_at={die_at}")
+            (folder / "mine-ba1.pt").touch()  # a file of the user's
+        else:
+            nano_run.run(data_set, tmp_path, *args).close()
+    last = max(int(path.name.split("-")[1][2:]) for path in folder.glob("ep*.pt"))
+    assert {path.name for path in folder.glob("*.pt")} == {
+        *(f"ep0-ba{batch}-rank0.pt" for batch in (last - 2, last - 1, last)), "latest-rank0.pt", "mine-ba1.pt"}
+    assert last > 5
 
 
 def test_a_stream_at_another_place_than_the_clock_is_refused(data_set, tmp_path):

@@ -13,7 +13,7 @@ from llmfoundry import registry
 
 from ettin_foundry.data.batch import flatten
 from ettin_foundry.model.composer import EttinModel
-from ettin_foundry.training import checks
+from ettin_foundry.training import checks, run_config
 from ettin_foundry.training.recipes import resolved
 
 OBJECTIVES = {"mlm": [], "clm": nano_run.CLM, "mntp": ["variables.objective=mntp"],
@@ -191,7 +191,7 @@ def test_each_option_of_objectives_is_a_valid_run_that_evaluates_what_it_trains(
     cfg = resolved([str(nano_run.ROOT / "yamls" / name) for name in (f"{recipe}.yaml", f"options/{option}.yaml")])
     checks.check_settings(cfg)
     final, evaluated = OPTIONS[option]
-    assert checks.objective_schedule(cfg).final == final and checks.model_config(cfg).causal == (final == "clm")
+    assert run_config.objective_schedule(cfg).final == final and run_config.model_config(cfg).causal == (final == "clm")
     checks.resolve_schedules(cfg)
     blocks = cfg.get("eval_loaders") or [cfg["eval_loader"]]
     assert [block["objective"] for block in blocks] == evaluated
