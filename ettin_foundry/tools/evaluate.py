@@ -1,8 +1,8 @@
 """Losses of a trained model on a dataset's validation split under any objective, whatever it was trained on.
 
 The rows, masks and batches are those that the loader gives an evaluation in a run, so two models of one vocabulary are
-compared on the same targets. A decoder evaluated under mlm sees both sides, an encoder under clm only the past: the same
-weights with other windows, which `EttinModel` chooses batch by batch. One process, one device.
+compared on the same targets. A decoder evaluated under mlm sees both sides, an encoder under clm only the past: the
+same weights with other windows. One process, one device.
 """
 
 from __future__ import annotations
@@ -33,37 +33,52 @@ def evaluate(source: str | Path, data: str | Path, objectives: Sequence[str] = D
         device: auto, cpu or cuda; auto takes a GPU if there is one, and bf16 on it.
 
     Returns:
-        {objective: {loss: nats per target, accuracy: share of targets, perplexity, targets: how many}}.
+        {objective: {loss: nats per target, accuracy: share of targets, perplexity, targets: how many}}, all finite.
 
     Raises:
-        ValueError, FileNotFoundError: an argument out of range, or the dataset does not fit the model.
+        ValueError, FileNotFoundError: an argument out of range, a dataset that does not fit the model or has no target
+            for an objective, weights that are not finite.
     """
-    import torch
+    if unknown := [name for name in objectives if name not in OBJECTIVES] or not objectives:
+        raise ValueError(f"--objective must be one of {', '.join(OBJECTIVES)}, got {unknown or objectives!r}")
+    if not 0 < mask_rate <= 1:
+        raise ValueError(f"--mask-rate must be above 0 and at most 1, got {mask_rate}")
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"--max-batches must be at least 1, got {max_batches}; leave it out for the whole split")
+    if not Path(source).exists():
+        raise FileNotFoundError(f"{source}: no such path; give a checkpoint, a save folder or a Hugging Face folder")
+    splits = sorted(path.parent.name for path in Path(data).glob("*/manifest.json"))
+    if split not in splits:
+        raise FileNotFoundError(f"--split must be one of {data} ({', '.join(splits) or 'which holds none'}), got "
+                                f"{split!r}; give --split, or make the dataset with ettin convert")
+    import torch  # from here on; it takes seconds
 
     from ettin_foundry.data.stream import open_stream
     from ettin_foundry.data.tokenizer import check
     from ettin_foundry.hub.load import load_model
     from ettin_foundry.objectives.targets import TextVocab
 
-    if unknown := [name for name in objectives if name not in OBJECTIVES] or not objectives:
-        raise ValueError(f"--objective must be one of {', '.join(OBJECTIVES)}, got {unknown or objectives!r}")
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"--max-batches must be at least 1, got {max_batches}; leave it out for the whole split")
     loaded = load_model(source, default_objective="mlm")
     tokenizer = loaded.tokenizer(otherwise=Path(data) / "tokenizer")  # its own may lie on the machine of the run
     longest = loaded.config.max_position_embeddings
     length = longest if max_seq_len is None else max_seq_len
     if not 3 <= length <= longest:
         raise ValueError(f"--max-seq-len must be 3 to {longest}, the length the model was made for, got {length}")
-    stream = open_stream(dataset={"local": str(data), "split": split}, max_seq_len=length, shuffle=False, shuffle_seed=_SEED,
-                         global_batch_size=max(1, _BATCH_TOKENS // length))
+    stream = open_stream(dataset={"local": str(data), "split": split}, max_seq_len=length, shuffle=False,
+                         shuffle_seed=_SEED, global_batch_size=max(1, _BATCH_TOKENS // length))
     check(tokenizer, stream.data.tokenizer)
     vocab = TextVocab.from_tokenizer(tokenizer)
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    predictor = loaded.predictor(tokenizer, place)
-    rates = {name: mask_rate if name in MASKED_OBJECTIVES else 0.0 for name in objectives}
-    return {name: _measure(predictor, _batches(stream, vocab, name, rate, max_batches), place)
-            for name, rate in rates.items()}
+    predictor, found = loaded.predictor(tokenizer, place), {}
+    for name in objectives:
+        rate = mask_rate if name in MASKED_OBJECTIVES else 0.0
+        found[name] = values = _measure(predictor, _batches(stream, vocab, name, rate, max_batches), place)
+        if not values["targets"]:
+            raise ValueError(f"--data must hold targets of {name}, got {data}, whose {split} split has none")
+        if not math.isfinite(values["loss"]):
+            raise ValueError(f"{source} must give finite losses, got {values['loss']} under {name}: its weights are "
+                             "damaged; evaluate an earlier checkpoint")
+    return found
 
 
 def _measure(predictor: Any, batches: Iterator[dict[str, Any]], device: Any) -> dict[str, float]:
@@ -74,14 +89,15 @@ def _measure(predictor: Any, batches: Iterator[dict[str, Any]], device: Any) -> 
     nll = correct = targets = 0
     with torch.no_grad(), predictor.autocast():
         for batch in batches:
-            moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+            moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value
+                     for key, value in batch.items()}
             out = batch_loss(predictor.model, moved)
             nll += float(out["nll"])
             correct += int(out["correct"])
             targets += out["num_targets"]
-    loss = nll / targets if targets else math.nan
-    return {"loss": loss, "accuracy": correct / targets if targets else math.nan,
-            "perplexity": math.exp(min(loss, 700.0)), "targets": targets}
+    loss = nll / max(1, targets)
+    return {"loss": loss, "accuracy": correct / max(1, targets), "perplexity": math.exp(min(loss, 700.0)),
+            "targets": targets}
 
 
 def _batches(stream: Any, vocab: Any, objective: str, mask_rate: float, most: int | None) -> Iterator[dict[str, Any]]:

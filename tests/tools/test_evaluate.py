@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import subprocess
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -123,10 +126,26 @@ def test_a_decoder_under_mlm_sees_both_sides(encoder: tuple[Path, Path], data_se
 
 @pytest.mark.parametrize("change, message", [
     ({"objectives": ["mlm", "nsp"]}, "--objective"), ({"max_batches": 0}, "--max-batches"),
-    ({"max_seq_len": 128}, "--max-seq-len"), ({"split": "test"}, "train"), ({"mask_rate": 1.5}, "mask_rate")])
+    ({"max_seq_len": 128}, "--max-seq-len"), ({"split": "test"}, "train, validation"),
+    ({"mask_rate": 1.5}, "--mask-rate"), ({"data": "nowhere"}, "which holds none"), ({"source": "gone.pt"}, "gone.pt")])
 def test_bad_input_is_refused(encoder: tuple[Path, Path], data_set: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        evaluate(encoder[0], data_set, **{"objectives": ["mlm"], **change})
+        evaluate(**{"source": encoder[0], "data": data_set, "objectives": ["mlm"], **change})
+
+
+def test_damaged_weights_are_named_in_place_of_a_loss(encoder: tuple[Path, Path], data_set: Path, tmp_path: Path) -> None:
+    content = torch.load(encoder[0], weights_only=True)
+    content["state"]["model"]["model.output_bias"][3] = math.nan
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="must give finite losses, got nan under mlm"):
+        evaluate(tmp_path / "a.pt", data_set, ["mlm"])
+
+
+def test_wrong_input_is_told_before_anything_heavy_is_imported(data_set: Path) -> None:
+    code = ("import sys; from ettin_foundry.tools.evaluate import evaluate\n"
+            f"try: evaluate({str(data_set)!r}, 'nowhere')\nexcept OSError: print(sorted(sys.modules))")
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "'ettin_foundry'" in modules and not re.search("'(torch|transformers|composer|llmfoundry)'", modules)
 
 
 def test_the_command_prints_what_the_function_returns(encoder: tuple[Path, Path], data_set: Path,
