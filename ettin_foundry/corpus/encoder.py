@@ -30,7 +30,7 @@ _LINE_BREAK = re.compile(r"(?<=\S\n)(?=\w)")  # where no token of a usual vocabu
 _THREADS = {"FASTOKENS_BPE_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 _NOT_OF_THE_LIBRARY = (MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit)
 
-# What libraries differ on: white space, what normalization composes, scripts, digits, contractions, special tokens in text
+# What libraries differ on: white space, what normalization composes, scripts, digits, contractions, special tokens
 _FRAGMENTS = (
     " ", "  ", "\t", "\n", "\r\n", "\n\n", "\x0b", "\x1c", "\x85", "\xa0", "\u2003", "\u3000", "\u200b", "\ufeff",
     "\0", "\x7f", " " * 7, " " * 24, " " * 31, "a", "b", "Word", " the", " of", "1234567890", "0x1F", "'s", "'LL",
@@ -46,9 +46,9 @@ _FRAGMENTS = (
 class TextEncoder:
     """Encodes texts with one tokenizer, on one core; torch and transformers are not imported.
 
-    A literal "[MASK]" in a text stays ordinary text: read as the special token it would teach the model that masks occur
-    in prose, and any page could inject document ends. `engine` names the library and its version, `unknown` is the id
-    that the model gives for characters out of its vocabulary, or -1.
+    A literal "[MASK]" in a text stays ordinary text: as the special token it would teach the model that masks occur in
+    prose, and any page could inject document ends. `engine` names the library and its version; `unknown` is the id of
+    what the vocabulary lacks, or -1.
 
     Args:
         tokenizer_json: content of tokenizer.json. forbidden: ids that no text may give.
@@ -74,7 +74,8 @@ class TextEncoder:
         added = [token["content"] for token in content.get("added_tokens") or ()]
         probe, self._can_cut = _probe_texts(added), False
         lines = "\n".join([*probe, *added])
-        self._can_cut = np.array_equal(*(self._reference_ids(texts)[0] for texts in ([lines], _LINE_BREAK.split(lines))))
+        whole, parts = (self._reference_ids(texts)[0] for texts in ([lines], _LINE_BREAK.split(lines)))
+        self._can_cut = np.array_equal(whole, parts)
         self._fast: Callable[[Sequence[str]], Flat] | None = None
         if engine != "tokenizers":
             self._choose(engine, tokenizer_json, probe)

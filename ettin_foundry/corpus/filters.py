@@ -17,7 +17,6 @@ import importlib
 import inspect
 import logging
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ import numpy as np
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 4 << 20  # documents sorted at a time: about 100 bytes of memory each
+_BLOCK = 16 << 20  # documents sorted at a time: about 100 bytes of memory each
 
 SHORT, LONG, DUPLICATE, OVERSIZED, UNREADABLE = "short", "long", "duplicate", "oversized", "unreadable"
 """Reasons to drop a document; a predicate's is `predicate package.module:function`."""
@@ -46,9 +45,11 @@ class FilterOptions:
         object.__setattr__(self, "predicates", tuple(self.predicates))  # hashable, for caches
         least, most = self.min_characters, self.max_characters
         if (least is not None and least < 2) or (most is not None and most < max(least or 0, 1)):
-            raise ValueError(f"--min-characters must be at least 2 and at most --max-characters, got {least} and {most}")
-        for name in self.predicates:
-            _load_predicate(name)
+            raise ValueError(f"--min-characters must be 2 or more and at most --max-characters, got {least} and {most}")
+        for function, file, source in map(_load_predicate, self.predicates):
+            if file.read_bytes() != source:  # edited since another conversion of this process
+                importlib.reload(sys.modules[function.__module__])
+                _load_predicate.cache_clear()
 
     def reason(self, text: str, id: str) -> str | None:
         """Why a document is dropped: the first filter that it does not pass; None keeps it.
@@ -77,7 +78,7 @@ class FilterOptions:
         A predicate is told by the hash of the file that defines it; what that file imports is not looked at. The keys
         of decontamination stay, so that datasets made with them can be appended to.
         """
-        hashes = {name: hashlib.sha256(_load_predicate(name)[1].read_bytes()).hexdigest() for name in self.predicates}
+        hashes = {name: hashlib.sha256(_load_predicate(name)[2]).hexdigest() for name in self.predicates}
         return {"min_characters": self.min_characters, "max_characters": self.max_characters,
                 "predicates": [{"name": name, "sha256": value} for name, value in hashes.items()],
                 "decontaminate": [], "decontaminate_field": "text", "decontaminate_drop": False,
@@ -85,8 +86,8 @@ class FilterOptions:
 
 
 @functools.cache
-def _load_predicate(name: str) -> tuple[Callable[[str, str], bool], Path]:
-    """The function of a dotted path, and the file that defines it."""
+def _load_predicate(name: str) -> tuple[Callable[[str, str], bool], Path, bytes]:
+    """The function of a dotted path, the file that defines it, and what the file holds."""
     try:
         module, _, attribute = name.partition(":")
         function = getattr(importlib.import_module(module), attribute)
@@ -97,11 +98,11 @@ def _load_predicate(name: str) -> tuple[Callable[[str, str], bool], Path]:
     except Exception as error:  # a module of the user's: whatever it raises
         raise ValueError("--filter must be package.module:function of a function f(text, id) -> bool on PYTHONPATH, "
                          f"got {name!r} ({type(error).__name__}: {error!s:.300})") from error
-    return function, file
+    return function, file, file.read_bytes()
 
 
 def write_hashes(path: Path, hashes: bytes | bytearray) -> None:
-    """Writes xxh3_128 (16 bytes) of each document, in the order of reading, as an .npy file of (documents, 2) uint64."""
+    """Writes xxh3_128 (16 bytes) of each document, in the order of reading, as .npy: (documents, 2) uint64."""
     np.save(path, np.frombuffer(hashes, "<u8").reshape(-1, 2), allow_pickle=False)
 
 
@@ -113,41 +114,27 @@ def read_drops(path: Path) -> np.ndarray:
 def find_duplicates(hash_files: Sequence[Path], out_folder: Path) -> int:
     """Finds the documents that repeat an earlier one; how many there are.
 
-    Writes `out_folder/NAME` for the hash file of that name of every unit, in the form of `read_drops`. The hashes are
-    divided by their leading bits into files of about `_BLOCK` documents, of which one at a time is sorted. A hash is
-    passed on once a block, so that a text repeated without end does not fill one file. `out_folder` needs 25 bytes a
-    document.
+    Writes `out_folder/NAME` for the hash file of that name of every unit, in the form of `read_drops`. The files are
+    gone through once for each `_BLOCK` documents, taking the hashes with the same leading bits. A unit's own copies are
+    put aside first, so that a text repeated without end fills no block.
     """
     units = [np.load(path, mmap_mode="r", allow_pickle=False) for path in hash_files]
     begins = np.cumsum([0, *map(len, units)]).tolist()
-    bits = (begins[-1] // _BLOCK).bit_length()
+    is_copy, bits = np.zeros(begins[-1], bool), (begins[-1] // _BLOCK).bit_length()
+    for prefix in range(1 << bits):
+        hashes, places = [np.zeros((0, 2), np.uint64)], [np.zeros(0, np.int64)]
+        for unit, first in zip(units, begins):
+            mine = np.flatnonzero(unit[:, 0] >> np.uint64(64 - bits) == prefix) if bits else np.arange(len(unit))
+            repeats = _repeats(unit[mine])
+            is_copy[first + mine[repeats]] = True
+            mine = np.delete(mine, repeats)
+            hashes.append(unit[mine])
+            places.append(first + mine)
+        is_copy[np.concatenate(places)[_repeats(np.concatenate(hashes))]] = True
     out_folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_folder) as scratch:
-        paths = [Path(scratch, f"hashes.{prefix}") for prefix in range(1 << bits)]
-        for path in paths:
-            path.touch()
-        is_copy = np.memmap(Path(scratch, "copies"), bool, "w+", shape=max(1, begins[-1]))
-        for hashes, first in zip(units, begins):
-            for begin in range(0, len(hashes), _BLOCK):
-                block = hashes[begin:begin + _BLOCK]
-                numbers = np.arange(first + begin, first + begin + len(block), dtype=np.uint64)
-                repeats = _repeats(block)
-                is_copy[first + begin + repeats] = True
-                records = np.delete(np.column_stack([block, numbers]), repeats, axis=0)
-                prefixes = records[:, 0] >> np.uint64(64 - bits) if bits else np.zeros(len(records))
-                records = records[np.argsort(prefixes, kind="stable")]
-                ends = np.cumsum(np.bincount(prefixes.astype(np.int64), minlength=len(paths)))
-                for path, part in zip(paths, np.split(records, ends[:-1])):
-                    with open(path, "ab") as stream:
-                        stream.write(part.data)
-        for path in paths:
-            records = np.fromfile(path, np.uint64).reshape(-1, 3)
-            is_copy[records[_repeats(records[:, :2]), 2].astype(np.int64)] = True
-            path.unlink()
-        for file, begin, end in zip(hash_files, begins, begins[1:]):
-            np.save(out_folder / file.name, np.flatnonzero(is_copy[begin:end]).astype("<u8"), allow_pickle=False)
-        found = int(np.count_nonzero(is_copy))
-    log.info("duplicates: %d of %d documents", found, begins[-1])
+    for file, begin, end in zip(hash_files, begins, begins[1:]):
+        np.save(out_folder / file.name, np.flatnonzero(is_copy[begin:end]).astype("<u8"), allow_pickle=False)
+    log.info("duplicates: %d of %d documents", found := int(np.count_nonzero(is_copy)), begins[-1])
     return found
 
 

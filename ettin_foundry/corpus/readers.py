@@ -113,7 +113,7 @@ def _read_hub(source: Source, part: Part, meter: Meter, options: ReadOptions) ->
     records, number = sources.open_hub_dataset(source)
     if number != part.end:
         raise ValueError(f"{source.location} must have the {part.end} data shards that were planned, got {number}; "
-                         "convert with the version of `datasets` that planned them, or into another --out")
+                         "use the version of `datasets` that planned them, or another --out")
     shard = records if number == 1 else records.shard(num_shards=number, index=part.begin)
     for row, record in enumerate(shard, 1):
         where = f"{source.location} shard {part.begin} record {row}"
@@ -134,8 +134,7 @@ def _read_file(source: Source, storage: Storage, part: Part, meter: Meter, optio
         except (EOFError, zlib.error, OSError) as error:  # BadGzipFile and pyarrow's errors are OSErrors
             if getattr(error, "errno", None) or isinstance(error, (FileNotFoundError, ConnectionError)):
                 raise  # not the file's fault
-            raise ValueError(f"{shown} must be a whole file, got one that cannot be read to its end ({error!r:.300}); "
-                             "fetch or write it again") from error
+            raise ValueError(f"{shown} must be a whole file, got {error!r:.300}; fetch or write it again") from error
 
 
 def _decompressed(raw: BinaryIO, name: str) -> BinaryIO:
@@ -239,45 +238,32 @@ def _read_json(file: _File) -> Iterator[Document]:
 
 def _read_jsonl(file: _File) -> Iterator[Document]:
     """The documents of the lines whose first byte is in the part; default ids end with that byte's offset."""
-    (name, begin, end), options, limit = file.part, file.options, file.options.max_document_bytes
-    text_field, key = options.text_field, options.id_field or "id"
-    number = 0  # of the line, known only where reading begins with the file
-    for offset, lines in _line_groups(file.content, begin, sys.maxsize if end is None else end, limit):
-        file.tick()
-        for line in lines:
-            number += 1
-            try:
-                record = orjson.loads(line)
-                text, identity = record.get(text_field), record.get(key)
-            except (ValueError, AttributeError):
-                text = identity = None
-            if len(line) > limit:
-                file.meter.oversized += 1
-            elif type(text) is str and type(identity) in (str, int):
-                yield Document(text, str(identity))
-            elif type(text) is str and identity is None and options.id_field is None:
-                yield Document(text, f"{name}:{offset}")
-            elif line.strip():
-                where = f"{file.shown} " + (f"byte {offset}" if begin else f"line {number} (byte {offset})")
-                yield from _document(line, where, f"{name}:{offset}", file.meter, options)
-            offset += len(line) + 1
-
-
-def _line_groups(stream: BinaryIO, begin: int, end: int, limit: int) -> Iterator[tuple[int, list[bytes]]]:
-    """(byte offset, lines) of the lines that begin in the bytes [begin, end), without their ends.
-
-    A line of more than `limit` bytes is cut off behind them; it is the last of its group.
-    """
+    (name, begin, end), stream, options = file.part, file.content, file.options
+    text_field, key, limit = options.text_field, options.id_field or "id", options.max_document_bytes
+    end, number = sys.maxsize if end is None else end, 0
     position = stream.seek(begin - 1) + _skip_line(stream, end - begin + 1) if begin else 0
-    while position < end and (block := stream.read(min(_BLOCK_BYTES, end - position))):
-        skipped = 0
-        if not block.endswith(b"\n"):
-            block += stream.readline(limit + 1)
-            skipped = 0 if block.endswith(b"\n") else _skip_line(stream, sys.maxsize)
-        if position == 0 and block.startswith(_BOM):
-            position, block = len(_BOM), block[len(_BOM):]
-        yield position, block.removesuffix(b"\n").split(b"\n")
-        position += len(block) + skipped
+    while position < end and (line := stream.readline(limit + 1)):
+        offset, position, number = position, position + len(line), number + 1
+        if not number % 256:
+            file.tick()
+        if not line.endswith(b"\n"):
+            position += _skip_line(stream, sys.maxsize)
+        if not offset and line.startswith(_BOM):
+            offset, line = len(_BOM), line.removeprefix(_BOM)
+        try:
+            record = orjson.loads(line)
+            text, identity = record.get(text_field), record.get(key)
+        except (ValueError, AttributeError):
+            text = identity = None
+        if len(line) > limit and not line.endswith(b"\n"):
+            file.meter.oversized += 1
+        elif type(text) is str and type(identity) in (str, int):
+            yield Document(text, str(identity))
+        elif type(text) is str and identity is None and options.id_field is None:
+            yield Document(text, f"{name}:{offset}")
+        elif line.strip():
+            where = f"{file.shown} " + (f"byte {offset}" if begin else f"line {number} (byte {offset})")
+            yield from _document(line, where, f"{name}:{offset}", file.meter, options)
 
 
 def _skip_line(stream: BinaryIO, most: int) -> int:
@@ -322,8 +308,8 @@ def _read_parquet(file: _File) -> Iterator[Document]:
                     row += len(batch)
                 file.tick(start + sum(c.total_compressed_size for c in chunks))
         except pyarrow.ArrowException as error:
-            raise ValueError(f"{file.shown} must be a whole .parquet file, got one that cannot be read ({error!r:.300}); "
-                             "fetch or write it again") from error
+            raise ValueError(f"{file.shown} must be a whole .parquet file, got {error!r:.300}; fetch or write it "
+                             "again") from error
 
 
 def _columns(schema: Any, file: _File) -> list[str]:
@@ -332,11 +318,10 @@ def _columns(schema: Any, file: _File) -> list[str]:
     if text_field not in schema.names:
         raise ValueError(f"{file.shown} must have a column {text_field!r}, got {', '.join(schema.names)}; name the "
                          "column with --text-field")
-    kind = getattr(schema.field(text_field).type, "storage_type", schema.field(text_field).type)
-    kind = kind.value_type if str(kind).startswith("dictionary") else kind
-    if not re.match(r"(large_|fixed_size_)?(string|binary)|null", str(kind)):
-        raise ValueError(f"{file.shown} must hold text in its column {text_field!r}, got {kind}; name the column of the "
-                         "text with --text-field")
+    kind = str(schema.field(text_field).type)
+    if not re.match("(dictionary<values=)?(large_|fixed_size_)?(string|binary)|null|extension", kind):
+        raise ValueError(f"{file.shown} must hold text in its column {text_field!r}, got {kind}; name the column that "
+                         "does with --text-field")
     return [name for name in schema.names if name in (text_field, file.options.id_field or "id")]
 
 

@@ -1,6 +1,6 @@
 """Where text comes from, and in which parts it is read: files, folders, URLs, Hugging Face datasets, stdlib.
 
-A source is resolved once into a sorted listing with sizes, from which alone the parts follow: on every machine the same.
+A source is resolved once into a sorted listing with sizes. The parts follow from it alone, the same on every machine.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ettin_foundry.data.storage import check_name, is_url, open_storage
 
 log = logging.getLogger(__name__)
 
-_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
+_FILE = re.compile(r"(?s)(.+?)(?i:(\.jsonl|\.json|\.txt|\.parquet)(\.gz|\.zst)?)\Z")
 STDLIB = "python-stdlib"  # the running Python's standard library: real English and code on every machine
 DOCSTRINGS = "docstrings"  # the `file` of the part of the standard library that is in no file
-_READABLE = ", ".join(_SUFFIXES) + " (plain, .gz or .zst)"
+_READABLE = ".jsonl, .json, .txt, .parquet (plain, .gz or .zst)"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.DOTALL)
 # prefixes: test modules, and those whose import touches the terminal or needs a display library
@@ -80,8 +80,7 @@ class Source:
 def find_source(text: str, *, licence: str | None = None) -> Source:
     """Resolves a SOURCE argument: `[NAME=]` file, folder, URL, `owner/name[:config]` on the hub, or stdlib.
 
-    Raises FileNotFoundError where nothing is there or the dataset cannot be reached; ValueError for a suffix that is
-    not read, or a file name that cannot be written into a dataset.
+    Raises FileNotFoundError where nothing is there or the dataset cannot be reached, ValueError for what is not read.
     """
     if not text:
         raise ValueError("source must be a file, folder, URL or dataset id, got an empty name")
@@ -95,14 +94,14 @@ def find_source(text: str, *, licence: str | None = None) -> Source:
     elif path.is_dir():
         default, root, found = path.resolve().name, str(path), open_storage(path).list()
     elif path.is_file():
-        default, root, found = _stem(path.name), str(path.parent), [(path.name, path.stat().st_size)]
+        default, root, found = _FILE.sub(r"\1", path.name), str(path.parent), [(path.name, path.stat().st_size)]
     elif path.exists():
         raise ValueError(f"{path} must be a file or folder, got a pipe or device; write it to a file")
     elif _HUB_ID.fullmatch(location) and file_kind(location) is None:
         return _find_hub(name, location, licence)
     else:
-        raise FileNotFoundError(f"{location}: no such file or folder; give a file ({_READABLE}), a folder of them, a URL "
-                                f"(s3://...), a Hugging Face dataset id (owner/name) or {STDLIB}")
+        raise FileNotFoundError(f"{location}: no such file or folder; give a file ({_READABLE}), a folder of them, a "
+                                f"URL (s3://...), a Hugging Face dataset id (owner/name) or {STDLIB}")
     return Source(name or default, location, _readable_files(root, found), root, licence)
 
 
@@ -142,10 +141,8 @@ def part_bytes(source: Source, part: Part) -> int:
 
 def file_kind(name: str) -> str | None:
     """The suffix that says how to read a file, `.gz` and `.zst` taken off; None where none does."""
-    suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in _SUFFIXES else None
+    match = _FILE.match(name.rpartition("/")[2])
+    return match[2].lower() if match else None
 
 
 def open_hub_dataset(source: Source) -> tuple[Any, int]:
@@ -166,12 +163,6 @@ def _find_stdlib(name: str) -> Source:
     return Source(name, STDLIB, files, str(root), "PSF-2.0", platform.python_version())
 
 
-def _stem(name: str) -> str:
-    for suffix in (*COMPRESSIONS, *_SUFFIXES):
-        name = name[:-len(suffix)] if name.lower().endswith(suffix) else name
-    return name
-
-
 def _readable_files(root: str, found: list[tuple[str, int]]) -> dict[str, int]:
     """Name -> size of the files to read; the others are logged."""
     files = {check_name(name): size for name, size in found if file_kind(name)}
@@ -183,7 +174,7 @@ def _readable_files(root: str, found: list[tuple[str, int]]) -> dict[str, int]:
         raise ValueError(f"{root}: names must be UTF-8, got {os.fsencode(odd[0])!r}; rename it")
     if others:
         log.warning("%s: %d of %d files are not read, the first is %s", root, len(others), len(found), others[0])
-    for name in [name for name in files if name.lower().endswith(COMPRESSIONS) and name.rpartition(".")[0] in files]:
+    for name in [name for name in files if name.rpartition(".")[0] in files]:
         log.warning("%s: %s is not read, as what it was made of is beside it; remove that to read it", root, name)
         del files[name]
     for name in [name for name, size in files.items() if size < 1024][:20]:
@@ -196,7 +187,7 @@ def _list_url(location: str) -> tuple[str, str, list[tuple[str, int]]]:
     folder, _, last = location.rstrip("/").rpartition("/")
     if file_kind(last) and not location.endswith("/"):
         with contextlib.suppress(FileNotFoundError):
-            return _stem(last), folder, [(last, open_storage(folder).size(last))]
+            return _FILE.sub(r"\1", last), folder, [(last, open_storage(folder).size(last))]
     storage = open_storage(location)
     if not (found := storage.list()):
         raise FileNotFoundError(f"{location}: nothing is there; give a file or folder of {_READABLE}")
@@ -219,11 +210,9 @@ def _find_hub(name: str | None, location: str, licence: str | None) -> Source:
 
 def read_module(path: Path) -> str | None:
     """The text of a .py file of the standard library; None for one that does not decode."""
-    try:
-        with tokenize.open(path) as stream:  # honours a file's coding line
-            return stream.read()
-    except (SyntaxError, UnicodeDecodeError):  # deliberately odd encodings, as in lib2to3's data
-        return None
+    with contextlib.suppress(SyntaxError, UnicodeDecodeError), tokenize.open(path) as stream:  # by its coding line
+        return stream.read()
+    return None
 
 
 def stdlib_docstrings() -> Iterator[tuple[str, str]]:

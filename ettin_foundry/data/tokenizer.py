@@ -1,7 +1,7 @@
 """The tokenizer: load, train, fingerprint, check, and the two templates (encoder, decoder) of one vocabulary.
 
-Ettin uses OLMo's byte-level BPE with [UNK] [CLS] [SEP] [PAD] [MASK] after the ordinary entries; BOS is [CLS], EOS is
-[SEP]. Both members of a pair share the vocabulary and differ only in the template put around a text. Datasets carry a
+Ettin uses OLMo's byte-level BPE with [UNK] [CLS] [SEP] [PAD] [MASK] behind the other entries; BOS is [CLS], EOS [SEP].
+Both members of a pair share the vocabulary and differ only in the template put around a text. Datasets carry a
 fingerprint of the tokenizer, so that training with another one is an error and not a bad model.
 """
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # importing transformers takes seconds, which readers of a ma
     from transformers import PreTrainedTokenizerFast
 
 MAX_VOCAB_SIZE = 65_535  # tokens are stored as uint16
+_PLAIN = {"PreTrainedTokenizerFast", "TokenizersBackend", "tokenizers"}
 
 _SPECIALS = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
 
@@ -28,8 +29,7 @@ _SPECIALS = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "ma
 _PROBE = (
     "The quick brown fox jumps over the lazy dog; it didn't stop at 3,141.59 or \"quotes\" -- isn't that odd?\n"
     "def f(x: int, *, y=None) -> dict[str, float]:\n    if x >= 10 and not y:\n\t\treturn {'a': x ** 2, \"b\": 1e-5}\n"
-    "\n\n"
-    "    for i in range(100):  # comment\n        total += a[i] @ b[i:-1]\n"
+    "\n\n    for i in range(100):  # comment\n        total += a[i] @ b[i:-1]\n"
     "caf\u00e9 cafe\u0301 \u00c5ngstr\u00f6m \u2126 \ufb01n stra\u00dfe \u0130stanbul \u4f60\u597d\u4e16\u754c "
     "\u043f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 \u0939\u093f\u0928\u094d\u0926\u0940 "
     "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \u00a0\u2003\u200b "
@@ -47,28 +47,27 @@ def load(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import cached_file
 
-    name = os.fspath(name_or_folder)
-    folder = Path(name).is_dir()
+    name, make = os.fspath(name_or_folder), PreTrainedTokenizerFast
+    options: dict[str, Any] = {"local_files_only": Path(name).is_dir()}
     try:
-        path = cached_file(name, "tokenizer_config.json", local_files_only=folder,
-                           _raise_exceptions_for_missing_entries=False)
+        path = cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **options)
         config = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-        further = config.get("extra_special_tokens")  # transformers 5 writes a list, 4 reads a dictionary
-        changes = {"extra_special_tokens": {}, "additional_special_tokens": further} if isinstance(further, list) else {}
-        is_plain = "backend" in config or config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
-        if is_plain or (folder and not path and not Path(name, "config.json").is_file()):
-            make: Any = PreTrainedTokenizerFast  # without the rules of a class: transformers 5 has them in tokenizer.json
-        else:
+        if isinstance(further := config.get("extra_special_tokens"), list):  # transformers 4 reads a dictionary
+            options |= {"extra_special_tokens": {}, "additional_special_tokens": further}
+        # what transformers 5 saved, or names neither a class nor a model, is all in tokenizer.json
+        kinds = {config.get("tokenizer_class"), config.get("backend")}
+        is_alone = Path(name, "tokenizer.json").is_file() and not Path(name, "config.json").is_file()
+        if not kinds & _PLAIN and (kinds != {None} or not is_alone):
             from transformers import AutoTokenizer as make  # here: it imports a good part of transformers
 
-        tok = make.from_pretrained(name, local_files_only=folder, trust_remote_code=False, **changes)
+        tok = make.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # the hub client raises many kinds, also for a malformed tokenizer.json
-        kind = ValueError if folder else FileNotFoundError
-        raise kind(f"tokenizer {name} must be a folder of a fast tokenizer, or a Hugging Face id that can be loaded here, "
-                   f"got one that cannot be read ({str(error).strip() or type(error).__name__:.200})") from error
+        raise (ValueError if options["local_files_only"] else FileNotFoundError)(
+            f"tokenizer {name} must be a folder of a fast tokenizer, or a Hugging Face id that can be loaded here, got "
+            f"one that cannot be read ({str(error).strip() or type(error).__name__:.200})") from error
     if not isinstance(tok, PreTrainedTokenizerFast):
-        raise ValueError(f"tokenizer {name} must be a fast one, with tokenizer.json, got a {type(tok).__name__}; convert "
-                         "it with transformers")
+        raise ValueError(f"tokenizer {name} must be a fast one, with tokenizer.json, got a {type(tok).__name__}; "
+                         "convert it with transformers")
     for key, token in _SPECIALS.items():
         if tok.special_tokens_map.get(f"{key}_token") is None and tok.backend_tokenizer.token_to_id(token) is not None:
             setattr(tok, f"{key}_token", token)
@@ -85,8 +84,8 @@ def special_ids(tok: PreTrainedTokenizerFast) -> dict[str, int | None]:
     found: dict[str, Any] = {key: getattr(tok, f"{key}_token_id") for key in _SPECIALS}
     needed = {value for key, value in found.items() if key != "unk"}
     if None in needed or len(needed) < 4:
-        raise ValueError(f"tokenizer {_name(tok)} must have different cls, sep, pad and mask tokens, got {found}; add them "
-                         "and save it again, or train one with --train-tokenizer")
+        raise ValueError(f"tokenizer {_name(tok)} must have different cls, sep, pad and mask tokens, got {found}; add "
+                         "them and save it again, or train one with --train-tokenizer")
     return found
 
 
@@ -109,9 +108,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    smallest = 256 + len(_SPECIALS)
-    if not smallest <= vocab_size <= MAX_VOCAB_SIZE:
-        raise ValueError(f"--train-tokenizer must be {smallest} (every byte and the special tokens) to {MAX_VOCAB_SIZE} "
+    if not 256 + 5 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(f"--train-tokenizer must be 261 (every byte and five special tokens) to {MAX_VOCAB_SIZE} "
                          f"entries, got {vocab_size}; the demo uses 8192")
     backend: Any = Tokenizer(models.BPE())  # Any: the stubs of tokenizers 0.21 lack setters and keywords
     backend.normalizer = normalizers.NFC()
@@ -119,9 +117,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     make_trainer: Any = trainers.BpeTrainer
     backend.train_from_iterator(texts, trainer=make_trainer(
-        vocab_size=vocab_size - len(_SPECIALS), show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    if (found := backend.get_vocab_size() + len(_SPECIALS)) != vocab_size:
-        raise ValueError(f"--train-tokenizer must be at most the {found} entries that the corpus gives, got {vocab_size}")
+        vocab_size=vocab_size - 5, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    if (found := backend.get_vocab_size() + 5) != vocab_size:
+        raise ValueError(f"--train-tokenizer must be at most the {found} entries of the corpus, got {vocab_size}")
     # added after training: the trainer would put them first, Ettin has them last
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False, lstrip=key == "mask")
                                 for key, token in _SPECIALS.items()])
@@ -147,8 +145,8 @@ def with_template(tok: PreTrainedTokenizerFast, kind: str) -> PreTrainedTokenize
     single, pair, side = (f"{cls} $A {sep}", f"{cls} $A {sep} $B:1 {sep}:1", "right") if kind == "encoder" else \
         (f"{cls} $A", f"{cls} $A $B:1", "left")
     backend: Any = result.backend_tokenizer
-    backend.post_processor = TemplateProcessing(single=single, pair=pair,
-                                                special_tokens=[(cls, ids["cls"]), (sep, ids["sep"])])
+    tokens = [(cls, ids["cls"]), (sep, ids["sep"])]
+    backend.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=tokens)
     result.padding_side = side
     # save_pretrained writes only what the constructor was given, so what was changed is put there too
     result.init_kwargs.update(padding_side=side, bos_token=tok.bos_token or cls, eos_token=tok.eos_token or sep)

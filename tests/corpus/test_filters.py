@@ -73,8 +73,9 @@ def test_the_record_holds_every_setting_and_no_place_of_this_machine(module: str
     assert record == {
         "min_characters": 2, "max_characters": 9, "predicates": [{"name": f"{module}:keep", "sha256": sha256}],
         "decontaminate": [], "decontaminate_field": "text", "decontaminate_drop": False, "ngrams": None, "deduplicate": True}
-    (tmp_path / f"{module}.py").write_text(PREDICATES + "# changed")
-    assert options.record() != record
+    (tmp_path / f"{module}.py").write_text(PREDICATES + "def keep(text, id): return True  # another rule")
+    again = FilterOptions(predicates=[f"{module}:keep"])  # in the same process
+    assert again.record()["predicates"] != record["predicates"] and again.reason("other text", "0") is None
 
 
 def expected_drops(units: list[list[bytes]]) -> list[list[int]]:
@@ -116,15 +117,15 @@ def test_all_but_the_first_of_equal_documents_are_dropped_whatever_the_memory(
             assert sorted(path.name for path in out.iterdir()) == [path.name for path in files]  # nothing is left
 
 
-def test_no_more_than_a_block_is_sorted_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_than_a_block_or_unit_is_sorted_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus_filters, "_BLOCK", 1000)
     sizes, repeats = [], corpus_filters._repeats
     monkeypatch.setattr(corpus_filters, "_repeats", lambda rows: sizes.append(len(rows)) or repeats(rows))
     hashes = np.random.default_rng(1).integers(0, 2**64, (30_000, 2), dtype=np.uint64)
     for rows, number in ((hashes, 0), (np.full_like(hashes, 7), 29_999)):
-        files = write_units(tmp_path, [[rows[:9000].tobytes()], [rows[9000:].tobytes()]])
+        files = write_units(tmp_path, [[block.tobytes()] for block in np.split(rows, 30)])
         assert find_duplicates(files, tmp_path / "out") == number
-    assert max(sizes) <= 1200  # a file holds a block on average: of 30,000 in 32 files, 938 and six standard deviations
+    assert max(sizes) <= 1200  # a block on average: of 30,000 in 32 parts, 938 and six standard deviations
 
 
 def test_a_file_of_hashes_is_never_unpickled(tmp_path: Path) -> None:

@@ -106,7 +106,8 @@ LAYOUTS: dict[str, dict[str, object] | None] = {  # tokenizer_config.json beside
                         "image_token": "<a>", "model_specific_special_tokens": {"image_token": "<a>"}},
     "5, class of a model": {"tokenizer_class": "BertTokenizer", "backend": "tokenizers", **NAMES, "do_lower_case": True,
                             "extra_special_tokens": ["<a>"], "strip_accents": None},
-    "names no tokens": {"tokenizer_class": "PreTrainedTokenizerFast"}, "tokenizer.json alone": None}
+    "names no tokens": {"tokenizer_class": "PreTrainedTokenizerFast"}, "names no class": {**NAMES, "bos_token": None},
+    "tokenizer.json alone": None}
 
 
 @pytest.mark.parametrize("case", LAYOUTS)
