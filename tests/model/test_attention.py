@@ -1,6 +1,8 @@
 """Attention equals a naive softmax that loops over queries, for every window, on every reference path."""
 
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +75,20 @@ def test_no_token_gives_no_result_and_keeps_the_graph(window):
     empty = torch.zeros(0, 2, 64, requires_grad=True)
     documents = Documents(torch.zeros(1, dtype=torch.int32), 0, torch.zeros(0, dtype=torch.int64))
     assert attention(empty, empty, empty, documents, window).requires_grad
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_flash_backward_is_deterministic_where_that_is_asked_for(asked, monkeypatch):
+    """torch's own varlen_attn obeys torch's switch by itself; flash-attn must be told."""
+    seen = {}
+    stub = SimpleNamespace(flash_attn_varlen_func=lambda q, *_, **options: seen.update(options) or q)
+    monkeypatch.setitem(sys.modules, "flash_attn", stub)
+    torch.use_deterministic_algorithms(asked)
+    try:
+        attention(*stream(LENGTHS), (63, 0), "flash_attn_2")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == {"causal": True, "window_size": (63, 0), "deterministic": asked}
 
 
 def test_a_wish_that_cannot_be_met_is_an_error():

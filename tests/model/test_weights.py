@@ -11,40 +11,28 @@ import shutil
 import parity
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from ettin_foundry.hub.folder import export_model
-from ettin_foundry.model import hf_config
 from ettin_foundry.model.config import EttinConfig
+from ettin_foundry.model.hf_config import config_json, read_config
 from ettin_foundry.model.weights import from_hf, import_folder, plain_state, to_hf
 
-IDS = {"unk": 295, "cls": 296, "sep": 297, "pad": 298, "mask": 299}
-
-
-def shape(causal: bool, **changes) -> EttinConfig:
-    return EttinConfig.for_size("nano", causal=causal, vocab_size=320, **changes)
+CONFIGS = {kind: EttinConfig.for_size("nano", causal=kind == "decoder", vocab_size=320) for kind in ("encoder", "decoder")}
 
 
 @pytest.fixture(scope="module")
 def models():
-    return {"encoder": parity.random_model(shape(False)), "decoder": parity.random_model(shape(True))}
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory, models):
-    """Two exports; tests copy what they change."""
-    root, tokenizer = tmp_path_factory.mktemp("exported"), parity.tiny_tokenizer()
-    return {kind: export_model(models[kind], models[kind].config, tokenizer, root / kind, objective=objective)
-            for kind, objective in (("encoder", "mlm"), ("decoder", "clm"))}
+    return {kind: parity.random_model(config) for kind, config in CONFIGS.items()}
 
 
 @pytest.fixture
-def edited(exported, tmp_path):
-    """edited(kind, drop, **changes): the config.json of an export with keys removed and changed, as a path."""
+def edited(tmp_path):
+    """edited(kind, drop, **changes): the path of an export's config.json with keys removed and changed."""
 
     def edit(kind, drop=(), **changes):
-        content = json.loads((exported[kind] / "config.json").read_text())
-        content = {k: v for k, v in {**content, **changes}.items() if k not in drop}
+        ids = dict.fromkeys(("cls", "sep", "pad", "mask"), 1)
+        content = config_json(CONFIGS[kind], objective="clm" if kind == "decoder" else "mlm", special_ids=ids)
+        content = {key: value for key, value in {**content, **changes}.items() if key not in drop}
         (tmp_path / "config.json").write_text(json.dumps(content))
         return tmp_path / "config.json"
 
@@ -95,14 +83,14 @@ def test_both_directions_are_strict_and_name_what_is_wrong(models):
         ["global_rope_theta", "local_rope_theta", "global_attn_every_n_layers", "torch_dtype"])),  # what 5.x drops
     ("decoder", ["local_attention"])])  # what 4.54 to 5.0 drop
 def test_keys_of_each_generation_alone_read_the_same(kind, drop, edited):
-    assert hf_config.read_config(edited(kind, [*drop, "ettin_foundry"]))[0] == hf_config.read_config(edited(kind))[0]
+    assert read_config(edited(kind, [*drop, "ettin_foundry"]))[0] == CONFIGS[kind]
 
 
 @pytest.mark.parametrize("kind, version, local", [("encoder", "4.48.0", 10_000.0), ("encoder", "5.23.0", 10_000.0),
                                                   ("decoder", "4.57.6", 160_000.0), ("decoder", "5.0.0", 10_000.0)])
 def test_missing_bases_are_those_of_the_version_that_saved(kind, version, local, edited, caplog):
     path = edited(kind, ["rope_parameters", "global_rope_theta", "local_rope_theta"], transformers_version=version)
-    config, _ = hf_config.read_config(path)
+    config, _ = read_config(path)
     assert (config.global_rope_theta, config.local_rope_theta) == (160_000.0, local)
     assert "no rotary base for local layers" in caplog.text
 
@@ -124,18 +112,17 @@ def test_missing_bases_are_those_of_the_version_that_saved(kind, version, local,
 def test_unsupported_or_ambiguous_settings_are_refused_by_name(kind, changes, words, edited):
     path = edited(kind, **changes)
     with pytest.raises(ValueError, match=re.escape(words)) as error:
-        hf_config.read_config(path)
+        read_config(path)
     assert str(path) in str(error.value)
 
 
-def test_sharded_weights_are_read_and_broken_files_refused(exported, tmp_path, models):
-    folder = shutil.copytree(exported["encoder"], tmp_path / "f")
+def test_sharded_weights_are_read_and_broken_files_refused(edited, models):
+    folder, weights = edited("encoder").parent, to_hf(models["encoder"].state_dict(), CONFIGS["encoder"])
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    weights, stored = load_file(whole), whole.read_bytes()
     weight_map = {name: f"{'ab'[i % 2]}.safetensors" for i, name in enumerate(sorted(weights))}
     for file in ("a.safetensors", "b.safetensors"):  # as transformers writes large models
         save_file({name: t for name, t in weights.items() if weight_map[name] == file}, folder / file)
-    whole.unlink()
+    stored = (folder / "a.safetensors").read_bytes()
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     state, _, _ = import_folder(folder)
     assert all(torch.equal(state[name], t) for name, t in models["encoder"].state_dict().items())
