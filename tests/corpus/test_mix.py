@@ -61,6 +61,16 @@ def test_even_a_budget_of_few_chunks_is_met(sets):
         assert opened(sets, str(tokens)).samples.sum() == chunks
 
 
+def test_names_are_read_as_they_are_written(sets):
+    names = ["1", "null", "yes", "2024-01-01", "1e3", "~"]
+    for name in names:
+        write_set(sets / name, {name: [np.full(300, 62)]})
+    (sets / "spec.yaml").write_text("sets:\n" + "".join(
+        f"  {name}: {{set: {name}, source: {name}, tokens: 6_200}}\n" for name in names))
+    build_mix(sets / "spec.yaml", sets.parent / "mix")
+    assert opened(sets).manifest["sources"].keys() == {*names}
+
+
 def test_mixture_holds_no_text_and_refers_to_datasets_by_relative_paths(sets):
     build(sets)
     mix = sets.parent / "mix"
@@ -129,7 +139,7 @@ WRONG = [
     ({"sets": {"web": {"set": "sets/web", "token": 3}}}, "sets.web.token: "),
     ({"sets": {"web": "sets/web"}}, "without phase, sets must be .*tokens"),
     ({"sets": {"web": {"set": "sets/even", "tokens": 30}}}, "sets.web: its budget must be half a chunk"),
-    ({"sets": {"web": {**WEB["web"], "tokens": -1}}}, "sets.web.tokens: .*greater than 0, got -1"),
+    ({"sets": {"web": {**WEB["web"], "tokens": -1}}}, "sets.web.tokens: .*greater than 0, got '-1'"),
     ({"sets": {"web": {**WEB["web"], "source": "wbe"}}}, "sets.web.source must be one of web, got 'wbe'"),
     ({"sets": {"web": {**WEB["web"], "set": "sets"}}}, "sets.web: .* holds no manifest"),
     ({"sets": WEB, "scale": 2}, "without phase"),
