@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import xxhash
 
-from ettin_foundry.corpus.sources import COMPRESSIONS, STDLIB, Part, Source, find_source, plan_parts
+from ettin_foundry.corpus.sources import STDLIB, Part, Source, find_source, plan_parts
 from ettin_foundry.data import MANIFEST
 from ettin_foundry.data.storage import Storage, is_url
 
@@ -158,25 +158,13 @@ def find_sources(options: ConvertOptions, plan: Plan | None) -> list[Source]:
         if (out.rstrip("/") + "/").startswith(place.rstrip("/") + "/") if is_url(place) or is_url(out) else \
                 Path(place).is_dir() and Path(out).resolve().is_relative_to(Path(place).resolve()):
             raise ValueError(f"--out must be outside of the sources, got {out} inside of {place}")
+        if source.files and not source.num_bytes:
+            log.warning("%s: every file of it is empty", name)
         if plan and name in plan.sources and not source.files and place != STDLIB:
             source = replace(source, revision=plan.sources[name]["revision"])
         root = source.root if is_url(source.root) else os.path.abspath(source.root)
-        found[name] = replace(source, root=root, files=_without_doubles(root, source.files))
+        found[name] = replace(source, root=root)
     return list(found.values())
-
-
-def _without_doubles(root: str, files: Mapping[str, int]) -> dict[str, int]:
-    """The files without those that lead to, or are the packed form of, one before: `gzip -k` and `zstd` leave both."""
-    kept, places = dict[str, int](), dict[str, str]()
-    for name, size in files.items():
-        place = name if is_url(root) else os.path.realpath(os.path.join(root, name))
-        for suffix in COMPRESSIONS:
-            place = place.removesuffix(suffix)
-        if place in places:
-            log.warning("%s: %s is not read, as it is the text of %s; rename it if not", root, name, places[place])
-        else:
-            kept[name], places[place] = size, name
-    return kept
 
 
 def plan_conversion(options: ConvertOptions, before: Plan | None, sources: Sequence[Source], *,

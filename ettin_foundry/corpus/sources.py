@@ -174,9 +174,12 @@ def _readable_files(root: str, found: list[tuple[str, int]]) -> dict[str, int]:
         raise ValueError(f"{root}: names must be UTF-8, got {os.fsencode(odd[0])!r}; rename it")
     if others:
         log.warning("%s: %d of %d files are not read, the first is %s", root, len(others), len(found), others[0])
-    for name in [name for name in files if name.rpartition(".")[0] in files]:
-        log.warning("%s: %s is not read, as what it was made of is beside it; remove that to read it", root, name)
-        del files[name]
+    places = dict[str, str]()
+    for name in list(files):  # `gzip -k` and `zstd` leave the original beside the packed file
+        place = re.sub(r"\.(gz|zst)$", "", name if is_url(root) else os.path.realpath(Path(root, name)), flags=re.I)
+        if (first := places.setdefault(place, name)) != name:
+            log.warning("%s: %s is not read, as it is the text of %s; rename it if it is not", root, name, first)
+            del files[name]
     for name in [name for name, size in files.items() if size < 1024][:20]:
         open_storage(root).open(name).close()  # refuses, before anything is planned, what git-lfs left for a file
     return files

@@ -101,15 +101,15 @@ def test_duplicates_are_dropped_after_the_first_across_files_and_sources(tmp_pat
 
 def test_a_text_that_lies_twice_in_a_folder_is_read_once(tmp_path, tokenizer_dir, caplog):
     """As `gzip -k` and `zstd` leave it, or as a link to it; a file of the same name in another folder is another text."""
-    folder, texts = tmp_path / "in", make_documents(30)
-    data = write_jsonl(folder / "a.jsonl", texts).read_bytes()
-    (folder / "a.jsonl.gz").write_bytes(gzip.compress(data))
+    folder = tmp_path / "in"
+    data = write_jsonl(folder / "a.jsonl", make_documents(30)).read_bytes()
+    for name in ("a.jsonl.gz", "c.jsonl.gz", "c.jsonl.zst"):
+        (folder / name).write_bytes(gzip.compress(data) if name.endswith("gz") else b"not read")
     (folder / "b.jsonl").symlink_to(folder / "a.jsonl")
     write_jsonl(folder / "deeper" / "a.jsonl", ["kalo mi ter"])
-    summary = run(tmp_path / "out", [folder], tokenizer_dir)
-    assert summary.sources["in"]["documents"] == 31
-    for name in ("a.jsonl.gz", "b.jsonl"):
-        assert f"{name} is not read, as it is the text of a.jsonl" in caplog.text
+    assert run(tmp_path / "out", [folder], tokenizer_dir).sources["in"]["documents"] == 61
+    for name, first in (("a.jsonl.gz", "a.jsonl"), ("b.jsonl", "a.jsonl"), ("c.jsonl.zst", "c.jsonl.gz")):
+        assert f"{name} is not read, as it is the text of {first};" in caplog.text
 
 
 def test_each_filter_counts_what_it_drops(tmp_path, tokenizer_dir, monkeypatch):
