@@ -134,8 +134,9 @@ def test_a_stage_s_job_runs_that_stage_on_all_its_nodes_and_ends_as_it_ends(clus
     done = script("stage", ROOT, "python-stand-in", "crossed", "runs/s/crossed", "my suite.yaml", "root=a b", **JOB)
     assert done.returncode == 3
     command = "srun --ntasks-per-node=1 --cpus-per-task=16 bash launch/suite.slurm.sh node python-stand-in"
-    assert said(cluster / "ran") == ["-m", "ettin_foundry.cli.main", "suite", "my suite.yaml", "root=a b", "--stage", "crossed",  # noqa: E501
-                                     "--command", command, f"PYTHONPATH={ROOT}", "MASTER=node7:20123", f"in {ROOT}"]
+    assert said(cluster / "ran") == ["-m", "ettin_foundry.cli.main", "suite", "my suite.yaml", "root=a b", "--stage",
+                                     "crossed", "--command", command, f"PYTHONPATH={ROOT}", "MASTER=node7:20123",
+                                     f"in {ROOT}"]
 
 
 @pytest.mark.parametrize("progress", [True, False])

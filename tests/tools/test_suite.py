@@ -5,7 +5,6 @@ Nothing is trained: the suites' command is a small program that leaves what a ru
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import os
@@ -31,12 +30,12 @@ from ettin_foundry.tools.evaluate import evaluate
 from ettin_foundry.tools.report import write_report
 from ettin_foundry.tools.suite import Stage, Suite, load
 from ettin_foundry.tools.suite_run import check_suite, run_suite, stage_state
-from ettin_foundry.training import recipes, run_config
+from ettin_foundry.training import run_config
 
 ROOT = nano_run.ROOT
 STEPS = 8  # of each stage, of 500 tokens
 
-# Leaves a checkpoint prepared beside it and a log of steps in save_folder, or does what the file named as the stage says.
+# Leaves a checkpoint prepared beside it and a log of steps in save_folder, or does what a file named as the stage says.
 PROGRAM = """
 import json, pathlib, shutil, subprocess, sys, time
 here = pathlib.Path(__file__).resolve().parent
@@ -71,19 +70,21 @@ class Small:
 
     def __init__(self, folder: Path, data: Path, tokenizer: Path) -> None:
         self.folder, self.tokenizer = folder, tokenizer
-        self.file, self.program = folder / "suite.yaml", folder / "program.py"
-        self.program.write_text(PROGRAM)
-        common = [f"variables.data={data}", "variables.max_seq_len=64", "variables.long_max_seq_len=64",
-                  "variables.global_batch=8", "variables.long_global_batch=8", "device_train_microbatch_size=8"]
-        files = ("nano.yaml", "options/decoder.yaml", "phases/extend.yaml")
-        nano, decoder, extend = (str(ROOT / "yamls" / name) for name in files)
+        self.file, self.hanging, program = folder / "suite.yaml", folder / "hanging", folder / "program.py"
+        program.write_text(PROGRAM)
+        self.command = [sys.executable, str(program)]
+        names = ("nano.yaml", "options/decoder.yaml", "phases/extend.yaml")
+        nano, decoder, extend = (str(ROOT / "yamls" / name) for name in names)
         self.plain: dict[str, Any] = {
-            "name": "small", "root": "root", "command": shlex.join([sys.executable, str(self.program)]),
-            "overrides": [*common, "variables.vocab_size=512", "max_duration=4_000tok", "variables.warmup=500tok"],
+            "name": "small", "root": "root", "command": shlex.join(self.command),
+            "overrides": [f"variables.data={data}", "variables.max_seq_len=64", "variables.long_max_seq_len=64",
+                          "variables.global_batch=8", "variables.long_global_batch=8", "device_train_microbatch_size=8",
+                          "variables.vocab_size=512", "max_duration=4_000tok", "variables.warmup=500tok"],
             "stages": {"encoder-pretrain": {"yaml": [nano], "pair": "pretrain"},
                        "decoder-pretrain": {"yaml": [nano, decoder], "pair": "pretrain"},
                        "encoder-extend": {"yaml": [nano, extend], "from": "encoder-pretrain", "pair": "extend"},
-                       "decoder-extend": {"yaml": [nano, decoder, extend], "from": "decoder-pretrain", "pair": "extend"}},
+                       "decoder-extend": {"yaml": [nano, decoder, extend], "from": "decoder-pretrain",
+                                          "pair": "extend"}},
             "exports": {"encoder": "encoder-extend", "decoder": "decoder-extend"},
             "evaluation": {"data": str(data), "objectives": ["clm", "mlm"], "mask_rate": 0.15, "max_batches": 1}}
 
@@ -97,20 +98,26 @@ class Small:
         return suite
 
     def prepare(self, stage: Stage) -> None:
-        config = stage.config
-        shape, objective = run_config.model_config(config), config["model"]["objective"]
+        shape, objective = run_config.model_config(stage.config), stage.config["model"]["objective"]
         # whole models only where they will be exported
         state = _weights(shape) if self.plain["exports"] else {"output_bias": torch.zeros(1)}
-        text = run_config.config_text(config)
+        text = run_config.config_text(stage.config)
         for kind, share in (("half", 2), ("whole", 1)):
             content = weights_checkpoint(state, shape, objective=objective, tokenizer=str(self.tokenizer))
             content["state"]["callbacks"]["Clock"].update({
-                "tokens": 500 * STEPS // share, "batch": STEPS // share, "run_name": config["run_name"], "run_config": text,
-                "run_hash": run_config.config_hash(text), "objective_schedule": json.dumps(objective)})
+                "tokens": 500 * STEPS // share, "batch": STEPS // share, "run_name": stage.config["run_name"],
+                "run_config": text, "run_hash": run_config.config_hash(text),
+                "objective_schedule": json.dumps(objective)})
             torch.save(content, self.folder / f"{stage.name}.{kind}.pt")
 
     def plan(self, stage: str, what: str) -> None:
         (self.folder / f"{stage}.plan").write_text(what)
+
+    def wait_until_it_hangs(self) -> int:
+        """The process that a hanging stage has started."""
+        while not (self.hanging.exists() and self.hanging.read_text()):
+            time.sleep(0.02)
+        return int(self.hanging.read_text())
 
     @property
     def called(self) -> list[list[str]]:
@@ -123,22 +130,13 @@ class Small:
         return [Path(next(a for a in args if a.startswith("save_folder="))).name for args in self.called]
 
 
-_STATES: dict[bool, Any] = {}
-
-
+@functools.cache
 def _weights(shape: EttinConfig) -> Any:
-    if shape.causal not in _STATES:
-        _STATES[shape.causal] = parity.random_model(shape, seed=int(shape.causal)).state_dict()
-    return _STATES[shape.causal]
-
-
-_resolved = functools.lru_cache(maxsize=None)(recipes.resolved)
+    return parity.random_model(shape, seed=int(shape.causal)).state_dict()
 
 
 @pytest.fixture
 def small(tmp_path: Path, data_set: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Small:
-    """The same command lines in every test, so that what they mean, a tenth of a second each, is read once."""
-    monkeypatch.setattr(recipes, "resolved", lambda args: copy.deepcopy(_resolved(tuple(args))))
     folder = tmp_path / "a b"  # a space, so that quoting matters
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -156,10 +154,9 @@ def test_stages_run_in_order_with_the_listed_commands_and_a_second_call_trains_n
     suite = small.suite(evaluation=None, exports={})
     run_suite(suite)
     assert small.trained == ALL
-    assert [[sys.executable, str(small.program), *args] for args in small.called] == [s.words for s in suite.stages]
-    log = (suite.stage("encoder-pretrain").folder / "suite.log").read_text()
-    assert log.strip().splitlines() == [f"$ {shlex.join(suite.stages[0].words)}", "training encoder-pretrain"]
-    capfd.readouterr()
+    assert [[*small.command, *args] for args in small.called] == [stage.words for stage in suite.stages]
+    log = (suite.stages[0].folder / "suite.log").read_text()
+    assert log == f"$ {shlex.join(suite.stages[0].words)}\ntraining encoder-pretrain\n"
     run_suite(small.suite(prepare=False))
     assert small.trained == ALL
     assert "1/4 encoder-pretrain: finished, 4,000 tokens" in capfd.readouterr().err
@@ -183,12 +180,12 @@ def test_a_failed_stage_stops_the_chain_with_its_reason_and_the_same_command_goe
 def test_pairs_that_read_other_rows_stop_the_chain(small: Small) -> None:
     small.plan("decoder-pretrain", "other rows")
     with pytest.raises(ValueError, match="encoder-pretrain and decoder-pretrain did not read the same rows at step 5 "):
-        run_suite(small.suite())
+        run_suite(small.suite(evaluation=None, exports={}))
     assert small.trained == ALL[:2]
 
 
 def test_one_stage_runs_alone_after_the_one_it_starts_from(small: Small) -> None:
-    suite = small.suite()
+    suite = small.suite(evaluation=None, exports={})
     with pytest.raises(ValueError, match="encoder-extend: starts from encoder-pretrain, which is not finished"):
         run_suite(suite, only=["encoder-extend"])
     run_suite(suite, only=["encoder-pretrain"])
@@ -201,62 +198,48 @@ def test_one_stage_runs_alone_after_the_one_it_starts_from(small: Small) -> None
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_told_to_end_it_ends_the_stage_and_all_that_it_started(
         small: Small, capfd: pytest.CaptureFixture[str], signum: int, code: int) -> None:
-    small.suite()
+    small.suite(evaluation=None, exports={})
     small.plan("encoder-pretrain", "hang")
-    hanging = small.folder / "hanging"
-
-    def tell() -> None:
-        for _ in range(3000):
-            if hanging.exists() and hanging.read_text():
-                break
-            time.sleep(0.02)
-        os.kill(os.getpid(), signum)
-
-    threading.Thread(target=tell).start()
+    threading.Thread(target=lambda: (small.wait_until_it_hangs(), os.kill(os.getpid(), signum)), daemon=True).start()
     with pytest.raises(SystemExit) as end:
         main(["suite", str(small.file)])
     assert end.value.code == code and "stopped. The same command continues." in capfd.readouterr().err
-    state = subprocess.run(["ps", "-o", "state=", "-p", hanging.read_text()], capture_output=True, text=True).stdout
-    assert state.strip() in ("", "Z")  # gone, or waiting only for its parent's parent to notice
+    # state, not stat: its one letter is the same whatever the priority and the terminal
+    told = subprocess.run(["ps", "-o", "state=", "-p", small.hanging.read_text()], capture_output=True, text=True)
+    assert told.stdout.strip() in ("", "Z")  # gone, or waiting only for its parent's parent to notice
     assert small.trained == ALL[:1]
 
 
 def test_the_stage_holds_the_lock_itself_so_that_it_outlives_us(small: Small) -> None:
     """Killed without a chance to end its stage, the suite leaves it training; a second one must see that."""
-    suite = small.suite()
+    suite = small.suite(evaluation=None, exports={})
     small.plan("encoder-pretrain", "hang")
-    code = ("import sys; from ettin_foundry.tools.suite import load; from ettin_foundry.tools import suite_run\n"
-            "suite = load(sys.argv[1]); suite_run._run_process(suite.stages[0], 'x')")
-    parent = subprocess.Popen([sys.executable, "-c", code, str(small.file)], env={**os.environ, "PYTHONPATH": str(ROOT)})
-    child = None
+    code = "import sys; from ettin_foundry.cli.main import main; main(['suite', sys.argv[1]])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, "-c", code, str(small.file)], env=environment)
+    child = small.wait_until_it_hangs()
+    parent.kill()
+    parent.wait()
+    small.plan("encoder-pretrain", "finish")  # of a second process, if one were started
     try:
-        while not ((small.folder / "hanging").exists() and (small.folder / "hanging").read_text()):
-            assert parent.poll() is None
-            time.sleep(0.05)
-        child = int((small.folder / "hanging").read_text())
-        parent.kill()
-        parent.wait()
-        small.plan("encoder-pretrain", "finish")  # of a second process, if one were started
         with pytest.raises(ValueError, match="encoder-pretrain: another process trains in "):
             run_suite(suite)
     finally:
-        parent.kill()
-        if child is not None:
-            os.killpg(os.getpgid(child), signal.SIGKILL)
+        os.killpg(os.getpgid(child), signal.SIGKILL)
 
 
 # ------------------------------------------------------------------ refused before anything starts
 
 
 def test_a_finished_stage_of_other_settings_is_refused_with_both_values(small: Small) -> None:
-    run_suite(small.suite(), only=["encoder-pretrain"])
-    other = small.suite(prepare=False, overrides=[*small.plain["overrides"], "variables.peak_lr=1.0e-3", "seed=5"])
+    run_suite(small.suite(evaluation=None, exports={}), only=["encoder-pretrain"])
+    overrides = [*small.plain["overrides"], "variables.peak_lr=1.0e-3", "seed=5", "progress_bar=true"]
     with pytest.raises(ValueError) as error:
-        run_suite(other)
+        run_suite(small.suite(prepare=False, overrides=overrides))
     for text in ("stages.encoder-pretrain", "was trained with other settings", "optimizer.lr: 0.003 then, 0.001 now",
                  "seed: 21 then, 5 now"):
         assert text in str(error.value)
-    assert small.trained == ALL[:1]
+    assert "progress_bar" not in str(error.value) and small.trained == ALL[:1]
 
 
 def test_an_unfair_pair_is_refused_and_allowed_by_hand(small: Small) -> None:
@@ -273,15 +256,12 @@ def test_an_unfair_pair_is_refused_and_allowed_by_hand(small: Small) -> None:
 
 
 @pytest.mark.parametrize("stage, override, message", [
-    ("decoder-extend", "optimizer.momentum=0.9", "stages.decoder-extend: optimizer.momentum: unknown key"),
-    ("encoder-extend", "variables.typo=1", "stages.encoder-extend: variables.typo: .* has no such variable"),
+    ("decoder-extend", "optimizer.momentum=0.9", "stages.decoder-extend: optimizer.momentum"),
+    ("encoder-extend", "variables.typo=1", "stages.encoder-extend: variables.typo"),
 ])
-def test_a_late_stage_that_could_not_run_is_found_before_the_first_starts(
-        small: Small, stage: str, override: str, message: str) -> None:
+def test_a_stage_that_could_not_run_is_named(small: Small, stage: str, override: str, message: str) -> None:
     small.plain["stages"][stage]["overrides"] = [override]
-    for member in ("encoder-extend", "decoder-extend"):  # alone they are no pair, which is not what is tested here
-        small.plain["stages"][member].pop("pair")
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(ValueError, match=message):
         check_suite(small.suite(prepare=False))
 
 
@@ -296,7 +276,7 @@ def test_a_late_stage_that_could_not_run_is_found_before_the_first_starts(
     ({"extends": "suite.yaml"}, "extends: leads back to"), ({"root": "${variables.place}"}, "variables"),
 ])
 def test_a_file_that_cannot_be_is_refused_by_key(small: Small, change: dict[str, Any], key: str) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match=key):
+    with pytest.raises(ValueError, match=key):
         small.suite(prepare=False, **change)
 
 
@@ -304,16 +284,10 @@ def test_a_file_that_cannot_be_is_refused_by_key(small: Small, change: dict[str,
 
 
 def test_scale_multiplies_every_time_in_tokens_and_nothing_else(small: Small) -> None:
-    def leaves(value: Any, key: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {key: value}
-        return {k: v for name, item in value.items() for k, v in leaves(item, f"{key}.{name}").items()}
-
-    whole, tenth = (leaves(small.suite(f"scale={scale}", prepare=False).stage("encoder-pretrain").config)
-                    for scale in (1, 0.1))
-    times = {key for key, value in whole.items() if str(value).endswith("tok") and not key.startswith(".variables")
-             and float(value[:-3]) > 0}
-    assert {".max_duration", ".save_interval", ".eval_interval", ".scheduler.t_warmup"} <= times
+    whole, tenth = (dict(run_config.walk({**small.suite(f"scale={scale}", prepare=False).stages[0].config,
+                                          "variables": None})) for scale in (1, 0.1))
+    times = {key for key, value in whole.items() if str(value).endswith("tok") and float(value[:-3]) > 0}
+    assert {"max_duration", "save_interval", "eval_interval", "scheduler.t_warmup"} <= times
     for key, value in whole.items():
         if key in times:
             assert float(tenth[key][:-3]) == pytest.approx(0.1 * float(value[:-3]), abs=0.5), key
@@ -360,23 +334,19 @@ def test_the_report_says_what_the_exported_folders_are(small: Small, data_set: P
     write_report(suite, check_suite(suite))
     root = small.folder / "root"
     report = json.loads((root / "report.json").read_text())
-    assert report["pairs"]["extend"] == {"members": ["encoder-extend", "decoder-extend"], "steps_with_equal_rows": STEPS}
-    assert report["allowed_unfair"] == [] and report["training_seconds"] == 4 * STEPS * 0.5
+    assert report["pairs"]["extend"] == {"members": ALL[2:], "steps_with_equal_rows": STEPS}
     first = report["stages"][0]
-    assert (first["tokens"], first["steps"], first["tokens_per_second"], first["first_loss"]) == (4000, STEPS, 1000, 6.0)
-    assert first["last_loss"] == pytest.approx(sum(6 - step / 8 for step in range(STEPS)) / STEPS, abs=1e-4)
+    assert [first[key] for key in ("tokens", "steps", "tokens_per_second", "first_loss")] == [4000, STEPS, 1000, 6.0]
+    assert first["last_loss"] == pytest.approx(sum(6 - step / 8 for step in range(STEPS)) / STEPS, rel=1e-12)
     text = (root / "report.md").read_text()
     for name, objective in (("encoder", "mlm"), ("decoder", "clm")):
-        model = next(entry for entry in report["models"] if entry["model"] == name)
         weights, config, stated = import_folder(root / "models" / name)
         assert stated == objective and config.causal == (objective == "clm")
         assert all(torch.equal(weights[key], value) for key, value in _weights(config).items())
         told = json.loads((root / "models" / name / "config.json").read_text())["ettin_foundry"]
         assert told["checkpoint"]["run_name"] == f"small-{name}-extend"  # as `ettin export` says it
-        assert [(part["stage"], part["tokens"]) for part in model["chain"]] == [
-            (f"{name}-pretrain", 4000), (f"{name}-extend", 4000)]
         found = evaluate(root / "models" / name, data_set, ["clm", "mlm"], mask_rate=0.15, max_batches=1)
-        assert model["evaluation"] == found
+        assert next(model for model in report["models"] if model["model"] == name)["evaluation"] == found
         cells = [f"{value['loss']:.3f} ({value['accuracy']:.1%})" for value in found.values()]
         assert f"| {name} | {objective} | 4k + 4k | {' | '.join(cells)} |" in text
     assert "| model | trained with | tokens | clm: loss (accuracy) | mlm 15%: loss (accuracy) |" in text
@@ -387,16 +357,21 @@ def test_the_report_says_what_the_exported_folders_are(small: Small, data_set: P
 
 
 def test_the_report_says_why_a_number_is_missing(small: Small) -> None:
-    """A run without a log of its steps, and a model that cannot be evaluated on the data."""
+    """Runs without a log of their steps, with losses that are not finite, and a model that cannot be evaluated."""
     suite = small.suite("evaluation.data=nowhere", "samples.masked=['a [MASK]']")
-    run_suite(suite, only=ALL)
-    for name in ("decoder-pretrain", "encoder-extend"):
-        (suite.stage(name).folder / "steps.jsonl").unlink()
-    (suite.stage("decoder-extend").folder / "steps.jsonl").write_text("")
-    for stage in suite.pairs()["pretrain"]:
-        assert stage_state(stage).finished
+    run_suite(suite)
+    logs = {name: suite.stage(name).folder / "steps.jsonl" for name in ALL}
+    logs["encoder-extend"].unlink()
+    logs["decoder-extend"].write_text("")
+    lines = [json.loads(line) for line in logs["encoder-pretrain"].read_text().splitlines()]
+    for name in ALL[:2]:
+        logs[name].write_text("".join(json.dumps({**line, "loss": None if line["step"] % 4 == 0 else 5.0}) + "\n"
+                                      for line in lines))
     write_report(suite, {})
     text = (small.folder / "root" / "report.md").read_text()
-    for words in ("encoder-extend: no losses and times", "decoder-extend: no losses and times", "encoder: not evaluated: ",
-                  "| encoder-extend | encoder-pretrain | mlm | 4,000 | - | - | - | - |", "a [MASK] -> "):
+    for words in ("encoder-extend: no losses and times", "decoder-extend: no losses and times",
+                  "encoder: not evaluated: ", "a [MASK] -> ",
+                  "encoder-pretrain: the loss is not finite at 2 of 8 steps, first at step 0",
+                  "| encoder-extend | encoder-pretrain | mlm | 4,000 | - | - | - | - |",
+                  "| encoder-pretrain | - | mlm | 4,000 | 8 | 1,000 | - | 5.000 |"):
         assert words in text
