@@ -16,6 +16,20 @@ _Masked = Annotated[Literal["mlm", "mntp"] | None, typer.Option(help="Of the enc
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of this name.")]
 
 
+def _check(*sources: Path, causal: bool | None = None) -> None:
+    """Refuses what can be told of sources before torch is imported, which takes seconds."""
+    from ettin_foundry.model.hf_config import read_config
+
+    for source in sources:
+        if not source.exists():
+            raise FileNotFoundError(f"{source}: no such file or folder; give a checkpoint, a save folder or a Hugging Face "
+                                    "folder")
+        if causal is not None and (source / "config.json").is_file():
+            if read_config(source / "config.json")[0].causal != causal:
+                raise ValueError(f"{source} must hold {'a decoder' if causal else 'an encoder'}, got the other; use "
+                                 f"{'fill-mask' if causal else 'generate'}")
+
+
 def export(
     sources: Annotated[list[Path], typer.Argument(
         metavar="CHECKPOINT", help="Composer .pt file, or folder of checkpoints. With --every, save folders.")],
@@ -37,6 +51,7 @@ def export(
     if len(sources) > 1 and not every:
         raise typer.BadParameter("one checkpoint and the folder to write are needed; several save folders take --every",
                                  param_hint="CHECKPOINT")
+    _check(*sources)
     from ettin_foundry.hub.folder import export_checkpoint, export_every
 
     options: Any = {"objective": objective, "tokenizer": tokenizer, "licence": licence, "dtype": dtype,
@@ -58,6 +73,7 @@ def import_(
 
     Example: ettin import models/nano-encoder nano-encoder.pt
     """
+    _check(folder)
     from ettin_foundry.hub.average import import_weights
 
     config, stated = import_weights(folder, out, objective=objective, overwrite=overwrite)
@@ -79,6 +95,7 @@ def average(
     """
     if last is not None and len(sources) != 1:
         raise ValueError(f"--last takes one save folder, got {len(sources)} sources")
+    _check(*sources)
     from ettin_foundry.hub.average import average_checkpoints
 
     try:
@@ -99,7 +116,7 @@ def generate(source: _Source, prompts: Annotated[list[str], typer.Argument(metav
 
     Example: ettin generate models/nano-decoder "def main("
     """
-    model = _build(source, tokenizer, None)
+    model = _build(source, tokenizer, None, causal=True)
     for prompt, rest in zip(prompts, model.generate(prompts, max_new_tokens, temperature=temperature, seed=seed)):
         print(prompt + rest)
 
@@ -111,14 +128,15 @@ def fill_mask(source: _Source, texts: Annotated[list[str], typer.Argument(metava
 
     Example: ettin fill-mask models/nano-encoder "import [MASK]"
     """
-    model = _build(source, tokenizer, objective)
+    model = _build(source, tokenizer, objective, causal=False)
     for text, best in zip(texts, model.fill_mask(texts, top_k)):
         print(text)
         for token, probability in best:
             print(f"  {probability:7.2%}  {token!r}")
 
 
-def _build(source: Path, tokenizer: str | None, objective: str | None) -> Any:
+def _build(source: Path, tokenizer: str | None, objective: str | None, *, causal: bool) -> Any:
+    _check(source, causal=causal)
     from ettin_foundry.hub.load import load_model
 
     loaded = load_model(source, objective)

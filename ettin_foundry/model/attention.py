@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler at once, which takes seconds
 
 
 class Documents:
@@ -121,7 +122,7 @@ def _local_mask(documents: Documents, window_size: tuple[int, int], num_tokens: 
     return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))[:, None]
 
 
-@torch.compiler.disable
+@_disable_dynamo
 @functools.cache
 def _flash_candidates() -> tuple[Backend, ...]:
     """The flash implementations that this environment and GPU can run, best first."""

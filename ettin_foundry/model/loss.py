@@ -12,12 +12,13 @@ import functools
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler at once, which takes seconds
 
 # logits alive at a time: large enough for full GEMM speed, small enough to be nothing beside the activations
 _SLICE_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 
 
-@torch.compiler.disable  # the number of slices depends on the batch; tracing the loop would recompile for each
+@_disable_dynamo  # the number of slices depends on the batch; tracing the loop would recompile for each
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
                          target_weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Sum over targets of -log softmax(hidden @ weight.T + bias)[label], each times its weight: scalar fp32, in nats.

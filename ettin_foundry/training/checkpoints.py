@@ -23,8 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.torch_version import TorchVersion
 
 log = logging.getLogger(__name__)
@@ -76,19 +74,6 @@ def _read_metadata(path: Path) -> Any:
     return metadata
 
 
-class _Reader(dcp.FileSystemReader):
-    """torch's reader of sharded checkpoints, with the checks of `validate`."""
-
-    def read_metadata(self) -> Any:
-        return _read_metadata(Path(self.path, ".metadata"))
-
-    def read_data(self, plan: Any, planner: Any) -> Any:
-        for item in plan.items:
-            info = self.storage_data[item.storage_index]
-            validate(Path(self.path, info.relative_path), [(info.offset, info.length)])
-        return super().read_data(plan, planner)
-
-
 def _read_state(path: Path, wanted: Callable[[tuple[Any, ...]], bool]) -> tuple[dict[str, Any], bool]:
     """A checkpoint's `state`, of a sharded one its wanted keys only, and whether the optimizer's moments are there."""
     if not path.is_dir():
@@ -105,11 +90,28 @@ def _read_state(path: Path, wanted: Callable[[tuple[Any, ...]], bool]) -> tuple[
             entry, inner = metadata.state_dict_metadata[name], found
             for key in keys[:-1]:
                 inner = inner.setdefault(key, {})
-            is_tensor = isinstance(entry, TensorStorageMetadata)
+            is_tensor = type(entry).__name__ == "TensorStorageMetadata"
             inner[keys[-1]] = torch.empty(entry.size, dtype=entry.properties.dtype) if is_tensor else None
-    dcp.load(found, storage_reader=_Reader(path))
+    _load_sharded(path, found)
     in_state = (keys[keys[0] == "state":] for keys in metadata.planner_data.values())
     return found["state"], any(keys[0] == "optimizers" and keys[2:3] == ("state",) for keys in in_state)
+
+
+def _load_sharded(path: Path, into: dict[str, Any]) -> None:
+    """torch's reader of sharded checkpoints, with the checks of `validate`."""
+    import torch.distributed.checkpoint as dcp  # here: it imports torch's compiler, which takes longer than torch
+
+    class Reader(dcp.FileSystemReader):
+        def read_metadata(self) -> Any:
+            return _read_metadata(Path(self.path, ".metadata"))
+
+        def read_data(self, plan: Any, planner: Any) -> Any:
+            for item in plan.items:
+                info = self.storage_data[item.storage_index]
+                validate(Path(self.path, info.relative_path), [(info.offset, info.length)])
+            return super().read_data(plan, planner)
+
+    dcp.load(into, storage_reader=Reader(path))
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -55,12 +55,26 @@ def equal_states(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_help_is_fast_and_names_every_command():
-    """Heavy imports stay out of it: torch, transformers and the host alone take seconds."""
-    code = ("import sys; from ettin_foundry.cli.main import main\ntry:\n    main(['--help'])\nexcept SystemExit: pass\n"
-            "print(sorted({'torch', 'transformers', 'composer', 'llmfoundry'} & set(sys.modules)))")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip().endswith("[]") and "\nData:\n  convert " in out
+HEAVY = """
+import sys
+from ettin_foundry.cli.main import main
+for line in sys.argv[1].splitlines():
+    try:
+        main(line.split())
+    except SystemExit as end:
+        found = {"torch", "torch._dynamo", "transformers", "composer", "llmfoundry"} & set(sys.modules)
+        print("HEAVY", end.code or 0, *sorted(found))
+"""
+
+
+def test_no_command_on_models_imports_the_host_and_help_and_refusals_not_even_torch(encoder, tokenizer, tmp_path):
+    folder = export_model(encoder, encoder.config, tokenizer[0], tmp_path / "hf", objective="mlm")
+    source = save(encoder, tmp_path / "ba1.pt", "mlm", str(tokenizer[1]))
+    lines = ["--help", f"generate {folder} x", f"fill-mask {tmp_path}/no.pt [MASK]", f"export {tmp_path}/no.pt {tmp_path}/o",
+             f"evaluate {folder} --data {tmp_path}", f"fill-mask {folder} [MASK]", f"export {source} {tmp_path}/o"]
+    done = subprocess.run([sys.executable, "-c", HEAVY, "\n".join(lines)], capture_output=True, text=True, check=True)
+    told = [line for line in done.stdout.splitlines() if line.startswith("HEAVY")]
+    assert told == ["HEAVY 0", *["HEAVY 1"] * 4, *["HEAVY 0 torch transformers"] * 2], done
 
 
 @pytest.mark.parametrize("words, said", [
