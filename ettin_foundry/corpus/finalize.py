@@ -75,10 +75,9 @@ def finalize(out: str | os.PathLike[str], *, max_bad_records: int | None = None)
     write_card(storage, manifests, lengths)
     named = {f"{split}/{file['basename']}" for split, manifest in manifests.items() for shard in manifest["shards"]
              for file in (shard["raw"], shard["zip"]) if file}
-    for split in SPLITS:  # what tries with other options or another input left
-        for name, _ in storage.list(f"{split}/"):
-            if name.startswith(f"{split}/shard.") and name not in named:
-                storage.delete(name)
+    for name, _ in [entry for split in SPLITS for entry in storage.list(f"{split}/")]:
+        if name.partition("/")[2].startswith(("shard.", MANIFEST, INDEX, LENGTHS)) and name not in named | files.keys():
+            storage.delete(name)  # what tries with other options or another input left
     shutil.rmtree(storage.scratch(), ignore_errors=True)  # what killed processes left
     return manifests
 
@@ -102,8 +101,8 @@ def _check_content(plan: Plan, manifests: Mapping[str, Any], storage: Storage, m
         if not documents[name]:
             log.warning("%s: no document of it is in the dataset", name)
     if plan.options["validation"] and "validation" not in manifests:
-        log.warning("--validation %s: no document fell to validation, the dataset has the split train alone",
-                    plan.options["validation"])
+        log.warning("--validation %s: no document fell to validation; the dataset has the split train alone, which "
+                    "trains with eval_loader=null", plan.options["validation"])
 
 
 def _describe_splits(plan: Plan, records: Sequence[Record]) -> tuple[

@@ -33,7 +33,7 @@ Buffer = mmap.mmap | bytes | bytearray
 Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
-def bad_file(path: Path | str, found: str, allowed: str, advice: str = "fetch or convert the dataset again") -> ValueError:
+def bad_file(path: Path | str, found: str, allowed: str, advice: str = "remove it and convert or fetch again") -> ValueError:
     """The error for a file that is not what it must be."""
     return ValueError(f"{path}: {found}; {allowed}; {advice}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from converting import UNIT, files_of, is_finished, run, stored, write_corpus, write_jsonl
 from s3_server import S3Server
+from whole_sets import flip
 
 from ettin_foundry.corpus import convert as converting
 from ettin_foundry.corpus.filters import FilterOptions
@@ -213,11 +216,16 @@ def test_changed_input_is_read_again_in_an_unfinished_dataset(tmp_path, tokenize
     assert files_of(out) == found
 
 
-@pytest.mark.parametrize("task, unit_size", [(0, UNIT), (1, "1mb")], ids=["the same unit", "no such unit now"])
+@pytest.mark.parametrize("task, unit_size", [(0, UNIT), (1, "1mb"), (None, UNIT)],
+                         ids=["the same unit", "no such unit now", "records removed by hand"])
 def test_nothing_is_left_of_a_try_with_other_options(tmp_path, texts, tokenizer_dir, task, unit_size):
-    out, settings = tmp_path / "set", {"validation": 0.4, "shard_size": "1kb", "task_index": task, "num_tasks": 2}
-    assert killed(8, out, [texts], tokenizer_dir, **settings)
-    before = set(out.rglob(f"shard.0000{task}.*"))
+    out, settings = tmp_path / "set", {"validation": 0.4, "shard_size": "1kb"}
+    if task is None:
+        run(out, [texts], tokenizer_dir, **settings)
+        shutil.rmtree(out / "units")
+    else:
+        assert killed(8, out, [texts], tokenizer_dir, task_index=task, num_tasks=2, **settings)
+    before = set(out.rglob("shard.*"))
     run(out, [texts], tokenizer_dir, unit_size=unit_size)
     run(tmp_path / "new", [texts], tokenizer_dir, unit_size=unit_size)
     assert files_of(out) == files_of(tmp_path / "new") and before - {*out.rglob("*")}
@@ -248,6 +256,16 @@ def test_lost_shards_are_made_again_and_a_foreign_record_is_refused(tmp_path, te
     shards[0].unlink()
     shards[-1].write_bytes(shards[-1].read_bytes()[:-1])
     assert run(out, [texts], tokenizer_dir, **SETTINGS).units[0] == 2
+    assert files_of(out) == whole
+    damaged = shards[1], out / "train" / "lengths.npy"  # of the right size: verify finds it, and its advice helps
+    for path in damaged:
+        flip(path, -1)
+    found = "".join(verify_dataset(out).problems)
+    for path in damaged:
+        assert re.search(f"{path}: xxh64 is .*?; remove it and convert or fetch again", found)
+        path.unlink()
+    out, texts = shutil.move(out, tmp_path / "moved"), shutil.copytree(texts, tmp_path / "elsewhere" / "texts")
+    run(out, [texts], out / "tokenizer", **SETTINGS)  # nothing depends on where things lay
     assert files_of(out) == whole
     records = sorted((out / "units").iterdir())
     records[0].write_bytes(records[1].read_bytes())
