@@ -22,8 +22,7 @@ def _check(*sources: Path, causal: bool | None = None) -> None:
 
     for source in sources:
         if not source.exists():
-            raise FileNotFoundError(f"{source}: no such file or folder; give a checkpoint, a save folder or a Hugging Face "
-                                    "folder")
+            raise FileNotFoundError(f"{source}: no such path; give a checkpoint, save folder or Hugging Face folder")
         if causal is not None and (source / "config.json").is_file():
             if read_config(source / "config.json")[0].causal != causal:
                 raise ValueError(f"{source} must hold {'a decoder' if causal else 'an encoder'}, got the other; use "

@@ -70,7 +70,7 @@ for line in sys.argv[1].splitlines():
 def test_no_command_on_models_imports_the_host_and_help_and_refusals_not_even_torch(encoder, tokenizer, tmp_path):
     folder = export_model(encoder, encoder.config, tokenizer[0], tmp_path / "hf", objective="mlm")
     source = save(encoder, tmp_path / "ba1.pt", "mlm", str(tokenizer[1]))
-    lines = ["--help", f"generate {folder} x", f"fill-mask {tmp_path}/no.pt [MASK]", f"export {tmp_path}/no.pt {tmp_path}/o",
+    lines = ["--help", f"generate {folder} x", f"fill-mask {tmp_path}/no.pt [MASK]", f"export {tmp_path}/no.pt o",
              f"evaluate {folder} --data {tmp_path}", f"fill-mask {folder} [MASK]", f"export {source} {tmp_path}/o"]
     done = subprocess.run([sys.executable, "-c", HEAVY, "\n".join(lines)], capture_output=True, text=True, check=True)
     told = [line for line in done.stdout.splitlines() if line.startswith("HEAVY")]
@@ -125,7 +125,7 @@ def test_imported_file_is_what_the_host_loads_as_weights(encoder, tokenizer, tmp
     trainer = Trainer(model=model, load_path=str(tmp_path / "w.pt"), load_weights_only=True,
                       load_strict_model_weights=True, device="cpu", auto_log_hparams=False, progress_bar=False)
     assert equal_states(model.model.state_dict(), encoder.state_dict())
-    export_model(trainer.state.model, model.config, tokenizer[0], tmp_path / "again", objective="mlm")  # as callbacks do
+    export_model(trainer.state.model, model.config, tokenizer[0], tmp_path / "again", objective="mlm")
     assert equal_states(import_folder(tmp_path / "again")[0], encoder.state_dict())
     trainer.close()
 
@@ -179,7 +179,7 @@ def test_bad_input_is_one_line_and_exit_code_1(encoder, tokenizer, tmp_path, cap
         (("generate", folder, "x"), "use fill-mask"),
         (("demo",), "yamls/suite/demo.yaml"), (("merge",), "ettin average"),
         (("recipes", "--copy", tmp_path / "copy"), "--copy must be a folder without train.py"),
-        (("convert", tmp_path / "missing.jsonl", "--out", tmp_path / "o", "--tokenizer", tokenizer[1]), "missing.jsonl"),
+        (("convert", "missing.jsonl", "--out", tmp_path / "o", "--tokenizer", tokenizer[1]), "missing.jsonl"),
     ):
         code, _, err = run(capsys, *arguments)
         line = err.strip().splitlines()[-1]

@@ -47,19 +47,19 @@ def test_every_help_has_one_example_and_a_first_sentence_of_one_line(capsys, mon
 
 
 # files of other projects that comments give as sources
-FOREIGN = {"dolma_to_mds", "sample_too_large_down", "format/mds/writer", "src/bert_layers/model", "layers", "initialization",
-           "speed_monitor", "src/optimizer", "src/scheduler", "stableadamw"}
+FOREIGN = {"dolma_to_mds", "sample_too_large_down", "format/mds/writer", "src/bert_layers/model", "layers",
+           "initialization", "speed_monitor", "src/optimizer", "src/scheduler", "stableadamw"}
 
 
 def test_every_module_that_a_comment_or_a_page_names_exists():
-    folders = ("ettin_foundry", "benchmarks", "data_prep", "docs", "examples", "launch", "tests", "yamls")
-    files = [*nano_run.ROOT.glob("*.*"), *(file for name in folders for file in (nano_run.ROOT / name).rglob("*.*"))]
-    package = [file for file in files if file.suffix == ".py" and "ettin_foundry" in str(file.relative_to(nano_run.ROOT))]
+    folders, root = ("benchmarks", "data_prep", "docs", "examples", "launch", "tests", "yamls"), nano_run.ROOT
+    package = [*(root / "ettin_foundry").rglob("*.py")]
+    files = [*package, *root.glob("*.*"), *(file for name in folders for file in (root / name).rglob("*.*"))]
     for path in package + [file for file in files if file.suffix in (".md", ".yaml")]:
         text = path.read_text()
         for name in re.findall(r"((?:\w+/)*\w+)\.py\b", text):
             assert name in FOREIGN or any(f"/{file}".endswith(f"/{name}.py") for file in files), (path, name)
         for folder, module, attribute in re.findall(r"`(?:(\w+)[./])?(\w+)\.(\w+)", text) if path in package else ():
             found = [file.read_text() for file in package if file.stem == module and folder in ("", file.parent.name)]
-            known = attribute in ("py", "json", "jsonl") or module in ("callbacks", "data", "model", "optimizer")  # keys
+            known = attribute in ("json", "jsonl") or module in ("callbacks", "data", "model", "optimizer")  # keys
             assert not found or known or attribute in "".join(found), (path, module)
