@@ -29,7 +29,6 @@ from ettin_foundry.data.storage import atomic_file, check_name, open_storage
 log = logging.getLogger(__name__)
 
 _CACHE, _FETCHED = ".cache", "remote"
-_MAX_TOKENIZER_BYTES = 1 << 28
 _PATIENCE = 600.0  # seconds that a needed shard waits for room before the run stops
 _POLL, _IDLE, _LONGEST = 0.1, 0.5, 60.0  # seconds between looks: for room, ahead of need, and after failures
 
@@ -99,7 +98,7 @@ def fetch_tokenizer(local: Path, remote: str) -> None:
             raise FileNotFoundError(f"{storage.where('tokenizer')}: holds no file; put the dataset's tokenizer there")
         shutil.rmtree(_own_folder(cache / "tokenizer"))
         for name, _ in files:
-            storage.get_file(name, cache / check_name(name), at_most=_MAX_TOKENIZER_BYTES)
+            storage.get_file(name, cache / check_name(name), at_most=1 << 28)
         os.replace(cache / "tokenizer", target)
 
 
@@ -155,7 +154,7 @@ class ShardFiles:
     def _make(self, shard: int, *, ahead: bool = False) -> bool:
         """Makes a shard unless it is there; False without room for it, and ahead of need while another process makes it."""
         path = self.path(shard)
-        with self.room.held() if self.room else contextlib.nullcontext():
+        with locked(_own_folder(self.room.cache) / "room.lock") if self.room else contextlib.nullcontext():
             if self.room and not os.path.lexists(path) and not self.room.clear(self, shard, ahead=ahead):
                 return False
             with locked(_own_folder(self.cache) / f"{path.name}.lock", wait=not ahead) as held:
@@ -205,13 +204,10 @@ class ShardFiles:
         with contextlib.suppress(OSError, ValueError):
             if self.storage is None and os.lstat(self.local / packed["basename"]).st_size != packed["bytes"]:
                 return False
-            descriptor = open_plain(path)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with open(open_plain(path), "rb") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.unlink(path)
                 return True
-            finally:
-                os.close(descriptor)
         return False
 
 
@@ -222,8 +218,8 @@ class Room:
     """
 
     def __init__(self, limit: int | str, folder: Path, members: Iterable[ShardFiles]) -> None:
-        self.limit, self._folder = parse_bytes("dataset.cache_limit", limit) or 0, folder
-        self._members = list({files.local: files for files in members if files.fetches}.values())
+        self.limit, self.cache = parse_bytes("dataset.cache_limit", limit) or 0, folder / _CACHE
+        self._members = [files for files in members if files.fetches]
         if not self._members:
             raise ValueError(f"dataset.cache_limit must be left out for local, uncompressed datasets, got {limit}")
         for files in self._members:
@@ -243,14 +239,10 @@ class Room:
             raise ValueError(f"dataset.cache_limit must be at least {need} bytes for the {len(sizes)} shards in use at a "
                              f"time, got {self.limit}; raise it, or lower train_loader.shuffle_window")
 
-    def held(self) -> contextlib.AbstractContextManager[bool]:
-        """The lock under which one shard at a time is made."""
-        return locked(_own_folder(self._folder / _CACHE) / "room.lock")
-
     def clear(self, wanting: ShardFiles, shard: int, *, ahead: bool) -> bool:
         """Whether there is room for a shard; removes others for it, ahead of need none that are wanted soon."""
         left, found = self.limit - wanting.bytes_to_make(wanting.shards[shard]), []
-        for files in self._members:
+        for files in {files.local: files for files in self._members}.values():
             for part in files.cache.glob("*.part"):
                 with locked(part.with_suffix(".lock"), wait=False) as free:
                     if free:

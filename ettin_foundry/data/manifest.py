@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
-import hashlib
-import json
 import mmap
 import os
 import stat
@@ -18,16 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import orjson
 import xxhash
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from ettin_foundry.data import COLUMNS, LENGTHS, MANIFEST, MAX_CHUNK_LENGTH
+from ettin_foundry.data import COLUMNS, MANIFEST, MAX_CHUNK_LENGTH
 from ettin_foundry.data.storage import refuse_pointer
 
 MAX_JSON_BYTES = 1 << 30  # the manifest of 70,000 shards, two trillion tokens, takes about 30 MB
-_SMALLEST_SAMPLE = 34  # bytes of an empty doc and source with a chunk's sizes, numbers, array head and table entry
 
 Buffer = mmap.mmap | bytes | bytearray
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -149,15 +144,8 @@ class _Shard(BaseModel, strict=True):
 
     @model_validator(mode="after")
     def _agree(self) -> _Shard:
-        raw, most = self.raw, self.raw.bytes + self.raw.bytes // 128 + 1024  # zstd makes no file larger
-        if not raw.basename.endswith(".mds"):
-            raise ValueError("raw.basename must end in .mds")
-        if self.zip and (self.zip.basename != raw.basename + ".zstd" or self.zip.bytes > most):
-            raise ValueError(f"zip must be {raw.basename}.zstd of at most {most} bytes")
-        if self.tokens < self.samples or _SMALLEST_SAMPLE * self.samples + 2 * self.tokens > raw.bytes:
-            raise ValueError(f"samples and tokens must fit into {raw.bytes} bytes, with a token or more in each sample")
-        if max([self.documents, *self.rows.values()]) > self.samples:
-            raise ValueError(f"documents and rows must be at most samples, {self.samples}")
+        if not self.raw.basename.endswith(".mds") or self.zip and self.zip.basename != self.raw.basename + ".zstd":
+            raise ValueError("raw and zip must be NAME.mds and NAME.mds.zstd")
         return self
 
 
@@ -183,53 +171,18 @@ def read_manifest(local: Path) -> dict[str, Any]:
     where = local / MANIFEST
     manifest = read_json(where)
     check_record(_Manifest, manifest, where)
-    shards, table, chunk_length = manifest["shards"], manifest["lengths"], manifest["chunk_length"]
+    shards, wrong = manifest["shards"], None
     for number, shard in enumerate(shards):  # one by one, so that 70,000 models need not be kept
         check_record(_Shard, shard, where, f"shards.{number}")
-    wrong = None
     if manifest["columns"] != COLUMNS:
         wrong = f"columns must be {COLUMNS}, got {manifest['columns']}"
-    elif table["basename"] != LENGTHS or table["bytes"] > 4 * len(shards) * (chunk_length + 1) + 4096:
-        wrong = f"lengths must be {LENGTHS}, no larger than its table, got {table}"
     elif {shard["zip"] is None for shard in shards} != {manifest["compression"] is None}:
         wrong = "zip must be given in all shards or in none, as compression is"
     elif len({shard["raw"]["basename"] for shard in shards}) != len(shards):
         wrong = "basename must be another one for each shard"
-    elif any(shard["tokens"] > shard["samples"] * chunk_length for shard in shards):
-        wrong = f"tokens must be at most {chunk_length} in each sample"
     for key in ("documents", "samples", "tokens"):
         if manifest["totals"].get(key) != (total := sum(shard[key] for shard in shards)):
             wrong = wrong or f"totals.{key} must be the sum over shards, {total}"
     if wrong:
         raise bad_file(where, wrong, "they contradict each other")
     return manifest
-
-
-class SplitFacts:
-    """What the manifest of a split states, in the form that an order, a plan or a mixture needs. S shards."""
-
-    def __init__(self, manifest: dict[str, Any]) -> None:
-        self.manifest = manifest
-        self.split: str = manifest["split"]
-        self.chunk_length: int = manifest["chunk_length"]  # most tokens of a chunk, special tokens not counted
-        self.tokenizer: dict[str, Any] = manifest["tokenizer"]  # see tokenizer.fingerprint
-        shards = manifest.get("shards", ())
-        self.num_shards = len(shards)
-        self.samples = np.array([shard["samples"] for shard in shards], np.int64)  # (S,) chunks
-        self.tokens = np.array([shard["tokens"] for shard in shards], np.int64)  # (S,), special tokens not counted
-        self.sources: list[str] = [shard["source"] for shard in shards]  # (S,), a shard holds one source
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """sha256 over what determines the data: tokenizer (but not its name), chunk length, every shard's content."""
-        stated = {key: self.manifest[key] for key in ("format", "version", "split", "chunk_length", "columns")}
-        tokenizer = {key: value for key, value in self.tokenizer.items() if key != "name"}
-        shards = [(shard["raw"]["bytes"], shard["raw"]["xxh64"], *(shard[key] for key in ("samples", "tokens", "source")))
-                  for shard in self.manifest["shards"]]
-        parts = [stated, tokenizer, self.manifest["lengths"]["xxh64"], shards]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def rows(self, max_seq_len: int) -> np.ndarray | None:
-        """(S,) int64: best-fit packed rows per shard at this row length, or None where not counted."""
-        counts = [shard["rows"].get(str(max_seq_len)) for shard in self.manifest["shards"]]
-        return None if None in counts else np.array(counts, dtype=np.int64)

@@ -25,7 +25,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from ettin_foundry.data import MANIFEST, MAX_CHUNK_LENGTH
 from ettin_foundry.data.cache import Room, fetch_manifest
-from ettin_foundry.data.manifest import Count, SplitFacts, bad_file, check_record, read_json
+from ettin_foundry.data.manifest import Count, bad_file, check_record, read_json
 from ettin_foundry.data.order import raw_draws
 from ettin_foundry.data.packing import pack_lengths, piece_counts
 from ettin_foundry.data.shards import MDSSplit
@@ -47,7 +47,7 @@ def chunk_permutation(seed: int, source: str, shard: int, samples: int) -> np.nd
     return np.argsort(raw_draws(samples, _CHUNKS, seed, name_word(source), shard), kind="stable")
 
 
-def shared_identity(data: SplitFacts) -> tuple[Any, ...]:
+def shared_identity(data: MDSSplit | MixtureSplit) -> tuple[Any, ...]:
     """What all datasets of a mixture must have in common: chunk length and tokenizer (but not its name)."""
     return data.chunk_length, {key: value for key, value in data.tokenizer.items() if key != "name"}
 
@@ -117,7 +117,7 @@ def open_split(local: str | os.PathLike[str], **options: Any) -> MDSSplit | Mixt
     return MixtureSplit(local, **options) if is_mixture else MDSSplit(local, **options)
 
 
-class MixtureSplit(SplitFacts):
+class MixtureSplit:
     """One split folder of a mixture, with the methods of an `MDSSplit`; S shards, over all entries of all sources.
 
     Args:
@@ -132,9 +132,9 @@ class MixtureSplit(SplitFacts):
                  cache_limit: int | str | None = None) -> None:
         self.local = Path(local)
         where = self.local / MANIFEST
-        manifest = read_json(where)
+        self.manifest = manifest = read_json(where)
         check_record(_Mixture, manifest, where)
-        super().__init__(manifest)
+        self.split, self.chunk_length, self.tokenizer = (manifest[key] for key in ("split", "chunk_length", "tokenizer"))
         runs, parts = manifest["runs"], manifest["parts"]  # whole shards are counted first, then partial ones
         rows = [(run["set"], shard, -1, run["pass"], run["source"]) for run in runs for shard in run["shards"]]
         rows += [(part["set"], part["shard"], at, part["pass"], part["source"]) for at, part in enumerate(parts)]

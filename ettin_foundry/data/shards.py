@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import json
 import logging
 import os
 import re
@@ -25,7 +27,7 @@ import numpy as np
 
 from ettin_foundry.data import COLUMNS, INDEX, LENGTHS, MANIFEST, manifest
 from ettin_foundry.data.cache import Room, ShardFiles, fetch_manifest, fetch_table
-from ettin_foundry.data.manifest import Buffer, SplitFacts, bad_file, check_hash, map_file
+from ettin_foundry.data.manifest import Buffer, bad_file, check_hash, map_file
 from ettin_foundry.data.packing import pack_lengths, piece_counts
 from ettin_foundry.data.storage import open_storage
 
@@ -126,8 +128,8 @@ def _check_documents(shard: Shard, path: Path | str, source: str) -> None:
         raise bad_file(path, f"chunk {wrong[0]} is part {parts[wrong[0]]} of its document", "parts count up from 0")
 
 
-class MDSSplit(SplitFacts):
-    """One split folder, e.g. `data/train`: its manifest, and access to any chunk. It may be pickled, and forked.
+class MDSSplit:
+    """One split folder, e.g. `data/train`: its manifest, and access to any chunk. It may be pickled, and forked. S shards.
 
     Args:
         max_open: shards kept mapped at a time; the least recently used is dropped.
@@ -144,14 +146,37 @@ class MDSSplit(SplitFacts):
         self.local, self.remote, self.max_open = Path(local), remote, max_open
         if remote is not None:
             fetch_manifest(self.local, remote)
-        super().__init__(manifest.read_manifest(self.local))
-        self.files = ShardFiles(self.local, self.manifest["shards"], remote)
+        self.manifest = manifest.read_manifest(self.local)
+        self.split: str = self.manifest["split"]
+        self.chunk_length: int = self.manifest["chunk_length"]  # most tokens of a chunk, special tokens not counted
+        self.tokenizer: dict[str, Any] = self.manifest["tokenizer"]  # see tokenizer.fingerprint
+        shards = self.manifest["shards"]
+        self.num_shards = len(shards)
+        self.samples = np.array([shard["samples"] for shard in shards], np.int64)  # (S,) chunks
+        self.tokens = np.array([shard["tokens"] for shard in shards], np.int64)  # (S,), special tokens not counted
+        self.sources: list[str] = [shard["source"] for shard in shards]  # (S,), a shard holds one source
+        self.files = ShardFiles(self.local, shards, remote)
         self.fetches = self.files.fetches  # whether `prefetch` does something
         self.room = None if cache_limit is None else Room(cache_limit, self.local, [self.files])
         self._open: OrderedDict[int, Shard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_lengths"} | {"_open": OrderedDict()}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 over what determines the data: tokenizer (but not its name), chunk length, every shard's content."""
+        stated = {key: self.manifest[key] for key in ("format", "version", "split", "chunk_length", "columns")}
+        tokenizer = {key: value for key, value in self.tokenizer.items() if key != "name"}
+        shards = [(shard["raw"]["bytes"], shard["raw"]["xxh64"], *(shard[key] for key in ("samples", "tokens", "source")))
+                  for shard in self.manifest["shards"]]
+        parts = [stated, tokenizer, self.manifest["lengths"]["xxh64"], shards]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def rows(self, max_seq_len: int) -> np.ndarray | None:
+        """(S,) int64: best-fit packed rows per shard at this row length, or None where not counted."""
+        counts = [shard["rows"].get(str(max_seq_len)) for shard in self.manifest["shards"]]
+        return None if None in counts else np.array(counts, dtype=np.int64)
 
     def lengths(self, shard: int) -> np.ndarray:
         """(chunk_length + 1,) uint32: number of chunks of each length; ValueError if the manifest's counts differ."""
@@ -181,14 +206,12 @@ class MDSSplit(SplitFacts):
     def sample(self, shard: int, index: int) -> dict[str, Any]:
         """All columns of one chunk: tokens (L,) uint16, doc str, part int, last int, source str. It leaves no file."""
         expand = self.manifest["shards"][shard]["zip"] is not None and shard not in self._open
-        opened, path = self._read(shard) if expand else self._shard(shard), self.files.path(shard)
+        opened = self._read(shard) if expand else self._shard(shard)
         num_doc, num_source, _ = opened.sizes[index].tolist()
         doc_at = int(opened.starts[index]) + _HEAD_BYTES
         source_at = doc_at + num_doc + _FIXED_BYTES
-        try:
-            doc, source = (opened.buffer[at:at + size].decode() for at, size in ((doc_at, num_doc), (source_at, num_source)))
-        except UnicodeDecodeError as error:
-            raise bad_file(path, f"doc or source of chunk {index} is not UTF-8 ({error})", "both must be UTF-8") from None
+        doc, source = (str(opened.buffer[at:at + number], "utf-8", "replace")
+                       for at, number in ((doc_at, num_doc), (source_at, num_source)))
         part = int.from_bytes(opened.buffer[source_at - 8:source_at], "little", signed=True)
         tokens = np.frombuffer(opened.buffer, "<u2", int(opened.lengths[index]), int(opened.token_starts[index])).copy()
         return {"tokens": tokens, "doc": doc, "part": part, "last": int(opened.last[index]), "source": source}
@@ -290,8 +313,8 @@ class MDSSplit(SplitFacts):
         while True:
             self.files.ensure(shard, self._release)
             try:
-                limited = self.files.room is not None
-                return self._parse(shard, map_file(path, raw["bytes"], raw["xxh64"], shared=limited))
+                buffer = map_file(path, raw["bytes"], raw["xxh64"], shared=self.files.room is not None)
+                return self._parse(shard, buffer)
             except FileNotFoundError:  # removed to make room between the two lines above
                 if not self.fetches:
                     raise

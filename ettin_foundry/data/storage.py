@@ -24,7 +24,6 @@ from typing import IO, Any, BinaryIO
 log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 8 << 20  # read at a time from a network
-_PART_BYTES = 64 << 20  # larger files go to S3 in parts of this size
 _PAUSES = (1, 2, 4, 8, 15, 30, *[60] * 9)  # seconds between tries, ten minutes in all: most outages are shorter
 # what git-lfs (also by its first name) and git-annex leave in place of a file that was not downloaded
 _POINTERS = (b"version https://git-lfs.github.com/", b"version https://hawser.github.com/", b"/annex/objects/")
@@ -247,22 +246,17 @@ class RemoteStorage(Storage):
                 time.sleep(pause)
 
     def size(self, name: str) -> int:
-        def size(system: Any, path: str) -> int:
-            info = system.info(path)
-            if info.get("type") == "directory":
-                raise FileNotFoundError
-            return int(info["size"])
-
-        return self.ask(check_name(name), size)
+        info = self.ask(check_name(name), lambda system, path: system.info(path))
+        if info.get("type") == "directory":
+            raise FileNotFoundError(f"{self.where(name)}: no such file")
+        return int(info["size"])
 
     def list(self, folder: str = "") -> list[tuple[str, int]]:
-        def find(system: Any, path: str) -> tuple[str, dict[str, Any]]:
-            with contextlib.suppress(FileNotFoundError):
-                return path, system.find(path, detail=True)
-            return path, {}
-
         found, folder = [], check_name(folder.removesuffix("/")) if folder else ""
-        top, paths = self.ask(folder, find)
+        try:
+            top, paths = self.ask(folder, lambda system, path: (path, system.find(path, detail=True)))
+        except FileNotFoundError:
+            return []
         for path, info in paths.items():
             name = f"{folder}/".removeprefix("/") + path.removeprefix(top).removeprefix("/")
             hidden = any(part.startswith(".") and part.strip(".") for part in name.split("/"))
@@ -312,15 +306,18 @@ class _Stream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         def read(system: Any, path: str) -> bytes:
-            file = self._file or system.open(path, "rb", block_size=_BLOCK_BYTES)
-            self._file, version = None, getattr(file, "details", {}).get("ETag")
+            if isinstance(system, _S3):
+                data, version = system.read(path, self._at, len(buffer))
+            else:
+                file, self._file = self._file or system.open(path, "rb", block_size=_BLOCK_BYTES), None
+                if file.tell() != self._at:
+                    file.seek(self._at)
+                data, version, self._file = file.read(len(buffer)), getattr(file, "details", {}).get("ETag"), file
             if version != (self._version or version):
                 raise OSError(f"{self._storage.where(self._name)}: was replaced while it was read; read it again")
-            if file.tell() != self._at:
-                file.seek(self._at)
-            if not (data := file.read(len(buffer))):
+            if not data:
                 raise ConnectionError(f"the answer ends at byte {self._at} of {self._end}")
-            self._file, self._version = file, version
+            self._version = version
             return data
 
         data = self._storage.ask(self._name, read) if self._at < self._end else b""
@@ -342,20 +339,20 @@ def _client(url: str, process: int, endpoint: str | None) -> tuple[Any, str]:
 
 def _own_error(error: Any, place: str) -> Exception:
     """Python's own error for what a client raised, with the place; ConnectionError for what may pass by itself."""
-    cause = error.__context__ if type(error).__name__ == "S3UploadFailedError" else error
-    response = getattr(cause, "response", None)  # boto3's is a dictionary
+    response = getattr(error, "response", None)  # boto3's is a dictionary
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else \
-        getattr(response, "status_code", None) or getattr(cause, "status", None) or getattr(cause, "code", None)
-    if isinstance(cause, (FileNotFoundError, IsADirectoryError)) or status == 404:
+        getattr(response, "status_code", None) or getattr(error, "status", None) or getattr(error, "code", None)
+    kind = type(error).__name__
+    if isinstance(error, (FileNotFoundError, IsADirectoryError)) or status == 404:
         return FileNotFoundError(f"{place}: no such file")
-    if isinstance(cause, PermissionError) or status in (401, 403) or type(cause).__name__ == "NoCredentialsError":
-        return PermissionError(f"{place}: access is refused ({cause}); see the credentials, and their right to list")
-    if isinstance(cause, NotImplementedError) or re.match("ParamVal|Invalid|No[A-Z]|Unknown", type(cause).__name__) or \
+    if isinstance(error, PermissionError) or status in (401, 403) or kind == "NoCredentialsError":
+        return PermissionError(f"{place}: access is refused ({error}); see the credentials, and their right to list")
+    if isinstance(error, NotImplementedError) or re.match("ParamVal|Invalid|No[A-Z]|Unknown", kind) or \
             isinstance(status, int) and status < 500 and status not in (408, 429):
-        return OSError(f"{place}: the store refuses this ({cause}); see URL, region and S3_ENDPOINT_URL")
-    if type(cause).__module__ == "builtins" and not isinstance(cause, (ConnectionError, TimeoutError)):
-        return cause  # of the disk, or a mistake here
-    return ConnectionError(f"{place}: {type(cause).__name__}: {cause}; see the network and the endpoint")
+        return OSError(f"{place}: the store refuses this ({error}); see URL, region and S3_ENDPOINT_URL")
+    if type(error).__module__ == "builtins" and not isinstance(error, (ConnectionError, TimeoutError)):
+        return error  # of the disk, or a mistake here
+    return ConnectionError(f"{place}: {kind}: {error}; see the network and the endpoint")
 
 
 class _S3:
@@ -380,8 +377,7 @@ class _S3:
         return dict(zip(("Bucket", "Key"), path.split("/", 1)))
 
     def info(self, path: str) -> dict[str, Any]:
-        head = self.client.head_object(**self._key(path))
-        return {"size": head["ContentLength"], "ETag": head["ETag"]}
+        return {"size": self.client.head_object(**self._key(path))["ContentLength"]}
 
     def find(self, path: str, **_: Any) -> dict[str, dict[str, Any]]:
         bucket, prefix = f"{path}/".split("/", 1)
@@ -389,36 +385,17 @@ class _S3:
         found = (entry for page in pages for entry in page.get("Contents", ()))
         return {f"{bucket}/{entry['Key']}": {"size": entry["Size"]} for entry in found}
 
-    def open(self, path: str, *_: Any, **__: Any) -> _S3File:
-        return _S3File(self.client, self._key(path), self.info(path))
+    def read(self, path: str, at: int, num_bytes: int) -> tuple[bytes, str]:
+        """Bytes of an object from `at` on, and its version."""
+        answer = self.client.get_object(**self._key(path), Range=f"bytes={at}-{at + num_bytes - 1}")
+        return answer["Body"].read(), answer["ETag"]
 
     def pipe_file(self, path: str, value: bytes) -> None:
         self.client.put_object(**self._key(path), Body=value)
 
     def put_file(self, lpath: str, rpath: str) -> None:
-        from boto3.s3.transfer import TransferConfig
-
-        config = TransferConfig(multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES, use_threads=False)
-        self.client.upload_file(lpath, *self._key(rpath).values(), Config=config)
+        with open(lpath, "rb") as body:  # up to 5 GiB; a shard has at most four
+            self.client.put_object(**self._key(rpath), Body=body)
 
     def rm_file(self, path: str) -> None:
         self.client.delete_object(**self._key(path))
-
-
-class _S3File:
-    """An object as `_Stream` reads it."""
-
-    def __init__(self, client: Any, key: dict[str, str], details: dict[str, Any]) -> None:
-        self._client, self._key, self.details, self._at = client, key, details, 0
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int) -> None:
-        self._at = offset
-
-    def read(self, size: int) -> bytes:
-        span = f"bytes={self._at}-{self._at + size - 1}"
-        data = self._client.get_object(**self._key, Range=span, IfMatch=self.details["ETag"])["Body"].read()
-        self._at += len(data)
-        return data
