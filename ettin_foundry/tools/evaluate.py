@@ -53,6 +53,7 @@ def evaluate(source: str | Path, data: str | Path, objectives: Sequence[str] = D
                                 f"{split!r}; give --split, or make the dataset with ettin convert")
     import torch  # from here on; it takes seconds
 
+    from ettin_foundry.data.batch import Collator
     from ettin_foundry.data.stream import open_stream
     from ettin_foundry.data.tokenizer import check
     from ettin_foundry.hub.load import load_model
@@ -67,12 +68,13 @@ def evaluate(source: str | Path, data: str | Path, objectives: Sequence[str] = D
     stream = open_stream(dataset={"local": str(data), "split": split}, max_seq_len=length, shuffle=False,
                          shuffle_seed=_SEED, global_batch_size=max(1, _BATCH_TOKENS // length))
     check(tokenizer, stream.data.tokenizer)
-    vocab = TextVocab.from_tokenizer(tokenizer)
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    predictor, found = loaded.predictor(tokenizer, place), {}
+    predictor, vocab, found = loaded.predictor(tokenizer, place), TextVocab.from_tokenizer(tokenizer), {}
     for name in objectives:
-        rate = mask_rate if name in MASKED_OBJECTIVES else 0.0
-        found[name] = values = _measure(predictor, _batches(stream, vocab, name, rate, max_batches), place)
+        collate = Collator(name, vocab, max_seq_len=length, seed=_SEED,
+                           mask_rate=mask_rate if name in MASKED_OBJECTIVES else 0.0)
+        steps = range(stream.num_steps if max_batches is None else min(max_batches, stream.num_steps))
+        found[name] = values = _measure(predictor, (collate(stream.rows_of(step)) for step in steps), place)
         if not values["targets"]:
             raise ValueError(f"--data must hold targets of {name}, got {data}, whose {split} split has none")
         if not math.isfinite(values["loss"]):
@@ -84,26 +86,17 @@ def evaluate(source: str | Path, data: str | Path, objectives: Sequence[str] = D
 def _measure(predictor: Any, batches: Iterator[dict[str, Any]], device: Any) -> dict[str, float]:
     import torch
 
+    from ettin_foundry.data.batch import flatten
     from ettin_foundry.model.transformer import batch_loss
 
     nll = correct = targets = 0
     with torch.no_grad(), predictor.autocast():
         for batch in batches:
-            moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value
-                     for key, value in batch.items()}
-            out = batch_loss(predictor.model, moved)
+            out = batch_loss(predictor.model, {key: value.to(device) if isinstance(value, torch.Tensor) else value
+                                               for key, value in flatten(batch).items()})
             nll += float(out["nll"])
             correct += int(out["correct"])
             targets += out["num_targets"]
     loss = nll / max(1, targets)
     return {"loss": loss, "accuracy": correct / max(1, targets), "perplexity": math.exp(min(loss, 700.0)),
             "targets": targets}
-
-
-def _batches(stream: Any, vocab: Any, objective: str, mask_rate: float, most: int | None) -> Iterator[dict[str, Any]]:
-    """The flat batches of the stream's first steps; the same ones at each call."""
-    from ettin_foundry.data.batch import Collator, flatten
-
-    collate = Collator(objective, vocab, max_seq_len=stream.max_seq_len, mask_rate=mask_rate, seed=_SEED)
-    for step in range(stream.num_steps if most is None else min(most, stream.num_steps)):
-        yield flatten(collate(stream.rows_of(step)))

@@ -58,7 +58,7 @@ class Report(NamedTuple):
         """A table, unfair differences first, then the notes, then one line with the verdict."""
         found = sorted(self.differences, key=lambda d: (VERDICTS.index(d.verdict), d.key))
         rows = [("verdict", "key", *self.names, "why")]
-        rows += [(d.verdict, d.key, _shown(d.a), _shown(d.b), f"{d.where}: {d.reason}".removeprefix(": "))
+        rows += [(d.verdict, d.key, str(d.a)[:_WIDEST], str(d.b)[:_WIDEST], f"{d.where}: {d.reason}".removeprefix(": "))
                  for d in found]
         widths = [*(max(map(len, column)) for column in list(zip(*rows))[:4]), 0]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows if found]
@@ -69,12 +69,6 @@ class Report(NamedTuple):
         counts = [(sum(d.verdict == verdict for d in found), verdict) for verdict in VERDICTS]
         summary = ", ".join(f"{number} {verdict}" for number, verdict in counts if number)
         return "\n".join([*lines, f"fair {self.what}: {summary or 'no difference'}"])
-
-
-def _shown(value: Any) -> str:
-    """As in YAML, cut where it is long."""
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    return text if len(text) <= _WIDEST else text[:_WIDEST - 3] + "..."
 
 
 # ------------------------------------------------------------------ settings, read
@@ -285,8 +279,8 @@ def _compare_data(a: Settings, b: Settings) -> tuple[list[Difference], list[str]
 
 # ------------------------------------------------------------------ chains of phases
 
-_MODEL_KEYS = [f"model.{key}" for key in ("size", "vocab_size", "global_attn_every_n_layers", "local_attention",
-                                          "norm_eps")]
+_MODEL_KEYS = ("model.size", "model.vocab_size", "model.global_attn_every_n_layers", "model.local_attention",
+               "model.norm_eps")
 _Found = Iterator[tuple[str, Any, Any, str]]  # key, before, now, reason
 
 

@@ -110,14 +110,10 @@ class LoggedRun(NamedTuple):
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Means of up to 25 finite values around each; fewer at both ends, and at the end not the last value alone."""
-    at = np.arange(len(values))
-    half = np.minimum(at, min(12, len(values) // 16))
-    begin, end = at - half, np.minimum(at + half + 1, len(values))
-    finite = np.isfinite(values)
-    sums, counts = (np.cumsum([0.0, *part]) for part in (np.where(finite, values, 0.0), finite))
-    with np.errstate(invalid="ignore"):  # of no finite value there is no mean
-        return (sums[end] - sums[begin]) / (counts[end] - counts[begin])
+    """Means of the up to 25 values around each that are finite, NaN where none is."""
+    finite, window = np.isfinite(values), np.ones(2 * min(12, len(values) // 16) + 1)
+    sums, counts = (np.convolve(part, window, "same") for part in (np.where(finite, values, 0.0), finite))
+    return np.where(counts > 0.5, sums / np.maximum(counts, 1), np.nan)
 
 
 def draw_losses(runs: Sequence[LoggedRun], path: Path, title: str) -> None:

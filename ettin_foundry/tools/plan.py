@@ -40,35 +40,29 @@ ORIGINAL_TOKENS, ORIGINAL_GPUS = 2_000_000_000_000, 4
 _NO_DATA = "the data is not on this machine: rows taken as full, documents as long as a row"
 
 
-@dataclass(frozen=True)
-class DataFacts:
+class DataFacts(NamedTuple):
     """What a split holds at one row length; tokens count BOS and EOS and leave padding out."""
 
     num_tokens: int
     num_chunks: int
     num_rows: int
-    documents: tuple[tuple[int, int], ...]  # (length with BOS and EOS, number) of the chunks
-
-    def attended_pairs(self, config: EttinConfig) -> int:
-        """(query, key) pairs of all documents, summed over layers."""
-        return sum(number * config.attended_pairs(length) for length, number in self.documents)
+    documents: Sequence[tuple[int, int]]  # (length with BOS and EOS, number) of the chunks
 
 
 def data_facts(cfg: dict[str, Any]) -> DataFacts | None:
     """What a config's training split holds; None where it, or its count of packed rows, is not on this machine."""
-    loader, length = cfg["train_loader"], cfg["max_seq_len"]
-    folder = Path(loader["dataset"]["local"]) / loader["dataset"].get("split", "train")
+    loader, dataset = cfg["train_loader"], cfg["train_loader"]["dataset"]
     try:
-        split = open_split(folder)
+        split = open_split(Path(dataset["local"], dataset.get("split", "train")))
     except OSError:
         return None
-    rows = split.rows(length) if loader.get("packing", True) else split.samples
+    rows = split.rows(cfg["max_seq_len"]) if loader.get("packing", True) else split.samples
     if rows is None:
         return None
     counts = np.sum([split.lengths(shard).astype(np.int64) for shard in range(split.num_shards)], axis=0)
     num_chunks = int(split.samples.sum())
     return DataFacts(int(split.tokens.sum()) + 2 * num_chunks, num_chunks, int(rows.sum()),
-                     tuple((int(n) + 2, int(counts[n])) for n in np.flatnonzero(counts)))
+                     [(int(n) + 2, int(counts[n])) for n in np.flatnonzero(counts)])
 
 
 @dataclass(frozen=True)
@@ -129,8 +123,7 @@ class Piece(NamedTuple):
     last_rate: float  # at the token `end - 1`
 
 
-@dataclass(frozen=True)
-class Curves:
+class Curves(NamedTuple):
     """Objective and mask rate of a run of `pieces[-1].end` tokens."""
 
     pieces: Sequence[Piece]
@@ -148,9 +141,7 @@ class Curves:
     def targets_per_token(self, text_share: float, first_share: float) -> tuple[float, float]:
         """(mean over the run, maximum over its pieces) of the targets of a token.
 
-        Args:
-            text_share: share of the tokens that are neither BOS nor EOS, among which masks are drawn.
-            first_share: share of the tokens that are the first of a document, which clm cannot predict.
+        Masks are drawn among the `text_share` of the tokens; clm predicts all but the `first_share`, which begin one.
         """
         def targets(p: Piece, rate: float) -> float:
             return sum(share * (1 - first_share if name == "clm" else text_share * rate)
@@ -241,7 +232,8 @@ def _flops_per_token(cfg: dict[str, Any], data: DataFacts, causal: float, target
     window = -1 if config.causal else cfg["model"].get("window_left", -1)
     other = dataclasses.replace(config, causal=not config.causal, window_left=window)
     own = causal if config.causal else 1 - causal
-    pairs = sum(share * data.attended_pairs(shape) for shape, share in ((config, own), (other, 1 - own)) if share)
+    pairs = sum(share * number * shape.attended_pairs(length) for length, number in data.documents
+                for shape, share in ((config, own), (other, 1 - own)) if share)
     per_token = (config.flops(data.num_tokens, 0, 0) + config.flops(0, 0, 1) * pairs) / data.num_tokens
     return round(per_token + config.flops(0, 1, 0) * targets)
 
@@ -262,10 +254,9 @@ def num_checkpoints(cfg: dict[str, Any], num_steps: int, num_tokens: int, tokens
     value, unit = parse_time("save_interval", cfg.get("save_interval", "1000ba"))  # the host's default
     total, step = (num_steps, 1) if unit == "ba" else (num_tokens, tokens_per_step)
     interval = value * total if unit == "dur" else value
-    number = min(num_steps, math.floor(total / interval))
-    number += math.floor(total / interval) == math.floor((total - step) / interval)
+    number = min(num_steps, total // interval) + (total // interval == (total - step) // interval)
     kept = cfg.get("save_num_checkpoints_to_keep", -1)
-    return number if kept < 0 else min(number, kept)
+    return int(number if kept < 0 else min(number, kept))
 
 
 def _machine(cfg: dict[str, Any], gpus: str | None) -> tuple[int, str]:

@@ -29,11 +29,7 @@ from ettin_foundry.training.steps import read_steps
 
 
 def write_report(suite: Suite, fairness: Mapping[str, Mapping[str, Any]]) -> None:
-    """Exports, evaluates, draws and writes; `fairness` is what `suite_run.check_suite` found.
-
-    Raises:
-        ValueError: stages that are not finished, or a pair that read different rows.
-    """
+    """Exports, evaluates, draws and writes; `fairness` is what `suite_run.check_suite` found."""
     if unfinished := [stage.name for stage in suite.stages if not stage_state(stage).finished]:
         raise ValueError(f"--report: {', '.join(unfinished)} not finished; run the suite without it")
     suite.root.mkdir(parents=True, exist_ok=True)
@@ -41,11 +37,9 @@ def write_report(suite: Suite, fairness: Mapping[str, Mapping[str, Any]]) -> Non
     stages = [_read_stage(stage, runs) for stage in suite.stages]
     pairs: dict[str, dict[str, Any]] = {}
     for pair, members in suite.pairs().items():
-        pairs[pair] = {"members": [member.name for member in members]}
-        try:
-            pairs[pair]["steps_with_equal_rows"] = compare_pair(members)
-        except FileNotFoundError as error:
-            pairs[pair]["missing"] = f"rows not compared: {error}"
+        found = compare_pair(members)
+        pairs[pair] = {"members": [member.name for member in members],
+                       "missing" if isinstance(found, str) else "steps_with_equal_rows": found}
     models = [_make_model(suite, name, suite.stage(stage)) for name, stage in suite.exports.items()]
     if runs:
         title = f"{suite.name}: the same rows in the same order" if pairs else suite.name
@@ -97,14 +91,15 @@ def _make_model(suite: Suite, name: str, stage: Stage) -> dict[str, Any]:
     chain = [{"stage": each, "objective": _objective(state.record), "tokens": state.tokens} for each, state in states]
     found = {"model": name, "stage": stage.name, "objective": chain[-1]["objective"], "chain": chain,
              "tokens": loaded.facts["tokens"], "parameters": loaded.config.num_parameters, "folder": str(folder),
-             "evaluation": {}, "samples": _samples(loaded, suite.samples)}
-    if (wanted := suite.evaluation) is not None:
-        try:
+             "evaluation": {}, "samples": []}
+    try:
+        found["samples"] = _samples(loaded, suite.samples)
+        if (wanted := suite.evaluation) is not None:
             found["evaluation"] = evaluate(folder, wanted.data, wanted.objectives, mask_rate=wanted.mask_rate,
                                            max_batches=wanted.max_batches)
             say(f"{name}: " + ", ".join(f"{key} {value['loss']:.3f}" for key, value in found["evaluation"].items()))
-        except (OSError, ValueError) as error:
-            found["missing"] = f"not evaluated: {error}"
+    except (OSError, ValueError) as error:
+        found["missing"] = f"not evaluated: {error}"
     return found
 
 

@@ -21,8 +21,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-
 from ettin_foundry.data.quantities import format_duration
 from ettin_foundry.tools.pair import HARMLESS, lint_chain, lint_pair
 from ettin_foundry.tools.suite import Stage, Suite
@@ -30,7 +28,7 @@ from ettin_foundry.training import checkpoints, checks
 from ettin_foundry.training.run_config import config_hash, config_text, parse_time
 from ettin_foundry.training.steps import STEPS, compare_steps, read_steps
 
-_SAY_SECONDS = 10.0  # between lines where there is no terminal
+_SAY_SECONDS = 10.0, 600.0  # between lines, where a percent is done and where none is
 _STOP_SECONDS = 40.0  # Composer's launcher gives its processes 30 s to end
 
 
@@ -41,10 +39,10 @@ class StageFailed(RuntimeError):
 class State(NamedTuple):
     """How far a stage is."""
 
-    checkpoint: Path | None  # the newest complete one
-    record: dict[str, Any]  # what the run's Clock wrote into it; empty without a checkpoint
-    tokens: int  # of this run alone
-    finished: bool
+    checkpoint: Path | None = None  # the newest complete one
+    record: dict[str, Any] = {}  # what the run's Clock wrote into it
+    tokens: int = 0  # of this run alone
+    finished: bool = False
 
 
 def say(text: str) -> None:
@@ -56,7 +54,7 @@ def stage_state(stage: Stage) -> State:
     """Reads a stage's newest complete checkpoint; a ValueError with both values of each setting in which it differs."""
     newest = checkpoints.newest_complete(stage.folder)
     if newest is None:
-        return State(None, {}, 0, False)
+        return State()
     record, text = checkpoints.read_head(newest).record, config_text(stage.config)
     if record.get("run_hash") != config_hash(text):
         if "run_config" not in record:
@@ -75,11 +73,7 @@ def stage_state(stage: Stage) -> State:
 def check_suite(suite: Suite, *, allow_unfair: bool = False) -> dict[str, dict[str, Any]]:
     """Refuses a suite of which some stage could not run as written, or whose pairs or chains are unfair.
 
-    Returns:
-        {pair or chain: {fair, findings}} for the report; findings is the linter's text.
-
-    Raises:
-        ValueError, FileNotFoundError: naming the stage and the key.
+    Returns {pair or chain: {fair, findings}} for the report; findings is the linter's text. Errors name stage and key.
     """
     for stage in suite.stages:
         config = stage.config
@@ -105,10 +99,7 @@ def check_suite(suite: Suite, *, allow_unfair: bool = False) -> dict[str, dict[s
 
 
 def run_suite(suite: Suite, *, only: Sequence[str] = ()) -> None:
-    """Trains what is not finished of a suite that `check_suite` accepts, and compares pairs.
-
-    Args:
-        only: names of stages; nothing but these is trained.
+    """Trains what is not finished of a suite that `check_suite` accepts, or of the stages named, and compares pairs.
 
     Raises:
         ValueError, FileNotFoundError: a folder, data, or a pair that read different rows.
@@ -126,8 +117,8 @@ def run_suite(suite: Suite, *, only: Sequence[str] = ()) -> None:
             _train(suite, stage, title)
         else:
             say(f"{title}: finished, {stage_state(stage).tokens:,} tokens")
-        if stage.pair is not None:
-            compare_pair(suite.pairs()[stage.pair])
+        if stage.pair is not None and isinstance(found := compare_pair(suite.pairs()[stage.pair]), str):
+            say(f"pair {stage.pair}: {found}")
 
 
 def _train(suite: Suite, stage: Stage, title: str) -> None:
@@ -143,22 +134,22 @@ def _train(suite: Suite, stage: Stage, title: str) -> None:
     say(f"{title}: done, {state.tokens:,} tokens in {format_duration(time.monotonic() - begin)}")
 
 
-def compare_pair(members: Sequence[Stage]) -> int:
-    """Checks that the finished members of a pair read the same rows at every step, by the hashes that the runs logged.
+def compare_pair(members: Sequence[Stage]) -> int | str:
+    """Steps at which the finished members of a pair read the same rows, by what they logged, or why that is not known.
 
-    Returns:
-        Steps compared; 0 while fewer than two members are finished.
-
-    Raises:
-        ValueError: they did not. FileNotFoundError: a member has no record of its steps.
+    0 while fewer than two members are finished; a ValueError where they read different rows.
     """
     first, *others = [stage for stage in members if stage_state(stage).finished] or [members[0]]
-    for other in others:
-        step = compare_steps(first.folder, other.folder)
+    try:
+        steps = [compare_steps(first.folder, other.folder) for other in others]
+        number = len(read_steps(first.folder)) if others else 0
+    except (OSError, ValueError) as error:
+        return f"rows not compared: {error}"
+    for other, step in zip(others, steps):
         if step is not None:
             raise ValueError(f"pair {first.pair}: {first.name} and {other.name} did not read the same rows at step "
                              f"{step} ({STEPS} of both); move the folder of the wrong one away and run the suite again")
-    return len(read_steps(first.folder)) if others else 0
+    return number
 
 
 # ------------------------------------------------------------------ the process of a stage
@@ -181,8 +172,7 @@ def signals() -> Iterator[None]:
 def _run_process(stage: Stage, title: str) -> str | None:
     """Trains a stage in a process of its own; None if that ended with 0, else how it ended and the lines that say why.
 
-    Raises:
-        ValueError: another process trains in the stage's folder, or the command cannot be started.
+    A ValueError where another process trains in the stage's folder, or the command cannot be started.
     """
     stage.folder.mkdir(parents=True, exist_ok=True)
     path, words = stage.folder / "suite.log", stage.words
@@ -231,17 +221,15 @@ def _last_error(path: Path, begin: int) -> str:
 
 
 def _watch(process: subprocess.Popen[bytes], stage: Stage, title: str) -> None:
-    """Shows one line about the stage until its process ends."""
-    console, begin, last_said, said = Console(stderr=True), time.time(), time.monotonic(), ""
-    with console.status(f"{title}: starting") if console.is_terminal else contextlib.nullcontext() as status:
-        while process.poll() is None:
-            time.sleep(0.25)
-            line = f"{title}: {_progress(stage, begin)}"
-            if status is not None:
-                status.update(line)
-            elif line != said and time.monotonic() - last_said >= _SAY_SECONDS:
-                last_said, said = time.monotonic(), line
-                say(line)
+    """Says how far the stage is until its process ends."""
+    begin, last, said = time.time(), 0.0, ""
+    while process.poll() is None:
+        time.sleep(0.25)
+        if (since := time.monotonic() - last) >= _SAY_SECONDS[0]:
+            line = _progress(stage, begin)
+            if line[:4] != said[:4] or since >= _SAY_SECONDS[1]:
+                last, said = time.monotonic(), line
+                say(f"{title}: {line}")
 
 
 def _progress(stage: Stage, begin: float) -> str:

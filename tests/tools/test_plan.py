@@ -63,7 +63,7 @@ def small(tmp_path, monkeypatch):
 def test_data_facts_are_sums_over_documents(small):
     facts = plan.data_facts(small)
     assert (facts.num_tokens, facts.num_chunks, facts.num_rows) == (14 + 2 * 7, 7, 5)
-    assert facts.documents == ((3, 2), (4, 3), (5, 2))
+    assert facts.documents == [(3, 2), (4, 3), (5, 2)]
     assert plan.data_facts({**small, "max_seq_len": 16}) is None
     small["train_loader"]["packing"] = False
     assert plan.data_facts(small).num_rows == 7
