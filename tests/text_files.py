@@ -46,5 +46,5 @@ def read(location: Path | str, **options: Any) -> list[tuple[str, str]]:
     """(id, text) of every document, after checking that the progress meter arrives at the end."""
     meter, source = Meter(), find_source(str(location))
     found = read_all(source, meter, **options)
-    assert meter.position() == source.num_bytes
+    assert meter.position() == sum(source.files.values())
     return [(document.id, document.text) for document in found]

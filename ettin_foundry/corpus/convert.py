@@ -259,5 +259,5 @@ def _train(sources: Sequence[Source], options: ConvertOptions) -> PreTrainedToke
                 if options.limit_bytes is not None and num_bytes - begin >= options.limit_bytes:
                     break
 
-    with Board("tokenizer", sum(source.num_bytes for source in sources), show=options.progress) as board:
+    with Board("tokenizer", sum(sum(source.files.values()) for source in sources), show=options.progress) as board:
         return tokenizers.train_bpe(texts(), int(options.train_tokenizer or 0))

@@ -67,8 +67,8 @@ class TextEncoder:
         self._version = self.engine = f"tokenizers {importlib.metadata.version('tokenizers')}"
         content = orjson.loads(tokenizer_json)
         unknown = content["model"].get("unk_token")
-        found = self._reference.token_to_id(unknown) if unknown else content["model"].get("unk_id")
-        self.unknown: int = -1 if found is None else found
+        unknown = self._reference.token_to_id(unknown) if unknown else content["model"].get("unk_id")
+        self.unknown: int = -1 if unknown is None else unknown
         self._is_special = np.zeros(1 << 16, dtype=bool)  # by id
         self._is_special[sorted({*forbidden} - {self.unknown})] = True
         added = [token["content"] for token in content.get("added_tokens") or ()]
@@ -85,7 +85,13 @@ class TextEncoder:
 
         Raises ValueError where the libraries disagree on a text, or a special token cannot be written as text.
         """
-        ids, lengths = self._ids(texts)
+        try:
+            ids, lengths = self._fast(texts) if self._fast else self._reference_ids(texts)
+        except BaseException as error:  # a panic of a Rust library derives from BaseException alone
+            if isinstance(error, _NOT_OF_THE_LIBRARY) or not self._fast:
+                raise
+            log.warning("%s failed on %d texts (%r); `tokenizers` encodes them", self.engine, len(texts), error)
+            ids, lengths = self._reference_ids(texts)
         ends = np.cumsum(lengths)
         for number, text in enumerate(texts) if self._fast else ():
             if xxhash.xxh3_64_intdigest(text) < self._check_below and not np.array_equal(
@@ -101,16 +107,6 @@ class TextEncoder:
             lengths[np.searchsorted(ends, at, side="right")] += len(letters) - 1
             ids = np.concatenate([ids[:at], [self.unknown if n is None else n for n in letters], ids[at + 1:]])
         return ids.astype(np.uint16), lengths
-
-    def _ids(self, texts: Sequence[str]) -> Flat:
-        """Ids as the fast library gives them; where there is none, or it fails, as `tokenizers` does."""
-        try:
-            return self._fast(texts) if self._fast else self._reference_ids(texts)
-        except BaseException as error:  # a panic of a Rust library derives from BaseException alone
-            if isinstance(error, _NOT_OF_THE_LIBRARY) or not self._fast:
-                raise
-            log.warning("%s failed on %d texts (%r); `tokenizers` encodes them", self.engine, len(texts), error)
-            return self._reference_ids(texts)
 
     def _reference_ids(self, texts: Sequence[str]) -> Flat:
         """Ids as `tokenizers` gives them; special tokens in a text are read as text."""

@@ -52,10 +52,7 @@ class FilterOptions:
                 _load_predicate.cache_clear()
 
     def reason(self, text: str, id: str) -> str | None:
-        """Why a document is dropped: the first filter that it does not pass; None keeps it.
-
-        Raises ValueError, with predicate and document, where a predicate fails or does not answer True or False.
-        """
+        """Why a document is dropped, None keeps it; ValueError where a predicate fails or gives no truth value."""
         if len(text) < (self.min_characters or 0):
             return SHORT
         if len(text) > (self.max_characters or sys.maxsize):
@@ -73,10 +70,9 @@ class FilterOptions:
         return None
 
     def record(self) -> dict[str, Any]:
-        """All that shapes the data, as JSON, without places on this machine.
+        """All that shapes the data, as JSON, without places on this machine; of a predicate the hash of its file.
 
-        A predicate is told by the hash of the file that defines it; what that file imports is not looked at. The keys
-        of decontamination stay, so that datasets made with them can be appended to.
+        The keys of decontamination stay, so that datasets made with them can be appended to.
         """
         hashes = {name: hashlib.sha256(_load_predicate(name)[2]).hexdigest() for name in self.predicates}
         return {"min_characters": self.min_characters, "max_characters": self.max_characters,

@@ -158,7 +158,7 @@ def find_sources(options: ConvertOptions, plan: Plan | None) -> list[Source]:
         if (out.rstrip("/") + "/").startswith(place.rstrip("/") + "/") if is_url(place) or is_url(out) else \
                 Path(place).is_dir() and Path(out).resolve().is_relative_to(Path(place).resolve()):
             raise ValueError(f"--out must be outside of the sources, got {out} inside of {place}")
-        if source.files and not source.num_bytes:
+        if source.files and not any(source.files.values()):
             log.warning("%s: every file of it is empty", name)
         if plan and name in plan.sources and not source.files and place != STDLIB:
             source = replace(source, revision=plan.sources[name]["revision"])

@@ -35,9 +35,9 @@ _BLOCK_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _PARQUET_ROWS, _PARQUET_BYTES = 1024, 16 << 20  # most of a batch
 _ALL_BAD = 10  # so many records, none of them readable, are no accident
-_ADVICE = {b"\xff\xfe": "convert the file with `iconv -f UTF-16 -t UTF-8`", b"\x1f\x8b": "add .gz to the file's name",
-           b"\xfe\xff": "convert the file with `iconv -f UTF-16 -t UTF-8`", b"\x28\xb5": "add .zst to the file's name",
-           b"": "where it is Latin-1, convert the file with `iconv -f LATIN1 -t UTF-8`"}  # by how it begins
+_ADVICE = {b"\xff\xfe": "convert it with `iconv -f UTF-16 -t UTF-8`", b"\x1f\x8b": "add .gz to the file's name",
+           b"\xfe\xff": "convert it with `iconv -f UTF-16 -t UTF-8`", b"\x28\xb5": "add .zst to the file's name",
+           b"": "convert Latin-1 with `iconv -f LATIN1 -t UTF-8`"}  # by how it begins
 
 
 class Document(NamedTuple):
@@ -90,8 +90,8 @@ def read_parts(source: Source, parts: Sequence[Part], meter: Meter,
     if (first := next(documents, None)) is not None:
         yield first
         yield from documents
-    elif meter.unreadable - before >= _ALL_BAD:
-        raise ValueError(f"{meter.problem}; and none of the {meter.unreadable - before} records here can be read")
+    elif (number := meter.unreadable - before) >= _ALL_BAD:
+        raise ValueError(f"{meter.problem}; none of the {number} records here can be read")
 
 
 def _read_all(source: Source, parts: Sequence[Part], meter: Meter, options: ReadOptions) -> Iterator[Document]:
@@ -167,13 +167,11 @@ def _document(record: Any, where: str, default_id: str, meter: Meter, options: R
         text = record.get(options.text_field) if isinstance(record, dict) else None
         text = text.decode() if isinstance(text, bytes) else text
         if not isinstance(text, str):
-            raise ValueError(f"it must be an object whose {options.text_field!r} is a string, got {record!r:.200}; "
-                             "name the key of the text with --text-field")
+            raise ValueError(f"{options.text_field!r} must be a string, got {record!r:.200}; see --text-field")
         identity = record.get(options.id_field or "id")
         if identity is None or isinstance(identity, (dict, list)):
             if options.id_field is not None:
-                raise ValueError(f"its {options.id_field!r} must be a string or number, got {identity!r:.40}; leave "
-                                 "--id-field out to number records by their place")
+                raise ValueError(f"{options.id_field!r} must be text or a number, got {identity!r:.40}; see --id-field")
             identity = default_id
         identity = identity.decode("utf-8", "backslashreplace") if isinstance(identity, bytes) else str(identity)
         identity.encode()
@@ -193,8 +191,7 @@ def _leave_out(where: str, error: Exception, meter: Meter, options: ReadOptions)
         problem += "; " + next(advice for begin, advice in _ADVICE.items() if error.object.startswith(begin))
     meter.problem = meter.problem or problem
     if meter.unreadable > options.max_bad_records:
-        raise ValueError(f"{problem}; more than --max-bad-records ({options.max_bad_records}) records cannot be read: "
-                         "repair them or raise it")
+        raise ValueError(f"{problem}; --max-bad-records ({options.max_bad_records}) must allow for it, or repair it")
     log.warning("unreadable, left out: %s", problem)
 
 
@@ -316,12 +313,10 @@ def _columns(schema: Any, file: _File) -> list[str]:
     """The columns of text and id; ValueError where the first is missing or can hold no text."""
     text_field = file.options.text_field
     if text_field not in schema.names:
-        raise ValueError(f"{file.shown} must have a column {text_field!r}, got {', '.join(schema.names)}; name the "
-                         "column with --text-field")
+        raise ValueError(f"{file.shown} must have a column {text_field!r}, got {schema.names}; see --text-field")
     kind = str(schema.field(text_field).type)
     if not re.match("(dictionary<values=)?(large_|fixed_size_)?(string|binary)|null|extension", kind):
-        raise ValueError(f"{file.shown} must hold text in its column {text_field!r}, got {kind}; name the column that "
-                         "does with --text-field")
+        raise ValueError(f"{file.shown} must hold text in its column {text_field!r}, got {kind}; see --text-field")
     return [name for name in schema.names if name in (text_field, file.options.id_field or "id")]
 
 

@@ -26,7 +26,6 @@ from ettin_foundry.data.storage import check_name, is_url, open_storage
 
 log = logging.getLogger(__name__)
 
-COMPRESSIONS = (".gz", ".zst")
 _FILE = re.compile(r"(?s)(.+?)(?i:(\.jsonl|\.json|\.txt|\.parquet)(\.gz|\.zst)?)\Z")
 STDLIB = "python-stdlib"  # the running Python's standard library: real English and code on every machine
 DOCSTRINGS = "docstrings"  # the `file` of the part of the standard library that is in no file
@@ -70,11 +69,6 @@ class Source:
     root: str = ""  # a folder or URL; no path of a machine gets into a dataset
     licence: str | None = None
     revision: str | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes on disk to read; 0 where unknown."""
-        return sum(self.files.values())
 
 
 def find_source(text: str, *, licence: str | None = None) -> Source:
@@ -134,7 +128,7 @@ def plan_parts(source: Source, unit_bytes: int) -> list[tuple[Part, ...]]:
 
 
 def part_bytes(source: Source, part: Part) -> int:
-    """Bytes on disk to read for a part; 0 where unknown. Over all parts they sum to `source.num_bytes`."""
+    """Bytes on disk to read for a part; 0 where unknown. Over all parts they sum to those of the source's files."""
     size = source.files.get(part.file, 0)
     return max(0, (size if part.end is None else min(part.end, size)) - part.begin)
 

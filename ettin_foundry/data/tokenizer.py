@@ -66,8 +66,7 @@ def load(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
             f"tokenizer {name} must be a folder of a fast tokenizer, or a Hugging Face id that can be loaded here, got "
             f"one that cannot be read ({str(error).strip() or type(error).__name__:.200})") from error
     if not isinstance(tok, PreTrainedTokenizerFast):
-        raise ValueError(f"tokenizer {name} must be a fast one, with tokenizer.json, got a {type(tok).__name__}; "
-                         "convert it with transformers")
+        raise ValueError(f"tokenizer {name} must be a fast one (tokenizer.json), got {type(tok).__name__}; convert it")
     for key, token in _SPECIALS.items():
         if tok.special_tokens_map.get(f"{key}_token") is None and tok.backend_tokenizer.token_to_id(token) is not None:
             setattr(tok, f"{key}_token", token)
@@ -79,8 +78,7 @@ def load(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
 def special_ids(tok: PreTrainedTokenizerFast) -> dict[str, int | None]:
     """Ids of unk, cls (also BOS), sep (also EOS), pad and mask; only unk may be None."""
     if vocab_size(tok) > MAX_VOCAB_SIZE:
-        raise ValueError(f"tokenizer {_name(tok)} must have at most {MAX_VOCAB_SIZE} entries, as tokens are stored as "
-                         f"uint16, got {vocab_size(tok)}")
+        raise ValueError(f"tokenizer {_name(tok)} must have at most {MAX_VOCAB_SIZE} entries, got {vocab_size(tok)}")
     found: dict[str, Any] = {key: getattr(tok, f"{key}_token_id") for key in _SPECIALS}
     needed = {value for key, value in found.items() if key != "unk"}
     if None in needed or len(needed) < 4:
@@ -109,8 +107,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     if not 256 + 5 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise ValueError(f"--train-tokenizer must be 261 (every byte and five special tokens) to {MAX_VOCAB_SIZE} "
-                         f"entries, got {vocab_size}; the demo uses 8192")
+        raise ValueError(f"--train-tokenizer must be 261 to {MAX_VOCAB_SIZE} entries, got {vocab_size}; try 8192")
     backend: Any = Tokenizer(models.BPE())  # Any: the stubs of tokenizers 0.21 lack setters and keywords
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -190,8 +187,8 @@ def check(tok: PreTrainedTokenizerFast, manifest_block: Mapping[str, Any]) -> No
     """Raises ValueError where a tokenizer is not the one that a dataset was made with."""
     mine = fingerprint(tok)
     if differing := difference(mine, manifest_block):
-        raise ValueError(f"tokenizer must be the dataset's, {manifest_block.get('name')!r}, got {mine['name']!r}, whose "
-                         f"{differing}; use the dataset's folder")
+        raise ValueError(f"tokenizer must be the dataset's, {manifest_block.get('name')!r}, got {mine['name']!r}, "
+                         f"whose {differing}; use the dataset's folder")
 
 
 def _name(tok: PreTrainedTokenizerFast) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from ettin_foundry.corpus import encoder as encoders
 from ettin_foundry.corpus.encoder import TextEncoder
 
 SPECIALS = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
-ROOT, OPEN = Path(__file__).resolve().parents[2], encoders._open_fastokens
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def tok_json(tokenizer_dir: Path) -> str:
+def tok_json(tokenizer_dir):
     return (tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
 
 
@@ -46,94 +47,78 @@ def as_lists(found: tuple[np.ndarray, np.ndarray]) -> list[list[int]]:
     return [ids.tolist() for ids in np.split(found[0], np.cumsum(found[1])[:-1])]
 
 
+def make_backend(model: Any, splitter: Any = pre_tokenizers.WhitespaceSplit) -> Any:
+    backend: Any = Tokenizer(model)
+    backend.pre_tokenizer = splitter()
+    return backend
+
+
 def word_level() -> str:
     """A tokenizer without rules against special tokens in text, of a kind that fastokens does not read."""
-    backend: Any = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*SPECIALS, "a", "b"])}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return backend.to_str()
+    words = {word: i for i, word in enumerate([*SPECIALS, "a", "b"])}
+    return make_backend(models.WordLevel(words, unk_token="[UNK]")).to_str()
 
 
 @pytest.mark.parametrize("engine", ["fast", "tokenizers"])
-def test_ids_equal_those_of_tokenizers(tok_json: str, engine: Any) -> None:
-    texts = ["", *odd_texts(3000), "", *make_documents(30), ""]
-    encoder = make(tok_json, engine=engine)
-    assert encoder.engine.startswith("fastokens " if engine == "fast" else "tokenizers ")
+def test_ids_equal_those_of_tokenizers_and_special_tokens_written_out_stay_text(tok_json, engine):
+    written = "ka [MASK]. \n\t [MASK] [CLS][SEP]a[PAD]\n[UNK]b[MASK][MASK"
+    texts = ["", *odd_texts(3000), "", *make_documents(30), "", written]
+    encoder, backend = make(tok_json, engine=engine), Tokenizer.from_str(tok_json)
+    assert encoder.engine.startswith("fastokens " if engine == "fast" else "tokenizers ") and encoder.unknown == -1
     tokens, lengths = encoder.encode(texts)
     assert (tokens.dtype, lengths.dtype) == (np.uint16, np.int64)
     assert as_lists((tokens, lengths)) == reference(tok_json, texts)
+    assert backend.decode(as_lists((tokens, lengths))[-1], skip_special_tokens=False) == written
+    assert not {*tokens.tolist()} & {backend.token_to_id(token) for token in SPECIALS}
     assert [len(array) for array in encoder.encode([])] == [0, 0]
 
 
-def test_ids_of_ettins_vocabulary_equal_those_of_tokenizers(ettin_tokenizer_dir: Path) -> None:
+def test_ids_of_ettins_vocabulary_equal_those_of_tokenizers(ettin_tokenizer_dir):
     content = (ettin_tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
-    code = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("tests/corpus/test_c*.py"))]
-    texts = [*odd_texts(2000, seed=2), *code]
+    texts = [*odd_texts(2000, seed=2), Path(argparse.__file__).read_text(encoding="utf-8")]
     encoder = make(content)
     assert encoder.engine.startswith("fastokens ")
     assert as_lists(encoder.encode(texts)) == reference(content, texts)
 
 
-@pytest.mark.parametrize("engine", ["fast", "tokenizers"])
-def test_special_tokens_written_out_stay_ordinary_text(tok_json: str, engine: Any) -> None:
-    backend, text = Tokenizer.from_str(tok_json), "ka [MASK]. \n\t [MASK] [CLS][SEP]a[PAD]\n[UNK]b[MASK][MASK"
-    ids = make(tok_json, engine=engine).encode([text])[0].tolist()
-    assert not set(ids) & {backend.token_to_id(token) for token in SPECIALS}
-    assert backend.decode(ids, skip_special_tokens=False) == text
-
-
 TRAINERS: dict[str, tuple[Any, Any]] = {
     "Unigram": (models.Unigram(), trainers.UnigramTrainer(vocab_size=400, special_tokens=SPECIALS, unk_token="[UNK]")),
-    "WordPiece": (models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer(vocab_size=400, special_tokens=SPECIALS)),
+    "WordPiece": (models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer(special_tokens=SPECIALS)),
     "WordLevel": (models.WordLevel(unk_token="[UNK]"), trainers.WordLevelTrainer(special_tokens=SPECIALS))}
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
-def test_unknown_characters_are_told_and_special_tokens_in_text_are_spelled(kind: str) -> None:
+def test_unknown_characters_are_told_and_special_tokens_in_text_are_spelled(kind):
     """These models may have "[MASK]" among their pieces, and give it for a text that holds it."""
-    backend: Any = Tokenizer(TRAINERS[kind][0])
-    backend.pre_tokenizer = pre_tokenizers.Metaspace() if kind == "Unigram" else pre_tokenizers.WhitespaceSplit()
-    backend.train_from_iterator([*make_documents(300), "[ M A S K"], TRAINERS[kind][1])
+    model, trainer = TRAINERS[kind]
+    backend = make_backend(model, pre_tokenizers.Metaspace if kind == "Unigram" else pre_tokenizers.WhitespaceSplit)
+    backend.train_from_iterator([*make_documents(300), "[ M A S K"], trainer)
     encoder = make(backend.to_str(), forbidden=range(5))
     texts = ["kalo miter", "kalo [MASK] miter \U0001f680", "[MASK][MASK]", "\U0001f680", "kalo"]
     expected = reference(backend.to_str(), texts)
     assert encoder.unknown == 0 and sum(ids.count(4) for ids in expected) >= 1 and expected[3][-1] == 0
     letters = [backend.token_to_id(letter) or 0 for letter in "[MASK]"]
-    found = as_lists(encoder.encode(texts))
-    assert found == [[n for token in ids for n in (letters if token == 4 else [token])] for ids in expected]
-    assert make(word_level()).unknown == 0 and not {1, 2, 3, 4} & {n for ids in found for n in ids}
+    assert as_lists(encoder.encode(texts)) == \
+        [[n for token in ids for n in (letters if token == 4 else [token])] for ids in expected]
 
 
-def test_special_token_that_cannot_be_spelled_is_an_error(tok_json: str) -> None:
-    assert make(tok_json).unknown == -1
-    content = json.loads(word_level())
-    content["model"]["unk_token"] = "a"  # so that there is one, yet no id of it
+def test_special_token_that_cannot_be_spelled_is_an_error():
+    encoder = make(word_level(), forbidden=range(5), name="mine")
+    encoder.unknown = -1  # as of a model without unknown token
     with pytest.raises(ValueError, match=r"mine: '\[MASK\]' in a text must be made of other tokens"):
-        encoder = make(json.dumps(content), forbidden=range(5), name="mine")
-        encoder.unknown = -1
         encoder.encode(["a b", "b [MASK] a"])
-
-
-def disagreeing(content: str) -> Any:
-    """fastokens, except that the last id of a text with U+0345 in it is another."""
-    encode, version = OPEN(content)
-
-    def wrong(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids, lengths = encode(texts)
-        ids = ids.copy()
-        ids[[end - 1 for end, text in zip(np.cumsum(lengths), texts) if "\u0345" in text]] = 7
-        return ids, lengths
-    return wrong, version
 
 
 @pytest.mark.parametrize("case, reason", [("missing", "ModuleNotFoundError"), ("disagreeing", "gives other ids than"),
                                           ("unreadable", "cannot be used with it")])
-def test_where_the_fast_library_cannot_be_used_tokenizers_encodes(
-        tok_json: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, case: str, reason: str) -> None:
+def test_where_the_fast_library_cannot_be_used_tokenizers_encodes(tok_json, monkeypatch, caplog, case, reason):
     content, text = (word_level(), "a b") if case == "unreadable" else (tok_json, "\u1f00\u0345")
     if case == "missing":
         monkeypatch.setitem(sys.modules, "fastokens", None)
-    if case == "disagreeing":
-        monkeypatch.setattr(encoders, "_open_fastokens", disagreeing)
+    if case == "disagreeing":  # on one id of one text
+        encode, version = encoders._open_fastokens(tok_json)
+        monkeypatch.setattr(encoders, "_open_fastokens", lambda _: (lambda texts: encode(
+            [t.replace("\u0345", "a") for t in texts]), version))
     encoder = make(content, name="mine")
     assert encoder.engine.startswith("tokenizers ") and "mine" in caplog.text and reason in caplog.text
     assert as_lists(encoder.encode([text])) == reference(content, [text])
@@ -141,7 +126,7 @@ def test_where_the_fast_library_cannot_be_used_tokenizers_encodes(
         make(content, engine="fast")
 
 
-def test_disagreement_during_the_run_stops_it_and_names_the_text(tok_json: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disagreement_during_the_run_stops_it_and_names_the_text(tok_json, monkeypatch):
     encoder = make(tok_json, check_share=1.0, name="mine")
     wrong = make(tok_json).encode(["miter", "caf\u00e9 miter"])
     wrong[0][-1] = 3
@@ -150,39 +135,27 @@ def test_disagreement_during_the_run_stops_it_and_names_the_text(tok_json: str, 
         encoder.encode(["miter", "caf\u00e9 miter"])
 
 
-def test_failure_of_the_fast_library_leaves_the_batch_to_tokenizers(
-        tok_json: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    class PanicException(BaseException):
-        """What a panic of a Rust library arrives as."""
-
-    def panic(texts: Sequence[str]) -> Any:
-        raise PanicException("index out of bounds")
-
-    encoder = make(tok_json)
-    monkeypatch.setattr(encoder, "_fast", panic)
+def test_failure_of_the_fast_library_leaves_the_batch_to_tokenizers(tok_json, monkeypatch, caplog):
+    encoder, panic = make(tok_json), type("PanicException", (BaseException,), {})("index out of bounds")
+    monkeypatch.setattr(encoder, "_fast", lambda texts: (_ for _ in ()).throw(panic))
     assert as_lists(encoder.encode(["kalo", "miter"])) == reference(tok_json, ["kalo", "miter"])
     assert "PanicException('index out of bounds')" in caplog.text
 
 
-def added_token(tok_json: str, **token: Any) -> str:
-    content = json.loads(tok_json)
-    token = {**content["added_tokens"][0], "id": 512, "special": False, **token}
-    return json.dumps({**content, "added_tokens": [*content["added_tokens"], token]})
-
-
-LONG: dict[str, tuple[Callable[[str], str], bool]] = {
-    "plain": (lambda content: content, True),
-    "prepends a space": (lambda content: json.dumps({**json.loads(content),
-                                                     "normalizer": {"type": "Prepend", "prepend": " "}}), False),
-    "token over a line end": (lambda content: added_token(content, content="kalo\nmiter"), False),
-    "token that takes it": (lambda content: added_token(content, content="volq", lstrip=True), False)}
+LONG = {  # what is changed in the tokenizer, whether texts can be cut then
+    "plain": ({}, {}, True), "prepends a space": ({"normalizer": {"type": "Prepend", "prepend": " "}}, {}, False),
+    "token over a line end": ({}, {"content": "kalo\nmiter"}, False),
+    "token that takes it": ({}, {"content": "volq", "lstrip": True}, False)}
 
 
 @pytest.mark.parametrize("case", LONG)
-def test_a_long_text_is_cut_only_where_its_tokens_stay(tok_json: str, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_a_long_text_is_cut_only_where_its_tokens_stay(tok_json, monkeypatch, case):
     monkeypatch.setattr(encoders, "_STRETCH", 300)
-    change, is_cut = LONG[case]
-    content = change(tok_json)
+    changes, token, is_cut = LONG[case]
+    content = {**json.loads(tok_json), **changes}
+    if token:
+        content["added_tokens"] += [{**content["added_tokens"][0], "id": 512, "special": False, **token}]
+    content = json.dumps(content)
     encoder = make(content, engine="tokenizers")
     texts = ["\n".join(make_documents(40, seed=9)), "".join(odd_texts(300, seed=4)), "kalo\nmiter\nge quo\n" * 300,
              "ka\nvolq ka volq ka mi\nter\n" * 300, "a\n" * 1500 + "\u0301" + "\nb" * 800, "", "kalo"]
@@ -191,7 +164,7 @@ def test_a_long_text_is_cut_only_where_its_tokens_stay(tok_json: str, monkeypatc
     assert (len(stretches) > 10) == is_cut and "".join(stretches) == texts[0]
 
 
-def test_one_core_is_used_and_the_environment_left_alone(tok_json: str, tmp_path: Path) -> None:
+def test_one_core_is_used_and_the_environment_left_alone(tok_json, tmp_path):
     """Threads of fastokens carry its name; on a machine with one core there would be none anyhow."""
     (tmp_path / "tokenizer.json").write_text(tok_json, encoding="utf-8")
     program = """
@@ -212,11 +185,10 @@ print(sum((task / "comm").read_text().startswith("fastokens") for task in tasks.
     assert done.stdout.strip() == "0", done.stderr
 
 
-def test_a_conversion_counts_unknown_tokens_and_refuses_another_script(tmp_path: Path) -> None:
+def test_a_conversion_counts_unknown_tokens_and_refuses_another_script(tmp_path):
     letters = sorted({*"".join(make_documents(300))})
     vocabulary = {word: i for i, word in enumerate([*SPECIALS, *letters, *("##" + letter for letter in letters)])}
-    backend: Any = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend = make_backend(models.WordPiece(vocabulary, unk_token="[UNK]"), pre_tokenizers.BertPreTokenizer)
     backend.save(str(tmp_path / "tokenizer.json"))
     texts = [text + " \u0e20\u0e32\u0e29\u0e32 [MASK]" for text in make_documents(40)]
     expected = sum(ids.count(0) for ids in reference(backend.to_str(), texts))

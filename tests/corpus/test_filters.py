@@ -23,15 +23,12 @@ def none(text, id): return None
 def short_list(text): return True
 def three(text, id, language): return True
 def defaults(text, id="", *, language="en"): return True
-@functools.lru_cache
-def cached(text, id): return True
-number = 7
-partial = functools.partial(three, language="en")
+cached, number, partial = functools.lru_cache(lambda text, id: True), 7, functools.partial(three, language="en")
 """
 
 
 @pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def module(tmp_path, monkeypatch):
     """The name of an importable module that holds PREDICATES, new in every test."""
     name = f"rules_{hashlib.md5(str(tmp_path).encode()).hexdigest()}"
     (tmp_path / f"{name}.py").write_text(PREDICATES)
@@ -40,7 +37,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
-def test_the_first_filter_that_refuses_names_the_reason(module: str) -> None:
+def test_the_first_filter_that_refuses_names_the_reason(module):
     options = FilterOptions(min_characters=4, max_characters=9, predicates=[f"{module}:keep", f"{module}:named"])
     documents = [("", "0"), ("\U0001f600" * 3, "0"), ("\U0001f600" * 4, "1"), ("keep", "2"), ("keep" * 2 + "!", "3"),
                  ("keep", "bad"), ("keep" * 2 + "!!", "6")]  # length is counted in characters
@@ -51,13 +48,13 @@ def test_the_first_filter_that_refuses_names_the_reason(module: str) -> None:
         assert [FilterOptions(**more).reason(*document) for document in documents] == [None] * 7
 
 
-def test_a_predicate_that_gives_no_truth_value_stops_with_its_name_and_the_document(module: str) -> None:
+def test_a_predicate_that_gives_no_truth_value_stops_with_its_name_and_the_document(module):
     for name, error in ("fails", r"ZeroDivisionError \(division by zero\)"), ("none", r"TypeError \(None\)"):
         with pytest.raises(ValueError, match=f"--filter {module}:{name} must .*{error} for the document 'doc-0'"):
             FilterOptions(predicates=[f"{module}:{name}"]).reason("text", "doc-0")
 
 
-def test_filters_that_cannot_be_used_are_refused_when_they_are_named(module: str) -> None:
+def test_filters_that_cannot_be_used_are_refused_when_they_are_named(module):
     for name in ("{m}", "{m}:", ":keep", "{m}:absent", "no_such_module_at_all:keep", "{m}_broken:keep", "{m}:number",
                  "{m}:short_list", "{m}:three", "{m}:partial", "operator:contains"):
         with pytest.raises(ValueError, match=r"--filter must be package\.module:function .*got"):
@@ -67,7 +64,7 @@ def test_filters_that_cannot_be_used_are_refused_when_they_are_named(module: str
             FilterOptions(min_characters=least, max_characters=most)
 
 
-def test_the_record_holds_every_setting_and_no_place_of_this_machine(module: str, tmp_path: Path) -> None:
+def test_the_record_holds_every_setting_and_no_place_of_this_machine(module, tmp_path):
     options = FilterOptions(min_characters=2, max_characters=9, predicates=[f"{module}:keep"], deduplicate=True)
     record, sha256 = options.record(), hashlib.sha256(PREDICATES.encode()).hexdigest()
     assert record == {
@@ -95,8 +92,7 @@ def write_units(folder: Path, units: list[list[bytes]]) -> list[Path]:
 
 @pytest.mark.parametrize("alike", [False, True], ids=["random", "sharing halves"])
 @pytest.mark.parametrize("texts", [1, 3, 60, 10_000])
-def test_all_but_the_first_of_equal_documents_are_dropped_whatever_the_memory(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: int, alike: bool) -> None:
+def test_all_but_the_first_of_equal_documents_are_dropped_whatever_the_memory(tmp_path, monkeypatch, texts, alike):
     rng = random.Random(texts)
 
     def digest() -> bytes:
@@ -117,7 +113,7 @@ def test_all_but_the_first_of_equal_documents_are_dropped_whatever_the_memory(
             assert sorted(path.name for path in out.iterdir()) == [path.name for path in files]  # nothing is left
 
 
-def test_no_more_than_a_block_or_unit_is_sorted_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_than_a_block_or_unit_is_sorted_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_filters, "_BLOCK", 1000)
     sizes, repeats = [], corpus_filters._repeats
     monkeypatch.setattr(corpus_filters, "_repeats", lambda rows: sizes.append(len(rows)) or repeats(rows))
@@ -128,7 +124,7 @@ def test_no_more_than_a_block_or_unit_is_sorted_at_a_time(tmp_path: Path, monkey
     assert max(sizes) <= 1200  # a block on average: of 30,000 in 32 parts, 938 and six standard deviations
 
 
-def test_a_file_of_hashes_is_never_unpickled(tmp_path: Path) -> None:
+def test_a_file_of_hashes_is_never_unpickled(tmp_path):
     files = write_units(tmp_path, [[bytes(16)], [bytes(16)]])
     np.save(files[1], np.array([object()], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="memory-mapped"):

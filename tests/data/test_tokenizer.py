@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from conftest import VOCAB_SIZE, make_documents
@@ -17,7 +16,7 @@ NAMES = dict(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", mask_token
 
 
 @pytest.fixture(scope="module")
-def tok(tokenizer_dir: Path) -> PreTrainedTokenizerFast:
+def tok(tokenizer_dir):
     return tokenizers.load(tokenizer_dir)
 
 
@@ -28,7 +27,7 @@ def word_level(vocabulary: list[str], **names: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
-def test_trained_vocabulary_has_the_size_asked_and_special_tokens_last(tok: PreTrainedTokenizerFast) -> None:
+def test_trained_vocabulary_has_the_size_asked_and_special_tokens_last(tok):
     assert len(tok) == tokenizers.vocab_size(tok) == VOCAB_SIZE
     assert tok.convert_tokens_to_ids(SPECIALS) == list(range(VOCAB_SIZE - 5, VOCAB_SIZE))
     assert (tok.bos_token, tok.eos_token) == ("[CLS]", "[SEP]")
@@ -37,7 +36,7 @@ def test_trained_vocabulary_has_the_size_asked_and_special_tokens_last(tok: PreT
     assert ids == [*parts[0], tok.mask_token_id, *parts[1]]
 
 
-def test_encoder_and_decoder_differ_in_template_and_padding_side_only(tok: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_encoder_and_decoder_differ_in_template_and_padding_side_only(tok, tmp_path):
     cls, sep = tok.cls_token_id, tok.sep_token_id
     a, b = (tok(text, add_special_tokens=False)["input_ids"] for text in ("kalo", "miter"))
     expected = {"encoder": ([cls, *a, sep], [cls, *a, sep, *b, sep], "right"),
@@ -53,7 +52,7 @@ def test_encoder_and_decoder_differ_in_template_and_padding_side_only(tok: PreTr
             assert (copy.bos_token_id, copy.eos_token_id, copy.pad_token_id) == (cls, sep, tok.pad_token_id)
 
 
-def test_fingerprint_ignores_template_padding_and_place(tok: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_fingerprint_ignores_template_padding_and_place(tok, tmp_path):
     expected = tokenizers.fingerprint(tok)
     other = tokenizers.with_template(tok, "decoder")
     other.backend_tokenizer.enable_truncation(4)
@@ -65,7 +64,7 @@ def test_fingerprint_ignores_template_padding_and_place(tok: PreTrainedTokenizer
     tokenizers.check(other, expected)
 
 
-def test_fingerprint_sees_vocabulary_and_normalizer(tok: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_fingerprint_sees_vocabulary_and_normalizer(tok, tmp_path):
     expected = tokenizers.fingerprint(tok)
     retrained = tokenizers.train_bpe(make_documents(60, seed=3), VOCAB_SIZE)
     assert tokenizers.fingerprint(retrained)["vocab_sha256"] != expected["vocab_sha256"]
@@ -79,10 +78,10 @@ def test_fingerprint_sees_vocabulary_and_normalizer(tok: PreTrainedTokenizerFast
         tokenizers.check(normalized, expected)
 
 
-def test_training_on_too_little_text_says_what_is_possible() -> None:
+def test_training_on_too_little_text_says_what_is_possible():
     with pytest.raises(ValueError, match=r"at most the \d+ entries .* got 5000"):
         tokenizers.train_bpe(["ab ab"], 5000)
-    with pytest.raises(ValueError, match="261 .* to 65535 entries, got 100"):
+    with pytest.raises(ValueError, match="261 to 65535 entries, got 100"):
         tokenizers.train_bpe(["ab ab"], 100)
 
 
@@ -90,7 +89,7 @@ def test_training_on_too_little_text_says_what_is_possible() -> None:
     (dict(cls_token="[CLS]", sep_token="[SEP]"), SPECIALS[:4], "different cls, sep, pad and mask"),
     ({**NAMES, "sep_token": "[CLS]"}, SPECIALS, "different cls, sep, pad and mask"),
     (NAMES, [*SPECIALS, *map(str, range(65_540))], "at most 65535 entries.*65545")], ids=["missing", "shared", "large"])
-def test_unusable_tokenizer_is_refused(names: dict[str, str], words: list[str], message: str, tmp_path: Path) -> None:
+def test_unusable_tokenizer_is_refused(names, words, message, tmp_path):
     word_level(words, **names).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         tokenizers.load(tmp_path)
@@ -111,7 +110,7 @@ LAYOUTS: dict[str, dict[str, object] | None] = {  # tokenizer_config.json beside
 
 
 @pytest.mark.parametrize("case", LAYOUTS)
-def test_every_layout_of_a_saved_tokenizer_is_read_and_saved_alike(case: str, tmp_path: Path) -> None:
+def test_every_layout_of_a_saved_tokenizer_is_read_and_saved_alike(case, tmp_path):
     backend = word_level([*SPECIALS, "a", "b", "<a>", "<b>"]).backend_tokenizer
     backend.add_special_tokens([*SPECIALS, "<a>", "<b>"])
     backend.save(str(tmp_path / "tokenizer.json"))
@@ -126,7 +125,7 @@ def test_every_layout_of_a_saved_tokenizer_is_read_and_saved_alike(case: str, tm
         tokenizers.save(tokenizers.with_template(tok, "encoder"), tmp_path / "again")
 
 
-def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere/nothing must be a folder"):
         tokenizers.load("nowhere/nothing")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -135,7 +134,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_text("{")
 
 
-def test_ettin_vocabulary_gives_the_published_ids_and_the_fingerprint_on_record(ettin_tokenizer_dir: Path) -> None:
+def test_ettin_vocabulary_gives_the_published_ids_and_the_fingerprint_on_record(ettin_tokenizer_dir):
     """Every manifest on disk holds these hashes: a change of probe or hash would orphan all datasets."""
     tok = tokenizers.load(ettin_tokenizer_dir)
     sentence = "The capital of France is [MASK]."
