@@ -80,9 +80,6 @@ class Board:
             left = f", {format_duration((now - self._begin) * (1 / share - 1))} left" if 0 < share < 1 else ""
             log.info("%s: %s%s%s", self.title, f"{share:.0%} of the files, " if share else "", str(self), left)
 
-    def take_back(self, key: Hashable) -> None:
-        self._ticks.pop(key, None)
-
     @property
     def total(self) -> Tick:
         return Tick(*map(sum, zip(Tick(), *self._ticks.values())))
@@ -155,7 +152,6 @@ def run_tasks(work: Callable[[T, Report], R], tasks: Sequence[T], *, workers: in
                 try:
                     results[number] = pool.result(future)
                 except _WorkerLost as error:
-                    board.take_back(number)
                     deaths[number] += 1
                     if deaths[number] == tries:
                         raise WorkerDeath(f"{tasks[number].label}: {tries} workers died in it, the last of {error}; "

@@ -73,10 +73,10 @@ def finalize(out: str | os.PathLike[str], *, max_bad_records: int | None = None)
     for name, data in files.items():
         storage.write_bytes(name, data)
     write_card(storage, manifests, lengths)
-    named = {f"{split}/{file['basename']}" for split, manifest in manifests.items() for shard in manifest["shards"]
-             for file in (shard["raw"], shard["zip"]) if file}
+    ours = files.keys() | {f"{split}/{file['basename']}" for split, manifest in manifests.items()
+                           for shard in manifest["shards"] for file in (shard["raw"], shard["zip"]) if file}
     for name, _ in [entry for split in SPLITS for entry in storage.list(f"{split}/")]:
-        if name.partition("/")[2].startswith(("shard.", MANIFEST, INDEX, LENGTHS)) and name not in named | files.keys():
+        if name.partition("/")[2].startswith(("shard.", MANIFEST, INDEX, LENGTHS)) and name not in ours:
             storage.delete(name)  # what tries with other options or another input left
     shutil.rmtree(storage.scratch(), ignore_errors=True)  # what killed processes left
     return manifests
