@@ -71,7 +71,7 @@ def array_file(array: np.ndarray) -> bytes:
 
 def write_split(folder: Path, shards: Sequence[tuple[str, Sequence[Document]]], *, chunk_length: int = CHUNK_LENGTH,
                 vocab_size: int = VOCAB_SIZE, compress: Callable[[bytes], bytes] | None = None) -> Path:
-    """Writes a split of (source, documents) per shard, compressed by `compress`; returns the folder."""
+    """Writes a split of (source, documents) per shard."""
     folder.mkdir(parents=True)
     entries, histograms = [], []
     for number, (source, documents) in enumerate(shards):
@@ -96,17 +96,15 @@ def write_split(folder: Path, shards: Sequence[tuple[str, Sequence[Document]]], 
                 "columns": COLUMNS, "options": {}, "code_version": "0", "lengths": file_entry("lengths.npy", lengths),
                 "sources": {}, "shards": entries, "totals": totals}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    index = {"version": 2, "shards": [
-        {**CONFIG, "compression": "zstd" if compress else None, "samples": entry["samples"],
-         **{f"{kind}_data": (file := entry[kind]) and {"basename": file["basename"], "bytes": file["bytes"],
-                                                       "hashes": {"xxh64": file["xxh64"]}} for kind in ("raw", "zip")}}
-        for entry in entries]}
-    (folder / "index.json").write_text(json.dumps(index))
+    index = [{**CONFIG, "compression": manifest["compression"], "samples": entry["samples"],
+              **{f"{kind}_data": (file := entry[kind]) and {"basename": file["basename"], "bytes": file["bytes"],
+                                                            "hashes": {"xxh64": file["xxh64"]}} for kind in ("raw", "zip")}}
+             for entry in entries]
+    (folder / "index.json").write_text(json.dumps({"version": 2, "shards": index}))
     return folder
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object], name: str = "manifest.json") -> None:
-    """Changes the manifest, or another JSON file."""
     content = json.loads((folder / name).read_text())
     change(content)
     (folder / name).write_text(json.dumps(content))
@@ -156,7 +154,6 @@ def shard_file(folder: Path, shard: int, end: str = "") -> Path:
 
 
 def flip(path: Path, at: int) -> None:
-    """Changes one bit of a file."""
     data = bytearray(path.read_bytes())
     data[at] ^= 0x10
     path.write_bytes(data)

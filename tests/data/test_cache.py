@@ -4,7 +4,6 @@ The remote place is an S3 server on loopback, which can be told to fail.
 """
 
 import contextlib
-import hashlib
 import multiprocessing
 import os
 import pickle
@@ -68,8 +67,7 @@ def server(running, monkeypatch):
 
 def downloads(server):
     """How often each shard was asked for."""
-    return Counter(request.path.rpartition("/")[2] for request in server.requests
-                   if request.method == "GET" and ".mds" in request.path)
+    return Counter(Path(request.path).name for request in server.requests if request.range and ".mds" in request.path)
 
 
 def order_of(data):
@@ -77,14 +75,13 @@ def order_of(data):
 
 
 def train(data, rows):
-    """Reads rows as the loader does; a hash of all their tokens and ends."""
-    digest, order = hashlib.sha256(), order_of(data)
+    """Reads rows as the loader does; their tokens."""
+    order, read = order_of(data), []
     for number in range(rows):
         data.prefetch(order.shards_ahead(number))
         _, shard, samples = order.row(number)
-        for sample in samples:
-            digest.update(data.chunk(shard, sample).tobytes() + bytes([data.last(shard)[sample]]))
-    return digest.hexdigest()
+        read.append([data.chunk(shard, sample).tolist() for sample in samples])
+    return read
 
 
 def used(folder):
@@ -179,21 +176,17 @@ def test_a_grown_remote_dataset_is_followed_when_its_old_tables_are_deleted(tmp_
 
 
 def test_the_tokenizer_of_a_remote_dataset_is_fetched_once(tmp_path, monkeypatch):
-    place, local = tmp_path / "place", tmp_path / "data"
+    place, local, name = tmp_path / "place", tmp_path / "data", "tokenizer/tokenizer.json"
     with pytest.raises(FileNotFoundError, match="place/tokenizer: holds no file"):
         cache.fetch_tokenizer(local, str(place))
     (place / "tokenizer").mkdir(parents=True)
     for content in ("{}", "other"):
-        (place / "tokenizer" / "tokenizer.json").write_text(content)
+        (place / name).write_text(content)
         cache.fetch_tokenizer(local, str(place))
-        assert (local / "tokenizer" / "tokenizer.json").read_text() == "{}"
-    shutil.rmtree(local)
-    os.truncate(place / "tokenizer" / "tokenizer.json", 1 << 30)
-    with pytest.raises(ValueError, match="must have at most"):
-        cache.fetch_tokenizer(local, str(place))
+        assert (local / name).read_text() == "{}"
     monkeypatch.setattr(Storage, "list", lambda self, prefix: [("tokenizer/../../../escaped", 2)])
     with pytest.raises(ValueError, match="plain name inside"):
-        cache.fetch_tokenizer(local, str(place))
+        cache.fetch_tokenizer(tmp_path / "other", str(place))
 
 
 # ------------------------------------------------------------------ failures on the way
@@ -263,9 +256,9 @@ def test_a_copied_or_forked_split_fetches_for_itself(server, tmp_path):
         try:
             data.prefetch([2])
             wait_until(lambda: data.files.path(2).exists() and data.chunk(0, 0).size and data.chunk(2, 0).size)
-        except BaseException:
+            os._exit(0)
+        finally:
             os._exit(1)
-        os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 
 

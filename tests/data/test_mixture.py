@@ -25,14 +25,6 @@ def mix(sets):
     return sets.parent / "mix"
 
 
-def check_all(data):
-    for shard in range(data.num_shards):
-        data.check_shard(shard)
-
-
-# ---------------------------------------------------------------- datasets that are not what the mixture was built from
-
-
 def test_a_missing_or_altered_dataset_is_refused_by_name_at_opening(sets, mix):
     shutil.rmtree(sets / "both" / "train")
     with pytest.raises(FileNotFoundError, match=r"its dataset '\.\./sets/both' \(for books, notes\).*no manifest.json"):
@@ -44,13 +36,12 @@ def test_a_missing_or_altered_dataset_is_refused_by_name_at_opening(sets, mix):
 
 def test_a_flipped_byte_in_a_dataset_is_found_by_a_check_and_before_use(sets, mix):
     data = open_split(mix / "train")
-    check_all(data)
+    assert all(data.check_shard(shard) for shard in range(data.num_shards))
     first = data.sources.index("web")
     flip(data._of(first).files.path(int(data._shard[first])), -1)
-    fresh = open_split(mix / "train")
-    for read in (lambda: check_all(fresh), lambda: fresh.chunk(first, 0)):
+    for read in (data.check_shard, lambda shard: open_split(mix / "train").chunk(shard, 0)):
         with pytest.raises(ValueError, match="web.*xxh64"):
-            read()
+            read(first)
 
 
 def test_datasets_of_another_tokenizer_or_chunk_length_are_refused(mix):
@@ -58,9 +49,6 @@ def test_datasets_of_another_tokenizer_or_chunk_length_are_refused(mix):
         edit(mix / "train", lambda m, change=change: m.update({**change, "parts": [], "runs": m["runs"][:1]}))
         with pytest.raises(ValueError, match=r"its dataset '\.\./sets/web' .* has chunk_length 62 and tokenizer"):
             open_split(mix / "train")
-
-
-# ---------------------------------------------------------------- remote
 
 
 @pytest.fixture
@@ -140,9 +128,6 @@ def test_a_mixture_can_be_pickled_and_limits_what_its_datasets_keep_open(mix):
     for index in (-1, int(data.samples[shard])):
         with pytest.raises(IndexError, match=f"chunk {index} of shard {shard}"):
             data.chunk(shard, index)
-
-
-# ---------------------------------------------------------------- manifests that lie
 
 
 def test_any_wrong_value_in_a_manifest_is_refused_or_changes_nothing_of_the_data(mix):
