@@ -39,9 +39,10 @@ class ExportHF(Callback):
 
     def init(self, state: State, logger: Logger) -> None:
         self._model = state.model  # the model before DDP wraps it
+        self._clock = next(callback for callback in state.callbacks if isinstance(callback, Clock))
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        if state.timestamp.batch == 0 and state.load_path is None and not self._record(state).get("lineage"):
+        if state.timestamp.batch == 0 and state.load_path is None and not self._clock.lineage:
             self._write(state)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
@@ -52,9 +53,6 @@ class ExportHF(Callback):
         if state.timestamp.batch.value != self._last_batch:
             self._write(state)
 
-    def _record(self, state: State) -> dict[str, Any]:
-        return decode_record(next(c for c in state.callbacks if isinstance(c, Clock)).state_dict())
-
     def _write(self, state: State) -> None:
         """Every rank gathers, rank 0 writes; what fails there is raised on every rank, so that none waits for it."""
         failed: list[Exception | None] = [None]
@@ -62,7 +60,7 @@ class ExportHF(Callback):
         weights = get_model_state_dict(state.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if dist.get_global_rank() == 0:
             try:
-                record = self._record(state)
+                record = decode_record(self._clock.state_dict())
                 name = "step0" if self._last_batch == 0 else revision_name(record.get("phase"), self._last_batch)
                 folder = Path(format_name_with_dist(self.folder, state.run_name)) / name
                 export_model(weights, self._model.config, self._model.tokenizer, folder,

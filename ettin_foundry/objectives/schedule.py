@@ -40,9 +40,6 @@ class _Schedule:
     def _segment(self, tokens: int) -> Segment:
         return next(segment for segment in reversed(self._segments) if segment.start <= tokens)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Schedule) and self._segments == other._segments
-
     def plain(self) -> Any:
         """The schedule as plain data in tokens, for checkpoints and hashes; `parse` reads it back."""
         contents = [self._content(segment) for segment in self._segments]  # type: ignore[attr-defined]

@@ -8,10 +8,9 @@ import pytest
 import torch
 from test_revisions import content, equal_states, model, save
 
-from ettin_foundry.hub.average import average_checkpoints
+from ettin_foundry.hub.average import average_checkpoints, import_weights
 from ettin_foundry.hub.folder import export_checkpoint
 from ettin_foundry.hub.load import load_model
-from ettin_foundry.model.weights import import_folder
 
 
 @pytest.fixture
@@ -62,7 +61,10 @@ def test_a_mean_says_what_it_was_made_of_and_exports(runs, tmp_path):
     assert loaded.facts == {"tokens": 610, "phase": "decay", "lineage": lineage}
     parity.tiny_tokenizer().save_pretrained(str(tmp_path / "tokenizer"))  # found beside the file
     export_checkpoint(tmp_path / "m.pt", tmp_path / "hf")
-    assert equal_states(import_folder(tmp_path / "hf")[0], average(models[1:]))
+    import_weights(tmp_path / "hf", tmp_path / "back.pt")
+    back = load_model(tmp_path / "back.pt")
+    assert equal_states(back.state, average(models[1:])) and {**back.facts, "phase": "decay"} == loaded.facts
+    assert back.record["tokenizer_fingerprint"]["probe_sha256"] == loaded.record["tokenizer_fingerprint"]["probe_sha256"]
 
 
 def test_what_has_no_mean_is_refused_with_both_values(runs, tmp_path):
@@ -88,7 +90,7 @@ def test_what_has_no_mean_is_refused_with_both_values(runs, tmp_path):
             ([folder / "ep0-ba11-rank0.pt", folder / "latest-rank0.pt"], out, None, "latest-rank0.pt: the same check"),
             ([a, copy], out, None, "copy.pt: the same checkpoint as .*ep0-ba9-rank0.pt"),
             ([a, tmp_path / "nan.pt"], out, None, "nan.pt: trunk.final_norm.weight: has NaN"),
-            ([a, b], out, [1], "--weights must be 2 numbers"), ([a, b], out, [1, 0], "--weights .*1, 0"),
+            ([a, b], out, [1, 0], "--weights must be 2 numbers .*1, 0"),
             ([a, b], tmp_path / "there.pt", None, "there.pt: exists"), ([a, b], tmp_path / "out", None, "end in .pt")):
         with pytest.raises(ValueError, match=words):
             average_checkpoints(sources, place, weights=weights)

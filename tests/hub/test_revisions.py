@@ -8,7 +8,7 @@ import torch
 
 from ettin_foundry.data import tokenizer
 from ettin_foundry.data.tokenizer import fingerprint, train_bpe
-from ettin_foundry.hub.folder import export_every, export_model, revision_name
+from ettin_foundry.hub.folder import export_every, revision_name
 from ettin_foundry.hub.load import load_model
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.weights import import_folder, weights_checkpoint
@@ -96,24 +96,16 @@ def test_a_restart_writes_what_is_missing_and_refuses_folders_of_something_else(
     kept = (out / "step10" / "model.safetensors").stat()
     assert "1 written, 2 were there" in export_every([root / "pretrain"], out)
     assert (out / "step10" / "model.safetensors").stat() == kept and (out / "step9").is_dir()
-    with (out / "step9" / "model.safetensors").open("r+b") as file:
-        file.truncate(2000)
-    with pytest.raises(ValueError, match="step9: its model.safetensors is not whole"):
-        export_every([root / "pretrain"], out)
 
 
 def test_bad_input_is_named_and_nothing_is_written(chain, tmp_path):
     root, models = chain
     save(root / "again" / "ep0-ba10-rank0.pt", models["step10"], "mlm", batch=10, run_name="again")
-    save(root / "old" / "ep0-ba1-rank0.pt", models["step10"], "mlm", batch=None)
-    save(root / "simcse" / "ep0-ba1-rank0.pt", models["step10"], "mlm", batch=1, objective_schedule="simcse")
-    for folders, options, words in (
-            (["none"], {}, "is no folder of complete checkpoints"),
-            (["pretrain", "again"], {}, "ba10-rank0.pt: would be called step10, as would"),
-            (["old"], {}, "holds no record of its phase and batch"), (["simcse"], {}, "'simcse'"),
-            (["pretrain"], {"objective": "clm"}, "--objective must be mlm ")):
+    for folders, asked, words in (
+            (["none"], None, "is no folder of complete checkpoints"), (["pretrain"], "clm", "--objective must be mlm "),
+            (["pretrain", "again"], None, "ba10-rank0.pt: would be called step10, as would")):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
-            export_every([root / folder for folder in folders], tmp_path / "out", **options)
+            export_every([root / folder for folder in folders], tmp_path / "out", objective=asked)
     plain = content(models["step10"], "mlm")
     del plain["state"]["callbacks"]["Clock"]
     torch.save(plain, tmp_path / "plain.pt")
@@ -134,16 +126,6 @@ def test_a_mixture_is_read_as_both_kinds_with_their_own_windows(run_config, wind
         assert loaded.facts["objective_schedule"] == "0.75 mntp + 0.25 clm"
     with pytest.raises(ValueError, match="--objective must be mntp or clm .*got 'mlm'"):
         load_model(path, "mlm")
-
-
-def test_a_model_is_the_same_from_a_checkpoint_and_from_its_export(chain, tmp_path):
-    root, models = chain
-    source = load_model(root / "cross" / "ep0-ba1-rank0.pt")
-    export_model(source.state, source.config, source.tokenizer(), tmp_path / "hf", objective=source.objective)
-    for loaded in (source, load_model(tmp_path / "hf"), load_model(root / "cross")):
-        built = loaded.predictor(loaded.tokenizer())
-        assert equal_states(built.model.state_dict(), models["cross1"].state_dict()) and not built.model.training
-        assert built.model.config == models["cross1"].config and built.objective == "clm"
 
 
 def test_a_checkpoint_is_read_with_the_tokenizer_that_it_was_trained_with_or_not_at_all(chain, tmp_path, monkeypatch):

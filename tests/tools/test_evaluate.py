@@ -21,7 +21,7 @@ from ettin_foundry.cli.main import main
 from ettin_foundry.data.batch import Collator
 from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.stream import open_stream
-from ettin_foundry.data.tokenizer import load
+from ettin_foundry.data.tokenizer import fingerprint, load
 from ettin_foundry.hub.folder import export_model
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.weights import weights_checkpoint
@@ -146,6 +146,16 @@ def test_wrong_input_is_told_before_anything_heavy_is_imported(data_set: Path) -
             f"try: evaluate({str(data_set)!r}, 'nowhere')\nexcept OSError: print(sorted(sys.modules))")
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "'ettin_foundry'" in modules and not re.search("'(torch|transformers|composer|llmfoundry)'", modules)
+
+
+def test_data_of_another_tokenizer_is_refused_where_the_model_s_own_is_gone(encoder: tuple[Path, Path], data_set: Path,
+                                                                            tmp_path: Path) -> None:
+    content = torch.load(encoder[0], weights_only=True)
+    content["state"]["callbacks"]["Clock"] |= {
+        "tokenizer": "gone", "tokenizer_fingerprint": json.dumps(fingerprint(parity.tiny_tokenizer()))}
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="tokenizer must be the one that .*a.pt was trained with, got .*/tokenizer, whose"):
+        evaluate(tmp_path / "a.pt", data_set, ["mlm"])
 
 
 def test_the_command_prints_what_the_function_returns(encoder: tuple[Path, Path], data_set: Path,
