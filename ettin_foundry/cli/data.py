@@ -36,7 +36,7 @@ def convert(
     compression: Annotated[Literal["zstd"] | None, _help("Of shards; plain if left out.")] = None,
     limit_bytes: Annotated[int | None, _help("Stop each source after so much text.")] = None,
     seed: Annotated[int, _help("Of the validation split.")] = 0,
-    licence: Annotated[str | None, _help("Licence of files, for the manifest.")] = None,
+    licence: Annotated[str | None, _help("Of files, for the manifest.", "--licence", "--license")] = None,
     append: Annotated[bool, _help("Add these sources to a finished dataset.", "--append")] = False,
     workers: Annotated[int | None, _help("Processes; all cores if left out.")] = None,
     engine: Annotated[Literal["auto", "fast", "tokenizers"], _help(

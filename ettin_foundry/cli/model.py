@@ -37,7 +37,7 @@ def export(
     tokenizer: _Tokenizer = None,
     objective: Annotated[Literal["mlm", "mntp", "clm"] | None, typer.Option(
         help="Another objective that the run was trained on.")] = None,
-    licence: Annotated[str | None, typer.Option("--license", help="The weights' licence, for the card.")] = None,
+    licence: Annotated[str | None, typer.Option("--license", "--licence", help="Of the weights, for the card.")] = None,
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights.")] = "fp32",
     overwrite: _Overwrite = False,
 ) -> None:

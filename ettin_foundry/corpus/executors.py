@@ -242,7 +242,7 @@ class _RayPool:
             self.ray: Any = importlib.import_module("ray")
             queues: Any = importlib.import_module("ray.util.queue")
         except ImportError as error:
-            raise ValueError(f"--executor must be local, got ray ({error}); pip install 'ettin-foundry[ray]'") from None
+            raise ValueError(f"--executor must be local, got ray ({error}); pip install ray") from None
         self.begun_here = not self.ray.is_initialized()
         if self.begun_here:
             self._connect(workers, address or os.environ.get("RAY_ADDRESS"))

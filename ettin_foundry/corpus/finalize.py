@@ -59,7 +59,7 @@ def finalize(out: str | os.PathLike[str], *, max_bad_records: int | None = None)
     """
     storage = open_storage(out)
     if (plan := read_plan(storage)) is None:
-        raise FileNotFoundError(f"{storage.where(PLAN)} is missing; run data_prep/convert.py with this --out first")
+        raise FileNotFoundError(f"{storage.where(PLAN)} is missing; run ettin convert with this --out first")
     found = done_units(storage, plan)
     if missing := [unit for unit in plan.units if unit.number not in found]:
         raise FileNotFoundError(f"{storage.url}: {len(missing)} of {len(plan.units)} units are not finished, the first "

@@ -116,7 +116,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     backend.train_from_iterator(texts, trainer=make_trainer(
         vocab_size=vocab_size - 5, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     if (found := backend.get_vocab_size() + 5) != vocab_size:
-        raise ValueError(f"--train-tokenizer must be at most the {found} entries of the corpus, got {vocab_size}")
+        raise ValueError(f"--train-tokenizer must be at most the {found} entries of the corpus, got {vocab_size}; give "
+                         "more text, or its --text-field")
     # added after training: the trainer would put them first, Ettin has them last
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False, lstrip=key == "mask")
                                 for key, token in _SPECIALS.items()])

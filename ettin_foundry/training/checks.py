@@ -70,7 +70,7 @@ def _check_blocks(cfg: dict[str, Any]) -> None:
         require(name == "ettin" or loader != "ettin_text", "model.name", f"ettin with {key}.name: ettin_text", name,
                 "for other models use name: text, since the shards are plain MDS")
         require(isinstance(block.get("dataset"), dict) and block["dataset"].get("local"), f"{key}.dataset",
-                "{local: folder, split: name}", block.get("dataset"), "local is what data_prep/convert.py wrote")
+                "{local: folder, split: name}", block.get("dataset"), "local is what ettin convert wrote")
         endless, shuffle = key == "train_loader", block.get("shuffle", True)
         require(shuffle is endless, f"{key}.shuffle", str(endless).lower(), shuffle,
                 "training is endless, evaluation is not")
@@ -174,13 +174,13 @@ def check_files(cfg: dict[str, Any]) -> None:
     # a hub id has at most one slash; with more, or below a folder that exists here, a folder is meant
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and Path(name).parent.is_dir())
     if is_path and not Path(name).is_dir():
-        raise FileNotFoundError(f"tokenizer.name: {name!r} given; no such folder. data_prep/convert.py makes one "
-                                "beside the data; set variables.data=... to where that lies")
+        raise FileNotFoundError(f"tokenizer.name: {name!r} given; no such folder; ettin convert makes one "
+                                "in the dataset: set variables.data=... to where that lies")
     for key, block in loaders(cfg):
         folder = Path(block["dataset"]["local"]) / block["dataset"].get("split", "")
         if not block["dataset"].get("remote") and not (folder / "manifest.json").is_file():
             raise FileNotFoundError(f"{key}.dataset: {block['dataset']} given; {str(folder)!r} holds no split; run "
-                                    "data_prep/convert.py, or set variables.data=...")
+                                    "ettin convert, or set variables.data=...")
 
 
 # ------------------------------------------------------------------ the config transform

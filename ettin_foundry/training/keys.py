@@ -94,7 +94,7 @@ _INERT: dict[str, dict[str, tuple[Any, ...]]] = {
     "eval_loader": {"eval_interval": (0, "0ba", "0tok"), "eval_subset_num_batches": (-1,), "eval_first": (False,)},
     "save_folder": {"save_interval": (), "save_filename": (), "save_latest_filename": (), "save_overwrite": (False,),
                     "save_weights_only": (False,), "save_num_checkpoints_to_keep": (-1,), "save_ignore_keys": ()},
-    "load_path": {"load_weights_only": (False,), "load_ignore_keys": (), "load_strict_model_weights": (True,)},
+    "load_path": {"load_weights_only": (False,), "load_strict_model_weights": (True,)},
 }
 
 
