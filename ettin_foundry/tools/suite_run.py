@@ -243,8 +243,9 @@ def _progress(stage: Stage, begin: float) -> str:
         return "starting"
     now, (amount, unit) = steps[-1], parse_time("max_duration", stage.config["max_duration"])
     seconds = sum(step["seconds"] for step in steps[:-1])
-    speed = (now["tokens"] - steps[0]["tokens"]) / seconds if seconds else 0.0
-    share = (now["tokens"] if unit == "tok" else now["step"]) / amount
-    left = f", {format_duration((1 - share) / share * now['tokens'] / speed)} left" if speed and share else ""
+    share, rate = (now["tokens"] if unit == "tok" else now["step"]) / amount, ""
+    if seconds and share:
+        speed = (now["tokens"] - steps[0]["tokens"]) / seconds
+        rate = f", {speed:,.0f} tokens/s, {format_duration((1 - share) / share * now['tokens'] / speed)} left"
     loss = "not finite" if now["loss"] is None else f"{now['loss']:.3f}"
-    return (f"{share:4.0%}, {now['tokens']:,} tokens, {speed:,.0f} tokens/s, loss {loss} ({now['objective']}){left}")
+    return f"{share:4.0%}, {now['tokens']:,} tokens, loss {loss} ({now['objective']}){rate}"

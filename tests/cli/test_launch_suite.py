@@ -1,4 +1,4 @@
-"""Suites on a cluster: the Slurm script rehearsed with stand-ins, the Kubernetes manifest and its schema, the Dockerfile."""
+"""Suites on a cluster: the Slurm script with stand-ins for Slurm, the Kubernetes manifest, the Dockerfile."""
 
 from __future__ import annotations
 
@@ -52,11 +52,6 @@ if [[ -e $here/wait ]]; then
 fi
 exit "$(cat "$here/rc" 2> /dev/null || echo 0)"
 """
-SRUN = """#!/bin/bash
-printf '%s\\n' "$@" > "$(dirname "$0")/srun.said"
-while [[ $1 == --* ]]; do shift; done
-exec "$@"
-"""
 SCONTROL = """#!/bin/bash
 printf '%s\\n' "$*" >> "$(dirname "$0")/scontrol.said"
 if [[ $1 == show ]]; then printf 'node7\\nnode8\\n'; fi
@@ -71,9 +66,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder with the stand-ins, which are first in PATH; PYTHON is one of them."""
     folder = tmp_path / "cluster bin"
     folder.mkdir()
-    scripts = {"sbatch": SBATCH, "python-stand-in": PYTHON.replace("{python}", shlex.quote(sys.executable)), "srun": SRUN,
-               "scontrol": SCONTROL}
-    for name, text in scripts.items():
+    python = PYTHON.replace("{python}", shlex.quote(sys.executable))
+    for name, text in {"sbatch": SBATCH, "scontrol": SCONTROL, "python-stand-in": python}.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     (folder / "stages.json").write_text(json.dumps(STAGES))
@@ -108,21 +102,21 @@ def test_every_stage_waits_for_the_one_it_starts_from_and_the_report_for_all(clu
     done = script(*given)
     assert (done.returncode, done.stderr) == (0, "")
     assert said(cluster / "list") == ["-m", "ettin_foundry.cli.main", "suite", *given, "--list", "--json"]
-    options = ["--partition=gpu", "--nodes=2", str(SCRIPT)]
-    common, held = [str(ROOT), "python-stand-in"], ["--dependency=afterok:100", "--kill-on-invalid-dep=yes"]
-    assert said(cluster / "sbatch.100") == ["--parsable", "--job-name=ettin-encoder", *options, "stage", *common, "encoder",
-                                            "runs/s/encoder", *given]
-    assert said(cluster / "sbatch.101")[:2] == ["--parsable", "--job-name=ettin-decoder"]
-    assert said(cluster / "sbatch.102") == ["--parsable", *held, "--job-name=ettin-crossed", *options, "stage", *common,
-                                            "crossed", "runs/s/crossed", *given]
-    report = ["--parsable", "--dependency=afterok:100:101:102", "--kill-on-invalid-dep=yes", "--job-name=ettin-report",
-              *options[:2], "--nodes=1", str(SCRIPT), "report", *common, *given]
-    assert said(cluster / "sbatch.103") == report
+
+    def job(name: str, *what: str, nodes: tuple[str, ...] = (), after: str = "") -> list[str]:
+        held = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
+        return ["--parsable", *held, f"--job-name=ettin-{name}", "--partition=gpu", "--nodes=2", *nodes, str(SCRIPT),
+                what[0], str(ROOT), "python-stand-in", *what[1:], *given]
+
+    assert said(cluster / "sbatch.100") == job("encoder", "stage", "encoder", "runs/s/encoder")
+    assert said(cluster / "sbatch.101") == job("decoder", "stage", "decoder", "runs/s/decoder")
+    assert said(cluster / "sbatch.102") == job("crossed", "stage", "crossed", "runs/s/crossed", after="100")
+    assert said(cluster / "sbatch.103") == job("report", "report", nodes=("--nodes=1",), after="100:101:102")
     assert "job 102: crossed, after job 100 (encoder)" in done.stdout
 
 
 @pytest.mark.parametrize("arguments, environment, message", [
-    (["8"], {}, "SUITE.yaml: 8 given"), (["suite.yaml"], {"SLURM_JOB_ID": "9"}, "run this with bash on the login node")])
+    (["8"], {}, "SUITE.yaml: 8 given"), (["s.yaml"], {"SLURM_JOB_ID": "9"}, "run this with bash on the login node")])
 def test_a_wrong_command_line_submits_nothing(cluster: Path, arguments: list[str], environment: dict[str, str],
                                               message: str) -> None:
     done = script(*arguments, **environment)
@@ -140,7 +134,8 @@ def test_a_stage_s_job_runs_that_stage_on_all_its_nodes_and_ends_as_it_ends(clus
 
 
 @pytest.mark.parametrize("progress", [True, False])
-def test_at_its_time_limit_a_job_is_requeued_only_if_it_got_anywhere(cluster: Path, tmp_path: Path, progress: bool) -> None:
+def test_at_its_time_limit_a_job_is_requeued_only_if_it_got_anywhere(cluster: Path, tmp_path: Path,
+                                                                     progress: bool) -> None:
     folder = tmp_path / "runs of mine" / "encoder"
     folder.mkdir(parents=True)
     (folder / "ep0-ba1-rank0.pt").touch()  # of an earlier job
@@ -161,39 +156,34 @@ def test_at_its_time_limit_a_job_is_requeued_only_if_it_got_anywhere(cluster: Pa
     assert job.returncode == (0 if progress else 1) and ("no checkpoint in" in error) is not progress
 
 
-def test_the_manifest_is_valid_its_parts_fit_together_and_its_command_is_a_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_manifest_is_valid_its_parts_fit_together_and_its_command_is_a_suite(
+        monkeypatch: pytest.MonkeyPatch) -> None:
     import kubernetes_validate
 
     documents = yaml.safe_load_all((ROOT / "launch" / "suite.k8s.yaml").read_text())
     manifest: dict[str, Any] = {document["kind"]: document for document in documents}
     for document, version in itertools.product(manifest.values(), ("1.31", "1.34")):
         kubernetes_validate.validate(document, version, strict=True)
-    pod = manifest["Job"]["spec"]["template"]["spec"]
+    pod, claim = manifest["Job"]["spec"]["template"]["spec"], manifest["PersistentVolumeClaim"]["metadata"]["name"]
     [container] = pod["containers"]
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
-    claimed = volumes["work"]["persistentVolumeClaim"]["claimName"]
-    assert claimed == manifest["PersistentVolumeClaim"]["metadata"]["name"]
-    rules = manifest["Job"]["spec"]["podFailurePolicy"]["rules"]
-    assert [rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule] == [container["name"]]
+    assert volumes["work"]["persistentVolumeClaim"]["claimName"] == claim
+    assert manifest["Job"]["spec"]["podFailurePolicy"]["rules"][1]["onExitCodes"]["containerName"] == container["name"]
     assert pod["restartPolicy"] == "Never"  # what a podFailurePolicy demands
     assert container["image"].endswith(f":{__version__}")
     monkeypatch.chdir(ROOT)
     program, command, *arguments = container["args"]
-    suite = load(arguments[0], arguments[1:])
-    place = container["volumeMounts"][0]["mountPath"]
     assert (program, command) == ("ettin", "suite")
-    config = suite.stage("encoder-decay").config
-    for path in (config["save_folder"], config["train_loader"]["dataset"]["local"], config["tokenizer"]["name"],
-                 suite.evaluation.data if suite.evaluation else ""):
-        assert path.startswith(f"{place}/")
+    config = load(arguments[0], arguments[1:]).stage("encoder-decay").config
+    for path in (config["save_folder"], config["train_loader"]["dataset"]["local"], config["tokenizer"]["name"]):
+        assert path.startswith(container["volumeMounts"][0]["mountPath"] + "/")
 
 
 def test_the_dockerfile_is_clean_for_hadolint_and_has_the_project_s_versions() -> None:
     subprocess.run([TOOLS / "hadolint", ROOT / "Dockerfile"], check=True)
-    dockerfile = (ROOT / "Dockerfile").read_text()
-    bases = re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)
-    assert {base.split(":")[1].split("-")[0] for base in bases} == {importlib.metadata.version("torch").split("+")[0]}
-    setup = ConfigParser()
+    dockerfile, setup = (ROOT / "Dockerfile").read_text(), ConfigParser()
+    torch_versions = re.findall(r"^FROM \S+:([0-9.]+)", dockerfile, re.MULTILINE)
+    assert set(torch_versions) == {importlib.metadata.version("torch").split("+")[0]}
     setup.read(ROOT / "setup.cfg")
     assert setup["options.extras_require"]["gpu"].strip() in re.findall(r"flash-attn==\S+", dockerfile)

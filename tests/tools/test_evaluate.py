@@ -87,13 +87,14 @@ def test_encoder_under_clm_is_transformers_with_causal_masks_on_every_chunk(
 
 def test_mlm_and_mntp_are_transformers_on_the_loader_s_own_masks(
         encoder: tuple[Path, Path], reference: Any, data_set: Path, tokenizer_dir: Path) -> None:
-    """The masked positions are taken from the loader; what is right there, from the stored tokens; mntp reads one before."""
+    """Masked places are taken from the loader; what is right there, from the stored tokens; mntp reads one before."""
     tokenizer = load(tokenizer_dir)
     stream = open_stream(dataset={"local": str(data_set), "split": "validation"}, max_seq_len=LENGTH, shuffle=False,
                          global_batch_size=256)
     rows = [row for row in stream.rows_of(0) if row.chunks]
     assert stream.num_steps == 1
-    plain = {name: Collator(name, TextVocab.from_tokenizer(tokenizer), max_seq_len=LENGTH, mask_rate=rate, seed=21)(rows)
+    vocab = TextVocab.from_tokenizer(tokenizer)
+    plain = {name: Collator(name, vocab, max_seq_len=LENGTH, mask_rate=rate, seed=21)(rows)
              for name, rate in (("clm", 0.0), ("mlm", 0.15))}
     at, before = [], []
     for row in range(len(rows)):
@@ -119,7 +120,7 @@ def test_a_decoder_under_mlm_sees_both_sides(encoder: tuple[Path, Path], data_se
     config = EttinConfig.for_size("nano", causal=True, vocab_size=512, max_position_embeddings=LENGTH)
     state = parity.random_model(EttinConfig.for_size("nano", causal=False, vocab_size=512)).state_dict()
     torch.save(weights_checkpoint(state, config, objective="clm", tokenizer=str(tokenizer_dir)), tmp_path / "d.pt")
-    found, expected = evaluate(tmp_path / "d.pt", data_set, ["mlm", "clm"]), evaluate(encoder[0], data_set, ["mlm", "clm"])
+    found, expected = (evaluate(path, data_set, ["mlm", "clm"]) for path in (tmp_path / "d.pt", encoder[0]))
     for objective in expected:  # other windows are other blocks of the attention, which round otherwise in fp32
         same(found[objective], expected[objective])
 
@@ -133,7 +134,8 @@ def test_bad_input_is_refused(encoder: tuple[Path, Path], data_set: Path, change
         evaluate(**{"source": encoder[0], "data": data_set, "objectives": ["mlm"], **change})
 
 
-def test_damaged_weights_are_named_in_place_of_a_loss(encoder: tuple[Path, Path], data_set: Path, tmp_path: Path) -> None:
+def test_damaged_weights_are_named_in_place_of_a_loss(encoder: tuple[Path, Path], data_set: Path,
+                                                      tmp_path: Path) -> None:
     content = torch.load(encoder[0], weights_only=True)
     content["state"]["model"]["model.output_bias"][3] = math.nan
     torch.save(content, tmp_path / "a.pt")
