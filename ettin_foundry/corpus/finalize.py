@@ -24,6 +24,7 @@ from ettin_foundry.corpus.filters import UNREADABLE
 from ettin_foundry.corpus.plan import COUNTS, PLAN, SPLITS, Plan, read_plan, read_record, record_name
 from ettin_foundry.corpus.writer import shard_config
 from ettin_foundry.data import COLUMNS, FORMAT, INDEX, LENGTHS, MANIFEST, VERSION
+from ettin_foundry.data.shards import index_entry
 from ettin_foundry.data.storage import Storage, open_storage
 from ettin_foundry.version import __version__
 
@@ -159,11 +160,7 @@ def _add_up(plan: Plan, counted: Sequence[tuple[str, Record]]) -> dict[str, dict
 
 
 def _index(plan: Plan, shards: Sequence[Record]) -> bytes:
-    """index.json as stock readers read it (streaming 0.12, format/mds/writer.py `encode_joint_shard`)."""
-    def file(data: dict[str, Any] | None) -> dict[str, Any] | None:
-        return data and {"basename": data["basename"], "bytes": data["bytes"], "hashes": {"xxh64": data["xxh64"]}}
-
+    """index.json as stock readers read it."""
     config = shard_config(plan.options["shard_size"], plan.options["compression"])
-    entries = [{**config, "samples": entry["samples"], "raw_data": file(entry["raw"]),
-                "zip_data": file(entry["zip"])} for entry in shards]
+    entries = [{**config, **index_entry(shard)} for shard in shards]
     return json.dumps({"version": 2, "shards": entries}, sort_keys=True).encode()

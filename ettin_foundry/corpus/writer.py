@@ -21,8 +21,8 @@ import numpy as np
 import xxhash
 
 from ettin_foundry.corpus.chunking import Chunker
-from ettin_foundry.data import COLUMNS
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE, pack_lengths, piece_counts
+from ettin_foundry.data.shards import CONFIG
 
 _ZSTD_LEVEL = 3  # streaming's default for "zstd"
 _GROUP = 1 << 12  # chunks joined at a time: bounds the number of objects around them
@@ -33,11 +33,7 @@ _OFFSET_BYTES = 4
 
 def shard_config(shard_bytes: int, compression: str | None) -> dict[str, Any]:
     """What streaming 0.12 states of a shard, in its header and index.json (format/mds/writer.py `get_config`)."""
-    names = sorted(COLUMNS)  # MDS stores columns in sorted order: doc, last, part, source, tokens
-    return {"version": 2, "format": "mds", "compression": compression, "hashes": ["xxh64"],
-            "size_limit": shard_bytes, "column_names": names,
-            "column_encodings": [COLUMNS[name] for name in names],
-            "column_sizes": [8 if COLUMNS[name] == "int" else None for name in names]}
+    return {**CONFIG, "compression": compression, "hashes": ["xxh64"], "size_limit": shard_bytes}
 
 
 @dataclass

@@ -34,12 +34,20 @@ from ettin_foundry.data.storage import open_storage
 log = logging.getLogger(__name__)
 
 _COLUMN_NAMES = sorted(COLUMNS)  # MDS stores columns in sorted order
-_COLUMN_SIZES = [8 if COLUMNS[name] == "int" else None for name in _COLUMN_NAMES]
-_CONFIG = {"version": 2, "format": "mds", "column_names": _COLUMN_NAMES,
-           "column_encodings": [COLUMNS[name] for name in _COLUMN_NAMES], "column_sizes": _COLUMN_SIZES}
-_HEAD_BYTES = 4 * _COLUMN_SIZES.count(None)  # doc, source, tokens carry their size in front of the sample
+CONFIG = {"version": 2, "format": "mds", "column_names": _COLUMN_NAMES,
+          "column_encodings": [COLUMNS[name] for name in _COLUMN_NAMES],
+          "column_sizes": [8 if COLUMNS[name] == "int" else None for name in _COLUMN_NAMES]}
+_HEAD_BYTES = 4 * 3  # doc, source, tokens carry their size in front of the sample
 _FIXED_BYTES = 8 + 8  # last and part
 _MAX_CONFIG_BYTES = 1 << 16  # the header's JSON is about 300 bytes
+
+
+def index_entry(shard: dict[str, Any]) -> dict[str, Any]:
+    """What index.json says of a shard of the manifest (streaming 0.12, format/mds/writer.py `encode_joint_shard`)."""
+    def file(entry: dict[str, Any] | None) -> dict[str, Any] | None:
+        return entry and {"basename": entry["basename"], "bytes": entry["bytes"], "hashes": {"xxh64": entry["xxh64"]}}
+
+    return {"samples": shard["samples"], "raw_data": file(shard["raw"]), "zip_data": file(shard["zip"])}
 
 
 class Shard(NamedTuple):
@@ -67,8 +75,8 @@ def parse_shard(buffer: Buffer, path: Path | str, *, num_samples: int, chunk_len
     if offsets[0] < table_end or offsets[-1] != len(raw) or (np.diff(offsets) < _HEAD_BYTES + _FIXED_BYTES).any():
         raise bad_file(path, "its sample offsets overlap or leave the file", f"they must rise to byte {len(raw)}")
     config = manifest.parse_json(raw[table_end:min(int(offsets[0]), table_end + _MAX_CONFIG_BYTES)].tobytes(), path)
-    if not isinstance(config, dict) or {key: config.get(key) for key in _CONFIG} != _CONFIG:
-        raise bad_file(path, f"its header has other columns: {config!r:.300}", f"only {_CONFIG} is read", "do not use it")
+    if not isinstance(config, dict) or {key: config.get(key) for key in CONFIG} != CONFIG:
+        raise bad_file(path, f"its header has other columns: {config!r:.300}", f"only {CONFIG} is read", "do not use it")
     shard = _parse_samples(buffer, raw, offsets, path, chunk_length)
     _check_range(raw, shard, path, vocab_size)
     return shard
@@ -244,12 +252,8 @@ class MDSSplit:
         """Raises ValueError when index.json, which stock readers trust, does not say what the manifest says."""
         if self.remote is not None:
             fetch_table(self.local, self.remote, INDEX)
-        def file(entry: dict[str, Any] | None) -> dict[str, Any] | None:
-            return entry and {"basename": entry["basename"], "bytes": entry["bytes"], "hashes": {"xxh64": entry["xxh64"]}}
-
         index, found = manifest.read_json(self.local / INDEX), None
-        expected = [{**_CONFIG, "samples": shard["samples"], "raw_data": file(shard["raw"]), "zip_data": file(shard["zip"])}
-                    for shard in self.manifest["shards"]]
+        expected = [{**CONFIG, **index_entry(shard)} for shard in self.manifest["shards"]]
         with contextlib.suppress(KeyError, TypeError):
             found = index["version"] == 2 and [{key: shard[key] for key in expected[0]} for shard in index["shards"]]
         if found != expected:

@@ -110,6 +110,7 @@ def test_one_limit_holds_for_all_datasets_of_a_mixture_together(sets, mix, cloud
             open_split(folder, cache_limit=limit).check_room(together)
     data = pickle.loads(pickle.dumps(open_split(folder, cache_limit=need)))
     expected, most = open_split(tmp_path / "near" / "train"), 0
+    assert all(data.chunk(shard, 0).size for shard in web) and len(list(folder.rglob("*.mds"))) == len(web)  # no share
     for shard in range(data.num_shards):
         data.prefetch([shard])
         assert np.array_equal(data.chunk(shard, 0), expected.chunk(shard, 0))
