@@ -2,8 +2,8 @@
 
     composer train.py RECIPE.yaml [OVERLAY.yaml ...] [KEY=VALUE ...] [--dry-run]
 
-Later files win over earlier ones, and key=value wins over files. `--dry-run` stops before any work. `ettin recipes` lists
-the recipes; each says at its top what `variables` a person sets.
+Later files win over earlier ones, and key=value wins over files. `--dry-run` stops before any work. `ettin recipes`
+lists the recipes; each says at its top what `variables` a person sets.
 
 Example: composer train.py yamls/nano.yaml yamls/options/decoder.yaml max_duration=200_000tok
 """
@@ -37,6 +37,7 @@ def main(argv: list[str]) -> int:
         config = configure([arg for arg in argv if arg != "--dry-run"])
         plain: Any = om.to_container(config, resolve=True)
         checks.check_settings(plain)
+        checks.check_loggers(plain)
         if os.environ.get("RANK", "0") == "0":
             print(plan.report(plain), flush=True)
         try:

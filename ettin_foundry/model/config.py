@@ -7,12 +7,19 @@ Field names are transformers' (ModernBertConfig, ModernBertDecoderConfig). Sizes
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 OBJECTIVES = ("mlm", "clm", "mntp")  # clm trains a decoder (causal attention), the others an encoder
 MASKED_OBJECTIVES = ("mlm", "mntp")  # those that choose tokens at a given mask rate
+
+
+def did_you_mean(given: Any, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """`; did you mean X?` with the known word nearest to a given one; nothing if none is near."""
+    near = difflib.get_close_matches(str(given), [*known], 1, cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def objective_names(value: Any, key: str = "model.objective") -> tuple[tuple[str, ...], str]:
@@ -98,7 +105,7 @@ class EttinConfig:
     def for_size(cls, size: str, *, causal: bool, **overrides: Any) -> EttinConfig:
         """The config of a published size, with single fields overridden by name."""
         if size not in SIZES:
-            raise ValueError(f"model.size must be one of {', '.join(SIZES)}, got {size!r}")
+            raise ValueError(f"model.size must be one of {', '.join(SIZES)}, got {size!r}{did_you_mean(size, SIZES)}")
         fields = [f.name for f in dataclasses.fields(cls) if f.name != "causal"]
         if unknown := sorted(set(overrides) - set(fields)):
             raise ValueError(f"model: unknown key(s) {', '.join(unknown)}; valid keys are {', '.join(fields)}")

@@ -7,18 +7,23 @@ as one types it, what is allowed, what was given, what to do. What a part checks
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
 from ettin_foundry.data.stream import check_warmup
-from ettin_foundry.model.config import MASKED_OBJECTIVES
+from ettin_foundry.model.config import MASKED_OBJECTIVES, did_you_mean
 from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule, check_together
 from ettin_foundry.training import keys, run_config
-from ettin_foundry.training.run_config import loaders, objective_schedule, parse_time, require, total_tokens
+from ettin_foundry.training.recipes import TEXT_KEYS
+from ettin_foundry.training.run_config import loaders, objective_schedule, parse_time, require, total_tokens, walk
 from ettin_foundry.training.sources import check_start, prepare_start
 
 _BLOCKS = ("model", "tokenizer", "optimizer", "scheduler", "train_loader")
+# loggers of LLM-Foundry -> the package that each needs
+_LOGGERS = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "inmemory": "", "in_memory_logger": "",
+            "mosaicml": ""}
 _NEEDED = (*_BLOCKS, "max_duration", "max_seq_len", "global_train_batch_size", "device_train_microbatch_size")
 
 
@@ -48,11 +53,16 @@ def _check_presence(cfg: dict[str, Any]) -> None:
         require(value is not None, key, "given", value, "start from a complete recipe in yamls/")
         require(key not in _BLOCKS or isinstance(value, dict) and isinstance(value.get("name"), str), key,
                 "a block with a name", value, "see yamls/nano.yaml for one of each")
-    if unknown := sorted(set(cfg) - keys.HOST_KEYS):
-        raise ValueError(f"{unknown[0]}: unknown key; LLM-Foundry takes {', '.join(sorted(keys.HOST_KEYS))}. Values of "
-                         "your own belong under variables")
+    for key in sorted(set(cfg) - keys.HOST_KEYS):
+        near = did_you_mean(key, keys.HOST_KEYS) or "; your own values belong under variables"
+        raise ValueError(f"{key}: unknown key{near}")
+    for key, value in walk({key: value for key, value in cfg.items() if key != "variables"}):
+        require(value is None or isinstance(value, str) or key.rpartition(".")[2] not in TEXT_KEYS, key, "text", value,
+                "put it in quotes")
     require(not set(str(cfg.get("run_name"))) & set("{}[]"), "run_name", "a name without brackets", cfg.get("run_name"),
             "set variables.label or run_name")
+    require(str(cfg.get("precision")).lower() != "amp_fp16", "precision", "amp_bf16 or fp32", cfg.get("precision"),
+            "in fp16 the loss underflows")
     rows, packed = cfg["global_train_batch_size"], cfg["train_loader"].get("packing", True)
     require(_is_count(rows), "global_train_batch_size", "a whole number of at least 1 row", rows, "correct it")
     require(not packed or cfg.get("accumulate_train_batch_on_tokens", True) is not False,
@@ -144,6 +154,7 @@ def check_machine(cfg: dict[str, Any]) -> None:
 
     world_size, cuda, fsdp = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available(), cfg.get("fsdp_config")
     check_files(cfg)
+    check_loggers(cfg)
     for key, value, needed in (("precision", cfg.get("precision", "amp_bf16"), "fp32"),
                                ("model.init_device", cfg["model"].get("init_device", "cpu"), "cpu")):
         require(cuda or value == needed, key, f"{needed}, since there is no GPU", value, f"set {key}={needed}")
@@ -179,8 +190,26 @@ def check_files(cfg: dict[str, Any]) -> None:
     for key, block in loaders(cfg):
         folder = Path(block["dataset"]["local"]) / block["dataset"].get("split", "")
         if not block["dataset"].get("remote") and not (folder / "manifest.json").is_file():
+            without = "" if key == "train_loader" else ", or train without evaluation (eval_loader=null)"
             raise FileNotFoundError(f"{key}.dataset: {block['dataset']} given; {str(folder)!r} holds no split; run "
-                                    "ettin convert, or set variables.data=...")
+                                    f"ettin convert, or set variables.data=...{without}")
+
+
+def check_loggers(cfg: dict[str, Any]) -> None:
+    """Refuses loggers that cannot start here: unknown, not installed, or W&B without a key."""
+    for name, block in (cfg.get("loggers") or {}).items():
+        require(name in _LOGGERS, f"loggers.{name}", f"one of {', '.join(_LOGGERS)}", block,
+                "correct the name" + did_you_mean(name, _LOGGERS))
+        package = _LOGGERS[name]
+        require(not package or importlib.util.find_spec(package), f"loggers.{name}",
+                f"left out where {package} is not installed", block, f"pip install {package}")
+        if name == "wandb":
+            import wandb
+
+            mode = ((block or {}).get("init_kwargs") or {}).get("mode") or os.environ.get("WANDB_MODE", "online")
+            require(mode in ("offline", "dryrun", "disabled") or wandb.api.api_key or wandb.api.api.disabled(),
+                    "loggers.wandb", "given a key", block,
+                    "run `wandb login`, or set WANDB_API_KEY=... or WANDB_MODE=offline")
 
 
 # ------------------------------------------------------------------ the config transform
@@ -193,7 +222,8 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     """
     if not _is_ours(cfg):
         return cfg
-    cfg = {key: value for key, value in cfg.items() if value is not None}
+    evaluates = cfg.get("eval_loader", ...) is not None  # null says that it is left out on purpose
+    cfg = {key: value for key, value in cfg.items() if value is not None and (evaluates or not key.startswith("eval_"))}
     others = dict(cfg.get("callbacks") or {})
     clock = {"run_config": run_config.config_text(cfg), **(others.pop("ettin_clock", None) or {})}
     check_settings(cfg)

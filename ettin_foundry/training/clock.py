@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from composer.callbacks import CheckpointSaver
 from composer.core import State
-from composer.loggers import Logger
+from composer.loggers import Logger, WandBLogger
 from composer.utils import dist, format_name_with_dist
 from llmfoundry.interfaces import CallbackWithConfig
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -73,6 +73,9 @@ class Clock(CallbackWithConfig):
 
     def init(self, state: State, logger: Logger) -> None:
         self._state, self._model = state, state.model  # the model before DDP wraps it
+        for destination in logger.destinations:
+            if isinstance(destination, WandBLogger) and not destination._log_artifacts:
+                destination.download_file = _holds_no_checkpoint  # autoresume asks it, which fails offline
 
     def before_load(self, state: State, logger: Logger) -> None:
         install_validation()
@@ -200,6 +203,10 @@ class Clock(CallbackWithConfig):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loaded = decode_record(state)
         self.lineage = tuple(state.get("lineage", ()))
+
+
+def _holds_no_checkpoint(*args: Any, **kwargs: Any) -> None:
+    raise FileNotFoundError("checkpoints lie in save_folder")
 
 
 def _groups(state: State) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ettin_foundry import REGISTRY
 from ettin_foundry.data.stream import DATASET_KEYS
+from ettin_foundry.model.config import did_you_mean
 from ettin_foundry.training.run_config import FIELDS, loaders, value_at, walk
 
 _BY_HOST = ("self", "tokenizer", "train_config", "params", "device_batch_size")  # parameters that the host fills in
@@ -116,14 +117,20 @@ def check_keys(cfg: Mapping[str, Any]) -> None:
     for key in ("model", "optimizer", "scheduler"):
         if (name := cfg[key]["name"]) in PARAMETERS:
             _check(key, cfg[key], ["name", *PARAMETERS[name]])
-    for name, block in (cfg.get("callbacks") or {}).items():
+    callbacks = cfg.get("callbacks") or {}
+    for name, block in callbacks.items():
         if name in PARAMETERS:
             _check(f"callbacks.{name}", block or {}, PARAMETERS[name])
+    names = {f"{key}.name": cfg[key]["name"] for key in ("model", "optimizer", "scheduler", "train_loader")}
+    for key, name in (*names.items(), *((f"callbacks.{name}", name) for name in callbacks)):
+        if name not in PARAMETERS and (near := did_you_mean(name, PARAMETERS, 0.85)):  # the host's are less alike
+            raise ValueError(f"{key}: {name!r} given{near}")
 
 
 def _check(key: str, block: Mapping[str, Any], allowed: Any) -> None:
     if unknown := sorted(set(block) - set(allowed)):
-        raise ValueError(f"{key}.{unknown[0]}: unknown key; it takes {', '.join(allowed) or 'no key'}")
+        known = did_you_mean(unknown[0], allowed) or f"; it takes {', '.join(allowed) or 'no key'}"
+        raise ValueError(f"{key}.{unknown[0]}: unknown key{known}")
 
 
 def check_effect(cfg: Mapping[str, Any]) -> None:
@@ -133,6 +140,8 @@ def check_effect(cfg: Mapping[str, Any]) -> None:
             raise ValueError(f"{key}: given; it does not work with model.name: {cfg['model']['name']}. Use {instead}")
     for cause, nothing in _INERT.items():
         keys = [key for key, values in nothing.items() if cfg.get(key) is not None and cfg[key] not in values]
-        if keys and not cfg.get(cause) and not (cause == "eval_loader" and cfg.get("eval_loaders")):
+        # eval_loader: null says that nothing is evaluated
+        given = cfg.get(cause) or cause == "eval_loader" and ("eval_loaders" in cfg or cause in cfg)
+        if keys and not given:
             raise ValueError(f"{', '.join(keys)}: given without {cause}, so without effect; give {cause}, or set "
                              + " ".join(f"{key}=null" for key in keys))

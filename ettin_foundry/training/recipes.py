@@ -5,6 +5,7 @@ Later files win over earlier ones, and key=value wins over files. What a configu
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -17,6 +18,11 @@ from omegaconf import OmegaConf as om
 from omegaconf.errors import OmegaConfBaseException
 
 from ettin_foundry import program_folder
+from ettin_foundry.model.config import did_you_mean
+
+# last words of keys whose values are names or paths: `run_name: 1e3` is the text 1e3
+TEXT_KEYS = frozenset("run_name name label size phase data extend_data decay_data source save_root save_folder "
+                      "load_path local remote split folder project entity group".split())
 
 
 def merge(base: Any, over: Any) -> Any:
@@ -43,7 +49,21 @@ def read(path: str) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, DictConfig):
         raise ValueError(f"{path}: holds {type(config).__name__}, not keys and values; see yamls/ for examples")
-    return om.to_container(config)  # type: ignore[return-value]
+    return _with_texts(om.to_container(config), yaml.load(Path(path).read_bytes(), yaml.BaseLoader))
+
+
+def _with_texts(value: Any, raw: Any, key: str = "") -> Any:
+    """A YAML value in which names and paths are as written; `raw` has every scalar as text."""
+    if isinstance(value, dict) and isinstance(raw, dict):
+        return {name: _with_texts(item, raw.get(str(name)), str(name)) for name, item in value.items()}
+    return raw if key in TEXT_KEYS and isinstance(value, (bool, int, float)) and isinstance(raw, str) else value
+
+
+def _quoted(override: str) -> str:
+    """key=value with a name or path in quotes, so that YAML takes it as text."""
+    key, _, value = override.partition("=")
+    plain = key.rpartition(".")[2] in TEXT_KEYS and value not in ("", "null", "~", "???") and value[0] not in "[{'\""
+    return f"{key}={json.dumps(value)}" if plain else override
 
 
 def configure(args: Sequence[str]) -> DictConfig:
@@ -57,11 +77,11 @@ def configure(args: Sequence[str]) -> DictConfig:
     merged: dict[str, Any] = {}
     for path in files:
         merged = merge(merged, read(path))
-    command_line: Any = om.to_container(om.from_cli(overrides))
+    command_line: Any = om.to_container(om.from_cli([_quoted(each) for each in overrides]))
     known = merged.get("variables") or {}
     if unknown := [k for k in command_line.get("variables") or {} if k not in known]:
-        raise ValueError(f"variables.{unknown[0]}: {', '.join(files)} has no such variable, so nothing would change; "
-                         f"the variables are {', '.join(map(str, known))}")
+        raise ValueError(f"variables.{unknown[0]}: {', '.join(files)} has no such variable, so nothing would change"
+                         + did_you_mean(unknown[0], known))
     config: Any = om.create(merge(merged, command_line))
     try:
         missing = sorted(om.missing_keys(config), key=lambda key: (not key.startswith("variables."), key))

@@ -54,14 +54,14 @@ OBJECTIVE = ("model.objective", "train_loader.objective", "eval_loader.objective
     # each: what is changed -> parts of the message
     ({"max_duration": ...}, ["max_duration must be given", "yamls/"]),
     ({"model": "ettin", "train_loader.name": "ettin_text"}, ["model must be a block with a name"]),
-    ({"modle": 1}, ["modle: unknown key", "variables"]),
+    ({"modle": 1}, ["modle: unknown key", "did you mean model?"]),
     ({"run_name": "nano-[{'until': 1}]"}, ["run_name", "brackets", "variables.label"]),
     ({"train_loader.name": "text"}, ["train_loader.name must be ettin_text", "'text'"]),
     ({"model.name": "mpt_causal_lm"}, ["model.name must be ettin", "mpt_causal_lm", "name: text"]),
     ({"model.hidden": 3}, ["model.hidden: unknown key", "hidden_size"]),
     ({"eval_loader.batch_size_warmup": None}, ["eval_loader.batch_size_warmup: unknown key", "label"]),
     ({"train_loader.label": "x"}, ["train_loader.label: unknown key"]),
-    ({"train_loader.dataset.remotes": "s3://x"}, ["train_loader.dataset.remotes: unknown key", "local, split, remote"]),
+    ({"train_loader.dataset.remotes": "s3://x"}, ["train_loader.dataset.remotes: unknown key", "did you mean remote?"]),
     ({"callbacks.ettin_export": {"every": 3}}, ["callbacks.ettin_export.every: unknown key", "interval, folder"]),
     # removed
     (dict.fromkeys(OBJECTIVE, "mdlm"), ["objective", "mdlm", "removed", "mlm"]),
@@ -90,7 +90,7 @@ OBJECTIVE = ("model.objective", "train_loader.objective", "eval_loader.objective
     # what would do nothing, or cannot act on our model
     ({"icl_tasks": "x.yaml"}, ["icl_tasks: given", "eval_loader"]),
     ({"callbacks.hf_checkpointer": {"save_folder": "x"}}, ["callbacks.hf_checkpointer", "ettin_export"]),
-    ({"eval_loader": None}, ["eval_interval", "without eval_loader", "eval_interval=null"]),
+    ({"eval_loader": ...}, ["eval_interval", "without eval_loader", "eval_interval=null"]),
     ({"save_folder": ..., "autoresume": False}, ["save_interval", "save_overwrite=null"]),
     # where a run starts
     ({"callbacks.ettin_cross": {"source": "a"}, "load_path": "b"}, ["load_path must", "'b'", "ettin_cross.source=a"]),

@@ -1,14 +1,18 @@
-"""StableAdamW over ranks: FSDP2 (gloo, 3 ranks) equals one rank in float64, in gradients and in parameters."""
+"""StableAdamW over 3 ranks (gloo): FSDP2 equals one rank in float64; replicas under DDP stay bit-equal."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import socket
+from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from composer.core import Timestamp
 from test_optimizer import Formula
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -22,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ettin_foundry.training import optimizer as optim
+from ettin_foundry.training.clock import Clock
 
 RANKS, STEPS, LR, DECAY = 3, 5, 0.01, 0.1  # 3 ranks: 5 rows are cut 2 + 2 + 1, and 4 rows 2 + 2 + 0
 
@@ -92,17 +97,47 @@ def fsdp2(rank):
         for a, b in zip(network.parameters(), other.parameters()):
             assert torch.equal(a.to_local(), b.to_local())
         assert [int(g["step"]) for g in resumed.param_groups] == [int(g["step"]) for g in optimizer.param_groups]
+    return network
+
+
+def stopped_together(rank, network):
+    """An infinite gradient in the shard of one rank stops all of them."""
+    clock, state = Clock({}), SimpleNamespace(
+        model=network, run_name="r", previous_timestamp=Timestamp(), total_loss_dict={"loss/train/total": 1.0})
+    for bad in (False, True):
+        if bad and rank == 1:
+            next(network.parameters()).grad.to_local()[0, 0] = float("inf")
+        clock.after_train_batch(state, None)
+        with pytest.raises(ValueError, match="gradients must be finite") if bad else contextlib.nullcontext():
+            clock.batch_end(state, None)
+
+
+def replicas(rank):
+    """50 steps of DDP, each rank on rows of its own."""
+    network = nn.parallel.DistributedDataParallel(model())
+    optimizer = optim.StableAdamW(network.parameters(), LR, weight_decay=DECAY)
+    for step in range(50):
+        optimizer.zero_grad()
+        loss_of(network, batch(step, rank)).backward()
+        optimizer.step()
+    mine = torch.cat([p.detach().flatten() for p in network.parameters()])
+    mine = torch.cat([mine, *(value.flatten() for state in optimizer.state.values() for value in state.values())])
+    everyone = [torch.empty_like(mine) for _ in range(RANKS)]
+    dist.all_gather(everyone, mine)
+    assert all(torch.equal(one, mine) for one in everyone)
 
 
 def work(rank, port):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank),
+                      WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS), NODE_RANK="0")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
-    fsdp2(rank)
+    stopped_together(rank, fsdp2(rank))
+    replicas(rank)
     dist.destroy_process_group()
 
 
-def test_fsdp2_equals_one_rank_and_resumes_bitwise(no_process_group):
+def test_ranks_equal_one_rank_resume_bitwise_stop_together_and_do_not_drift(no_process_group):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

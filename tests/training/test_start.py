@@ -16,6 +16,7 @@ from composer import Callback, Trainer
 from composer.core import Timestamp
 from llmfoundry import registry
 from omegaconf import OmegaConf as om
+from s3_server import S3Server
 
 from ettin_foundry.data import tokenizer
 from ettin_foundry.hub.folder import export_model
@@ -195,6 +196,28 @@ def test_a_cross_run_logs_the_losses_of_both_objectives_at_its_interval(chain, d
         ("pretrain", "mlm"), ("extend", "mlm"), ("decay", "mlm")]
     assert (record["objective"], record["phase"]) == ("clm", "cross") and record["config"]["causal"]
     trainer.close()
+
+
+@pytest.mark.parametrize("keep", ["all", "weights"])
+def test_a_phase_is_entered_from_an_object_store(keep, chain, data_set, tmp_path, monkeypatch):
+    source = checkpoints.newest_complete(chain["pretrain"]["folder"])
+    with S3Server() as server:
+        server.connect(monkeypatch)
+        server.put("a/last.pt", source.read_bytes())
+        args = arguments("extend", f"variables.source={server.url('a/last.pt')}", f"callbacks.ettin_phase.keep={keep}")
+        nano_run.run(data_set, tmp_path, *args).close()
+    state = torch.load(source, weights_only=False)["state"]["model"]
+    assert all(torch.equal(value, state[name]) for name, value in PhaseWatch.first["weights"].items())
+    assert PhaseWatch.seen[0]["tokens"] == 0 and bool(PhaseWatch.first["moments"]) is (keep == "all")
+    assert checkpoints.read_head(tmp_path / "nano-mlm-extend").record["lineage"][0]["phase"] == "pretrain"
+
+
+def test_a_run_logs_to_wandb_offline_and_evaluates_nothing(data_set, tmp_path, monkeypatch):
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    args = arguments("pretrain", "loggers.wandb.project=p", "eval_loader=null", "max_duration=2ba")
+    nano_run.run(data_set, tmp_path / "runs", *args, evaluate=True).close()
+    assert checkpoints.locate(tmp_path / "runs/nano-mlm-pretrain") and list(tmp_path.glob("wandb/offline-run-*"))
 
 
 # ------------------------------------------------------------------ going on from the middle of a run

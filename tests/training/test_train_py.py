@@ -4,6 +4,9 @@ import sys
 
 import nano_run
 import pytest
+from nano_run import put
+
+from ettin_foundry.training import checks, recipes
 
 TRAIN = nano_run.program()
 NANO = str(nano_run.ROOT / "yamls/nano.yaml")
@@ -29,17 +32,49 @@ def test_later_files_win_and_the_command_line_wins_over_files(tmp_path):
     assert TRAIN.configure([str(first), "variables.n=7"])["a"] == 7
 
 
+@pytest.mark.parametrize("text", ["1", "on", "2024-01-01", "1e3", "007", "0x1f", "1_000", "1.50", "a: b", "-3"])
+def test_names_and_paths_are_texts_whatever_yaml_makes_of_them(text, tmp_path):
+    quoted = f"'{text}'" if ":" in text else text
+    (tmp_path / "own.yaml").write_text(f"run_name: {quoted}\nloggers: {{wandb: {{project: {quoted}}}}}")
+    for args in ([str(tmp_path / "own.yaml")], [f"run_name={text}", f"loggers.wandb.project={text}"]):
+        config = TRAIN.configure([NANO, *args])
+        assert config.run_name == config.loggers.wandb.project == text
+    assert TRAIN.configure([NANO, "run_name=null"]).run_name is None
+    with pytest.raises(ValueError, match="run_name must be text, got 1.0; put it in quotes"):  # through stock llmfoundry
+        checks.check_settings(put(recipes.resolved([NANO]), {"run_name": 1.0}))
+
+
+def test_loggers_that_cannot_start_are_found_before_work(tmp_path, capsys, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "tensorboard" else name)
+    run = [NANO, "--dry-run"]
+    for args, words in ((["loggers.tensorboard={}"], ["loggers.tensorboard", "not installed", "pip install tensorboard"]),
+                        (["loggers.wandb.project=p"], ["loggers.wandb must be given a key", "WANDB_MODE=offline"])):
+        assert TRAIN.main([*run, *args]) == 1
+        assert all(word in capsys.readouterr().err for word in words[:1])
+    for name, value in (("WANDB_API_KEY", "k" * 40), ("WANDB_MODE", "offline")):  # as the message says
+        with monkeypatch.context() as context:
+            context.setenv(name, value)
+            assert TRAIN.main([*run, "loggers.wandb.project=p", "loggers.mlflow={}"]) == 0
+
+
 def test_a_mistake_is_one_line_and_exit_code_1(tmp_path, capsys):
     for name, text in (("broken.yaml", "a: [1\n"), ("list.yaml", "- 1\n")):
         (tmp_path / name).write_text(text)
     for args, words in (
             ([], ["no recipe given", "usage"]), (["nano.yaml"], ["nano.yaml: no such file", "yamls/nano.yaml"]),
-            ([NANO, "variables.gloabl_batch=4"], ["variables.gloabl_batch", "no such variable", "global_batch"]),
+            ([NANO, "variables.gloabl_batch=4"], ["variables.gloabl_batch", "did you mean global_batch?"]),
             ([NANO, EXTEND], ["variables.source: no value given", "variables.source=..."]),
             ([NANO, "seed=${variables.sede}"], ["nano.yaml", "variables.sede"]),
             ([NANO, "seed=${oc.env:HOME}"], ["nano.yaml", "oc.env"]),
             ([NANO, "max_duration=1ep"], ["max_duration must be", "'1ep'"]),
-            ([NANO, "modle.size=17m"], ["modle: unknown key", "model"]),
+            ([NANO, "modle.size=17m"], ["modle: unknown key", "did you mean model?"]),
+            ([NANO, "model.sise=17m"], ["model.sise: unknown key", "did you mean size?"]),
+            ([NANO, "scheduler.name=warmup_stable_deccay"], ["scheduler.name", "did you mean warmup_stable_decay?"]),
+            ([NANO, "callbacks.ettin_sampels={}"], ["callbacks", "did you mean ettin_samples?"]),
+            ([NANO, "loggers.wandbb={}"], ["loggers.wandbb must be one of", "did you mean wandb?"]),
             ([f"{tmp_path}/broken.yaml"], [f"{tmp_path}/broken.yaml", "not valid YAML"]),
             ([f"{tmp_path}/list.yaml"], [f"{tmp_path}/list.yaml", "not keys and values"])):
         assert TRAIN.main([*args, "--dry-run"]) == 1
