@@ -28,14 +28,10 @@ def whole_set(tokenizer_dir: Path, compression: str | None = None) -> Path:
     return folder / "set"
 
 
-def copy_set(tokenizer_dir: Path, folder: Path, *, compression: str | None = None, bare: bool = False) -> Path:
-    """A private copy, to be spoilt; bare: without plan, records and data card."""
+def copy_set(tokenizer_dir: Path, folder: Path, *, compression: str | None = None) -> Path:
+    """A private copy, to be spoilt."""
     out = folder / "set"
     shutil.copytree(whole_set(tokenizer_dir, compression), out)
-    if bare:
-        shutil.rmtree(out / "units")
-        for name in ("plan.json", "README.md", "lengths.svg"):
-            (out / name).unlink()
     return out
 
 
@@ -65,8 +61,3 @@ def samples_of(split: Path) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         data = MDSSplit(shutil.copytree(split, Path(folder) / "copy"))
         return [data.sample(shard, index) for shard in range(data.num_shards) for index in range(data.samples[shard])]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Relative name -> content of every file."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

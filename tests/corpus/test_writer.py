@@ -155,23 +155,19 @@ def test_failure_to_place_stops_the_next_write_and_leaves_nothing(tmp_path, make
         if ".001." in basename:
             raise PermissionError(f"{basename}: refused")
 
-    writer = make(place=place, shard_bytes=6_000)
-    with pytest.raises(PermissionError, match="shard.00012.001.mds: refused"):
-        write(writer, various(60))
-    writer.abort()
+    for given in (various(60), documents([300] * 18)):  # raised by a write, or by finish where none follows
+        writer = make(place=place, shard_bytes=6_000)
+        with pytest.raises(PermissionError, match="shard.00012.001.mds: refused"):
+            write(writer, given)
+        writer.abort()
     assert not list((tmp_path / "work").iterdir())
-    writer = make(place=place, shard_bytes=6_000)
-    with pytest.raises(PermissionError, match="refused"):  # by finish, when no write follows
-        write(writer, documents([300] * 18))
-    writer.abort()
 
 
 def test_cuts_that_lose_or_double_tokens_are_noticed(make, monkeypatch):
     tokens = np.zeros(1000, np.uint16)
-    for ends in ([300, 600, 900], [300, 600, 600, 900, 1000], [300, 600, 500, 800, 1000], [300, 700, 1000], [1000],
-                 [300, 600, 900, 1001], [0, 300, 600, 900, 1000], [300, 600, 900, 1000, 1000]):
+    for ends in ([300, 600, 900], [300, 600, 600, 900, 1000], [300, 600, 500, 800, 1000], [1000], [0, 300, 600, 900, 1000]):
         writer = make()
         monkeypatch.setattr(writer._chunker, "cuts", lambda tokens, ends=ends: list(ends))
         with pytest.raises(RuntimeError, match="the cuts of a document lose or double tokens"):
-            writer.write(["a", "b", "c"], np.concatenate([tokens[:5], tokens, tokens[:7]]), np.array([5, 1000, 7]))
+            writer.write(["a", "b"], np.concatenate([tokens[:5], tokens]), np.array([5, 1000]))
         writer.abort()

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from converting import files_of
 from tokenizers import Tokenizer
-from whole_sets import SOURCES, contents, copy_set, samples_of, whole_set
+from whole_sets import SOURCES, copy_set, samples_of, whole_set
 
 from ettin_foundry.cli import main as cli
 from ettin_foundry.data.inspect import draw_samples, plain, show_lines, source_statistics
@@ -39,7 +40,7 @@ def test_statistics_are_those_of_counting(tokenizer_dir: Path, split: str, compr
 @pytest.mark.parametrize("compression", [None, "zstd"])
 def test_samples_are_chunks_of_the_dataset_decoded(tokenizer_dir: Path, compression: str | None) -> None:
     whole = whole_set(tokenizer_dir, compression)
-    data, before = MDSSplit(whole / "train"), contents(whole)
+    data, before = MDSSplit(whole / "train"), files_of(whole)
     reference = Tokenizer.from_file(str(whole / "tokenizer" / "tokenizer.json"))
     stored = {key(sample): sample for sample in samples_of(whole / "train")}
     found, lines = draw_samples(data, per_source=3, seed=5), "\n".join(show_lines(whole, samples=3, seed=5))
@@ -48,7 +49,7 @@ def test_samples_are_chunks_of_the_dataset_decoded(tokenizer_dir: Path, compress
         tokens = stored[key(sample)]["tokens"].tolist()
         assert sample["tokens"].tolist() == tokens and sample["last"] == stored[key(sample)]["last"]
         assert f"    {plain(reference.decode(tokens, skip_special_tokens=False), 400)}\n" in lines
-    assert contents(whole) == before  # nothing is expanded into the dataset
+    assert files_of(whole) == before  # nothing is expanded into the dataset
 
 
 def test_every_chunk_of_a_source_is_drawn_alike(tokenizer_dir: Path) -> None:
@@ -89,7 +90,7 @@ def test_command_shows_dataset_split_and_url(tokenizer_dir: Path, tmp_path: Path
     assert code == 0 and "train" not in text and "[wiki]" not in text
     assert run(whole / "tokenizer")[0] == 1
     remote = open_storage(url := f"memory://{tmp_path.name}/set")
-    for name, data in contents(whole).items():
+    for name, data in files_of(whole).items():
         remote.write_bytes(name, data)
     assert run(url) == run(whole)
     (whole / "tokenizer" / "tokenizer.json").unlink()
