@@ -27,8 +27,12 @@ def content(kind: str, texts: list[str]) -> bytes:
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records(texts)).encode()
     if kind == ".json":
         return json.dumps(records(texts), ensure_ascii=False).encode()
+    return table_bytes(pyarrow.Table.from_pylist(records(texts)))
+
+
+def table_bytes(table: pyarrow.Table) -> bytes:
     sink = pyarrow.BufferOutputStream()
-    parquet.write_table(pyarrow.Table.from_pylist(records(texts)), sink, row_group_size=2)
+    parquet.write_table(table, sink, row_group_size=2)
     return sink.getvalue().to_pybytes()
 
 

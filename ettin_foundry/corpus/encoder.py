@@ -67,8 +67,8 @@ class TextEncoder:
         self._version = self.engine = f"tokenizers {importlib.metadata.version('tokenizers')}"
         content = orjson.loads(tokenizer_json)
         unknown = content["model"].get("unk_token")
-        unknown = self._reference.token_to_id(unknown) if unknown else content["model"].get("unk_id")
-        self.unknown: int = -1 if unknown is None else unknown
+        found = self._reference.token_to_id(unknown) if unknown else content["model"].get("unk_id")
+        self.unknown: int = -1 if found is None else found
         self._is_special = np.zeros(1 << 16, dtype=bool)  # by id
         self._is_special[sorted({*forbidden} - {self.unknown})] = True
         added = [token["content"] for token in content.get("added_tokens") or ()]

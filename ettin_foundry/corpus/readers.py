@@ -7,7 +7,6 @@ and counted; what is wrong with a whole file (cut off, another column) is an err
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import io
 import itertools
@@ -34,7 +33,6 @@ log = logging.getLogger(__name__)
 _BLOCK_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _PARQUET_ROWS, _PARQUET_BYTES = 1024, 16 << 20  # most of a batch
-_ALL_BAD = 10  # so many records, none of them readable, are no accident
 _ADVICE = {b"\xff\xfe": "convert it with `iconv -f UTF-16 -t UTF-8`", b"\x1f\x8b": "add .gz to the file's name",
            b"\xfe\xff": "convert it with `iconv -f UTF-16 -t UTF-8`", b"\x28\xb5": "add .zst to the file's name",
            b"": "convert Latin-1 with `iconv -f LATIN1 -t UTF-8`"}  # by how it begins
@@ -70,7 +68,7 @@ class _File(NamedTuple):
     shown: str  # the file in messages
     path: Path | None  # the file itself, where it is local and not compressed
     raw: BinaryIO
-    content: BinaryIO  # `raw`, decompressed
+    content: io.BufferedReader  # `raw`, decompressed
     meter: Meter
     options: ReadOptions
 
@@ -90,7 +88,7 @@ def read_parts(source: Source, parts: Sequence[Part], meter: Meter,
     if (first := next(documents, None)) is not None:
         yield first
         yield from documents
-    elif (number := meter.unreadable - before) >= _ALL_BAD:
+    elif (number := meter.unreadable - before) >= 10:  # no accident, but another field or encoding
         raise ValueError(f"{meter.problem}; none of the {number} records here can be read")
 
 
@@ -137,15 +135,14 @@ def _read_file(source: Source, storage: Storage, part: Part, meter: Meter, optio
             raise ValueError(f"{shown} must be a whole file, got {error!r:.300}; fetch or write it again") from error
 
 
-def _decompressed(raw: BinaryIO, name: str) -> BinaryIO:
+def _decompressed(raw: Any, name: str) -> io.BufferedReader:
     """The content of a file from its beginning on."""
     raw.seek(0)
     if name.lower().endswith(".gz"):
-        return cast(BinaryIO, gzip.open(raw, "rb"))
-    if name.lower().endswith(".zst") and raw.read(1):  # a file of no bytes is no archive for pyarrow
+        return cast(io.BufferedReader, gzip.open(raw, "rb"))
+    if name.lower().endswith(".zst") and raw.peek(1):  # a file of no bytes is no archive for pyarrow
         import pyarrow  # zstandard's stream reader takes a truncated file for a whole one
 
-        raw.seek(0)
         return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), _BLOCK_BYTES)
     return raw
 
@@ -236,6 +233,9 @@ def _read_json(file: _File) -> Iterator[Document]:
 def _read_jsonl(file: _File) -> Iterator[Document]:
     """The documents of the lines whose first byte is in the part; default ids end with that byte's offset."""
     (name, begin, end), stream, options = file.part, file.content, file.options
+    if end is None and re.match(rb"(\xef\xbb\xbf)?\s*\[\s*{", stream.peek(64)):  # a list of records
+        yield from _read_json(file)
+        return
     text_field, key, limit = options.text_field, options.id_field or "id", options.max_document_bytes
     end, number = sys.maxsize if end is None else end, 0
     position = stream.seek(begin - 1) + _skip_line(stream, end - begin + 1) if begin else 0
@@ -279,16 +279,16 @@ def _read_parquet(file: _File) -> Iterator[Document]:
     from pyarrow.parquet import ParquetFile
 
     (_, begin, end), text_field = file.part, file.options.text_field
-    with contextlib.ExitStack() as closing:
-        seekable: Any = file.path or file.content
-        if file.content is not file.raw:  # Parquet is read from its end
-            seekable = closing.enter_context(tempfile.TemporaryFile())
-            shutil.copyfileobj(file.content, seekable, _BLOCK_BYTES)
-        if not (file.raw if file.path else seekable).seek(0, io.SEEK_END):
+    with tempfile.TemporaryFile() as unpacked:  # Parquet is read from its end
+        if file.content is not file.raw:
+            shutil.copyfileobj(file.content, unpacked, _BLOCK_BYTES)
+        stream = file.raw if file.content is file.raw else unpacked
+        if not stream.seek(0, io.SEEK_END):
             return  # a part that nothing was written to
         try:
             # from a network a column is fetched in one go: going back and forth would fetch blocks repeatedly
-            table = ParquetFile(seekable, buffer_size=_BLOCK_BYTES if file.path else 0, page_checksum_verification=True)
+            table = ParquetFile(file.path or stream, buffer_size=_BLOCK_BYTES if file.path else 0,
+                                page_checksum_verification=True)
             columns, row = _columns(table.schema_arrow, file) if table.metadata.num_rows else [], 0
             for number in range(table.num_row_groups):
                 group = table.metadata.row_group(number)

@@ -189,8 +189,8 @@ class _Conversion:
             self.writers[batch.split].write(ids, tokens, lengths)
         unknown = int(np.count_nonzero(tokens == self.encoder.unknown))
         self.counts[batch.split].update(documents=len(ids), tokens=len(tokens), bytes=sum(sizes), unknown=unknown)
-        sums = (sum(of_split[key] for of_split in self.counts.values()) for key in ("documents", "tokens", "bytes"))
-        self.report(Tick(*sums, self.meter.position()))
+        sums = [sum(of_split[key] for of_split in self.counts.values()) for key in ("documents", "tokens", "bytes")]
+        self.report(Tick(sums[0], sums[1], sums[2], self.meter.position()))
 
     def _record(self, shards: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         """The completion record; a RuntimeError where documents or tokens were lost or doubled, which is a bug."""

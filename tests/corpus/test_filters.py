@@ -54,11 +54,11 @@ def test_a_predicate_that_gives_no_truth_value_stops_with_its_name_and_the_docum
             FilterOptions(predicates=[f"{module}:{name}"]).reason("text", "doc-0")
 
 
-def test_filters_that_cannot_be_used_are_refused_when_they_are_named(module):
-    for name in ("{m}", "{m}:", ":keep", "{m}:absent", "no_such_module_at_all:keep", "{m}_broken:keep", "{m}:number",
-                 "{m}:short_list", "{m}:three", "{m}:partial", "operator:contains"):
-        with pytest.raises(ValueError, match=r"--filter must be package\.module:function .*got"):
-            FilterOptions(predicates=[name.format(m=module)])
+@pytest.mark.parametrize("name", ["{m}", "{m}:", ":keep", "{m}:absent", "no_such_module:keep", "{m}_broken:keep",
+                                  "{m}:number", "{m}:short_list", "{m}:three", "{m}:partial", "operator:contains"])
+def test_filters_that_cannot_be_used_are_refused_when_they_are_named(module, name):
+    with pytest.raises(ValueError, match=r"--filter must be package\.module:function .*got"):
+        FilterOptions(predicates=[name.format(m=module)])
     for least, most in ((1, None), (None, 0), (9, 8)):
         with pytest.raises(ValueError, match="--min-characters must be"):
             FilterOptions(min_characters=least, max_characters=most)
@@ -69,25 +69,25 @@ def test_the_record_holds_every_setting_and_no_place_of_this_machine(module, tmp
     record, sha256 = options.record(), hashlib.sha256(PREDICATES.encode()).hexdigest()
     assert record == {
         "min_characters": 2, "max_characters": 9, "predicates": [{"name": f"{module}:keep", "sha256": sha256}],
-        "decontaminate": [], "decontaminate_field": "text", "decontaminate_drop": False, "ngrams": None, "deduplicate": True}
+        "decontaminate": [], "decontaminate_field": "text", "decontaminate_drop": False,
+        "ngrams": None, "deduplicate": True}
     (tmp_path / f"{module}.py").write_text(PREDICATES + "def keep(text, id): return True  # another rule")
     again = FilterOptions(predicates=[f"{module}:keep"])  # in the same process
     assert again.record()["predicates"] != record["predicates"] and again.reason("other text", "0") is None
 
 
 def expected_drops(units: list[list[bytes]]) -> list[list[int]]:
-    first: dict[bytes, tuple[int, int]] = {}
-    for unit, hashes in enumerate(units):
-        for ordinal, digest in enumerate(hashes):
-            first.setdefault(digest, (unit, ordinal))
-    return [[o for o, digest in enumerate(hashes) if first[digest] != (u, o)] for u, hashes in enumerate(units)]
+    seen, drops = set[bytes](), list[list[int]]()
+    for hashes in units:
+        drops.append([at for at, digest in enumerate(hashes) if digest in seen or digest in hashes[:at]])
+        seen |= set(hashes)
+    return drops
 
 
 def write_units(folder: Path, units: list[list[bytes]]) -> list[Path]:
-    files = [folder / f"{number:05d}.npy" for number in range(len(units))]
-    for path, hashes in zip(files, units):
-        write_hashes(path, b"".join(hashes))
-    return files
+    for number, hashes in enumerate(units):
+        write_hashes(folder / f"{number:05d}.npy", b"".join(hashes))
+    return [folder / f"{number:05d}.npy" for number in range(len(units))]
 
 
 @pytest.mark.parametrize("alike", [False, True], ids=["random", "sharing halves"])

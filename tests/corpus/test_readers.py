@@ -8,14 +8,15 @@ import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pyarrow
 import pytest
 from conftest import make_documents
-from converting import run, stored
+from converting import run, stored, write_jsonl
 from pyarrow import parquet
-from text_files import PACKERS, TEXTS, content, read, read_all
+from text_files import PACKERS, TEXTS, content, read, read_all, table_bytes
 
 from ettin_foundry.corpus import readers
 from ettin_foundry.corpus.filters import FilterOptions
@@ -30,12 +31,11 @@ def test_every_format_gives_the_same_documents(tmp_path, packing):
         path.write_bytes(PACKERS[packing](content(kind, TEXTS)))
         assert read(path) == [(f"id-{i}", text) for i, text in enumerate(TEXTS)]
         assert read(path, id_field="other") == [(str(i), text) for i, text in enumerate(TEXTS)]
-    path = tmp_path / f"a.txt{packing}"
-    path.write_bytes(PACKERS[packing](b"\xef\xbb\xbf" + "\n".join(TEXTS).encode()))
-    assert read(path) == [(f"a.txt{packing}", "\n".join(TEXTS))]
-    path = tmp_path / f"a.jsonl{packing}"  # without ids, a line is named by its first byte
-    path.write_bytes(PACKERS[packing](b'{"text": "\xc3\xbc"}\n\n{"text": "y"}\n'))
-    assert read(path) == [(f"a.jsonl{packing}:0", "\u00fc"), (f"a.jsonl{packing}:16", "y")]
+    for name, data, expected in [  # without ids, a file is named by its name, a line by its first byte
+            ("a.txt", b"\xef\xbb\xbf" + "\n".join(TEXTS).encode(), {"": "\n".join(TEXTS)}),
+            ("a.jsonl", b'{"text": "\xc3\xbc"}\n\n{"text": "y"}\n', {":0": "\u00fc", ":16": "y"})]:
+        (tmp_path / f"{name}{packing}").write_bytes(PACKERS[packing](data))
+        assert read(tmp_path / f"{name}{packing}") == [(name + packing + at, text) for at, text in expected.items()]
 
 
 def test_json_is_one_record_a_list_or_lines_whatever_its_name(tmp_path):
@@ -55,21 +55,20 @@ def test_json_is_one_record_a_list_or_lines_whatever_its_name(tmp_path):
         path.write_bytes(pack(content(".jsonl", TEXTS)))
         assert read(path, max_document_bytes=80) == [(f"id-{i}", text) for i, text in enumerate(TEXTS)]
         path.write_bytes(pack(content(".json", TEXTS)))
+        (tmp_path / f"b.jsonl{packing}").write_bytes(pack(content(".json", TEXTS)))
+        assert read(tmp_path / f"b.jsonl{packing}") == [(f"id-{i}", text) for i, text in enumerate(TEXTS)]
         with pytest.raises(ValueError, match=rf"a\.json{packing} must have at most --max-document-bytes \(80\)"):
             read(path, max_document_bytes=80)
 
 
 @pytest.mark.parametrize("packing", PACKERS)
 def test_a_part_that_nothing_was_written_to_holds_no_document(tmp_path, packing):
-    no_rows = pyarrow.BufferOutputStream()
-    parquet.write_table(pyarrow.table({"other": pyarrow.array([], pyarrow.null())}), no_rows)
-    for kind, contents in {".json": [b"", b" \n", b"\xef\xbb\xbf", b"[]"], ".jsonl": [b"", b"\n \n", b"\xef\xbb\xbf"],
-                           ".parquet": [b"", no_rows.getvalue().to_pybytes()]}.items():
-        for data in contents:
-            (tmp_path / f"a{kind}{packing}").write_bytes(PACKERS[packing](data))
-            assert read(tmp_path / f"a{kind}{packing}") == []
-        (tmp_path / f"a{kind}{packing}").write_bytes(b"")
-        assert read(tmp_path / f"a{kind}{packing}") == []
+    no_rows = table_bytes(pyarrow.table({"other": pyarrow.array([], pyarrow.null())}))
+    for kind, contents in {"json": [b" \n", b"\xef\xbb\xbf", b"[]"], "jsonl": [b"\n \n", b"\xef\xbb\xbf"],
+                           "parquet": [no_rows]}.items():
+        for data in [b"", *map(PACKERS[packing], [b"", *contents])]:
+            (tmp_path / f"a.{kind}{packing}").write_bytes(data)
+            assert read(tmp_path / f"a.{kind}{packing}") == []
 
 
 def test_lines_may_be_blank_and_ids_are_exact(tmp_path):
@@ -120,12 +119,11 @@ def test_row_groups_are_read_once_wherever_the_file_is_cut(tmp_path):
     source = find_source(str(tmp_path / "a.parquet"))
     whole = read_all(source)
     assert [(d.id, d.text) for d in whole] == [(f"a.parquet:{i}", text) for i, text in enumerate(texts, 1)]
-    metadata = parquet.read_metadata(tmp_path / "a.parquet")
+    metadata, size = parquet.read_metadata(tmp_path / "a.parquet"), sum(source.files.values())
     starts = [metadata.row_group(i).column(0).dictionary_page_offset for i in range(metadata.num_row_groups)]
     assert starts[0] == 4 and len(starts) == 14
-    for cut in [*range(1, sum(source.files.values()), 41), *(start + i for start in starts for i in (-1, 0, 1))]:
-        parts = [Part("a.parquet", 0, cut), Part("a.parquet", cut, sum(source.files.values()))]
-        assert list(read_parts(source, parts, Meter())) == whole
+    for cut in [*range(1, size, 41), *(start + i for start in starts for i in (-1, 0, 1))]:
+        assert list(read_parts(source, [Part("a.parquet", 0, cut), Part("a.parquet", cut, size)], Meter())) == whole
 
 
 STRINGS = [pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary(), pyarrow.string_view()]
@@ -161,37 +159,30 @@ def test_documents_above_the_limit_are_left_out_and_counted(tmp_path, kind, pack
 
 
 def test_hub_dataset_is_streamed_at_a_fixed_revision_shard_by_shard(monkeypatch):
-    asked = []
-
     class Records(list):
         n_shards = 2
 
         def shard(self, *, num_shards: int, index: int) -> list[dict]:
             return self[index::num_shards]
 
-    def load_dataset(repo: str, config: str | None, **options: object) -> Records:
-        asked.append((repo, config, options))
-        return Records([{"text": "x", "id": "a"}, {"text": "y"}, {"text": "z"}])
-
+    load = mock.Mock(return_value=Records([{"text": "x", "id": "a"}, {"text": "y"}, {"text": "z"}]))
     info = SimpleNamespace(sha="abc", card_data={"license": ["mit"]})
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, repo: info)
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load)
     source = find_source("some/set:english")
     assert (source.name, source.licence, source.revision) == ("some--set", "mit", "abc")
     assert plan_parts(source, 1) == [(Part("hub", 0, 2),), (Part("hub", 1, 2),)]
-    assert [tuple(d) for d in read_all(source)] == [("x", "a"), ("z", "0:2"), ("y", "1:1")]
-    assert asked[0] == ("some/set", "english", {"split": "train", "streaming": True, "revision": "abc"})
+    assert read_all(source) == [("x", "a"), ("z", "0:2"), ("y", "1:1")]
+    load.assert_called_with("some/set", "english", split="train", streaming=True, revision="abc")
     Records.n_shards = 3
     with pytest.raises(ValueError, match="some/set:english must have the 2 data shards"):
         list(read_parts(source, [Part("hub", 0, 2)], Meter()))
 
 
 def test_stdlib_is_real_text_with_licence_and_module_docstrings(monkeypatch):
-    source = find_source("python-stdlib")
+    source, found = find_source("python-stdlib"), dict(read("python-stdlib"))
     assert (source.licence, source.revision) == ("PSF-2.0", sys.version.split()[0])
-    found = dict(read("python-stdlib"))
-    assert "class JSONDecoder" in found["json/decoder.py"]
-    assert "cos(x, /)" in found["docstrings/math"].replace("($module, x, /)", "(x, /)")
+    assert "class JSONDecoder" in found["json/decoder.py"] and "cos(" in found["docstrings/math"]
     assert not [name for name in found if "test" in Path(name).parts[:-1] or "site-packages" in name]
     units = plan_parts(source, 2_000_000)
     monkeypatch.setattr(sys, "excepthook", lambda *arguments: None)  # as typer does; the corpus is the same
@@ -202,29 +193,23 @@ def test_stdlib_is_real_text_with_licence_and_module_docstrings(monkeypatch):
 
 def text_table(*texts: bytes, kind: str = "string") -> bytes:
     """Parquet whose texts need not be UTF-8, as writers in other languages make it."""
-    offsets = np.cumsum([0, *map(len, texts)]).astype(np.int32)
+    buffers = [None, np.cumsum([0, *map(len, texts)]).astype(np.int32), b"".join(texts)]
     column = pyarrow.Array.from_buffers(pyarrow.type_for_alias(kind), len(texts), [
-        None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(b"".join(texts))])
-    sink = pyarrow.BufferOutputStream()
-    parquet.write_table(pyarrow.table({"text": column}), sink)
-    return sink.getvalue().to_pybytes()
+        data if data is None else pyarrow.py_buffer(data) for data in buffers])
+    return table_bytes(pyarrow.table({"text": column}))
 
 
 BAD_RECORDS = {  # name, content of which one record cannot be read, place and reason in the log
     "null": ("b.jsonl", b'{"text": "ok"}\n{"text": null}\n', r"line 2 \(byte 15\): 'text' must be a string, got"),
-    "no object": ("b.jsonl", b'{"text": "ok"}\n["x"]\n', r"line 2 \(byte 15\): 'text' must be a string, got \['x'\]"),
     "cut off": ("b.jsonl", b'{"text": "ok"}\n{"text": "x', r"line 2 \(byte 15\): Unterminated string"),
     "tab": ("b.jsonl", b'{"text": "a\tb"}\n{"text": "ok"}\n', r"line 1 \(byte 0\): Invalid control"),
     "nested": ("b.jsonl", b"[" * 100_000 + b'\n{"text": "ok"}', r"line 1 \(byte 0\): .*recursion"),
     "surrogate": ("b.jsonl", b'{"text": "a\\ud83d"}\n{"text": "ok"}', r"line 1 .*surrogates not allowed"),
-    "surrogate in id": ("b.jsonl", b'{"text": "a", "id": "\\ud83d"}\n{"text": "ok"}', r"line 1 .*surrogates"),
     "Latin-1": ("b.jsonl", b'{"text": "ok"}\n{"text": "\xe4"}\n', "line 2 .*0xe4.*iconv -f LATIN1"),
-    "lines in .json": ("b.json", b'{"text": "ok"}\n{"text": 3}\n', "line 2 .*'text' must be"),
     "of a list": ("b.json", b'[{"text": "ok"}, {"text": 3}]', "record 2: 'text' must be"),
     "Latin-1 in a list": ("b.json", b'[{"text": "\xe4"}, {"text": "ok"}]', "record 1: .*udce4"),
     "null in a table": ("b.parquet", content(".parquet", ["ok", None]), "row 2: 'text' must be"),
     "table": ("b.parquet", text_table(b"A\xff", b"ok"), r"row 1: .*0xff in position 1"),
-    "binary table": ("b.parquet", text_table(b"A\xff", b"ok", kind="binary"), r"row 1: .*0xff in position 1"),
     "UTF-16": ("b.txt", b"\xff\xfeo\0k\0", ": .*iconv -f UTF-16"), "gzip": ("b.txt", b"\x1f\x8b8", ": .*add .gz"),
     "one record": ("b.json", b'{"text": ', " record 1: Expecting"), "text": ("b.txt", b"\xe4", ": .*LATIN1")}
 
@@ -242,9 +227,9 @@ def test_a_record_that_cannot_be_read_is_left_out_counted_and_named(tmp_path, ca
 
 def test_where_no_record_can_be_read_the_first_says_why(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"txt": "x"}\n' * 10)
+    assert len(read(tmp_path / "a.jsonl", text_field="txt")) == 10
     with pytest.raises(ValueError, match=r"line 1 .*'text'.*--text-field; none of the 10 records here"):
         read(tmp_path / "a.jsonl")
-    assert len(read(tmp_path / "a.jsonl", text_field="txt")) == 10
 
 
 GOOD = content(".jsonl", TEXTS * 50)
@@ -283,11 +268,9 @@ def test_file_that_changed_since_it_was_listed_is_refused(tmp_path):
 def test_a_conversion_counts_what_it_leaves_out_and_holds_all_its_units_to_the_limit(tmp_path, tokenizer_dir):
     settings = {"filters": FilterOptions(deduplicate=True)}
     for number in range(6):
-        lines = [json.dumps({"id": f"{number}-{i}", "text": text})
-                 for i, text in enumerate(make_documents(20, seed=number // 2))]
-        for folder, bad in (("clean", []), ("bad", ['{"text": null}'])):
-            (tmp_path / folder).mkdir(exist_ok=True)
-            (tmp_path / folder / f"{number}.jsonl").write_text("\n".join([*lines[:9], *bad, *lines[9:]]))
+        good = write_jsonl(tmp_path / "clean" / f"{number}.jsonl", make_documents(20, seed=number // 2))
+        lines = good.read_text().splitlines()
+        write_jsonl(tmp_path / "bad" / good.name, []).write_text("\n".join([*lines[:9], '{"text": null}', *lines[9:]]))
     run(tmp_path / "expected", [tmp_path / "clean"], tokenizer_dir, **settings)
     with pytest.raises(ValueError, match="--max-bad-records must be at least the 6 records"):
         run(tmp_path / "set", [tmp_path / "bad"], tokenizer_dir, max_bad_records=5, **settings)

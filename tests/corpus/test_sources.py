@@ -92,8 +92,8 @@ def test_units_together_read_what_the_source_holds(tmp_path):
 
 
 def test_bucket_is_a_corpus_like_a_folder(server, tmp_path, caplog):
-    content = {"b.jsonl": b'{"text": "one"}\n{"text": "two"}\n', "a/c.txt": b"three", "x.csv": b"", ".h.txt": b"hidden"}
-    for name, data in content.items():
+    files = {"b.jsonl": b'{"text": "one"}\n{"text": "two"}\n', "a/c.txt": b"three", "x.csv": b"", ".h.txt": b"hidden"}
+    for name, data in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
         server.put(f"lang=en/{name}", data)
@@ -103,8 +103,7 @@ def test_bucket_is_a_corpus_like_a_folder(server, tmp_path, caplog):
     assert (there.files, there.name, there.root) == (here.files, "lang=en", "s3://corpus/lang=en")
     assert sum("list-type" in request.query for request in server.requests) == 1
     assert "1 of 3 files are not read, the first is x.csv" in caplog.text
-    assert find_source(server.url("lang=en") + "/").files == here.files
-    assert read_all(there) == read_all(here)
+    assert find_source(server.url("lang=en") + "/").files == here.files and read_all(there) == read_all(here)
     one = find_source("one=" + server.url("lang=en/b.jsonl"), licence="MIT")
     assert one == Source("one", server.url("lang=en/b.jsonl"), {"b.jsonl": 32}, "s3://corpus/lang=en", "MIT")
     for missing in ("nothing", "nothing.txt"):
