@@ -36,8 +36,7 @@ def evaluate(source: str | Path, data: str | Path, objectives: Sequence[str] = D
         {objective: {loss: nats per target, accuracy: share of targets, perplexity, targets: how many}}, all finite.
 
     Raises:
-        ValueError, FileNotFoundError: an argument out of range, a dataset that does not fit the model or has no target
-            for an objective, weights that are not finite.
+        ValueError, FileNotFoundError: arguments, a dataset that does not fit the model, weights that are not finite.
     """
     if unknown := [name for name in objectives if name not in OBJECTIVES] or not objectives:
         raise ValueError(f"--objective must be one of {', '.join(OBJECTIVES)}, got {unknown or objectives!r}")

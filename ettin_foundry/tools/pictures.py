@@ -33,11 +33,7 @@ def _tokens(number: float, _: int) -> str:
 
 
 def draw_plans(plans: Sequence[Plan], path: Path, sources: Mapping[str, str | None]) -> None:
-    """Draws learning rate, batch size, mask rate, objective and row length of runs over their tokens, a column a chain.
-
-    Args:
-        path: ends in .png, .svg or .pdf, else a ValueError. sources: {run: the run that it starts from, or None}.
-    """
+    """Draws what changes along runs over their tokens, a column a chain; `sources` names what each run starts from."""
     if path.suffix.lower() not in _FORMATS:
         raise ValueError(f"--picture must end in {', '.join(_FORMATS)}, got {path}")
     chains: list[list[Plan]] = []

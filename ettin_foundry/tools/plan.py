@@ -165,8 +165,7 @@ def run_curves(cfg: dict[str, Any], num_tokens: int) -> Curves:
 def learning_rates(cfg: dict[str, Any], places: Sequence[float] = ()) -> tuple[list[float], list[float]] | None:
     """(places, learning rates) at places from 0 to 1 of the run; those where the slope changes are added to `places`.
 
-    None for a scheduler of the host, which is not evaluated here, and for times in another unit than the run's length:
-    how many batches its tokens make is not known here.
+    None for a scheduler of the host, and for times in another unit than the run's length.
     """
     block = cfg["scheduler"]
     if block["name"] not in _SCHEDULERS:
@@ -198,10 +197,7 @@ def memory_bytes(config: EttinConfig, num_tokens: int, targets_per_token: float,
     A closed form fitted to measured peaks, which it meets within 5%: amp_bf16 with compiled blocks and flash attention
     on one H200 (150m mlm, 65,536 tokens: 39 GiB; 1b clm, 16,384 tokens: 48.6 GiB), and fp32 with the reference
     attention on a CPU (benchmarks/plan_memory.py). CUDA context and unusable memory of the allocator are not counted.
-
-    Args:
-        num_tokens: of a microbatch. half: amp_bf16 or amp_fp16, else fp32. recompute: a layer keeps its input only.
-        fsdp: weights and optimizer are sharded over the ranks.
+    `num_tokens` are a microbatch's; `half`: amp_bf16 or amp_fp16, else fp32; `recompute`: a layer keeps its input only.
     """
     weights = 4 * config.num_parameters
     model = 4 * weights / (ranks if fsdp else 1)  # weights, gradients and two moments
@@ -277,11 +273,7 @@ def _machine(cfg: dict[str, Any], gpus: str | None) -> tuple[int, str]:
 
 
 def plan_run(cfg: dict[str, Any], *, name: str = "", gpus: str | None = None, mfu: float | None = None) -> Plan:
-    """The plan of a config that `check_settings` accepts; a ValueError where gpus or mfu is not possible.
-
-    Args:
-        gpus: such as 4xH100. mfu: share of the peak; None: the original's, where it is known.
-    """
+    """The plan of a config that `check_settings` accepts; `mfu` is a share of the peak, None the original's."""
     num_gpus, gpu = _machine(cfg, gpus)
     if mfu is not None and not (gpu in GPUS and 0 < mfu <= 1):
         raise ValueError(f"--mfu must be above 0, at most 1, and used with GPUs, got {mfu} on {gpu}; add --gpus")

@@ -145,12 +145,7 @@ class Suite:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
-    """Reads a suite file, then key=value of the file itself, such as `scale=0.01` or `variables.data=data/mine`.
-
-    Raises:
-        FileNotFoundError: it, or one that it extends, does not exist.
-        ValueError: a key that is unknown, missing or of the wrong kind, which the message names.
-    """
+    """Reads a suite file, then key=value of the file itself, such as `scale=0.01`; errors name the key."""
     try:
         file = _File.model_validate(_read(str(path), overrides))
     except ValidationError as error:

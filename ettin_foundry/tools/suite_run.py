@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ettin_foundry.data.quantities import format_duration
-from ettin_foundry.tools.pair import HARMLESS, lint_chain, lint_pair
+from ettin_foundry.tools.pair import lint_chain, lint_pair
 from ettin_foundry.tools.suite import Stage, Suite
-from ettin_foundry.training import checkpoints, checks
-from ettin_foundry.training.run_config import config_hash, config_text, parse_time
+from ettin_foundry.training import checkpoints, checks, sources
+from ettin_foundry.training.run_config import parse_time
 from ettin_foundry.training.steps import STEPS, compare_steps, read_steps
 
 _SAY_SECONDS = 10.0, 600.0  # between lines, where a percent is done and where none is
@@ -51,20 +51,14 @@ def say(text: str) -> None:
 
 
 def stage_state(stage: Stage) -> State:
-    """Reads a stage's newest complete checkpoint; a ValueError with both values of each setting in which it differs."""
+    """Reads a stage's newest complete checkpoint; a ValueError where the stage could not go on from it."""
     newest = checkpoints.newest_complete(stage.folder)
     if newest is None:
         return State()
-    record, text = checkpoints.read_head(newest).record, config_text(stage.config)
-    if record.get("run_hash") != config_hash(text):
-        if "run_config" not in record:
-            raise ValueError(f"stages.{stage.name}: {newest} is not a checkpoint of train.py; move it away")
-        differences = lint_pair(json.loads(record["run_config"]), json.loads(text)).differences
-        other = [f"{d.key}: {d.a} then, {d.b} now" for d in differences
-                 if d.verdict != HARMLESS or d.key.endswith(".source")]
-        if other:
-            raise ValueError(f"stages.{stage.name}: {newest} was trained with other settings: {'; '.join(other)}. "
-                             "Restore them, or give another root, or move that folder away")
+    record, clock = checkpoints.read_head(newest).record, (stage.config.get("callbacks") or {}).get("ettin_clock") or {}
+    with stage.named():
+        sources.check_resume(record, sources.record_of(stage.config, read_tokenizer=False), own=True,
+                             place=f"{newest}; root=ANOTHER keeps both", accept=clock.get("accept") or [])
     amount, unit = parse_time("max_duration", stage.config["max_duration"])
     tokens = int(record.get("tokens") or 0)
     return State(newest, record, tokens, (tokens if unit == "tok" else int(record.get("batch") or 0)) >= amount)
@@ -101,10 +95,7 @@ def check_suite(suite: Suite, *, allow_unfair: bool = False) -> dict[str, dict[s
 def run_suite(suite: Suite, *, only: Sequence[str] = ()) -> None:
     """Trains what is not finished of a suite that `check_suite` accepts, or of the stages named, and compares pairs.
 
-    Raises:
-        ValueError, FileNotFoundError: a folder, data, or a pair that read different rows.
-        StageFailed: a stage failed; the message has its reason.
-        KeyboardInterrupt: this process was told to end; the stage's process was ended before.
+    Raises a StageFailed with the reason if a stage fails, and a ValueError if a pair has read different rows.
     """
     stages = [suite.stage(name) for name in only] or suite.stages
     unfinished = [stage for stage in stages if not stage_state(stage).finished]

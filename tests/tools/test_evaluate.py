@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ettin_foundry.cli.main import main
 from ettin_foundry.data.batch import Collator
 from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.stream import open_stream
@@ -156,14 +155,5 @@ def test_data_of_another_tokenizer_is_refused_where_the_model_s_own_is_gone(enco
     content["state"]["callbacks"]["Clock"] |= {
         "tokenizer": "gone", "tokenizer_fingerprint": json.dumps(fingerprint(parity.tiny_tokenizer()))}
     torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="tokenizer must be the one that .*a.pt was trained with, got .*/tokenizer, whose"):
+    with pytest.raises(ValueError, match="tokenizer must be the one that .*a.pt was trained with, got .*, whose"):
         evaluate(tmp_path / "a.pt", data_set, ["mlm"])
-
-
-def test_the_command_prints_what_the_function_returns(encoder: tuple[Path, Path], data_set: Path,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["evaluate", str(encoder[1]), "--data", str(data_set), "--objective", "clm", "--json"])
-    assert not end.value.code
-    expected = evaluate(encoder[1], data_set, ["clm"])
-    assert json.loads(capsys.readouterr().out) == expected

@@ -49,24 +49,12 @@ def pairs_by_mask(config, length):
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
+def small(monkeypatch):
     """nano.yaml on `Data`: rows of 8, 10 a step, 1,000 tokens."""
     cfg = copy.deepcopy(NANO)
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train/manifest.json").touch()
     monkeypatch.setattr(plan, "open_split", lambda folder: Data())
-    cfg["train_loader"].update(dataset={"local": str(tmp_path), "split": "train"})
     cfg.update(max_seq_len=8, global_train_batch_size=10, max_duration="1_000tok")
     return cfg
-
-
-def test_data_facts_are_sums_over_documents(small):
-    facts = plan.data_facts(small)
-    assert (facts.num_tokens, facts.num_chunks, facts.num_rows) == (14 + 2 * 7, 7, 5)
-    assert facts.documents == [(3, 2), (4, 3), (5, 2)]
-    assert plan.data_facts({**small, "max_seq_len": 16}) is None
-    small["train_loader"]["packing"] = False
-    assert plan.data_facts(small).num_rows == 7
 
 
 def work_per_token(cfg, targets, pairs):
@@ -87,6 +75,9 @@ def test_a_plan_counts_real_tokens_steps_and_operations(small, objective, rate, 
     assert result.flops_per_token == round(work_per_token(small, targets / 28, pairs / 28))
     assert result.targets_per_token == pytest.approx(targets / 28, rel=1e-12)
     assert plan.plan_run({**small, "max_duration": "7ba"}).num_steps == 7
+    assert plan.plan_run({**small, "max_seq_len": 16}).epochs is None  # rows are not counted for this length
+    unpacked = {**small, "train_loader": {**small["train_loader"], "packing": False}}
+    assert plan.plan_run(unpacked).tokens_per_step == 40  # 28 tokens in 7 rows
 
 
 def test_a_schedule_is_weighed_by_its_tokens(small):
@@ -232,20 +223,18 @@ def run(capsys, *arguments):
 
 
 def test_a_suite_file_is_planned_stage_by_stage_as_text_json_and_picture(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where there is no data/nano, whatever a user made in the clone
-    file, picture = tmp_path / "suite.yaml", tmp_path / "pictures/plan.svg"
-    nano = ROOT / "yamls/nano.yaml"
-    file.write_text(f"name: pair\nroot: runs/pair\nscale: 0.5\nstages:\n  one: {{yaml: [{nano}]}}\n"
-                    f"  two: {{yaml: [{nano}, {ROOT / 'yamls/options/decoder.yaml'}]}}\n")
-    options = (file, "scale=0.25", "--gpus", "1xH100", "--mfu", "0.05")
-    code, out, _ = run(capsys, *options, "--json", "--picture", picture)
+    monkeypatch.chdir(ROOT)
+    options = ("yamls/suite/demo.yaml", "scale=0.25", f"variables.data={tmp_path}", "--gpus", "1xH100", "--mfu", "0.05")
+    code, out, _ = run(capsys, *options, "--json", "--picture", tmp_path / "pictures/plan.svg")
     found = json.loads(out)
-    assert code == 0 and [stage["name"] for stage in found["stages"]] == ["one", "two"]
+    stages = ["encoder", "decoder", "decoder-from-encoder", "encoder-from-decoder"]
+    assert code == 0 and [stage["name"] for stage in found["stages"]] == stages
     assert found["stages"][0]["num_steps"] == math.ceil(1e6 / 8192)  # a quarter of nano's 4M tokens
     for key in ("num_tokens", "num_steps", "hours", "checkpoints", "storage_bytes"):
         assert found["totals"][key] == pytest.approx(sum(stage[key] for stage in found["stages"]), rel=1e-12)
-    assert "<svg" in picture.read_text()
-    assert [line.split()[0] for line in run(capsys, *options)[1].splitlines()[:4]] == ["stage", "one", "two", "total"]
+    assert "<svg" in (tmp_path / "pictures/plan.svg").read_text()
+    lines = run(capsys, *options)[1].splitlines()
+    assert [line.split()[0] for line in lines[:6]] == ["stage", *stages, "total"]
 
 
 @pytest.mark.parametrize("arguments, message", [

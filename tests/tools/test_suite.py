@@ -236,8 +236,7 @@ def test_a_finished_stage_of_other_settings_is_refused_with_both_values(small: S
     overrides = [*small.plain["overrides"], "variables.peak_lr=1.0e-3", "seed=5", "progress_bar=true"]
     with pytest.raises(ValueError) as error:
         run_suite(small.suite(prepare=False, overrides=overrides))
-    for text in ("stages.encoder-pretrain", "was trained with other settings", "optimizer.lr: 0.003 then, 0.001 now",
-                 "seed: 21 then, 5 now"):
+    for text in ("stages.encoder-pretrain: ", "optimizer.lr must be 0.003, got 0.001", "seed must be 21, got 5"):
         assert text in str(error.value)
     assert "progress_bar" not in str(error.value) and small.trained == ALL[:1]
 
@@ -266,7 +265,7 @@ def test_a_stage_that_could_not_run_is_named(small: Small, stage: str, override:
 
 
 @pytest.mark.parametrize("change, key", [
-    ({"name": "a/b"}, "name"), ({"root": "s3://bucket/x"}, "root"), ({"stage": {}}, "stage"), ({"scale": 0}, "scale"),
+    ({"name": "a/b"}, "name"), ({"root": "s3://bucket/x"}, "root"), ({"scale": 0}, "scale"),
     ({"stages": {"a": {"yaml": ["x.yaml"], "after": "b"}}}, "stages.a.after"),
     ({"stages": {"a": {"yaml": ["x.yaml"], "from": "b"}, "b": {"yaml": ["x.yaml"]}}}, "stages.a.from"),
     ({"stages": {"a": {"yaml": ["x.yaml"], "overrides": ["save_folder=x"]}}}, "stages.a.overrides"),
