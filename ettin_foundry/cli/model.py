@@ -23,10 +23,9 @@ def _check(*sources: Path, causal: bool | None = None) -> None:
     for source in sources:
         if not source.exists():
             raise FileNotFoundError(f"{source}: no such path; give a checkpoint, save folder or Hugging Face folder")
-        if causal is not None and (source / "config.json").is_file():
-            if read_config(source / "config.json")[0].causal != causal:
-                raise ValueError(f"{source} must hold {'a decoder' if causal else 'an encoder'}, got the other; use "
-                                 f"{'fill-mask' if causal else 'generate'}")
+        config = source / "config.json"
+        if causal is not None and config.is_file() and read_config(config)[0].causal != causal:
+            raise ValueError(f"{source} must be {'a decoder; use fill-mask' if causal else 'an encoder; use generate'}")
 
 
 def export(
@@ -57,9 +56,9 @@ def export(
                     "overwrite": overwrite}
     if every:
         print(export_every(sources, out, **options))
-        return
-    model = export_checkpoint(sources[0], out, **options)
-    print(f"wrote {out}: {model.config.num_parameters:,} parameters, {model.objective}")
+    else:
+        model = export_checkpoint(sources[0], out, **options)
+        print(f"wrote {out}: {model.config.num_parameters:,} parameters, {model.objective}")
 
 
 def import_(
@@ -84,8 +83,9 @@ def average(
         metavar="CHECKPOINT", help="Checkpoints of one phase of one recipe, or with --last a save folder.")],
     out: _File,
     last: Annotated[int | None, typer.Option(min=1, help="The K newest complete checkpoints of the folder.")] = None,
-    weights: Annotated[str | None, typer.Option(
-        help="One number above 0 for each checkpoint, such as 1,1,2; they need not sum to 1.")] = None,
+    weights: Annotated[Any, typer.Option(
+        parser=lambda text: [float(part) for part in text.split(",")], metavar="NUMBER,NUMBER...",
+        help="One above 0 for each checkpoint, such as 1,1,2; they need not sum to 1.")] = None,
     overwrite: _Overwrite = False,
 ) -> None:
     """Write the mean of the weights of several checkpoints.
@@ -97,11 +97,7 @@ def average(
     _check(*sources)
     from ettin_foundry.hub.average import average_checkpoints
 
-    try:
-        numbers = None if weights is None else [float(part) for part in weights.split(",")]
-    except ValueError:
-        raise ValueError(f"--weights must be numbers with commas between, such as 1,1,2, got {weights!r}") from None
-    config, found = average_checkpoints(sources, out, last=last, weights=numbers, overwrite=overwrite)
+    config, found = average_checkpoints(sources, out, last=last, weights=weights, overwrite=overwrite)
     print(f"wrote {out}: mean of {len(found)} checkpoints ({', '.join(path.name for path in found)}), "
           f"{config.num_parameters:,} parameters")
 

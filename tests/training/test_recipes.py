@@ -223,8 +223,6 @@ def test_derived_numbers_in_comments_are_right(path):
         hours = ORIGINAL["hours_4xH100_for_2T_tokens"][size]
         phrases += [f"the {size} ", f"{ORIGINAL['parameters'][size]:,} parameters", "1.7T tokens",
                     f"{hours:,} hours on 4x H100 ({4 * hours:,} GPU hours)", f"composer train.py yamls/{path.name}"]
-        for cfg in (resolved(path), *(resolved(path, phase) for phase in LONG)):  # "1M tokens on each GPU"
-            assert cfg["eval_subset_num_batches"] * cfg["device_eval_batch_size"] * cfg["max_seq_len"] == 2**20
     assert not [phrase for phrase in phrases if phrase not in header]
 
 
