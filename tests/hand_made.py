@@ -24,8 +24,9 @@ VOCAB_SIZE = 512
 CHUNK_LENGTH = 62
 NAMES = ["doc", "last", "part", "source", "tokens"]
 CONFIG: dict[str, Any] = {
-    "version": 2, "format": "mds", "compression": None, "hashes": ["xxh64"], "size_limit": 1 << 26, "column_names": NAMES,
-    "column_encodings": ["str", "int", "int", "str", "ndarray:uint16"], "column_sizes": [None, 8, 8, None, None]}
+    "version": 2, "format": "mds", "compression": None, "hashes": ["xxh64"], "size_limit": 1 << 26,
+    "column_names": NAMES, "column_encodings": ["str", "int", "int", "str", "ndarray:uint16"],
+    "column_sizes": [None, 8, 8, None, None]}
 
 Document = tuple[str, np.ndarray]
 
@@ -48,8 +49,8 @@ def sample_bytes(chunk: dict[str, Any], source: str) -> bytes:
     tokens, wide = chunk["tokens"], len(chunk["tokens"]) > 255
     array = bytes([1 << 2 | wide]) + len(tokens).to_bytes(1 + wide, "little") + tokens.astype("<u2").tobytes()
     doc, name = chunk["doc"].encode(), source.encode()
-    return (struct.pack("<III", len(doc), len(name), len(array)) + doc + struct.pack("<qq", chunk["last"], chunk["part"])
-            + name + array)
+    numbers = struct.pack("<qq", chunk["last"], chunk["part"])
+    return struct.pack("<III", len(doc), len(name), len(array)) + doc + numbers + name + array
 
 
 def shard_bytes(samples: Sequence[bytes], config: Any = None) -> bytes:
@@ -97,9 +98,9 @@ def write_split(folder: Path, shards: Sequence[tuple[str, Sequence[Document]]], 
                 "sources": {}, "shards": entries, "totals": totals}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     index = [{**CONFIG, "compression": manifest["compression"], "samples": entry["samples"],
-              **{f"{kind}_data": (file := entry[kind]) and {"basename": file["basename"], "bytes": file["bytes"],
-                                                            "hashes": {"xxh64": file["xxh64"]}} for kind in ("raw", "zip")}}
-             for entry in entries]
+              **{f"{kind}_data": (file := entry[kind]) and {
+                  "basename": file["basename"], "bytes": file["bytes"], "hashes": {"xxh64": file["xxh64"]}}
+                 for kind in ("raw", "zip")}} for entry in entries]
     (folder / "index.json").write_text(json.dumps({"version": 2, "shards": index}))
     return folder
 
@@ -125,8 +126,8 @@ WRONG = (None, True, -1, 0, 1, 2**31, 2**62, 1.5, "", "../outside/secret.mds", "
 def spoil(path: Path, *, values: int = 6) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Puts some wrong values, one after the other, in each place of a JSON file; says which, and restores it."""
     def places(content: Any) -> Iterator[tuple[Any, ...]]:
-        pairs = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-        for step, value in pairs:
+        content = dict(enumerate(content)) if isinstance(content, list) else content
+        for step, value in content.items() if isinstance(content, dict) else ():
             yield from ((step,), *((step, *rest) for rest in places(value)))
 
     text, draw = path.read_text(), random.Random(1)
@@ -161,5 +162,6 @@ def flip(path: Path, at: int) -> None:
 
 def samples_of(data: Any) -> list[dict[str, Any]]:
     """Every chunk with all its columns, of shards that are opened for training."""
-    return [{**data.sample(shard, index), "tokens": data.chunk(shard, index).tolist()} for shard in range(data.num_shards)
-            if data.chunk(shard, 0).size for index in range(int(data.samples[shard]))]
+    return [{**data.sample(shard, index), "tokens": data.chunk(shard, index).tolist()}
+            for shard in range(data.num_shards) if data.chunk(shard, 0).size
+            for index in range(int(data.samples[shard]))]

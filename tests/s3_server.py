@@ -54,9 +54,10 @@ class S3Server:
 
     def connect(self, monkeypatch: Any, *, block_bytes: int | None = None) -> None:
         """Makes this process, and its children, talk to the server, this one without waiting between tries."""
-        for name, value in {"S3_ENDPOINT_URL": self.endpoint, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-                            "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
-                            "AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"}.items():
+        for name, value in {"S3_ENDPOINT_URL": self.endpoint, "AWS_ACCESS_KEY_ID": "test",
+                            "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
+                            "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/dev/null",
+                            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"}.items():
             monkeypatch.setenv(name, value)
         for module in ("botocore.endpoint", "ettin_foundry.data.storage"):
             monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=lambda seconds: None))

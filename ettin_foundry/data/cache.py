@@ -74,8 +74,9 @@ def fetch_manifest(local: Path, remote: str) -> None:
                 stream.write(data)
         with open(open_plain(path), "rb") as stream:
             if stream.read() != data:
-                raise ValueError(f"dataset.local {str(local)!r} holds another dataset than dataset.remote {remote!r}; name "
-                                 f"another folder, or, if it has grown, delete {MANIFEST}, {LENGTHS} and {INDEX} there")
+                raise ValueError(f"dataset.local {str(local)!r} holds another dataset than dataset.remote {remote!r}; "
+                                 "name another folder, or, if it has grown, delete there "
+                                 f"{MANIFEST}, {LENGTHS} and {INDEX}")
 
 
 def fetch_table(local: Path, remote: str, name: str, num_bytes: int | None = None, xxh64: str | None = None) -> None:
@@ -125,7 +126,8 @@ class ShardFiles:
         while self.fetches and not os.path.lexists(self.path(shard)) and not self._make(shard):
             if not release():
                 if time.monotonic() > end:
-                    raise OSError(f"dataset.cache_limit must be larger: no room for {self.path(shard)} in {_PATIENCE:.0f} s")
+                    raise OSError(f"dataset.cache_limit must be larger: for {_PATIENCE:.0f} s there was no room for "
+                                  f"{self.path(shard)}")
                 time.sleep(_POLL)
 
     def prefetch(self, shards: Sequence[int]) -> None:
@@ -152,7 +154,7 @@ class ShardFiles:
             pause = min(2 * pause, _LONGEST) if failed else _IDLE
 
     def _make(self, shard: int, *, ahead: bool = False) -> bool:
-        """Makes a shard unless it is there; False without room for it, and ahead of need while another process makes it."""
+        """Makes a shard unless it is there; False without room, and ahead of need while another process makes it."""
         path = self.path(shard)
         with locked(_own_folder(self.room.cache) / "room.lock") if self.room else contextlib.nullcontext():
             if self.room and not os.path.lexists(path) and not self.room.clear(self, shard, ahead=ahead):
@@ -236,8 +238,8 @@ class Room:
                 sizes += sorted((shard["raw"]["bytes"] for shard in files.shards), reverse=True)[:number]
                 making = max(making, *(files.bytes_to_make(shard) - shard["raw"]["bytes"] for shard in files.shards))
         if (need := sum(sizes) + making) > self.limit:
-            raise ValueError(f"dataset.cache_limit must be at least {need} bytes for the {len(sizes)} shards in use at a "
-                             f"time, got {self.limit}; raise it, or lower train_loader.shuffle_window")
+            raise ValueError(f"dataset.cache_limit must be at least {need} bytes for the {len(sizes)} shards in use at "
+                             f"a time, got {self.limit}; raise it, or lower train_loader.shuffle_window")
 
     def clear(self, wanting: ShardFiles, shard: int, *, ahead: bool) -> bool:
         """Whether there is room for a shard; removes others for it, ahead of need none that are wanted soon."""

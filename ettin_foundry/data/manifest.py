@@ -1,7 +1,7 @@
 """What the manifest of a converted split states, and files opened without trusting them.
 
-`manifest.json` is written last, so a folder that holds one is complete. Names are checked, because one with a slash would
-open any file of the machine, and numbers, because sums must not overflow and no more is decompressed than stated.
+`manifest.json` is written last, so a folder that holds one is complete. Names are checked, because one with a slash
+would open any file of the machine, and numbers, because sums must not overflow.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import mmap
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,8 @@ Buffer = mmap.mmap | bytes | bytearray
 Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
-def bad_file(path: Path | str, found: str, allowed: str, advice: str = "remove it and convert or fetch again") -> ValueError:
+def bad_file(path: Path | str, found: str, allowed: str,
+             advice: str = "remove it and convert or fetch again") -> ValueError:
     """The error for a file that is not what it must be."""
     return ValueError(f"{path}: {found}; {allowed}; {advice}")
 
@@ -50,7 +52,8 @@ def open_plain(path: Path) -> int:
     return descriptor
 
 
-def map_file(path: Path, num_bytes: int | None, xxh64: str | None, *, shared: bool = False, name: str = "") -> mmap.mmap:
+def map_file(path: Path, num_bytes: int | None, xxh64: str | None, *, shared: bool = False,
+             name: str = "") -> mmap.mmap:
     """Maps a plain file read-only; ValueError, about `name`, for another size or hash than stated (None: any).
 
     `shared` locks the file while it is mapped, so that cache.py does not remove it, and marks it as just used.
@@ -117,14 +120,14 @@ def parse_json(text: bytes, where: Path | str) -> Any:
 
 
 def check_record(model: type[BaseModel], data: Any, where: Path | str, place: str = "") -> None:
-    """Holds a record from disk, or the part of one at `place`, to a pydantic model; ValueError names the first field."""
+    """Holds a record from disk, or the part at `place`, to a pydantic model; ValueError names the first wrong field."""
     try:
         model.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join([*([place] if place else []), *map(str, first["loc"])]) or "its content"
-        must = first["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
-        raise bad_file(where, f"{key}: {must}, got {first['input']!r:.300}", "the file that ettin wrote is needed") from None
+        must = re.sub("^(Value error, |(Input|String) should)", lambda found: "must" if found[2] else "", first["msg"])
+        raise bad_file(where, f"{key}: {must}, got {first['input']!r:.300}", "as ettin writes it") from None
 
 
 class _File(BaseModel, strict=True):

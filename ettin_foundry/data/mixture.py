@@ -3,8 +3,8 @@
 It says which shards of which datasets belong to which source, how often (a repeat is an entry of its own, in the next
 pass), and of which shards only some chunks are taken. Every dataset is pinned by its fingerprint.
 
-MIX/tokenizer/, MIX/train/manifest.json, MIX/validation/manifest.json. Where a dataset lies is a path relative to MIX, or
-a URL; remote ones are kept in MIX/SPLIT/sets/. corpus/mix.py chooses shards and writes.
+MIX/tokenizer/, MIX/train/manifest.json, MIX/validation/manifest.json. Where a dataset lies is a path relative to MIX,
+or a URL; remote ones are kept in MIX/SPLIT/sets/. corpus/mix.py chooses shards and writes.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ class MixtureSplit:
         where = self.local / MANIFEST
         self.manifest = manifest = read_json(where)
         check_record(_Mixture, manifest, where)
-        self.split, self.chunk_length, self.tokenizer = (manifest[key] for key in ("split", "chunk_length", "tokenizer"))
+        self.split, self.tokenizer = manifest["split"], manifest["tokenizer"]
+        self.chunk_length: int = manifest["chunk_length"]
         runs, parts = manifest["runs"], manifest["parts"]  # whole shards are counted first, then partial ones
         rows = [(run["set"], shard, -1, run["pass"], run["source"]) for run in runs for shard in run["shards"]]
         rows += [(part["set"], part["shard"], at, part["pass"], part["source"]) for at, part in enumerate(parts)]
@@ -142,7 +143,7 @@ class MixtureSplit:
         self.num_shards = len(self.sources)
         self.stored = np.array(columns[:3], np.int64)  # (3, S): dataset, its shard, and the partial shard or -1
         self._set, self._shard, self._part = self.stored
-        self.passes = np.array(columns[3], np.int64)  # (S,): how often the shard's source has been gone through before it
+        self.passes = np.array(columns[3], np.int64)  # (S,): how often the shard's source was gone through before it
         self._histograms = np.zeros((len(parts), self.chunk_length + 1), np.uint32)  # chunks taken of partial shards
         for histogram, part in zip(self._histograms, parts):
             histogram[[int(length) for length in part["lengths"]]] = list(part["lengths"].values())

@@ -76,7 +76,7 @@ def parse_shard(buffer: Buffer, path: Path | str, *, num_samples: int, chunk_len
         raise bad_file(path, "its sample offsets overlap or leave the file", f"they must rise to byte {len(raw)}")
     config = manifest.parse_json(raw[table_end:min(int(offsets[0]), table_end + _MAX_CONFIG_BYTES)].tobytes(), path)
     if not isinstance(config, dict) or {key: config.get(key) for key in CONFIG} != CONFIG:
-        raise bad_file(path, f"its header has other columns: {config!r:.300}", f"only {CONFIG} is read", "do not use it")
+        raise bad_file(path, f"its header has other columns: {config!r:.300}", f"only {CONFIG} is read")
     shard = _parse_samples(buffer, raw, offsets, path, chunk_length)
     _check_range(raw, shard, path, vocab_size)
     return shard
@@ -102,7 +102,8 @@ def _parse_samples(buffer: Buffer, raw: np.ndarray, offsets: np.ndarray, path: P
     if ((head >> 2) != 1).any() or (wide > 1).any() or (1 + (1 << wide) + 2 * lengths != sizes[:, 2]).any():
         raise bad_file(path, "the tokens of a sample are not one row of uint16 of their stated length", "they must be")
     if (lengths < 1).any() or (lengths > chunk_length).any():
-        raise bad_file(path, f"chunks have {lengths.min()} to {lengths.max()} tokens", f"chunk_length is {chunk_length}")
+        found = f"chunks have {lengths.min()} to {lengths.max()} tokens"
+        raise bad_file(path, found, f"chunk_length is {chunk_length}")
     last = _at(raw, "<i8", starts + _HEAD_BYTES + sizes[:, 0])
     if ((last != 0) & (last != 1)).any():
         raise bad_file(path, "`last` of a sample is neither 0 nor 1", "it must be one of both")
@@ -137,7 +138,7 @@ def _check_documents(shard: Shard, path: Path | str, source: str) -> None:
 
 
 class MDSSplit:
-    """One split folder, e.g. `data/train`: its manifest, and access to any chunk. It may be pickled, and forked. S shards.
+    """One split folder, e.g. `data/train`: manifest, and access to any chunk. It may be pickled and forked. S shards.
 
     Args:
         max_open: shards kept mapped at a time; the least recently used is dropped.
@@ -176,8 +177,8 @@ class MDSSplit:
         """sha256 over what determines the data: tokenizer (but not its name), chunk length, every shard's content."""
         stated = {key: self.manifest[key] for key in ("format", "version", "split", "chunk_length", "columns")}
         tokenizer = {key: value for key, value in self.tokenizer.items() if key != "name"}
-        shards = [(shard["raw"]["bytes"], shard["raw"]["xxh64"], *(shard[key] for key in ("samples", "tokens", "source")))
-                  for shard in self.manifest["shards"]]
+        shards = [(s["raw"]["bytes"], s["raw"]["xxh64"], s["samples"], s["tokens"], s["source"])
+                  for s in self.manifest["shards"]]
         parts = [stated, tokenizer, self.manifest["lengths"]["xxh64"], shards]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -281,7 +282,7 @@ class MDSSplit:
 
     @functools.cached_property
     def _lengths(self) -> np.ndarray:
-        """The histograms of lengths.npy, (shards, chunk_length + 1) uint32; read by hand, so that nothing is unpickled."""
+        """The histograms of lengths.npy, (S, chunk_length + 1) uint32; read by hand, so that nothing is unpickled."""
         entry, path, shape = self.manifest["lengths"], self.local / LENGTHS, (self.num_shards, self.chunk_length + 1)
         if self.remote is not None:
             fetch_table(self.local, self.remote, LENGTHS, entry["bytes"], entry["xxh64"])

@@ -38,7 +38,8 @@ def make_split(folder, sources, *, packed=False):
 def splits(tmp_path_factory):
     """The same ten shards of two sources, plain and packed."""
     place = tmp_path_factory.mktemp("splits")
-    return {kind: make_split(place / kind / "train", "aabaabaaab", packed=kind == "packed") for kind in ("plain", "packed")}
+    return {kind: make_split(place / kind / "train", "aabaabaaab", packed=kind == "packed")
+            for kind in ("plain", "packed")}
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +167,9 @@ def test_two_processes_share_a_folder_and_its_limit(server, splits, tmp_path, li
 
 
 def test_a_grown_remote_dataset_is_followed_when_its_old_tables_are_deleted(tmp_path):
-    place, grown, local = make_split(tmp_path / "place", "aab"), make_split(tmp_path / "grown", "aabc"), tmp_path / "train"
+    local, place, grown = tmp_path / "train", make_split(tmp_path / "old", "aab"), make_split(tmp_path / "new", "aabc")
     samples_of(MDSSplit(local, remote=str(place)))
-    with pytest.raises(ValueError, match="holds another dataset than dataset.remote.*delete manifest.json, lengths.npy"):
+    with pytest.raises(ValueError, match="holds another dataset than dataset.remote.*delete there manifest.json"):
         MDSSplit(local, remote=str(grown))
     for name in ("manifest.json", "lengths.npy"):
         (local / name).unlink()
@@ -193,7 +194,7 @@ def test_the_tokenizer_of_a_remote_dataset_is_fetched_once(tmp_path, monkeypatch
 
 
 @KINDS
-def test_a_shard_damaged_on_the_way_or_later_is_fetched_once_more(server, tmp_path, kind, monkeypatch, expected, caplog):
+def test_a_shard_damaged_on_the_way_or_later_is_fetched_again(server, tmp_path, kind, monkeypatch, expected, caplog):
     data = MDSSplit(tmp_path / "train", remote=server.url(f"{kind}/train"))
     true, damaged = type(data.files.storage).get_file, []
 
@@ -298,8 +299,15 @@ def test_what_is_wanted_soon_does_not_go_for_what_is_wanted_later(server, splits
     def there():
         return [shard for shard in range(4) if data.files.path(shard).exists()]
 
+    data.prefetch([0, 1])
+    wait_until(lambda: there() == [0, 1])
+    data.chunk(2, 0)
+    data.prefetch([1, 0])
+    data.chunk(3, 0)
+    assert there() == [0, 1, 3]  # 2 was used last, but is not wanted
+    data.prefetch([0, 1, 2])
+    wait_until(lambda: there() == [0, 1, 2])
     data.prefetch([0, 1, 2, 3])
-    wait_until(lambda: len(there()) == 3)
     time.sleep(0.05)  # it goes on looking for room
     assert there() == [0, 1, 2]
     data.prefetch([1, 2, 3])  # the reader has gone on

@@ -84,7 +84,7 @@ def test_any_wrong_value_in_a_manifest_is_refused_or_changes_nothing(split, pack
             assert str(folder) in str(error), (place, value, error)
             refusals += 1
         else:
-            assert found == expected and place[-1] not in ("basename", "bytes", "xxh64", "zip", "samples"), (place, value)
+            assert found == expected and place[-1] not in ("basename", "bytes", "xxh64", "samples"), (place, value)
     assert refusals > 200
 
 
@@ -95,9 +95,9 @@ LIES = [  # values that are wrong only beside others: file, change, message, how
         *[(set_in("columns", key, value="pkl"), "manifest.json: columns") for key in ("extra", "tokens")],
         (set_in("shards", 0, "zip", value={"basename": ZIP, "bytes": 9, "xxh64": "0" * 16}), "manifest.json: zip"),
         *[(set_in(*RAW, "basename", value=name), "basename") for name in (".hidden.mds", "shard\0.mds", "a.mds\n")],
-        (lambda m: [m["shards"][at].update(samples=m["shards"][at]["samples"] + more) for at, more in ((0, 1), (1, -1))],
+        (lambda m: [m["shards"][n].update(samples=m["shards"][n]["samples"] + more) for n, more in ((0, 1), (1, -1))],
          "header states"), (set_in(*FIRST, "documents", value=10**6), "manifest.json: totals.documents"),
-        (lambda m: m["shards"][1].pop("source"), "shards.1.source"), (set_in("chunk_length", value=5), "chunk_length is")]],
+        (lambda m: m["shards"][1].pop("source"), "shards.1.source"), (set_in("chunk_length", value=5), "chunk_len")]],
     *[("manifest.json", *lie, check_all) for lie in [
         (set_in(*FIRST, "rows", "64", value=1), "shards.1: rows of 64 is 1"),
         (lambda m: (m["shards"][0].update(documents=m["shards"][0]["documents"] - 1),
@@ -138,7 +138,7 @@ def test_only_plain_files_are_read(split, tmp_path, name, kind):
     if kind == "pointer":
         path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 8123456\n")
         refused(folder, f"{name} must be the file itself.*git lfs pull")
-        return refused(tmp_path / "copy", f"{name} must be.*git lfs pull", read=lambda to: read_all(to, remote=str(folder)))
+        return refused(tmp_path / "copy", f"{name} must be.*lfs pull", read=lambda to: read_all(to, remote=str(folder)))
     if kind == "link":
         path.symlink_to(tmp_path / name)
     elif kind == "pipe":
@@ -227,7 +227,7 @@ def test_a_pickle_column_is_never_decoded(split):
     seal(folder)
     edit(folder, lambda m: (m["shards"][0].update(samples=1, tokens=3, documents=1, rows={}), m["totals"].update(
         {key: sum(shard[key] for shard in m["shards"]) for key in ("samples", "tokens", "documents")})))
-    refused(folder, "other columns.*pkl.*do not use")
+    refused(folder, "other columns.*pkl")
 
 
 def swap(lengths):

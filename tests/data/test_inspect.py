@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_foreign_text_cannot_drive_the_terminal(tokenizer_dir: Path, tmp_path: P
     assert all(character.isprintable() for line in show_lines(tmp_path / "set", samples=0) for character in line)
 
 
-def test_command_shows_dataset_split_and_url(tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_command_shows_dataset_split_and_url(tokenizer_dir: Path, tmp_path: Path, capsys: Any) -> None:
     def run(*arguments: object) -> tuple[int, str]:
         with pytest.raises(SystemExit) as end:
             cli.main(["show", *map(str, arguments)])

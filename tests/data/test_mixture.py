@@ -100,7 +100,8 @@ def test_one_limit_holds_for_all_datasets_of_a_mixture_together(sets, mix, cloud
         where = {"web": f"{place}/web", "code": "sets/code", "both": f"{place}/both"}
         build(sets, name, sets={key: {"set": where[key], "tokens": 6000} for key in where})
     folder = tmp_path / "far" / "train"
-    sizes = {name: sorted(path.stat().st_size for path in (sets / name / "train").glob("*.mds")) for name in ("web", "both")}
+    sizes = {name: sorted(path.stat().st_size for path in (sets / name / "train").glob("*.mds"))
+             for name in ("web", "both")}
     sources = open_split(folder).sources
     web = [shard for shard, source in enumerate(sources) if source == "web"]
     need = sum(sizes["web"][-len(web):])  # far more than a third of the limit for one of three datasets
@@ -151,7 +152,7 @@ def test_any_wrong_value_in_a_manifest_is_refused_or_changes_nothing_of_the_data
     (set_in("runs", 0, "shards", value=[9]), "it names shard 9 of a dataset; that has 9"),
     (set_in("runs", 0, "shards", value=[1, 1]), "take a shard once"),
     (lambda m: m["parts"][0].update(first=1, extra=[], lengths={"63": 1}), "lengths of parts must be at most 62"),
-    (set_in("parts", 0, "lengths", value={"\u0663": 1}), "lengths"), (set_in("parts", 0, "first", value=10**9), "as many"),
+    (set_in("parts", 0, "lengths", value={"\u0663": 1}), "lengths"), (set_in("parts", 0, "first", value=10**9), "many"),
     (lambda m: m["parts"][0].update(first=9_999, extra=[], lengths={"5": 9_999}), "totals.samples"),
     (lambda m: m["sets"][0].update(m["sets"][1]), "take a shard once|that has|has fingerprint")], ids=range(13))
 def test_a_manifest_that_contradicts_itself_is_refused_at_opening(mix, change, message):

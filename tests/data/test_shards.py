@@ -1,4 +1,4 @@
-"""Reading a split: the same as the stock reader on good files, and every damaged byte noticed. Lies: test_hostile.py."""
+"""Reading a split: the same as the stock reader on good files, and every damaged byte noticed. See test_hostile.py."""
 
 import pickle
 import random
@@ -102,7 +102,8 @@ def test_open_shards_are_bounded_and_chunks_outlive_them(plain):
     expected = samples_of(MDSSplit(plain))
     chunks = [data.chunk(shard, 0) for shard in (*range(data.num_shards), *range(data.num_shards))]
     assert open_files() == before + 2 and all(chunk.flags.owndata and chunk.flags.aligned for chunk in chunks)
-    firsts = [next(s for s in expected if s["doc"].startswith(f"d\u00e9{n}-"))["tokens"] for n in range(data.num_shards)]
+    firsts = [next(sample for sample in expected if sample["doc"].startswith(f"d\u00e9{n}-"))["tokens"]
+              for n in range(data.num_shards)]
     assert [chunk.tolist() for chunk in chunks] == 2 * firsts
     data.prefetch([0, 1, 2])  # so many are needed at a time
     assert [data.chunk(shard, 0).tolist() for shard in range(data.num_shards)] == firsts and open_files() == before + 3
@@ -144,7 +145,8 @@ def test_expanding_stops_at_the_declared_size():
 @pytest.mark.parametrize("kind, name", [("plain", "shard"), ("plain", "lengths.npy"), ("packed", "zip")])
 def test_no_flipped_byte_is_read_silently(kind, name, request, tmp_path):
     folder = Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "spoilt"))
-    path = folder / "lengths.npy" if name == "lengths.npy" else shard_file(folder, BAD, ".zstd" if name == "zip" else "")
+    ends = {"shard": "", "zip": ".zstd"}
+    path = shard_file(folder, BAD, ends[name]) if name in ends else folder / name
     good = path.read_bytes()
     rng = np.random.default_rng(3)
     for at in {*range(0, min(len(good), 48), 3), *rng.integers(0, len(good), 60).tolist(), len(good) - 1}:
@@ -163,7 +165,8 @@ def test_any_wrong_bytes_under_a_right_hash_are_refused_or_tokens_of_the_vocabul
     rng, refused = random.Random(5), 0
     for _ in range(1200):  # most of them in what describes the samples
         at, spoilt = rng.randrange(rng.choice((len(good), 600))), bytearray(good)
-        wrong = rng.choice((bytes([good[at] ^ 1 << rng.randrange(8)]), bytes(4), b"\xff" * 4, b"\xff" * 8, rng.randbytes(4)))
+        flipped = bytes([good[at] ^ 1 << rng.randrange(8)])
+        wrong = rng.choice((flipped, bytes(4), b"\xff" * 4, b"\xff" * 8, rng.randbytes(4)))
         spoilt[at:at + len(wrong)] = wrong[:len(good) - at]
         try:
             found = parse_shard(bytes(spoilt), "x", **sizes)

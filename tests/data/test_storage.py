@@ -1,4 +1,4 @@
-"""Storage: one behaviour over a folder, an S3 server on loopback and fsspec; atomic, patient, and no name is trusted."""
+"""Storage: one behaviour over a folder, an S3 server on loopback and fsspec; atomic, patient, no name is trusted."""
 
 import io
 import os
@@ -146,7 +146,7 @@ def test_writing_locally_is_atomic_and_leaves_nothing(tmp_path, monkeypatch):
     for act in (lambda: storage.write_bytes("x", b"new"), lambda: storage.get_file("x", tmp_path / "y" / "z")):
         with pytest.raises(OSError, match="no"):
             act()
-    assert storage.read_bytes("x") == b"old" and list(storage.scratch().iterdir()) == list((tmp_path / "y").iterdir()) == []
+    assert storage.read_bytes("x") == b"old" and not [*storage.scratch().iterdir(), *(tmp_path / "y").iterdir()]
 
 
 def test_links_to_files_are_followed_others_named_and_pipes_left_out(tmp_path, caplog):
@@ -247,8 +247,8 @@ def test_refusals_are_final(server, monkeypatch):
         assert server.faults_left() == 8
     with pytest.raises(OSError, match="the store refuses this"):
         open_storage("s3://No_Bucket/x").list()
-    for error, kind in ((HTTPError(404), FileNotFoundError), (HTTPError(403), PermissionError), (ValueError(), ValueError),
-                        (PermissionError(), PermissionError), (NotImplementedError(), OSError), (TypeError(), TypeError)):
+    for error, kind in ((HTTPError(404), FileNotFoundError), (HTTPError(403), PermissionError), (TypeError(), TypeError),
+                        (NotImplementedError(), OSError)):
         monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.info", fail := Mock(side_effect=error))
         with pytest.raises(kind):
             open_storage("memory://x").size("y")
