@@ -22,7 +22,6 @@ SMALL = ["variables.max_seq_len=64", "variables.global_batch=8",
          "device_train_microbatch_size=4", "variables.warmup=1ba", "max_duration=8ba", "save_interval=4ba",
          "eval_interval=1000ba", "progress_bar=false", "log_to_console=false", "python_log_level=warning",
          "~callbacks.speed_monitor", "~callbacks.runtime_estimator", "~callbacks.scheduled_gc"]
-NO_EVALUATION = ["~eval_loader", "~eval_interval", "~eval_subset_num_batches"]
 # sizes of batches go up: 2, 4, 6, 8 rows, two steps of each but the last
 RISING = ["train_loader.batch_size_warmup={min_size: 2, tokens: 1400}", "device_train_microbatch_size=2",
           "max_duration=3000tok", "save_interval=3ba", "variables.warmup=2000tok", "model.vocab_size=512"]
@@ -38,8 +37,8 @@ def program() -> Any:
 
 
 def configure(data: Path, out: Path, *overrides: str, evaluate: bool = False) -> Any:
-    """nano.yaml with `SMALL` and the overrides; `~key` removes a key. Its evaluation is removed unless asked for."""
-    wanted = [*SMALL, *([] if evaluate else NO_EVALUATION), f"variables.data={data}", f"variables.save_root={out}",
+    """nano.yaml with `SMALL` and the overrides; `~key` removes a key. It evaluates only if asked to."""
+    wanted = [*SMALL, *([] if evaluate else ["eval_loader=null"]), f"variables.data={data}", f"variables.save_root={out}",
               *overrides]
     if "~save_folder" in wanted and not any(each.startswith("callbacks.ettin_steps") for each in wanted):
         wanted.append("~callbacks.ettin_steps")  # it has nowhere to write

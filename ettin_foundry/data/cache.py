@@ -65,7 +65,8 @@ def fetch_manifest(local: Path, remote: str) -> None:
     try:
         data = storage.read_bytes(MANIFEST, at_most=MAX_JSON_BYTES)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"dataset.remote must hold a split made by ettin convert: {error}") from None
+        raise FileNotFoundError(f"dataset.remote must hold a split made by ettin convert: {error}; without validation "
+                                "there, train with eval_loader=null") from None
     parse_json(data, storage.where(MANIFEST))  # nothing else is kept under that name
     with locked(_own_folder(cache) / "lock"):
         if not os.path.lexists(path):

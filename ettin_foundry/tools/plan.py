@@ -54,12 +54,12 @@ def data_facts(cfg: dict[str, Any]) -> DataFacts | None:
     loader, dataset = cfg["train_loader"], cfg["train_loader"]["dataset"]
     try:
         split = open_split(Path(dataset["local"], dataset.get("split", "train")))
-    except OSError:
+        rows = split.rows(cfg["max_seq_len"]) if loader.get("packing", True) else split.samples
+        if rows is None:
+            return None
+        counts = np.sum([split.lengths(shard).astype(np.int64) for shard in range(split.num_shards)], axis=0)
+    except OSError:  # of a remote dataset, some files may be here and others not yet
         return None
-    rows = split.rows(cfg["max_seq_len"]) if loader.get("packing", True) else split.samples
-    if rows is None:
-        return None
-    counts = np.sum([split.lengths(shard).astype(np.int64) for shard in range(split.num_shards)], axis=0)
     num_chunks = int(split.samples.sum())
     return DataFacts(int(split.tokens.sum()) + 2 * num_chunks, num_chunks, int(rows.sum()),
                      [(int(n) + 2, int(counts[n])) for n in np.flatnonzero(counts)])

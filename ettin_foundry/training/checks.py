@@ -222,8 +222,7 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     """
     if not _is_ours(cfg):
         return cfg
-    evaluates = cfg.get("eval_loader", ...) is not None  # null says that it is left out on purpose
-    cfg = {key: value for key, value in cfg.items() if value is not None and (evaluates or not key.startswith("eval_"))}
+    cfg = run_config.without_nulls(cfg)
     others = dict(cfg.get("callbacks") or {})
     clock = {"run_config": run_config.config_text(cfg), **(others.pop("ettin_clock", None) or {})}
     check_settings(cfg)

@@ -93,10 +93,16 @@ def walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
+def without_nulls(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that are set; where eval_loader is null, all that belongs to evaluation is left out on purpose."""
+    evaluates = cfg.get("eval_loader", ...) is not None or cfg.get("eval_loaders")
+    return {key: value for key, value in cfg.items() if value is not None and (evaluates or not key.startswith("eval_"))}
+
+
 def config_text(cfg: Mapping[str, Any]) -> str:
     """The resolved config as canonical JSON, without nulls; the same on any number of processes."""
     derived = ("n_gpus", "device_train_batch_size", "device_train_grad_accum")  # by the host
-    config = {key: value for key, value in cfg.items() if value is not None and key not in derived}
+    config = {key: value for key, value in without_nulls(cfg).items() if key not in derived}
     if "eval_loaders" in config:  # the host's name for a list
         config["eval_loader"] = config.pop("eval_loaders")
     bare = {key: value for key, value in config.items()

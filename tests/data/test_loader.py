@@ -224,6 +224,7 @@ def test_evaluation_is_one_epoch_with_the_same_number_of_batches_on_every_rank(b
 @pytest.mark.parametrize(("keys", "words"), [
     ({"dataset": {"local": "x", "split": "train", "remotes": "y"}}, "dataset must have the keys local"),
     ({"dataset": {"local": "nowhere", "split": "train"}}, "dataset.split must be .*'nowhere'.*holds none"),
+    ({"dataset": {"local": "x", "split": "validation", "remote": "nowhere"}}, "train with eval_loader=null"),
     ({"split": "test"}, "dataset.split must be .*'train', 'validation'.*got 'test'"),
     ({"objective": "rtd"}, "objective"), ({"objective": "clm"}, "mask_rate"), ({"mask_rate": 0.0}, "mask_rate"),
     ({"max_seq_len": 63}, "max_seq_len must be at least 64.*got 63"), ({"max_seq_len": 2}, "max_seq_len must .*>= 3"),

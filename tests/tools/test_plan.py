@@ -57,6 +57,14 @@ def small(monkeypatch):
     return cfg
 
 
+def test_of_a_remote_dataset_whose_files_are_partly_here_nothing_is_said(small, monkeypatch):
+    def missing(*_):
+        raise FileNotFoundError("lengths.npy")
+
+    monkeypatch.setattr(Data, "lengths", missing)
+    assert plan.data_facts(small) is None
+
+
 def work_per_token(cfg, targets, pairs):
     """Operations by hand: 6 for each weight of the layers, 6 for each of the head at a target, 12 C a pair."""
     c, layers = 128, 4 * (4 * 128 * 128 + 3 * 128 * 192)
