@@ -151,7 +151,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path}: {key}: {first['msg']}, got {first['input']!r}") from None
+        raise ValueError(f"{path}: {key}: {first['msg']}, got {first['input']!r}; keys of a suite are "
+                         f"{', '.join(_File.model_fields)}") from None
     if "://" in file.root:
         raise ValueError(f"{path}: root must be a local folder, got {file.root!r}")
     stages = _stages(str(path), file)
