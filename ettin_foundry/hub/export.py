@@ -34,11 +34,10 @@ class ExportHF(Callback):
             raise ValueError(f"callbacks.ettin_export.folder must be local, got {folder!r}; upload it afterwards")
         self.folder = folder
         self._due = interval_passed("callbacks.ettin_export.interval", interval)
-        self._model: Any = None
         self._last_batch = -1
 
     def init(self, state: State, logger: Logger) -> None:
-        self._model = state.model  # the model before DDP wraps it
+        self._model: Any = state.model  # the model before DDP wraps it
         self._clock = next(callback for callback in state.callbacks if isinstance(callback, Clock))
 
     def fit_start(self, state: State, logger: Logger) -> None:

@@ -161,7 +161,7 @@ def export_every(folders: Sequence[str | Path], out: str | Path, *, dtype: str =
 
     out, revisions = Path(out), _find_revisions(folders, objective)
     wanted = [name for name, (path, identity) in revisions.items()
-              if overwrite or not _is_there(out / name, path, {**identity, "dtype": DTYPES[dtype]})]
+              if overwrite or not _is_there(out / name, path, {**identity, "dtype": dtype})]
     for name in track(wanted, "export", console=Console(stderr=True)):
         export_checkpoint(revisions[name][0], out / name, objective=objective, dtype=dtype, overwrite=overwrite,
                           **options)
@@ -176,9 +176,10 @@ def _is_there(folder: Path, path: Path, identity: Mapping[str, Any]) -> bool:
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         block = content["ettin_foundry"]
-        there = {**block["checkpoint"], "objective": block["objective"], "dtype": getattr(torch, content["dtype"])}
+        names = {str(value).removeprefix("torch."): name for name, value in DTYPES.items()}
+        there = {**block["checkpoint"], "objective": block["objective"], "dtype": names[content["dtype"]]}
     for key, value in identity.items():
         if there.get(key) != value:
-            raise ValueError(f"{folder}: {key} must be {value!r} as in {path}, got {there.get(key)!r}; give another "
+            raise ValueError(f"{folder}: {key} must be {value!r} for {path}, got {there.get(key)!r}; give another "
                              "folder, or pass --overwrite")
     return True

@@ -142,8 +142,8 @@ def _windows(raw: dict[str, Any], ours: dict[str, Any], causal: bool) -> dict[st
     window_left = side - 1 if causal else side
     stated = ours.get("window_left", window_left)
     if stated != window_left:
-        raise ValueError(f"local_attention {local} and sliding_window {sliding} mean {window_left} tokens back, and the "
-                         f"model was trained with window_left {stated}: set local_attention to {2 * (stated + causal)}"
+        raise ValueError(f"local_attention {local} and sliding_window {sliding} mean {window_left} tokens back, got a "
+                         f"model trained with window_left {stated}; set local_attention to {2 * (stated + causal)}"
                          f"{f' and sliding_window to {stated + 1}' if causal else ''}")
     return {"window_left": window_left, "local_attention": ours.get("local_attention", 2 * side)}
 

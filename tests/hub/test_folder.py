@@ -151,8 +151,9 @@ def test_only_an_earlier_export_is_overwritten_when_asked_and_contradictions_are
     (tmp_path / "link").symlink_to(folder)
     small = dataclasses.replace(encoder.config, vocab_size=299)
     for config, place, objective, words in (
-            (encoder.config, "link", "mlm", "is a link"), (encoder.config, "n", "clm", "be mlm or mntp here, got 'clm'"),
-            (shape(True), "n", "mntp", "be clm here, got 'mntp'"), (small, "n", "mlm", "at most the model's 299 entries")):
+            (encoder.config, "link", "mlm", "is a link"), (small, "n", "mlm", "at most the model's 299 entries"),
+            (encoder.config, "n", "clm", "be mlm or mntp here, got 'clm'"),
+            (shape(True), "n", "mntp", "be clm here, got 'mntp'")):
         with pytest.raises(ValueError, match=words):
             export_model(encoder, config, tokenizer, tmp_path / place, objective=objective, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "m", "work"]

@@ -92,6 +92,8 @@ def test_a_restart_writes_what_is_missing_and_refuses_folders_of_something_else(
         export_every([root / "pretrain"], out)
     assert [p.name for p in out.iterdir()] == ["step10"]
     assert "3 written, 0 were there" in export_every([root / "pretrain"], out, overwrite=True)
+    with pytest.raises(ValueError, match="step0: dtype must be 'bf16'.*got 'fp32'"):
+        export_every([root / "pretrain"], out, dtype="bf16")
     (out / "step9").rename(tmp_path / "away")
     kept = (out / "step10" / "model.safetensors").stat()
     assert "1 written, 2 were there" in export_every([root / "pretrain"], out)
@@ -121,8 +123,8 @@ def test_a_mixture_is_read_as_both_kinds_with_their_own_windows(run_config, wind
     for asked, objective in ((None, "mntp"), ("clm", "clm")):
         loaded = load_model(path, asked)
         assert equal_states(loaded.state, source.state_dict()) and loaded.objective == objective
-        causal, left = loaded.config.causal, loaded.config.window_left
-        assert (causal, left) == ((True, window) if objective == "clm" else (False, 64))
+        assert loaded.config.causal == (objective == "clm") != loaded.other.causal
+        assert {each.causal: each.window_left for each in (loaded.config, loaded.other)} == {True: window, False: 64}
         assert loaded.facts["objective_schedule"] == "0.75 mntp + 0.25 clm"
     with pytest.raises(ValueError, match="--objective must be mntp or clm .*got 'mlm'"):
         load_model(path, "mlm")

@@ -148,7 +148,8 @@ def test_fsdp2_draws_meta_parameters_by_role_and_never_rounds_the_angles(monkeyp
         assert model.trunk.layers[2].mlp.Wi.weight.full_tensor().std().item() == pytest.approx(0.02 * 0.8796, rel=0.05)
         assert model.output_bias.full_tensor().abs().max() == 0
         seen, rotate = [], module._rotate
-        monkeypatch.setattr(module, "_rotate", lambda x, *angle: seen.append((x.dtype, angle[0].dtype)) or rotate(x, *angle))
+        monkeypatch.setattr(module, "_rotate", lambda x, *angle: seen.append((x.dtype, angle[0].dtype))
+                            or rotate(x, *angle))
         ids, positions, cu_seqlens, longest = stream(LENGTHS)
         places, labels = targets(LENGTHS, causal=False)
         model(ids, positions, cu_seqlens, longest, places, labels).nll.backward()

@@ -17,7 +17,8 @@ from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.hf_config import config_json, read_config
 from ettin_foundry.model.weights import from_hf, import_folder, plain_state, to_hf
 
-CONFIGS = {kind: EttinConfig.for_size("nano", causal=kind == "decoder", vocab_size=320) for kind in ("encoder", "decoder")}
+CONFIGS = {kind: EttinConfig.for_size("nano", causal=causal, vocab_size=320)
+           for kind, causal in (("encoder", False), ("decoder", True))}
 
 
 @pytest.fixture(scope="module")
