@@ -117,7 +117,7 @@ class Killer:
             program.join()
         statuses = {program.exitcode for program in programs}
         assert statuses <= {0, -signal.SIGKILL}, (self.folder / "log").read_text()[-3000:]
-        end = time.monotonic() + 5
+        end = time.monotonic() + 30  # a worker that is still importing looks for its parent afterwards
         while left := [pid for program in programs for pid in _group(program.pid)]:
             assert time.monotonic() < end, f"processes {left} are left over"
             time.sleep(0.01)

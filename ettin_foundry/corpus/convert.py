@@ -71,6 +71,8 @@ class ConvertOptions:
     progress: bool | None = None  # whether to show a bar; None: on a terminal
 
     def __post_init__(self) -> None:
+        for key in ("shard_size", "unit_size", "max_document_bytes"):
+            object.__setattr__(self, key, parse_bytes("--" + key.replace("_", "-"), getattr(self, key)))
         most = 2**31 - 1 if self.compression else 2**32 - 1  # what the zstd package takes; offsets are uint32
         task, tasks, trained = self.task_index, self.num_tasks, self.train_tokenizer is not None
         num_tokenizers = trained + (self.tokenizer is not None)
@@ -82,7 +84,7 @@ class ConvertOptions:
             ("chunk_length", f"1 to {MAX_CHUNK_LENGTH} tokens", 1 <= self.chunk_length <= MAX_CHUNK_LENGTH),
             ("cut_window", "a share from 0 (cut as late as possible) to 0.5", 0 <= self.cut_window <= 0.5),
             ("validation", "a share of at least 0 and below 1", 0 <= self.validation < 1),
-            ("shard_size", f"at most {most} bytes", self._sizes()["shard_size"] <= most),
+            ("shard_size", f"at most {most} bytes", int(self.shard_size) <= most),
             ("limit_bytes", "at least 1, or left out", self.limit_bytes is None or self.limit_bytes >= 1),
             ("seed", "0 to 2**63 - 1", 0 <= self.seed < 2**63),
             ("workers", "at least 1, or left out for all cores", self.workers is None or self.workers >= 1),
@@ -96,18 +98,13 @@ class ConvertOptions:
             if not fits:
                 raise ValueError(f"--{key.replace('_', '-')} must be {allowed}, got {getattr(self, key)!r}")
 
-    def _sizes(self) -> dict[str, int]:
-        keys = ("shard_size", "unit_size", "max_document_bytes")
-        return {key: parse_bytes("--" + key.replace("_", "-"), getattr(self, key)) or 0 for key in keys}
-
     def record(self) -> dict[str, Any]:
         """The options that shape the data, without places on this machine."""
-        keys = ("train_tokenizer", "chunk_length", "cut_window", "validation", "text_field", "id_field", "compression",
-                "limit_bytes", "seed")
-        sizes = self._sizes()
-        if sizes["max_document_bytes"] == ReadOptions.max_document_bytes:
-            del sizes["max_document_bytes"]  # as in plans from before there was a limit
-        return {**{key: getattr(self, key) for key in keys}, **sizes, "filters": self.filters.record()}
+        keys = ["train_tokenizer", "chunk_length", "cut_window", "validation", "text_field", "id_field", "compression",
+                "limit_bytes", "seed", "shard_size", "unit_size"]
+        if self.max_document_bytes != ReadOptions.max_document_bytes:
+            keys.append("max_document_bytes")  # plans from before there was a limit do without
+        return {**{key: getattr(self, key) for key in keys}, "filters": self.filters.record()}
 
 
 @dataclass(frozen=True)

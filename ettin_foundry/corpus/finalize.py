@@ -31,14 +31,14 @@ from ettin_foundry.version import __version__
 log = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
-READERS = 16  # records of a remote dataset that are fetched at a time
+_READERS = 16  # records of a remote dataset that are fetched at a time
 
 
 def done_units(storage: Storage, plan: Plan) -> dict[int, Record]:
     """Unit number -> completion record, of every finished unit whose shards are all there, of the right size."""
     known = {name for name, _ in storage.list("units/")}
     numbers = [unit.number for unit in plan.units if record_name(unit.number) in known]
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(_READERS) as pool:
         records = dict(zip(numbers, pool.map(lambda number: read_record(storage, plan, number), numbers)))
     sizes = {name: size for split in SPLITS for name, size in storage.list(f"{split}/")}
     done = {}

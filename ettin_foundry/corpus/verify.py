@@ -1,8 +1,8 @@
 """Compares every byte of a dataset with what the dataset states of itself, and lists all that is wrong.
 
 Checked are every shard's hash, layout, counts, lengths, packed rows and token range; index.json; files that nothing
-names; the tokenizer; plan and records; the small files against the data card. Nothing is written, but a mixture is
-opened as a loader opens it, which may expand compressed shards.
+names; the tokenizer; the small files against the data card. Plan and records are read by the conversion alone. Nothing
+is written, but a mixture is opened as a loader opens it, which may expand compressed shards.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ettin_foundry.corpus.card import CARD, read_block
-from ettin_foundry.corpus.finalize import READERS
-from ettin_foundry.corpus.plan import PLAN, read_plan, read_record, record_name
 from ettin_foundry.data import INDEX, LENGTHS, MANIFEST
 from ettin_foundry.data import tokenizer as tokenizers
 from ettin_foundry.data.cache import fetch_tokenizer
@@ -75,7 +73,6 @@ def verify_dataset(location: str | os.PathLike[str], *, threads: int | None = No
         check.report.seconds = time.perf_counter() - begin
         check.check_tokenizer(Path(scratch))
     if found.whole:
-        check.check_records()
         expected = check.check_card()
         for split in sorted(expected ^ set(found.splits) if expected else ()):
             check.wrong(split, "the dataset has this split, but it is missing" if split in expected else
@@ -149,18 +146,6 @@ class _Check:
                 self.attempt(tokenizers.check, loaded, manifest["tokenizer"])
         except Exception as error:  # the tokenizers library raises plain Exception
             self.wrong("tokenizer", f"cannot be used ({error!s:.300})")
-
-    def check_records(self) -> None:
-        """Plan and completion records: whether they can be read, and belong together."""
-        plan, present = self.attempt(read_plan, self.storage), {name for name, _ in self.storage.list("units/")}
-        units = plan.units if plan is not None else ()
-        for name in sorted(present - {record_name(unit.number) for unit in units}):
-            self.wrong(name, f"belongs to no unit of {PLAN}; move it away, or put the plan back")
-        done = [unit.number for unit in units if record_name(unit.number) in present]
-        with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(lambda number: self.attempt(read_record, self.storage, plan, number), done))
-        if len(done) < len(units):
-            self.note(PLAN, f"{len(units) - len(done)} of {len(units)} units are not done yet; convert again")
 
     def check_card(self) -> set[str]:
         """Every small file against the sha256 in the data card; the splits that the card states."""

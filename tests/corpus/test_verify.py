@@ -14,7 +14,6 @@ from whole_sets import copy_set, edit, flip, shards_of, whole_set
 
 from ettin_foundry.cli import main as cli
 from ettin_foundry.corpus.mix import build_mix
-from ettin_foundry.corpus.plan import Plan, Unit, read_plan
 from ettin_foundry.corpus.verify import verify_dataset
 from ettin_foundry.data.storage import open_storage
 
@@ -129,27 +128,12 @@ def test_lie_of_a_manifest_is_found_by_the_files_alone(private, change, words):
     assert re.search(words, problems(private))
 
 
-def test_source_being_added_is_a_note_and_foreign_files_are_problems(private):
-    plan = read_plan(open_storage(private))
-    units = [*plan.units, Unit(len(plan.units), "code", plan.units[-1].parts, (9,))]
-    (private / "plan.json").write_bytes(Plan(plan.options, plan.tokenizer, plan.sources, units).to_bytes())
-    report = verify_dataset(private, threads=1)
-    assert report.ok and len(report.notes) == 1 and f"1 of {len(units)} units are not done" in report.notes[0]
-    shutil.copy(private / "units" / "00001.json", private / "units" / "00099.json")
+def test_split_that_is_none_and_a_card_that_names_files_elsewhere_are_found(private):
     shutil.copytree(private / "validation", private / "test")
-    found = problems(private)
-    assert "00099.json: belongs to no unit" in found and "test: is no split of this dataset" in found
-
-
-def test_record_plan_or_card_that_is_not_of_the_dataset_is_found(private):
-    card, record = private / "README.md", private / "units" / "00001.json"  # the card names a file elsewhere
+    assert "test: is no split of this dataset" in problems(private)
+    card = private / "README.md"
     card.write_text(card.read_text().replace('"lengths.svg": "', '"../precious": "00", "lengths.svg": "'))
-    edit(record, lambda r: r.update(key="0"))
-    (private / "units" / "00002.json").write_text("{")
-    text = problems(private)
-    assert "README.md: its last comment must be" in text and "00001.json: must be as" in text and "00002.json" in text
-    (private / "plan.json").write_text("[]")
-    assert "plan.json: must be as a conversion wrote it" in problems(private)
+    assert "README.md: its last comment must be" in problems(private)
 
 
 def test_dataset_behind_a_url_is_checked_the_same_way(private, tmp_path):
