@@ -9,10 +9,9 @@ A document of at most `chunk_length` tokens is one chunk. A longer one is cut, f
 3. Where the whole tenth lies inside characters (a token may end one and begin the next), the latest place before it
    that lies between two characters is taken; where the chunk has none, the cut is made all the same.
 
-What a token means for a cut depends on its bytes alone, so the rule is tables with one entry per id and a state machine
-that runs over the tokens around the limit. Paragraph end: after a blank line. Sentence end: after a terminator and its
-closing quotes or brackets, if a space follows (none need follow a Chinese or Japanese one), or after that space. A full
-stop after a digit or a capital ends no sentence ("3.14", "J. Smith"). A terminator split into bytes is not seen.
+Paragraph end: after a blank line. Sentence end: after a terminator and its closing quotes or brackets, if a space
+follows (none need follow a Chinese or Japanese one), or after that space. A full stop after a digit or a capital ends no
+sentence ("J. Smith"). The rule is tables with one entry per id, and a state machine over the tokens around the limit.
 """
 
 from __future__ import annotations

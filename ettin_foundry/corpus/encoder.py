@@ -1,7 +1,7 @@
 """Texts to plain tokens, fast: fastokens where it gives the ids of `tokenizers`, else `tokenizers` itself.
 
-fastokens is about 20 times as fast, with the same ids on every text of benchmarks/tokenizer_libraries.py. `tokenizers`
-stays the reference: both must agree on a probe when an encoder is made, and on a share of the texts during the run.
+fastokens is about 20 times as fast (benchmarks/tokenizer_libraries.py). Both must agree on a probe when an encoder is
+made, and on a share of the texts during the run.
 """
 
 from __future__ import annotations

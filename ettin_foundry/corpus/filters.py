@@ -4,9 +4,8 @@ A predicate is any function f(text, id) -> bool, written as `package.module:func
 alone, or two conversions will differ. Near-duplicates, language and quality filters and decontamination are datatrove's
 work: run it first and convert what it writes (.jsonl.gz).
 
-For exact duplicates workers hash the documents of their units. `find_duplicates` then finds, in bounded memory, which
-repeat an earlier one in the order of (unit, ordinal). Documents are taken for equal when their xxh3_128 agree: for 1e9
-documents the chance that any two different ones do is 1.5e-21; but a text can be made to collide on purpose.
+For exact duplicates workers hash the documents of their units; `find_duplicates` then finds which have the xxh3_128 of
+an earlier one in the order of (unit, ordinal). The chance that any two of 1e9 different documents do is 1.5e-21.
 """
 
 from __future__ import annotations
@@ -110,9 +109,8 @@ def read_drops(path: Path) -> np.ndarray:
 def find_duplicates(hash_files: Sequence[Path], out_folder: Path) -> int:
     """Finds the documents that repeat an earlier one; how many there are.
 
-    Writes `out_folder/NAME` for the hash file of that name of every unit, in the form of `read_drops`. The files are
-    gone through once for each `_BLOCK` documents, taking the hashes with the same leading bits. A unit's own copies are
-    put aside first, so that a text repeated without end fills no block.
+    Writes `out_folder/NAME` for the hash file NAME of every unit, in the form of `read_drops`. The files are gone
+    through once for each `_BLOCK` documents, for the hashes that begin alike; copies inside a unit are put aside first.
     """
     units = [np.load(path, mmap_mode="r", allow_pickle=False) for path in hash_files]
     begins = np.cumsum([0, *map(len, units)]).tolist()

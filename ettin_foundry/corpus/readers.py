@@ -246,7 +246,7 @@ def _read_jsonl(file: _File) -> Iterator[Document]:
         if not line.endswith(b"\n"):
             position += _skip_line(stream, sys.maxsize)
         if not offset and line.startswith(_BOM):
-            offset, line = len(_BOM), line.removeprefix(_BOM)
+            offset, line = 3, line[3:]
         try:
             record = orjson.loads(line)
             text, identity = record.get(text_field), record.get(key)
