@@ -62,10 +62,7 @@ class Shard(NamedTuple):
 
 
 def parse_shard(buffer: Buffer, path: Path | str, *, num_samples: int, chunk_length: int, vocab_size: int) -> Shard:
-    """Checks a raw shard's header, offsets, the layout of every sample and the range of every token.
-
-    ValueError, naming `path`: something contradicts the format, the file's size or the bounds.
-    """
+    """Checks a raw shard's header, offsets, layout of every sample and range of every token; ValueError names `path`."""
     raw = np.frombuffer(buffer, np.uint8)  # (bytes,)
     stated = int.from_bytes(raw[:4].tobytes(), "little")
     table_end = 4 + 4 * (stated + 1)
@@ -145,9 +142,7 @@ class MDSSplit:
         remote: folder or URL of the same split; its files are fetched into `local`, shards when they are needed.
         cache_limit: most bytes, such as "200gb", of fetched or decompressed shards; see `cache.Room`.
 
-    Raises:
-        FileNotFoundError: no manifest there. OSError: the remote place cannot be reached.
-        ValueError: a file is not what the manifest says, or an argument is out of range.
+    Raises FileNotFoundError without a manifest there, ValueError for what it cannot state or an argument out of range.
     """
 
     def __init__(self, local: str | os.PathLike[str], *, max_open: int = 32, remote: str | None = None,

@@ -127,9 +127,6 @@ def hold_and_wait(local, url, limit, ready):
     data.chunk(0, 0)
 
 
-# ------------------------------------------------------------------ the same data
-
-
 @KINDS
 def test_remote_samples_are_the_local_ones_bit_for_bit(server, splits, tmp_path, kind, expected):
     data = MDSSplit(tmp_path / "train", remote=server.url(f"{kind}/train"))
@@ -190,9 +187,6 @@ def test_the_tokenizer_of_a_remote_dataset_is_fetched_once(tmp_path, monkeypatch
         cache.fetch_tokenizer(tmp_path / "other", str(place))
 
 
-# ------------------------------------------------------------------ failures on the way
-
-
 @KINDS
 def test_a_shard_damaged_on_the_way_or_later_is_fetched_again(server, tmp_path, kind, monkeypatch, expected, caplog):
     data = MDSSplit(tmp_path / "train", remote=server.url(f"{kind}/train"))
@@ -229,9 +223,6 @@ def test_a_shard_that_is_bad_or_missing_at_its_source_stops_the_run_with_its_nam
         data.chunk(1, 0)
 
 
-# ------------------------------------------------------------------ ahead of need
-
-
 def test_shards_are_fetched_in_the_order_of_need_without_being_read(server, tmp_path, caplog):
     data = MDSSplit(tmp_path / "train", remote=server.url("plain/train"))
     data.prefetch([7, 2, 5])
@@ -261,9 +252,6 @@ def test_a_copied_or_forked_split_fetches_for_itself(server, tmp_path):
         finally:
             os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
-
-
-# ------------------------------------------------------------------ the limit
 
 
 def test_a_shard_in_use_never_goes_and_the_least_recently_used_goes_first(server, splits, tmp_path):

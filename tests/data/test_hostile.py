@@ -68,9 +68,6 @@ def test_the_split_that_is_spoilt_was_good(split, masters):
         check_all(folder)
 
 
-# ------------------------------------------------------------------ what manifest and index state
-
-
 @pytest.mark.parametrize("packed", [False, True])
 def test_any_wrong_value_in_a_manifest_is_refused_or_changes_nothing(split, packed):
     folder, refusals = split(packed), 0
@@ -123,9 +120,6 @@ def test_a_manifest_that_is_no_json_object_is_refused(split):
         refused(folder, "manifest.json: ")
 
 
-# ------------------------------------------------------------------ things that are no files
-
-
 @pytest.mark.parametrize("name", [SHARD, "lengths.npy", "manifest.json", ZIP])
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder", "large", "pointer"])
 def test_only_plain_files_are_read(split, tmp_path, name, kind):
@@ -163,9 +157,6 @@ def test_links_where_shards_are_made_lead_nowhere(split, tmp_path, below):
     target.parent.mkdir(exist_ok=True)
     target.symlink_to(tmp_path / "outside" / ("secret.mds" if below.endswith(".lock") else ""))
     refused(folder, "is not a folder|symbolic links")
-
-
-# ------------------------------------------------------------------ the bytes of a shard
 
 
 def put(data, at, value, dtype='<u4'):
@@ -255,9 +246,6 @@ def test_other_tables_of_lengths_are_refused(split, change, message):
     (folder / "lengths.npy").write_bytes(change(np.load(folder / "lengths.npy")))
     seal(folder)
     refused(folder, message)
-
-
-# ------------------------------------------------------------------ compressed and remote shards
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -43,9 +43,6 @@ def packed(tmp_path, texts):
     return write_split(tmp_path / "packed" / "train", texts, compress=lambda data: zstd.compress(data, 3))
 
 
-# ------------------------------------------------------------------ reading
-
-
 def test_stock_streaming_dataset_reads_the_same_samples(data_set, tmp_path, monkeypatch):
     from streaming import StreamingDataset
 
@@ -120,9 +117,6 @@ def test_the_fingerprint_follows_the_data_and_not_its_place(plain, private, data
     assert MDSSplit(private).fingerprint != expected
 
 
-# ------------------------------------------------------------------ compressed shards
-
-
 def test_a_compressed_shard_is_expanded_once_and_made_again_when_it_is_damaged(packed, caplog):
     first, raw = MDSSplit(packed), shard_file(packed, BAD)
     expected, when = first.chunk(BAD, 0).tolist(), raw.stat().st_mtime_ns
@@ -137,9 +131,6 @@ def test_expanding_stops_at_the_declared_size():
     with pytest.raises(ValueError, match="x.zstd: expands beyond 3000000 bytes"):
         blocks.extend(map(len, expand(zstd.compress(bytes(1 << 26), 3), "x.zstd", 3_000_000)))
     assert sum(blocks) <= 3_000_000 and all(block <= 1 << 20 for block in blocks)
-
-
-# ------------------------------------------------------------------ any flipped byte
 
 
 @pytest.mark.parametrize("kind, name", [("plain", "shard"), ("plain", "lengths.npy"), ("packed", "zip")])
