@@ -27,11 +27,8 @@ def interval_passed(key: str, value: str) -> Any:
 class LogSamples(Callback):
     """Logs what the model makes of a few prompts: continuations of a decoder, filled masks of an encoder.
 
-    Mode and random state are as before. Rank 0 samples alone, so sharded models are refused.
-
-    Args:
-        interval: a time in ba, tok or sp. prompts: texts; for encoders each with one mask token.
-        max_new_tokens: length of a continuation. top_k: candidates for a mask.
+    Mode and random state are as before. Rank 0 samples alone, so sharded models are refused. interval: a time in ba,
+    tok or sp. prompts: texts; for encoders each with one mask token. top_k: candidates for a mask.
     """
 
     def __init__(self, interval: str, prompts: list[str], max_new_tokens: int = 32, top_k: int = 3):

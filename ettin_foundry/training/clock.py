@@ -41,13 +41,10 @@ class Clock(CallbackWithConfig):
 
     - lr of batch k is exactly f(tokens before batch k); Composer's own value is one batch late.
     - The batch says how many tokens precede it in the stream; that must be Composer's token count.
-    - torch's generators are seeded from (seed, batch, rank) before each batch, since Composer 0.32.1 restores none when
-      it resumes mid-epoch with a dataset that has state: dropout is a function of the step.
-    - After loading, the optimizer's settings are the recipe's, where Composer would keep the checkpoint's, and what
-      must not change in the middle of a run is compared (`check_resume`).
+    - torch's generators are seeded from (seed, batch, rank) before each batch; Composer restores none mid-epoch.
+    - After loading, the optimizer's settings are the recipe's, and a resume is compared (`check_resume`).
     - A loss or gradient that is not finite stops every rank at the end of its step, before anything is saved.
     - Initial weights, drawn and not loaded, go to `<save_folder>/initial/step0.pt`, which autoresume never sees.
-    - What this package logs is shown at the run's python_log_level.
 
     Args:
         train_config: from LLM-Foundry. run_config: the same as in the user's files (`config_text`), from the checks.
@@ -180,10 +177,7 @@ class Clock(CallbackWithConfig):
         return json.dumps(None if tokens is None else fingerprint(tokens))
 
     def state_dict(self) -> dict[str, Any]:
-        """What makes a checkpoint readable by itself: plain data only, nested lists as JSON text.
-
-        objective: what the model ends as. tokens, batch: of this run. lineage: what it was started from, oldest first.
-        """
+        """What makes a checkpoint readable by itself (its record): plain data only, nested lists as JSON text."""
         config = getattr(self._model, "config", None)
         plain = dataclasses.asdict(config) if isinstance(config, EttinConfig) else None
         schedule = getattr(self._model, "objective_schedule", None)

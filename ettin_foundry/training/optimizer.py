@@ -29,8 +29,8 @@ class StableAdamW(torch.optim.Optimizer):
         p  <- p (1 - (eta / max_lr) weight_decay)    tensors with two or more dimensions only
         p  <- p - eta m / (sqrt(v) + eps)
 
-    So `weight_decay` is what one step at the peak removes; it is not multiplied by lr. Sums are in a fixed order on any
-    device, so that replicas stay bit-equal. Sharded parameters (FSDP2) take one all-reduce a group.
+    So `weight_decay` is what one step at the peak removes; it is not multiplied by lr. Sums are in a fixed order, so
+    that replicas stay bit-equal. Sharded parameters (FSDP2) take one all-reduce a group.
 
     Args:
         params: fp32 or fp64 parameters, or group dicts; before FSDP shards them, since shapes tell norms and biases.

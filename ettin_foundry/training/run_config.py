@@ -152,10 +152,8 @@ def schedule_factor(name: str, times: Mapping[str, tuple[float, str]], alpha_f: 
                     clock: Callable[[str], float]) -> float:
     """Factor on the peak lr of a schedule of ours, each of whose times is read on the clock of its own unit.
 
-    A time in tokens in a run of batches is read on the tokens seen; the end in tokens is estimated from those so far.
-
-    Args:
-        times: as in `SCHEDULES`, and run: max_duration, as (number, unit). clock: the present in a unit.
+    In a run of batches, the end in tokens is estimated from those so far. times: as in `SCHEDULES`, and run:
+    max_duration, as (number, unit). clock: the present in a unit.
     """
     def read(key: str) -> tuple[float, float, float]:
         """(present, length of that time, end of the schedule) in one unit."""

@@ -7,6 +7,7 @@ imported only once a file is read.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -18,7 +19,6 @@ from typing import Any, NamedTuple
 
 from ettin_foundry.data import tokenizer
 from ettin_foundry.data.stream import check_warmup
-from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule
 from ettin_foundry.training import keys, run_config
 from ettin_foundry.training.run_config import parse_time, require, value_at, walk
@@ -30,8 +30,6 @@ _SHAPE_FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_a
 # what a phase may change unasked; causal follows from the objective, which is compared instead
 _FREE_FIELDS = ("causal", "max_position_embeddings", "attn_out_dropout", "initializer_range",
                 "initializer_cutoff_factor")
-_ACCEPTABLE = (*(field.name for field in dataclasses.fields(EttinConfig)
-                 if field.name not in (*_SHAPE_FIELDS, *_FREE_FIELDS)), "tokenizer")
 # how keys begin that a resumed run may change beside `keys.NO_EFFECT`: paths and evaluation, and what does not count in
 # the same words, but is compared by its meaning
 _FREE_KEYS = tuple("""
@@ -173,9 +171,7 @@ def check_start(cfg: Mapping[str, Any]) -> None:
             value = value_at(cfg, other)
             require(other == f"{key}.source" or not value, other, f"left out with {key}.source={source}", value,
                     "only one can give the weights")
-        possible = (*_ACCEPTABLE, *(("objective",) if key.endswith("phase") else ()))
-        require(isinstance(accept, list) and set(accept) <= set(possible), f"{key}.accept",
-                f"a list of {', '.join(possible)}", accept, "no other key can differ")
+        require(isinstance(accept, list), f"{key}.accept", "a list of what may differ", accept, "add brackets")
         require(block.get("keep", "all") in ("all", "weights"), f"{key}.keep",
                 "all (weights and optimizer moments) or weights", block.get("keep"), "correct it")
     require(given or not cfg.get("load_ignore_keys"), "load_ignore_keys", "left out, since part of a checkpoint counts "
@@ -199,6 +195,7 @@ def prepare_start(cfg: Mapping[str, Any]) -> dict[str, Any]:
     from ettin_foundry.training import checkpoints
 
     checkpoints.install_validation()  # also for files that the host downloads
+    accept = value_at(cfg, "callbacks.ettin_clock.accept") or []
     folder = (cfg.get("save_folder") or "").replace("{run_name}", _run_name(cfg))
     if cfg.get("autoresume") and "://" not in folder:
         rank, sharded = os.environ.get("RANK", "0"), _is_sharded(cfg)
@@ -208,23 +205,19 @@ def prepare_start(cfg: Mapping[str, Any]) -> dict[str, Any]:
             checkpoints.repair_latest(folder, latest=latest)
         if own := checkpoints.newest_complete(folder):
             now = record_of(cfg, read_tokenizer=False)
-            check_resume(checkpoints.read_head(own).record, now, place=str(own), own=True, accept=_accepted(cfg))
+            check_resume(checkpoints.read_head(own).record, now, place=str(own), own=True, accept=accept)
             return {}
     for name in STARTS:
         if name in (cfg.get("callbacks") or {}):
             return _prepare_source(cfg, name)
-    return _prepare_load_path(cfg, path) if (path := cfg.get("load_path")) else {}
+    return _prepare_load_path(cfg, path, accept) if (path := cfg.get("load_path")) else {}
 
 
 def _is_sharded(cfg: Mapping[str, Any]) -> bool:
     return value_at(cfg, "fsdp_config.state_dict_type") == "sharded"
 
 
-def _accepted(cfg: Mapping[str, Any]) -> list[str]:
-    return list(value_at(cfg, "callbacks.ettin_clock.accept") or [])
-
-
-def _prepare_load_path(cfg: Mapping[str, Any], path: str) -> dict[str, Any]:
+def _prepare_load_path(cfg: Mapping[str, Any], path: str, accept: Sequence[str]) -> dict[str, Any]:
     """Scans and compares what load_path names; of a save folder the host is given the newest checkpoint."""
     from ettin_foundry.training.checkpoints import read_head
 
@@ -238,9 +231,9 @@ def _prepare_load_path(cfg: Mapping[str, Any], path: str) -> dict[str, Any]:
     if not head.record.get("config"):
         log.warning("load_path: %s does not say what model it holds, so nothing is compared", head.path)
     elif cfg.get("load_weights_only"):
-        compare("load_path", Source(head.path, head.record), record_of(cfg), _accepted(cfg))
+        compare("load_path", Source(head.path, head.record), record_of(cfg), accept)
     else:
-        check_resume(head.record, record_of(cfg), place=str(head.path), own=False, accept=_accepted(cfg))
+        check_resume(head.record, record_of(cfg), place=str(head.path), own=False, accept=accept)
     return {"load_path": str(head.path)}
 
 
@@ -291,10 +284,8 @@ def check_resume(then: Mapping[str, Any], now: Mapping[str, Any], *, place: str,
     settings, schedule and length may differ unasked.
     """
     pairs = {"run_name": (then.get("run_name"), now.get("run_name"))} if own else {}
-    for key in ("objective", "objective_schedule"):  # the schedule says more
-        pairs["model.objective"] = (_without_end(then.get(key)), _without_end(now.get(key)))
-    old = then.get("config") or {}
-    pairs |= {f"model.{key}": (old.get(key), new) for key, new in now["config"].items()}
+    pairs["model.objective"] = (_without_end(then.get("objective_schedule")), _without_end(now["objective_schedule"]))
+    pairs |= {f"model.{key}": ((then.get("config") or {}).get(key), new) for key, new in now["config"].items()}
     found = {key: (old, new) for key, (old, new) in pairs.items() if None not in (old, new) and old != new}
     found |= _compare_tokenizers(then, now, place) | compare_configs(then, now)
     free = (*accept, *(() if own else ("optimizer", "scheduler", "max_duration")))
@@ -350,10 +341,9 @@ def _learning(config: dict[str, Any]) -> dict[str, Any]:
 
 def _as_number(value: Any) -> Any:
     """A time as (number, unit), so that `2_000tok` is `2000tok`; anything else as it is."""
-    try:
+    with contextlib.suppress(ValueError):
         return parse_time("", value)
-    except ValueError:
-        return value
+    return value
 
 
 def _without_end(plain: Any) -> Any:

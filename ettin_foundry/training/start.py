@@ -45,10 +45,8 @@ class EnterPhase(_Start):
 
     The host loads, told by load_path and load_ignore_keys what to take. A resumed run is left alone.
 
-    Args:
-        source: a Composer checkpoint (file, sharded folder or save folder) of the same objective.
-        accept: fields of the model that may differ (`global_rope_theta`), `tokenizer`, or `objective` between encoders.
-        keep: `all`, or `weights` to start the optimizer anew.
+    source: a Composer checkpoint (file, sharded folder or save folder) of the same objective. accept: fields of the
+    model that may differ, `tokenizer`, or `objective` between encoders. keep: `all`, or `weights` for a new optimizer.
     """
 
     key = "callbacks.ettin_phase"
@@ -86,9 +84,8 @@ class CrossObjective(_Start):
 
     Head, output bias and tied matrix come along; clock, optimizer and data start anew. A resumed run is left alone.
 
-    Args:
-        source: a Composer checkpoint (file, sharded folder or save folder), or a Hugging Face folder.
-        accept: fields of the model that may differ (`global_rope_theta`, `local_rope_theta`), or `tokenizer`.
+    source: a Composer checkpoint (file, sharded folder or save folder), or a Hugging Face folder. accept: fields of the
+    model that may differ (`global_rope_theta`), or `tokenizer`.
     """
 
     key = "callbacks.ettin_cross"

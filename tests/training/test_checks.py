@@ -58,33 +58,26 @@ OBJECTIVE = ("model.objective", "train_loader.objective", "eval_loader.objective
     ({"run_name": "nano-[{'until': 1}]"}, ["run_name", "brackets", "variables.label"]),
     ({"train_loader.name": "text"}, ["train_loader.name must be ettin_text", "'text'"]),
     ({"model.name": "mpt_causal_lm"}, ["model.name must be ettin", "mpt_causal_lm", "name: text"]),
-    ({"model.hidden": 3}, ["model.hidden: unknown key", "hidden_size"]),
     ({"eval_loader.batch_size_warmup": None}, ["eval_loader.batch_size_warmup: unknown key", "label"]),
-    ({"train_loader.label": "x"}, ["train_loader.label: unknown key"]),
     ({"train_loader.dataset.remotes": "s3://x"}, ["train_loader.dataset.remotes: unknown key", "did you mean remote?"]),
-    ({"callbacks.ettin_export": {"every": 3}}, ["callbacks.ettin_export.every: unknown key", "interval, folder"]),
     # removed
     (dict.fromkeys(OBJECTIVE, "mdlm"), ["objective", "mdlm", "removed", "mlm"]),
     ({"model.name": "ettin_contrastive"}, ["ettin_contrastive", "removed", "sentence-transformers"]),
-    ({"algorithms": {"ema": {}}}, ["algorithms.ema", "removed", "ettin average"]),
-    ({"train_loader.dataset.on_bad_shard": "skip"}, ["on_bad_shard", "removed", "stops the run"]),
     # lengths, objectives, loaders
     ({"model.max_seq_len": 512}, ["model.max_seq_len must be 256", "512", "variables.max_seq_len"]),
     ({"train_loader.objective": "mntp"}, ["train_loader.objective must be 'mlm'", "'mntp'", "variables.objective"]),
-    ({"eval_loader.objective": "clm"}, ["eval_loader.mask_rate", "clm"]),
     ({"eval_loader.objective": ["mlm", "mlm"]}, ["eval_loader.objective", "['mlm', 'mlm']", "once"]),
     ({"eval_loader.mask_rate": [{"rate": 0.3}]}, ["eval_loader.mask_rate must be one rate"]),
     (dict.fromkeys(OBJECTIVE, "clm"), ["train_loader.mask_rate", "clm", "variables.mask_rate"]),
-    ({"train_loader.shuffle": False}, ["train_loader.shuffle must be true", "endless"]),
     ({"eval_loader.shuffle": ...}, ["eval_loader.shuffle must be false", "True"]),
     ({"train_loader.dataset": {"split": "train"}}, ["train_loader.dataset", "local"]),
     # times and amounts
     ({"max_duration": "1ep"}, ["max_duration must be", "'1ep'", "tok"]),
-    ({"save_interval": 1}, ["save_interval", "epoch"]),
     ({"eval_interval": ...}, ["eval_interval", "got 1", "epoch"]),  # the host's default
     ({"scheduler.t_warmup": "5ba"}, ["scheduler.t_warmup must be in tok or dur", "'5ba'"]),
     ({"scheduler.t_warmup": "3_000_000tok", "scheduler.t_decay": "1_000_001tok"}, ["scheduler", "4_000_000tok"]),
     ({"scheduler.alpha_f": 0.02}, ["scheduler.alpha_f", "0.02", "t_decay"]),
+    ({"precision": "amp_fp16"}, ["precision must be amp_bf16 or fp32", "underflows"]),
     ({"global_train_batch_size": 0}, ["global_train_batch_size", "at least 1", "got 0"]),
     ({"accumulate_train_batch_on_tokens": False}, ["accumulate_train_batch_on_tokens", "original.yaml"]),
     # what would do nothing, or cannot act on our model
@@ -96,8 +89,7 @@ OBJECTIVE = ("model.objective", "train_loader.objective", "eval_loader.objective
     ({"callbacks.ettin_cross": {"source": "a"}, "load_path": "b"}, ["load_path must", "'b'", "ettin_cross.source=a"]),
     ({"callbacks.ettin_phase": {"source": ""}}, ["ettin_phase.source", "variables.source"]),
     ({"callbacks.ettin_phase": {"source": "a"}, "callbacks.ettin_cross": {"source": "b"}}, ["source=a", "'b'", "only one"]),
-    ({"callbacks.ettin_phase": {"source": "a", "keep": "moments"}}, ["ettin_phase.keep", "'moments'", "weights"]),
-    ({"callbacks.ettin_cross": {"source": "a", "accept": ["objective"]}}, ["accept", "objective", "global_rope_theta"]),
+    ({"callbacks.ettin_cross": {"source": "a", "accept": "tokenizer"}}, ["accept must be a list", "tokenizer"]),
     ({"load_path": "x", "load_ignore_keys": ["state/timestamp"]}, ["load_ignore_keys", "ettin_phase"]),
     ({"callbacks.ettin_clock": {"accept": "optimizer.lr"}}, ["ettin_clock.accept must be a list", "'optimizer.lr'"]),
     ({"run_name": ...}, ["autoresume", "run_name"]),])
@@ -189,7 +181,6 @@ def test_the_transform_adds_the_clock_drops_nulls_and_resolves_schedules(ready):
 def test_a_run_of_another_model_and_loader_is_left_alone():
     foreign = {"model": {"name": "mpt_causal_lm"}, "train_loader": {"name": "text"}, "max_duration": "1ep", "x": None}
     assert checks.check_config(foreign) is foreign and "callbacks" not in foreign
-    assert checks.check_config({}) == {}
 
 
 def test_the_module_imports_neither_torch_nor_the_host():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from types import SimpleNamespace
 
@@ -96,14 +95,6 @@ def test_settings_without_effect_are_refused():
                          ({"params": [{"params": params(), "betas": (0.8, 0.9)}]}, "betas has no effect")):
         with pytest.raises(ValueError, match=says):
             StableAdamW(**{"params": params(), "lr": 0.01, **kwargs})
-
-
-def test_a_weight_decay_of_adamw_is_warned_about_and_a_recipes_is_not(caplog):
-    with caplog.at_level(logging.WARNING):
-        StableAdamW(params(), 0.01, weight_decay=3e-4)
-        assert not caplog.messages
-        StableAdamW(params(), 0.01, weight_decay=0.1)
-    assert "not multiplied by lr" in caplog.text
 
 
 @pytest.mark.parametrize("through", ["torch", "composer"])

@@ -113,23 +113,6 @@ def test_a_source_is_crossed_or_refused_with_both_values(changes, words, cross_c
             assert all(word in str(error.value) for word in words), error.value
 
 
-def test_tokens_before_a_folder_are_counted_once(folder):
-    """A card counts from initialisation, a record from the last start."""
-    record = sources.read_source("x", str(folder)).record
-    assert record["tokens"] == 7 and record["lineage"] == ({"objective": "mlm", "tokens": 5},)
-
-
-def test_another_tokenizer_is_refused_by_its_content(cross_cfg, decoder, folder, tmp_path):
-    from conftest import make_documents
-
-    tokenizer.save(tokenizer.train_bpe(make_documents(300, seed=4), 512), tmp_path / "other")
-    other = {"tokenizer.name": str(tmp_path / "other")}
-    for source in (decoder, folder):
-        with pytest.raises(ValueError, match=r"tokenizer '.*' with vocab_sha256 \w{64} \(here 'other' with vocab_sha256"):
-            prepared(cross_cfg, source, other)
-        prepared(cross_cfg, source, {**other, "callbacks.ettin_cross.accept": ["tokenizer"]})
-
-
 def test_an_encoder_that_does_not_say_how_it_predicts_is_refused_where_that_matters(cross_cfg, tokenizer_dir, tmp_path):
     model = model_of("mlm", tokenizer_dir)
     place = export_model(model, model.config, model.tokenizer, tmp_path / "enc", objective="mlm")

@@ -7,13 +7,11 @@ import logging
 import math
 import shutil
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import nano_run
 import pytest
 import torch
 from composer import Callback, Trainer
-from composer.core import Timestamp
 from llmfoundry import registry
 from omegaconf import OmegaConf as om
 from s3_server import S3Server
@@ -366,14 +364,6 @@ def test_there_and_back_without_training_gives_equal_logits(through, decoder, to
     assert torch.equal(logits(back.state.model), logits(before))
     assert not torch.allclose(logits(encoder), logits(before))  # the same weights under another attention
     assert [e["objective"] for e in clock.lineage] == ["clm", "mlm"]
-
-
-def test_a_resumed_run_is_left_alone_and_a_load_path_besides_is_refused(decoder):
-    with pytest.raises(ValueError, match="only one can give the weights"):
-        crossing(ettin("clm"), decoder[1], load_path=str(decoder[1]))
-    cross = CrossObjective("nowhere")
-    cross.load_state_dict({"source": "nowhere"})  # Composer does this when autoresume found this run's checkpoint
-    cross.after_load(SimpleNamespace(timestamp=Timestamp(batch=4), load_path="own.pt"), None)  # type: ignore[arg-type]
 
 
 def test_what_was_built_is_compared_again(decoder, tokens):
