@@ -6,7 +6,7 @@ A mean is exact: summed in float64 and rounded once, to fp32, tensor by tensor o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ettin_foundry.training import checkpoints
 # of the newest checkpoint's record, what its mean says too
 _KEPT = ("objective", "objective_schedule", "phase", "run_config", "tokens", "tokenizer", "tokenizer_fingerprint")
 
+
 def _check_target(out: str | Path, overwrite: bool) -> None:
     if Path(out).suffix != ".pt":
         raise ValueError(f"{out}: the name of the file to write must end in .pt")
@@ -28,22 +29,13 @@ def _check_target(out: str | Path, overwrite: bool) -> None:
         raise ValueError(f"{out}: exists; give another name, or pass --overwrite to replace it")
 
 
-def _save(out: str | Path, content: Mapping[str, Any]) -> None:
-    """Writes what `weights.weights_checkpoint` made; what does not read back the same is not left there."""
-    with atomic_file(Path(out)) as file:
-        torch.save(dict(content), file)
-        file.flush()
-        stored = torch.load(file.name, map_location="cpu", weights_only=True, mmap=True)["state"]["model"]
-        if any(not torch.equal(stored[name], tensor) for name, tensor in content["state"]["model"].items()):
-            raise ValueError(f"{out}: what was written does not read back the same; check the disk, then try again")
-
-
 def import_weights(folder: str | Path, out: str | Path, *, objective: str | None = None,
                    overwrite: bool = False) -> tuple[EttinConfig, str]:
     """Writes the weights of a Hugging Face folder, with all that it says of itself; returns (config, objective)."""
     _check_target(out, overwrite)
     model = load_model(folder, objective)
-    _save(out, weights_checkpoint(model.state, model.config, **{**model.record, "objective": model.objective}))
+    with atomic_file(Path(out)) as file:
+        torch.save(weights_checkpoint(model.state, model.config, **{**model.record, "objective": model.objective}), file)
     return model.config, model.objective
 
 
@@ -72,7 +64,9 @@ def average_checkpoints(sources: Sequence[str | Path], out: str | Path, *, last:
              for head, share in zip(heads, shares)]
     lineage = (*(record.get("lineage") or ()), {"merged_from": parts, "objective": record["objective"]})
     kept = {key: record[key] for key in _KEPT if key in record}
-    _save(out, weights_checkpoint(_mean(heads, shares, config), config, **{**kept, "lineage": lineage}))
+    content = weights_checkpoint(_mean(heads, shares, config), config, **{**kept, "lineage": lineage})
+    with atomic_file(Path(out)) as file:
+        torch.save(content, file)
     return config, [head.path for head in heads]
 
 
