@@ -119,7 +119,7 @@ class ShardFiles:
         return self.local / self.shards[shard]["raw"]["basename"]
 
     def ensure(self, shard: int, release: Callable[[], bool]) -> None:
-        """Returns when the raw shard is there; without room for it, `release` unmaps one of this process, or is False."""
+        """Returns when the raw shard is there; without room, `release` unmaps one of this process, or returns False."""
         end = time.monotonic() + _PATIENCE
         while self.fetches and not os.path.lexists(self.path(shard)) and not self._make(shard):
             if not release():

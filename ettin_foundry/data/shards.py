@@ -62,7 +62,7 @@ class Shard(NamedTuple):
 
 
 def parse_shard(buffer: Buffer, path: Path | str, *, num_samples: int, chunk_length: int, vocab_size: int) -> Shard:
-    """Checks a raw shard's header, offsets, layout of every sample and range of every token; ValueError names `path`."""
+    """Checks a raw shard's header, offsets, every sample's layout, every token's range; ValueError names `path`."""
     raw = np.frombuffer(buffer, np.uint8)  # (bytes,)
     stated = int.from_bytes(raw[:4].tobytes(), "little")
     table_end = 4 + 4 * (stated + 1)
