@@ -1,21 +1,22 @@
-"""Speed of conversion: ours beside LLM-Foundry's two converters and the bare tokenizer, same text and tokenizer, in one run.
+"""Speed of conversion: ours beside LLM-Foundry's two converters and the bare tokenizer, same text and tokenizer, in
+one run.
 
     python benchmarks/convert.py [--megabytes 100] [--scaling-megabytes 400] [--repeats 5] [--work DIR]
 
-The text is the running Python's standard library as .jsonl, with varied copies of it up to the size asked (corpora.py); the
-tokenizer is Ettin's (ETTIN_TOKENIZER, or ../shared/data/ettin-tokenizer). Contenders:
+The text is the running Python's standard library as .jsonl, with varied copies of it up to the size asked
+(corpora.py); the tokenizer is Ettin's (ETTIN_TOKENIZER, or ../shared/data/ettin-tokenizer). Contenders:
   ours, 1 worker       ettin_foundry.corpus.convert.convert, which data_prep/convert.py calls, on one core
   ours, 2 workers      the same on two cores
   convert_text_to_mds  LLM-Foundry's, one process, on one core; each document a .txt file, since it reads nothing else
   convert_dataset_json LLM-Foundry's, on one core, the same .jsonl
-  fast tokenizer       fastokens on the same texts in memory, in batches, on one core: nothing read, checked, cut or written
+  fast tokenizer       fastokens on the same texts in memory, in batches, on one core: nothing read, cut or written
   fast tokenizer twice the same in two processes on two cores at once: what the second core of this machine is worth
 
-Each measurement is a fresh process, pinned to its cores, one of each contender in turn; reported are medians. The clock runs
-from the call of the converter to its return: every import that the contenders share has been made before. `whole process` is
-the time from its start to its end, imports and all. Tokens are the text's, as the bare tokenizer counts them; ours must
-write exactly as many. LLM-Foundry's converters write int32 tokens in rows of 1,024, ours uint16 in chunks of 1,022 with
-hashes, lengths and a manifest; none compresses.
+Each measurement is a fresh process, pinned to its cores, one of each contender in turn; reported are medians. The
+clock runs from the call of the converter to its return: every import that the contenders share has been made before.
+`whole process` is the time from its start to its end, imports and all. Tokens are the text's, as the bare tokenizer
+counts them; ours must write exactly as many. LLM-Foundry's converters write int32 tokens in rows of 1,024, ours
+uint16 in chunks of 1,022 with hashes, lengths and a manifest; none compresses.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def text_to_mds(request: dict[str, Any]) -> Callable[[], dict[str, Any]]:
     from llmfoundry.command_utils.data_prep.convert_text_to_mds import convert_text_to_mds
 
     def run() -> dict[str, Any]:
-        convert_text_to_mds(tokenizer_name=request["tokenizer"], output_folder=request["out"], input_folder=request["txt"],
+        convert_text_to_mds(tokenizer_name=request["tokenizer"], output_folder=request["out"],
+                            input_folder=request["txt"],
                             concat_tokens=ROW_LENGTH, eos_text="", bos_text="", no_wrap=False,
                             compression=None,  # type: ignore  # its stub says str, MDSWriter takes None
                             processes=1, args_str="", reprocess=False, trust_remote_code=False)
@@ -155,7 +157,8 @@ def measure_once(contender: str, corpus: dict[str, Any], args: argparse.Namespac
             process.kill()
             process.wait()
         shutil.rmtree(folder)
-    return {"seconds": max(a["seconds"] for a in answers), "whole": whole, "peak_mb": max(a["peak_mb"] for a in answers),
+    return {"seconds": max(a["seconds"] for a in answers), "whole": whole,
+            "peak_mb": max(a["peak_mb"] for a in answers),
             "cpu_seconds": sum(a["cpu_seconds"] for a in answers), "copies": len(shares),
             "tokens": sum(a["tokens"] for a in answers) if "tokens" in answers[0] else None}
 
@@ -188,14 +191,15 @@ def measure(args: argparse.Namespace, corpora: dict[str, dict[str, Any]], work: 
         for row in rows.values():
             row["median_seconds"] = statistics.median(run["seconds"] for run in row["runs"])
             row["tokens_per_second"] = row["runs"][0]["copies"] * tokens / row["median_seconds"]
-        found[title] = {"tokens": tokens, "bytes": corpus["bytes"], "documents": corpus["documents"], "contenders": rows}
+        found[title] = {"tokens": tokens, **{key: corpus[key] for key in ("bytes", "documents")}, "contenders": rows}
     return found
 
 
 def ratios(rows: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """What is claimed of each contender: (measured, goal)."""
     speed = {name: row["tokens_per_second"] for name, row in rows.items()}
-    claims = {TEXT: (OURS, TEXT, "ours is {:.1f}x as fast", "8x"), JSONL: (OURS, JSONL, "ours is {:.1f}x as fast", "8x"),
+    claims = {TEXT: (OURS, TEXT, "ours is {:.1f}x as fast", "8x"),
+              JSONL: (OURS, JSONL, "ours is {:.1f}x as fast", "8x"),
               BARE: (OURS, BARE, "ours is {:.2f} of it", "0.5"), TWO: (TWO, OURS, "{:.2f}x one worker", "1.8x"),
               BARE_TWICE: (BARE_TWICE, BARE, "{:.2f}x once", "")}
     return {name: (text.format(speed[a] / speed[b]), goal)
@@ -239,7 +243,7 @@ def make_corpora(args: argparse.Namespace, work: Path) -> dict[str, dict[str, An
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=100, help="of text for all contenders")
-    parser.add_argument("--scaling-megabytes", type=int, default=400, help="of text for ours and the tokenizer; 0: none")
+    parser.add_argument("--scaling-megabytes", type=int, default=400, help="for ours and the tokenizer; 0: none")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, metavar="NAME",
                         help="some of: " + "; ".join(CONTENDERS))

@@ -1,8 +1,9 @@
-"""The texts that conversion benchmarks work on: the running Python's standard library, and as much more like it as asked.
+"""The texts that conversion benchmarks work on: the running Python's standard library, and as much more like it as
+asked.
 
-It is real English and code and on every machine. Copies of it would be easier than new text, because every word of them has
-been seen before, so each copy is varied: one word in eight gets other letters at its end, always the same ones for the same
-copy. Also here: the machine that a measurement was made on. No torch: these programs need none.
+It is real English and code and on every machine. Copies of it would be easier than new text, because every word of
+them has been seen before, so each copy is varied: one word in eight gets other letters at its end, always the same
+ones for the same copy. Also here: the machine that a measurement was made on. No torch: these programs need none.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _WORD = re.compile(r"[A-Za-z]{5,}")
 
 
 def library_texts(*, everything: bool = False) -> list[str]:
-    """Sources of the standard library in sorted order; without test suites unless `everything`, and what is not UTF-8."""
+    """UTF-8 sources of the standard library in sorted order; without test suites unless `everything`."""
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = []
     for path in sorted(root.rglob("*.py")):

@@ -1,11 +1,13 @@
-"""Training speed on a CPU: our model beside transformers' ModernBERT of the same shape, on the same documents, in one run.
+"""Training speed on a CPU: our model beside transformers' ModernBERT of the same shape, on the same documents, in one
+run.
 
     python benchmarks/cpu_vs_transformers.py [--size 17m] [--tokens 4096] [--rounds 7] [--data DIR]
         [--decoder-path DIR]   a folder with transformers >= 4.54 (pip install --target), for the causal twin
 
-A step is forward, backward and AdamW in fp32 with 2 threads. Each contender lives in its own process; one step of each in
-turn, so that a disturbance of the machine meets all of them; reported are medians and ratios of medians. The
-ratio in CPU time (work of all threads) is less disturbed by other programs; where the two differ, trust neither. Contenders:
+A step is forward, backward and AdamW in fp32 with 2 threads. Each contender lives in its own process; one step of
+each in turn, so that a disturbance of the machine meets all of them; reported are medians and ratios of medians. The
+ratio in CPU time (work of all threads) is less disturbed by other programs; where the two differ, trust neither.
+Contenders:
   ours            documents packed into rows, one flat stream, head and vocabulary at targets only
   hf default      ModernBertForMaskedLM as it comes (sdpa), documents padded to the longest, head at every position
   hf sparse       the same with sparse_prediction=True: head at targets only
@@ -56,7 +58,8 @@ def our_step(args: argparse.Namespace, objective: str) -> Any:
                                   vocab_size=VOCAB_SIZE)
     model = Ettin(config).train()
     s = flat_stream(documents_of(args), objective, VOCAB_SIZE - 1, seed=args.seed)
-    inputs = [s[k] for k in ("input_ids", "position_ids", "cu_seqlens", "max_seqlen", "target_positions", "target_labels")]
+    inputs = [s[k] for k in ("input_ids", "position_ids", "cu_seqlens", "max_seqlen", "target_positions",
+                             "target_labels")]
 
     def losses():
         yield model(*inputs).nll / s["num_targets"]
@@ -206,9 +209,10 @@ def main() -> None:
 
     lengths = [len(d) for d in documents_of(args)]
     args.tokens = sum(lengths)
-    about = (f"{args.size}, {len(lengths)} documents, {args.tokens} tokens a step (mean {args.tokens / len(lengths):.0f}, "
-             f"longest {max(lengths)}), padded to {len(lengths) * max(lengths)} for transformers, {args.threads} threads, "
-             f"fp32, {args.rounds} rounds, {'converted data' if args.data else 'synthetic documents'}")
+    about = (f"{args.size}, {len(lengths)} documents, {args.tokens} tokens a step (mean "
+             f"{args.tokens / len(lengths):.0f}, longest {max(lengths)}), padded to {len(lengths) * max(lengths)} for "
+             f"transformers, {args.threads} threads, fp32, {args.rounds} rounds, "
+             f"{'converted data' if args.data else 'synthetic documents'}")
     results: dict[str, Any] = {"about": about, "machine": machine("cpu"), "objectives": {}}
     print(about, flush=True)
     for objective in args.objectives:

@@ -1,8 +1,9 @@
 """Memory and time of `ettin export`, `export --every` and `merge`: `python benchmarks/export_memory.py --size 400m`.
 
-Checkpoints with optimizer state, as Composer lays them out, are made in a temporary folder and deleted afterwards. Each
-command runs in a process of its own. Its peak is the kernel's (VmHWM: heap and mapped pages that were touched); the
-highest heap (RssAnon) is sampled every 10 ms. `imports only` is what torch and transformers take before any weight is read.
+Checkpoints with optimizer state, as Composer lays them out, are made in a temporary folder and deleted afterwards.
+Each command runs in a process of its own. Its peak is the kernel's (VmHWM: heap and mapped pages that were touched);
+the highest heap (RssAnon) is sampled every 10 ms. `imports only` is what torch and transformers take before any
+weight is read.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from ettin_foundry.data.tokenizer import save, train_bpe  # noqa: E402
 from ettin_foundry.model.config import EttinConfig  # noqa: E402
 from ettin_foundry.model.weights import tensor_table, weights_checkpoint  # noqa: E402
 
-_IMPORTS = "import torch, transformers, safetensors.torch, ettin_foundry.model.weights, ettin_foundry.training.checkpoints"
+_IMPORTS = ("import torch, transformers, safetensors.torch, ettin_foundry.model.weights, "
+            "ettin_foundry.training.checkpoints")
 _COMMAND = "import sys; from ettin_foundry.cli.main import main; main(sys.argv[1:])"
 
 
@@ -65,7 +67,7 @@ def watch(code: str, *arguments: Any) -> Peak:
     begin = time.monotonic()
     process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True)
-    peak = dict.fromkeys(("VmHWM", "RssAnon"), 0)  # getrusage's maximum would start with what this process holds at the fork
+    peak = dict.fromkeys(("VmHWM", "RssAnon"), 0)  # getrusage's maximum starts with the fork's
     while process.poll() is None:
         for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
             name, _, value = line.partition(":")
@@ -93,7 +95,8 @@ def main() -> None:
                                      causal=True)
         last = runs / f"ep0-ba{arguments.checkpoints}-rank0.pt"
         weights = 4 * config.num_parameters
-        print(f"{arguments.size}: weights {weights / 1e9:.2f} GB in fp32, checkpoint {last.stat().st_size / 1e9:.2f} GB\n\n"
+        print(f"{arguments.size}: weights {weights / 1e9:.2f} GB in fp32, "
+              f"checkpoint {last.stat().st_size / 1e9:.2f} GB\n\n"
               "| command | seconds | peak GB | of it heap GB | peak above imports / weights |\n|---|---|---|---|---|")
         base = watch(_IMPORTS)
         rows = {

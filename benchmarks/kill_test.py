@@ -47,10 +47,11 @@ def main() -> int:
         while (kills := killer.killed.total()) < arguments.kills:
             name = list(ways)[killer.conversions % len(ways)]
             wrong += killer.convert(name, ways[name], min(arguments.per_conversion, arguments.kills - kills))
-            print(f"{name}: {dict(killer.killed)} kills, {killer.conversions} conversions, {len(wrong)} wrong", flush=True)
+            print(f"{name}: {dict(killer.killed)} kills, {killer.conversions} conversions, {len(wrong)} wrong",
+                  flush=True)
     print(*wrong[:20], sep="\n")
-    print(f"kill test: {killer.killed.total()} kills {dict(killer.killed)}, {killer.conversions} conversions: {len(wrong)} "
-          f"files or documents wrong; seed {arguments.seed}, {time.monotonic() - begin:.0f} s")
+    print(f"kill test: {killer.killed.total()} kills {dict(killer.killed)}, {killer.conversions} conversions: "
+          f"{len(wrong)} files or documents wrong; seed {arguments.seed}, {time.monotonic() - begin:.0f} s")
     return int(bool(wrong))
 
 

@@ -1,7 +1,7 @@
 """How the order of rows behaves on a set of two trillion tokens: start-up, memory, and rows at any step.
 
     python benchmarks/order_at_scale.py                        2.8e9 chunks in 70,000 shards, sources as in pretraining
-    python benchmarks/order_at_scale.py --set runs/demo/data   lengths of a converted dataset, not the standard library's
+    python benchmarks/order_at_scale.py --set runs/demo/data   lengths of a converted dataset
 
 No shard exists. A shard's histogram of chunk lengths is drawn from that of real text: the standard library's files,
 counted in words and signs and cut as chunks are (or lengths.npy of a converted set). To keep the preparation short

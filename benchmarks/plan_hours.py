@@ -1,8 +1,9 @@
 """The plan's hours beside the original's, for all six sizes: `python benchmarks/plan_hours.py`.
 
-Pretrain, extend and decay of our recipes on 4x H100 at the original's share of the peak. Our 1b recipes have 1.8T tokens
-(extend and decay are a third of the others'), so hours are also given for 2T tokens, which the original's are for. The share
-in useful work is that of full rows of one document each, for an encoder and for a decoder; shorter documents lower it.
+Pretrain, extend and decay of our recipes on 4x H100 at the original's share of the peak. Our 1b recipes have 1.8T
+tokens (extend and decay are a third of the others'), so hours are also given for 2T tokens, which the original's are
+for. The share in useful work is that of full rows of one document each, for an encoder and for a decoder; shorter
+documents lower it.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="folder for the result; benchmarks/results without it")
     args = parser.parse_args()
-    lines = ["| size | tokens | original's hours for 2T | plan's hours | plan's for 2T | MFU, 6 per parameter and token | "
-             "MFU, useful work: encoder / decoder |", "|---|---|---|---|---|---|---|"]
+    lines = ["| size | tokens | original's hours for 2T | plan's hours | plan's for 2T | "
+             "MFU, 6 per parameter and token | MFU, useful work: encoder / decoder |", "|---|---|---|---|---|---|---|"]
     for size, original in ORIGINAL_HOURS.items():
         runs = {member: chain(size, member) for member in ("enc", "dec")}
         sums = {member: totals(runs[member]) for member in runs}

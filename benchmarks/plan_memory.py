@@ -1,10 +1,10 @@
 """Peak memory of a training step beside what `ettin plan` says: `python benchmarks/plan_memory.py`.
 
 Each case runs in a process of its own, on the CPU in fp32 with one thread: the model, its optimizer, two steps of two
-microbatches of synthetic documents, and nothing of the host. The peak is the kernel's (VmHWM) less what the process held
-before the model was built (VmRSS after imports and a first small matrix product). glibc is told to give freed blocks back at
-once (MALLOC_MMAP_THRESHOLD_), as the CUDA allocator hands them on at once; the last column is with its default, which keeps
-many of them.
+microbatches of synthetic documents, and nothing of the host. The peak is the kernel's (VmHWM) less what the process
+held before the model was built (VmRSS after imports and a first small matrix product). glibc is told to give freed
+blocks back at once (MALLOC_MMAP_THRESHOLD_), as the CUDA allocator hands them on at once; the last column is with its
+default, which keeps many of them.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def measure(size: str, objective: str, tokens: int) -> dict[str, Any]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     config = EttinConfig.for_size(size, causal=objective == "clm", max_position_embeddings=LENGTH)
-    batches = [flat_stream(synthetic_documents(tokens, LENGTH, VOCAB_SIZE, seed=seed), objective, VOCAB_SIZE - 1, seed=seed)
-               for seed in range(2)]
+    batches = [flat_stream(synthetic_documents(tokens, LENGTH, VOCAB_SIZE, seed=seed), objective, VOCAB_SIZE - 1,
+                           seed=seed) for seed in range(2)]
     torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))  # what the library allocates once
     before = _status("VmRSS")
     model = Ettin(config, "reference").train()

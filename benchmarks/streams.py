@@ -1,9 +1,10 @@
 """The documents that benchmarks train on, as our flat stream and as transformers' padded batch.
 
-Both forms hold the same documents, tokens and targets, so that tokens per second can be compared. Documents are synthetic
-and seeded unless they come from a converted set: lengths are log-normal (median 589, sigma 1), cut at the row length, which
-gives the mean of 615 tokens that Ettin's rows of 1,024 had; ids are skewed towards small ones as words are. A packed row is
-at least 99.5% full, so a stream of rows is written here as documents one after another, up to the token budget.
+Both forms hold the same documents, tokens and targets, so that tokens per second can be compared. Documents are
+synthetic and seeded unless they come from a converted set: lengths are log-normal (median 589, sigma 1), cut at the
+row length, which gives the mean of 615 tokens that Ettin's rows of 1,024 had; ids are skewed towards small ones as
+words are. A packed row is at least 99.5% full, so a stream of rows is written here as documents one after another, up
+to the token budget.
 
 Torch and numpy only.
 """
@@ -19,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["MASK_RATE", "document_lengths", "flat_stream", "machine", "padded_batch", "results_path", "stored_documents",
-           "synthetic_documents"]
+__all__ = ["MASK_RATE", "document_lengths", "flat_stream", "machine", "padded_batch", "results_path",
+           "stored_documents", "synthetic_documents"]
 
 MASK_RATE = 0.3  # of the recipes
 MEDIAN_TOKENS, SIGMA = 589, 1.0  # mean of min(length, 1024) is 615: facts of Ettin's pretraining rows

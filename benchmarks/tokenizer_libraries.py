@@ -2,19 +2,20 @@
 
     python benchmarks/tokenizer_libraries.py [--texts 60000] [--megabytes 240] [--rounds 5]
 
-Every library runs in a process of its own, pinned to one core and told to use one thread, and answers one request at a time:
+Every library runs in a process of its own, pinned to one core and told to use one thread, and answers one request at
+a time:
   equality    on odd texts (tests/odd_texts.py) and on every file of the standard library, with Ettin's vocabulary
-              (ETTIN_TOKENIZER, or ../shared/data/ettin-tokenizer) and two that are trained here; a text counts as wrong if
-              one id differs from `tokenizers`, or if the library fails on it. Special tokens written out must stay text
+              (ETTIN_TOKENIZER, or ../shared/data/ettin-tokenizer) and two that are trained here; a text counts as wrong
+              if one id differs from `tokenizers`, or if the library fails on it. Special tokens must stay text
   speed       tokens per second of the core's time on the standard library's modules, as one flat array of numbers, in
               batches of 16 files, Ettin's vocabulary; one round of each library in turn, medians
-  memory      resident memory above that of the loaded library after 10 MB, half and all of a text in which hardly a word
-              comes twice, which a cache without bounds would keep for ever
-  the rest    from the installed package: version, licence, when it was built, what its own description says of its future
+  memory      resident memory above that of the loaded library after 10 MB, half and all of a text in which hardly a
+              word comes twice, which a cache without bounds would keep for ever
+  the rest    from the installed package: version, licence, when it was built, what it says of its future
 
-The libraries that read special tokens in a text as such without a way to turn it off get a tokenizer.json in which those
-have names that no text holds.
-The file is not called tokenizers.py: programs beside it would import it in place of the library.
+The libraries that read special tokens in a text as such without a way to turn it off get a tokenizer.json in which
+those have names that no text holds. The file is not called tokenizers.py: programs beside it would import it in place
+of the library.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ def _from_bytes(found: tuple[bytes, bytes]) -> tuple[np.ndarray, np.ndarray]:
 def _from_lists(encode: Callable[[Sequence[str]], list[list[int]]]) -> Encode:
     def flat(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         arrays = [np.array(ids, dtype=np.uint32) for ids in encode(texts)]
-        return np.concatenate([np.zeros(0, np.uint32), *arrays]), np.array([len(array) for array in arrays], dtype=np.int64)
+        return (np.concatenate([np.zeros(0, np.uint32), *arrays]),
+                np.array([len(array) for array in arrays], dtype=np.int64))
 
     return flat
 

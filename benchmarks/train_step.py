@@ -1,17 +1,20 @@
-"""Training speed per size, objective and row length on one GPU, with transformers' ModernBERT of the same shape beside it.
+"""Training speed per size, objective and row length on one GPU, with transformers' ModernBERT of the same shape
+beside it.
 
     python3 benchmarks/train_step.py                              the whole plan, within --budget-seconds
     python3 benchmarks/train_step.py --quick                      two sizes, rows of 1,024
     python3 benchmarks/train_step.py --device cpu --sizes nano    to try the program
 
 A step is forward, backward and optimizer over about 131,072 tokens in microbatches, bf16 autocast over fp32 weights,
-documents packed into one stream; the batches lie on the device already, so the loader is not part of it. transformers gets
-the same documents padded to the longest, sdpa (flash-attn where installed), sparse_prediction for mlm, ModernBertDecoder for
-clm, and its layers compiled like ours: its best setting here. Each figure is the median over steps, timed by CUDA events.
+documents packed into one stream; the batches lie on the device already, so the loader is not part of it. transformers
+gets the same documents padded to the longest, sdpa (flash-attn where installed), sparse_prediction for mlm,
+ModernBertDecoder for clm, and its layers compiled like ours: its best setting here. Each figure is the median over
+steps, timed by CUDA events.
 
-Tokens per second count real tokens. MFU = useful FLOPs / seconds / peak, useful FLOPs being EttinConfig.flops: 6 per layer
-weight and token, 6 per weight of head and vocabulary and target, 12 x hidden_size per (query, key) pair that the windows let
-through; padding counts nothing. `x Ettin` compares with the original's tokens/s per H100, from its published GPU hours.
+Tokens per second count real tokens. MFU = useful FLOPs / seconds / peak, useful FLOPs being EttinConfig.flops: 6 per
+layer weight and token, 6 per weight of head and vocabulary and target, 12 x hidden_size per (query, key) pair that
+the windows let through; padding counts nothing. `x Ettin` compares with the original's tokens/s per H100, from its
+published GPU hours.
 """
 
 from __future__ import annotations
@@ -199,7 +202,7 @@ def attempt(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         except Exception as error:  # one contender's failure must not lose the figures of the others
             if args.strict:
                 raise
-            return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"}
+            return {"error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"}
         finally:
             clear(args)
 

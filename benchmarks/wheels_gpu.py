@@ -52,8 +52,8 @@ def collect(folder: Path) -> None:
     megabytes = sum(wheel.stat().st_size for wheel in wheels) / 1e6
     print(f"{len(wheels)} wheels, {megabytes:.1f} MB in {folder}")
     if megabytes > LIMIT_MB or len(wheels) != len(NAMES):
-        raise SystemExit(f"{folder} holds {len(wheels)} wheels of {megabytes:.1f} MB together; {len(NAMES)} wheels under "
-                         f"{LIMIT_MB} MB are allowed. Remove the folder and run this again")
+        raise SystemExit(f"{folder} must hold {len(NAMES)} wheels under {LIMIT_MB} MB together, got {len(wheels)} of "
+                         f"{megabytes:.1f} MB; remove it and run this again")
 
 
 def unpack(folder: Path, target: Path) -> None:
@@ -64,7 +64,7 @@ def unpack(folder: Path, target: Path) -> None:
     """
     wheels = sorted(folder.glob("*.whl"))
     if not wheels:
-        raise SystemExit(f"{folder} holds no wheels; run `make wheels-gpu` on a machine with network and bring the folder")
+        raise SystemExit(f"{folder} holds no wheels; run `make wheels-gpu` where there is network, and bring it here")
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             for member in archive.infolist():
@@ -76,7 +76,7 @@ def unpack(folder: Path, target: Path) -> None:
                 if not parts or member.is_dir():
                     continue
                 if ".." in parts or parts[0].startswith("/"):
-                    raise ValueError(f"{wheel.name}: {member.filename!r} lies outside the folder; fetch the wheel again")
+                    raise ValueError(f"{wheel.name}: {member.filename!r} is outside the folder; fetch it again")
                 path = target.joinpath(*parts)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(archive.read(member))

@@ -1,4 +1,4 @@
-"""Prints the commands of one README section, for a shell to run: `python tests/readme_commands.py "By hand" | bash -e`."""
+"""Prints the commands of one README section: `python tests/readme_commands.py "Train on your text" | bash -e`."""
 
 import re
 import sys
