@@ -226,7 +226,8 @@ def _read_json(file: _File) -> Iterator[Document]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file.shown} must be a whole JSON list, got {error!s:.300}; write it again") from None
     for number, record in enumerate(records, 1):
-        yield from _document(record, f"{file.shown} record {number}", f"{file.part.file}:{number}", file.meter, file.options)
+        where, name = f"{file.shown} record {number}", f"{file.part.file}:{number}"
+        yield from _document(record, where, name, file.meter, file.options)
 
 
 def _read_jsonl(file: _File) -> Iterator[Document]:
