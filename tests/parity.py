@@ -1,8 +1,7 @@
 """Holds our models to transformers: exports small random models and compares logits. Run once per transformers version.
 
-`make parity` starts this program with each version in front of PYTHONPATH; the tests import its parts. Random weights
-are drawn wide (logits up to 15), since near zero anything would agree. As a control, the same weights with one key more
-or fewer in the window, and with another local rotary base, must both NOT agree.
+`make parity` runs this with each version in front of PYTHONPATH. Weights are wide (logits up to 15), since near zero
+anything would agree; as a control, one key more or fewer in the window, or another local rotary base, must NOT agree.
 """
 
 from __future__ import annotations
