@@ -8,8 +8,6 @@ import re
 import subprocess
 import sys
 import types
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import parity
@@ -31,7 +29,7 @@ LENGTH = 64
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> tuple[Path, Path]:
+def encoder(tmp_path_factory, tokenizer_dir):
     """(Composer checkpoint, Hugging Face folder) of one random encoder."""
     config = EttinConfig.for_size("nano", causal=False, vocab_size=512, max_position_embeddings=LENGTH)
     model, folder = parity.random_model(config), tmp_path_factory.mktemp("encoder")
@@ -41,14 +39,14 @@ def encoder(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> tu
 
 
 @pytest.fixture(scope="module")
-def reference(encoder: tuple[Path, Path]) -> Any:
+def reference(encoder):
     """transformers' model in float64."""
     from transformers import AutoModelForMaskedLM
 
     return AutoModelForMaskedLM.from_pretrained(encoder[1], attn_implementation="eager").double().eval()
 
 
-def logits_of(reference: Any, ids: list[int], causal: bool) -> torch.Tensor:
+def logits_of(reference, ids, causal):
     """(T, V) of one document, no longer than a window; causal: with masks that hide what follows, in every layer."""
     hidden = torch.full((len(ids), len(ids)), -1e30, dtype=torch.float64).triu(1)[None, None]
     mask = hidden if causal else torch.zeros_like(hidden)
@@ -57,7 +55,7 @@ def logits_of(reference: Any, ids: list[int], causal: bool) -> torch.Tensor:
         return reference(input_ids=torch.tensor([ids])).logits[0]
 
 
-def summed(parts: list[tuple[torch.Tensor, list[int]]]) -> dict[str, float]:
+def summed(parts):
     """Naive dense cross-entropy over (logits, labels) of all documents."""
     losses = torch.cat([F.cross_entropy(logits, torch.tensor(labels), reduction="none") for logits, labels in parts])
     hits = torch.cat([logits.argmax(-1) == torch.tensor(labels) for logits, labels in parts])
@@ -65,14 +63,14 @@ def summed(parts: list[tuple[torch.Tensor, list[int]]]) -> dict[str, float]:
     return {"loss": loss, "accuracy": float(hits.double().mean()), "perplexity": math.exp(loss), "targets": len(losses)}
 
 
-def same(found: dict[str, float], expected: dict[str, float]) -> None:
+def same(found, expected):
     assert found["targets"] == expected["targets"]
     for key in ("loss", "accuracy", "perplexity"):  # ours sums in fp32 over 1,000 to 10,000 targets
         assert found[key] == pytest.approx(expected[key], rel=2e-5), key
 
 
 def test_encoder_under_clm_is_transformers_with_causal_masks_on_every_chunk(
-        encoder: tuple[Path, Path], reference: Any, data_set: Path, tokenizer_dir: Path) -> None:
+        encoder, reference, data_set, tokenizer_dir):
     """Labels are made here from the stored chunks: the next token, and EOS only where the document ends."""
     data, tokenizer = open_split(data_set / "validation"), load(tokenizer_dir)
     parts = []
@@ -84,8 +82,7 @@ def test_encoder_under_clm_is_transformers_with_causal_masks_on_every_chunk(
     same(evaluate(encoder[0], data_set, ["clm"])["clm"], summed(parts))
 
 
-def test_mlm_and_mntp_are_transformers_on_the_loader_s_own_masks(
-        encoder: tuple[Path, Path], reference: Any, data_set: Path, tokenizer_dir: Path) -> None:
+def test_mlm_and_mntp_are_transformers_on_the_loader_s_own_masks(encoder, reference, data_set, tokenizer_dir):
     """Masked places are taken from the loader; what is right there, from the stored tokens; mntp reads one before."""
     tokenizer = load(tokenizer_dir)
     stream = open_stream(dataset={"local": str(data_set), "split": "validation"}, max_seq_len=LENGTH, shuffle=False,
@@ -113,8 +110,7 @@ def test_mlm_and_mntp_are_transformers_on_the_loader_s_own_masks(
     same(found["mntp"], summed(before))
 
 
-def test_a_decoder_under_mlm_sees_both_sides(encoder: tuple[Path, Path], data_set: Path, tokenizer_dir: Path,
-                                             tmp_path: Path) -> None:
+def test_a_decoder_under_mlm_sees_both_sides(encoder, data_set, tokenizer_dir, tmp_path):
     """The encoder's weights as a decoder's: no document is longer than either window, so the losses are the same."""
     config = EttinConfig.for_size("nano", causal=True, vocab_size=512, max_position_embeddings=LENGTH)
     state = parity.random_model(EttinConfig.for_size("nano", causal=False, vocab_size=512)).state_dict()
@@ -128,30 +124,24 @@ def test_a_decoder_under_mlm_sees_both_sides(encoder: tuple[Path, Path], data_se
     ({"objectives": ["mlm", "nsp"]}, "--objective"), ({"max_batches": 0}, "--max-batches"),
     ({"max_seq_len": 128}, "--max-seq-len"), ({"split": "test"}, "train, validation"),
     ({"mask_rate": 1.5}, "--mask-rate"), ({"data": "nowhere"}, "which holds none"), ({"source": "gone.pt"}, "gone.pt")])
-def test_bad_input_is_refused(encoder: tuple[Path, Path], data_set: Path, change: dict[str, Any], message: str) -> None:
+def test_bad_input_is_refused(encoder, data_set, change, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         evaluate(**{"source": encoder[0], "data": data_set, "objectives": ["mlm"], **change})
 
 
-def test_damaged_weights_are_named_in_place_of_a_loss(encoder: tuple[Path, Path], data_set: Path,
-                                                      tmp_path: Path) -> None:
-    content = torch.load(encoder[0], weights_only=True)
-    content["state"]["model"]["model.output_bias"][3] = math.nan
-    torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="must give finite losses, got nan under mlm"):
-        evaluate(tmp_path / "a.pt", data_set, ["mlm"])
-
-
-def test_wrong_input_is_told_before_anything_heavy_is_imported(data_set: Path) -> None:
+def test_wrong_input_is_told_before_anything_heavy_is_imported(data_set):
     code = ("import sys; from ettin_foundry.tools.evaluate import evaluate\n"
             f"try: evaluate({str(data_set)!r}, 'nowhere')\nexcept OSError: print(sorted(sys.modules))")
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "'ettin_foundry'" in modules and not re.search("'(torch|transformers|composer|llmfoundry)'", modules)
 
 
-def test_data_of_another_tokenizer_is_refused_where_the_model_s_own_is_gone(encoder: tuple[Path, Path], data_set: Path,
-                                                                            tmp_path: Path) -> None:
+def test_damaged_weights_and_data_of_another_tokenizer_are_refused(encoder, data_set, tmp_path):
     content = torch.load(encoder[0], weights_only=True)
+    content["state"]["model"]["model.output_bias"][3] = math.nan
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="must give finite losses, got nan under mlm"):
+        evaluate(tmp_path / "a.pt", data_set, ["mlm"])
     content["state"]["callbacks"]["Clock"] |= {
         "tokenizer": "gone", "tokenizer_fingerprint": json.dumps(fingerprint(parity.tiny_tokenizer()))}
     torch.save(content, tmp_path / "a.pt")

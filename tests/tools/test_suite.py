@@ -24,7 +24,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ettin_foundry.cli.main import main
-from ettin_foundry.model.config import SIZES, EttinConfig
+from ettin_foundry.model.config import SIZES
 from ettin_foundry.model.weights import import_folder, weights_checkpoint
 from ettin_foundry.tools.evaluate import evaluate
 from ettin_foundry.tools.report import write_report
@@ -131,12 +131,12 @@ class Small:
 
 
 @functools.cache
-def _weights(shape: EttinConfig) -> Any:
+def _weights(shape):
     return parity.random_model(shape, seed=int(shape.causal)).state_dict()
 
 
 @pytest.fixture
-def small(tmp_path: Path, data_set: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Small:
+def small(tmp_path, data_set, tokenizer_dir, monkeypatch):
     folder = tmp_path / "a b"  # a space, so that quoting matters
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -149,8 +149,7 @@ ALL = ["encoder-pretrain", "decoder-pretrain", "encoder-extend", "decoder-extend
 # ------------------------------------------------------------------ running
 
 
-def test_stages_run_in_order_with_the_listed_commands_and_a_second_call_trains_nothing(
-        small: Small, capfd: pytest.CaptureFixture[str]) -> None:
+def test_stages_run_in_order_with_the_listed_commands_and_a_second_call_trains_nothing(small, capfd):
     suite = small.suite(evaluation=None, exports={})
     run_suite(suite)
     assert small.trained == ALL
@@ -162,8 +161,7 @@ def test_stages_run_in_order_with_the_listed_commands_and_a_second_call_trains_n
     assert "1/4 encoder-pretrain: finished, 4,000 tokens" in capfd.readouterr().err
 
 
-def test_a_failed_stage_stops_the_chain_with_its_reason_and_the_same_command_goes_on(
-        small: Small, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_stage_stops_the_chain_with_its_reason_and_the_same_command_goes_on(small, capfd):
     suite = small.suite(evaluation=None, exports={})
     small.plan("decoder-pretrain", "fail")
     with pytest.raises(SystemExit) as end:
@@ -177,14 +175,14 @@ def test_a_failed_stage_stops_the_chain_with_its_reason_and_the_same_command_goe
     assert small.trained == [*ALL[:2], *ALL[1:]] and small.called[1] == small.called[2]
 
 
-def test_pairs_that_read_other_rows_stop_the_chain(small: Small) -> None:
+def test_pairs_that_read_other_rows_stop_the_chain(small):
     small.plan("decoder-pretrain", "other rows")
     with pytest.raises(ValueError, match="encoder-pretrain and decoder-pretrain did not read the same rows at step 5 "):
         run_suite(small.suite(evaluation=None, exports={}))
     assert small.trained == ALL[:2]
 
 
-def test_one_stage_runs_alone_after_the_one_it_starts_from(small: Small) -> None:
+def test_one_stage_runs_alone_after_the_one_it_starts_from(small):
     suite = small.suite(evaluation=None, exports={})
     with pytest.raises(ValueError, match="encoder-extend: starts from encoder-pretrain, which is not finished"):
         run_suite(suite, only=["encoder-extend"])
@@ -196,8 +194,7 @@ def test_one_stage_runs_alone_after_the_one_it_starts_from(small: Small) -> None
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_told_to_end_it_ends_the_stage_and_all_that_it_started(
-        small: Small, capfd: pytest.CaptureFixture[str], signum: int, code: int) -> None:
+def test_told_to_end_it_ends_the_stage_and_all_that_it_started(small, capfd, signum, code):
     small.suite(evaluation=None, exports={})
     small.plan("encoder-pretrain", "hang")
     threading.Thread(target=lambda: (small.wait_until_it_hangs(), os.kill(os.getpid(), signum)), daemon=True).start()
@@ -210,7 +207,7 @@ def test_told_to_end_it_ends_the_stage_and_all_that_it_started(
     assert small.trained == ALL[:1]
 
 
-def test_the_stage_holds_the_lock_itself_so_that_it_outlives_us(small: Small) -> None:
+def test_the_stage_holds_the_lock_itself_so_that_it_outlives_us(small):
     """Killed without a chance to end its stage, the suite leaves it training; a second one must see that."""
     suite = small.suite(evaluation=None, exports={})
     small.plan("encoder-pretrain", "hang")
@@ -231,7 +228,7 @@ def test_the_stage_holds_the_lock_itself_so_that_it_outlives_us(small: Small) ->
 # ------------------------------------------------------------------ refused before anything starts
 
 
-def test_a_finished_stage_of_other_settings_is_refused_with_both_values(small: Small) -> None:
+def test_a_finished_stage_of_other_settings_is_refused_with_both_values(small):
     run_suite(small.suite(evaluation=None, exports={}), only=["encoder-pretrain"])
     overrides = [*small.plain["overrides"], "variables.peak_lr=1.0e-3", "seed=5", "progress_bar=true"]
     with pytest.raises(ValueError) as error:
@@ -241,7 +238,7 @@ def test_a_finished_stage_of_other_settings_is_refused_with_both_values(small: S
     assert "progress_bar" not in str(error.value) and small.trained == ALL[:1]
 
 
-def test_an_unfair_pair_is_refused_and_allowed_by_hand(small: Small) -> None:
+def test_an_unfair_pair_is_refused_and_allowed_by_hand(small):
     small.plain["stages"]["decoder-pretrain"]["overrides"] = ["train_loader.shuffle_seed=22"]
     suite = small.suite(exports={}, evaluation=None)
     with pytest.raises(ValueError, match=r"(?s)could not be compared.*train_loader.shuffle_seed.*--allow-unfair"):
@@ -250,23 +247,18 @@ def test_an_unfair_pair_is_refused_and_allowed_by_hand(small: Small) -> None:
     write_report(suite, check_suite(suite, allow_unfair=True))
     report = json.loads((small.folder / "root" / "report.json").read_text())
     assert report["allowed_unfair"] == ["pair pretrain: encoder-pretrain, decoder-pretrain"]
-    text = (small.folder / "root" / "report.md").read_text()
-    assert "Not a fair comparison" in text and "train_loader.shuffle_seed" in text
+    assert "Not a fair comparison" in (small.folder / "root" / "report.md").read_text()
 
 
-@pytest.mark.parametrize("stage, override, message", [
-    ("decoder-extend", "optimizer.momentum=0.9", "stages.decoder-extend: optimizer.momentum"),
-    ("encoder-extend", "variables.typo=1", "stages.encoder-extend: variables.typo"),
-])
-def test_a_stage_that_could_not_run_is_named(small: Small, stage: str, override: str, message: str) -> None:
-    small.plain["stages"][stage]["overrides"] = [override]
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("setting", ["optimizer.momentum=0.9", "variables.typo=1"])
+def test_a_stage_that_could_not_run_is_named(small, setting):
+    small.plain["stages"]["decoder-extend"]["overrides"] = [setting]
+    with pytest.raises(ValueError, match=f"stages.decoder-extend: {setting.split('=')[0]}"):
         check_suite(small.suite(prepare=False))
 
 
 @pytest.mark.parametrize("change, key", [
     ({"name": "a/b"}, "name"), ({"root": "s3://bucket/x"}, "root"), ({"scale": 0}, "scale"),
-    ({"stages": {"a": {"yaml": ["x.yaml"], "after": "b"}}}, "stages.a.after"),
     ({"stages": {"a": {"yaml": ["x.yaml"], "from": "b"}, "b": {"yaml": ["x.yaml"]}}}, "stages.a.from"),
     ({"stages": {"a": {"yaml": ["x.yaml"], "overrides": ["save_folder=x"]}}}, "stages.a.overrides"),
     ({"overrides": ["--dry-run"]}, "overrides"), ({"stages": {"a": {"yaml": ["x.yaml"], "pair": "p"}}}, "pair"),
@@ -274,7 +266,7 @@ def test_a_stage_that_could_not_run_is_named(small: Small, stage: str, override:
     ({"evaluation": {"data": "x", "batches": 1}}, "evaluation.batches"),
     ({"extends": "suite.yaml"}, "extends: leads back to"), ({"root": "${variables.place}"}, "variables"),
 ])
-def test_a_file_that_cannot_be_is_refused_by_key(small: Small, change: dict[str, Any], key: str) -> None:
+def test_a_file_that_cannot_be_is_refused_by_key(small, change, key):
     with pytest.raises(ValueError, match=key):
         small.suite(prepare=False, **change)
 
@@ -282,7 +274,7 @@ def test_a_file_that_cannot_be_is_refused_by_key(small: Small, change: dict[str,
 # ------------------------------------------------------------------ what a file means
 
 
-def test_scale_multiplies_every_time_in_tokens_and_nothing_else(small: Small) -> None:
+def test_scale_multiplies_every_time_in_tokens_and_nothing_else(small):
     whole, tenth = (dict(run_config.walk({**small.suite(f"scale={scale}", prepare=False).stages[0].config,
                                           "variables": None})) for scale in (1, 0.1))
     times = {key for key, value in whole.items() if str(value).endswith("tok") and float(value[:-3]) > 0}
@@ -295,7 +287,7 @@ def test_scale_multiplies_every_time_in_tokens_and_nothing_else(small: Small) ->
 
 
 @pytest.mark.parametrize("size", [size for size in SIZES if size != "nano"])
-def test_the_suite_of_every_size_is_the_paper_s(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_suite_of_every_size_is_the_paper_s(size, monkeypatch):
     monkeypatch.chdir(ROOT)
     suite = load(f"yamls/suite/ettin-{size}.yaml")
     configs = [stage.config for stage in suite.stages]
@@ -309,7 +301,7 @@ def test_the_suite_of_every_size_is_the_paper_s(size: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("name, pairs", [("ettin-150m", 4), ("nano", 4), ("demo", 2)])
-def test_the_suites_are_fair(name: str, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_suites_are_fair(name, pairs, monkeypatch):
     monkeypatch.chdir(ROOT)
     found = check_suite(load(f"yamls/suite/{name}.yaml"))
     assert sum(key.startswith("pair ") for key in found) == pairs and all(entry["fair"] for entry in found.values())
@@ -318,8 +310,7 @@ def test_the_suites_are_fair(name: str, pairs: int, monkeypatch: pytest.MonkeyPa
 # ------------------------------------------------------------------ the report
 
 
-def test_the_report_says_what_the_exported_folders_are(small: Small, data_set: Path,
-                                                       capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_report_says_what_the_exported_folders_are(small, data_set, capfd):
     suite = small.suite()
     run_suite(suite)
     write_report(suite, check_suite(suite))
@@ -341,13 +332,10 @@ def test_the_report_says_what_the_exported_folders_are(small: Small, data_set: P
         cells = [f"{value['loss']:.3f} ({value['accuracy']:.1%})" for value in found.values()]
         assert f"| {name} | {objective} | 4k + 4k | {' | '.join(cells)} |" in text
     assert "| model | trained with | tokens | clm: loss (accuracy) | mlm 15%: loss (accuracy) |" in text
-    assert (root / "losses.png").read_bytes()[:4] == b"\x89PNG"
-    said = capfd.readouterr()
-    assert "small: 4 stages, 16,000 tokens in 0:00:16 of training; 2 models in" in said.err
-    assert "encoder" in said.out and "4k + 4k" in said.out
+    assert (root / "losses.png").read_bytes()[:4] == b"\x89PNG" and "4k + 4k" in capfd.readouterr().out
 
 
-def test_the_report_says_why_a_number_is_missing(small: Small) -> None:
+def test_the_report_says_why_a_number_is_missing(small):
     """Runs without a log of their steps, with losses that are not finite, and a model that cannot be evaluated."""
     suite = small.suite("evaluation.data=nowhere", "samples.masked=['a [MASK]']")
     run_suite(suite)
