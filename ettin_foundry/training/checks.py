@@ -80,7 +80,8 @@ def _check_blocks(cfg: dict[str, Any]) -> None:
         require(name == "ettin" or loader != "ettin_text", "model.name", f"ettin with {key}.name: ettin_text", name,
                 "for other models use name: text, since the shards are plain MDS")
         require(isinstance(block.get("dataset"), dict) and block["dataset"].get("local"), f"{key}.dataset",
-                "{local: folder, split: name}", block.get("dataset"), "local is what ettin convert wrote")
+                "{local: folder, split: name}", block.get("dataset"),
+                "local is what ettin convert wrote; quote a name such as null")
         endless, shuffle = key == "train_loader", block.get("shuffle", True)
         require(shuffle is endless, f"{key}.shuffle", str(endless).lower(), shuffle,
                 "training is endless, evaluation is not")

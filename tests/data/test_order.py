@@ -91,8 +91,7 @@ def test_rows_and_tokens_are_those_of_epochs_written_out_row_by_row_in_whatever_
 
 
 def test_stream_of_a_seed_is_the_same_on_every_machine():
-    # a change of a digest changes the data of every run that resumes: it needs a new ORDER_VERSION. Those of one source
-    # and of the stored order are still version 1's
+    # a change of a digest changes the data of every run that resumes: it needs a new ORDER_VERSION
     shards = [np.array([(37 * chunk + 11 * shard) % 62 + 1 for chunk in range(20 + 5 * shard)]) for shard in range(7)]
     for sources, shuffle, digest in [(None, True, "041b7e1858c890c3"), ("aababac", True, "8a42b442f444a08a"),
                                      ("aababac", False, "3a9d116f3ab00ec7")]:
@@ -135,13 +134,6 @@ def test_row_counts_missing_in_the_manifest_are_computed_and_wrong_ones_stop_nam
         epoch_rows(make(data), 0)
     with pytest.raises(ValueError, match="at least one chunk"):
         make(MemorySet([np.zeros(0, int)]))
-
-
-def test_window_of_a_source_is_its_share_of_the_window_and_at_least_one_shard():
-    order = make(small_set(30, sources=["big"] * 20 + ["middle"] * 8 + ["small"] * 2), window=6)
-    assert order.shards_at_once == 4 + 2 + 1  # of 4, 1.6 and 0.4
-    assert make(small_set(30), window=6).shards_at_once == 6 and make(small_set(4), window=6).shards_at_once == 4
-    assert make(small_set(9, sources=MIXED), shuffle=False, window=6).shards_at_once == 1
 
 
 SHARED_OUT = ["big"] * 16 + ["middle"] * 6 + ["small"] * 2
