@@ -156,6 +156,7 @@ def _markdown(suite: Suite, report: Mapping[str, Any]) -> list[str]:
     lines += _table([[key.replace("_", " ") for key in columns], *(
         ["-" if facts[key] is None else format(facts[key], form) for key, form in columns.items()]
         for facts in report["stages"])])
+    lines += ["Last loss: the mean of the last 20 steps.", ""]
     lines += [f"- pair {pair}: {', '.join(entry['members'])} read the same rows at each of "
               f"{entry['steps_with_equal_rows']:,} steps."
               for pair, entry in report["pairs"].items() if "steps_with_equal_rows" in entry]

@@ -159,7 +159,7 @@ def test_changing_any_key_of_a_recipe_in_one_member_is_unfair_unless_it_is_decla
     ({"seed": 1}, {"seed": True}, {"seed": "unfair"}),  # equal in Python only
     # keys that no rule names
     ({}, {"new": 1, "train_loader.new": 1, "callbacks.new.a": 1, "algorithms": {"new": {}}},
-     {"new": "unfair", "train_loader.new": "unfair", "callbacks.new": "unfair", "algorithms": "unfair"}),
+     {"new": "unfair", "train_loader.new": "unfair", "callbacks.new.a": "unfair", "algorithms.new": "unfair"}),
 ], ids=str)
 def test_a_difference_has_the_verdict_of_its_rule(a, b, expected):
     report = lint_pair(put(NANO, a), put(NANO, b))
