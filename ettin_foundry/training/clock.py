@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
 import math
@@ -58,6 +57,7 @@ class Clock(CallbackWithConfig):
         level = getattr(logging, str(train_config.get("python_log_level")).upper(), logging.WARNING)
         if level < logging.WARNING:  # the host sets the level of its own loggers only
             logging.getLogger("ettin_foundry").setLevel(level)
+        self._fingerprint = "null"  # the tokenizer's, as JSON
         self._state: State | None = None
         self._model: Any = None
         self._tokenizer: str | None = None  # where its copy lies
@@ -70,6 +70,8 @@ class Clock(CallbackWithConfig):
 
     def init(self, state: State, logger: Logger) -> None:
         self._state, self._model = state, state.model  # the model before DDP wraps it
+        if (tokenizer := getattr(state.model, "tokenizer", None)) is not None:
+            self._fingerprint = json.dumps(fingerprint(tokenizer))
         for destination in logger.destinations:
             if isinstance(destination, WandBLogger) and not destination._log_artifacts:
                 destination.download_file = _holds_no_checkpoint  # autoresume asks it, which fails offline
@@ -169,12 +171,6 @@ class Clock(CallbackWithConfig):
         raise ValueError(f"{what} must be finite, got {value} at step {before.batch.value}, after "
                          f"{before.token.value:,} tokens; nothing of it is saved. {advice} with a lower learning rate "
                          f"(variables.peak_lr=...{key})")
-
-    @functools.cached_property
-    def _fingerprint(self) -> str:
-        """The tokenizer's, as JSON; reading a vocabulary takes a moment, so once."""
-        tokens = getattr(self._model, "tokenizer", None)
-        return json.dumps(None if tokens is None else fingerprint(tokens))
 
     def state_dict(self) -> dict[str, Any]:
         """What makes a checkpoint readable by itself (its record): plain data only, nested lists as JSON text."""

@@ -96,7 +96,8 @@ def walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def without_nulls(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that are set; where eval_loader is null, all that belongs to evaluation is left out on purpose."""
     evaluates = cfg.get("eval_loader", ...) is not None or cfg.get("eval_loaders")
-    return {key: value for key, value in cfg.items() if value is not None and (evaluates or not key.startswith("eval_"))}
+    return {key: value for key, value in cfg.items()
+            if value is not None and (evaluates or not key.startswith("eval_"))}
 
 
 def config_text(cfg: Mapping[str, Any]) -> str:

@@ -69,11 +69,14 @@ def record_of(cfg: Mapping[str, Any], *, read_tokenizer: bool = True) -> dict[st
 
 def read_source(key: str, given: str) -> Source:
     """What a checkpoint (as for `checkpoints.locate`) or a Hugging Face folder says of itself; errors name the key."""
+    from ettin_foundry.model.hf_config import read_config, read_record
     from ettin_foundry.training.checkpoints import read_head
 
     try:
-        if Path(given, "config.json").is_file():
-            return _read_folder(Path(given))
+        if (path := Path(given, "config.json")).is_file():
+            config, objective = read_config(path)
+            said = {"config": dataclasses.asdict(config), "size": config.size, "objective": objective}
+            return Source(path.parent, {**read_record(path.parent), **said, "tokenizer": given}, is_folder=True)
         head = read_head(given)
         if not head.record.get("config"):
             raise ValueError(f"{head.path.name} does not say what model it holds; make one with `ettin import`")
@@ -81,22 +84,6 @@ def read_source(key: str, given: str) -> Source:
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
         raise kind(f"{key}: {given!r} given; {error}") from error
     return Source(head.path, head.record, head.has_moments)
-
-
-def _read_folder(path: Path) -> Source:
-    from safetensors import SafetensorError, safe_open
-
-    from ettin_foundry.model.hf_config import read_config, read_record
-
-    config, objective = read_config(path / "config.json")
-    for file in sorted(path.glob("*.safetensors")) or [path / "model.safetensors"]:
-        try:
-            with safe_open(file, "pt"):
-                pass  # opening compares the header with the file's length
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is not a whole safetensors file ({error}); get it again") from error
-    return Source(path, {**read_record(path), "config": dataclasses.asdict(config), "size": config.size,
-                         "objective": objective, "tokenizer": str(path)}, is_folder=True)
 
 
 def describe(found: Differences) -> str:
@@ -108,22 +95,32 @@ def compare(key: str, source: Source, now: Mapping[str, Any], accept: Sequence[s
 
     key: the callback that names the source (objectives must differ for `ettin_cross`), or load_path. now: a record.
     """
-    crossing, place, list_key = key.endswith("ettin_cross"), f"{key}.source", f"{key}.accept"
+    crossing, list_key = key.endswith("ettin_cross"), f"{key}.accept"
+    place = f"{key}.source: {source.path}"
     if key == "load_path":
-        place, list_key = key, "callbacks.ettin_clock.accept"
+        place, list_key = f"{key}: {source.path}", "callbacks.ettin_clock.accept"
     old, new = source.record["config"], now["config"]
     found = {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
     if shape := [f"{name} {was} (here {now})" for name, (was, now) in found.items() if name in _SHAPE_FIELDS]:
-        raise ValueError(f"{place}: {source.path} has {', '.join(shape)}; its weights do not fit, so set model.size")
+        raise ValueError(f"{place} has {', '.join(shape)}; its weights do not fit, so set model.size")
     free = (*_FREE_FIELDS, *(("window_left",) if crossing or old["causal"] != new["causal"] else ()))
     found = {name: values for name, values in found.items() if name not in free}
     found |= _compare_tokenizers(source.record, now, source.path)
-    found |= _compare_objectives(f"{place}: {source.path}", source.record, now, crossing,
-                                 f", or allow it: {list_key}=[objective]", "objective" in accept)
+    was, starts = source.record.get("objective"), tuple(ObjectiveSchedule.parse(now["objective_schedule"]).at(0))
+    trained = f"{place} was trained with {was}, and this run starts with {' + '.join(starts)}; use callbacks."
+    if crossing and was is None and starts != ("clm",) and not old["causal"]:
+        raise ValueError(f"{place} does not say whether it predicts masks as mlm or mntp; run `ettin import FOLDER "
+                         "FILE.pt --objective mlm` (official encoders) and give FILE.pt")
+    if crossing and was in starts:
+        raise ValueError(f"{trained}ettin_phase to go on with the same objective")
+    if not crossing and was not in starts:
+        if "clm" in (was, *starts):
+            raise ValueError(f"{trained}ettin_cross (yamls/phases/cross.yaml) to change it")
+        found["objective"] = (was, " + ".join(starts))
     if refused := {name: values for name, values in found.items() if name not in accept}:
         pairs = ", ".join(f"{name} {was} (here {now})" for name, (was, now) in refused.items())
-        raise ValueError(f"{place}: {source.path} has {pairs}; set the same here (rotary bases: "
-                         f"variables.rope_theta=...), or allow it: {list_key}=[{','.join(refused)}]")
+        raise ValueError(f"{place} has {pairs}; set the same here (rotary bases: variables.rope_theta=...; objective: "
+                         f"callbacks.ettin_cross), or allow it: {list_key}=[{','.join(refused)}]")
     return found
 
 
@@ -138,23 +135,6 @@ def _compare_tokenizers(then: Mapping[str, Any], now: Mapping[str, Any], path: s
             was, now = (f"{f.get('name')!r} with {name} {f.get(name)}" for f in (old, new))
             return {"tokenizer": (was, now)}
     return {}
-
-
-def _compare_objectives(place: str, then: Mapping[str, Any], now: Mapping[str, Any], crossing: bool, allow: str,
-                        accepted: bool) -> Differences:
-    old, starts_with = then.get("objective"), tuple(ObjectiveSchedule.parse(now["objective_schedule"]).at(0))
-    new, decoder = " + ".join(starts_with), "clm" in (old, *starts_with)
-    if crossing and old is None and starts_with != ("clm",) and not then["config"]["causal"]:
-        raise ValueError(f"{place} does not say whether it predicts masks as mlm or mntp; run `ettin import FOLDER "
-                         "FILE.pt --objective mlm` (official encoders) and give FILE.pt")
-    if crossing is not (old in starts_with):
-        return {}
-    trained = f"{place} was trained with {old}, and this run starts with {new}; use callbacks."
-    if crossing:
-        raise ValueError(f"{trained}ettin_phase to go on with the same objective")
-    if decoder or not accepted:
-        raise ValueError(f"{trained}ettin_cross (yamls/phases/cross.yaml) to change it{'' if decoder else allow}")
-    return {"objective": (old, new)}
 
 
 # ------------------------------------------------------------------ before work
@@ -253,24 +233,22 @@ def _prepare_source(cfg: Mapping[str, Any], name: str) -> dict[str, Any]:
     if remote or (own_is_remote and not Path(given).exists()):  # then it is needed unless the host finds this run's own
         return {} if crossing else {"load_path": given, **loading}
     source = read_source(f"{key}.source", given)
-    if not crossing:
-        _check_loadable(key, source, keep_all, cfg["optimizer"]["name"], _is_sharded(cfg))
-    compare(key, source, record_of(cfg), block.get("accept", []))
-    return {} if crossing else {"load_path": str(source.path), **loading}
-
-
-def _check_loadable(key: str, source: Source, keep_all: bool, optimizer: str, sharded: bool) -> None:
-    path, anew = source.path, f"set {key}.keep=weights to start the optimizer anew"
+    if crossing:
+        compare(key, source, record_of(cfg), block.get("accept", []))
+        return {}
+    path, optimizer, anew = source.path, cfg["optimizer"]["name"], f"set {key}.keep=weights to start the optimizer anew"
     if source.is_folder:
         raise ValueError(f"{key}.source: {path} is a Hugging Face folder, which holds no optimizer moments; use "
                          f"callbacks.ettin_cross, or `ettin import` it and {anew}")
-    before = json.loads(source.record.get("run_config") or "{}").get("optimizer", {}).get("name", optimizer)
+    before = value_at(json.loads(source.record.get("run_config") or "{}"), "optimizer.name") or optimizer
     if keep_all and (not source.has_moments or before != optimizer):
         has = f"moments of {before}, not of {optimizer}" if source.has_moments else "no optimizer moments"
         raise ValueError(f"{key}.source: {path} holds {has}; give a whole checkpoint of the same optimizer, or {anew}")
-    if path.is_dir() != sharded:
+    if path.is_dir() != _is_sharded(cfg):
         kind, other = ("a sharded checkpoint", "sharded") if path.is_dir() else ("one file", "full")
         raise ValueError(f"{key}.source: {path} is {kind}; set fsdp_config.state_dict_type={other}, as its run had it")
+    compare(key, source, record_of(cfg), block.get("accept", []))
+    return {"load_path": str(path), **loading}
 
 
 # ------------------------------------------------------------------ going on
