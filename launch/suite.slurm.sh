@@ -12,22 +12,22 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@180
 #
-# A suite on a Slurm cluster: one job for each stage, held back until the stage that it starts from has succeeded, and one job
-# after them all that compares the pairs, exports, evaluates and reports. On the login node, in the clone:
+# A suite on a Slurm cluster: one job for each stage, held back until the stage that it starts from has succeeded, and one
+# job after them all that compares the pairs, exports, evaluates and reports. On the login node, in the clone:
 #
 #   bash launch/suite.slurm.sh SUITE.yaml [KEY=VALUE...]
 #
 #   SUITE.yaml          such as yamls/suite/ettin-150m.yaml; ettin suite SUITE.yaml --list shows its stages
 #   KEY=VALUE           keys of that file, such as scale=0.1 or root=/scratch/me/ettin-150m
 #
-#   SUBMIT_OPTIONS      environment: further words for sbatch, such as SUBMIT_OPTIONS="--partition=gpu --nodes=4". They take
-#                       precedence over the #SBATCH lines above, which are one whole node with 8 GPUs
+#   SUBMIT_OPTIONS      environment: further words for sbatch, such as SUBMIT_OPTIONS="--partition=gpu --nodes=4". They
+#                       take precedence over the #SBATCH lines above, which are one whole node with 8 GPUs
 #   PYTHON              environment: interpreter; else .venv/bin/python of this repository, else python3
 #
-# Repository, data and root must lie where every node sees them. Encoder and decoder have no job in common, so they train side
-# by side. A job that reaches its time limit is put back into the queue and goes on from its newest checkpoint, as it does
-# after a preemption or the loss of a node; one that made no checkpoint in all its time fails, for it would do so again. After
-# a failure, give the same command again: finished stages end at once.
+# Repository, data and root must lie where every node sees them. Encoder and decoder have no job in common, so they train
+# side by side. A job that reaches its time limit is put back into the queue and goes on from its newest checkpoint, as it
+# does after a preemption or the loss of a node; one that made no checkpoint in all its time fails, for it would do so
+# again. After a failure, give the same command again: finished stages end at once.
 
 set -euo pipefail
 

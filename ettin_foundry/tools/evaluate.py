@@ -32,11 +32,8 @@ def evaluate(source: str | Path, data: str | Path, objectives: Sequence[str] = D
         max_seq_len: length of a row; the model's own if not given.
         device: auto, cpu or cuda; auto takes a GPU if there is one, and bf16 on it.
 
-    Returns:
-        {objective: {loss: nats per target, accuracy: share of targets, perplexity, targets: how many}}, all finite.
-
-    Raises:
-        ValueError, FileNotFoundError: arguments, a dataset that does not fit the model, weights that are not finite.
+    Returns {objective: {loss: nats per target, accuracy: share of targets, perplexity, targets: how many}}, all finite.
+    A ValueError or FileNotFoundError names an argument, data that does not fit the model, or damaged weights.
     """
     if unknown := [name for name in objectives if name not in OBJECTIVES] or not objectives:
         raise ValueError(f"--objective must be one of {', '.join(OBJECTIVES)}, got {unknown or objectives!r}")
@@ -69,10 +66,10 @@ def evaluate(source: str | Path, data: str | Path, objectives: Sequence[str] = D
     check(tokenizer, stream.data.tokenizer)
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     predictor, vocab, found = loaded.predictor(tokenizer, place), TextVocab.from_tokenizer(tokenizer), {}
+    steps = range(stream.num_steps or 0)[:max_batches]  # one epoch, since the order is not shuffled
     for name in objectives:
-        collate = Collator(name, vocab, max_seq_len=length, seed=_SEED,
-                           mask_rate=mask_rate if name in MASKED_OBJECTIVES else 0.0)
-        steps = range(stream.num_steps if max_batches is None else min(max_batches, stream.num_steps))
+        rate = mask_rate if name in MASKED_OBJECTIVES else 0.0
+        collate = Collator(name, vocab, max_seq_len=length, seed=_SEED, mask_rate=rate)
         found[name] = values = _measure(predictor, (collate(stream.rows_of(step)) for step in steps), place)
         if not values["targets"]:
             raise ValueError(f"--data must hold targets of {name}, got {data}, whose {split} split has none")

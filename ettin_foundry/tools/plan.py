@@ -362,7 +362,7 @@ def report(cfg: dict[str, Any]) -> str:
 
     from ettin_foundry.model.attention import select_backend
 
-    dtype = {"fp32": torch.float32, "amp_fp16": torch.float16}.get(cfg.get("precision"), torch.bfloat16)
+    dtype = {"fp32": torch.float32, "amp_fp16": torch.float16}.get(cfg.get("precision", ""), torch.bfloat16)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = select_backend(cfg["model"].get("attn_impl", "auto"), device, dtype)
     return _joined({**_lines(plan_run(cfg)), "attention": f"{backend.name}: {backend.reason}",

@@ -105,7 +105,7 @@ def _make_model(suite: Suite, name: str, stage: Stage) -> dict[str, Any]:
 
 def _samples(loaded: LoadedModel, wanted: Samples) -> list[str]:
     """Prompts continued by a decoder, masks filled by an encoder."""
-    if not (texts := wanted.prompts if loaded.config.causal else wanted.masked):
+    if not (texts := list(wanted.prompts if loaded.config.causal else wanted.masked)):
         return []
     predictor = loaded.predictor(loaded.tokenizer())
     if loaded.config.causal:
