@@ -205,7 +205,8 @@ def _last_error(path: Path, begin: int) -> str:
     """The last error in a log from byte `begin` on, or else its last lines; at most 12 lines."""
     with path.open("rb") as file:
         file.seek(max(begin, path.stat().st_size - 1_000_000))
-        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        text = re.sub(r"\x1b\[[0-9;]*[A-K]", "\n", file.read().decode(errors="replace"))  # bars move the cursor
+    lines = [line for line in text.splitlines() if line.strip() and not re.search(r"[0-9]%\|", line)]
     errors = [i for i, line in enumerate(lines) if re.match(r"error: |[A-Za-z_.]*(Error|Exception|Interrupt)\b", line)]
     chosen = lines[errors[-1]:][:12] if errors else lines[-12:]
     return "\n".join("  " + line[:2000] for line in chosen) or "  it is empty"

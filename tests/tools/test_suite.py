@@ -55,7 +55,8 @@ if plan != "hang":
     kind = "half" if number == 4 else "whole"
     shutil.copy(here / f"{folder.name}.{kind}.pt", folder / f"ep0-ba{number}-rank0.pt")
 if plan == "fail":
-    print("Traceback (most recent call last):\\n  File nowhere\\nRuntimeError: the disk is full\\n  really")
+    print("Traceback (most recent call last):\\n  File nowhere\\ntrain  17%|# | 1/6\\x1b[A", end="")
+    print("RuntimeError: the disk is full\\ntrain  17%|# | 1/6\\n  really")
     print("ERROR:composer.cli.launcher:Rank 0 crashed with exit code 7.")
     sys.exit(7)
 if plan == "hang":
