@@ -1,4 +1,4 @@
-"""Short nano runs through the true path for the training tests: recipe yamls/nano.yaml, LLM-Foundry's `train`, one process.
+"""Short nano runs through the true path for the tests of training: yamls/nano.yaml, LLM-Foundry's `train`, one process.
 
 Also a program: `python tests/nano_run.py OUT KEY=VALUE...` trains with DDP and then with FSDP2 as one of the ranks that
 the environment describes, evaluates, and writes what it captured (see test_ranks.py).
@@ -38,7 +38,8 @@ def program() -> Any:
 
 def configure(data: Path, out: Path, *overrides: str, evaluate: bool = False) -> Any:
     """nano.yaml with `SMALL` and the overrides; `~key` removes a key. It evaluates only if asked to."""
-    wanted = [*SMALL, *([] if evaluate else ["eval_loader=null"]), f"variables.data={data}", f"variables.save_root={out}",
+    wanted = [*SMALL, *([] if evaluate else ["eval_loader=null"]), f"variables.data={data}",
+              f"variables.save_root={out}",
               *overrides]
     if "~save_folder" in wanted and not any(each.startswith("callbacks.ettin_steps") for each in wanted):
         wanted.append("~callbacks.ettin_steps")  # it has nowhere to write
@@ -86,7 +87,8 @@ def register_capture() -> type:
             if not Capture.gradients:
                 for name, p in state.model.named_parameters():
                     own = name.replace("_checkpoint_wrapped_module.", "").replace("module.", "")
-                    Capture.gradients[own] = (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
+                    whole = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+                    Capture.gradients[own] = whole.clone()
 
         def batch_end(self, state: Any, logger: Any) -> None:
             Capture.losses.append(float(state.total_loss_dict["loss/train/total"]))
@@ -116,7 +118,7 @@ def run(data: Path, out: Path, *overrides: str, evaluate: bool = False) -> Any:
     """Trains, evaluating as the recipe does if asked to; returns Composer's Trainer (close it)."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(1)  # nano gains nothing from a second thread, and on a busy machine threads wait for each other
+    torch.set_num_threads(1)  # nano gains nothing from a second thread; on a busy machine threads wait for each other
     from llmfoundry.command_utils import train
 
     with warnings.catch_warnings():

@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ettin_foundry import __version__
 from ettin_foundry.cli import data, model, runs
@@ -41,14 +42,14 @@ _REMOVED = {
 }
 
 
-class _Group(typer.core.TyperGroup):
+class _Group(TyperGroup):
     """Lists the commands by group, and names the nearest choice where an option's value is none."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        width = max(map(len, self.commands))
-        for title, commands in itertools.groupby(self.commands.values(), lambda command: command.rich_help_panel):
+        width, listed = max(map(len, self.commands)), list[Any](self.commands.items())
+        for title, commands in itertools.groupby(listed, lambda item: item[1].rich_help_panel):
             with formatter.section(title):
-                formatter.write_dl([(each.name.ljust(width), each.get_short_help_str(80)) for each in commands])
+                formatter.write_dl([(name.ljust(width), each.get_short_help_str(80)) for name, each in commands])
 
     def invoke(self, ctx: Any) -> Any:
         try:

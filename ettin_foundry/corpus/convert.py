@@ -90,7 +90,7 @@ class ConvertOptions:
             ("workers", "at least 1, or left out for all cores", self.workers is None or self.workers >= 1),
             ("ray_address", "left out without --executor ray", self.executor == "ray" or not self.ray_address),
             ("task_index", f"0 to --num-tasks - 1, with --num-tasks {tasks}",
-             task == tasks if None in (task, tasks) else 0 <= task < tasks),
+             task == tasks if task is None or tasks is None else 0 <= task < tasks),
             ("task_index", "left out with --deduplicate, which compares all documents: use --executor ray",
              task is None or not self.filters.deduplicate),
         ]

@@ -19,7 +19,7 @@ import logging
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ _FIXED_BYTES = 8 + 8  # last and part
 _MAX_CONFIG_BYTES = 1 << 16  # the header's JSON is about 300 bytes
 
 
-def index_entry(shard: dict[str, Any]) -> dict[str, Any]:
+def index_entry(shard: Mapping[str, Any]) -> dict[str, Any]:
     """What index.json says of a shard of the manifest (streaming 0.12, format/mds/writer.py `encode_joint_shard`)."""
     def file(entry: dict[str, Any] | None) -> dict[str, Any] | None:
         return entry and {"basename": entry["basename"], "bytes": entry["bytes"], "hashes": {"xxh64": entry["xxh64"]}}

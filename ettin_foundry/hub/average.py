@@ -35,7 +35,8 @@ def import_weights(folder: str | Path, out: str | Path, *, objective: str | None
     _check_target(out, overwrite)
     model = load_model(folder, objective)
     with atomic_file(Path(out)) as file:
-        torch.save(weights_checkpoint(model.state, model.config, **{**model.record, "objective": model.objective}), file)
+        record = {**model.record, "objective": model.objective}
+        torch.save(weights_checkpoint(model.state, model.config, **record), file)
     return model.config, model.objective
 
 

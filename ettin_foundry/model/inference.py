@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ class Predictor:
         kind = self.model.output_bias.device.type
         return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda" and self.model.attn_impl != "reference")
 
-    def generate(self, prompts: list[str], max_new_tokens: int = 40, temperature: float = 0.0,
+    def generate(self, prompts: Sequence[str], max_new_tokens: int = 40, temperature: float = 0.0,
                  seed: int = 0) -> list[str]:
         """Continuations of the prompts, BOS before each, until EOS or `max_new_tokens` or the context is full.
 
@@ -50,7 +51,7 @@ class Predictor:
                     documents[i].append(token)
         return [tokenizer.decode(document[len(start):]) for document, start in zip(documents, starts)]
 
-    def fill_mask(self, texts: list[str], top_k: int = 5) -> list[list[tuple[str, float]]]:
+    def fill_mask(self, texts: Sequence[str], top_k: int = 5) -> list[list[tuple[str, float]]]:
         """The `top_k` most probable tokens, with probabilities, for the first mask token of each text."""
         if self.model.config.causal:
             raise ValueError("fill-mask needs an encoder, got a decoder; use generate")

@@ -86,7 +86,8 @@ def configure(args: Sequence[str]) -> DictConfig:
     try:
         missing = sorted(om.missing_keys(config), key=lambda key: (not key.startswith("variables."), key))
         if not missing:
-            config.update(rows_from_tokens(om.to_container(config, resolve=True)))
+            plain: Any = om.to_container(config, resolve=True)
+            config.update(rows_from_tokens(plain))
     except OmegaConfBaseException as error:
         raise ValueError(f"{', '.join(files)}: {' '.join(str(error).split())}") from error
     if missing:

@@ -100,7 +100,7 @@ def test_duplicates_are_dropped_after_the_first_across_files_and_sources(tmp_pat
 
 
 def test_a_text_that_lies_twice_in_a_folder_is_read_once(tmp_path, tokenizer_dir, caplog):
-    """As `gzip -k` and `zstd` leave it, or as a link to it; a file of the same name in another folder is another text."""
+    """As `gzip -k` and `zstd` leave it, or a link to it; a file of the same name in another folder is another text."""
     folder = tmp_path / "in"
     data = write_jsonl(folder / "a.jsonl", make_documents(30)).read_bytes()
     for name in ("a.jsonl.gz", "c.jsonl.gz", "c.jsonl.zst"):

@@ -130,7 +130,8 @@ ARXIV = {"phase": "decay", "sets": {"arxiv": "sets/web"},
          "leave_out": [name for name in PHASES["decay"] if name != "arxiv"]}
 WRONG = [
     ({"sets": {}}, "sets: "), ({"stes": 1}, "stes: .*keys are sets, phase"),
-    ({"sets": {"web": "sets/web"}}, "without phase, sets must be .*tokens"), ({"sets": WEB, "scale": 2}, "without phase"),
+    ({"sets": {"web": "sets/web"}}, "without phase, sets must be .*tokens"),
+    ({"sets": WEB, "scale": 2}, "without phase"),
     ({"sets": {"web": {"set": "sets/even", "tokens": 30}}}, "sets.web: its budget must be half a chunk"),
     ({"sets": {"web": {**WEB["web"], "tokens": -1}}}, "sets.web.tokens: .*greater than 0, got '-1'"),
     ({"sets": {"web": {**WEB["web"], "source": "wbe"}}}, "sets.web.source must be one of web, got 'wbe'"),

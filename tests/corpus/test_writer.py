@@ -165,7 +165,8 @@ def test_failure_to_place_stops_the_next_write_and_leaves_nothing(tmp_path, make
 
 def test_cuts_that_lose_or_double_tokens_are_noticed(make, monkeypatch):
     tokens = np.zeros(1000, np.uint16)
-    for ends in ([300, 600, 900], [300, 600, 600, 900, 1000], [300, 600, 500, 800, 1000], [1000], [0, 300, 600, 900, 1000]):
+    for ends in ([300, 600, 900], [300, 600, 600, 900, 1000], [300, 600, 500, 800, 1000], [1000],
+                 [0, 300, 600, 900, 1000]):
         writer = make()
         monkeypatch.setattr(writer._chunker, "cuts", lambda tokens, ends=ends: list(ends))
         with pytest.raises(RuntimeError, match="the cuts of a document lose or double tokens"):

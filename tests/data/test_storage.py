@@ -247,7 +247,8 @@ def test_refusals_are_final(server, monkeypatch):
         assert server.faults_left() == 8
     with pytest.raises(OSError, match="the store refuses this"):
         open_storage("s3://No_Bucket/x").list()
-    for error, kind in ((HTTPError(404), FileNotFoundError), (HTTPError(403), PermissionError), (TypeError(), TypeError),
+    for error, kind in ((HTTPError(404), FileNotFoundError), (HTTPError(403), PermissionError),
+                        (TypeError(), TypeError),
                         (NotImplementedError(), OSError)):
         monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.info", fail := Mock(side_effect=error))
         with pytest.raises(kind):

@@ -51,7 +51,8 @@ def test_samples_leave_mode_and_random_state_as_they_were(caplog):
 
 
 def test_settings_without_sense_are_refused():
-    for interval, prompts, says in (("1ep", ["a"], "interval must be .*'1ep'"), ("0ba", ["a"], "interval must be .*'0ba'"),
+    for interval, prompts, says in (("1ep", ["a"], "interval must be .*'1ep'"),
+                                    ("0ba", ["a"], "interval must be .*'0ba'"),
                                     ("1ba", [], "prompts"), ("1ba", "a", "prompts"), ("1ba", ["a"], "sharded")):
         with pytest.raises(ValueError, match=says):
             LogSamples(interval, prompts).init(SimpleNamespace(fsdp_config={}), None)  # type: ignore[arg-type]

@@ -103,7 +103,8 @@ def text(value: str) -> bytes:
     return b"\x8c" + bytes([len(value)]) + value.encode()
 
 
-def rewritten(pt: Path, data: bytes | None = None, *more: tuple[str, bytes], compress: int = zipfile.ZIP_STORED) -> None:
+def rewritten(pt: Path, data: bytes | None = None, *more: tuple[str, bytes],
+              compress: int = zipfile.ZIP_STORED) -> None:
     """Writes the archive anew: with another pickle, with more members, compressed."""
     with zipfile.ZipFile(pt) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
@@ -118,8 +119,10 @@ CALL = b"\x85R."  # a tuple of the argument, then the call
 
 def test_a_pickle_that_calls_something_is_refused_and_not_run(pt, tmp_path):
     mark = tmp_path / "mark"
-    for code in (b"\x80\x04" + text("os") + b"\x94" + text("system") + b"\x94\x93", b"cos\nsystem\n", b"cbuiltins\neval\n",
-                 b"\x80\x04" + text("os") + b"\x94" + text("system") + b"\x94\x93" + b"0h\x00h\x01\x93",  # from the memo
+    for code in (b"\x80\x04" + text("os") + b"\x94" + text("system") + b"\x94\x93", b"cos\nsystem\n",
+                 b"cbuiltins\neval\n",
+                 b"\x80\x04" + text("os") + b"\x94" + text("system") + b"\x94\x93"
+                 + b"0h\x00h\x01\x93",  # from the memo
                  b"cbuiltins\ngetattr\n", b"ctorch.storage\n_load_from_bytes\n", b"\x82\x01",  # nested bytes, extension
                  b"cnumpy.core.multiarray\n_reconstruct.__globals__\n", b"(" + text("x") + b"ios\nsystem\n"):
         data = b"\x80\x02" * (not code.startswith(b"\x80")) + code + text(f"touch {mark}") + CALL
@@ -185,4 +188,5 @@ def test_the_newest_complete_checkpoint_is_found_and_linked(pt, sharded, tmp_pat
     assert link.read_bytes() == b"half"
     shutil.copy(sharded / ".metadata", folder / "ep0-ba12")
     checkpoints.repair_latest(folder, latest="latest-sharded-rank1")
-    assert os.readlink(folder / "latest-sharded-rank1") == "ep0-ba12" and checkpoints.locate(folder) == folder / "ep0-ba12"
+    assert os.readlink(folder / "latest-sharded-rank1") == "ep0-ba12"
+    assert checkpoints.locate(folder) == folder / "ep0-ba12"

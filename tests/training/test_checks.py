@@ -88,7 +88,8 @@ OBJECTIVE = ("model.objective", "train_loader.objective", "eval_loader.objective
     # where a run starts
     ({"callbacks.ettin_cross": {"source": "a"}, "load_path": "b"}, ["load_path must", "'b'", "ettin_cross.source=a"]),
     ({"callbacks.ettin_phase": {"source": ""}}, ["ettin_phase.source", "variables.source"]),
-    ({"callbacks.ettin_phase": {"source": "a"}, "callbacks.ettin_cross": {"source": "b"}}, ["source=a", "'b'", "only one"]),
+    ({"callbacks.ettin_phase": {"source": "a"}, "callbacks.ettin_cross": {"source": "b"}},
+     ["source=a", "'b'", "only one"]),
     ({"callbacks.ettin_cross": {"source": "a", "accept": "tokenizer"}}, ["accept must be a list", "tokenizer"]),
     ({"load_path": "x", "load_ignore_keys": ["state/timestamp"]}, ["load_ignore_keys", "ettin_phase"]),
     ({"callbacks.ettin_clock": {"accept": "optimizer.lr"}}, ["ettin_clock.accept must be a list", "'optimizer.lr'"]),

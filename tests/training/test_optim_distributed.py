@@ -51,7 +51,7 @@ def train(rank, network, optimizer):
     for step in range(STEPS):
         optimizer.zero_grad()
         loss = loss_of(network, batch(step, rank))
-        loss.register_hook(lambda gradient: gradient / RANKS)  # torch 2.7's FSDP2 sums gradients under gloo; NCCL averages
+        loss.register_hook(lambda gradient: gradient / RANKS)  # FSDP2 of torch 2.7 sums under gloo; NCCL averages
         loss.backward()
         mean = torch.stack([loss_of(reference, batch(step, r).double()) for r in range(RANKS)]).mean()
         expected = torch.autograd.grad(mean, list(reference.parameters()))
@@ -65,7 +65,7 @@ def train(rank, network, optimizer):
                 p.copy_(formula.p)
     assert any(formula.clipped for formula in formulas)
     for p, formula in zip(network.parameters(), formulas):
-        # float32 against float64; an update is 0.01 where the moments' ratio is 1, and that ratio doubles rounding errors
+        # float32 against float64; an update is 0.01 where the moments' ratio is 1; that ratio doubles rounding errors
         torch.testing.assert_close(p.full_tensor().detach().double(), formula.p, rtol=1e-4, atol=2e-5)
 
 
@@ -86,7 +86,7 @@ def fsdp2(rank):
     train(rank, network, optimizer)
     for options in (StateDictOptions(), StateDictOptions(full_state_dict=True)):
         other, resumed = sharded(rank)
-        saved = copy.deepcopy((get_model_state_dict(network, options=options),  # else they share the first one's tensors
+        saved = copy.deepcopy((get_model_state_dict(network, options=options),  # else tensors are shared
                                get_optimizer_state_dict(network, optimizer, options=options)))
         set_model_state_dict(other, saved[0], options=options)
         set_optimizer_state_dict(other, resumed, saved[1], options=options)

@@ -154,12 +154,14 @@ def test_schedules_at_hand_computed_times():
     (OneMinusSqrt("800tok", alpha_f=0.0), "8ba", 1000, 5, 0.5),
     (WarmupStableDecay("0tok", "500tok", t_max="1000tok"), "4000tok", 750, 9, 0.5),])
 def test_each_time_of_a_schedule_is_read_on_its_own_clock(schedule, run_length, tokens, batch, factor):
-    state = SimpleNamespace(max_duration=Time.from_timestring(run_length), timestamp=Timestamp(token=tokens, batch=batch))
+    state = SimpleNamespace(max_duration=Time.from_timestring(run_length),
+                            timestamp=Timestamp(token=tokens, batch=batch))
     assert schedule(state) == pytest.approx(factor, rel=1e-9)
 
 
 def test_impossible_schedules_are_refused():
-    for warmup, alpha_f, says in (("1ep", 0, "t_warmup .*'1ep'"), ("10", 0, "t_warmup .*'10'"), (10, 0, "t_warmup .*10"),
+    for warmup, alpha_f, says in (("1ep", 0, "t_warmup .*'1ep'"), ("10", 0, "t_warmup .*'10'"),
+                                  (10, 0, "t_warmup .*10"),
                                   ("0tok", 1.5, "alpha_f .*1.5")):
         with pytest.raises(ValueError, match=says):
             WarmupStableDecay(warmup, "0tok", alpha_f=alpha_f)  # type: ignore[arg-type]

@@ -44,7 +44,8 @@ def phase_cfg(tokenizer_dir):
 
 
 def model_of(objective, tokenizer_dir):
-    return EttinModel(tokenizer.load(str(tokenizer_dir)), size="nano", objective=objective, max_seq_len=64, vocab_size=512)
+    loaded = tokenizer.load(str(tokenizer_dir))
+    return EttinModel(loaded, size="nano", objective=objective, max_seq_len=64, vocab_size=512)
 
 
 def checkpoint_of(objective, tokenizer_dir, folder):
@@ -129,7 +130,8 @@ def test_a_missing_or_partial_source_is_refused_by_its_key(cross_cfg, decoder, t
         half.write_bytes(decoder.read_bytes()[:5000])
     torch.save({"state": {"model": {"model.x": torch.ones(1)}}}, tmp_path / "foreign.pt")
     for name, says in (("none.pt", "none.pt.*no such checkpoint"), ("half.pt", "not a whole archive"),
-                       ("runs", "no complete checkpoint"), ("foreign.pt", "foreign.pt does not say what model it holds")):
+                       ("runs", "no complete checkpoint"),
+                        ("foreign.pt", "foreign.pt does not say what model it holds")):
         with pytest.raises((ValueError, FileNotFoundError), match=rf"callbacks.ettin_cross.source: '.*{says}"):
             prepared(cross_cfg, tmp_path / name)
 
@@ -161,11 +163,13 @@ def test_the_host_is_told_to_keep_weights_and_moments_or_weights_alone(phase_cfg
         "objective", "global_rope_theta", "local_rope_theta"]}
     assert prepared(phase_cfg, encoder, accepted) == told
     remote = prepared(phase_cfg, "s3://bucket/run/latest-rank0.pt")  # the record comes with the callbacks' state
-    assert remote["load_path"] == "s3://bucket/run/latest-rank0.pt" and "state/callbacks" not in remote["load_ignore_keys"]
+    assert remote["load_path"] == "s3://bucket/run/latest-rank0.pt"
+    assert "state/callbacks" not in remote["load_ignore_keys"]
 
 
 def test_what_has_no_moments_is_refused_unless_weights_are_enough(phase_cfg, encoder, folder, tmp_path):
-    with pytest.raises(ValueError, match="Hugging Face folder.*no optimizer moments.*ettin_cross.*import.*keep=weights"):
+    says = "Hugging Face folder.*no optimizer moments.*ettin_cross.*import.*keep=weights"
+    with pytest.raises(ValueError, match=says):
         prepared(phase_cfg, folder, CLM)
     state = torch.load(encoder, weights_only=False)
     del state["state"]["optimizers"]
@@ -209,7 +213,7 @@ def test_the_text_of_a_config_is_what_the_user_wrote_on_any_number_of_processes(
 
 
 def resume(cfg, tmp_path, then, **changes):
-    """`prepare_start` of a config whose save folder holds a checkpoint of the config `then`, after 3 tokens in 5 batches."""
+    """`prepare_start` of a config whose save folder holds a checkpoint of the config `then`: 3 tokens, 5 batches."""
     record = {**sources.record_of(then), "tokens": 3, "batch": 5, "lineage": (), **changes}
     for key in ("objective_schedule", "tokenizer_fingerprint"):
         record[key] = json.dumps(record[key])  # as Clock writes it
@@ -226,7 +230,8 @@ CHANGEABLE = [("train_loader.mask_rate", 0.15), ("optimizer.lr", 0.001), ("optim
               ("algorithms.gradient_clipping.clipping_threshold", 1.0), ("precision", "amp_bf16"),
               ("train_loader.batch_size_warmup", {"min_size": 4, "tokens": 2000}), ("train_subset_num_batches", 3),
               ("callbacks.global_lr_scaling.lr_scale", 2.0)]
-FREE = [("model.window_left", 64), ("max_duration", "4ba"), ("device_train_microbatch_size", 8), ("save_interval", "3ba"),
+FREE = [("model.window_left", 64), ("max_duration", "4ba"), ("device_train_microbatch_size", 8),
+        ("save_interval", "3ba"),
         ("train_loader.num_workers", 3), ("loggers.wandb.project", "p"), ("eval_interval", "3ba"), ("fsdp_config", {}),
         ("callbacks.lr_monitor", {"a": 1}), ("optimizer.max_lr", 0.003), ("optimizer.eps", 0.000001),
         ("scheduler.t_warmup", "1.0ba"), ("python_log_level", "debug"), ("variables.x", 1)]
@@ -303,7 +308,7 @@ def test_autoresume_into_another_runs_folder_stops_before_any_work(cfg, data_set
     """Through the host: the model is not even built."""
     with pytest.raises(ValueError):
         resume(cfg, tmp_path, cfg, run_name="a")
-    with pytest.raises(ValueError, match="run_name must be 'a', got 'b': so it was in the checkpoint that this run resumes"):
+    with pytest.raises(ValueError, match="run_name must be 'a', got 'b': so it was in the checkpoint that this run"):
         nano_run.run(data_set, tmp_path, "model.vocab_size=512", "run_name=b", f"save_folder={tmp_path}")
 
 

@@ -91,7 +91,8 @@ def formula(phase, t):
     if phase == "pretrain":
         return PEAK * (1e-10 + (1 - 1e-10) * t / WARMUP if t < WARMUP else 1.0)
     x = min(1.0, t / TOKENS[phase])
-    return PEAK * (0.5 + 0.5 * (1 - math.sqrt(x))) if phase == "extend" else PEAK / 2 * (0.04 + 0.96 * (1 - math.sqrt(x)))
+    fallen = 1 - math.sqrt(x)
+    return PEAK * (0.5 + 0.5 * fallen) if phase == "extend" else PEAK / 2 * (0.04 + 0.96 * fallen)
 
 
 @pytest.mark.parametrize("phase", ["pretrain", "extend", "decay"])
@@ -103,7 +104,8 @@ def test_lr_and_weight_decay_of_every_batch_of_every_phase_are_their_formulas(ph
         lr, peak = formula(phase, batch["tokens"]), PEAK / 2 if phase == "decay" else PEAK
         matrices, norms = batch["groups"]
         for group in (matrices, norms):
-            assert group["lr"] == pytest.approx(lr, rel=1e-12) and (group["initial_lr"], group["max_lr"]) == (peak, PEAK)
+            assert group["lr"] == pytest.approx(lr, rel=1e-12)
+            assert (group["initial_lr"], group["max_lr"]) == (peak, PEAK)
         assert batch["base_lrs"] == [peak, peak]
         removed = matrices["lr"] / matrices["max_lr"] * matrices["weight_decay"]
         assert removed == pytest.approx(WEIGHT_DECAY * lr / PEAK, rel=1e-12) and norms["weight_decay"] == 0
@@ -129,7 +131,8 @@ def test_every_checkpoint_says_where_its_weights_came_from_and_by_which_config(c
     for phase, run in chain.items():
         head = checkpoints.read_head(run["folder"])
         record = head.record
-        assert record["run_config"] == config_text(run["config"]) and record["run_hash"] == config_hash(record["run_config"])
+        assert record["run_config"] == config_text(run["config"])
+        assert record["run_hash"] == config_hash(record["run_config"])
         assert (record["run_name"], record["phase"], record["objective"]) == (f"nano-mlm-{phase}", phase, "mlm")
         assert (record["batch"], record["tokens"]) == (len(run["seen"]), run["tokens"])
         assert record["tokenizer_fingerprint"] == tokenizer.fingerprint(tokenizer.load(str(data_set / "tokenizer")))
@@ -333,7 +336,7 @@ def tokens(tokenizer_dir):
 def decoder(tmp_path_factory, tokens):
     """A decoder and its checkpoint, as Composer and Clock write it."""
     model = ettin("clm", tokenizer=tokens)
-    with torch.no_grad():  # every model of a seed starts alike: without this, weights that were never loaded look loaded
+    with torch.no_grad():  # models of a seed start alike: else weights that were never loaded look loaded
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.1)
     return model, save(model, tmp_path_factory.mktemp("decoder") / "ep0-ba7-rank0.pt")
@@ -377,7 +380,8 @@ def test_what_was_built_is_compared_again(decoder, tokens):
         crossing(ettin("clm", tokenizer=tokens), path, start=EnterPhase, load_path=str(path),
                  load_ignore_keys=[*PARTS_LEFT_OUT, "state/callbacks"])
     weights = functools.partial(EnterPhase, keep="weights")
-    run, clock = crossing(ettin("clm", tokenizer=tokens), path, start=weights, load_path=str(path), load_weights_only=True)
+    run, clock = crossing(ettin("clm", tokenizer=tokens), path, start=weights, load_path=str(path),
+                          load_weights_only=True)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), run.state.model.parameters()))
     assert not run.state.optimizers[0].state and clock.lineage[-1]["source"].endswith("ep0-ba7-rank0.pt")
     state = torch.load(path, weights_only=False)

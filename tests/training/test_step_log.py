@@ -20,7 +20,8 @@ def test_each_line_says_what_its_step_read_and_gave(rising_run):
     for key, values in (("lr", seen["lrs"]), ("loss", seen["losses"])):
         assert [entry[key] for entry in steps] == values
     assert [entry["ids_hash"] for entry in steps] == [f"{batch['ids_hash']:012x}" for batch in seen["batches"]]
-    assert len({entry["ids_hash"] for entry in steps}) == len(steps) > 8 and all(entry["seconds"] > 0 for entry in steps)
+    assert len({entry["ids_hash"] for entry in steps}) == len(steps) > 8
+    assert all(entry["seconds"] > 0 for entry in steps)
     assert {(entry["objective"], entry["mask_rate"]) for entry in steps} == {("mlm", 0.3)}
     for before, lr in zip(seen["tokens"], seen["lrs"]):  # the clock counts tokens, whatever the batch sizes
         assert lr == pytest.approx(3e-3 * min(1.0, 1e-10 + (1 - 1e-10) * before / 2000), rel=1e-9)
@@ -59,7 +60,7 @@ def test_warm_up_killed_twice_equals_never_killed_also_with_workers(rising_run, 
     assert alike[0] == alike[1]
 
 
-def test_the_pair_read_identical_documents_at_every_step_and_the_log_tells_the_objectives(rising_run, data_set, tmp_path):
+def test_the_pair_read_the_same_documents_at_every_step_and_the_log_tells_objectives(rising_run, data_set, tmp_path):
     overrides = [*nano_run.RISING, "max_duration=2000tok", "loggers.inmemory={}", "variables.label=biphasic",
                  "variables.objective=[{until: 1000tok, objective: clm}, {objective: mlm}]"]
     trainer = nano_run.run(data_set, tmp_path, *overrides)
@@ -77,7 +78,7 @@ def test_the_pair_read_identical_documents_at_every_step_and_the_log_tells_the_o
 
 
 def test_a_run_without_a_local_folder_is_told_what_to_do():
-    for config, folder, words in (({}, None, "save_folder must be a local folder.*None.*set callbacks.ettin_steps.folder"),
+    for config, folder, words in (({}, None, "save_folder must be a local folder.*None.*callbacks.ettin_steps.folder"),
                                   ({"save_folder": "s3://bucket/run"}, None, "save_folder must be.*s3://bucket/run"),
                                   ({"save_folder": "x"}, "gs://b/c", "callbacks.ettin_steps.folder must be.*gs://b/c")):
         with pytest.raises(ValueError, match=words):

@@ -139,7 +139,7 @@ def test_a_biphasic_run_is_the_clm_run_up_to_the_switch_and_resumes_on_both_side
 
 
 def weighted_sum_gradient(weights, batch):
-    """Gradients of the mixture's loss from dense logits: each row through a model of its own kind, summed in float64."""
+    """Gradients of the mixture's loss from dense logits: each row through a model of its own kind; float64 sums."""
     fields = {"size": "nano", "max_seq_len": 64, "vocab_size": 512, "attn_out_dropout": 0.0}
     models = {kind: EttinModel(objective="clm" if kind else "mlm", **fields).train() for kind in (False, True)}
     total, divisor = torch.zeros((), dtype=torch.float64), 0

@@ -40,7 +40,7 @@ def test_names_and_paths_are_texts_whatever_yaml_makes_of_them(text, tmp_path):
         config = TRAIN.configure([NANO, *args])
         assert config.run_name == config.loggers.wandb.project == text
     assert TRAIN.configure([NANO, "run_name=null"]).run_name is None
-    with pytest.raises(ValueError, match="run_name must be text, got 1.0; put it in quotes"):  # through stock llmfoundry
+    with pytest.raises(ValueError, match="run_name must be text, got 1.0; put it in quotes"):  # stock llmfoundry
         checks.check_settings(put(recipes.resolved([NANO]), {"run_name": 1.0}))
 
 
@@ -50,7 +50,8 @@ def test_loggers_that_cannot_start_are_found_before_work(tmp_path, capsys, monke
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "tensorboard" else name)
     run = [NANO, "--dry-run"]
-    for args, words in ((["loggers.tensorboard={}"], ["loggers.tensorboard", "not installed", "pip install tensorboard"]),
+    for args, words in ((["loggers.tensorboard={}"],
+                         ["loggers.tensorboard", "not installed", "pip install tensorboard"]),
                         (["loggers.wandb.project=p"], ["loggers.wandb must be given a key", "WANDB_MODE=offline"])):
         assert TRAIN.main([*run, *args]) == 1
         assert all(word in capsys.readouterr().err for word in words[:1])
@@ -95,7 +96,7 @@ def test_a_dry_run_says_what_would_run_and_starts_nothing(tmp_path, capsys, monk
     assert "no such folder" in capsys.readouterr().err
 
 
-def test_an_error_of_the_package_in_a_run_is_one_line_and_of_others_a_traceback(data_set, tmp_path, capsys, monkeypatch):
+def test_an_error_of_the_package_in_a_run_is_one_line_others_a_traceback(data_set, tmp_path, capsys, monkeypatch):
     import llmfoundry.command_utils as host
 
     from ettin_foundry.training.run_config import parse_time
