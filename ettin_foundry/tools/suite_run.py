@@ -126,10 +126,7 @@ def _train(suite: Suite, stage: Stage, title: str) -> None:
 
 
 def compare_pair(members: Sequence[Stage]) -> int | str:
-    """Steps at which the finished members of a pair read the same rows, by what they logged, or why that is not known.
-
-    0 while fewer than two members are finished; a ValueError where they read different rows.
-    """
+    """Steps at which the finished members of a pair read the same rows, by their logs, or why that is not known."""
     first, *others = [stage for stage in members if stage_state(stage).finished] or [members[0]]
     try:
         steps = [compare_steps(first.folder, other.folder) for other in others]

@@ -150,11 +150,6 @@ def test_learning_rates_follow_the_recipe(scheduler, formula):
     assert plan.learning_rates({**cfg, "scheduler": tokens, "max_duration": "50ba"}) is None
 
 
-# Ettin's repository, pretraining/README.md: hours on 4x H100 for 2T tokens; from them tokens/s of a GPU
-ORIGINAL = {"17m": (141, 985_028), "32m": (212, 655_136), "68m": (300, 462_963), "150m": (470, 295_508),
-            "400m": (950, 146_199), "1b": (2170, 64_004)}
-
-
 @functools.cache
 def phases(size, member):
     overlays = {"pretrain": [], **{phase: [str(ROOT / f"yamls/phases/{phase}.yaml"), "variables.source=x"]
@@ -164,16 +159,14 @@ def phases(size, member):
     return plan.plan_runs(runs, gpus="4xH100")
 
 
-@pytest.mark.parametrize("size", ORIGINAL)
-def test_the_phases_of_each_size_take_the_originals_hours(size):
+# Ettin's repository, pretraining/README.md: hours on 4x H100 for 2T tokens
+@pytest.mark.parametrize("size, hours", [("17m", 141), ("32m", 212), ("68m", 300), ("150m", 470), ("400m", 950),
+                                         ("1b", 2170)])
+def test_the_phases_of_each_size_take_the_originals_hours(size, hours):
     """2T tokens: 1.7T, 250B and 50B. Of 1b our recipes have 1.8T (last phases a third): its rate is compared."""
-    hours, rate = ORIGINAL[size]
-    runs = phases(size, "dec" if size in ("32m", "1b") else "enc")
-    total = plan.totals(runs)
+    total = plan.totals(phases(size, "dec" if size in ("32m", "1b") else "enc"))
     assert total["num_tokens"] == pytest.approx(1.8e12 if size == "1b" else 2e12, rel=1e-4)  # a phase ends with a step
-    assert total["hours"] * 2e12 / total["num_tokens"] == pytest.approx(hours, rel=0.01)
-    for run in runs:
-        assert run.num_tokens / (4 * 3600 * run.hours) == pytest.approx(rate, rel=1e-4)
+    assert total["hours"] * 2e12 / total["num_tokens"] == pytest.approx(hours, rel=1e-4)
 
 
 @pytest.mark.parametrize("size, objective, tokens, half, gib", [
