@@ -28,7 +28,7 @@ _FORMATS = (".png", ".svg", ".pdf")
 _POINTS = 400
 
 
-def _tokens(number: float, _: int) -> str:
+def _tokens(number: float, _: float) -> str:
     return format_count(number) if number > 0 else "0"
 
 
