@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,17 +49,20 @@ class RowDataset(RowStream, IterableDataset):
         return self.num_steps * (self.ramp.max_size // self.world_size)
 
 
-def scheduled_collator(dataloader_cfg: Mapping[str, Any], tokenizer: Any, dataset_batch_size: int, *,
-                       objective: str | None = None) -> tuple[Collator, int]:
-    """For LLM-Foundry's registry: a collator of the block's objective, or of one, and the batch size it was given."""
-    cfg = dataloader_cfg
-    collator = Collator(objective or cfg["objective"], TextVocab.from_tokenizer(tokenizer), seed=cfg["shuffle_seed"],
-                        max_seq_len=cfg["max_seq_len"], mask_rate=cfg.get("mask_rate", 0.0))
-    return collator, dataset_batch_size
+def _collator_of(objective: str | None) -> Callable[..., tuple[Collator, int]]:
+    """A collator for LLM-Foundry's registry, of one objective or of what the loader's block says."""
+
+    def build(dataloader_cfg: Mapping[str, Any], tokenizer: Any, dataset_batch_size: int) -> tuple[Collator, int]:
+        """A collator and the batch size; the block is that of `ettin_text`."""
+        cfg, vocab = dataloader_cfg, TextVocab.from_tokenizer(tokenizer)
+        return Collator(objective or cfg["objective"], vocab, max_seq_len=cfg["max_seq_len"],
+                        mask_rate=cfg.get("mask_rate", 0.0), seed=cfg["shuffle_seed"]), dataset_batch_size
+
+    return build
 
 
-mlm_collator, clm_collator, mntp_collator = (
-    functools.partial(scheduled_collator, objective=objective) for objective in ("mlm", "clm", "mntp"))
+# functions of this module, not partials: `llmfoundry registry find` shows where they are
+mlm_collator, clm_collator, mntp_collator, scheduled_collator = map(_collator_of, ("mlm", "clm", "mntp", None))
 
 
 def build_ettin_loader(
