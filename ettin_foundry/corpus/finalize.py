@@ -96,8 +96,8 @@ def _check_content(plan: Plan, manifests: Mapping[str, Any], storage: Storage, m
         raise ValueError(f"sources must hold a document for training, got {documents.total()} for validation and "
                          f"{dict(dropped) or 'none'} dropped; give other text, filters or --validation")
     if max_bad_records is not None and dropped[UNREADABLE] > max_bad_records:
-        raise ValueError(f"--max-bad-records must be at least the {dropped[UNREADABLE]} that could not be read, "
-                         f"got {max_bad_records}; with more the same command reads nothing again")
+        raise ValueError(f"--max-bad-records must be at least the {dropped[UNREADABLE]} records that could not be "
+                         f"read, got {max_bad_records}; with more the same command reads nothing again")
     for name in plan.sources:
         if not documents[name]:
             log.warning("%s: no document of it is in the dataset", name)
