@@ -22,7 +22,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ettin_foundry.data.storage import check_name, is_url, open_storage
+from ettin_foundry.data.storage import check_name, is_url, join, open_storage
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +161,9 @@ def _readable_files(root: str, found: list[tuple[str, int]]) -> dict[str, int]:
     """Name -> size of the files to read; the others are logged."""
     files = {check_name(name): size for name, size in found if file_kind(name)}
     others = [name for name, _ in found if name not in files]
+    if tables := [name for name in others if name.lower().endswith((".arrow", ".feather"))]:  # as save_to_disk leaves
+        raise ValueError(f"{join(root, tables[0])} must be a Parquet file, got an Arrow one; write it anew: "
+                         "datasets.load_from_disk(FOLDER).to_parquet('texts.parquet')")
     if not files:
         raise ValueError(f"{root} must hold files named {_READABLE}, got {', '.join(others[:3]) or 'none'}; rename or "
                          "convert them")

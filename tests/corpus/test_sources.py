@@ -51,12 +51,13 @@ def test_names_licences_and_places(tmp_path):
     ("{tmp}/csv", "csv must hold files named .* got a.csv"), ("{tmp}/empty", "empty must hold .* got none"),
     ("owner/name", "the Hugging Face dataset owner/name cannot be reached"),
     ("{tmp}/pipe", "pipe must be a file or folder"), ("nope://x/y", "nope:// cannot be read here"),
+    ("{tmp}/saved", "saved/data-00000.arrow must be a Parquet file, got an Arrow one"),
     ("{tmp}/names", r"must be UTF-8, got b'a\\xff\.txt'"),
     *[("{tmp}/clone" + name, "clone/b.parquet must be the file itself.*git lfs pull") for name in ("", "/b.parquet")]])
 def test_bad_source_is_one_clear_error(tmp_path, text, message):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n"
     for name, data in {b"csv/a.csv": b"x", b"names/a\xff.txt": b"x", b"clone/a.txt": b"x", b"clone/b.parquet": pointer,
-                       b"empty/.x.txt": b"x"}.items():
+                       b"empty/.x.txt": b"x", b"saved/data-00000.arrow": b"x", b"saved/state.json": b"{}"}.items():
         path = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name)))
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
