@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # importing transformers takes seconds, which readers of a ma
     from transformers import PreTrainedTokenizerFast
 
 MAX_VOCAB_SIZE = 65_535  # tokens are stored as uint16
+COMPARED = ("vocab_size", "special_ids", "vocab_sha256", "probe_sha256")  # of two fingerprints; names may differ
 _PLAIN = {"PreTrainedTokenizerFast", "TokenizersBackend", "tokenizers"}
 
 _SPECIALS = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
@@ -177,8 +178,8 @@ def fingerprint(tok: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The first part in which two fingerprints differ, with both values, or ""; names may differ."""
-    for key in ("vocab_size", "special_ids", "vocab_sha256", "probe_sha256"):
+    """The first part in which two fingerprints differ, with both values, or ""."""
+    for key in COMPARED:
         if found.get(key) != wanted.get(key):
             return f"{key} is {found.get(key)}, not {wanted.get(key)}"
     return ""

@@ -153,7 +153,7 @@ class Clock(CallbackWithConfig):
         gradients: list[Any] = [p.grad for p in state.model.parameters() if p.grad is not None]
         local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
         self._squares = torch.stack(torch._foreach_norm(local)).square().sum()  # as the second moments, it may overflow
-        if local and isinstance(gradients[0], DTensor):  # else every rank has the same
+        if isinstance(gradients[0], DTensor):  # else every rank has the same
             self._summed = torch.distributed.all_reduce(self._squares, async_op=True)
 
     def batch_end(self, state: State, logger: Logger) -> None:

@@ -131,7 +131,7 @@ def _compare_tokenizers(then: Mapping[str, Any], now: Mapping[str, Any], path: s
     if new is not None and old is None:
         log.warning("%s names no tokenizer that is here: whether it is this run's is not checked", path)
     if old and new:
-        for name in ("vocab_size", "special_ids", "vocab_sha256", "probe_sha256"):
+        for name in tokenizer.COMPARED:
             if old.get(name) != new[name]:
                 was, is_now = (f"{f.get('name')!r} with {name} {f.get(name)}" for f in (old, new))
                 return {"tokenizer": (was, is_now)}
