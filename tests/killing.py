@@ -54,8 +54,7 @@ class Killer:
         self.killed, self.conversions = Counter[str](), 0
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload([
-            "ettin_foundry.cli.main", "ettin_foundry.corpus.convert", "ettin_foundry.corpus.card", "matplotlib.figure",
-            "transformers.models.auto.tokenization_auto"])
+            "ettin_foundry.cli.main", "ettin_foundry.corpus.convert", "transformers.models.auto.tokenization_auto"])
         first = self.context.Process(target=int)  # when it has ended, the server has imported everything
         first.start()
         first.join()

@@ -32,7 +32,7 @@ _REMOVED = {
     "merge": "`ettin average`, with the same arguments",
     **{f"convert --{option}": _DATATROVE for option in ("decontaminate", "decontaminate-field", "drop-contaminated")},
     "verify --no-samples": "`ettin verify` without it: every sample is read",
-    "show --picture": "lengths.svg in the dataset, which `ettin finalize` draws",
+    "show --picture": "the table of lengths in the dataset's README.md, and `ettin show`",
     "export --tags": "`ettin export --every`: each folder has the name of its revision",
     "export --ema": "`ettin average SAVE_FOLDER MEAN.pt --last 5`, and export MEAN.pt",
     "export --sentence-transformers": "sentence-transformers on the exported folder, as in examples/embeddings.py",

@@ -1,13 +1,12 @@
-"""The data card of a dataset: README.md as the Hugging Face Hub reads it, and lengths.svg, the picture in it.
+"""The data card of a dataset: README.md as the Hugging Face Hub reads it.
 
-Both are pure functions of the dataset's small files: the same dataset gives the same bytes anywhere. A comment at the
-end of the card holds a sha256 of every small file, which `ettin verify` compares.
+It is a pure function of the dataset's small files: the same dataset gives the same bytes anywhere. Its table of their
+sha256 is what `ettin verify` compares them with.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import re
@@ -26,11 +25,8 @@ Manifests = Mapping[str, Mapping[str, Any]]
 Lengths = Mapping[str, np.ndarray]
 
 CARD = "README.md"
-PICTURE = "lengths.svg"
-_MARK = "<!-- ettin-set "
-_NOTE = "written by ettin finalize, read by ettin verify; a card without this comment is never replaced"
-_HEAD_KEYS = ("chunk_length", "compression", "tokenizer", "options", "code_version", "sources")
-_MAX_CARD_BYTES = 16 << 20
+_MARK = "<!-- ettin-set "  # a card without it was written by hand, and is never replaced
+_HASH = re.compile(r"^\| `(.*)` \| `(.*)` \|$", re.MULTILINE)
 # https://huggingface.co/docs/hub/repositories-licenses; the Hub refuses a card that names any other
 _LICENCES = frozenset("""
     apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 cc bigcode-openrail-m
@@ -53,12 +49,10 @@ tokens = data.chunk(0, 0)             # first chunk of the first shard: uint16, 
 
 
 def write_card(storage: Storage, manifests: Manifests, lengths: Lengths) -> None:
-    """Writes README.md and lengths.svg of splits whose manifests are in the storage already.
+    """Writes README.md of splits whose manifests are in the storage already; one written by hand stays, with a warning.
 
-    A README.md that is not one of ours is left alone, with a warning. `lengths` are (chunk_length + 1,) chunks of each
-    length, by split.
+    `lengths` are (chunk_length + 1,) chunks of each length, by split.
     """
-    storage.write_bytes(PICTURE, picture(lengths))
     if storage.exists(CARD) and _MARK.encode() not in storage.read_bytes(CARD):
         log.warning("%s was written by hand and stays; move it away and run ettin finalize", storage.where(CARD))
     else:
@@ -66,16 +60,12 @@ def write_card(storage: Storage, manifests: Manifests, lengths: Lengths) -> None
 
 
 def card_text(storage: Storage, manifests: Manifests, lengths: Lengths) -> str:
-    """The text of README.md; arguments as of `write_card`, lengths.svg already written."""
+    """The text of README.md; arguments as of `write_card`."""
     # named after its sources, not its folder: the same conversion gives the same bytes wherever it is done
     names = list(dict.fromkeys(name for manifest in manifests.values() for name in manifest["sources"]))
     name = ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
-    small = [file for file, _ in storage.list("tokenizer/")] + [f"{split}/{MANIFEST}" for split in manifests]
-    files = {file: hashlib.sha256(storage.read_bytes(file)).hexdigest() for file in sorted([PICTURE, *small])}
-    heads = {split: {key: manifest[key] for key in _HEAD_KEYS} for split, manifest in manifests.items()}
-    comment = json.dumps({"note": _NOTE, "files": files, "splits": heads})
-    for special, escaped in (("<", "\\u003c"), (">", "\\u003e"), ("--", "-\\u002d")):
-        comment = comment.replace(special, escaped)  # nothing in it ends the comment
+    small = sorted([file for file, _ in storage.list("tokenizer/")] + [f"{split}/{MANIFEST}" for split in manifests])
+    hashes = [(file, hashlib.sha256(storage.read_bytes(file)).hexdigest()) for file in small]
     first = next(iter(manifests.values()))
     made_with = [("ettin_foundry", first["code_version"]),
                  ("tokenizer", f"{first['tokenizer']['name']}, {first['tokenizer']['vocab_size']:,} entries"),
@@ -90,66 +80,24 @@ def card_text(storage: Storage, manifests: Manifests, lengths: Lengths) -> str:
         "without being trusted. No special tokens inside; a document's last chunk is marked.\n",
         _table(("split", "documents", "chunks", "tokens", "shards"), counts),
         "## Sources\n", *(_source_table(split, manifest) for split, manifest in manifests.items()),
-        "## Lengths\n", f"![Chunks and tokens by length of the chunk]({PICTURE})\n",
+        "## Lengths\n",
         _table(("split", "mean", "10%", "median", "90%", "of full length"),
                [(split, *length_cells(found)) for split, found in lengths.items()]),
         "## Made with\n", _table(("", ""), made_with), "## Read it\n", _READ,
         "Stock `streaming.StreamingDataset` reads the same folders. `ettin verify` checks every byte, `ettin show` "
         "prints statistics and decoded samples.\n",
         "## Identity\n", "A manifest holds the hash of every shard, so its own hash stands for the whole split.\n",
-        _table(("file", "sha256"), [(f"`{file}`", f"`{value}`") for file, value in files.items()]),
-        f"{_MARK}{comment} -->\n"])
+        _table(("file", "sha256"), ()) + "".join(f"| `{file}` | `{digest}` |\n" for file, digest in hashes),
+        f"{_MARK}written by ettin finalize, which replaces no card without this line -->\n"])
 
 
-def read_block(storage: Storage) -> dict[str, dict[str, Any]] | None:
-    """The comment in a dataset's card: {"files": {name: sha256}, "splits": {...}}; None without one.
+def read_hashes(storage: Storage) -> dict[str, str]:
+    """Name -> sha256 of the small files, as a dataset's card states them; nothing without a card of `write_card`.
 
-    Raises ValueError for one that cannot be read, or names files outside the dataset.
+    Raises ValueError for a name outside of the dataset.
     """
-    if not storage.exists(CARD) or storage.size(CARD) > _MAX_CARD_BYTES:
-        return None
-    text = storage.read_bytes(CARD).decode(errors="replace")
-    if (at := text.rfind(_MARK)) < 0:
-        return None
-    try:
-        block, _ = json.JSONDecoder().raw_decode(text, at + len(_MARK))
-        if not all(isinstance(block[key], dict) for key in ("files", "splits")):
-            raise ValueError("files and splits must be mappings")
-        for name in block["files"]:
-            check_name(name)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{storage.where(CARD)}: its last comment must be what ettin finalize wrote, got "
-                         f"{error!r:.200}; run ettin finalize, or remove the comment") from None
-    return block
-
-
-def picture(lengths: Lengths) -> bytes:
-    """lengths.svg: shares of chunks and of tokens by length; the largest split filled, others as an outline."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
-    # text as text: legible in any viewer, a tenth of the bytes, and no dependence on the version of a font
-    style: Any = {**matplotlib.rcParamsDefault, "backend": "agg", "svg.fonttype": "none", "svg.hashsalt": "ettin",
-                  "font.size": 9.0, "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False}
-    longest = max(len(counts) for counts in lengths.values()) - 1
-    edges = np.unique(np.linspace(1, longest + 1, min(48, longest) + 1).round().astype(np.int64))
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(8.0, 2.6))
-        panels = figure.subplots(1, 2)
-        figure.subplots_adjust(left=0.08, right=0.99, bottom=0.18, top=0.96, wspace=0.2)
-        for number, split in enumerate(sorted(lengths, key=lambda split: -int(lengths[split].sum()))):
-            counts = np.asarray(lengths[split], np.int64)
-            for axes, weights in zip(panels, (counts, counts * np.arange(len(counts)))):
-                shares = np.add.reduceat(np.append(weights, 0)[:edges[-1]], edges[:-1]) / max(1, int(weights.sum()))
-                axes.stairs(shares, edges, fill=not number, label=split, color=f"C{number}", linewidth=1.2)
-        for axes, title in zip(panels, ("chunks", "tokens")):
-            axes.set(xlabel="tokens in the chunk", ylabel=f"share of all {title}", xlim=(1, longest + 1))
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        panels[0].legend(frameon=False)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+    text = storage.read_bytes(CARD, at_most=16 << 20).decode(errors="replace") if storage.exists(CARD) else ""
+    return {check_name(name): digest for name, digest in _HASH.findall(text)} if _MARK in text else {}
 
 
 def _front_matter(name: str, manifests: Manifests) -> str:
@@ -186,6 +134,4 @@ def _clean(text: str) -> str:
 
 
 def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    cells = [[cell if cell[:1] == cell[-1:] == "`" else _clean(cell) for cell in row]
-             for row in (header, ("---",) * len(header), *rows)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+    return "".join(f"| {' | '.join(map(_clean, row))} |\n" for row in (header, ("---",) * len(header), *rows))

@@ -82,17 +82,8 @@ def read_parts(source: Source, parts: Sequence[Part], meter: Meter,
     """Streams the documents of some parts of a source, in order, and moves the meter.
 
     Raises ValueError, with place and what to do, for an unreadable archive, a file that changed since it was listed, or
-    where too many records, or all, cannot be read; OSError for storage that does not answer.
+    where too many records cannot be read; OSError for storage that does not answer.
     """
-    documents, before = _read_all(source, parts, meter, options), meter.unreadable
-    if (first := next(documents, None)) is not None:
-        yield first
-        yield from documents
-    elif (number := meter.unreadable - before) >= 10:  # no accident, but another field or encoding
-        raise ValueError(f"{meter.problem}; none of the {number} records here can be read")
-
-
-def _read_all(source: Source, parts: Sequence[Part], meter: Meter, options: ReadOptions) -> Iterator[Document]:
     storage = open_storage(source.root) if source.files else None
     for part in parts:
         if source.location == STDLIB and part.file == sources.DOCSTRINGS:
@@ -174,22 +165,18 @@ def _document(record: Any, where: str, default_id: str, meter: Meter, options: R
         identity.encode()
         num_bytes = len(text.encode())
     except (ValueError, RecursionError) as error:
-        return _leave_out(where, error, meter, options)
+        meter.unreadable, problem = meter.unreadable + 1, f"{where}: {error}"
+        if isinstance(error, UnicodeDecodeError):
+            problem += "; " + next(advice for begin, advice in _ADVICE.items() if error.object.startswith(begin))
+        if meter.unreadable > options.max_bad_records:
+            raise ValueError(f"{problem}; --max-bad-records ({options.max_bad_records}) must allow for it, or repair "
+                             "it") from None
+        log.warning("unreadable, left out: %s", problem)
+        return
     if num_bytes > options.max_document_bytes:
         meter.oversized += 1
     else:
         yield Document(text, identity)
-
-
-def _leave_out(where: str, error: Exception, meter: Meter, options: ReadOptions) -> None:
-    """Counts a record that cannot be read; ValueError where it is one too many."""
-    meter.unreadable, problem = meter.unreadable + 1, f"{where}: {error}"
-    if isinstance(error, UnicodeDecodeError):
-        problem += "; " + next(advice for begin, advice in _ADVICE.items() if error.object.startswith(begin))
-    meter.problem = meter.problem or problem
-    if meter.unreadable > options.max_bad_records:
-        raise ValueError(f"{problem}; --max-bad-records ({options.max_bad_records}) must allow for it, or repair it")
-    log.warning("unreadable, left out: %s", problem)
 
 
 def _read_whole(file: _File) -> bytes | None:
@@ -207,11 +194,8 @@ def _read_txt(file: _File) -> Iterator[Document]:
     if (data := _read_whole(file)) is None:
         file.meter.oversized += 1
         return
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        return _leave_out(file.shown, error, file.meter, file.options)
-    yield Document(text, file.part.file)
+    record = {file.options.id_field or "id": file.part.file, file.options.text_field: data}
+    yield from _document(record, file.shown, file.part.file, file.meter, file.options)
 
 
 def _read_json(file: _File) -> Iterator[Document]:
@@ -289,7 +273,10 @@ def _read_parquet(file: _File) -> Iterator[Document]:
             # from a network a column is fetched in one go: going back and forth would fetch blocks repeatedly
             table = ParquetFile(file.path or stream, buffer_size=_BLOCK_BYTES if file.path else 0,
                                 page_checksum_verification=True)
-            columns, row = _columns(table.schema_arrow, file) if table.metadata.num_rows else [], 0
+            names, row = table.schema_arrow.names, 0
+            if text_field not in names and table.metadata.num_rows:
+                raise ValueError(f"{file.shown} must have a column {text_field!r}, got {names}; see --text-field")
+            columns = [name for name in names if name in (text_field, file.options.id_field or "id")]
             for number in range(table.num_row_groups):
                 group = table.metadata.row_group(number)
                 chunks = [group.column(index) for index in range(group.num_columns)]
@@ -307,17 +294,6 @@ def _read_parquet(file: _File) -> Iterator[Document]:
         except pyarrow.ArrowException as error:
             raise ValueError(f"{file.shown} must be a whole .parquet file, got {error!r:.300}; fetch or write it "
                              "again") from error
-
-
-def _columns(schema: Any, file: _File) -> list[str]:
-    """The columns of text and id; ValueError where the first is missing or can hold no text."""
-    text_field = file.options.text_field
-    if text_field not in schema.names:
-        raise ValueError(f"{file.shown} must have a column {text_field!r}, got {schema.names}; see --text-field")
-    kind = str(schema.field(text_field).type)
-    if not re.match("(dictionary<values=)?(large_|fixed_size_)?(string|binary)|null|extension", kind):
-        raise ValueError(f"{file.shown} must hold text in its column {text_field!r}, got {kind}; see --text-field")
-    return [name for name in schema.names if name in (text_field, file.options.id_field or "id")]
 
 
 def _rows(batch: Any, row: int, file: _File) -> Iterator[Document]:

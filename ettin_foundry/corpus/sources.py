@@ -53,7 +53,6 @@ class Meter:
     current_bytes: int = 0
     oversized: int = 0  # documents left out: larger than `ReadOptions.max_document_bytes`
     unreadable: int = 0  # records left out: no JSON, not UTF-8, without text
-    problem: str = ""  # of the first of them
 
     def position(self) -> int:
         return self.finished_bytes + self.current_bytes

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ettin_foundry.corpus.card import CARD, read_block
+from ettin_foundry.corpus.card import CARD, read_hashes
 from ettin_foundry.data import INDEX, LENGTHS, MANIFEST
 from ettin_foundry.data import tokenizer as tokenizers
 from ettin_foundry.data.cache import fetch_tokenizer
@@ -149,11 +149,11 @@ class _Check:
 
     def check_card(self) -> set[str]:
         """Every small file against the sha256 in the data card; the splits that the card states."""
-        if (block := self.attempt(read_block, self.storage)) is None:
+        if not (hashes := self.attempt(read_hashes, self.storage)):
             self.note(CARD, "is no data card of ettin finalize; not every change of a small file is found")
             return set()
-        for name, stated in block["files"].items():
+        for name, stated in hashes.items():
             data = self.attempt(self.storage.read_bytes, name)
             if data is not None and (found := hashlib.sha256(data).hexdigest()) != stated:
                 self.wrong(name, f"sha256 is {found}; {CARD} states {stated!r:.100}")
-        return set(block["splits"])
+        return {name.removesuffix(f"/{MANIFEST}") for name in hashes if name.endswith(MANIFEST)}

@@ -88,12 +88,9 @@ class ShardGroupWriter:
             chunk_ends[firsts[d]:firsts[d] + len(of_document)] += np.array(of_document) - lengths[d]
         lasts = np.zeros(len(chunk_ends), np.int64)
         lasts[firsts + num_parts - 1] = 1
-        counts = np.diff(chunk_ends, prepend=0)
-        if (chunk_ends[lasts == 1] != ends).any() or ((counts < 1) | (counts > self._chunker.chunk_length)).any():
-            raise RuntimeError(f"{self._stem}: the cuts of a document lose or double tokens")
         documents = np.repeat(np.arange(len(lengths)), num_parts)
         parts = np.arange(len(chunk_ends)) - np.repeat(firsts, num_parts)
-        self._add([name.encode() for name in ids], (documents, parts, lasts, chunk_ends, counts), tokens)
+        self._add([name.encode() for name in ids], documents, parts, lasts, chunk_ends, tokens)
 
     def finish(self) -> list[dict[str, Any]]:
         """Ends the last shard, waits until all are placed; one entry per shard as manifest.json has it, plus `lengths`:
@@ -107,50 +104,41 @@ class ShardGroupWriter:
         """Stops writing; waits for the shard under way, whose partial file is removed."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _add(self, names: list[bytes], chunks: tuple[np.ndarray, ...], tokens: np.ndarray) -> None:
-        """Puts chunks into shards, ending a shard where the next chunk does not fit.
+    def _add(self, names: list[bytes], documents: np.ndarray, parts: np.ndarray, lasts: np.ndarray,
+             ends: np.ndarray, tokens: np.ndarray) -> None:
+        """Puts chunks into shards, ending a shard where the next one does not fit.
 
-        `chunks` are five (K,) arrays: number of the document, number of the chunk in it, 1 where it is the last one,
-        where its tokens end, how many they are.
+        (K,) each: number of the document, number of the chunk in it, 1 where it is the last one, where its tokens end.
         """
-        documents, *_, counts = chunks
-        num_name = np.fromiter(map(len, names), np.int64, len(names))
+        data = memoryview(np.ascontiguousarray(tokens, "<u2")).cast("B")  # type: ignore[arg-type]
+        heads, num_source, pack_sizes, pack_numbers = self._heads, len(self._source), _SIZES.pack, _NUMBERS.pack
+        counts, num_name = np.diff(ends, prepend=0), np.fromiter(map(len, names), np.int64, len(names))
         array_bytes = 2 + (counts > 255) + 2 * counts
-        sizes = _SIZES.size + _NUMBERS.size + num_name[documents] + len(self._source) + array_bytes
+        sizes = _SIZES.size + _NUMBERS.size + num_name[documents] + num_source + array_bytes
         filled = np.cumsum(sizes + _OFFSET_BYTES)
         begin, before = 0, 0
         while begin < len(counts):
-            room = self._limit - self._shard.num_bytes
-            end = int(np.searchsorted(filled, before + room, side="right"))
-            if end > begin:
-                self._fill(slice(begin, end), names, (*chunks, array_bytes), tokens)
-                self._shard.sizes.append(sizes[begin:end])
-                self._shard.num_bytes += int(filled[end - 1]) - before
-                before = int(filled[end - 1])
-            if end < len(counts):
-                if not self._shard.blobs:
+            shard = self._shard
+            room = np.searchsorted(filled, before + self._limit - shard.num_bytes, side="right")
+            if (end := min(begin + _GROUP, int(room))) == begin:
+                if not shard.blobs:
                     raise ValueError(f"--shard-size must hold any chunk, got {self._limit} bytes: one of "
                                      f"{self._source.decode()} has {sizes[end]}, {num_name[documents[end]]} of its id, "
                                      f"and the header {self._empty}")
                 self._end_shard()
-            begin = end
-
-    def _fill(self, which: slice, names: list[bytes], chunks: tuple[np.ndarray, ...], tokens: np.ndarray) -> None:
-        """Puts some chunks, for which there is room, into the shard."""
-        data = memoryview(np.ascontiguousarray(tokens, "<u2")).cast("B")  # type: ignore[arg-type]
-        heads, num_source = self._heads, len(self._source)
-        pack_sizes, pack_numbers = _SIZES.pack, _NUMBERS.pack
-        for first in range(which.start, which.stop, _GROUP):
-            group = slice(first, min(first + _GROUP, which.stop))
-            pieces: list[bytes | memoryview] = []
-            for d, part, last, end, count, size in zip(*(array[group].tolist() for array in chunks)):
+                continue
+            group, pieces = slice(begin, end), list[bytes | memoryview]()
+            columns = (column[group].tolist() for column in (documents, parts, lasts, ends, counts, array_bytes))
+            for d, part, last, at, count, size in zip(*columns):
                 name = names[d]
                 pieces += (pack_sizes(len(name), num_source, size), name, pack_numbers(last, part), heads[count],
-                           data[2 * (end - count):2 * end])
-            self._shard.blobs.append(b"".join(pieces))
-        _, _, lasts, _, counts, _ = chunks
-        self._shard.lengths.append(counts[which])
-        self._shard.num_documents += int(lasts[which].sum())
+                           data[2 * (at - count):2 * at])
+            shard.blobs.append(b"".join(pieces))
+            shard.sizes.append(sizes[group])
+            shard.lengths.append(counts[group])
+            shard.num_documents += int(lasts[group].sum())
+            shard.num_bytes += int(filled[end - 1]) - before
+            begin, before = end, int(filled[end - 1])
 
     def _end_shard(self) -> None:
         shard, self._shard = self._shard, _Shard(self._shard.number + 1, self._empty)

@@ -165,7 +165,7 @@ def test_bad_input_is_one_line_and_exit_code_1(encoder, tokenizer, tmp_path, cap
     for arguments, words in (
         (("export", tmp_path / "there.pt", tmp_path / "o"), "there.pt"),
         (("export", good, tmp_path / "o", "--ema"), "ettin average"), (("export", good, "o", "--tags"), "--every"),
-        (("verify", "x", "--no-samples"), "every sample"), (("show", "x", "--picture", "y.svg"), "lengths.svg"),
+        (("verify", "x", "--no-samples"), "every sample"), (("show", "x", "--picture", "y.svg"), "README.md"),
         (("export", good, folder), "exists and is not empty"),
         (("import", folder, tmp_path / "there.pt"), "--overwrite"),
         (("generate", folder, "x"), "use fill-mask"),

@@ -161,14 +161,3 @@ def test_failure_to_place_stops_the_next_write_and_leaves_nothing(tmp_path, make
             write(writer, given)
         writer.abort()
     assert not list((tmp_path / "work").iterdir())
-
-
-def test_cuts_that_lose_or_double_tokens_are_noticed(make, monkeypatch):
-    tokens = np.zeros(1000, np.uint16)
-    for ends in ([300, 600, 900], [300, 600, 600, 900, 1000], [300, 600, 500, 800, 1000], [1000],
-                 [0, 300, 600, 900, 1000]):
-        writer = make()
-        monkeypatch.setattr(writer._chunker, "cuts", lambda tokens, ends=ends: list(ends))
-        with pytest.raises(RuntimeError, match="the cuts of a document lose or double tokens"):
-            writer.write(["a", "b"], np.concatenate([tokens[:5], tokens]), np.array([5, 1000]))
-        writer.abort()
