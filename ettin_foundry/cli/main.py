@@ -29,7 +29,8 @@ _CHECKPOINT = "a checkpoint of train.py, which holds its shape"
 _REMOVED = {
     "demo": "`make demo`, which is `ettin suite yamls/suite/demo.yaml` after converting python-stdlib into data/demo",
     "repair": "`ettin convert` again into the same folder, which makes lost shards again",
-    "merge": "`ettin average`, with the same arguments",
+    "merge": "`ettin average`",
+    "average --weights": "the mean without it, in which all checkpoints weigh the same",
     **{f"convert --{option}": _DATATROVE for option in ("decontaminate", "decontaminate-field", "drop-contaminated")},
     "verify --no-samples": "`ettin verify` without it: every sample is read",
     "show --picture": "the table of lengths in the dataset's README.md, and `ettin show`",

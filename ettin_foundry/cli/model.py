@@ -83,9 +83,6 @@ def average(
         metavar="CHECKPOINT", help="Checkpoints of one phase of one recipe, or with --last a save folder.")],
     out: _File,
     last: Annotated[int | None, typer.Option(min=1, help="The K newest complete checkpoints of the folder.")] = None,
-    weights: Annotated[Any, typer.Option(
-        parser=lambda text: [float(part) for part in text.split(",")], metavar="NUMBER,NUMBER...",
-        help="One above 0 for each checkpoint, such as 1,1,2; they need not sum to 1.")] = None,
     overwrite: _Overwrite = False,
 ) -> None:
     """Write the mean of the weights of several checkpoints.
@@ -97,7 +94,7 @@ def average(
     _check(*sources)
     from ettin_foundry.hub.average import average_checkpoints
 
-    config, found = average_checkpoints(sources, out, last=last, weights=weights, overwrite=overwrite)
+    config, found = average_checkpoints(sources, out, last=last, overwrite=overwrite)
     print(f"wrote {out}: mean of {len(found)} checkpoints ({', '.join(path.name for path in found)}), "
           f"{config.num_parameters:,} parameters")
 

@@ -11,8 +11,7 @@ from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.hf_config import export_notes
 from ettin_foundry.version import __version__
 
-MNTP_NOTE = ("this encoder was trained with mntp: a masked token is predicted at the position BEFORE the mask, so the "
-             "usual fill-mask pipeline looks broken. Shift by one, as the model card shows. Embeddings are unaffected")
+MNTP_NOTE = "a masked token is predicted at the position BEFORE the mask: read it there, as the card's code does"
 
 _TRAINED_BY = {
     "mlm": "masked language modelling (mlm): of the chosen tokens 80% become the mask, 10% a random token, 10% stay",
@@ -81,7 +80,6 @@ output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 '''
 
-
 _PROGRAMS_ENCODER = '''\
 - sentence-transformers: `SentenceTransformer("{name}")`, a mean over tokens, to be trained before use.
 - vLLM: `LLM("{name}", hf_overrides={{"architectures": ["ModernBertModel"]}})`; it takes the first token's vector unless
@@ -104,7 +102,8 @@ def card(config: EttinConfig, *, objective: str, name: str, facts: Mapping[str, 
     (mappings, oldest first: where the weights come from, or, merged_from, what they are the mean of).
     """
     facts = {key: value for key, value in (facts or {}).items() if value}
-    kind = "decoder" if config.causal else "encoder"
+    kind, attention = (("decoder", "causal attention and next tokens") if config.causal else
+                       ("encoder", "bidirectional attention and masked tokens"))
     shift = " - 1" if objective == "mntp" else ""
     one_base = config.local_rope_theta == config.global_rope_theta
     limits = [
@@ -118,37 +117,27 @@ def card(config: EttinConfig, *, objective: str, name: str, facts: Mapping[str, 
                                pipeline_tag="text-generation" if config.causal else "fill-mask",
                                tags=["ettin", "modernbert", kind]),
         name=name, kind=kind, size=f"{config.size} " if config.size else "", parameters=config.num_parameters,
-        attention="causal attention and next tokens" if config.causal else "bidirectional attention and masked tokens",
-        version=__version__, note=f"\n> **Mind the position:** {MNTP_NOTE}.\n" if shift else "",
+        attention=attention, version=__version__, note=f"\n> **Mind the position:** {MNTP_NOTE}.\n" if shift else "",
         transformers="4.48" if not config.causal else "4.56" if one_base else "5.0",
         programs=(_PROGRAMS_DECODER if config.causal else _PROGRAMS_ENCODER).format(name=name),
         code=_LOAD_DECODER if config.causal else _LOAD_ENCODER.format(mask_token=mask_token, shift=shift),
-        training=_training_table(config, objective, facts), limits="".join(f"- {line}\n" for line in limits))
+        training=_training_table(objective, facts), limits="".join(f"- {line}\n" for line in limits))
 
 
-def _training_table(config: EttinConfig, objective: str, facts: Mapping[str, Any]) -> str:
-    left, right = config.local_window
+def _training_table(objective: str, facts: Mapping[str, Any]) -> str:
+    """What config.json does not say."""
     lineage, checkpoint = facts.get("lineage", ()), facts.get("checkpoint")
+    merged = [part for entry in lineage for part in entry.get("merged_from", ())]
     rows = {
         "objective": _TRAINED_BY[objective],
         "objectives in training": facts.get("objective_schedule"),
         "phase": facts.get("phase"),
         "tokens seen": f"{facts['tokens']:,}" if "tokens" in facts else None,
-        "context": f"{config.max_position_embeddings:,} tokens",
-        "shape": f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads, "
-                 f"vocabulary {config.vocab_size:,}",
-        "local layers": f"{config.layer_types.count('sliding_attention')} of {config.num_hidden_layers}; each token "
-                        f"sees {left} tokens back and {right} ahead",
-        "rotary base": f"{config.global_rope_theta:,.0f} in global layers, {config.local_rope_theta:,.0f} in local",
-        "dropout": f"{config.attn_out_dropout:g} on the output of attention, in training only",
         "checkpoint": checkpoint and f"batch {checkpoint['batch']:,} of {checkpoint['run_name']}, whose resolved "
                                      f"config has the sha256 {checkpoint['run_hash']}",
         "continued from": "; then ".join(
             ", ".join(f"{key} {value}" for key, value in entry.items() if value is not None)
             for entry in lineage if "merged_from" not in entry),
-        "merged from": "; then ".join(
-            ", ".join(f"{part['source']} (weight {part['weight']:.4g}, {part.get('tokens') or 0:,} tokens)"
-                      for part in entry["merged_from"]) for entry in lineage if "merged_from" in entry),
+        "mean of": ", ".join(f"{part['source']} ({part.get('tokens') or 0:,} tokens)" for part in merged),
     }
-    cells = [(key, str(value).replace("|", "\\|").replace("\n", " ")) for key, value in rows.items() if value]
-    return "|  |  |\n| --- | --- |\n" + "".join(f"| {key} | {value} |\n" for key, value in cells)
+    return "|  |  |\n| --- | --- |\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items() if value)

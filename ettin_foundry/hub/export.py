@@ -21,20 +21,17 @@ log = logging.getLogger(__name__)
 
 
 class ExportHF(Callback):
-    """Writes Hugging Face folders of the weights, named as by `ettin export --every`, at an interval and at the end.
+    """Writes Hugging Face folders of the weights: of drawn ones before the first step, at an interval, and at the end.
 
-    A run whose weights are drawn writes step0 before its first step.
-
-    Args:
-        interval: a time in ba, tok or sp. folder: a local folder; `{run_name}` is filled in.
+    interval: a time in ba, tok or sp. folder: a local folder, in which folders are named as by `ettin export --every`;
+    `{run_name}` is filled in.
     """
 
     def __init__(self, interval: str, folder: str):
         if "://" in folder:
             raise ValueError(f"callbacks.ettin_export.folder must be local, got {folder!r}; upload it afterwards")
         self.folder = folder
-        self._due = interval_passed("callbacks.ettin_export.interval", interval)
-        self._last_batch = -1
+        self._due = interval_passed("callbacks.ettin_export.interval", interval, at_end=True)
 
     def init(self, state: State, logger: Logger) -> None:
         self._model: Any = state.model  # the model before DDP wraps it
@@ -48,25 +45,13 @@ class ExportHF(Callback):
         if self._due(state, Event.BATCH_CHECKPOINT):
             self._write(state)
 
-    def fit_end(self, state: State, logger: Logger) -> None:
-        if state.timestamp.batch.value != self._last_batch:
-            self._write(state)
-
     def _write(self, state: State) -> None:
-        """Every rank gathers, rank 0 writes; what fails there is raised on every rank, so that none waits for it."""
-        failed: list[Exception | None] = [None]
-        self._last_batch = state.timestamp.batch.value
+        """Every rank gathers, rank 0 writes."""
         weights = get_model_state_dict(state.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if dist.get_global_rank() == 0:
-            try:
-                record = decode_record(self._clock.state_dict())
-                name = "step0" if self._last_batch == 0 else revision_name(record.get("phase"), self._last_batch)
-                folder = Path(format_name_with_dist(self.folder, state.run_name)) / name
-                export_model(weights, self._model.config, self._model.tokenizer, folder,
-                             objective=self._model.objective, facts=facts_of(record), overwrite=True)
-                log.info("wrote %s", folder)
-            except Exception as error:
-                failed = [error]
-        dist.broadcast_object_list(failed)
-        if failed[0] is not None:
-            raise failed[0]
+            record = decode_record(self._clock.state_dict())
+            name = revision_name(record.get("phase"), state.timestamp.batch.value)
+            folder = Path(format_name_with_dist(self.folder, state.run_name)) / name
+            export_model(weights, self._model.config, self._model.tokenizer, folder, objective=self._model.objective,
+                         facts=facts_of(record), overwrite=True)
+            log.info("wrote %s", folder)

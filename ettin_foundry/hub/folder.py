@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,7 +27,7 @@ from ettin_foundry.training import checkpoints
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # torch's names
 
 
 def export_model(model: Any, config: EttinConfig, tokenizer: Any, folder: str | Path, *, objective: str,
@@ -44,9 +46,9 @@ def export_model(model: Any, config: EttinConfig, tokenizer: Any, folder: str | 
         raise ValueError(f"objective must be {'clm' if config.causal else 'mlm or mntp'} here, got {objective!r}")
     _check_target(folder, overwrite)
     exported = _tokenizer_of_kind(tokenizer, config)
-    weights = to_hf(plain_state(model), config, DTYPES[dtype])
+    weights = to_hf(plain_state(model), config, getattr(torch, DTYPES[dtype]))
     content = config_json(config, objective=objective, special_ids=tokenizers.special_ids(exported), facts=facts,
-                          dtype=str(DTYPES[dtype]).removeprefix("torch."))
+                          dtype=DTYPES[dtype])
     if objective == "mntp":
         log.warning("%s: %s", folder, MNTP_NOTE)
     with atomic_folder(folder) as partial:
@@ -55,13 +57,11 @@ def export_model(model: Any, config: EttinConfig, tokenizer: Any, folder: str | 
         (partial / "README.md").write_text(text, encoding="utf-8")
         for path in partial.iterdir():  # as the umask says: safetensors makes a file that nobody else can read
             path.chmod((partial / "README.md").stat().st_mode)
-        stored, read = load_file(partial / WEIGHTS), tokenizers.load(partial)
+        stored, read = load_file(partial / WEIGHTS), tokenizers.fingerprint(tokenizers.load(partial))
         differing = [name for name, tensor in weights.items()
                      if name not in stored or not torch.equal(stored[name], tensor)]
-        differing += [name for name, number in content.items()
-                      if name.endswith("_token_id") and getattr(read, name) != number]
         differing += ["config.json"] * (read_config(partial / "config.json") != (config, objective))
-        differing += filter(None, [tokenizers.difference(*map(tokenizers.fingerprint, (read, tokenizer)))])
+        differing += filter(None, [tokenizers.difference(read, tokenizers.fingerprint(tokenizer))])
         if differing:
             raise ValueError(f"{folder}: {', '.join(differing[:4])} does not read back the same; check the disk")
     return folder
@@ -124,29 +124,9 @@ def export_checkpoint(source: str | Path, folder: str | Path, *, objective: str 
 
 
 def revision_name(phase: str | None, batch: int) -> str:
-    """`step{N}`, `ext{N}`, `decay{N}` as the original's tags; other phases by their own name; `ba{N}` without one."""
-    prefix = {"pretrain": "step", "extend": "ext"}.get(phase or "", phase or "")
+    """`step{N}`, `ext{N}`, `decay{N}` as the original's tags, drawn weights step0; other phases by name, or `ba{N}`."""
+    prefix = {"pretrain": "step", "extend": "ext"}.get(phase or "", phase or "") if batch else "step"
     return f"{prefix if re.fullmatch('[a-z][a-z_]*', prefix) else 'ba'}{batch}"
-
-
-def _find_revisions(folders: Sequence[str | Path], objective: str | None) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """{name: (path, what its folder must say)} of every complete checkpoint, by folder and batch, step0 first."""
-    found: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for folder in map(Path, folders):
-        initial = folder / "initial" / "step0.pt"
-        paths = [*([initial] if checkpoints.is_complete(initial) else []), *checkpoints.complete_checkpoints(folder)]
-        if not paths:
-            raise FileNotFoundError(f"{folder}: is no folder of complete checkpoints; --every takes save folders")
-        for path in paths:
-            record = checkpoints.read_head(path).record
-            if not record.get("config") or record.get("batch") is None:
-                raise ValueError(f"{path}: holds no record of its phase and batch; export it alone, without --every")
-            name = "step0" if path == initial else revision_name(record.get("phase"), record["batch"])
-            if name in found:
-                raise ValueError(f"{path}: would be called {name}, as would {found[name][0]}; use two folders")
-            identity = {key: record.get(key) for key in ("run_name", "phase", "batch", "run_hash")}
-            found[name] = path, {**identity, "objective": chosen_objective(path, record, objective)[0]}
-    return found
 
 
 def export_every(folders: Sequence[str | Path], out: str | Path, *, dtype: str = "fp32", overwrite: bool = False,
@@ -156,15 +136,26 @@ def export_every(folders: Sequence[str | Path], out: str | Path, *, dtype: str =
     Folders of the same checkpoint are left. Every refusal is made before the first weight is read. Options are
     those of `export_checkpoint`.
     """
-    from rich.console import Console
-    from rich.progress import track
-
-    out, revisions = Path(out), _find_revisions(folders, objective)
-    wanted = [name for name, (path, identity) in revisions.items()
-              if overwrite or not _is_there(out / name, path, {**identity, "dtype": dtype})]
+    out, wanted = Path(out), []
+    revisions: dict[str, Path] = {}
+    for folder in map(Path, folders):
+        initial = folder / "initial" / "step0.pt"
+        paths = [*([initial] if checkpoints.is_complete(initial) else []), *checkpoints.complete_checkpoints(folder)]
+        if not paths:
+            raise FileNotFoundError(f"{folder}: is no folder of complete checkpoints; --every takes save folders")
+        for path in paths:
+            record = checkpoints.read_head(path).record
+            if not record.get("config") or record.get("batch") is None:
+                raise ValueError(f"{path}: holds no record of its phase and batch; export it alone, without --every")
+            name = revision_name(record.get("phase"), record["batch"])
+            if (other := revisions.setdefault(name, path)) is not path:
+                raise ValueError(f"{path}: would be called {name}, as would {other}; use two folders")
+            identity = {**{key: record.get(key) for key in ("run_name", "phase", "batch", "run_hash")},
+                        "objective": chosen_objective(path, record, objective)[0], "dtype": DTYPES[dtype]}
+            if overwrite or not _is_there(out / name, path, identity):
+                wanted.append(name)
     for name in track(wanted, "export", console=Console(stderr=True)):
-        export_checkpoint(revisions[name][0], out / name, objective=objective, dtype=dtype, overwrite=overwrite,
-                          **options)
+        export_checkpoint(revisions[name], out / name, objective=objective, dtype=dtype, overwrite=overwrite, **options)
     return f"{len(revisions)} revisions in {out}: {len(wanted)} written, {len(revisions) - len(wanted)} were there"
 
 
@@ -173,11 +164,10 @@ def _is_there(folder: Path, path: Path, identity: Mapping[str, Any]) -> bool:
     if not folder.exists():
         return False
     there: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         block = content["ettin_foundry"]
-        names = {str(value).removeprefix("torch."): name for name, value in DTYPES.items()}
-        there = {**block["checkpoint"], "objective": block["objective"], "dtype": names[content["dtype"]]}
+        there = {**block["checkpoint"], "objective": block["objective"], "dtype": content["dtype"]}
     for key, value in identity.items():
         if there.get(key) != value:
             raise ValueError(f"{folder}: {key} must be {value!r} for {path}, got {there.get(key)!r}; give another "

@@ -92,7 +92,8 @@ def load_model(source: str | Path, objective: str | None = None, *,
 def chosen_objective(path: Path, record: Mapping[str, Any], asked: str | None) -> tuple[str, EttinConfig, EttinConfig]:
     """(objective, config, config with the other attention) that a checkpoint is read as: what its run ends with, or the
     one asked for, if it has been trained on that."""
-    config, schedule, chosen = EttinConfig(**record["config"]), _schedule(record), asked or record["objective"]
+    config, chosen = EttinConfig(**record["config"]), asked or record["objective"]
+    schedule = ObjectiveSchedule.parse(record.get("objective_schedule") or record["objective"])
     if chosen not in schedule.objectives:
         raise ValueError(f"--objective must be {' or '.join(schedule.objectives)} for {path}, got {asked!r}; it was "
                          f"trained for {record.get('tokens') or 0:,} tokens of {schedule}")
@@ -103,17 +104,14 @@ def chosen_objective(path: Path, record: Mapping[str, Any], asked: str | None) -
     return chosen, configs[chosen == "clm"], configs[chosen != "clm"]
 
 
-def _schedule(record: Mapping[str, Any]) -> ObjectiveSchedule:
-    return ObjectiveSchedule.parse(record.get("objective_schedule") or record["objective"])
-
-
 def facts_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """The facts that `card.card` takes, of a record of `clock.Clock`."""
     lineage = [dict(entry) for entry in record.get("lineage") or ()]
     tokens = int(record.get("tokens") or 0) + sum(entry.get("tokens") or 0 for entry in lineage)
     facts: dict[str, Any] = {"tokens": tokens or None, "phase": record.get("phase"), "lineage": lineage}
-    if record.get("objective_schedule") and len((schedule := _schedule(record)).objectives) > 1:
-        facts["objective_schedule"] = str(schedule)
+    schedule = record.get("objective_schedule")
+    if schedule and len((parsed := ObjectiveSchedule.parse(schedule)).objectives) > 1:
+        facts["objective_schedule"] = str(parsed)
     if record.get("run_hash") and record.get("batch") is not None:
         facts["checkpoint"] = {key: record.get(key) for key in ("run_name", "phase", "batch", "run_hash")}
     return facts

@@ -17,6 +17,7 @@ A batch takes the value that holds at the real tokens before it, whatever ranks 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 from ettin_foundry.model.config import MASKED_OBJECTIVES, OBJECTIVES
 
 Shares = tuple[tuple[str, float], ...]  # (objective, share of the rows), in the order given; the shares sum to 1
-_TIME = re.compile(r"([0-9._]+(?:e[+-]?[0-9]+)?)(tok|dur)", re.IGNORECASE)
+_TIME = re.compile(r"((?:\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)(tok|dur)", re.IGNORECASE)
 
 
 class Segment(NamedTuple):
@@ -49,7 +50,8 @@ class _Schedule:
                 for segment, content in zip(self._segments, contents)]
 
     def __str__(self) -> str:
-        return _describe(self.plain())
+        """As it would stand in YAML, in one line."""
+        return json.dumps(self.plain()).replace('"', "")
 
 
 class ObjectiveSchedule(_Schedule):
@@ -148,16 +150,14 @@ class MaskRate(_Schedule):
 
 def parse_tokens(key: str, value: Any, total: int | None, *, least: int = 0) -> int:
     """A time such as `3_000_000_000tok`, `0.25dur` of `total` or a plain number, in tokens; `key` is for messages."""
-    match = _TIME.fullmatch(value) if isinstance(value, str) else None
-    if match and match[2].lower() == "dur" and total is None:
-        raise ValueError(f"{key} must be in tok where max_duration is not in tokens, got {value!r}")
-    try:
-        number = float(match[1]) * (total or 0 if match[2].lower() == "dur" else 1) if match else value
-        if isinstance(number, (int, float)) and not isinstance(value, (bool, float)) and round(number) >= least:
-            return round(number)
-    except ValueError:
-        pass
-    raise ValueError(f"{key} must be at least {least} tokens, or a share such as 0.25dur, got {value!r}")
+    number: float | None = value if type(value) is int else None
+    if match := _TIME.fullmatch(value) if isinstance(value, str) else None:
+        if (is_share := match[2].lower() == "dur") and total is None:
+            raise ValueError(f"{key} must be in tok where max_duration is not in tokens, got {value!r}")
+        number = float(match[1]) * (total or 0 if is_share else 1)
+    if number is None or round(number) < least:
+        raise ValueError(f"{key} must be at least {least} tokens, or a share such as 0.25dur, got {value!r}")
+    return round(number)
 
 
 def _segments(key: str, value: Sequence[Any], total: int | None,
@@ -197,23 +197,6 @@ def _rate(key: str, value: Any) -> float:
     if type(value) not in (int, float) or not 0 < value <= 1:
         raise ValueError(f"{key} must be above 0 and at most 1, a share of the tokens, got {value!r}")
     return float(value)
-
-
-def _describe(plain: Any) -> str:
-    """A schedule, a segment or a mixture in one line for people."""
-    if isinstance(plain, list):
-        return ", then ".join(map(_describe, plain))
-    if not isinstance(plain, Mapping):
-        return str(plain)
-    until = f" until {plain['until']:,}" if "until" in plain else ""
-    if "cycle" in plain:
-        blocks = (f"{block['tokens']:,} tokens {_describe(block['objective'])}" for block in plain["cycle"])
-        return f"turns of {', '.join(blocks)}{until}"
-    if "from" in plain:
-        return f"{plain['from']:g} to {plain['to']:g}{until}"
-    if "objective" in plain or "rate" in plain:
-        return f"{_describe(plain.get('objective', plain.get('rate')))}{until}"
-    return " + ".join(f"{share:g} {name}" for name, share in plain.items())
 
 
 def check_together(objective: ObjectiveSchedule, mask_rate: MaskRate, key: str = "") -> None:

@@ -49,13 +49,9 @@ class TextVocab:
         return cls(**named, text=entries[~is_special[entries]], is_special=is_special)
 
 
-def row_generator(seed: int, epoch: int, row: int) -> np.random.Generator:
+def row_generator(seed: int, epoch: int, row: int, use: int = _MASKS) -> np.random.Generator:
     """Of the masks of a row, which is counted from the epoch's first."""
-    return _generator(_MASKS, seed, epoch, row)
-
-
-def _generator(*words: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((use, seed, epoch, row))))
 
 
 def draw_objective(shares: Mapping[str, float], seed: int, epoch: int, row: int) -> str:
@@ -63,7 +59,7 @@ def draw_objective(shares: Mapping[str, float], seed: int, epoch: int, row: int)
     if len(shares) == 1:
         return next(iter(shares))
     ends = np.cumsum(list(shares.values()))
-    at = np.searchsorted(ends, _generator(_OBJECTIVES, seed, epoch, row).random(), side="right")
+    at = np.searchsorted(ends, row_generator(seed, epoch, row, _OBJECTIVES).random(), side="right")
     return list(shares)[min(int(at), len(ends) - 1)]  # the last sum may be a hair below 1
 
 

@@ -16,12 +16,12 @@ from ettin_foundry.training.run_config import require
 log = logging.getLogger(__name__)
 
 
-def interval_passed(key: str, value: str) -> Any:
-    """Composer's function of (state, event) that says when an interval has passed."""
+def interval_passed(key: str, value: str, *, at_end: bool = False) -> Any:
+    """Composer's function of (state, event) that says when an interval has passed, or the training ended."""
     time = Time.from_input(value, TimeUnit.EPOCH)
     require(time.unit in (TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE) and time.value >= 1, key,
             "at least 1, in ba, tok or sp", value, "give a time such as 1000ba")
-    return create_interval_scheduler(value, include_end_of_training=False)
+    return create_interval_scheduler(value, include_end_of_training=at_end)
 
 
 class LogSamples(Callback):

@@ -201,12 +201,12 @@ def test_the_card_s_way_to_a_trunk_for_llama_cpp_works(exported, tmp_path):
 
 def test_card_says_where_weights_come_from():
     lineage = [{"objective": "clm", "tokens": 99, "phase": None}, {"merged_from": [
-        {"source": "a/1.pt", "weight": 0.25, "tokens": 1000}, {"source": "a/2.pt", "weight": 0.75, "tokens": None}]}]
+        {"source": "a/1.pt", "tokens": 1000}, {"source": "a/2.pt", "tokens": None}]}]
     text = card(shape(False), objective="mlm", name="a: b", facts={
         "license": "mit", "lineage": lineage, "objective_schedule": "clm, then mlm",
         "checkpoint": {"run_name": "r", "batch": 1234, "run_hash": "ab"}})
     for row in ("continued from | objective clm, tokens 99",
-                "merged from | a/1.pt (weight 0.25, 1,000 tokens), a/2.pt (weight 0.75, 0 tokens)",
+                "mean of | a/1.pt (1,000 tokens), a/2.pt (0 tokens)",
                 "objectives in training | clm, then mlm",
                 "checkpoint | batch 1,234 of r, whose resolved config has the sha256 ab"):
         assert f"| {row} |" in text, row
