@@ -85,7 +85,7 @@ stage() {
     export MASTER_ADDR MASTER_PORT
     started="$(mktemp)"
     "$python" -m ettin_foundry.cli.main suite "$@" --stage "$name" \
-        --command "srun --ntasks-per-node=1 --cpus-per-task=${SLURM_CPUS_PER_TASK:-1} bash launch/suite.slurm.sh node $python" &
+        "command=srun --ntasks-per-node=1 --cpus-per-task=${SLURM_CPUS_PER_TASK:-1} bash launch/suite.slurm.sh node $python" &
     child=$!
     # shellcheck disable=SC2064 # the values of now
     trap "requeue $child '$folder' '$started'" USR1

@@ -40,6 +40,9 @@ _REMOVED = {
     "export --size": _CHECKPOINT,
     "export --field": _CHECKPOINT,
     **{f"plan --{option}": "the GPU hours that it prints" for option in ("price", "kwh-price", "pue")},
+    "plan --picture": "the lr, rows and mask_rate of each step in steps.jsonl, which a run leaves in its save folder",
+    "suite --command": "the key command='...' after the suite file",
+    **{f"order --{option}": "examples/data_order.py, which writes Parquet" for option in ("export", "from", "to")},
 }
 
 

@@ -350,7 +350,7 @@ def _check_optimizer(past: Sequence[Settings], now: Settings) -> _Found:
         return
     ours, last = learning_rates(dict(now.cfg)), learning_rates(dict(before.cfg))
     if ours and last:
-        begin, end, given = ours[1][0], last[1][-1], now.values["optimizer.lr"]
+        begin, end, given = ours[0], last[1], now.values["optimizer.lr"]
         if begin > end and not math.isclose(begin, end, rel_tol=1e-6):
             yield "optimizer.lr", end, begin, "the learning rate jumps up from where the phase before ended"
         elif not fresh and 1e-6 * given <= begin < end * (1 - 1e-6):  # below that it warms up

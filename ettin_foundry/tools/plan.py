@@ -13,12 +13,10 @@ import functools
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.quantities import format_bytes, format_count
@@ -27,7 +25,7 @@ from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule
 from ettin_foundry.training import run_config
 from ettin_foundry.training.checks import check_settings
-from ettin_foundry.training.run_config import model_config, parse_time, total_tokens
+from ettin_foundry.training.run_config import parse_time, total_tokens
 
 SLACK_GIB = 2.0  # left free when a microbatch is said to fit
 GPUS = {"h100": (1.979e15 / 2, 79.1), "h100-pcie": (1.513e15 / 2, 79.1), "h200": (1.979e15 / 2, 139.8),
@@ -65,13 +63,13 @@ def data_facts(cfg: dict[str, Any]) -> DataFacts | None:
                      [(int(n) + 2, int(counts[n])) for n in np.flatnonzero(counts)])
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """A run in numbers. Real tokens are those of chunks, BOS and EOS; padding is not counted."""
 
     name: str
     model: str  # size and kind: 150m encoder
-    objective: str
+    objective: str  # over the run, as text
+    mask_rate: str | None  # None where no objective masks
     parameters: int
     max_seq_len: int
     rows_per_step: int  # of the full batch
@@ -97,91 +95,10 @@ class Plan:
     hours: float | None
     checkpoints: int  # those that exist after the run
     storage_bytes: int
-    cfg: dict[str, Any]
-    curves: Curves
 
     @property
     def memory_gib(self) -> float:
         return sum(self.memory_bytes.values()) / 2**30
-
-
-# ------------------------------------------------------------------ what changes along the tokens of a run
-
-# scheduler -> its function, and defaults of its times
-_SCHEDULERS: dict[str, tuple[Any, dict[str, str]]] = {
-    "warmup_stable_decay": (run_config.warmup_stable_decay, {"total": "1dur", "warmup": "0ba", "decay": "0ba"}),
-    "one_minus_sqrt": (run_config.one_minus_sqrt, {"total": "1dur", "decay": "1dur"})}
-
-
-class Piece(NamedTuple):
-    """A range of tokens in which the objective does not change and the mask rate is linear."""
-
-    begin: int
-    end: int
-    shares: dict[str, float]  # {objective: share of the rows}
-    first_rate: float  # mask rate at the token `begin`
-    last_rate: float  # at the token `end - 1`
-
-
-class Curves(NamedTuple):
-    """Objective and mask rate of a run of `pieces[-1].end` tokens."""
-
-    pieces: Sequence[Piece]
-    schedule: ObjectiveSchedule
-    mask_rate: MaskRate
-
-    def shares_between(self, bounds: Sequence[float] | npt.NDArray[Any]) -> dict[str, npt.NDArray[np.float64]]:
-        """{objective: its mean share of the rows between two bounds (tokens)}, one value less than there are bounds."""
-        ends, result = [0, *(p.end for p in self.pieces)], {}
-        for name in self.schedule.objectives:
-            summed = np.cumsum([0.0, *((p.end - p.begin) * p.shares.get(name, 0.0) for p in self.pieces)])
-            result[name] = np.diff(np.interp(bounds, ends, summed)) / np.diff(bounds)
-        return result
-
-    def targets_per_token(self, text_share: float, first_share: float) -> tuple[float, float]:
-        """(mean over the run, maximum over its pieces) of the targets of a token.
-
-        Masks are drawn among the `text_share` of the tokens; clm predicts all but the `first_share`, which begin one.
-        """
-        def targets(p: Piece, rate: float) -> float:
-            return sum(share * (1 - first_share if name == "clm" else text_share * rate)
-                       for name, share in p.shares.items())
-
-        total = math.fsum((p.end - p.begin) * targets(p, (p.first_rate + p.last_rate) / 2) for p in self.pieces)
-        return total / self.pieces[-1].end, max(targets(p, max(p.first_rate, p.last_rate)) for p in self.pieces)
-
-
-def run_curves(cfg: dict[str, Any], num_tokens: int) -> Curves:
-    """Objective and mask rate of a config over a run of `num_tokens` tokens (at least 1)."""
-    objective, total = run_config.objective_schedule(cfg), total_tokens(cfg)
-    rate = MaskRate.parse(cfg["train_loader"].get("mask_rate", 0.0), total=total)
-    # a slope ends with the run's budget, which its last step may pass
-    ends = {total} if total is not None and total < num_tokens else set()
-    begins = sorted({*objective.breakpoints(num_tokens), *rate.breakpoints(num_tokens), *ends})
-    return Curves([Piece(begin, end, objective.at(begin), rate.at(begin), rate.at(end - 1))
-                   for begin, end in zip(begins, [*begins[1:], num_tokens])], objective, rate)
-
-
-def learning_rates(cfg: dict[str, Any], places: Sequence[float] = ()) -> tuple[list[float], list[float]] | None:
-    """(places, learning rates) at places from 0 to 1 of the run; those where the slope changes are added to `places`.
-
-    None for a scheduler of the host, and for times in another unit than the run's length.
-    """
-    block = cfg["scheduler"]
-    if block["name"] not in _SCHEDULERS:
-        return None
-    function, defaults = _SCHEDULERS[block["name"]]
-    total, unit = parse_time("max_duration", cfg["max_duration"])
-    times = {}
-    for name, default in defaults.items():
-        key = "t_max" if name == "total" else f"t_{name}"
-        value, own_unit = parse_time(f"scheduler.{key}", block.get(key, default))
-        if value and own_unit not in ("dur", unit):
-            return None
-        times[name] = value if own_unit == "dur" else value / total
-    breakpoints = (0.0, 1.0, times.get("warmup", 0.0), times["total"] - times["decay"], times["total"])
-    at = sorted({*map(float, places), *(p for p in breakpoints if 0 <= p <= 1)})
-    return at, [cfg["optimizer"]["lr"] * function(place, alpha_f=block.get("alpha_f", 0.0), **times) for place in at]
 
 
 # ------------------------------------------------------------------ arithmetic
@@ -212,7 +129,40 @@ def memory_bytes(config: EttinConfig, num_tokens: int, targets_per_token: float,
     return {"model": round(model), "activations": round(activations), "loss": round(loss)}
 
 
-def batch_ramp(cfg: dict[str, Any], tokens_per_row: float, num_gpus: int = 1) -> BatchRamp:
+def objective_means(objective: ObjectiveSchedule, rate: MaskRate, num_tokens: int, budget: int | None,
+                    first_share: float) -> tuple[dict[str, float], float, float]:
+    """({objective: its share}, mean of the targets of a token, most of them at any time) of a run of `num_tokens`.
+
+    clm predicts all but the `first_share` of the tokens, which begin a piece; masks spare these and those that end one.
+    budget: max_duration in tokens, which the last step may pass.
+    """
+    # between breakpoints the objective is constant and the rate linear; a slope ends with the budget
+    begins = sorted({*objective.breakpoints(num_tokens), *rate.breakpoints(num_tokens),
+                     *(end for end in (budget,) if end is not None and end < num_tokens)})
+    shares, mean, most = dict.fromkeys(objective.objectives, 0.0), 0.0, 0.0
+    for begin, end in zip(begins, [*begins[1:], num_tokens]):
+        mixture, length = objective.at(begin), (end - begin) / num_tokens
+        first, last = (sum(share * (1 - first_share if name == "clm" else rate.at(place) * (1 - 2 * first_share))
+                           for name, share in mixture.items()) for place in (begin, end - 1))
+        mean, most = mean + length * (first + last) / 2, max(most, first, last)
+        for name, share in mixture.items():
+            shares[name] += length * share
+    return shares, mean, most
+
+
+def learning_rates(cfg: dict[str, Any]) -> tuple[float, float] | None:
+    """First and last learning rate of a run; None for a scheduler of the host, or times in another unit than the run's.
+    """
+    block, run = cfg["scheduler"], parse_time("max_duration", cfg["max_duration"])
+    keys = run_config.SCHEDULES.get(block["name"], {}).keys() & block.keys()
+    times = [parse_time(f"scheduler.{key}", block[key]) for key in keys]
+    if any(value and unit not in ("dur", run[1]) for value, unit in times):
+        return None
+    first, last = (run_config.lr_factor(block, run, place, place) for place in (0, round(run[0])))
+    return None if first is None or last is None else (cfg["optimizer"]["lr"] * first, cfg["optimizer"]["lr"] * last)
+
+
+def _ramp(cfg: dict[str, Any], tokens_per_row: float, num_gpus: int) -> BatchRamp:
     """Rows of each step: a config's batch-size warm-up, or the same batch from the start."""
     rows, warmup = cfg["global_train_batch_size"], cfg["train_loader"].get("batch_size_warmup")
     if warmup is not None:
@@ -224,7 +174,7 @@ def batch_ramp(cfg: dict[str, Any], tokens_per_row: float, num_gpus: int = 1) ->
 
 def _flops_per_token(cfg: dict[str, Any], data: DataFacts, causal: float, targets: float) -> int:
     """Layers, head at the targets, and attention of either kind by its share of the run."""
-    config = model_config(cfg)
+    config = run_config.model_config(cfg)
     window = -1 if config.causal else cfg["model"].get("window_left", -1)
     other = dataclasses.replace(config, causal=not config.causal, window_left=window)
     own = causal if config.causal else 1 - causal
@@ -277,16 +227,16 @@ def plan_run(cfg: dict[str, Any], *, name: str = "", gpus: str | None = None, mf
     num_gpus, gpu = _machine(cfg, gpus)
     if mfu is not None and not (gpu in GPUS and 0 < mfu <= 1):
         raise ValueError(f"--mfu must be above 0, at most 1, and used with GPUs, got {mfu} on {gpu}; add --gpus")
-    facts, config, length = data_facts(cfg), model_config(cfg), cfg["max_seq_len"]
+    facts, config, length = data_facts(cfg), run_config.model_config(cfg), cfg["max_seq_len"]
     data = facts or DataFacts(length, 1, 1, ((length, 1),))
     per_row = data.num_tokens / data.num_rows
-    ramp = batch_ramp(cfg, per_row, num_gpus)
+    ramp = _ramp(cfg, per_row, num_gpus)
     steps = _num_steps(cfg, ramp, per_row)
     tokens, per_step = round(ramp.first_row(steps) * per_row), round(per_row * ramp.max_size)
-    curves = run_curves(cfg, max(1, tokens))
-    shares = {name: float(share[0]) for name, share in curves.shares_between([0, max(1, tokens)]).items()}
-    first_share = data.num_chunks / data.num_tokens
-    targets, most_targets = curves.targets_per_token(1 - 2 * first_share, first_share)
+    objective, budget = run_config.objective_schedule(cfg), total_tokens(cfg)
+    rate = MaskRate.parse(cfg["train_loader"].get("mask_rate", 0.0), total=budget)
+    shares, targets, most_targets = objective_means(objective, rate, max(1, tokens), budget,
+                                                    data.num_chunks / data.num_tokens)
     half, sharding = cfg.get("precision", "amp_bf16").startswith("amp_"), cfg.get("fsdp_config") or {}
     memory = functools.partial(memory_bytes, config, targets_per_token=most_targets, half=half, ranks=num_gpus,
                                fsdp=bool(sharding), recompute=bool(sharding.get("activation_checkpointing")))
@@ -306,15 +256,15 @@ def plan_run(cfg: dict[str, Any], *, name: str = "", gpus: str | None = None, mf
     return Plan(
         name=name or cfg.get("run_name") or "without a name",
         model=f"{config.size or 'custom'} {'decoder' if config.causal else 'encoder'}",
-        objective=str(curves.schedule), parameters=config.num_parameters, max_seq_len=length,
-        rows_per_step=ramp.max_size, first_rows=ramp.min_size, warmup_steps=min(steps, ramp.num_steps),
+        objective=str(objective), mask_rate=str(rate) if objective.masks else None, parameters=config.num_parameters,
+        max_seq_len=length, rows_per_step=ramp.max_size, first_rows=ramp.min_size,
+        warmup_steps=min(steps, ramp.num_steps),
         tokens_per_step=per_step, fill=per_step / (ramp.max_size * length), num_steps=steps, num_tokens=tokens,
         epochs=tokens / data.num_tokens if facts else None, shares=shares, targets_per_token=targets,
         flops_per_token=flops, flops=flops * tokens, num_gpus=num_gpus, gpu=gpu,
         machine="one CPU process" if gpu == "cpu" else f"{num_gpus}x {gpu.upper()}", microbatch=micro,
         memory_bytes=memory(micro * length), largest_microbatch=largest, fits=largest is None or micro <= largest,
-        mfu=mfu, hours=mfu and work / (num_gpus * GPUS[gpu][0] * mfu) / 3600, checkpoints=checkpoints, cfg=cfg,
-        curves=curves,
+        mfu=mfu, hours=mfu and work / (num_gpus * GPUS[gpu][0] * mfu) / 3600, checkpoints=checkpoints,
         storage_bytes=checkpoints * 4 * config.num_parameters * (1 if cfg.get("save_weights_only") else 3))
 
 
@@ -375,7 +325,7 @@ def text(plans: Sequence[Plan]) -> str:
         return _table(plans)
     [plan] = plans
     lines = _lines(plan)
-    rate = f", mask rate {plan.curves.mask_rate}" if plan.curves.schedule.masks else ""
+    rate = f", mask rate {plan.mask_rate}" if plan.mask_rate else ""
     lines["targets"] = f"{plan.targets_per_token:.4f} per token{rate}"
     parts = ", ".join(f"{part} {number / 2**30:.2f}" for part, number in plan.memory_bytes.items())
     where = f"of {GPUS[plan.gpu][1]:g} on each GPU" if plan.gpu in GPUS else "in the process"
@@ -424,5 +374,4 @@ def _table(plans: Sequence[Plan]) -> str:
 
 def as_json(plans: Sequence[Plan]) -> dict[str, Any]:
     """Everything that `text` shows as plain data, in bytes, hours, operations and tokens."""
-    names = [field.name for field in dataclasses.fields(Plan) if field.name not in ("cfg", "curves")]
-    return {"stages": [{name: getattr(plan, name) for name in names} for plan in plans], "totals": totals(plans)}
+    return {"stages": [plan._asdict() for plan in plans], "totals": totals(plans)}

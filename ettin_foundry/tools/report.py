@@ -11,8 +11,12 @@ import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import matplotlib
+import pandas
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -22,7 +26,6 @@ from ettin_foundry.hub.load import LoadedModel
 from ettin_foundry.model.config import MASKED_OBJECTIVES
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
 from ettin_foundry.tools.evaluate import evaluate
-from ettin_foundry.tools.pictures import LoggedRun, draw_losses
 from ettin_foundry.tools.suite import Samples, Stage, Suite
 from ettin_foundry.tools.suite_run import compare_pair, say, stage_state
 from ettin_foundry.training.steps import read_steps
@@ -33,21 +36,20 @@ def write_report(suite: Suite, fairness: Mapping[str, Mapping[str, Any]]) -> Non
     if unfinished := [stage.name for stage in suite.stages if not stage_state(stage).finished]:
         raise ValueError(f"--report: {', '.join(unfinished)} not finished; run the suite without it")
     suite.root.mkdir(parents=True, exist_ok=True)
-    runs: list[LoggedRun] = []
-    stages = [_read_stage(stage, runs) for stage in suite.stages]
+    logs: dict[str, list[dict[str, Any]]] = {}
+    stages = [_read_stage(stage, logs) for stage in suite.stages]
     pairs: dict[str, dict[str, Any]] = {}
     for pair, members in suite.pairs().items():
         found = compare_pair(members)
         pairs[pair] = {"members": [member.name for member in members],
                        "missing" if isinstance(found, str) else "steps_with_equal_rows": found}
     models = [_make_model(suite, name, suite.stage(stage)) for name, stage in suite.exports.items()]
-    if runs:
-        title = f"{suite.name}: the same rows in the same order" if pairs else suite.name
-        draw_losses(runs, suite.root / "losses.png", title)
+    if logs:
+        _draw_losses(stages, logs, suite.root / "losses.png")
     trained = sum(facts["seconds"] or 0 for facts in stages)
     report = {"name": suite.name, "suite": suite.path, "stages": stages, "pairs": pairs, "fairness": fairness,
               "allowed_unfair": [key for key, entry in fairness.items() if not entry["fair"]], "models": models,
-              "pictures": ["losses.png"] if runs else [], "training_seconds": trained}
+              "pictures": ["losses.png"] if logs else [], "training_seconds": trained}
     (suite.root / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     (suite.root / "report.md").write_text("\n".join(_markdown(suite, report)) + "\n", encoding="utf-8")
     Console(width=None if Console().is_terminal else 160).print(Markdown("\n".join(_models(suite, report))))
@@ -56,8 +58,8 @@ def write_report(suite: Suite, fairness: Mapping[str, Mapping[str, Any]]) -> Non
         f"{suite.root / 'report.md'}")
 
 
-def _read_stage(stage: Stage, runs: list[LoggedRun]) -> dict[str, Any]:
-    """A finished stage's row of the report; what it logged is added to `runs`."""
+def _read_stage(stage: Stage, logs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """A finished stage's row of the report; the steps that it logged are added to `logs`."""
     state = stage_state(stage)
     facts = {"stage": stage.name, "from": stage.source, "pair": stage.pair, "objective": _objective(state.record),
              "tokens": state.tokens, "folder": str(stage.folder), "checkpoint": str(state.checkpoint),
@@ -69,13 +71,38 @@ def _read_stage(stage: Stage, runs: list[LoggedRun]) -> dict[str, Any]:
         seconds, losses = sum(step["seconds"] for step in steps), [step["loss"] for step in steps]
     except (OSError, ValueError, LookupError, TypeError) as error:  # no log, or one of something else
         return {**facts, "missing": f"no losses and times: {error}"}
-    runs.append(LoggedRun(stage.name, stage.source, steps, state.tokens))
+    logs[stage.name] = steps
     if lost := [step["step"] for step in steps if step["loss"] is None]:
         facts["missing"] = f"the loss is not finite at {len(lost):,} of {len(steps):,} steps, first at step {lost[0]:,}"
     last = [loss for loss in losses[-20:] if loss is not None]
     return facts | {"steps": len(steps), "seconds": round(seconds, 1), "first_loss": losses[0],
                     "tokens_per_second": round(state.tokens / seconds) if seconds else None,
                     "last_loss": statistics.fmean(last) if last else None}
+
+
+def _draw_losses(stages: Sequence[Mapping[str, Any]], logs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+    """Training losses over tokens since initialisation, a colour a stage; losses that are not finite leave a gap."""
+    ends: dict[str | None, int] = {}
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg", "axes.grid": True}):
+        figure = Figure(figsize=(8.5, 4.8), layout="constrained")
+        axes = figure.subplots()
+        for i, facts in enumerate(stages):
+            begin = ends.get(facts["from"], 0)
+            ends[facts["stage"]] = begin + facts["tokens"]
+            axes.axvline(begin, color="grey", linewidth=0.8, linestyle="--")
+            label: str | None = facts["stage"]
+            for _, group in itertools.groupby(logs.get(facts["stage"], ()), key=lambda step: step["objective"]):
+                part = list(group)
+                x = [begin + step["tokens"] for step in part]
+                losses = pandas.Series([step["loss"] for step in part], dtype=float)
+                axes.plot(x, losses, color=f"C{i}", linewidth=0.5, alpha=0.22)
+                smooth = losses.rolling(1 + 2 * min(12, len(part) // 16), center=True, min_periods=1).mean()
+                axes.plot(x, smooth, color=f"C{i}", label=label)
+                label = None
+        axes.set(xlabel="tokens since initialisation", ylabel="training loss (nats per target)")
+        axes.xaxis.set_major_formatter(lambda number, _: format_count(number) if number > 0 else "0")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=3, fontsize=8.5)
+        figure.savefig(path, dpi=150)
 
 
 def _objective(record: Mapping[str, Any]) -> str:

@@ -92,12 +92,12 @@ def check_suite(suite: Suite, *, allow_unfair: bool = False) -> dict[str, dict[s
 # ------------------------------------------------------------------ running
 
 
-def run_suite(suite: Suite, *, only: Sequence[str] = ()) -> None:
-    """Trains what is not finished of a suite that `check_suite` accepts, or of the stages named, and compares pairs.
+def run_suite(suite: Suite, stages: Sequence[Stage] = ()) -> None:
+    """Trains what is not finished of the stages (all, if none are given) of a checked suite, and compares pairs.
 
     Raises a StageFailed with the reason if a stage fails, and a ValueError if a pair has read different rows.
     """
-    stages = [suite.stage(name) for name in only] or suite.stages
+    stages = stages or suite.stages
     unfinished = [stage for stage in stages if not stage_state(stage).finished]
     for stage in unfinished:
         with stage.named():

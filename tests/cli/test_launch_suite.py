@@ -124,9 +124,9 @@ def test_a_stage_s_job_runs_that_stage_on_all_its_nodes_and_ends_as_it_ends(clus
     (cluster / "rc").write_text("3")
     done = script("stage", ROOT, "python-stand-in", "crossed", "runs/s/crossed", "my suite.yaml", "root=a b", **JOB)
     assert done.returncode == 3
-    command = "srun --ntasks-per-node=1 --cpus-per-task=16 bash launch/suite.slurm.sh node python-stand-in"
+    command = "command=srun --ntasks-per-node=1 --cpus-per-task=16 bash launch/suite.slurm.sh node python-stand-in"
     assert said(cluster / "ran") == ["-m", "ettin_foundry.cli.main", "suite", "my suite.yaml", "root=a b", "--stage",
-                                     "crossed", "--command", command, f"PYTHONPATH={ROOT}", "MASTER=node7:20123",
+                                     "crossed", command, f"PYTHONPATH={ROOT}", "MASTER=node7:20123",
                                      f"in {ROOT}"]
 
 

@@ -29,7 +29,7 @@ from ettin_foundry.model.weights import import_folder, weights_checkpoint
 from ettin_foundry.tools.evaluate import evaluate
 from ettin_foundry.tools.report import write_report
 from ettin_foundry.tools.suite import Stage, Suite, load
-from ettin_foundry.tools.suite_run import check_suite, run_suite, stage_state
+from ettin_foundry.tools.suite_run import check_suite, run_suite
 from ettin_foundry.training import run_config
 
 ROOT = nano_run.ROOT
@@ -45,15 +45,11 @@ plan = plan.read_text() if plan.exists() else "finish"
 with (here / "called").open("a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
 print("training", folder.name, flush=True)
-number = {"finish": 8, "other rows": 8}.get(plan, 4)
 with (folder / "steps.jsonl").open("w") as file:
-    for step in range(number):
+    for step in range(8):
         file.write(json.dumps({"step": step, "tokens": 500 * step, "rows": 8, "objective": "mlm", "mask_rate": 0.3,
                                "lr": 0.001, "loss": 6.0 - step / 8, "seconds": 0.5,
                                "ids_hash": f"{step + (plan == 'other rows' and step == 5):012x}"}) + "\\n")
-if plan != "hang":
-    kind = "half" if number == 4 else "whole"
-    shutil.copy(here / f"{folder.name}.{kind}.pt", folder / f"ep0-ba{number}-rank0.pt")
 if plan == "fail":
     print("Traceback (most recent call last):\\n  File nowhere\\ntrain  17%|# | 1/6\\x1b[A", end="")
     print("RuntimeError: the disk is full\\ntrain  17%|# | 1/6\\n  really")
@@ -63,7 +59,9 @@ if plan == "hang":
     child = subprocess.Popen(["sleep", "600"])
     (here / "hanging").write_text(str(child.pid))
     time.sleep(600)
+shutil.copy(here / f"{folder.name}.pt", folder / "ep0-ba8-rank0.pt")
 """
+EXPORTS = {"encoder": "encoder-extend", "decoder": "decoder-extend"}
 
 
 class Small:
@@ -85,9 +83,7 @@ class Small:
                        "decoder-pretrain": {"yaml": [nano, decoder], "pair": "pretrain"},
                        "encoder-extend": {"yaml": [nano, extend], "from": "encoder-pretrain", "pair": "extend"},
                        "decoder-extend": {"yaml": [nano, decoder, extend], "from": "decoder-pretrain",
-                                          "pair": "extend"}},
-            "exports": {"encoder": "encoder-extend", "decoder": "decoder-extend"},
-            "evaluation": {"data": str(data), "objectives": ["clm", "mlm"], "mask_rate": 0.15, "max_batches": 1}}
+                                          "pair": "extend"}}}
 
     def suite(self, *overrides: str, prepare: bool = True, **keys: Any) -> Suite:
         """Writes the file with these keys and reads it; prepares the checkpoints that its stages would leave."""
@@ -101,15 +97,13 @@ class Small:
     def prepare(self, stage: Stage) -> None:
         shape, objective = run_config.model_config(stage.config), stage.config["model"]["objective"]
         # whole models only where they will be exported
-        state = _weights(shape) if self.plain["exports"] else {"output_bias": torch.zeros(1)}
+        state = _weights(shape) if "exports" in self.plain else {"output_bias": torch.zeros(1)}
         text = run_config.config_text(stage.config)
-        for kind, share in (("half", 2), ("whole", 1)):
-            content = weights_checkpoint(state, shape, objective=objective, tokenizer=str(self.tokenizer))
-            content["state"]["callbacks"]["Clock"].update({
-                "tokens": 500 * STEPS // share, "batch": STEPS // share, "run_name": stage.config["run_name"],
-                "run_config": text, "run_hash": run_config.config_hash(text),
-                "objective_schedule": json.dumps(objective)})
-            torch.save(content, self.folder / f"{stage.name}.{kind}.pt")
+        content = weights_checkpoint(state, shape, objective=objective, tokenizer=str(self.tokenizer))
+        content["state"]["callbacks"]["Clock"].update({
+            "tokens": 500 * STEPS, "batch": STEPS, "run_name": stage.config["run_name"], "run_config": text,
+            "run_hash": run_config.config_hash(text), "objective_schedule": json.dumps(objective)})
+        torch.save(content, self.folder / f"{stage.name}.pt")
 
     def plan(self, stage: str, what: str) -> None:
         (self.folder / f"{stage}.plan").write_text(what)
@@ -151,7 +145,7 @@ ALL = ["encoder-pretrain", "decoder-pretrain", "encoder-extend", "decoder-extend
 
 
 def test_stages_run_in_order_with_the_listed_commands_and_a_second_call_trains_nothing(small, capfd):
-    suite = small.suite(evaluation=None, exports={})
+    suite = small.suite()
     run_suite(suite)
     assert small.trained == ALL
     assert [[*small.command, *args] for args in small.called] == [stage.words for stage in suite.stages]
@@ -163,14 +157,14 @@ def test_stages_run_in_order_with_the_listed_commands_and_a_second_call_trains_n
 
 
 def test_a_failed_stage_stops_the_chain_with_its_reason_and_the_same_command_goes_on(small, capfd):
-    suite = small.suite(evaluation=None, exports={})
+    suite = small.suite()
     small.plan("decoder-pretrain", "fail")
     with pytest.raises(SystemExit) as end:
         main(["suite", str(small.file)])
     error = capfd.readouterr().err
     assert end.value.code == 3 and "error: decoder-pretrain failed: exit code 7" in error
     assert "RuntimeError: the disk is full\n    really" in error and "Traceback" not in error
-    assert small.trained == ALL[:2] and stage_state(suite.stage("decoder-pretrain")).tokens == 2000
+    assert small.trained == ALL[:2]
     small.plan("decoder-pretrain", "finish")
     run_suite(suite)
     assert small.trained == [*ALL[:2], *ALL[1:]] and small.called[1] == small.called[2]
@@ -179,24 +173,30 @@ def test_a_failed_stage_stops_the_chain_with_its_reason_and_the_same_command_goe
 def test_pairs_that_read_other_rows_stop_the_chain(small):
     small.plan("decoder-pretrain", "other rows")
     with pytest.raises(ValueError, match="encoder-pretrain and decoder-pretrain did not read the same rows at step 5 "):
-        run_suite(small.suite(evaluation=None, exports={}))
+        run_suite(small.suite())
     assert small.trained == ALL[:2]
 
 
-def test_one_stage_runs_alone_after_the_one_it_starts_from(small):
-    suite = small.suite(evaluation=None, exports={})
+def test_one_stage_runs_alone_after_the_one_it_starts_from(small, capfd):
+    suite = small.suite()
     with pytest.raises(ValueError, match="encoder-extend: starts from encoder-pretrain, which is not finished"):
-        run_suite(suite, only=["encoder-extend"])
-    run_suite(suite, only=["encoder-pretrain"])
-    run_suite(suite, only=["encoder-extend"])
+        run_suite(suite, [suite.stage("encoder-extend")])
+    run_suite(suite, [suite.stage("encoder-pretrain")])
+    run_suite(suite, [suite.stage("encoder-extend")])
     assert small.trained == ["encoder-pretrain", "encoder-extend"]
     with pytest.raises(ValueError, match=r"--report: decoder-pretrain, decoder-extend not finished"):
         write_report(suite, {})
+    for name, said in ("encoder-extend", "encoder-extend: 4_000tok from encoder-pretrain, pair extend\n"), (
+            "nope", f"--stage must be one of {', '.join(ALL)} ({small.file}), got 'nope'\n"):
+        with pytest.raises(SystemExit):
+            main(["suite", str(small.file), "--stage", name, "--list"])
+        told = "".join(capfd.readouterr())
+        assert said in told and "decoder-extend: " not in told
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_told_to_end_it_ends_the_stage_and_all_that_it_started(small, capfd, signum, code):
-    small.suite(evaluation=None, exports={})
+    small.suite()
     small.plan("encoder-pretrain", "hang")
     threading.Thread(target=lambda: (small.wait_until_it_hangs(), os.kill(os.getpid(), signum)), daemon=True).start()
     with pytest.raises(SystemExit) as end:
@@ -210,7 +210,7 @@ def test_told_to_end_it_ends_the_stage_and_all_that_it_started(small, capfd, sig
 
 def test_the_stage_holds_the_lock_itself_so_that_it_outlives_us(small):
     """Killed without a chance to end its stage, the suite leaves it training; a second one must see that."""
-    suite = small.suite(evaluation=None, exports={})
+    suite = small.suite()
     small.plan("encoder-pretrain", "hang")
     code = "import sys; from ettin_foundry.cli.main import main; main(['suite', sys.argv[1]])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -230,7 +230,8 @@ def test_the_stage_holds_the_lock_itself_so_that_it_outlives_us(small):
 
 
 def test_a_finished_stage_of_other_settings_is_refused_with_both_values(small):
-    run_suite(small.suite(evaluation=None, exports={}), only=["encoder-pretrain"])
+    suite = small.suite()
+    run_suite(suite, [suite.stage("encoder-pretrain")])
     overrides = [*small.plain["overrides"], "variables.peak_lr=1.0e-3", "seed=5", "progress_bar=true"]
     with pytest.raises(ValueError) as error:
         run_suite(small.suite(prepare=False, overrides=overrides))
@@ -241,7 +242,7 @@ def test_a_finished_stage_of_other_settings_is_refused_with_both_values(small):
 
 def test_an_unfair_pair_is_refused_and_allowed_by_hand(small):
     small.plain["stages"]["decoder-pretrain"]["overrides"] = ["train_loader.shuffle_seed=22"]
-    suite = small.suite(exports={}, evaluation=None)
+    suite = small.suite()
     with pytest.raises(ValueError, match=r"(?s)could not be compared.*train_loader.shuffle_seed.*--allow-unfair"):
         check_suite(suite)
     run_suite(suite)
@@ -263,7 +264,7 @@ def test_a_stage_that_could_not_run_is_named(small, setting):
     ({"stages": {"a": {"yaml": ["x.yaml"], "from": "b"}, "b": {"yaml": ["x.yaml"]}}}, "stages.a.from"),
     ({"stages": {"a": {"yaml": ["x.yaml"], "overrides": ["save_folder=x"]}}}, "stages.a.overrides"),
     ({"overrides": ["--dry-run"]}, "overrides"), ({"stages": {"a": {"yaml": ["x.yaml"], "pair": "p"}}}, "pair"),
-    ({"exports": {"encoder": "x"}}, "exports.encoder"), ({"exports": {}}, "need exports"),
+    ({"exports": {"encoder": "x"}}, "exports.encoder"), ({"samples": {"prompts": ["a"]}}, "need exports"),
     ({"evaluation": {"data": "x", "batches": 1}}, "evaluation.batches"),
     ({"extends": "suite.yaml"}, "extends: leads back to"), ({"root": "${variables.place}"}, "variables"),
 ])
@@ -312,7 +313,8 @@ def test_the_suites_are_fair(name, pairs, monkeypatch):
 
 
 def test_the_report_says_what_the_exported_folders_are(small, data_set, capfd):
-    suite = small.suite()
+    evaluation = {"data": str(data_set), "objectives": ["clm", "mlm"], "mask_rate": 0.15, "max_batches": 1}
+    suite = small.suite(exports=EXPORTS, evaluation=evaluation)
     run_suite(suite)
     write_report(suite, check_suite(suite))
     root = small.folder / "root"
@@ -338,7 +340,7 @@ def test_the_report_says_what_the_exported_folders_are(small, data_set, capfd):
 
 def test_the_report_says_why_a_number_is_missing(small):
     """Runs without a log of their steps, with losses that are not finite, and a model that cannot be evaluated."""
-    suite = small.suite("evaluation.data=nowhere", "samples.masked=['a [MASK]']")
+    suite = small.suite(exports=EXPORTS, evaluation={"data": "nowhere"}, samples={"masked": ["a [MASK]"]})
     run_suite(suite)
     logs = {name: suite.stage(name).folder / "steps.jsonl" for name in ALL}
     logs["encoder-extend"].unlink()
