@@ -55,8 +55,8 @@ def ours(request: dict[str, Any]) -> Callable[[], dict[str, Any]]:
 
     options = ConvertOptions(sources=[request["jsonl"]], out=request["out"], tokenizer=request["tokenizer"],
                              chunk_length=ROW_LENGTH - 2, workers=CORES.get(request["contender"], 1),
-                             unit_size=request["unit_size"], progress=False)
-    return lambda: {"tokens": convert(options).tokens}
+                             unit_size=request["unit_size"])
+    return lambda: {"tokens": sum(counts["tokens"] for counts in convert(options).sources.values())}
 
 
 def text_to_mds(request: dict[str, Any]) -> Callable[[], dict[str, Any]]:

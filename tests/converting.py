@@ -16,7 +16,7 @@ UNIT = 3_000  # bytes: several units for every corpus here
 
 def options(out: Path | str, sources: list[Path | str], tokenizer: Path | None, **more: object) -> ConvertOptions:
     """Small shards and units; one worker, in this process."""
-    small = {"chunk_length": CHUNK_LENGTH, "validation": 0.0, "shard_size": "8kb", "progress": False, "workers": 1,
+    small = {"chunk_length": CHUNK_LENGTH, "validation": 0.0, "shard_size": "8kb", "workers": 1,
              "unit_size": UNIT, **more}
     return ConvertOptions(sources=[*map(str, sources)], out=out, tokenizer=tokenizer, **small)  # type: ignore
 

@@ -34,7 +34,6 @@ def convert(
     shard_size: Annotated[str, _help("Bytes per shard.")] = "64mb",
     unit_size: Annotated[str, _help("Input bytes per unit of work.")] = "256mb",
     compression: Annotated[Literal["zstd"] | None, _help("Of shards; plain if left out.")] = None,
-    limit_bytes: Annotated[int | None, _help("Stop each source after so much text.")] = None,
     seed: Annotated[int, _help("Of the validation split.")] = 0,
     licence: Annotated[str | None, _help("Of files, for the manifest.", "--licence", "--license")] = None,
     append: Annotated[bool, _help("Add these sources to a finished dataset.", "--append")] = False,

@@ -32,6 +32,7 @@ _REMOVED = {
     "merge": "`ettin average`",
     "average --weights": "the mean without it, in which all checkpoints weigh the same",
     **{f"convert --{option}": _DATATROVE for option in ("decontaminate", "decontaminate-field", "drop-contaminated")},
+    "convert --limit-bytes": "a smaller source, such as one of its files or `head -n 100000 all.jsonl > some.jsonl`",
     "verify --no-samples": "`ettin verify` without it: every sample is read",
     "show --picture": "the table of lengths in the dataset's README.md, and `ettin show`",
     "export --tags": "`ettin export --every`: each folder has the name of its revision",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,7 +56,6 @@ class ConvertOptions:
     shard_size: int | str = "64mb"
     unit_size: int | str = "256mb"
     compression: Literal["zstd"] | None = None
-    limit_bytes: int | None = None
     seed: int = 0
     licence: str | None = None
     filters: FilterOptions = field(default_factory=FilterOptions)
@@ -68,7 +66,6 @@ class ConvertOptions:
     ray_address: str | None = None
     task_index: int | None = None
     num_tasks: int | None = None
-    progress: bool | None = None  # whether to show a bar; None: on a terminal
 
     def __post_init__(self) -> None:
         for key in ("shard_size", "unit_size", "max_document_bytes"):
@@ -85,7 +82,6 @@ class ConvertOptions:
             ("cut_window", "a share from 0 (cut as late as possible) to 0.5", 0 <= self.cut_window <= 0.5),
             ("validation", "a share of at least 0 and below 1", 0 <= self.validation < 1),
             ("shard_size", f"at most {most} bytes", int(self.shard_size) <= most),
-            ("limit_bytes", "at least 1, or left out", self.limit_bytes is None or self.limit_bytes >= 1),
             ("seed", "0 to 2**63 - 1", 0 <= self.seed < 2**63),
             ("workers", "at least 1, or left out for all cores", self.workers is None or self.workers >= 1),
             ("ray_address", "left out without --executor ray", self.executor == "ray" or not self.ray_address),
@@ -101,10 +97,10 @@ class ConvertOptions:
     def record(self) -> dict[str, Any]:
         """The options that shape the data, without places on this machine."""
         keys = ["train_tokenizer", "chunk_length", "cut_window", "validation", "text_field", "id_field", "compression",
-                "limit_bytes", "seed", "shard_size", "unit_size"]
+                "limit_bytes", "seed", "shard_size", "unit_size"]  # limit_bytes is null: no option, but in every plan
         if self.max_document_bytes != ReadOptions.max_document_bytes:
-            keys.append("max_document_bytes")  # plans from before there was a limit do without
-        return {**{key: getattr(self, key) for key in keys}, "filters": self.filters.record()}
+            keys.append("max_document_bytes")
+        return {**{key: getattr(self, key, None) for key in keys}, "filters": self.filters.record()}
 
 
 @dataclass(frozen=True)
@@ -113,9 +109,7 @@ class Summary:
 
     out: str
     manifests: Mapping[str, Mapping[str, Any]]  # split -> manifest; empty for one task of an array
-    seconds: float
     units: tuple[int, int]  # done by this call, of all
-    tokens_done: int  # by this call
 
     @property
     def sources(self) -> dict[str, Counter[str]]:
@@ -128,7 +122,7 @@ class Summary:
         return found
 
     def __str__(self) -> str:
-        (done, of), speed = self.units, f"{self.tokens_done / max(self.seconds, 1e-9):,.0f} tokens/s"
+        done, of = self.units
         texts = [f"{name}: " + ", ".join(f"{number:,} {key}" for key, number in counts.items())
                  for name, counts in self.sources.items()]
         if "validation" in self.manifests:
@@ -137,7 +131,7 @@ class Summary:
             texts.append(f"{done} of {of} units done by this task; after all tasks: ettin finalize {self.out}")
         elif done < of:
             texts.append(f"{of - done} of {of} units were done before")
-        return f"{self.out}: {'; '.join(texts)}; {self.seconds:.1f} s, {speed}"
+        return f"{self.out}: {'; '.join(texts)}"
 
 
 def convert(options: ConvertOptions) -> Summary:
@@ -145,7 +139,7 @@ def convert(options: ConvertOptions) -> Summary:
 
     Raises OSError or ValueError where the input cannot be converted, or OUT holds something else.
     """
-    begin, storage = time.perf_counter(), open_storage(options.out)
+    storage = open_storage(options.out)
     before = plans.read_plan(storage)
     if before is None:
         plans.check_place(storage, options.append)
@@ -175,9 +169,9 @@ def convert(options: ConvertOptions) -> Summary:
                       {source.name: source for source in sources}, plan.base_key, spec, options.filters, made_with)
     if todo and options.filters.deduplicate:
         _find_duplicates(job, plan, options, storage)
-    tokens = _execute(job, todo, "documents", options)
+    _execute(job, todo, "documents", options)
     manifests = finalize(options.out, max_bad_records=options.max_bad_records) if options.task_index is None else {}
-    return Summary(storage.url, manifests, time.perf_counter() - begin, (len(todo), len(plan.units)), tokens)
+    return Summary(storage.url, manifests, (len(todo), len(plan.units)))
 
 
 def _undone(storage: Storage, plan: plans.Plan, changed: Sequence[plans.Unit], made_with: str) -> list[plans.Unit]:
@@ -197,15 +191,14 @@ def _undone(storage: Storage, plan: plans.Plan, changed: Sequence[plans.Unit], m
     return [unit for unit in plan.units if unit.number not in done]
 
 
-def _execute(job: HashUnit, units: Sequence[plans.Unit], title: str, options: ConvertOptions) -> int:
-    """Does the units; tokens written."""
+def _execute(job: HashUnit, units: Sequence[plans.Unit], title: str, options: ConvertOptions) -> None:
     if not units:
-        return 0
+        return
     workers = min(options.workers or len(os.sched_getaffinity(0)), len(units))
     num_bytes = sum(part_bytes(job.sources[unit.source], part) for unit in units for part in unit.parts)
-    with Board(title, num_bytes, show=options.progress) as board:
-        return sum(run_tasks(job, units, workers=workers, board=board, ray=options.executor == "ray",
-                             ray_address=options.ray_address))
+    board = Board(title, num_bytes)
+    run_tasks(job, units, workers=workers, board=board, ray=options.executor == "ray", ray_address=options.ray_address)
+    log.info("%s: %s", title, board)
 
 
 def _find_duplicates(job: ConvertUnit, plan: plans.Plan, options: ConvertOptions, storage: Storage) -> None:
@@ -246,15 +239,13 @@ def _train(sources: Sequence[Source], options: ConvertOptions) -> PreTrainedToke
     def texts() -> Iterator[str]:
         documents, num_bytes = 0, 0
         for source in sources:
-            parts, begin = [part for parts in plan_parts(source, 1 << 62) for part in parts], num_bytes
+            parts = [part for parts in plan_parts(source, 1 << 62) for part in parts]
             for document in read_parts(source, parts, meter, reading):
                 encoded = document.text.encode()
                 documents, num_bytes = documents + 1, num_bytes + len(encoded)
                 board.tick(0, Tick(documents, 0, num_bytes, meter.position()))
                 if xxhash.xxh64_intdigest(encoded, seed=options.seed) >= options.validation * 2**64:
                     yield document.text
-                if options.limit_bytes is not None and num_bytes - begin >= options.limit_bytes:
-                    break
 
-    with Board("tokenizer", sum(sum(source.files.values()) for source in sources), show=options.progress) as board:
-        return tokenizers.train_bpe(texts(), int(options.train_tokenizer or 0))
+    board = Board("tokenizer", sum(sum(source.files.values()) for source in sources))
+    return tokenizers.train_bpe(texts(), int(options.train_tokenizer or 0))

@@ -73,11 +73,8 @@ class Plan:
         names, units = {name: dict(facts) for name, facts in self.sources.items()}, list(self.units)
         for source in sources:
             names[source.name] = {"licence": source.licence, "revision": source.revision}
-            groups = plan_parts(source, self.options["unit_size"])
-            if self.options["limit_bytes"] is not None:  # where it falls is known only by reading up to it
-                groups = [tuple(itertools.chain(*groups))]
-            units += [Unit(number, source.name, tuple(parts), tuple(source.files.get(part.file, 0) for part in parts))
-                      for number, parts in enumerate(groups, len(units))]
+            units += [Unit(number, source.name, parts, tuple(source.files.get(part.file, 0) for part in parts))
+                      for number, parts in enumerate(plan_parts(source, self.options["unit_size"]), len(units))]
         return replace(self, sources=names, units=tuple(units))
 
     def to_bytes(self) -> bytes:

@@ -61,7 +61,7 @@ class HashUnit:
     sources: Mapping[str, Source]  # as found on this machine
     base_key: str  # the plan's
 
-    def __call__(self, unit: Unit, report: Report) -> int:
+    def __call__(self, unit: Unit, report: Report) -> None:
         storage, meter, hashes = open_storage(self.out), Meter(), bytearray()
         for number, document in enumerate(self.documents(unit, meter), 1):
             hashes += xxhash.xxh3_128_digest(document.text.encode())
@@ -70,29 +70,22 @@ class HashUnit:
         path = storage.scratch() / f"hashes.{unit.number:05d}.{os.getpid()}.npy"
         write_hashes(path, hashes)
         storage.put_file(path, work_name("hashes", unit, self.base_key))
-        return 0
 
     def documents(self, unit: Unit, meter: Meter) -> Iterator[Document]:
-        """The documents of a unit in order, up to the one in which `limit_bytes` is reached."""
-        num_bytes, limit = 0, self.options["limit_bytes"]
-        for document in read_parts(self.sources[unit.source], unit.parts, meter, ReadOptions.of(self.options)):
-            yield document
-            if limit is not None and (num_bytes := num_bytes + len(document.text.encode())) >= limit:
-                return
+        return read_parts(self.sources[unit.source], unit.parts, meter, ReadOptions.of(self.options))
 
 
 @dataclass(frozen=True)
 class ConvertUnit(HashUnit):
-    """Converts a unit and writes its record; returns the number of tokens."""
+    """Converts a unit and writes its record."""
 
     tokenizer: TokenizerSpec
     filters: FilterOptions
     made_with: str  # the versions of the libraries that shape the bytes
 
-    def __call__(self, unit: Unit, report: Report) -> int:
+    def __call__(self, unit: Unit, report: Report) -> None:
         record = _Conversion(self, unit, report).run()
         open_storage(self.out).write_bytes(record_name(unit.number), json.dumps(record).encode() + b"\n")
-        return sum(counts["tokens"] for counts in record["splits"].values())
 
 
 @functools.lru_cache(maxsize=1)
@@ -102,29 +95,13 @@ def _tools(spec: TokenizerSpec, chunk_length: int, cut_window: float) -> tuple[T
     return encoder, Chunker(spec.json, chunk_length, cut_window)
 
 
-class _Batch:
-    """Documents of one split, ready to be tokenized."""
-
-    def __init__(self, split: str) -> None:
-        self.split, self.num_bytes = split, 0
-        self.texts, self.ids, self.sizes = list[str](), list[str](), list[int]()  # sizes: UTF-8 bytes
-
-    def add(self, document: Document, size: int) -> bool:
-        """Whether it is full now."""
-        self.texts.append(document.text)
-        self.ids.append(document.id)
-        self.sizes.append(size)
-        self.num_bytes += size
-        return self.num_bytes >= _BATCH_BYTES or len(self.texts) >= _BATCH_DOCUMENTS
-
-
 class _Conversion:
     def __init__(self, job: ConvertUnit, unit: Unit, report: Report) -> None:
         self.job, self.unit, self.options, self.storage = job, unit, job.options, open_storage(job.out)
         self.report, self.meter, self.read = report, Meter(), 0
         splits = SPLITS if self.options["validation"] else SPLITS[:1]
-        # what is skipped is counted by the reading thread, which shares no counts
-        self.counts, self.dropped, self.skipped = ({split: Counter[str]() for split in splits} for _ in range(3))
+        self.counts = {split: Counter[str]() for split in splits}
+        self.dropped = {split: Counter[str]() for split in splits}  # by the reading thread
         self.encoder, chunker = _tools(job.tokenizer, self.options["chunk_length"], self.options["cut_window"])
         self.writers = {split: ShardGroupWriter(
             self.storage.scratch(), stem=f"shard.{unit.number:05d}", source=unit.source, chunker=chunker,
@@ -134,8 +111,8 @@ class _Conversion:
 
     def run(self) -> dict[str, Any]:
         try:
-            for batch in _ahead(self._batches()):
-                self._write(batch)
+            for split, batch in _ahead(self._batches()):
+                self._write(split, batch)
             shards = {split: writer.finish() for split, writer in self.writers.items()}
         except BaseException:
             for writer in self.writers.values():
@@ -143,23 +120,26 @@ class _Conversion:
             raise
         return self._record(shards)
 
-    def _batches(self) -> Iterator[_Batch]:
-        """Batches of documents to keep, in order within each split; runs in the reading thread."""
-        batches, copies = {split: _Batch(split) for split in self.counts}, self._copies()
-        for ordinal, document in enumerate(self.job.documents(self.unit, self.meter)):
+    def _batches(self) -> Iterator[tuple[str, list[tuple[str, str, int]]]]:
+        """Text, id and UTF-8 bytes of documents to keep, of one split at a time; runs in the reading thread."""
+        batches, held, copies = {split: [] for split in self.counts}, Counter[str](), self._copies()
+        for ordinal, (text, name) in enumerate(self.job.documents(self.unit, self.meter)):
             self.read += 1
-            encoded = document.text.encode()
+            encoded = text.encode()
             # by the text alone, so that copies of a document are on one side, wherever they come from
             digest = xxhash.xxh64_intdigest(encoded, seed=self.options["seed"])
             split = "validation" if digest < self.options["validation"] * 2**64 else "train"
-            if not document.text or document.text.isspace():
-                self.skipped[split]["empty"] += 1
-            elif ordinal in copies:
-                self.skipped[split][DUPLICATE] += 1
-            elif batches[split].add(document, len(encoded)):
-                yield batches[split]
-                batches[split] = _Batch(split)
-        yield from (batch for batch in batches.values() if batch.texts)
+            reason = "empty" if not text or text.isspace() else DUPLICATE if ordinal in copies else \
+                self.job.filters.reason(text, name)
+            if reason:
+                self.dropped[split][reason] += 1
+                continue
+            batches[split].append((text, name, len(encoded)))
+            held[split] += len(encoded)
+            if held[split] >= _BATCH_BYTES or len(batches[split]) >= _BATCH_DOCUMENTS:
+                yield split, batches[split]
+                batches[split], held[split] = [], 0
+        yield from ((split, batch) for split, batch in batches.items() if batch)
 
     def _copies(self) -> frozenset[int]:
         """Ordinals of the unit's documents that repeat earlier ones."""
@@ -171,46 +151,38 @@ class _Conversion:
         path.unlink()
         return copies
 
-    def _write(self, batch: _Batch) -> None:
-        dropped, texts, ids, sizes = self.dropped[batch.split], batch.texts, batch.ids, batch.sizes
-        reasons = [self.job.filters.reason(text, id) for text, id in zip(texts, ids)]
-        if any(reasons):
-            dropped.update(filter(None, reasons))
-            keep = [reason is None for reason in reasons]
-            texts, ids, sizes = (list[Any](itertools.compress(values, keep)) for values in (texts, ids, sizes))
-        if not texts:
-            return
+    def _write(self, split: str, batch: list[tuple[str, str, int]]) -> None:
+        texts, ids, sizes = zip(*batch)
         tokens, lengths = self.encoder.encode(texts)
-        if not lengths.all():  # text of which the tokenizer's normalizer leaves nothing
-            dropped["empty"] += int((lengths == 0).sum())
-            ids, sizes = (list[Any](itertools.compress(values, lengths > 0)) for values in (ids, sizes))
-            lengths = lengths[lengths > 0]
+        kept = lengths > 0  # the tokenizer's normalizer may leave nothing of a text
+        ids, sizes = (list[Any](itertools.compress(values, kept)) for values in (ids, sizes))
         if ids:
-            self.writers[batch.split].write(ids, tokens, lengths)
-        unknown = int(np.count_nonzero(tokens == self.encoder.unknown))
-        self.counts[batch.split].update(documents=len(ids), tokens=len(tokens), bytes=sum(sizes), unknown=unknown)
+            self.writers[split].write(ids, tokens, lengths[kept])
+        self.counts[split].update(documents=len(ids), tokens=len(tokens), bytes=sum(sizes), empty=len(texts) - len(ids),
+                                  unknown=int(np.count_nonzero(tokens == self.encoder.unknown)))
         sums = [sum(of_split[key] for of_split in self.counts.values()) for key in ("documents", "tokens", "bytes")]
         self.report(Tick(sums[0], sums[1], sums[2], self.meter.position()))
 
     def _record(self, shards: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         """The completion record; a RuntimeError where documents or tokens were lost or doubled, which is a bug."""
         left_out = {OVERSIZED: self.meter.oversized, UNREADABLE: self.meter.unreadable}
+        self.dropped["train"].update(left_out)
         splits, read = {}, self.read + sum(left_out.values())
-        self.skipped["train"].update(left_out)
         unknown, tokens = (sum(counts[key] for counts in self.counts.values()) for key in ("unknown", "tokens"))
         if tokens >= 1000 and unknown > _MOST_UNKNOWN * tokens:
             raise ValueError(f"{self.unit.label}: tokenizer {self.job.tokenizer.name} must know its characters, got "
                              f"{unknown} unknown of {tokens} tokens; take another, or one of --train-tokenizer")
+        lost = {"documents": read, "tokens": tokens}
         for split, counts in self.counts.items():
-            dropped = self.dropped[split] + self.skipped[split]
+            dropped = self.dropped[split] + Counter(empty=counts["empty"])
             held = {key: sum(entry[key] for entry in shards[split]) for key in ("documents", "samples", "tokens")}
-            if (held["documents"], held["tokens"]) != (counts["documents"], counts["tokens"]):
-                raise RuntimeError(f"{self.unit.label}: shards of {split} hold {held}, {counts} were given to them")
+            lost["documents"] -= held["documents"] + dropped.total()
+            lost["tokens"] -= held["tokens"]
             splits[split] = {"documents": held["documents"], "chunks": held["samples"], "tokens": held["tokens"],
                              "bytes": counts["bytes"], "dropped": dict(sorted(dropped.items())),
                              **({"unknown": counts["unknown"]} if counts["unknown"] else {}), "shards": shards[split]}
-        if (kept := sum(s["documents"] + sum(s["dropped"].values()) for s in splits.values())) != read:
-            raise RuntimeError(f"{self.unit.label}: {read} documents read, {kept} written or dropped")
+        if any(lost.values()):
+            raise RuntimeError(f"{self.unit.label}: more was read than written or dropped, by {lost}")
         return {"unit": self.unit.number, "key": record_key(self.job.base_key, self.unit),
                 "source": self.unit.source, "made_with": self.job.made_with, "read": read, "splits": splits}
 

@@ -75,13 +75,6 @@ def test_sources_have_shards_and_counts_of_their_own(tmp_path, tokenizer_dir, co
     assert sum(c["chunks"] for c in counts.values()) == data.samples.sum()
 
 
-def test_a_limit_ends_each_source_at_a_document(tmp_path, corpus, tokenizer_dir):
-    sizes = np.cumsum([len(text.encode()) for text in DOCUMENTS]).tolist()
-    for limit, number in ((1, 1), (sizes[10], 11), (sizes[10] + 1, 12)):
-        run(tmp_path / f"out{limit}", [corpus], tokenizer_dir, limit_bytes=limit)
-        assert list(stored(tmp_path / f"out{limit}" / "train")) == [f"doc-{i}" for i in range(number)]
-
-
 def test_duplicates_are_dropped_after_the_first_across_files_and_sources(tmp_path, tokenizer_dir):
     texts = make_documents(120, longest=20)
     rng = np.random.default_rng(3)
@@ -185,4 +178,4 @@ def test_the_program_converts_and_says_what_it_did(tmp_path, corpus, monkeypatch
     assert status.value.code == 0 and line.count("\n") == 1
     manifests = [MDSSplit(tmp_path / "out" / split).manifest for split in ("train", "validation")]
     assert f"corpus: 200 documents, {sum(m['totals']['tokens'] for m in manifests):,} tokens" in line
-    assert f"{manifests[1]['totals']['documents']} documents for validation" in line and " tokens/s" in line
+    assert f"{manifests[1]['totals']['documents']} documents for validation" in line

@@ -20,7 +20,7 @@ import pytest
 from converting import files_of, run, write_corpus
 from pool_jobs import jobs
 
-from ettin_foundry.corpus.executors import Board, WorkerDeath, run_tasks
+from ettin_foundry.corpus.executors import Board, run_tasks
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
@@ -100,7 +100,7 @@ def test_errors_and_hopeless_tasks_are_as_in_a_local_pool(tmp_path):
         run_tasks(pool_jobs.raising, jobs(3, tmp_path)[::-2], **options)  # type: ignore[arg-type]
     assert raised.value.filename == "/data/corpus.jsonl" and "in raising" in str(raised.value.__cause__)
     assert list(tmp_path.glob("tidied.0.*"))  # the other one was ended, and could clean up
-    with pytest.raises(WorkerDeath, match="job-3: 2 workers died in it, the last of WorkerCrashedError"):
+    with pytest.raises(ChildProcessError, match="job-3: 2 workers died in it, the last of WorkerCrashedError"):
         run_tasks(pool_jobs.dying, jobs(4, tmp_path, "9"), tries=2, **options)  # type: ignore[arg-type]
     assert len(list(tmp_path.glob("try.3.*"))) == 2
     (_, environment), = run_tasks(pool_jobs.looking_around, jobs(1), **options)  # type: ignore[arg-type]
