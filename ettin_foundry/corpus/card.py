@@ -27,25 +27,9 @@ Lengths = Mapping[str, np.ndarray]
 CARD = "README.md"
 _MARK = "<!-- ettin-set "  # a card without it was written by hand, and is never replaced
 _HASH = re.compile(r"^\| `(.*)` \| `(.*)` \|$", re.MULTILINE)
-# https://huggingface.co/docs/hub/repositories-licenses; the Hub refuses a card that names any other
-_LICENCES = frozenset("""
-    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 cc bigcode-openrail-m
-    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc0-1.0 cc-by-2.0 cc-by-2.5
-    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
-    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
-    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl
-    lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib
-    pddl lgpl-lr""".split())
-_SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B",
-          "10B<n<100B", "100B<n<1T", "n>1T")
-_READ = '''\
-```python
-from ettin_foundry.data.shards import MDSSplit
-
-data = MDSSplit("train")              # every file is checked before use
-tokens = data.chunk(0, 0)             # first chunk of the first shard: uint16, no special tokens
-```
-'''
+# of https://huggingface.co/docs/hub/repositories-licenses those that text has; the Hub refuses words out of its list
+_LICENCES = re.compile(r"apache-2\.0|mit|bsd-[23]-clause|mpl-2\.0|a?gpl-3\.0|gpl-2\.0|gfdl|unlicense|pddl|"
+                       r"odc-by|odbl|cc0-1\.0|cc-by(-nc)?(-sa|-nd)?-4\.0|cc-by(-sa)?-3\.0|cdla-permissive-[12]\.0|unknown")
 
 
 def write_card(storage: Storage, manifests: Manifests, lengths: Lengths) -> None:
@@ -69,23 +53,19 @@ def card_text(storage: Storage, manifests: Manifests, lengths: Lengths) -> str:
     first = next(iter(manifests.values()))
     made_with = [("ettin_foundry", first["code_version"]),
                  ("tokenizer", f"{first['tokenizer']['name']}, {first['tokenizer']['vocab_size']:,} entries"),
-                 ("chunk length", f"{first['chunk_length']:,}"), ("compression", first["compression"] or "none")]
-    made_with += [(key.replace("_", " "), json.dumps(value)) for key, value in first["options"].items()
-                  if key not in ("chunk_length", "compression") and value not in (None, False, [], {}, "")]
-    counts = [(split, *(f"{manifest['totals'][key]:,}" for key in ("documents", "samples", "tokens")),
-               f"{len(manifest['shards']):,}") for split, manifest in manifests.items()]
+                 *((key.replace("_", " "), json.dumps(value)) for key, value in first["options"].items()
+                   if value not in (None, False, [], {}, ""))]
+    splits = [(split, *(f"{manifest['totals'][key]:,}" for key in ("documents", "samples", "tokens")),
+               f"{len(manifest['shards']):,}", *length_cells(lengths[split])) for split, manifest in manifests.items()]
     return "\n".join([
         _front_matter(name, manifests), f"# {_clean(name)}\n",
         f"Text, tokenized and cut into chunks of at most {first['chunk_length']:,} tokens, as MDS shards that are read "
         "without being trusted. No special tokens inside; a document's last chunk is marked.\n",
-        _table(("split", "documents", "chunks", "tokens", "shards"), counts),
+        _table(("split", "documents", "chunks", "tokens", "shards", "length", "10%", "median", "90%", "full"), splits),
         "## Sources\n", *(_source_table(split, manifest) for split, manifest in manifests.items()),
-        "## Lengths\n",
-        _table(("split", "mean", "10%", "median", "90%", "of full length"),
-               [(split, *length_cells(found)) for split, found in lengths.items()]),
-        "## Made with\n", _table(("", ""), made_with), "## Read it\n", _READ,
-        "Stock `streaming.StreamingDataset` reads the same folders. `ettin verify` checks every byte, `ettin show` "
-        "prints statistics and decoded samples.\n",
+        "## Made with\n", _table(("", ""), made_with),
+        "`ettin_foundry.data.shards.MDSSplit` and stock `streaming.StreamingDataset` read these folders. "
+        "`ettin verify` checks every byte, `ettin show` prints statistics and samples.\n",
         "## Identity\n", "A manifest holds the hash of every shard, so its own hash stands for the whole split.\n",
         _table(("file", "sha256"), ()) + "".join(f"| `{file}` | `{digest}` |\n" for file, digest in hashes),
         f"{_MARK}written by ettin finalize, which replaces no card without this line -->\n"])
@@ -103,15 +83,12 @@ def read_hashes(storage: Storage) -> dict[str, str]:
 def _front_matter(name: str, manifests: Manifests) -> str:
     licences = sorted({str(source.get("licence") or "unknown") for manifest in manifests.values()
                        for source in manifest["sources"].values()})
-    others = [licence for licence in licences if licence.lower() not in _LICENCES and licence != "unknown"]
+    others = [licence for licence in licences if not _LICENCES.fullmatch(licence.lower())]
     known = sorted({"other" if licence in others else licence.lower() for licence in licences})
-    chunks = sum(manifest["totals"]["samples"] for manifest in manifests.values())
     entries: dict[str, Any] = {"pretty_name": name, "license": known if len(known) > 1 else known[0]}
     if others:
         entries["license_name"] = re.sub(r"[^a-z0-9.]+", "-", " ".join(others).lower()).strip("-.")[:96] or "other"
-    entries |= {"size_categories": [_SIZES[min(max(len(str(chunks)) - 3, 0), len(_SIZES) - 1)]],
-                "task_categories": ["text-generation", "fill-mask"],
-                "tags": ["ettin", "mds", "tokenized", "pretraining"],
+    entries |= {"task_categories": ["text-generation", "fill-mask"], "tags": ["ettin", "mds", "pretraining"],
                 "viewer": False}  # it reads no MDS, and would take the JSON files beside the shards for the data
     # JSON is YAML: quoting is safe whatever a name holds
     return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in entries.items()) + "---\n"

@@ -101,33 +101,28 @@ def write_hashes(path: Path, hashes: bytes | bytearray) -> None:
     np.save(path, np.frombuffer(hashes, "<u8").reshape(-1, 2), allow_pickle=False)
 
 
-def read_drops(path: Path) -> np.ndarray:
-    """(K,) uint64: increasing ordinals of a unit's documents to drop, as `find_duplicates` wrote them."""
-    return np.load(path, allow_pickle=False)
-
-
 def find_duplicates(hash_files: Sequence[Path], out_folder: Path) -> int:
     """Finds the documents that repeat an earlier one; how many there are.
 
-    Writes `out_folder/NAME` for the hash file NAME of every unit, in the form of `read_drops`. The files are gone
-    through once for each `_BLOCK` documents, for the hashes that begin alike; copies inside a unit are put aside first.
+    Writes `out_folder/NAME` for the hash file NAME of every unit: (K,) uint64, increasing ordinals of the documents to
+    drop. Copies inside a unit are put aside first, then the files are gone through once for each `_BLOCK` documents,
+    for the hashes that begin alike.
     """
     units = [np.load(path, mmap_mode="r", allow_pickle=False) for path in hash_files]
     begins = np.cumsum([0, *map(len, units)]).tolist()
     is_copy, bits = np.zeros(begins[-1], bool), (begins[-1] // _BLOCK).bit_length()
-    for prefix in range(1 << bits):
-        hashes, places = [np.zeros((0, 2), np.uint64)], [np.zeros(0, np.int64)]
-        for unit, first in zip(units, begins):
-            mine = np.flatnonzero(unit[:, 0] >> np.uint64(64 - bits) == prefix) if bits else np.arange(len(unit))
-            repeats = _repeats(unit[mine])
-            is_copy[first + mine[repeats]] = True
-            mine = np.delete(mine, repeats)
-            hashes.append(unit[mine])
-            places.append(first + mine)
-        is_copy[np.concatenate(places)[_repeats(np.concatenate(hashes))]] = True
+    of_units = [is_copy[begin:end] for begin, end in zip(begins, begins[1:])]  # views
+    for unit, copies in zip(units, of_units):
+        copies[_repeats(unit)] = True
+    for prefix in range(1 << bits):  # where bits is 0, the shift leaves 0
+        mine = [np.flatnonzero((unit[:, 0] >> np.uint64(64 - bits) == prefix) & ~copies)
+                for unit, copies in zip(units, of_units)]
+        hashes = np.concatenate([unit[ordinals] for unit, ordinals in zip(units, mine)])
+        places = np.concatenate([begin + ordinals for begin, ordinals in zip(begins, mine)])
+        is_copy[places[_repeats(hashes)]] = True
     out_folder.mkdir(parents=True, exist_ok=True)
-    for file, begin, end in zip(hash_files, begins, begins[1:]):
-        np.save(out_folder / file.name, np.flatnonzero(is_copy[begin:end]).astype("<u8"), allow_pickle=False)
+    for file, copies in zip(hash_files, of_units):
+        np.save(out_folder / file.name, np.flatnonzero(copies).astype("<u8"), allow_pickle=False)
     log.info("duplicates: %d of %d documents", found := int(np.count_nonzero(is_copy)), begins[-1])
     return found
 

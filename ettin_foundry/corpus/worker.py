@@ -23,7 +23,7 @@ import xxhash
 from ettin_foundry.corpus.chunking import Chunker
 from ettin_foundry.corpus.encoder import Engine, TextEncoder
 from ettin_foundry.corpus.executors import Report, Tick
-from ettin_foundry.corpus.filters import DUPLICATE, OVERSIZED, UNREADABLE, FilterOptions, read_drops, write_hashes
+from ettin_foundry.corpus.filters import DUPLICATE, OVERSIZED, UNREADABLE, FilterOptions, write_hashes
 from ettin_foundry.corpus.plan import SPLITS, Unit, record_key, record_name
 from ettin_foundry.corpus.readers import Document, ReadOptions, read_parts
 from ettin_foundry.corpus.sources import Meter, Source
@@ -104,9 +104,9 @@ class _Conversion:
         self.dropped = {split: Counter[str]() for split in splits}  # by the reading thread
         self.encoder, chunker = _tools(job.tokenizer, self.options["chunk_length"], self.options["cut_window"])
         self.writers = {split: ShardGroupWriter(
-            self.storage.scratch(), stem=f"shard.{unit.number:05d}", source=unit.source, chunker=chunker,
+            stem=f"shard.{unit.number:05d}", source=unit.source, chunker=chunker,
             shard_bytes=self.options["shard_size"], compression=self.options["compression"],
-            place=lambda path, name, split=split: self.storage.put_file(path, f"{split}/{name}"))  # type: ignore[misc]
+            place=lambda name, data, split=split: self.storage.write_bytes(f"{split}/{name}", data))  # type: ignore[misc]
             for split in splits}
 
     def run(self) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class _Conversion:
             return frozenset()
         path = self.storage.scratch() / f"drops.{self.unit.number:05d}.{os.getpid()}.npy"
         self.storage.get_file(work_name("drops", self.unit, self.job.base_key), path)
-        copies = frozenset(read_drops(path).tolist())
+        copies = frozenset(np.load(path, allow_pickle=False).tolist())
         path.unlink()
         return copies
 

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import json
 import struct
-import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,14 +50,14 @@ class ShardGroupWriter:
     """Writes documents of one source, in the order given, into shards STEM.000.mds, STEM.001.mds, ...
 
     Args:
-        folder: where partial files are written. shard_bytes: largest size of an uncompressed shard.
+        shard_bytes: largest size of an uncompressed shard.
         compression: "zstd" writes STEM.000.mds.zstd instead; None plain shards.
-        place: called from one thread with path and basename of each finished file, to move or upload it.
+        place: called from one thread with name and content of each file, to write or upload it.
     """
 
-    def __init__(self, folder: Path, *, stem: str, source: str, chunker: Chunker, shard_bytes: int,
-                 compression: str | None, place: Callable[[Path, str], None]) -> None:
-        self._folder, self._stem, self._source, self._place = folder, stem, source.encode(), place
+    def __init__(self, *, stem: str, source: str, chunker: Chunker, shard_bytes: int, compression: str | None,
+                 place: Callable[[str, bytes], None]) -> None:
+        self._stem, self._source, self._place = stem, source.encode(), place
         self._chunker, self._limit, self._compression = chunker, shard_bytes, compression
         self._config = json.dumps(shard_config(shard_bytes, compression), sort_keys=True).encode()
         # what stands between part and tokens, per chunk length: source, then the head of a uint16 array of one axis
@@ -101,7 +99,7 @@ class ShardGroupWriter:
         return [entry.result() for entry in self._entries]
 
     def abort(self) -> None:
-        """Stops writing; waits for the shard under way, whose partial file is removed."""
+        """Stops writing; waits for the shard under way."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _add(self, names: list[bytes], documents: np.ndarray, parts: np.ndarray, lasts: np.ndarray,
@@ -152,23 +150,16 @@ class ShardGroupWriter:
         header[:2] = len(sizes), header.size * _OFFSET_BYTES + len(self._config)
         np.cumsum(sizes, out=header[2:])
         header[2:] += header[1]
-        parts = [header.astype("<u4").tobytes(), self._config, *shard.blobs]
+        data = b"".join([header.astype("<u4").tobytes(), self._config, *shard.blobs])
         shard.blobs.clear()
         name = f"{self._stem}.{shard.number:03}.mds"
-        raw, packed = _file_entry(name, parts), None
+        raw, packed = _file_entry(name, data), None
         if self._compression:
             import zstd  # streaming's own binding; one frame that states its size
 
-            parts = [zstd.compress(b"".join(parts), _ZSTD_LEVEL, 1)]  # 1 thread: the number changes no byte
-            packed = _file_entry(f"{name}.zstd", parts)
-        basename = (packed or raw)["basename"]
-        partial = self._folder / f".{basename}.{uuid.uuid4().hex}.partial"
-        try:
-            with open(partial, "xb") as file:
-                file.writelines(parts)
-            self._place(partial, basename)
-        finally:
-            partial.unlink(missing_ok=True)
+            data = zstd.compress(data, _ZSTD_LEVEL, 1)  # 1 thread: the number changes no byte
+            packed = _file_entry(f"{name}.zstd", data)
+        self._place((packed or raw)["basename"], data)
         lengths = np.bincount(np.concatenate(shard.lengths), minlength=self._chunker.chunk_length + 1)
         row_length = self._chunker.chunk_length + SPECIALS_PER_PIECE
         return {"raw": raw, "zip": packed, "samples": len(sizes), "tokens": int(lengths @ np.arange(len(lengths))),
@@ -177,8 +168,5 @@ class ShardGroupWriter:
                 "lengths": lengths.tolist()}
 
 
-def _file_entry(basename: str, parts: list[bytes]) -> dict[str, Any]:
-    digest = xxhash.xxh64()
-    for part in parts:
-        digest.update(part)
-    return {"basename": basename, "bytes": sum(map(len, parts)), "xxh64": digest.hexdigest()}
+def _file_entry(basename: str, data: bytes) -> dict[str, Any]:
+    return {"basename": basename, "bytes": len(data), "xxh64": xxhash.xxh64_hexdigest(data)}

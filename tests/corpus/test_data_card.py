@@ -37,7 +37,7 @@ def front_matter(out: Path, manifests: dict[str, dict]) -> dict:
     return yaml.safe_load(card_text(open_storage(out), manifests, lengths_of(out)).split("---\n")[1])
 
 
-def test_card_states_the_counts_of_the_shards_and_its_code_runs(whole, monkeypatch):
+def test_card_states_the_counts_of_the_shards(whole):
     text = (whole / "README.md").read_text()
     for split in SPLITS:
         samples = samples_of(whole / split)
@@ -49,32 +49,25 @@ def test_card_states_the_counts_of_the_shards_and_its_code_runs(whole, monkeypat
         lengths = np.array([len(sample["tokens"]) for sample in samples])
         quantiles = [int(np.quantile(lengths, q, method="inverted_cdf")) for q in (0.1, 0.5, 0.9)]
         row = " | ".join([f"{lengths.mean():,.1f}", *map(str, quantiles), f"{(lengths == 62).mean():.1%}"])
-        assert f"| {split} | {row} |" in text
-    monkeypatch.chdir(whole)
-    found: dict = {}
-    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], found)
-    assert found["tokens"].tolist() == samples_of(whole / "train")[0]["tokens"].tolist()
+        assert re.search(rf"\| {split} \| .* \| {re.escape(row)} \|", text)
 
 
 def test_front_matter_is_what_the_hub_reads(whole):
     assert DatasetCard.load(whole / "README.md").data.to_dict() == {  # the Hub's own library
-        "pretty_name": "wiki, code", "license": "cc-by-4.0", "size_categories": ["n<1K"], "viewer": False,
-        "task_categories": ["text-generation", "fill-mask"], "tags": ["ettin", "mds", "tokenized", "pretraining"]}
+        "pretty_name": "wiki, code", "license": "cc-by-4.0", "viewer": False,
+        "task_categories": ["text-generation", "fill-mask"], "tags": ["ettin", "mds", "pretraining"]}
 
 
-@pytest.mark.parametrize("licences,chunks,expected", [
-    (("Apache-2.0", "apache-2.0"), 1000, {"license": "apache-2.0", "size_categories": ["1K<n<10K"]}),
-    ((None, None), 999, {"license": "unknown", "size_categories": ["n<1K"]}),
-    (("mit", "cc-by-sa-4.0"), 123_456, {"license": ["cc-by-sa-4.0", "mit"], "size_categories": ["100K<n<1M"]}),
-    (("ODC-By", "my own: \"licence\" # 1"), 10**13, {"license": ["odc-by", "other"], "license_name": "my-own-licence-1",
-                                                     "size_categories": ["n>1T"]})])
-def test_licences_and_sizes_are_words_that_the_hub_knows(whole, licences, chunks, expected):
+@pytest.mark.parametrize("licences,expected", [
+    (("Apache-2.0", "apache-2.0"), {"license": "apache-2.0"}), ((None, None), {"license": "unknown"}),
+    (("mit", "cc-by-sa-4.0"), {"license": ["cc-by-sa-4.0", "mit"]}),
+    (("ODC-By", "my own: \"licence\" # 1"), {"license": ["odc-by", "other"], "license_name": "my-own-licence-1"})])
+def test_licences_are_words_that_the_hub_knows(whole, licences, expected):
     manifest = manifests_of(whole)["train"]
-    manifest["totals"]["samples"] = chunks
     for source, licence in zip(manifest["sources"].values(), licences):
         source["licence"] = licence
     found = front_matter(whole, {"train": manifest})
-    assert {key: found[key] for key in found if key.startswith(("license", "size"))} == expected
+    assert {key: found[key] for key in found if key.startswith("license")} == expected
 
 
 def test_hostile_names_stay_text(whole, tmp_path):
