@@ -1,10 +1,6 @@
 """`ettin order`: a step's documents against the batches of a real run."""
 
-import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import nano_run
 import pyarrow as pa
@@ -98,16 +94,6 @@ def test_a_wrong_command_line_ends_with_one_line_that_says_so(arguments, words, 
         main(["order", *arguments])
     [line] = capsys.readouterr().err.splitlines()
     assert ended.value.code == 1 and words in line
-
-
-def test_a_step_is_told_without_torch_and_the_host(data_set):
-    root = Path(__file__).resolve().parents[2]
-    command = ["order", str(data_set), *YAML, "--step", "123456", "--rows", "1", *SMALL]
-    program = ("import atexit, sys; from ettin_foundry.cli.main import main; atexit.register(lambda: print(sorted("
-               "{'torch', 'composer', 'llmfoundry', 'transformers'} & set(sys.modules)))); " f"main({command!r})")
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
-    first, *_, imported = done.stdout.splitlines()
-    assert first.startswith("step 123,456 of nano-mlm-pretrain: 8 rows") and json.loads(imported) == []
 
 
 def test_the_example_writes_the_ids_of_the_run_and_goes_on_after_a_stop(rising_run, data_set, tmp_path, monkeypatch):
