@@ -38,9 +38,9 @@ PARITY_5.23.0 := transformers==5.23.0 huggingface_hub==2.4.0 tokenizers==0.23.3 
 	touch $@
 
 parity: $(VENV)/.installed $(PARITY_VERSIONS:%=.parity/%/.installed)
-	$(BIN)/python tests/parity.py --json .parity/installed.json
+	$(BIN)/python tests/parity.py
 	@set -e; for version in $(PARITY_VERSIONS); do \
-		PYTHONPATH=.parity/$$version $(BIN)/python tests/parity.py --expect $$version --json .parity/$$version.json; done
+		PYTHONPATH=.parity/$$version $(BIN)/python tests/parity.py --expect $$version; done
 
 bench: $(VENV)/.installed .parity/4.57.6/.installed
 	$(BIN)/python benchmarks/cpu_vs_transformers.py --decoder-path .parity/4.57.6 $(BENCH_ARGS)

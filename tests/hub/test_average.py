@@ -17,14 +17,13 @@ from ettin_foundry.hub.load import load_model
 @pytest.fixture
 def runs(tmp_path):
     """A save folder with three checkpoints, a link and a file cut short; and the models in them."""
-    models = [model("mlm", seed) for seed in range(3)]
-    past = ({"objective": "mlm", "tokens": 500},)
+    models, folder = [model("mlm", seed) for seed in range(3)], tmp_path / "run"
     for batch, source in zip((9, 10, 11), models):
-        save(tmp_path / "run" / f"ep0-ba{batch}-rank0.pt", source, "mlm", batch=batch, phase="decay", lineage=past,
-             run_hash="b" * 64)
-    (tmp_path / "run" / "latest-rank0.pt").symlink_to("ep0-ba11-rank0.pt")
-    (tmp_path / "run" / "ep0-ba12-rank0.pt").write_bytes(b"PK half a file")
-    return tmp_path / "run", models
+        save(folder / f"ep0-ba{batch}-rank0.pt", source, "mlm", batch=batch, phase="decay", run_hash="b" * 64,
+             lineage=({"objective": "mlm", "tokens": 500},))
+    (folder / "latest-rank0.pt").symlink_to("ep0-ba11-rank0.pt")
+    (folder / "ep0-ba12-rank0.pt").write_bytes(b"PK half a file")
+    return folder, models
 
 
 def average(models):

@@ -26,7 +26,7 @@ TEI_KEYS = ("vocab_size hidden_size intermediate_size num_hidden_layers num_atte
 IDS = {"unk": 295, "cls": 296, "sep": 297, "pad": 298, "mask": 299}
 
 
-def shape(causal: bool, **changes) -> EttinConfig:
+def shape(causal, **changes):
     return EttinConfig.for_size("nano", causal=causal, vocab_size=320, **changes)
 
 
@@ -77,8 +77,6 @@ def test_config_json_speaks_to_both_generations(exported, tokenizer):
     assert (decoder["local_attention"], decoder["sliding_window"]) == (128, 64)
     original = hf_config.config_json(shape(True, window_left=64), objective="clm", special_ids=IDS)
     assert (original["local_attention"], original["sliding_window"]) == (130, 65)
-    generation = json.loads((exported["decoder"] / "generation_config.json").read_text())
-    assert generation == {"bos_token_id": IDS["cls"], "eos_token_id": IDS["sep"], "pad_token_id": IDS["pad"]}
     assert all(parity.check_tokenizer(exported[kind], tokenizer, kind == "decoder") for kind in exported)
     # whom the umask lets read README.md may read every file
     assert len({path.stat().st_mode for path in exported["encoder"].iterdir()}) == 1
@@ -109,23 +107,20 @@ def test_mntp_says_everywhere_that_the_mask_is_read_one_before(encoder, tokenize
 
 
 def test_failed_export_leaves_nothing_behind(encoder, tokenizer, tmp_path, monkeypatch):
-    """Neither a changed old folder nor a partial one, whatever step fails."""
     folder = export_model(encoder, encoder.config, tokenizer, tmp_path / "m", objective="mlm")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-
     rename, save = Path.rename, hub_folder.save_file
 
-    def full_disk(*args, **kwargs):
-        raise OSError("no space left on device")
-
     def renames_nothing_here(path, target):  # the last step: the old folder has been moved away
-        return full_disk() if target == tmp_path / "m" and path.name == "new" else rename(path, target)
+        if target == tmp_path / "m" and path.name == "new":
+            raise OSError("no space left on device")
+        return rename(path, target)
 
     def bad_disk(weights, *args, **kwargs):
         save({**weights, "decoder.bias": weights["decoder.bias"] + 1}, *args, **kwargs)
 
     for place, name, broken, words in (
-            (hub_folder, "card", full_disk, "no space"), (Path, "rename", renames_nothing_here, "no space"),
+            (Path, "rename", renames_nothing_here, "no space"),
             (hub_folder, "save_file", bad_disk, "decoder.bias does not read back")):
         with monkeypatch.context() as patch, pytest.raises((OSError, ValueError), match=words):
             patch.setattr(place, name, broken)

@@ -4,13 +4,13 @@ Needs a CUDA device, torch >= 2.11 (or flash-attn), numpy and pytest; the last t
 """
 
 import gc
-import math
 import os
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_attention import every_window
+from test_attention import every_window, naive
+from test_transformer import stream, targets
 
 from ettin_foundry.model.attention import Documents, attention, select_backend
 from ettin_foundry.model.config import EttinConfig
@@ -21,7 +21,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministi
 DEVICE = torch.device("cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 LENGTHS = [1, 70, 200, 5, 64, 131, 300, 129]  # shorter than, equal to and beyond windows and kernel tiles
-VOCAB_SIZE = 512
 both_kinds = pytest.mark.parametrize("objective", ["mlm", "clm"])
 
 
@@ -35,27 +34,17 @@ def bf16():
     return torch.autocast(DEVICE.type, dtype=torch.bfloat16)
 
 
-def documents_of(lengths):
-    places = torch.cat([torch.arange(n, device=DEVICE) for n in lengths])
-    return Documents(torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int(), max(lengths), places)
-
-
 def batch_of(lengths, objective, seed=0):
-    """Random tokens, and as targets the next token of each, or a third of them. Arguments of Ettin.forward."""
-    generator = torch.Generator().manual_seed(seed)
-    ids, documents = torch.randint(VOCAB_SIZE, (sum(lengths),), generator=generator).to(DEVICE), documents_of(lengths)
-    if objective == "clm":
-        places = documents.position_ids.nonzero()[:, 0] - 1
-        labels = ids[places + 1]
-    else:
-        places = (torch.rand(len(ids), generator=generator) < 0.35).to(DEVICE).nonzero()[:, 0]
-        labels = ids[places]
-    return ids, documents.position_ids, documents.cu_seqlens, documents.max_seqlen, places, labels
+    """Arguments of Ettin.forward, on the device."""
+    *tensors, longest = stream(lengths, seed)
+    ids, positions, cu_seqlens, *of_targets = (
+        x.to(DEVICE) for x in (*tensors, *targets(lengths, objective == "clm", seed)))
+    return ids, positions, cu_seqlens, longest, *of_targets
 
 
 def model_of(objective, attn_impl, dropout=0.0):
     torch.manual_seed(0)
-    config = EttinConfig.for_size("nano", causal=objective == "clm", vocab_size=VOCAB_SIZE, attn_out_dropout=dropout)
+    config = EttinConfig.for_size("nano", causal=objective == "clm", vocab_size=320, attn_out_dropout=dropout)
     return Ettin(config, attn_impl).to(DEVICE)
 
 
@@ -71,29 +60,18 @@ def distance(x, y):
     return float((x - y).norm() / y.norm())
 
 
-def naive(q, k, v, documents, window):
-    """Softmax over all N keys in float64, invisible ones at minus infinity."""
-    left, right = (math.inf if w < 0 else w for w in window)
-    place = torch.arange(q.shape[0], device=q.device)
-    document = torch.searchsorted(documents.cu_seqlens, place.int(), right=True)
-    distance = place[None, :] - place[:, None]  # key - query
-    seen = (document[:, None] == document[None, :]) & (distance >= -left) & (distance <= right)
-    scores = torch.einsum("ihk,jhk->hij", q, k) * q.shape[2] ** -0.5
-    return torch.einsum("hij,jhk->ihk", scores.masked_fill(~seen, -math.inf).softmax(-1), v)
-
-
 @pytest.mark.parametrize("path", ["flash", "reference"])
 @every_window
 def test_attention_in_bf16_equals_a_float64_softmax_forward_and_backward(window, path):
     torch.manual_seed(0)
-    documents = documents_of(LENGTHS)
+    _, positions, cu_seqlens, longest, *_ = batch_of(LENGTHS, "mlm")
     q, k, v, weight = (torch.randn(sum(LENGTHS), 2, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     rounded = [x.clone().requires_grad_() for x in (q, k, v)]
-    expected = naive(exact[0], exact[1], exact[2], documents, window)
+    expected = naive(*exact, LENGTHS, window)
     expected.backward(weight.double())
     backend = select_backend(path, "cuda", torch.bfloat16).name
-    out = attention(rounded[0], rounded[1], rounded[2], documents, window, backend)
+    out = attention(*rounded, Documents(cu_seqlens, longest, positions), window, backend)
     out.backward(weight)
     # bf16 keeps 8 bits: outputs and probabilities are off by 2^-9 each. A wide window off by one gives above 0.05 here
     assert distance(out.detach().double(), expected.detach()) < 0.008
@@ -170,10 +148,6 @@ def test_step_reads_nothing_back_from_the_device(objective, attn_impl):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def plain_cross_entropy(hidden, weight, bias, labels):
-    return F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, reduction="sum"), None
-
-
 @pytest.mark.parametrize(("in_bf16", "of_loss", "of_gradients"), [
     (False, 1e-5, 1e-4),  # fp32 sums over 16,384 targets or 50,368 entries in another order
     (True, 1e-3, 0.02)], ids=["fp32", "bf16"])  # bf16 products; in the loss their errors average
@@ -181,8 +155,11 @@ def test_lean_loss_equals_plain_cross_entropy_and_needs_less_memory(in_bf16, of_
     n, width, vocab = 16_384, 256, 50_368
     hidden, weight = torch.randn(n, width, device=DEVICE), torch.randn(vocab, width, device=DEVICE) * 0.05
     bias, labels = torch.randn(vocab, device=DEVICE) * 0.1, torch.randint(vocab, (n,), device=DEVICE)
-    found, peaks = {}, {}
-    lean, plain = linear_cross_entropy, plain_cross_entropy
+    found, peaks, lean = {}, {}, linear_cross_entropy
+
+    def plain(hidden, weight, bias, labels):
+        return F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, reduction="sum"), None
+
     for name, function, enabled in (("exact", plain, False), ("plain", plain, in_bf16), ("warm up", lean, in_bf16),
                                     ("lean", lean, in_bf16)):
         inputs = [x.clone().requires_grad_() for x in (hidden, weight, bias)]

@@ -20,7 +20,7 @@ def inputs(n, hidden=32, vocab=307):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("n", [1, 255, 256, 257, 1000])
+@pytest.mark.parametrize("n", [0, 1, 255, 256, 257, 1000])
 def test_value_and_gradients_equal_cross_entropy_on_dense_logits(n, weighted):
     h, w, b, labels = inputs(n)
     weights = torch.rand(n, generator=torch.Generator().manual_seed(9)) * 5 if weighted else None
@@ -44,15 +44,6 @@ def test_value_and_gradients_equal_cross_entropy_on_dense_logits(n, weighted):
     clear = best.values[:, 0] - best.values[:, 1] > 1e-4  # closer ones may be rounded to another order
     hits = (best.indices[:, :1] == label)[clear].sum()
     assert hits <= correct <= hits + (~clear).sum()
-
-
-def test_no_target_gives_zero_loss_and_zero_gradients():
-    h, w, b, labels = inputs(0)
-    leaves = [x.requires_grad_() for x in (h, w, b)]
-    loss, _ = linear_cross_entropy(*leaves, labels)
-    loss.backward()
-    assert loss.item() == 0.0
-    assert all(x.grad is not None and not x.grad.any() for x in leaves)
 
 
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=["fp32_weights", "bf16_weights"])

@@ -45,7 +45,7 @@ def test_exported_encoder_equals_installed_transformers(case, tmp_path):
     """Logits at 16, 200 and 1,500 tokens, eager and SDPA; the card's code; the tokenizer; a save by transformers."""
     for result in parity.run_case(case, parity.tiny_tokenizer(), tmp_path):
         assert parity.passed(result), result
-        assert result.get("saved_again", "same, then same") == "same, then same"
+        assert result.get("saved_again", "same") == "same"
 
 
 def test_weights_come_out_in_fp32_and_only_what_must_change_is_copied(models):
