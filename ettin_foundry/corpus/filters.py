@@ -41,7 +41,6 @@ class FilterOptions:
     deduplicate: bool = False  # drop documents that equal an earlier one
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "predicates", tuple(self.predicates))  # hashable, for caches
         least, most = self.min_characters, self.max_characters
         if (least is not None and least < 2) or (most is not None and most < max(least or 0, 1)):
             raise ValueError(f"--min-characters must be 2 or more and at most --max-characters, got {least} and {most}")

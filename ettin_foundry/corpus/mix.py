@@ -29,15 +29,14 @@ from ettin_foundry.data.storage import is_url, join, open_storage
 from ettin_foundry.version import __version__
 
 _SHARDS = 5  # first word of the seed: no two uses share a stream; the choice of chunks has 6
-_OrNull = BeforeValidator(lambda value: None if value in ("", "~", "null") else value)
-_Tokens = Annotated[Annotated[float, Field(gt=0, le=1e15)] | None, _OrNull]
+_Tokens = Annotated[float, Field(gt=0, le=1e15)] | None
 
 
 class Entry(BaseModel, extra="forbid"):
     """Where a source is: a dataset, alone or with the source's name there and a budget."""
 
     set: str = Field(min_length=1)  # folder, seen from the specification, or URL
-    source: Annotated[str | None, _OrNull] = None  # what that dataset calls it, None: all of it
+    source: str | None = None  # what that dataset calls it, None: all of it
     tokens: _Tokens = None  # without a phase
 
 
@@ -46,21 +45,17 @@ class MixSpec(BaseModel, extra="forbid"):
 
     sets: dict[str, Annotated[Entry, BeforeValidator(lambda x: {"set": x} if type(x) is str else x)]] = Field(
         min_length=1)
-    phase: Annotated[str | None, _OrNull] = None
-    scale: Annotated[Annotated[float, Field(gt=0, le=1000)] | None, _OrNull] = None  # of the phase's tokens
+    phase: str | None = None
+    scale: Annotated[float, Field(gt=0, le=1000)] | None = None  # of the phase's tokens
     tokens: _Tokens = None  # in all, instead of a scale
     leave_out: list[str] = []  # sources that one does without; the others keep their budgets
-
-
-def _load(path: Path) -> Any:
-    """YAML with every scalar as it is written: a source may be called 1, null, yes or 2024-01-01."""
-    return yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
 
 
 def _read_spec(path: Path) -> MixSpec:
     """The specification in a YAML file; a ValueError names a key that is unknown, missing or out of range."""
     try:
-        return MixSpec.model_validate(_load(path))
+        # every scalar as it is written: a source may be called 1, null, yes or 2024-01-01
+        return MixSpec.model_validate(yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} must be YAML: {' '.join(str(error).split()):.200}") from None
     except ValidationError as error:
@@ -77,7 +72,7 @@ def _budgets_of(spec: MixSpec, path: Path) -> tuple[dict[str, int], float | None
             raise ValueError(f"{path}: without phase, sets must be {{NAME: {{set: ..., tokens: ...}}}}, and no other "
                              "key")
         return {name: max(1, round(tokens or 0)) for name, tokens in own.items()}, None
-    phases = _load(program_folder() / "data_prep" / "sources.yaml")["phases"]
+    phases = yaml.safe_load((program_folder() / "data_prep" / "sources.yaml").read_text(encoding="utf-8"))["phases"]
     if (wanted := phases.get(spec.phase)) is None:
         raise ValueError(f"{path}: phase must be one of {', '.join(phases)}, got {spec.phase!r}")
     names = [*spec.sets, *spec.leave_out]
@@ -86,7 +81,7 @@ def _budgets_of(spec: MixSpec, path: Path) -> tuple[dict[str, int], float | None
                          f"({', '.join(wanted)}); see {', '.join(sorted(wrong))}")
     if (spec.scale and spec.tokens) or any(own.values()):
         raise ValueError(f"{path}: with phase, scale or tokens may be given, not both, and no tokens in sets")
-    kept = {name: float(billions) * 1e9 for name, billions in wanted.items() if name in spec.sets}
+    kept = {name: billions * 1e9 for name, billions in wanted.items() if name in spec.sets}
     scale = spec.tokens / sum(kept.values()) if spec.tokens else spec.scale or 1.0
     return {name: max(1, round(tokens * scale)) for name, tokens in kept.items()}, scale
 

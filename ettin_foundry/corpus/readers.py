@@ -7,6 +7,7 @@ and counted; what is wrong with a whole file (cut off, another column) is an err
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import itertools
@@ -16,6 +17,7 @@ import re
 import shutil
 import sys
 import tempfile
+import tokenize
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -86,11 +88,10 @@ def read_parts(source: Source, parts: Sequence[Part], meter: Meter,
     """
     storage = open_storage(source.root) if source.files else None
     for part in parts:
-        if source.location == STDLIB and part.file == sources.DOCSTRINGS:
-            yield from itertools.starmap(Document, sources.stdlib_docstrings())
-        elif source.location == STDLIB:
-            if (text := sources.read_module(Path(source.root, part.file))) is not None:
-                yield Document(text, part.file)
+        if source.location == STDLIB:
+            with contextlib.suppress(SyntaxError, UnicodeDecodeError):  # some are written not to decode
+                with tokenize.open(Path(source.root, part.file)) as stream:
+                    yield Document(stream.read(), part.file)
         elif storage is None:
             yield from _read_hub(source, part, meter, options)
         else:

@@ -6,19 +6,13 @@ A source is resolved once into a sorted listing with sizes. The parts follow fro
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import inspect
 import logging
 import os
 import platform
 import re
-import sys
 import sysconfig
-import tokenize
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,12 +22,9 @@ log = logging.getLogger(__name__)
 
 _FILE = re.compile(r"(?s)(.+?)(?i:(\.jsonl|\.json|\.txt|\.parquet)(\.gz|\.zst)?)\Z")
 STDLIB = "python-stdlib"  # the running Python's standard library: real English and code on every machine
-DOCSTRINGS = "docstrings"  # the `file` of the part of the standard library that is in no file
 _READABLE = ".jsonl, .json, .txt, .parquet (plain, .gz or .zst)"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.DOTALL)
-# prefixes: test modules, and those whose import touches the terminal or needs a display library
-_SKIPPED_MODULES = ("_test", "xx", "_xx", "_ctypes_test", "readline", "antigravity", "_tkinter")
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -104,7 +95,7 @@ def plan_parts(source: Source, unit_bytes: int) -> list[tuple[Part, ...]]:
     Small neighbours share a unit. Plain .jsonl and .parquet files over 1.5 units are cut into ranges of equal size.
     A Hugging Face dataset has one unit for each of its data shards.
     """
-    if not source.files and source.location != STDLIB:
+    if not source.files:
         _, number = open_hub_dataset(source)
         return [(Part("hub", shard, number),) for shard in range(number)]  # no bytes: shard, and number of shards
     units: list[tuple[Part, ...]] = []
@@ -121,8 +112,6 @@ def plan_parts(source: Source, unit_bytes: int) -> list[tuple[Part, ...]]:
         else:
             open_unit.append(Part(name))
             held += size
-    if source.location == STDLIB:
-        open_unit.append(Part(DOCSTRINGS))
     return [*units, tuple(open_unit)] if open_unit else units
 
 
@@ -205,41 +194,3 @@ def _find_hub(name: str | None, location: str, licence: str | None) -> Source:
     found = (info.card_data or {}).get("license")
     licence = licence or (", ".join(map(str, found)) if isinstance(found, list) else found and str(found))
     return Source(name or repo.replace("/", "--"), location, licence=licence, revision=info.sha)
-
-
-def read_module(path: Path) -> str | None:
-    """The text of a .py file of the standard library; None for one that does not decode."""
-    with contextlib.suppress(SyntaxError, UnicodeDecodeError), tokenize.open(path) as stream:  # by its coding line
-        return stream.read()
-    return None
-
-
-def stdlib_docstrings() -> Iterator[tuple[str, str]]:
-    """(docstrings, document id) of each module without a .py file."""
-    for name in sorted(sys.stdlib_module_names):
-        try:
-            origin = getattr(importlib.util.find_spec(name), "origin", None) or ""
-            is_compiled = name in sys.builtin_module_names or origin.endswith(tuple(EXTENSION_SUFFIXES))
-            if name.startswith(_SKIPPED_MODULES) or not is_compiled:
-                continue
-            with warnings.catch_warnings():  # some modules announce their removal when imported
-                warnings.simplefilter("ignore")
-                module = importlib.import_module(name)
-        except (ImportError, ValueError):  # built without its C library
-            continue
-        parts = [f"{name}\n\n{inspect.getdoc(module) or ''}"]
-        for attribute, value in sorted(vars(module).items()):
-            if module is sys:  # command lines and notebooks replace its hooks
-                value = getattr(sys, f"__{attribute}__", value)
-            if inspect.isroutine(value) or inspect.isclass(value):
-                parts.append(_described(f"{name}.{attribute}", value))
-                if inspect.isclass(value) and value.__module__ == name:
-                    parts += [_described(f"{name}.{attribute}.{key}", member)
-                              for key, member in sorted(vars(value).items()) if not key.startswith("_")]
-        yield "\n\n".join(part for part in parts if part).strip() + "\n", f"docstrings/{name}"
-
-
-def _described(name: str, value: Any) -> str:
-    """Name, signature and docstring of a function or class; "" where it has no docstring."""
-    doc, signature = getattr(value, "__doc__", None), getattr(value, "__text_signature__", None) or ""
-    return f"{name}{signature}\n\n{inspect.cleandoc(doc)}" if isinstance(doc, str) and doc else ""

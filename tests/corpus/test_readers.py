@@ -21,7 +21,7 @@ from text_files import PACKERS, TEXTS, content, read, read_all, table_bytes
 from ettin_foundry.corpus import readers
 from ettin_foundry.corpus.filters import FilterOptions
 from ettin_foundry.corpus.readers import ReadOptions, read_parts
-from ettin_foundry.corpus.sources import Meter, Part, find_source, part_bytes, plan_parts
+from ettin_foundry.corpus.sources import Meter, Part, find_source, plan_parts
 
 
 @pytest.mark.parametrize("packing", PACKERS)
@@ -179,16 +179,11 @@ def test_hub_dataset_is_streamed_at_a_fixed_revision_shard_by_shard(monkeypatch)
         list(read_parts(source, [Part("hub", 0, 2)], Meter()))
 
 
-def test_stdlib_is_real_text_with_licence_and_module_docstrings(monkeypatch):
+def test_stdlib_is_real_text_with_its_licence():
     source, found = find_source("python-stdlib"), dict(read("python-stdlib"))
     assert (source.licence, source.revision) == ("PSF-2.0", sys.version.split()[0])
-    assert "class JSONDecoder" in found["json/decoder.py"] and "cos(" in found["docstrings/math"]
+    assert "class JSONDecoder" in found["json/decoder.py"] and len(found) > 500
     assert not [name for name in found if "test" in Path(name).parts[:-1] or "site-packages" in name]
-    units = plan_parts(source, 2_000_000)
-    monkeypatch.setattr(sys, "excepthook", lambda *arguments: None)  # as typer does; the corpus is the same
-    cut = [(d.id, d.text) for unit in units for d in read_parts(source, unit, Meter())]
-    assert len(units) > 3 and dict(cut) == found and len(cut) == len(found)
-    assert sum(part_bytes(source, part) for unit in units for part in unit) == sum(source.files.values())
 
 
 def text_table(*texts: bytes, kind: str = "string") -> bytes:
