@@ -80,14 +80,14 @@ def test_a_plan_counts_real_tokens_steps_and_operations(small, monkeypatch, obje
 
 
 def test_a_schedule_is_weighed_by_its_tokens(small):
-    """Rows of mntp and clm, then turns, and a rate from 0.4 to 0.2: token by token, each kind with its own mask."""
-    objective = [{"until": 250, "objective": {"mntp": 0.75, "clm": 0.25}},
-                 {"cycle": [{"tokens": 60, "objective": "mntp"}, {"tokens": 40, "objective": "clm"}]}]
+    """Turns, then rows of mntp and clm, and a rate from 0.4 to 0.2: token by token, each kind with its own mask."""
+    objective = [{"until": 500, "cycle": [{"tokens": 60, "objective": "mntp"}, {"tokens": 40, "objective": "clm"}]},
+                 {"objective": {"mntp": 0.75, "clm": 0.25}}]
     small["model"].update(objective=objective, local_attention=4)
     small["train_loader"].update(objective=objective, mask_rate=[{"from": 0.4, "to": 0.2}])
     result = plan.plan_run(small)
     tokens = result.num_tokens
-    masked = [0.75] * 250 + [float(t % 100 < 60) for t in range(tokens - 250)]
+    masked = [float(t % 100 < 60) for t in range(500)] + [0.75] * (tokens - 500)
     causal = math.fsum(1 - share for share in masked) / tokens
     assert result.shares == pytest.approx({"clm": causal, "mntp": 1 - causal}, rel=1e-12)
     rates = [0.4 - 0.2 * min(1.0, t / 1000) for t in range(tokens)]
