@@ -31,7 +31,7 @@ _THREADS = {"FASTOKENS_BPE_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_
 _NOT_OF_THE_LIBRARY = (MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit)
 
 # What libraries differ on: white space, what normalization composes, scripts, digits, contractions, special tokens
-_FRAGMENTS = (
+FRAGMENTS = (
     " ", "  ", "\t", "\n", "\r\n", "\n\n", "\x0b", "\x1c", "\x85", "\xa0", "\u2003", "\u3000", "\u200b", "\ufeff",
     "\0", "\x7f", " " * 7, " " * 24, " " * 31, "a", "b", "Word", " the", " of", "1234567890", "0x1F", "'s", "'LL",
     "'\u017f", "\u2019s", "don't", "'", "...", "://", "\"", "$x^{2}$", "e\u0301", "\xe9", "\u0301", "A\u030a",
@@ -177,7 +177,7 @@ def _one_thread() -> Iterator[None]:
 def _probe_texts(added_tokens: Sequence[str]) -> list[str]:
     """Always the same texts for a tokenizer: its added tokens and the fragments, in chance neighbourhoods."""
     rng = random.Random(0)
-    parts = [*_FRAGMENTS, *rng.sample(list(added_tokens), min(len(added_tokens), 40))]
+    parts = [*FRAGMENTS, *rng.sample(list(added_tokens), min(len(added_tokens), 40))]
     texts = ["", *parts, *("".join(rng.choices(parts, k=rng.randint(2, 14))) for _ in range(400))]
     blocks = (*range(0, 0x600, 128), 0x900, 0xe00, 0x1100, 0x1e80, 0x2000, 0x3080, 0xac00, 0xfe80, 0x1f600)
     return texts + ["".join(map(chr, range(begin, begin + 128))) for begin in blocks]

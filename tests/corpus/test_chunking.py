@@ -140,21 +140,6 @@ def test_cuts_are_those_of_the_rule_with_the_real_vocabulary(ettin_tokenizer_dir
         assert check_same(tokenizer, encode(tokenizer, code[:60_000] + MIXED * 20), limit) > 10
 
 
-CASES = [  # limit 40: text, of which the first chunk ends after 36 to 40 bytes; the tail after that is longer than 4
-    ("x" * 30 + " line\n\n" + "Go. " + "y" * 40, "x" * 30 + " line\n\n"),  # a paragraph before a sentence
-    ("x" * 33 + "\n \t\n  " + "y" * 40, "x" * 33 + "\n \t\n"), ("x" * 33 + "ye. a\n" + "y" * 40, "x" * 33 + "ye. "),
-    ("x" * 33 + "a.\") B" + "y" * 40, "x" * 33 + "a.\") "), ("x" * 33 + "a.py b" + "y" * 40, "x" * 33 + "a.py"),
-    ("x" * 37 + "\U0001f600" + "y" * 40, "x" * 37), ("x" * 33 + "\n\n" + "y" * 80, "x" * 33 + "\n\n" + "y" * 5)]
-
-
-def test_first_chunk():
-    """Every byte is a token, so that places in a text are places between tokens."""
-    one_byte = byte_level({character: number for number, character in enumerate(sorted(ALPHABET))}, [])
-    for text, first in CASES:
-        end = Chunker(one_byte.to_str(), 40).cuts(encode(one_byte, text))[0]
-        assert text.encode()[:end].decode() == first
-
-
 def test_characters_are_whole_also_where_tokens_straddle_them():
     """A vocabulary whose tokens end one character and begin the next: the whole tenth may lie inside characters."""
     tokens = ["a", "\u00e3", "\u0123", "\u0124", "\u0124\u00e3\u0123"]  # a, bytes e3 81 82, and 82 e3 81
@@ -183,6 +168,8 @@ def test_bytes_of_word_pieces_and_their_sentences():
     assert [pieces[words.index(word)] for word in ("the", "##s", ".", "14")] == [b" the", b"s", b".", b" 14"]
     for text, place in ("sat. " + "the cats " * 20, 38), ("3.14 " + "naive " * 20, 39):  # not "3." or "na|ive"
         assert Chunker(tokenizer.to_str(), 40).cuts(encode(tokenizer, "the cats " * 12 + text))[0] == place
+    ends_marked = models.BPE(vocab={"a": 0, "a</w>": 1, ".</w>": 2}, merges=[], end_of_word_suffix="</w>")
+    assert token_bytes(Tokenizer(ends_marked).to_str()) == [b"a", b"a ", b". "]
 
 
 def test_bytes_of_unigram_pieces_with_byte_fallback():
@@ -194,11 +181,6 @@ def test_bytes_of_unigram_pieces_with_byte_fallback():
     assert pieces[1:] == [*(bytes([byte]) for byte in range(256)), b" the", b" ", b".", b"a", b"<0xZZ>"]
     ends = Chunker(tokenizer.to_str(), 10).cuts(encode(tokenizer, "\u6c49" * 20))
     assert [end % 3 for end in ends[:-1]] == [1] * (len(ends) - 1)  # the leading word mark, then 3 bytes a character
-
-
-def test_bytes_of_words_with_an_end_mark():
-    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "a</w>": 1, ".</w>": 2}, merges=[], end_of_word_suffix="</w>"))
-    assert token_bytes(tokenizer.to_str()) == [b"a", b"a ", b". "]
 
 
 @pytest.mark.parametrize("limit", [7, 333])

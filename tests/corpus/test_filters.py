@@ -113,17 +113,6 @@ def test_all_but_the_first_of_equal_documents_are_dropped_whatever_the_memory(tm
             assert sorted(path.name for path in out.iterdir()) == [path.name for path in files]  # nothing is left
 
 
-def test_no_more_than_a_block_or_unit_is_sorted_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_filters, "_BLOCK", 1000)
-    sizes, repeats = [], corpus_filters._repeats
-    monkeypatch.setattr(corpus_filters, "_repeats", lambda rows: sizes.append(len(rows)) or repeats(rows))
-    hashes = np.random.default_rng(1).integers(0, 2**64, (30_000, 2), dtype=np.uint64)
-    for rows, number in ((hashes, 0), (np.full_like(hashes, 7), 29_999)):
-        files = write_units(tmp_path, [[block.tobytes()] for block in np.split(rows, 30)])
-        assert find_duplicates(files, tmp_path / "out") == number
-    assert max(sizes) <= 1200  # a block on average: of 30,000 in 32 parts, 938 and six standard deviations
-
-
 def test_a_file_of_hashes_is_never_unpickled(tmp_path):
     files = write_units(tmp_path, [[bytes(16)], [bytes(16)]])
     np.save(files[1], np.array([object()], dtype=object), allow_pickle=True)
