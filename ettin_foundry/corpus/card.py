@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ettin_foundry.data import MANIFEST
-from ettin_foundry.data.quantities import length_cells
+from ettin_foundry.data.inspect import length_cells
 from ettin_foundry.data.storage import Storage, check_name
 
 log = logging.getLogger(__name__)

@@ -29,8 +29,7 @@ from ettin_foundry.corpus.worker import ConvertUnit, HashUnit, TokenizerSpec, wo
 from ettin_foundry.data import MAX_CHUNK_LENGTH
 from ettin_foundry.data import tokenizer as tokenizers
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
-from ettin_foundry.data.quantities import parse_bytes
-from ettin_foundry.data.storage import Storage, is_url, open_storage
+from ettin_foundry.data.storage import Storage, is_url, open_storage, parse_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, TypeVar, cast
 
-from ettin_foundry.data.quantities import format_duration
+from ettin_foundry.data.inspect import format_duration
 
 log = logging.getLogger(__name__)
 

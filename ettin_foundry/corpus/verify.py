@@ -2,7 +2,7 @@
 
 Checked are every shard's hash, layout, counts, lengths, packed rows and token range; index.json; files that nothing
 names; the tokenizer; the small files against the data card. Plan and records are read by the conversion alone. Nothing
-is written, but a mixture is opened as a loader opens it, which may expand compressed shards.
+is written there: what has to be fetched or expanded is, a shard at a time for each thread, in a temporary folder.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from rich import filesize
 
 from ettin_foundry.corpus.card import CARD, read_hashes
 from ettin_foundry.data import INDEX, LENGTHS, MANIFEST
@@ -25,7 +26,6 @@ from ettin_foundry.data import tokenizer as tokenizers
 from ettin_foundry.data.cache import fetch_tokenizer
 from ettin_foundry.data.inspect import Found, find_dataset
 from ettin_foundry.data.mixture import MixtureSplit
-from ettin_foundry.data.quantities import format_bytes
 from ettin_foundry.data.shards import MDSSplit
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ class Report:
         return not self.problems
 
     def __str__(self) -> str:
-        text = (f"{self.shards:,} shards, {format_bytes(self.num_bytes)} in {self.seconds:.1f} s, "
+        text = (f"{self.shards:,} shards, {filesize.decimal(self.num_bytes)} in {self.seconds:.1f} s, "
                 f"{self.num_bytes / 1e6 / max(self.seconds, 1e-9):,.0f} MB/s")
         for split, (documents, chunks, tokens) in self.counts.items():
             stated = "" if documents is None else f"{documents:,} documents, "
@@ -60,7 +60,7 @@ def verify_dataset(location: str | os.PathLike[str], *, threads: int | None = No
     """Checks a dataset, one split of it, or a mixture and all shards that it takes from.
 
     Args:
-        location: folder or URL. Shards behind a URL are read into memory.
+        location: folder or URL.
         threads: shards checked at a time; None takes every core that this process may use.
         tick: called with the bytes of each shard when it is done, from any thread.
     """

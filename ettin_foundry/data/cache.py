@@ -2,10 +2,12 @@
 
 The raw shards that training maps lie in the split's local folder. They come from a remote folder or URL, or from
 compressed shards beside them. All processes of a node share the folder: one makes a shard while the others wait for it
-or make another; with a limit one is made at a time. A shard gets its name only when it is whole and of the stated hash.
+or make another. A shard gets its name only when it is whole and of the stated hash. With a limit, its room is reserved
+first; the lock of the room is held for that alone, so that nobody waits for another's network.
 
 Layout of `.cache/` in the folder: `NAME.lock`, `room.lock` with a limit, and `lock` for the small files (held with
-flock: the kernel releases it when its holder dies), `NAME.part/` (files being made), `remote` (filled by fetching).
+flock: the kernel releases it when its holder dies), `NAME.part/` (files being made; with NAME.lock held, the reserved
+room), `remote` (filled by fetching).
 """
 
 from __future__ import annotations
@@ -23,13 +25,12 @@ from typing import Any
 
 from ettin_foundry.data import INDEX, LENGTHS, MANIFEST
 from ettin_foundry.data.manifest import MAX_JSON_BYTES, bad_file, expand, map_file, open_plain, parse_json
-from ettin_foundry.data.quantities import parse_bytes
-from ettin_foundry.data.storage import atomic_file, check_name, open_storage
+from ettin_foundry.data.storage import atomic_file, check_name, open_storage, parse_bytes
 
 log = logging.getLogger(__name__)
 
 _CACHE, _FETCHED = ".cache", "remote"
-_PATIENCE = 600.0  # seconds that a needed shard waits for room before the run stops
+_PATIENCE = 900.0  # seconds that a needed shard waits for room; an outage lets others keep theirs for ten minutes
 _POLL, _IDLE, _LONGEST = 0.1, 0.5, 60.0  # seconds between looks: for room, ahead of need, and after failures
 
 
@@ -121,8 +122,8 @@ class ShardFiles:
     def ensure(self, shard: int, release: Callable[[], bool]) -> None:
         """Returns when the raw shard is there; without room, `release` unmaps one of this process, or returns False."""
         end = time.monotonic() + _PATIENCE
-        while self.fetches and not os.path.lexists(self.path(shard)) and not self._make(shard):
-            if not release():
+        while self.fetches and not os.path.lexists(self.path(shard)):
+            if not self._make(shard) and not release():
                 if time.monotonic() > end:
                     raise OSError(f"dataset.cache_limit must be larger: for {_PATIENCE:.0f} s there was no room for "
                                   f"{self.path(shard)}")
@@ -131,10 +132,9 @@ class ShardFiles:
     def prefetch(self, shards: Sequence[int]) -> None:
         """Makes these shards in the background, in this order, leaving out those that other processes are making."""
         wanted = os.getpid(), tuple(shards)  # threads do not survive a fork
-        if not self.fetches or wanted == self.wanted:
-            return
-        self.wanted = wanted
-        threading.Thread(target=self._make_ahead, args=(wanted,), name="ettin-prefetch", daemon=True).start()
+        if self.fetches and wanted != self.wanted:
+            self.wanted = wanted
+            threading.Thread(target=self._make_ahead, args=(wanted,), name="ettin-prefetch", daemon=True).start()
 
     def _make_ahead(self, wanted: tuple[int, tuple[int, ...]]) -> None:
         """Makes shards until all are there or others are wanted; what fails is tried again after a growing pause."""
@@ -143,7 +143,7 @@ class ShardFiles:
             failed = False
             for shard in missing:
                 try:
-                    if self.wanted is not wanted or not self._make(shard, ahead=True) and self.room:
+                    if self.wanted is not wanted or not self._make(shard, ahead=True):
                         break  # without room for it there is none for those that are needed later
                 except Exception as error:  # only a hint: who needs the shard meets the error
                     failed = True
@@ -152,30 +152,37 @@ class ShardFiles:
             pause = min(2 * pause, _LONGEST) if failed else _IDLE
 
     def _make(self, shard: int, *, ahead: bool = False) -> bool:
-        """Makes a shard unless it is there; False without room, and ahead of need while another process makes it."""
-        path = self.path(shard)
-        with locked(_own_folder(self.room.cache) / "room.lock") if self.room else contextlib.nullcontext():
-            if self.room and not os.path.lexists(path) and not self.room.clear(self, shard, ahead=ahead):
-                return False
-            with locked(_own_folder(self.cache) / f"{path.name}.lock", wait=not ahead) as held:
-                if held and not os.path.lexists(path):
-                    self._fetch(self.shards[shard], path)
-                return held
+        """Makes a shard, or waits for who is making it, unless ahead of need; False where there is no room for it."""
+        path, room, lock = self.path(shard), self.room, _own_folder(self.cache) / f"{self.path(shard).name}.lock"
+        work = lock.with_suffix(".part")
+        with contextlib.ExitStack() as stack:
+            with locked(_own_folder(room.cache) / "room.lock") if room else contextlib.nullcontext():
+                mine = stack.enter_context(locked(lock, wait=False))
+                if is_missing := mine and not os.path.lexists(path):
+                    shutil.rmtree(_own_folder(work))  # what a process that died has left
+                    if room and not room.clear(self, shard, ahead=ahead):
+                        return False
+                    work.mkdir()
+            if is_missing:
+                self._fetch(self.shards[shard], path, work)
+        if not mine and not ahead:
+            with locked(lock):
+                pass
+        return True
 
-    def _fetch(self, entry: dict[str, Any], path: Path) -> None:
+    def _fetch(self, entry: dict[str, Any], path: Path, work: Path) -> None:
         """Fetches and expands a shard, its lock held; a wrong file is fetched once more."""
-        work = self.cache / f"{path.name}.part"
-        for again in (False, True):
-            shutil.rmtree(_own_folder(work))  # what a process that died has left
-            work.mkdir()
-            try:
-                return os.replace(self._fetch_in(work, entry, use_local=not again), path)
-            except ValueError as error:
-                if again or self.storage is None:
-                    raise
-                log.warning("%s: it is fetched once more", error)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
+        try:
+            os.replace(self._fetch_in(work, entry, use_local=True), path)
+        except ValueError as error:
+            if self.storage is None:
+                raise
+            log.warning("%s: it is fetched once more", error)
+            for wrong in work.iterdir():
+                wrong.unlink()
+            os.replace(self._fetch_in(work, entry, use_local=False), path)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
     def _fetch_in(self, work: Path, entry: dict[str, Any], *, use_local: bool) -> Path:
         """The whole, checked raw shard in the folder `work`."""
@@ -243,11 +250,13 @@ class Room:
         """Whether there is room for a shard; removes others for it, ahead of need none that are wanted soon."""
         left, found = self.limit - wanting.bytes_to_make(wanting.shards[shard]), []
         for files in {files.local: files for files in self._members}.values():
+            known = {entry["raw"]["basename"]: entry for entry in files.shards}
             for part in files.cache.glob("*.part"):
                 with locked(part.with_suffix(".lock"), wait=False) as free:
                     if free:
                         shutil.rmtree(part, ignore_errors=True)  # its maker died
-            known = {entry["raw"]["basename"]: entry for entry in files.shards}
+                    elif part.stem in known:
+                        left -= files.bytes_to_make(known[part.stem])
             soon = {files.path(other).name: -at for at, other in enumerate(files.wanted[1])}
             for entry in os.scandir(files.local):
                 if entry.name.endswith(".mds"):

@@ -1,6 +1,6 @@
 """Finds a dataset, split or mixture that a user named and says what is in it: counts by source, lengths, samples.
 
-A remote one is read through a temporary folder. Counts come from small files alone; only samples open shards.
+Counts come from small files alone; only samples open shards. What must be fetched or expanded goes to another folder.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,6 @@ import numpy as np
 from ettin_foundry.data import INDEX, MANIFEST
 from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
-from ettin_foundry.data.quantities import length_cells
 from ettin_foundry.data.storage import Storage, is_url, open_storage
 
 _HEADER: tuple[str, ...] = ("source", "documents", "chunks", "tokens", "share", "mean", "10%", "median", "90%", "full",
@@ -31,9 +31,9 @@ class Found(NamedTuple):
     whole: bool
 
     def open(self, split: str, scratch: Path) -> Any:
-        """The `MDSSplit` or `MixtureSplit`; of a remote one what is fetched is kept in `scratch`."""
-        if self.storage.is_local:
-            return open_split(Path(self.storage.url) / split)
+        """The `MDSSplit` or `MixtureSplit`; what is fetched or expanded lies in `scratch`."""
+        if self.storage.is_local and not (data := open_split(Path(self.storage.url) / split)).fetches:
+            return data
         return open_split(scratch / split, remote=self.storage.where(split))
 
 
@@ -70,6 +70,27 @@ def plain(text: str, limit: int = 10_000) -> str:
     """Foreign text for a terminal: one line, control characters as escapes, cut at `limit` characters."""
     cut = text if len(text) <= limit else text[:limit] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+
+
+def format_count(number: float) -> str:
+    """1_700_002_529_280 as "1.7T"."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size * 0.99995:
+            return f"{number / size:.4g}{unit}"
+    return f"{number:.0f}"
+
+
+def format_duration(seconds: float) -> str:
+    """3_725.0 seconds as "1:02:05"."""
+    return str(timedelta(seconds=round(min(seconds, 3.6e9))))
+
+
+def length_cells(histogram: np.ndarray) -> tuple[str, ...]:
+    """Mean, 10%, median, 90% and share of the full length, as texts, of (L + 1,) counts of chunks by length."""
+    total, below = max(1, int(histogram.sum())), np.cumsum(histogram)
+    mean = int(histogram @ np.arange(len(histogram))) / total
+    quantiles = np.searchsorted(below, [share * int(below[-1]) for share in (0.1, 0.5, 0.9)])  # that many do not exceed
+    return f"{mean:,.1f}", *(f"{value:,}" for value in quantiles), f"{int(histogram[-1]) / total:.1%}"
 
 
 class SourceStatistics(NamedTuple):

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import bisect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ ORDER_VERSION = 2  # goes up whenever the same arguments give other rows; a chec
 _BLOCK_ROWS = 8192  # about a millisecond to merge, and more than a batch
 
 Ints = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 # first word of every seed: what the numbers are for, so that no two uses share them; objectives have 4 and 5
 _SHARDS, _ROWS, _CHUNKS = 1, 2, 3
@@ -50,10 +51,19 @@ class ChunkTable(Protocol):
     def sample_lengths(self, shard: int, /) -> npt.NDArray[np.integer]: ...  # of each chunk as it is stored
 
 
+def _kept(kept: list[T], is_it: Callable[[T], bool], make: Callable[[], T]) -> T:
+    """What is asked for, kept or made; two are kept, so that looking back across a border makes nothing again."""
+    for one in kept:
+        if is_it(one):
+            return one
+    kept[:] = [*kept[-1:], make()]
+    return kept[-1]
+
+
 class _Block(NamedTuple):
     """The rows between two keys, merged. n rows, S streams."""
 
-    first: int  # of the whole
+    rows: range  # of the whole
     starts: Ints  # (S,) rows of each stream before the block
     streams: Ints  # (n,) stream of each row
     indices: Ints  # (n,) row within its stream
@@ -80,32 +90,31 @@ class Interleave:
     def at(self, row: int, /) -> tuple[int, int]:
         """The stream that gives row `row` of the whole, and the row's number within that stream."""
         block = self._block_of(row)
-        return int(block.streams[row - block.first]), int(block.indices[row - block.first])
+        return int(block.streams[row - block.rows.start]), int(block.indices[row - block.rows.start])
 
     def counts(self, row: int, /) -> Ints:
         """(S,) rows of each stream among the first `row` rows of the whole, 0 <= row <= num_rows."""
         if row == self.num_rows:
             return self._rows
         block = self._block_of(row)
-        return block.starts + np.bincount(block.streams[:row - block.first], minlength=len(self._rows))
+        return block.starts + np.bincount(block.streams[:row - block.rows.start], minlength=len(self._rows))
 
     def key(self, stream: int, index: int, /) -> float:
         """Place, from 0 to 1, of row `index` of a stream."""
         return float((index + self._phases[stream]) / self._divisors[stream])
 
     def _block_of(self, row: int) -> _Block:
-        for block in self._blocks:
-            if block.first <= row < block.first + len(block.streams):
-                return block
-        if not 0 <= row < self.num_rows:
-            raise IndexError(f"row must be 0 to {self.num_rows - 1}, got {row}")
-        number = row * self._num_blocks // self.num_rows  # off by one at most
-        while int(self._below(number).sum()) > row:
-            number -= 1
-        while int(self._below(number + 1).sum()) <= row:
-            number += 1
-        self._blocks = [*self._blocks[-1:], self._merge(number)]  # two, for looking back across a border
-        return self._blocks[-1]
+        def make() -> _Block:
+            if not 0 <= row < self.num_rows:
+                raise IndexError(f"row must be 0 to {self.num_rows - 1}, got {row}")
+            number = row * self._num_blocks // self.num_rows  # off by one at most
+            while int(self._below(number).sum()) > row:
+                number -= 1
+            while int(self._below(number + 1).sum()) <= row:
+                number += 1
+            return self._merge(number)
+
+        return _kept(self._blocks, lambda block: row in block.rows, make)
 
     def _below(self, number: int) -> Ints:
         """(S,) rows of each stream with a key below the first of block `number`."""
@@ -125,7 +134,8 @@ class Interleave:
         indices = np.arange(len(streams)) - np.repeat(ahead - begin, sizes)
         keys = (indices + self._phases[streams]) / self._divisors[streams]
         order = np.argsort(keys, kind="stable")  # equal keys stay in order of streams
-        return _Block(int(begin.sum()), begin, streams[order], indices[order])
+        first = int(begin.sum())
+        return _Block(range(first, first + len(order)), begin, streams[order], indices[order])
 
 
 def raw_draws(count: int, *words: int) -> npt.NDArray[np.uint64]:
@@ -133,13 +143,28 @@ def raw_draws(count: int, *words: int) -> npt.NDArray[np.uint64]:
     return np.random.PCG64(np.random.SeedSequence(words)).random_raw(count)
 
 
-def _starts(counts: Ints) -> Ints:
+def _starts(counts: npt.ArrayLike) -> Ints:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 
-def _last(kept: dict[int, Any]) -> dict[int, Any]:
-    """The newest entry: two are kept, so that looking back across a border builds nothing again."""
-    return dict([*kept.items()][-1:])
+class _Source(NamedTuple):
+    """The shards of one source."""
+
+    members: Ints  # (S,) in stored order
+    window: int  # shards whose rows are permuted together
+    first_window: int  # windows of the sources before it: a window's seed is its number among those of all sources
+    num_rows: int
+    num_tokens: int
+
+
+class _Epoch(NamedTuple):
+    """The order of an epoch: each source's shards, and how the sources' rows are merged."""
+
+    number: int
+    shards: list[Ints]  # (S,) of each source
+    row_starts: list[Ints]  # (S + 1,) of each source: rows before each shard in that order
+    token_starts: list[Ints]  # (S + 1,)
+    merged: Interleave
 
 
 @dataclass
@@ -152,151 +177,15 @@ class _Layout:
     samples: Ints | None = None  # (P,) index of the chunk in the shard
 
 
-class _Shards:
-    """Rows of each shard; an error where histogram, stored chunks and manifest contradict each other."""
-
-    def __init__(self, table: ChunkTable, max_seq_len: int, packing: bool, shuffle: bool, seed: int) -> None:
-        self.table, self.max_seq_len = table, max_seq_len
-        self.packing, self.shuffle, self.seed = packing, shuffle, seed
-        self.samples = np.asarray(table.samples, np.int64)
-        self.tokens = np.asarray(table.tokens, np.int64) + SPECIALS_PER_PIECE * self.samples
-        rows = table.rows(max_seq_len) if packing else self.samples
-        if rows is None:
-            log.info("no packed row counts in the manifest for max_seq_len=%d: packing here", max_seq_len)
-            counts = (piece_counts(table.lengths(shard)) for shard in range(len(self.samples)))
-            rows = [pack_lengths(each, max_seq_len).num_rows for each in counts]
-        self.rows = np.asarray(rows, np.int64)
-
-    def layout(self, shard: int) -> _Layout:
-        """Places of one shard's rows, from its histogram."""
-        counts = piece_counts(self.table.lengths(shard))
-        if self.packing:
-            lengths, offsets = pack_lengths(counts, self.max_seq_len).expand()
-        else:
-            lengths = np.repeat(np.arange(counts.size)[::-1], counts[::-1])
-            offsets = np.arange(lengths.size + 1)
-        found = (lengths.size, int(lengths.sum()), offsets.size - 1)
-        if found != (stated := tuple(int(each[shard]) for each in (self.samples, self.tokens, self.rows))):
-            raise ValueError(f"shard {shard} of index.json must have the chunks, tokens and rows of its manifest, "
-                             f"{stated}, got {found} by its histogram; copy or convert the dataset again")
-        return _Layout(shard, lengths, offsets)
-
-    def assign(self, layout: _Layout, epoch: int) -> Ints:
-        """The chunk of each place, of its length: as they are stored, or permuted by (seed, epoch, shard)."""
-        chunks = np.asarray(self.table.sample_lengths(layout.shard), np.int64) + SPECIALS_PER_PIECE
-        dealt = np.arange(chunks.size)
-        if self.shuffle:
-            dealt = np.argsort(raw_draws(chunks.size, _CHUNKS, self.seed, epoch, layout.shard), kind="stable")
-        dealt = dealt[np.argsort(chunks[dealt], kind="stable")]
-        places = np.argsort(layout.lengths, kind="stable")
-        if not np.array_equal(chunks[dealt], layout.lengths[places]):
-            raise ValueError(f"shard {layout.shard} of index.json must hold chunks of the lengths in lengths.npy, got "
-                             "others; copy or convert the dataset again")
-        samples = np.empty(places.size, np.int64)
-        samples[places] = dealt
-        return samples
-
-
-@dataclass
-class _Epoch:
-    """One source's shards in the order of an epoch."""
-
-    shards: Ints  # (S,)
-    row_starts: Ints  # (S + 1,) rows before each shard in that order
-    token_starts: Ints  # (S + 1,)
-    phase: float  # see Interleave
-
-
-@dataclass
-class _Window:
+class _Window(NamedTuple):
     """Consecutive shards of a source whose rows are permuted together."""
 
     epoch: int
-    first_row: int  # of the source's epoch
+    rows: range  # of the source's epoch
     tokens_before: Ints  # (R + 1,) real tokens of the source's epoch before each row of the window
     permutation: Ints  # (R,) place in the window -> row in the concatenation of the layouts
     row_starts: list[int]  # first row of each layout in that concatenation
     layouts: list[_Layout]
-
-
-class _Source:
-    """The rows of one source, epoch after epoch.
-
-    members: (S,) the source's shards, as they are stored. window: shards whose rows are permuted together.
-    first_window: windows of the sources before it; a window's seed is its number among those of all sources.
-    """
-
-    def __init__(self, shards: _Shards, number: int, members: Ints, window: int, first_window: int) -> None:
-        self.window = min(window, len(members))
-        self.num_windows = -(-len(members) // self.window)
-        self.num_rows = int(shards.rows[members].sum())
-        self.num_tokens = int(shards.tokens[members].sum())
-        self._shards, self._number, self._members, self._first_window = shards, number, members, first_window
-        self._passes = np.asarray(getattr(shards.table, "passes", np.zeros(len(shards.rows))))[members]
-        self._epochs: dict[int, _Epoch] = {}
-        self._windows: list[_Window] = []
-
-    def epoch(self, epoch: int) -> _Epoch:
-        """The source's shards in the order of an epoch."""
-        if epoch not in self._epochs:
-            shards, members, phase = self._shards, self._members, 0.0
-            if shards.shuffle:
-                draws = raw_draws(len(members) + 1, _SHARDS, shards.seed, epoch, self._number)
-                members = members[np.lexsort((draws[1:], self._passes))]
-                phase = float(draws[0] >> np.uint64(44)) / 2.0**20
-            starts = _starts(shards.rows[members]), _starts(shards.tokens[members])
-            self._epochs = _last(self._epochs) | {epoch: _Epoch(members, *starts, phase)}
-        return self._epochs[epoch]
-
-    def row(self, epoch: int, row: int) -> tuple[int, tuple[int, ...]]:
-        """Shard and sample indices of a row of an epoch of this source."""
-        window = self._window_at(epoch, row)
-        stored = int(window.permutation[row - window.first_row])
-        at = bisect.bisect_right(window.row_starts, stored) - 1
-        layout = window.layouts[at]
-        if layout.samples is None:
-            layout.samples = self._shards.assign(layout, epoch)
-        begin, end = layout.offsets[stored - window.row_starts[at]:][:2]
-        return layout.shard, tuple(layout.samples[begin:end].tolist())
-
-    def tokens_before(self, epoch: int, row: int) -> int:
-        """Real tokens of the first `row` rows of an epoch of this source."""
-        if row in (0, self.num_rows):
-            return self.num_tokens if row else 0
-        window = self._window_at(epoch, row)
-        return int(window.tokens_before[row - window.first_row])
-
-    def window_number(self, epoch: int, row: int) -> int:
-        """Which window of the epoch holds a row."""
-        return (int(np.searchsorted(self.epoch(epoch).row_starts, row, side="right")) - 1) // self.window
-
-    def window_shards(self, epoch: int, number: int) -> list[int]:
-        """The shards of a window."""
-        return self.epoch(epoch).shards[number * self.window:][:self.window].tolist()
-
-    def _window_at(self, epoch: int, row: int) -> _Window:
-        for window in self._windows:
-            if window.epoch == epoch and 0 <= row - window.first_row < window.permutation.size:
-                return window
-        window = self._build_window(epoch, self.window_number(epoch, row))
-        self._windows = [*self._windows[-1:], window]
-        return window
-
-    def _build_window(self, epoch: int, number: int) -> _Window:
-        shards, first = self._shards, number * self.window
-        layouts = [shards.layout(shard) for shard in self.window_shards(epoch, number)]
-        row_tokens = np.concatenate([np.diff(_starts(layout.lengths)[layout.offsets]) for layout in layouts])
-        if shards.shuffle:
-            draws = raw_draws(row_tokens.size, _ROWS, shards.seed, epoch, self._first_window + number)
-            permutation = np.argsort(draws, kind="stable")
-        else:
-            [layout] = layouts  # without shuffle, a window is one shard
-            layout.samples = shards.assign(layout, epoch)
-            permutation = np.argsort(layout.samples[layout.offsets[:-1]], kind="stable")
-        order = self.epoch(epoch)
-        tokens_before = int(order.token_starts[first]) + _starts(row_tokens[permutation])
-        row_starts = _starts(np.array([len(layout.offsets) - 1 for layout in layouts])).tolist()[:-1]
-        return _Window(epoch, int(order.row_starts[first]), tokens_before, permutation, row_starts, layouts)
 
 
 class Order:
@@ -314,28 +203,49 @@ class Order:
                  window: int) -> None:
         self.table, self.max_seq_len, self.packing = table, max_seq_len, packing
         self.shuffle, self.seed, self.window = shuffle, seed, window if shuffle else 1
-        shards = _Shards(table, max_seq_len, packing, shuffle, seed)
-        self.rows_per_epoch = int(shards.rows.sum())  # row n is in epoch n // rows_per_epoch
-        self.tokens_per_epoch = int(shards.tokens.sum())  # chunks with BOS and EOS, no padding
+        self._samples = np.asarray(table.samples, np.int64)
+        self._tokens = np.asarray(table.tokens, np.int64) + SPECIALS_PER_PIECE * self._samples
+        rows = table.rows(max_seq_len) if packing else self._samples
+        if rows is None:
+            log.info("no packed row counts in the manifest for max_seq_len=%d: packing here", max_seq_len)
+            counts = (piece_counts(table.lengths(shard)) for shard in range(len(self._samples)))
+            rows = [pack_lengths(each, max_seq_len).num_rows for each in counts]
+        self._rows = np.asarray(rows, np.int64)
+        self.rows_per_epoch = int(self._rows.sum())  # row n is in epoch n // rows_per_epoch
+        self.tokens_per_epoch = int(self._tokens.sum())  # chunks with BOS and EOS, no padding
         if self.rows_per_epoch == 0:
             raise ValueError("dataset must hold at least one chunk, got an empty split; name another split")
-        self._sources = self._make_sources(shards)
+        self._sources = self._make_sources()
         # of so many shards, all sources' windows together, are the rows around any place
         self.shards_at_once = sum(source.window for source in self._sources)
-        self._merged: dict[int, Interleave] = {}
+        self._epochs: list[_Epoch] = []
+        self._windows: list[list[_Window]] = [[] for _ in self._sources]
 
     def row(self, number: int, /) -> tuple[int, int, tuple[int, ...]]:
         """Epoch, shard and sample indices, in the order of their pieces, of row `number` of the stream."""
         epoch, row = divmod(number, self.rows_per_epoch)
-        source, index = self._merge(epoch).at(row)
-        return epoch, *self._sources[source].row(epoch, index)
+        source, index = self._epoch(epoch).merged.at(row)
+        window = self._window(epoch, source, index)
+        stored = int(window.permutation[index - window.rows.start])
+        at = bisect.bisect_right(window.row_starts, stored) - 1
+        layout = window.layouts[at]
+        if layout.samples is None:
+            layout.samples = self._assign(layout, epoch)
+        begin, end = layout.offsets[stored - window.row_starts[at]:][:2]
+        return epoch, layout.shard, tuple(layout.samples[begin:end].tolist())
 
     def tokens_before(self, number: int, /) -> int:
         """Real tokens (BOS and EOS included, padding not) in rows 0 to number - 1 of the stream."""
         epoch, row = divmod(number, self.rows_per_epoch)
-        counts = self._merge(epoch).counts(row).tolist() if row else [0] * len(self._sources)
-        return epoch * self.tokens_per_epoch + sum(
-            source.tokens_before(epoch, count) for source, count in zip(self._sources, counts))
+        tokens = epoch * self.tokens_per_epoch
+        counts = self._epoch(epoch).merged.counts(row).tolist() if row else ()
+        for at, (source, count) in enumerate(zip(self._sources, counts)):
+            if 0 < count < source.num_rows:
+                window = self._window(epoch, at, count)
+                tokens += int(window.tokens_before[count - window.rows.start])
+            elif count:
+                tokens += source.num_tokens
+        return tokens
 
     def shards_ahead(self, number: int, /) -> list[int]:
         """Shards that a reader at row `number` of the stream needs soon, for fetching them ahead; none twice.
@@ -344,37 +254,104 @@ class Order:
         the order in which the stream comes to them.
         """
         epoch, row = divmod(number, self.rows_per_epoch)
-        now, later = [], []
-        for at, count in enumerate(self._merge(epoch).counts(row).tolist()):
-            source = self._sources[at]
+        now, later = list[tuple[float, list[int]]](), list[tuple[float, list[int]]]()
+        for at, (source, count) in enumerate(zip(self._sources, self._epoch(epoch).merged.counts(row).tolist())):
             if not source.num_rows:
                 continue
             then, first = (epoch, count) if count < source.num_rows else (epoch + 1, 0)
-            window = source.window_number(then, first)
-            now.append((then + self._merge(then).key(at, first), source.window_shards(then, window)))
-            then, window = (then, window + 1) if window + 1 < source.num_windows else (then + 1, 0)
-            first = int(source.epoch(then).row_starts[window * source.window])
-            later.append((then + self._merge(then).key(at, first), source.window_shards(then, window)))
+            begin = self._window_start(then, at, first)
+            for group in (now, later):
+                order = self._epoch(then)
+                key = order.merged.key(at, max(first, int(order.row_starts[at][begin])))
+                group.append((then + key, order.shards[at][begin:][:source.window].tolist()))
+                first, begin = 0, begin + source.window
+                if begin >= len(source.members):
+                    then, begin = then + 1, 0
         wanted = [shard for group in (now, later) for _, shards in sorted(group) for shard in shards]
         return list(dict.fromkeys(wanted))
 
-    def _make_sources(self, shards: _Shards) -> list[_Source]:
+    def _make_sources(self) -> list[_Source]:
         """In the order of their names; without shuffle all shards are one."""
-        total = len(shards.samples)
-        if not self.shuffle:
-            return [_Source(shards, 0, np.arange(total), 1, 0)]
-        _, source_of = np.unique(np.asarray(self.table.sources, dtype=str), return_inverse=True)
-        grouped = np.split(np.argsort(source_of, kind="stable"), np.cumsum(np.bincount(source_of))[:-1])
-        sources: list[_Source] = []
-        for number, members in enumerate(grouped):
-            share = (2 * self.window * len(members) + total) // (2 * total)
-            first_window = sum(source.num_windows for source in sources)
-            sources.append(_Source(shards, number, members, max(1, share), first_window))
+        total = len(self._samples)
+        grouped = [np.arange(total)]
+        if self.shuffle:
+            _, source_of = np.unique(np.asarray(self.table.sources, dtype=str), return_inverse=True)
+            grouped = np.split(np.argsort(source_of, kind="stable"), np.cumsum(np.bincount(source_of))[:-1])
+        sources, first_window = list[_Source](), 0
+        for members in grouped:
+            share = (2 * self.window * len(members) + total) // (2 * total) if self.shuffle else 1
+            window = min(max(1, share), len(members))
+            counts = int(self._rows[members].sum()), int(self._tokens[members].sum())
+            sources.append(_Source(members, window, first_window, *counts))
+            first_window += -(-len(members) // window)
         return sources
 
-    def _merge(self, epoch: int) -> Interleave:
-        if epoch not in self._merged:
-            phases = [source.epoch(epoch).phase for source in self._sources]
+    def _epoch(self, number: int) -> _Epoch:
+        def make() -> _Epoch:
+            passes = np.asarray(getattr(self.table, "passes", np.zeros(len(self._rows))))
+            shards, phases = [source.members for source in self._sources], [0.0] * len(self._sources)
+            for at, members in enumerate(shards if self.shuffle else ()):
+                draws = raw_draws(len(members) + 1, _SHARDS, self.seed, number, at)
+                shards[at] = members[np.lexsort((draws[1:], passes[members]))]
+                phases[at] = float(draws[0] >> np.uint64(44)) / 2.0**20
+            rows, tokens = ([_starts(counts[members]) for members in shards] for counts in (self._rows, self._tokens))
             merged = Interleave([source.num_rows for source in self._sources], phases)
-            self._merged = _last(self._merged) | {epoch: merged}
-        return self._merged[epoch]
+            return _Epoch(number, shards, rows, tokens, merged)
+
+        return _kept(self._epochs, lambda epoch: epoch.number == number, make)
+
+    def _window_start(self, epoch: int, source: int, row: int) -> int:
+        """The first shard, in an epoch's order of a source, of the window that holds a row."""
+        shard = int(np.searchsorted(self._epoch(epoch).row_starts[source], row, side="right")) - 1
+        return shard // self._sources[source].window * self._sources[source].window
+
+    def _window(self, epoch: int, source: int, row: int) -> _Window:
+        """The window that holds a row of an epoch of a source."""
+        return _kept(self._windows[source], lambda window: window.epoch == epoch and row in window.rows,
+                     lambda: self._build_window(epoch, source, self._window_start(epoch, source, row)))
+
+    def _build_window(self, number: int, at: int, begin: int) -> _Window:
+        """Of source `at`, its shards from `begin` in the order of an epoch."""
+        epoch, source = self._epoch(number), self._sources[at]
+        layouts = [self._layout(shard) for shard in epoch.shards[at][begin:][:source.window].tolist()]
+        row_tokens = np.concatenate([np.diff(_starts(layout.lengths)[layout.offsets]) for layout in layouts])
+        if self.shuffle:
+            seed = _ROWS, self.seed, number, source.first_window + begin // source.window
+            permutation = np.argsort(raw_draws(row_tokens.size, *seed), kind="stable")
+        else:
+            [layout] = layouts  # without shuffle, a window is one shard
+            layout.samples = self._assign(layout, number)
+            permutation = np.argsort(layout.samples[layout.offsets[:-1]], kind="stable")
+        first = int(epoch.row_starts[at][begin])
+        tokens_before = int(epoch.token_starts[at][begin]) + _starts(row_tokens[permutation])
+        row_starts = _starts([len(layout.offsets) - 1 for layout in layouts]).tolist()[:-1]
+        return _Window(number, range(first, first + row_tokens.size), tokens_before, permutation, row_starts, layouts)
+
+    def _layout(self, shard: int) -> _Layout:
+        """Places of one shard's rows, from its histogram."""
+        counts = piece_counts(self.table.lengths(shard))
+        if self.packing:
+            lengths, offsets = pack_lengths(counts, self.max_seq_len).expand()
+        else:
+            lengths = np.repeat(np.arange(counts.size)[::-1], counts[::-1])
+            offsets = np.arange(lengths.size + 1)
+        found = (lengths.size, int(lengths.sum()), offsets.size - 1)
+        if found != (stated := tuple(int(each[shard]) for each in (self._samples, self._tokens, self._rows))):
+            raise ValueError(f"shard {shard} of index.json must have the chunks, tokens and rows of its manifest, "
+                             f"{stated}, got {found} by its histogram; copy or convert the dataset again")
+        return _Layout(shard, lengths, offsets)
+
+    def _assign(self, layout: _Layout, epoch: int) -> Ints:
+        """The chunk of each place, of its length: as they are stored, or permuted by (seed, epoch, shard)."""
+        chunks = np.asarray(self.table.sample_lengths(layout.shard), np.int64) + SPECIALS_PER_PIECE
+        dealt = np.arange(chunks.size)
+        if self.shuffle:
+            dealt = np.argsort(raw_draws(chunks.size, _CHUNKS, self.seed, epoch, layout.shard), kind="stable")
+        dealt = dealt[np.argsort(chunks[dealt], kind="stable")]
+        places = np.argsort(layout.lengths, kind="stable")
+        if not np.array_equal(chunks[dealt], layout.lengths[places]):
+            raise ValueError(f"shard {layout.shard} of index.json must hold chunks of the lengths in lengths.npy, got "
+                             "others; copy or convert the dataset again")
+        samples = np.empty(places.size, np.int64)
+        samples[places] = dealt
+        return samples

@@ -27,9 +27,8 @@ import numpy as np
 
 from ettin_foundry.data import COLUMNS, INDEX, LENGTHS, MANIFEST, manifest
 from ettin_foundry.data.cache import Room, ShardFiles, fetch_manifest, fetch_table
-from ettin_foundry.data.manifest import Buffer, bad_file, check_hash, map_file
+from ettin_foundry.data.manifest import Buffer, bad_file, map_file
 from ettin_foundry.data.packing import pack_lengths, piece_counts
-from ettin_foundry.data.storage import open_storage
 
 log = logging.getLogger(__name__)
 
@@ -208,16 +207,14 @@ class MDSSplit:
         return np.frombuffer(opened.buffer, "<u2", int(opened.lengths[index]), int(opened.token_starts[index])).copy()
 
     def sample(self, shard: int, index: int) -> dict[str, Any]:
-        """All columns of one chunk: tokens (L,) uint16, doc str, part int, last int, source str. It leaves no file."""
-        expand = self.manifest["shards"][shard]["zip"] is not None and shard not in self._open
-        opened = self._read(shard) if expand else self._shard(shard)
+        """All columns of one chunk: tokens (L,) uint16, doc str, part int, last int, source str."""
+        opened, tokens = self._shard(shard), self.chunk(shard, index)
         num_doc, num_source, _ = opened.sizes[index].tolist()
         doc_at = int(opened.starts[index]) + _HEAD_BYTES
         source_at = doc_at + num_doc + _FIXED_BYTES
         doc, source = (str(opened.buffer[at:at + number], "utf-8", "replace")
                        for at, number in ((doc_at, num_doc), (source_at, num_source)))
         part = int.from_bytes(opened.buffer[source_at - 8:source_at], "little", signed=True)
-        tokens = np.frombuffer(opened.buffer, "<u2", int(opened.lengths[index]), int(opened.token_starts[index])).copy()
         return {"tokens": tokens, "doc": doc, "part": part, "last": int(opened.last[index]), "source": source}
 
     def prefetch(self, shards: Sequence[int]) -> None:
@@ -234,9 +231,16 @@ class MDSSplit:
             self.room.check([(self.files, len(set(shards)))])
 
     def check_shard(self, shard: int) -> int:
-        """Checks all that can be known of one shard, without keeping anything; returns the bytes of its files."""
-        opened, entry, where = self._read(shard), self.manifest["shards"][shard], self.local / MANIFEST
-        _check_documents(opened, self.files.path(shard), entry["source"])
+        """Checks all that can be known of one shard, keeping no file or mapping; returns the bytes of its files."""
+        entry, path, where = self.manifest["shards"][shard], self.files.path(shard), self.local / MANIFEST
+        is_kept = not self.fetches or path.exists()
+        self.files.ensure(shard, lambda: False)
+        try:
+            opened = self._parse(shard, map_file(path, entry["raw"]["bytes"], entry["raw"]["xxh64"]))
+        finally:
+            if not is_kept:
+                path.unlink()
+        _check_documents(opened, path, entry["source"])
         if (documents := int(opened.last.sum())) != entry["documents"]:
             raise bad_file(where, f"shards.{shard}: documents is {entry['documents']}", f"{documents} end in it")
         for length, stated in entry["rows"].items():
@@ -254,26 +258,6 @@ class MDSSplit:
             found = index["version"] == 2 and [{key: shard[key] for key in expected[0]} for shard in index["shards"]]
         if found != expected:
             raise bad_file(self.local / INDEX, f"its shards differ from those of {MANIFEST}", "both must list the same")
-
-    def _read(self, shard: int) -> Shard:
-        """A shard from all of its files, checked in full; it leaves no file."""
-        entry, path, buffer = self.manifest["shards"][shard], self.files.path(shard), b""
-        raw, zipped = entry["raw"], entry["zip"]
-        if os.path.lexists(path) or zipped is None:
-            buffer = self._map(raw)
-        if zipped is not None and (not buffer or os.path.lexists(self.local / zipped["basename"])):
-            buffer = b"".join(manifest.expand(self._map(zipped), self.local / zipped["basename"], raw["bytes"]))
-            check_hash(buffer, path, raw["xxh64"])
-        return self._parse(shard, buffer)
-
-    def _map(self, file: dict[str, Any]) -> Buffer:
-        """A file of the split, of the stated size and hash; a remote one that is not here is read into memory."""
-        path = self.local / file["basename"]
-        if os.path.lexists(path) or self.remote is None:
-            return map_file(path, file["bytes"], file["xxh64"])
-        data = open_storage(self.remote).read_bytes(path.name, at_most=file["bytes"])
-        check_hash(data, path, file["xxh64"])
-        return data
 
     @functools.cached_property
     def _lengths(self) -> np.ndarray:

@@ -21,12 +21,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+import fsspec
+from fsspec.spec import AbstractBufferedFile
+
 log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 8 << 20  # read at a time from a network
 _PAUSES = (1, 2, 4, 8, 15, 30, *[60] * 9)  # seconds between tries, ten minutes in all: most outages are shorter
+_SIZE = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kmgt]?)b?", re.IGNORECASE)
 # what git-lfs (also by its first name) and git-annex leave in place of a file that was not downloaded
 _POINTERS = (b"version https://git-lfs.github.com/", b"version https://hawser.github.com/", b"/annex/objects/")
+
+
+def parse_bytes(key: str, value: Any) -> int | None:
+    """A number of bytes given as an integer or as text such as "200gb" (1 gb = 2**30); None stays None."""
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
+        value = int(float(match[1].replace("_", "")) * 1024 ** " kmgt".index(match[2].lower() or " "))
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(f"{key} must be a number of bytes, as an integer or a text such as 200gb, got {value!r}")
+    return value
 
 
 def is_url(text: str | os.PathLike[str]) -> bool:
@@ -159,14 +172,9 @@ class Storage:
 
     def open(self, name: str) -> BinaryIO:
         """A seekable stream of a file's bytes, to be closed; ValueError where it holds a pointer of git-lfs instead."""
-        size = self.size(name)
-        stream = io.BufferedReader(self._open(name, size), 1 << 20 if self.is_local else _BLOCK_BYTES)
-        if size < 1024:
-            refuse_pointer(stream.peek(64), self.where(name), stream.close)
+        stream = io.BufferedReader(io.FileIO(self._path(name, existing=True)), 1 << 20)
+        refuse_pointer(stream.peek(64), self.where(name), stream.close)
         return stream
-
-    def _open(self, name: str, num_bytes: int) -> io.RawIOBase:
-        return io.FileIO(self._path(name))
 
     def read_bytes(self, name: str, *, at_most: int | None = None) -> bytes:
         """A whole file; ValueError when it is larger than `at_most` bytes."""
@@ -223,8 +231,6 @@ class RemoteStorage(Storage):
             if not re.match("[^/]", rest):
                 raise ValueError(f"{url} must be s3://BUCKET or s3://BUCKET/FOLDER")
             return
-        import fsspec  # takes 0.1 s
-
         try:
             fsspec.get_filesystem_class(scheme)
         except (ImportError, ValueError) as error:
@@ -234,9 +240,8 @@ class RemoteStorage(Storage):
     def ask(self, name: str, do: Callable[[Any, str], Any]) -> Any:
         """What `do` returns for the client of this process and a file's path; errors are Python's own, see Storage."""
         for pause in (*_PAUSES, None):
-            system, root = _client(self.url, os.getpid(), os.environ.get("S3_ENDPOINT_URL"))
-            system.invalidate_cache()
             try:
+                system, root = _client(self.url, os.getpid(), os.environ.get("S3_ENDPOINT_URL"))
                 return do(system, f"{root}/{name}" if name else root)
             except Exception as raised:
                 error = _own_error(raised, self.where(name))
@@ -245,11 +250,22 @@ class RemoteStorage(Storage):
                 log.warning("%s; tried again in %d s, for ten minutes in all", error, pause)
                 time.sleep(pause)
 
-    def size(self, name: str) -> int:
+    def _info(self, name: str) -> dict[str, Any]:
         info = self.ask(check_name(name), lambda system, path: system.info(path))
         if info.get("type") == "directory":
             raise FileNotFoundError(f"{self.where(name)}: no such file")
-        return int(info["size"])
+        return info
+
+    def size(self, name: str) -> int:
+        return int(self._info(name)["size"])
+
+    def open(self, name: str) -> BinaryIO:
+        info = self._info(name)
+        raw: Any = _RemoteFile(self, name, cache_type="none", **info)
+        stream = io.BufferedReader(raw, _BLOCK_BYTES)
+        if info["size"] < 1024:
+            refuse_pointer(stream.peek(64), self.where(name), stream.close)
+        return stream
 
     def list(self, folder: str = "") -> list[tuple[str, int]]:
         found, folder = [], check_name(folder.removesuffix("/")) if folder else ""
@@ -266,9 +282,6 @@ class RemoteStorage(Storage):
             except ValueError as error:
                 log.warning("%s: left out: %s", self.url, error)
         return sorted(found)
-
-    def _open(self, name: str, num_bytes: int) -> io.RawIOBase:
-        return _Stream(self, name, num_bytes)
 
     def write_bytes(self, name: str, data: bytes) -> None:
         self.ask(check_name(name), lambda system, path: system.pipe_file(path, data))
@@ -288,42 +301,19 @@ class RemoteStorage(Storage):
         return folder
 
 
-class _Stream(io.RawIOBase):
-    """A file of `num_bytes`, opened again where reading broke; one that is replaced meanwhile is an error."""
+class _RemoteFile(AbstractBufferedFile):
+    """A remote file, read in ranges; `fs` is its storage."""
 
-    def __init__(self, storage: RemoteStorage, name: str, num_bytes: int) -> None:
-        self._storage, self._name, self._end = storage, name, num_bytes
-        self._at, self._file, self._version = 0, None, None
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        end = min(end, self.size)
 
-    def readable(self) -> bool:
-        return True
-
-    seekable = readable
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + (0, self._at, self._end)[whence])
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
         def read(system: Any, path: str) -> bytes:
-            if isinstance(system, _S3):
-                data, version = system.read(path, self._at, len(buffer))
-            else:
-                file, self._file = self._file or system.open(path, "rb", block_size=_BLOCK_BYTES), None
-                if file.tell() != self._at:
-                    file.seek(self._at)
-                data, version, self._file = file.read(len(buffer)), getattr(file, "details", {}).get("ETag"), file
-            if version != (self._version or version):
-                raise OSError(f"{self._storage.where(self._name)}: was replaced while it was read; read it again")
-            if not data:
-                raise ConnectionError(f"the answer ends at byte {self._at} of {self._end}")
-            self._version = version
+            data = system.cat_file(path, start=start, end=end, **self.kwargs.get("pinned", {}))
+            if len(data) != end - start:
+                raise ConnectionError(f"{len(data)} bytes came instead of the {end - start} from byte {start} on")
             return data
 
-        data = self._storage.ask(self._name, read) if self._at < self._end else b""
-        buffer[:len(data)] = data
-        self._at += len(data)
-        return len(data)
+        return self.fs.ask(self.path, read)
 
 
 @functools.lru_cache(maxsize=64)
@@ -331,9 +321,7 @@ def _client(url: str, process: int, endpoint: str | None) -> tuple[Any, str]:
     """The client of this process for a URL, and the folder as it writes it; forked processes share no connections."""
     if url.startswith("s3://"):
         return _S3(endpoint), url[len("s3://"):]
-    import fsspec
-
-    system, root = fsspec.core.url_to_fs(url, skip_instance_cache=True)
+    system, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
     return system, root.rstrip("/")
 
 
@@ -369,15 +357,13 @@ class _S3:
         config = Config(retries={"mode": "legacy", "total_max_attempts": 3}, connect_timeout=10, **options)
         self.client = session.client("s3", endpoint_url=endpoint or None, config=config)  # Streaming's variable
 
-    def invalidate_cache(self) -> None:
-        """There is none."""
-
     @staticmethod
     def _key(path: str) -> dict[str, str]:
         return dict(zip(("Bucket", "Key"), path.split("/", 1)))
 
     def info(self, path: str) -> dict[str, Any]:
-        return {"size": self.client.head_object(**self._key(path))["ContentLength"]}
+        answer = self.client.head_object(**self._key(path))
+        return {"size": answer["ContentLength"], "pinned": {"IfMatch": answer["ETag"]}}
 
     def find(self, path: str, **_: Any) -> dict[str, dict[str, Any]]:
         bucket, prefix = f"{path}/".split("/", 1)
@@ -385,10 +371,9 @@ class _S3:
         found = (entry for page in pages for entry in page.get("Contents", ()))
         return {f"{bucket}/{entry['Key']}": {"size": entry["Size"]} for entry in found}
 
-    def read(self, path: str, at: int, num_bytes: int) -> tuple[bytes, str]:
-        """Bytes of an object from `at` on, and its version."""
-        answer = self.client.get_object(**self._key(path), Range=f"bytes={at}-{at + num_bytes - 1}")
-        return answer["Body"].read(), answer["ETag"]
+    def cat_file(self, path: str, start: int, end: int, **pinned: str) -> bytes:
+        """A range of an object; an error where it is not the pinned one, so that two versions are never mixed."""
+        return self.client.get_object(**self._key(path), Range=f"bytes={start}-{end - 1}", **pinned)["Body"].read()
 
     def pipe_file(self, path: str, value: bytes) -> None:
         self.client.put_object(**self._key(path), Body=value)

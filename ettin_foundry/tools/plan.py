@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich import filesize
 
+from ettin_foundry.data.inspect import format_count
 from ettin_foundry.data.mixture import open_split
-from ettin_foundry.data.quantities import format_bytes, format_count
 from ettin_foundry.data.stream import BatchRamp, check_warmup
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule
@@ -340,7 +341,7 @@ def text(plans: Sequence[Plan]) -> str:
         speed = plan.num_tokens / gpu_hours / 3600
         lines["hours"] = (f"{plan.hours:,.2f} on {plan.machine}, {gpu_hours:,.1f} GPU hours: {speed:,.0f} tokens/s per "
                           f"GPU, assuming an MFU of {plan.mfu:.1%}")
-    lines["storage"] = f"{plan.checkpoints:,} checkpoints, {format_bytes(plan.storage_bytes)} in all"
+    lines["storage"] = f"{plan.checkpoints:,} checkpoints, {filesize.decimal(plan.storage_bytes)} in all"
     return _joined(lines)
 
 
@@ -361,7 +362,7 @@ def _table(plans: Sequence[Plan]) -> str:
         sums = totals(some)
         hours = "-" if sums["hours"] is None else f"{sums['hours']:,.1f}"
         rows.append([*shape, format_count(sums["num_tokens"]), f"{sums['num_steps']:,}", hours,
-                     f"{sums['checkpoints']:,}", format_bytes(sums["storage_bytes"])])
+                     f"{sums['checkpoints']:,}", filesize.decimal(sums["storage_bytes"])])
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) if i < 3 else cell.rjust(width)
                        for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]

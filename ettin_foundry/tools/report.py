@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markdown import Markdown
 
-from ettin_foundry.data.quantities import format_count, format_duration
+from ettin_foundry.data.inspect import format_count, format_duration
 from ettin_foundry.hub.folder import export_checkpoint
 from ettin_foundry.hub.load import LoadedModel
 from ettin_foundry.model.config import MASKED_OBJECTIVES

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ettin_foundry.data.quantities import format_duration
+from ettin_foundry.data.inspect import format_duration
 from ettin_foundry.tools.pair import lint_chain, lint_pair
 from ettin_foundry.tools.suite import Stage, Suite
 from ettin_foundry.training import checkpoints, checks, sources

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from whole_sets import SOURCES, copy_set, samples_of, whole_set
 
 from ettin_foundry.cli import main as cli
-from ettin_foundry.data.inspect import draw_samples, plain, show_lines, source_statistics
+from ettin_foundry.data.inspect import draw_samples, find_dataset, plain, show_lines, source_statistics
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import open_storage
 
@@ -39,9 +39,9 @@ def test_statistics_are_those_of_counting(tokenizer_dir: Path, split: str, compr
 
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
-def test_samples_are_chunks_of_the_dataset_decoded(tokenizer_dir: Path, compression: str | None) -> None:
+def test_samples_are_chunks_of_the_dataset_decoded(tokenizer_dir: Path, tmp_path: Path, compression: Any) -> None:
     whole = whole_set(tokenizer_dir, compression)
-    data, before = MDSSplit(whole / "train"), files_of(whole)
+    data, before = find_dataset(whole).open("train", tmp_path), files_of(whole)
     reference = Tokenizer.from_file(str(whole / "tokenizer" / "tokenizer.json"))
     stored = {key(sample): sample for sample in samples_of(whole / "train")}
     found, lines = draw_samples(data, per_source=3, seed=5), "\n".join(show_lines(whole, samples=3, seed=5))

@@ -190,19 +190,19 @@ class HTTPError(Exception):
 @pytest.mark.parametrize("error", [HTTPError(503), HTTPError(429), TimeoutError(), ConnectionResetError()], ids=repr)
 def test_any_driver_is_asked_for_minutes_with_growing_pauses_and_it_is_said(monkeypatch, caplog, tmp_path, error):
     """An outage of five minutes in the middle of a file; one that does not end is an error after at most twenty."""
-    from fsspec.implementations.memory import MemoryFile
+    from fsspec.implementations.memory import MemoryFileSystem
 
     storage, data, clock, faults = open_storage("memory://x"), noise(3 << 20), [0.0], []
     storage.write_bytes("y", data)
-    true = MemoryFile.read
+    true = MemoryFileSystem.cat_file
 
-    def read(file, number):
-        if file.tell() >= 1 << 20 and clock[0] < outage:
+    def cat_file(system, path, start, end):
+        if start >= 1 << 20 and clock[0] < outage:
             faults.append(clock[0])
             raise error
-        return true(file, number)
+        return true(system, path, start, end)
 
-    monkeypatch.setattr(MemoryFile, "read", read)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
     monkeypatch.setattr("ettin_foundry.data.storage._BLOCK_BYTES", 1 << 20)
     monkeypatch.setattr("ettin_foundry.data.storage.time", SimpleNamespace(
         sleep=lambda seconds: clock.__setitem__(0, clock[0] + seconds)))
