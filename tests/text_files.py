@@ -18,16 +18,13 @@ from ettin_foundry.corpus.sources import Meter, Source, find_source, plan_parts
 TEXTS = ["One text.", "Zwei \u00dc\u00dfe \U0001f600\nlines\r\n", "  three  ", "four \u2028 \u0000 five", "\ufeffsix"]
 
 
-def records(texts: list[str]) -> list[dict[str, Any]]:
-    return [{"id": f"id-{i}", "text": text, "other": i} for i, text in enumerate(texts)]
-
-
 def content(kind: str, texts: list[str]) -> bytes:
+    records = [{"id": f"id-{i}", "text": text, "other": i} for i, text in enumerate(texts)]
     if kind == ".jsonl":
-        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records(texts)).encode()
+        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
     if kind == ".json":
-        return json.dumps(records(texts), ensure_ascii=False).encode()
-    return table_bytes(pyarrow.Table.from_pylist(records(texts)))
+        return json.dumps(records, ensure_ascii=False).encode()
+    return table_bytes(pyarrow.Table.from_pylist(records))
 
 
 def table_bytes(table: pyarrow.Table) -> bytes:

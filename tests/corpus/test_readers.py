@@ -85,9 +85,8 @@ def test_lines_may_be_blank_and_ids_are_exact(tmp_path):
 
 
 def test_several_compressed_frames_are_read_to_the_end(tmp_path):
-    skippable = (0x184D2A50).to_bytes(4, "little") + (5).to_bytes(4, "little") + b"hello"
     lines = content(".jsonl", TEXTS).splitlines(keepends=True)
-    for suffix, between in ((".gz", b""), (".zst", b""), (".zst", skippable)):
+    for suffix, between in ((".gz", b""), (".zst", b""), (".zst", b"\x50\x2a\x4d\x18\5\0\0\0hello")):  # left out
         (tmp_path / f"a.jsonl{suffix}").write_bytes(between.join(PACKERS[suffix](line) for line in lines))
         assert [text for _, text in read(tmp_path / f"a.jsonl{suffix}")] == TEXTS
 
@@ -126,7 +125,7 @@ def test_row_groups_are_read_once_wherever_the_file_is_cut(tmp_path):
         assert list(read_parts(source, [Part("a.parquet", 0, cut), Part("a.parquet", cut, size)], Meter())) == whole
 
 
-STRINGS = [pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary(), pyarrow.string_view()]
+STRINGS = [pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary()]
 COLUMNS = [*STRINGS, pyarrow.dictionary(pyarrow.int8(), STRINGS[0]), pyarrow.dictionary(pyarrow.int32(), STRINGS[2])]
 
 
@@ -137,10 +136,7 @@ def test_columns_of_text_of_any_kind(tmp_path, kind, monkeypatch):
     column = pyarrow.array(texts).cast(kind)
     for name, ids, expected in [("other", column, [f"a.parquet:{i}" for i in range(1, 21)]), ("id", column, texts),
                                 ("id", list(range(20)), [str(i) for i in range(20)])]:
-        try:
-            parquet.write_table(pyarrow.table({"text": column, name: ids}), path, row_group_size=11)
-        except pyarrow.ArrowNotImplementedError:
-            pytest.skip("this pyarrow writes no such column")
+        parquet.write_table(pyarrow.table({"text": column, name: ids}), path, row_group_size=11)
         assert read(path) == list(zip(expected, texts))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from pathlib import Path
@@ -11,8 +10,7 @@ import pytest
 from s3_server import S3Server
 from text_files import PACKERS, content, read_all
 
-from ettin_foundry.corpus.readers import read_parts
-from ettin_foundry.corpus.sources import Meter, Part, Source, file_kind, find_source, plan_parts
+from ettin_foundry.corpus.sources import Part, Source, file_kind, find_source, plan_parts
 
 
 @pytest.fixture
@@ -75,21 +73,6 @@ def test_small_neighbours_share_a_unit_and_large_files_are_cut():
         (Part("g.parquet", 0, 75),), (Part("g.parquet", 75, 150),), (Part("g.parquet", 150, 225),),
         (Part("g.parquet", 225, 301),), (Part("h.json"),), (Part("i.txt"), Part("j.txt"), Part("k.txt")),
         (Part("l.txt"),)]
-
-
-def test_units_together_read_what_the_source_holds(tmp_path):
-    rng = random.Random(5)
-    for number in range(9):
-        lines = [json.dumps({"text": "x" * rng.randint(0, 60)}) for _ in range(rng.randint(0, 40))]
-        (tmp_path / f"{number}.jsonl").write_text("\n".join(lines))
-    source = find_source(str(tmp_path))
-    whole = read_all(source)
-    for unit_bytes in (1, 50, 333, 10**6):
-        meter, found = Meter(), []
-        for unit in plan_parts(source, unit_bytes):
-            found += read_parts(source, unit, meter)
-        assert found == whole and meter.position() == sum(source.files.values())
-    assert len({document.id for document in whole}) == len(whole)
 
 
 def test_bucket_is_a_corpus_like_a_folder(server, tmp_path, caplog):
