@@ -154,9 +154,9 @@ def shard_file(folder: Path, shard: int, end: str = "") -> Path:
     return folder / (json.loads((folder / "manifest.json").read_text())["shards"][shard]["raw"]["basename"] + end)
 
 
-def flip(path: Path, at: int) -> None:
+def flip(path: Path, at: int, bit: int = 4) -> None:
     data = bytearray(path.read_bytes())
-    data[at] ^= 0x10
+    data[at] ^= 1 << bit
     path.write_bytes(data)
 
 

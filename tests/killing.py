@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ class Killer:
         begin = time.monotonic()
         assert all(self._ended(self._start(step, self.folder / f"whole-{name}")) for step in steps)
         self.seconds[name] = (time.monotonic() - begin) / len(steps)
-        return len(self._ids(self.folder / f"whole-{name}"))
+        return len(_ids(self.folder / f"whole-{name}"))
 
     def convert(self, name: str, steps: Steps, most_kills: int) -> list[str]:
         """Converts with at most so many kills; files that differ and documents lost or doubled."""
@@ -74,7 +75,7 @@ class Killer:
             while not self._try(step, out, 0.6 * self.seconds[name], limit):
                 pass
         self.conversions += 1
-        found, wanted, files, expected = self._ids(out), self._ids(whole), files_of(out), files_of(whole)
+        found, wanted, files, expected = _ids(out), _ids(whole), files_of(out), files_of(whole)
         shutil.rmtree(out)
         return [*(n for n in sorted(files.keys() | expected.keys()) if files.get(n) != expected.get(n)),
                 *(f"lost {n}" for n in Counter(wanted) - Counter(found)),
@@ -90,7 +91,7 @@ class Killer:
             if not any(program.is_alive() for program in programs):
                 break
             what = self.rng.choice(("all", "all", "main", "worker", "worker"))
-            workers = [pid for program in programs for pid in _children(program.pid)]
+            workers = [pid for program in programs for pid in running(program.pid) if pid != program.pid]
             with contextlib.suppress(ProcessLookupError):
                 if what == "worker" and workers and worker_kills < 2:  # the third in one task would rightly end it
                     worker_kills += 1
@@ -116,30 +117,19 @@ class Killer:
             program.join()
         statuses = {program.exitcode for program in programs}
         assert statuses <= {0, -signal.SIGKILL}, (self.folder / "log").read_text()[-3000:]
-        end = time.monotonic() + 30  # a worker that is still importing looks for its parent afterwards
-        while left := [pid for program in programs for pid in _group(program.pid)]:
+        end = time.monotonic() + 30  # a worker that is still starting looks for its parent afterwards
+        while left := [pid for program in programs for pid in running(program.pid)]:
             assert time.monotonic() < end, f"processes {left} are left over"
-            time.sleep(0.01)
+            time.sleep(0.05)
         return statuses == {0}
 
-    @staticmethod
-    def _ids(out: Path) -> list[str]:
-        return [name for split in ("train", "validation") for name in stored(out / split)]
+
+def _ids(out: Path) -> list[str]:
+    return [name for split in ("train", "validation") for name in stored(out / split)]
 
 
-def _children(pid: int) -> list[int]:
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
-
-
-def _group(group: int) -> list[int]:
-    """Processes of a process group that run; zombies do not count."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            state, _, itself, *_ = path.read_text().rpartition(")")[2].split()
-            if int(itself) == group and state != "Z":
-                found.append(int(path.parent.name))
-    return found
+def running(group: int) -> list[int]:
+    """Processes of a process group; zombies do not count."""
+    listed = subprocess.run(["ps", "-eo", "pgid=,pid=,stat="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in listed.splitlines()]
+    return [int(pid) for own, pid, state in rows if own == str(group) and not state.startswith("Z")]

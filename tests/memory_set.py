@@ -19,10 +19,8 @@ UNREAL = 60  # an id below the vocabulary's size that is no entry
 class MemorySet:
     """Shards without text, with what an order asks of a split.
 
-    Args:
-        shards: chunk lengths of each shard, as they are stored. sources: a name per shard.
-        rows_at: row lengths for which packed row counts are stated, as a manifest would.
-        passes: a number per shard, as datasets with repeated shards have it; no such attribute if not given.
+    `shards` are chunk lengths as they are stored, `sources` names of each shard, `passes` numbers of each, as datasets
+    with repeated shards have them. Packed row counts are stated for the row lengths `rows_at`.
     """
 
     def __init__(self, shards: list[np.ndarray], *, sources: list[str] | None = None, rows_at: tuple[int, ...] = (64,),
@@ -58,9 +56,7 @@ def write_set(folder: Path, sources: dict[str, list[np.ndarray]], *, chunk_lengt
               tokenizer: dict | None = None, tokens: np.ndarray | None = None, seed: int = 0) -> Path:
     """A converted dataset of one split, every chunk a document, with a tokenizer folder that is none.
 
-    Args:
-        sources: chunk lengths of each shard of each source.
-        tokenizer: block of the manifest. tokens: ids to draw text from.
+    `sources` are chunk lengths of each shard of each source, `tokenizer` a block of the manifest, `tokens` ids to draw.
     """
     rng = np.random.default_rng([seed, len(sources)])
     ids = np.arange(VOCAB_SIZE - 5) if tokens is None else tokens

@@ -6,7 +6,6 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from converting import options, write_corpus
@@ -33,20 +32,6 @@ def copy_set(tokenizer_dir: Path, folder: Path, *, compression: str | None = Non
     out = folder / "set"
     shutil.copytree(whole_set(tokenizer_dir, compression), out)
     return out
-
-
-def flip(path: Path, at: int, bit: int = 0) -> None:
-    """One bit of a file; `at` may count from the end."""
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1 << bit
-    path.write_bytes(data)
-
-
-def edit(path: Path, change: Callable[[dict], object]) -> None:
-    """Changes a JSON file, keeping its layout as far as Python's writer does."""
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content, indent=1))
 
 
 def shards_of(split: Path) -> list[Path]:

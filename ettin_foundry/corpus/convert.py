@@ -25,9 +25,10 @@ from ettin_foundry.corpus.filters import FilterOptions, find_duplicates
 from ettin_foundry.corpus.finalize import done_units, finalize
 from ettin_foundry.corpus.readers import ReadOptions, read_parts
 from ettin_foundry.corpus.sources import Meter, Source, part_bytes, plan_parts
-from ettin_foundry.corpus.worker import ConvertUnit, HashUnit, TokenizerSpec, work_name
+from ettin_foundry.corpus.worker import ConvertUnit, HashUnit, work_name
 from ettin_foundry.data import MAX_CHUNK_LENGTH
 from ettin_foundry.data import tokenizer as tokenizers
+from ettin_foundry.data.cache import fetch_tokenizer
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
 from ettin_foundry.data.storage import Storage, is_url, open_storage, parse_bytes
 
@@ -145,10 +146,11 @@ def convert(options: ConvertOptions) -> Summary:
     sources = plans.find_sources(options, before)
     tok = _tokenizer(options, storage, before, sources)
     facts = tokenizers.fingerprint(tok)
-    plan, again = plans.plan_conversion(options, before, sources, tokenizer=facts, storage=storage)
+    plan = plans.plan_conversion(options, before, sources, tokenizer=facts, storage=storage)
     libraries = ["tokenizers", "zstd"] if options.compression else ["tokenizers"]
     made_with = ", ".join(f"{name} {version(name)}" for name in libraries)
-    todo = _undone(storage, plan, again, made_with)
+    done = done_units(storage, plan, made_with)
+    todo = [unit for unit in plan.units if unit.number not in done]
     plans.check_append(todo, plan, sources)
     if plan != before:
         if before is None or before.tokenizer != plan.tokenizer:
@@ -161,33 +163,16 @@ def convert(options: ConvertOptions) -> Summary:
         storage.write_bytes(plans.PLAN, plan.to_bytes())  # last: where there is a plan, there is a tokenizer
     if options.task_index is not None:
         todo = [unit for unit in todo if unit.number % int(options.num_tasks or 1) == options.task_index]
-    spec = TokenizerSpec(facts["name"], tok.backend_tokenizer.to_str(), tuple(sorted(tokenizers.forbidden_ids(tok))),
-                         options.engine)
     job = ConvertUnit(storage.url if is_url(storage.url) else os.path.abspath(storage.url),
                       {**plan.options, "max_bad_records": options.max_bad_records},
-                      {source.name: source for source in sources}, plan.base_key, spec, options.filters, made_with)
+                      {source.name: source for source in sources}, plan.base_key, facts["name"],
+                      tok.backend_tokenizer.to_str(), tuple(sorted(tokenizers.forbidden_ids(tok))), options.engine,
+                      options.filters, made_with)
     if todo and options.filters.deduplicate:
         _find_duplicates(job, plan, options, storage)
     _execute(job, todo, "documents", options)
     manifests = finalize(options.out, max_bad_records=options.max_bad_records) if options.task_index is None else {}
     return Summary(storage.url, manifests, (len(todo), len(plan.units)))
-
-
-def _undone(storage: Storage, plan: plans.Plan, changed: Sequence[plans.Unit], made_with: str) -> list[plans.Unit]:
-    """Units to do, among them those whose input `changed`, and those of no finished dataset done by other libraries."""
-    def withdraw(unit: plans.Unit, why: str) -> None:
-        log.warning("%s is done again: %s", unit.label, why)
-        storage.delete(plans.record_name(unit.number))
-
-    for unit in changed:
-        withdraw(unit, "its input has changed")
-    done = done_units(storage, plan)
-    others = [unit for unit in plan.units if done.get(unit.number, {}).get("made_with", made_with) != made_with]
-    finished = plans.published_units(storage) if others else set()
-    for unit in others:
-        if unit.number not in finished:
-            withdraw(unit, f"it was done with {done.pop(unit.number)['made_with']}, here is {made_with}")
-    return [unit for unit in plan.units if unit.number not in done]
 
 
 def _execute(job: HashUnit, units: Sequence[plans.Unit], title: str, options: ConvertOptions) -> None:
@@ -224,8 +209,7 @@ def _tokenizer(options: ConvertOptions, storage: Storage, plan: plans.Plan | Non
         tok = _train(sources, options)
     else:
         with tempfile.TemporaryDirectory(dir=storage.scratch()) as folder:
-            for name, size in storage.list("tokenizer/"):
-                storage.get_file(name, Path(folder, name), num_bytes=size)
+            fetch_tokenizer(Path(folder), storage.url)
             tok = tokenizers.load(Path(folder, "tokenizer"))
         tok.name_or_path = plan.tokenizer["name"]
     return tokenizers.with_template(tok, "encoder")

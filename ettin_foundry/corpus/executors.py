@@ -24,16 +24,13 @@ import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, TypeVar, cast
 
-from ettin_foundry.data.inspect import format_duration
-
 log = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 0.5
 _GRACE_SECONDS = 3.0
-_CONNECT_SECONDS = 10.0
 _LOG_SECONDS = 10.0
 
 
@@ -60,7 +57,7 @@ class Board:
         now = time.monotonic()
         if now - self._shown >= _LOG_SECONDS:
             self._shown, share = now, self.total.file_bytes / self.num_bytes if self.num_bytes else 0.0
-            left = f", {format_duration((now - self._begin) * (1 / share - 1))} left" if 0 < share < 1 else ""
+            left = f", {timedelta(seconds=round((now - self._begin) * (1 / share - 1)))} left" if 0 < share < 1 else ""
             log.info("%s: %s%s%s", self.title, f"{share:.0%} of the files, " if share else "", str(self), left)
 
     @property
@@ -178,7 +175,7 @@ class _LocalPool:
 
 
 class _RayPool:
-    """Workers of one CPU each on a Ray cluster; the methods are those of _LocalPool.
+    """Workers of one CPU each on a Ray cluster, which report when they end; the methods are those of _LocalPool.
 
     Takes the Ray of this process, the cluster at `address` (as of `ray.init`) or RAY_ADDRESS, or starts one with
     `workers` CPUs here and stops it at the end. Raises ValueError without Ray, ConnectionError without a cluster.
@@ -187,14 +184,12 @@ class _RayPool:
     def __init__(self, work: Any, workers: int, address: str | None) -> None:
         try:
             self.ray: Any = importlib.import_module("ray")
-            queues: Any = importlib.import_module("ray.util.queue")
         except ImportError as error:
             raise ValueError(f"--executor must be local, got ray ({error}); pip install ray") from None
         self.begun_here = not self.ray.is_initialized()
         if self.begun_here:
             self._connect(workers, address or os.environ.get("RAY_ADDRESS"))
         self.work = self.ray.put(pickle.dumps(work))
-        self.mail = queues.Queue(actor_options={"num_cpus": 0})
         self.attempt = self.ray.remote(num_cpus=1, max_retries=0)(_ray_attempt)
         self.running = dict[Any, int]()  # reference -> number of the task
 
@@ -203,26 +198,24 @@ class _RayPool:
         try:
             host, _, port = (address or "").removeprefix("ray://").rpartition(":")
             if host and port.isdecimal():  # else Ray would try for minutes
-                socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+                socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
             self.ray.init(address=address or "local", logging_level=logging.WARNING, **({} if address else own))
         except Exception as error:  # a bare Exception where starting takes too long
             raise ConnectionError("--ray-address must be HOST:PORT of a running cluster's head, auto on one of its "
                                   f"machines or left out to start Ray, got {address}: {error}") from error
 
     def submit(self, number: int, task: bytes) -> None:
-        self.running[self.attempt.remote(self.work, task, number, self.mail)] = number
+        self.running[self.attempt.remote(self.work, task)] = number
 
     def ended(self, tick: Callable[[int, Tick], None]) -> Iterator[tuple[int, _Outcome]]:
-        references, _ = self.ray.wait([*self.running], timeout=_LOOK_SECONDS)
-        while size := self.mail.qsize():  # after waiting: a task that ended has sent everything
-            for news in self.mail.get_nowait_batch(size):
-                tick(*news)
-        for reference in references:
+        for reference in self.ray.wait([*self.running])[0]:
+            number = self.running.pop(reference)
             try:
-                outcome = pickle.loads(self.ray.get(reference))
+                data, last = self.ray.get(reference)
+                tick(number, Tick(*last))
+                yield number, pickle.loads(data)
             except self.ray.exceptions.RayError as error:
-                outcome = _Outcome(death=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
-            yield self.running.pop(reference), outcome
+                yield number, _Outcome(death=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
 
     def stop(self) -> None:
         try:
@@ -232,7 +225,6 @@ class _RayPool:
                     self.ray.cancel(reference, force=force)
                 if references and not force:  # Ray 2.60 ends this process if a task is cancelled that has just ended
                     _, references = self.ray.wait(references, num_returns=len(references), timeout=_GRACE_SECONDS)
-            self.mail.shutdown(force=True)
         finally:
             if self.begun_here:
                 self.ray.shutdown()
@@ -254,20 +246,19 @@ def _end_with_parent() -> None:
     """Ends this process when the main one is gone, however that ended and whoever else holds its pipes."""
     parent: Any = multiprocessing.parent_process()
     while os.getppid() == parent.pid:
-        parent.join(_LOOK_SECONDS)
+        parent.join(0.5)
     os._exit(1)
 
 
-def _ray_attempt(work: bytes, task: bytes, number: int, mail: Any) -> bytes:
-    return _attempt(work, task, lambda tick: mail.put_nowait((number, tick)))
+def _ray_attempt(work: bytes, task: bytes) -> tuple[bytes, Sequence[int]]:
+    """Does a task; its outcome, and how far it was."""
+    ticks = deque([Tick()], maxlen=1)
+    return _attempt(work, task, ticks.append), tuple(ticks[0])
 
 
 def _attempt(work: bytes, task: bytes, report: Report) -> bytes:
     """Does a task; its outcome."""
-    # one core where the user says nothing else; libraries read it when they are imported, which the work does first
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what filters import; each worker has one core
     try:
         return pickle.dumps(_Outcome(pickle.loads(work)(pickle.loads(task), report)))
     except Exception as error:

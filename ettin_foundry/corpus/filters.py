@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -95,7 +95,7 @@ def _load_predicate(name: str) -> tuple[Callable[[str, str], bool], Path, bytes]
     return function, file, file.read_bytes()
 
 
-def write_hashes(path: Path, hashes: bytes | bytearray) -> None:
+def write_hashes(path: Path | IO[bytes], hashes: bytes | bytearray) -> None:
     """Writes xxh3_128 (16 bytes) of each document, in the order of reading, as .npy: (documents, 2) uint64."""
     np.save(path, np.frombuffer(hashes, "<u8").reshape(-1, 2), allow_pickle=False)
 

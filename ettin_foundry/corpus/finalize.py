@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from ettin_foundry.corpus import plan as plans
 from ettin_foundry.corpus.card import write_card
 from ettin_foundry.corpus.filters import UNREADABLE
-from ettin_foundry.corpus.plan import COUNTS, PLAN, SPLITS, Plan, read_plan, read_record, record_name
+from ettin_foundry.corpus.plan import COUNTS, PLAN, SPLITS, Plan
 from ettin_foundry.corpus.writer import shard_config
 from ettin_foundry.data import COLUMNS, FORMAT, INDEX, LENGTHS, MANIFEST, VERSION
 from ettin_foundry.data.shards import index_entry
@@ -31,22 +32,26 @@ from ettin_foundry.version import __version__
 log = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
-_READERS = 16  # records of a remote dataset that are fetched at a time
 
 
-def done_units(storage: Storage, plan: Plan) -> dict[int, Record]:
-    """Unit number -> completion record, of every finished unit whose shards are all there, of the right size."""
-    known = {name for name, _ in storage.list("units/")}
-    numbers = [unit.number for unit in plan.units if record_name(unit.number) in known]
-    with ThreadPoolExecutor(_READERS) as pool:
-        records = dict(zip(numbers, pool.map(lambda number: read_record(storage, plan, number), numbers)))
+def done_units(storage: Storage, plan: Plan, made_with: str | None = None) -> dict[int, Record]:
+    """Unit number -> completion record, of every finished unit whose shards are all there, of the right size.
+
+    Until they are in a finished dataset, units that other libraries than `made_with` made lose their records.
+    """
+    numbers = sorted(plans.finished_units(storage).intersection(range(len(plan.units))))
+    with ThreadPoolExecutor(16) as pool:  # a remote dataset answers slowly
+        records = dict(zip(numbers, pool.map(lambda number: plans.read_record(storage, plan, number), numbers)))
     sizes = {name: size for split in SPLITS for name, size in storage.list(f"{split}/")}
-    done = {}
+    kept, done = plans.published_units(storage) if made_with else records, {}
     for number, record in records.items():
         files = [(f"{split}/{file['basename']}", file["bytes"]) for split, counts in record["splits"].items()
                  for entry in counts["shards"] for file in [entry["zip"] or entry["raw"]]]
         if lost := [(name, size) for name, size in files if sizes.get(name) != size]:
             log.warning("unit %d is done again: %s is missing or not of %d bytes", number, *lost[0])
+        elif number not in kept and record.get("made_with", made_with) != made_with:
+            log.warning("unit %d is done again: made with %s, here is %s", number, record["made_with"], made_with)
+            storage.delete(plans.record_name(number))
         else:
             done[number] = record
     return done
@@ -59,7 +64,7 @@ def finalize(out: str | os.PathLike[str], *, max_bad_records: int | None = None)
     `max_bad_records` were unreadable.
     """
     storage = open_storage(out)
-    if (plan := read_plan(storage)) is None:
+    if (plan := plans.read_plan(storage)) is None:
         raise FileNotFoundError(f"{storage.where(PLAN)} is missing; run ettin convert with this --out first")
     found = done_units(storage, plan)
     if missing := [unit for unit in plan.units if unit.number not in found]:
@@ -92,7 +97,7 @@ def _check_content(plan: Plan, manifests: Mapping[str, Any], storage: Storage, m
             dropped.update(counts["dropped"])
     if not manifests["train"]["shards"]:
         for unit in plan.units:  # so that everything may be changed
-            storage.delete(record_name(unit.number))
+            storage.delete(plans.record_name(unit.number))
         raise ValueError(f"sources must hold a document for training, got {documents.total()} for validation and "
                          f"{dict(dropped) or 'none'} dropped; give other text, filters or --validation")
     if max_bad_records is not None and dropped[UNREADABLE] > max_bad_records:
@@ -125,7 +130,9 @@ def _describe_splits(plan: Plan, records: Sequence[Record]) -> tuple[
         lengths[split], buffer = table.sum(0, dtype=np.int64), io.BytesIO()
         np.save(buffer, table)
         tables[f"{split}/{LENGTHS}"] = content = buffer.getvalue()
-        tables[f"{split}/{INDEX}"] = _index(plan, shards)
+        config = shard_config(plan.options["shard_size"], plan.options["compression"])
+        index = {"version": 2, "shards": [{**config, **index_entry(shard)} for shard in shards]}
+        tables[f"{split}/{INDEX}"] = json.dumps(index, sort_keys=True).encode()  # as stock readers read it
         sources = _add_up(plan, mine)
         head = {
             "format": FORMAT, "version": VERSION, "split": split, "chunk_length": plan.options["chunk_length"],
@@ -150,17 +157,9 @@ def _add_up(plan: Plan, counted: Sequence[tuple[str, Record]]) -> dict[str, dict
     for name, facts in plan.sources.items():
         mine = [counts for source, counts in counted if source == name]
         dropped = sum((Counter(counts["dropped"]) for counts in mine), Counter())
+        unknown = sum(counts.get("unknown", 0) for counts in mine)  # tokens, for characters out of the vocabulary
         total = {**facts, **{key: sum(counts[key] for counts in mine) for key in COUNTS},
-                 "dropped": dict(sorted(dropped.items()))}
-        if unknown := sum(counts.get("unknown", 0) for counts in mine):
-            total["unknown"] = unknown  # tokens, for characters out of the tokenizer's vocabulary
+                 "dropped": dict(sorted(dropped.items())), **({"unknown": unknown} if unknown else {})}
         if total["documents"] or dropped:
             totals[name] = total
     return totals
-
-
-def _index(plan: Plan, shards: Sequence[Record]) -> bytes:
-    """index.json as stock readers read it."""
-    config = shard_config(plan.options["shard_size"], plan.options["compression"])
-    entries = [{**config, **index_entry(shard)} for shard in shards]
-    return json.dumps({"version": 2, "shards": entries}, sort_keys=True).encode()

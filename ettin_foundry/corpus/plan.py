@@ -42,7 +42,6 @@ class Unit:
     number: int
     source: str
     parts: tuple[Part, ...]
-    sizes: tuple[int, ...]  # bytes on disk of each part's file when the plan was made; 0 where it is no file
 
     @property
     def label(self) -> str:
@@ -50,7 +49,7 @@ class Unit:
         return f"unit {self.number} ({self.source}: {files})"
 
     def to_json(self) -> dict[str, Any]:
-        return {"source": self.source, "parts": [[*part, size] for part, size in zip(self.parts, self.sizes)]}
+        return {"source": self.source, "parts": self.parts}
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,9 @@ class Plan:
         names, units = {name: dict(facts) for name, facts in self.sources.items()}, list(self.units)
         for source in sources:
             names[source.name] = {"licence": source.licence, "revision": source.revision}
-            units += [Unit(number, source.name, parts, tuple(source.files.get(part.file, 0) for part in parts))
-                      for number, parts in enumerate(plan_parts(source, self.options["unit_size"]), len(units))]
+            for parts in plan_parts(source, self.options["unit_size"]):
+                parts = tuple(part._replace(size=source.files.get(part.file, 0)) for part in parts)
+                units.append(Unit(len(units), source.name, parts))
         return replace(self, sources=names, units=tuple(units))
 
     def to_bytes(self) -> bytes:
@@ -90,8 +90,8 @@ def read_plan(storage: Storage) -> Plan | None:
     def parse(stored: Any) -> Plan:
         if (stored["format"], stored["version"]) != ("ettin-plan", 1):
             raise ValueError(f"format {stored['format']!r}, version {stored['version']!r}")
-        units = [Unit(number, str(unit["source"]), tuple(Part(*part[:3]) for part in unit["parts"]),
-                      tuple(int(part[3]) for part in unit["parts"])) for number, unit in enumerate(stored["units"])]
+        units = [Unit(number, str(unit["source"]), tuple(Part(*part) for part in unit["parts"]))
+                 for number, unit in enumerate(stored["units"])]
         return Plan(dict(stored["options"]), dict(stored["tokenizer"]), dict(stored["sources"]), tuple(units))
 
     return _read(storage, PLAN, parse) if storage.exists(PLAN) else None
@@ -110,15 +110,11 @@ def record_key(base_key: str, unit: Unit) -> str:
 
 def read_record(storage: Storage, plan: Plan, unit: int) -> dict[str, Any]:
     """A unit's completion record. Raises ValueError if it is not one, or is of another unit."""
-    def parse(record: Any) -> dict[str, Any]:
-        if record["key"] != (needed := record_key(plan.base_key, plan.units[unit])):
-            raise ValueError(f"the record of another unit, key must be {needed}, got {record['key']}")
-        for counts in record["splits"].values():
-            if not all(type(counts[key]) is int for key in COUNTS):
-                raise TypeError(f"counts {counts}")
-        return dict(record)
-
-    return _read(storage, record_name(unit), parse)
+    record = _read(storage, name := record_name(unit), dict)
+    if record.get("key") != record_key(plan.base_key, plan.units[unit]):
+        raise ValueError(f"{storage.where(name)}: must be of {plan.units[unit].label} and these options, got another "
+                         "unit's record; remove it and convert again")
+    return record
 
 
 def _read(storage: Storage, name: str, parse: Callable[[Any], T]) -> T:
@@ -146,8 +142,7 @@ def check_place(storage: Storage, append: bool) -> None:
 
 def find_sources(options: ConvertOptions, plan: Plan | None) -> list[Source]:
     """The sources, with absolute places for workers elsewhere; hub datasets at the plan's revision."""
-    found: dict[str, Source] = {}
-    out = os.fspath(options.out)
+    found, out = dict[str, Source](), os.fspath(options.out)
     for source in (find_source(text, licence=options.licence) for text in options.sources):
         name, place = source.name, source.location
         if name in found:
@@ -159,20 +154,19 @@ def find_sources(options: ConvertOptions, plan: Plan | None) -> list[Source]:
             log.warning("%s: every file of it is empty", name)
         if plan and name in plan.sources and not source.files and place != STDLIB:
             source = replace(source, revision=plan.sources[name]["revision"])
-        root = source.root if is_url(source.root) else os.path.abspath(source.root)
-        found[name] = replace(source, root=root)
+        found[name] = replace(source, root=source.root if is_url(source.root) else os.path.abspath(source.root))
     return list(found.values())
 
 
 def plan_conversion(options: ConvertOptions, before: Plan | None, sources: Sequence[Source], *,
-                    tokenizer: Mapping[str, Any], storage: Storage) -> tuple[Plan, list[Unit]]:
-    """What is to be done, and the finished units of `before` to do again, as their input changed.
+                    tokenizer: Mapping[str, Any], storage: Storage) -> Plan:
+    """What is to be done; a unit of `before` whose input changed is not finished any more.
 
     Raises ValueError where `before` differs in what shapes the data, or a finished dataset holds what changed.
     """
     wanted, finished, names = Plan(options.record(), tokenizer), finished_units(storage), [s.name for s in sources]
     if before is None or not (finished or options.append):
-        return wanted.with_sources(sources), []
+        return wanted.with_sources(sources)
     _check_options(before, wanted, sources, append=options.append)
     earlier, kept = list(before.sources), []
     if options.append:  # a later source of which nothing was finished may be left out again
@@ -194,7 +188,10 @@ def plan_conversion(options: ConvertOptions, before: Plan | None, sources: Seque
     if held := [unit for unit in again if unit.number in published_units(storage)]:
         raise ValueError(f"{held[0].label}: the files of a finished dataset must stay as they were, got other names or "
                          "sizes; restore them, or convert into another --out")
-    return wanted, again
+    for unit in again:
+        log.warning("%s is done again: its input has changed", unit.label)
+        storage.delete(record_name(unit.number))
+    return wanted
 
 
 def published_units(storage: Storage) -> set[int]:

@@ -172,7 +172,8 @@ def _document(record: Any, where: str, default_id: str, meter: Meter, options: R
         if meter.unreadable > options.max_bad_records:
             raise ValueError(f"{problem}; --max-bad-records ({options.max_bad_records}) must allow for it, or repair "
                              "it") from None
-        log.warning("unreadable, left out: %s", problem)
+        if meter.unreadable == 1:  # of a wrong field there would be a thousand lines
+            log.warning("unreadable, left out: %s", problem)
         return
     if num_bytes > options.max_document_bytes:
         meter.oversized += 1
@@ -217,7 +218,7 @@ def _read_json(file: _File) -> Iterator[Document]:
 
 def _read_jsonl(file: _File) -> Iterator[Document]:
     """The documents of the lines whose first byte is in the part; default ids end with that byte's offset."""
-    (name, begin, end), stream, options = file.part, file.content, file.options
+    (name, begin, end, _), stream, options = file.part, file.content, file.options
     if end is None and re.match(rb"(\xef\xbb\xbf)?\s*\[\s*{", stream.peek(64)):  # a list of records
         yield from _read_json(file)
         return
@@ -263,7 +264,7 @@ def _read_parquet(file: _File) -> Iterator[Document]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    (_, begin, end), text_field = file.part, file.options.text_field
+    (_, begin, end, _), text_field = file.part, file.options.text_field
     with tempfile.TemporaryFile() as unpacked:  # Parquet is read from its end
         if file.content is not file.raw:
             shutil.copyfileobj(file.content, unpacked, _BLOCK_BYTES)

@@ -34,6 +34,7 @@ class Part(NamedTuple):
     file: str
     begin: int = 0
     end: int | None = None  # None: to the end of the file
+    size: int = 0  # in a plan: bytes on disk of the file when it was made; 0 where it is no file
 
 
 @dataclass

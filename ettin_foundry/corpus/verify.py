@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -39,7 +38,6 @@ class Report:
     notes: list[str] = field(default_factory=list)
     shards: int = 0
     num_bytes: int = 0
-    seconds: float = 0.0
     counts: dict[str, tuple[int | None, int, int]] = field(default_factory=dict)  # split -> documents, chunks, tokens
 
     @property
@@ -47,8 +45,7 @@ class Report:
         return not self.problems
 
     def __str__(self) -> str:
-        text = (f"{self.shards:,} shards, {filesize.decimal(self.num_bytes)} in {self.seconds:.1f} s, "
-                f"{self.num_bytes / 1e6 / max(self.seconds, 1e-9):,.0f} MB/s")
+        text = f"{self.shards:,} shards, {filesize.decimal(self.num_bytes)}"
         for split, (documents, chunks, tokens) in self.counts.items():
             stated = "" if documents is None else f"{documents:,} documents, "
             text += f"; {split}: {stated}{chunks:,} chunks, {tokens:,} tokens"
@@ -57,20 +54,17 @@ class Report:
 
 def verify_dataset(location: str | os.PathLike[str], *, threads: int | None = None,
                    tick: Callable[[int], None] = lambda num_bytes: None) -> Report:
-    """Checks a dataset, one split of it, or a mixture and all shards that it takes from.
+    """Checks a dataset, one split of it, or a mixture and all shards that it takes from, in a folder or behind a URL.
 
-    Args:
-        location: folder or URL.
-        threads: shards checked at a time; None takes every core that this process may use.
-        tick: called with the bytes of each shard when it is done, from any thread.
+    `threads` shards are checked at a time, as many as there are cores if None; `tick` gets the bytes of each when it is
+    done, from any thread.
     """
-    found, begin = find_dataset(location), time.perf_counter()
+    found = find_dataset(location)
     check = _Check(found, tick)
     with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool, \
             tempfile.TemporaryDirectory(prefix="ettin-") as scratch:
         for split in found.splits:
             check.check_split(split, Path(scratch), pool)
-        check.report.seconds = time.perf_counter() - begin
         check.check_tokenizer(Path(scratch))
     if found.whole:
         expected = check.check_card()
@@ -90,9 +84,6 @@ class _Check:
 
     def wrong(self, name: str, text: str) -> None:
         self.report.problems.append(f"{self.storage.where(name)}: {text}")
-
-    def note(self, name: str, text: str) -> None:
-        self.report.notes.append(f"{self.storage.where(name)}: {text}")
 
     def attempt(self, work: Callable[..., T], *arguments: Any) -> T | None:
         """The result; None, and a problem more, when it fails."""
@@ -135,13 +126,11 @@ class _Check:
 
     def check_tokenizer(self, scratch: Path) -> None:
         """tokenizer/ against the manifests' fingerprints."""
-        if not self.storage.list("tokenizer/"):
-            (self.wrong if self.found.whole else self.note)("tokenizer", "missing; put the original there")
+        if not self.found.whole and not self.storage.list("tokenizer/"):
             return
         try:
-            if not self.storage.is_local:
-                fetch_tokenizer(scratch, self.storage.url)
-            loaded = tokenizers.load((Path(self.storage.url) if self.storage.is_local else scratch) / "tokenizer")
+            fetch_tokenizer(scratch, self.storage.url)
+            loaded = tokenizers.load(scratch / "tokenizer")
             for manifest in self.manifests.values():
                 self.attempt(tokenizers.check, loaded, manifest["tokenizer"])
         except Exception as error:  # the tokenizers library raises plain Exception
@@ -150,7 +139,8 @@ class _Check:
     def check_card(self) -> set[str]:
         """Every small file against the sha256 in the data card; the splits that the card states."""
         if not (hashes := self.attempt(read_hashes, self.storage)):
-            self.note(CARD, "is no data card of ettin finalize; not every change of a small file is found")
+            self.report.notes.append(f"{self.storage.where(CARD)}: is no data card of ettin finalize; not every change "
+                                     "of a small file is found")
             return set()
         for name, stated in hashes.items():
             data = self.attempt(self.storage.read_bytes, name)

@@ -8,14 +8,15 @@ in one thread while another tokenizes and a third one writes shards.
 from __future__ import annotations
 
 import functools
+import io
 import itertools
 import json
-import os
+import logging
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
@@ -25,26 +26,18 @@ from ettin_foundry.corpus.encoder import Engine, TextEncoder
 from ettin_foundry.corpus.executors import Report, Tick
 from ettin_foundry.corpus.filters import DUPLICATE, OVERSIZED, UNREADABLE, FilterOptions, write_hashes
 from ettin_foundry.corpus.plan import SPLITS, Unit, record_key, record_name
-from ettin_foundry.corpus.readers import Document, ReadOptions, read_parts
+from ettin_foundry.corpus.readers import ReadOptions, read_parts
 from ettin_foundry.corpus.sources import Meter, Source
 from ettin_foundry.corpus.writer import ShardGroupWriter
 from ettin_foundry.data.storage import open_storage
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MOST_UNKNOWN = 0.25  # share of tokens: more are no odd characters, but another script than the tokenizer's
 _BATCH_BYTES = 1 << 20  # text tokenized at a time: enough to make calls cheap, little enough to hold a few of
 _BATCH_DOCUMENTS = 4096
 _READ_AHEAD = 2  # batches
-
-
-class TokenizerSpec(NamedTuple):
-    """A tokenizer as workers need it: without transformers, whose import takes seconds."""
-
-    name: str
-    json: str
-    forbidden: tuple[int, ...]  # ids that no text may give: the special tokens
-    engine: Engine
 
 
 def work_name(kind: str, unit: Unit, base_key: str) -> str:
@@ -63,23 +56,23 @@ class HashUnit:
 
     def __call__(self, unit: Unit, report: Report) -> None:
         storage, meter, hashes = open_storage(self.out), Meter(), bytearray()
-        for number, document in enumerate(self.documents(unit, meter), 1):
+        documents = read_parts(self.sources[unit.source], unit.parts, meter, ReadOptions.of(self.options))
+        for number, document in enumerate(documents, 1):
             hashes += xxhash.xxh3_128_digest(document.text.encode())
             if number % 256 == 0:
                 report(Tick(number, file_bytes=meter.position()))
-        path = storage.scratch() / f"hashes.{unit.number:05d}.{os.getpid()}.npy"
-        write_hashes(path, hashes)
-        storage.put_file(path, work_name("hashes", unit, self.base_key))
-
-    def documents(self, unit: Unit, meter: Meter) -> Iterator[Document]:
-        return read_parts(self.sources[unit.source], unit.parts, meter, ReadOptions.of(self.options))
+        write_hashes(file := io.BytesIO(), hashes)
+        storage.write_bytes(work_name("hashes", unit, self.base_key), file.getvalue())
 
 
 @dataclass(frozen=True)
 class ConvertUnit(HashUnit):
     """Converts a unit and writes its record."""
 
-    tokenizer: TokenizerSpec
+    tokenizer: str  # its name; it is made from its JSON, without transformers, whose import takes seconds
+    tokenizer_json: str
+    forbidden: tuple[int, ...]  # ids that no text may give: the special tokens
+    engine: Engine
     filters: FilterOptions
     made_with: str  # the versions of the libraries that shape the bytes
 
@@ -89,10 +82,10 @@ class ConvertUnit(HashUnit):
 
 
 @functools.lru_cache(maxsize=1)
-def _tools(spec: TokenizerSpec, chunk_length: int, cut_window: float) -> tuple[TextEncoder, Chunker]:
+def _tools(json: str, name: str, forbidden: tuple[int, ...], engine: Engine, chunk_length: int,
+           cut_window: float) -> tuple[TextEncoder, Chunker]:
     """What takes time to make, kept for the next unit."""
-    encoder = TextEncoder(spec.json, forbidden=spec.forbidden, engine=spec.engine, name=spec.name)
-    return encoder, Chunker(spec.json, chunk_length, cut_window)
+    return TextEncoder(json, forbidden=forbidden, engine=engine, name=name), Chunker(json, chunk_length, cut_window)
 
 
 class _Conversion:
@@ -102,7 +95,8 @@ class _Conversion:
         splits = SPLITS if self.options["validation"] else SPLITS[:1]
         self.counts = {split: Counter[str]() for split in splits}
         self.dropped = {split: Counter[str]() for split in splits}  # by the reading thread
-        self.encoder, chunker = _tools(job.tokenizer, self.options["chunk_length"], self.options["cut_window"])
+        self.encoder, chunker = _tools(job.tokenizer_json, job.tokenizer, job.forbidden, job.engine,
+                                       self.options["chunk_length"], self.options["cut_window"])
         self.writers = {split: ShardGroupWriter(
             stem=f"shard.{unit.number:05d}", source=unit.source, chunker=chunker,
             shard_bytes=self.options["shard_size"], compression=self.options["compression"],
@@ -113,17 +107,16 @@ class _Conversion:
         try:
             for split, batch in _ahead(self._batches()):
                 self._write(split, batch)
-            shards = {split: writer.finish() for split, writer in self.writers.items()}
-        except BaseException:
+            return self._record({split: writer.finish() for split, writer in self.writers.items()})
+        finally:
             for writer in self.writers.values():
-                writer.abort()
-            raise
-        return self._record(shards)
+                writer.abort()  # of one that has finished nothing is left to stop
 
     def _batches(self) -> Iterator[tuple[str, list[tuple[str, str, int]]]]:
         """Text, id and UTF-8 bytes of documents to keep, of one split at a time; runs in the reading thread."""
         batches, held, copies = {split: [] for split in self.counts}, Counter[str](), self._copies()
-        for ordinal, (text, name) in enumerate(self.job.documents(self.unit, self.meter)):
+        source, options = self.job.sources[self.unit.source], ReadOptions.of(self.options)
+        for ordinal, (text, name) in enumerate(read_parts(source, self.unit.parts, self.meter, options)):
             self.read += 1
             encoded = text.encode()
             # by the text alone, so that copies of a document are on one side, wherever they come from
@@ -145,11 +138,8 @@ class _Conversion:
         """Ordinals of the unit's documents that repeat earlier ones."""
         if not self.job.filters.deduplicate:
             return frozenset()
-        path = self.storage.scratch() / f"drops.{self.unit.number:05d}.{os.getpid()}.npy"
-        self.storage.get_file(work_name("drops", self.unit, self.job.base_key), path)
-        copies = frozenset(np.load(path, allow_pickle=False).tolist())
-        path.unlink()
-        return copies
+        data = self.storage.read_bytes(work_name("drops", self.unit, self.job.base_key))
+        return frozenset(np.load(io.BytesIO(data)).tolist())
 
     def _write(self, split: str, batch: list[tuple[str, str, int]]) -> None:
         texts, ids, sizes = zip(*batch)
@@ -170,7 +160,7 @@ class _Conversion:
         splits, read = {}, self.read + sum(left_out.values())
         unknown, tokens = (sum(counts[key] for counts in self.counts.values()) for key in ("unknown", "tokens"))
         if tokens >= 1000 and unknown > _MOST_UNKNOWN * tokens:
-            raise ValueError(f"{self.unit.label}: tokenizer {self.job.tokenizer.name} must know its characters, got "
+            raise ValueError(f"{self.unit.label}: tokenizer {self.job.tokenizer} must know its characters, got "
                              f"{unknown} unknown of {tokens} tokens; take another, or one of --train-tokenizer")
         lost = {"documents": read, "tokens": tokens}
         for split, counts in self.counts.items():
@@ -181,6 +171,8 @@ class _Conversion:
             splits[split] = {"documents": held["documents"], "chunks": held["samples"], "tokens": held["tokens"],
                              "bytes": counts["bytes"], "dropped": dict(sorted(dropped.items())),
                              **({"unknown": counts["unknown"]} if counts["unknown"] else {}), "shards": shards[split]}
+        if self.meter.unreadable > 1:
+            log.warning("%s: %d unreadable records were left out in all", self.unit.label, self.meter.unreadable)
         if any(lost.values()):
             raise RuntimeError(f"{self.unit.label}: more was read than written or dropped, by {lost}")
         return {"unit": self.unit.number, "key": record_key(self.job.base_key, self.unit),

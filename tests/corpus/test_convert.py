@@ -6,6 +6,7 @@ import gzip
 import re
 import runpy
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +60,15 @@ def test_a_tokenizer_is_trained_on_the_training_documents_only_and_names_no_plac
     assert str(tmp_path) not in "".join(path.read_text() for path in out.rglob("*.json"))
 
 
-def test_sources_have_shards_and_counts_of_their_own(tmp_path, tokenizer_dir, corpus):
+def test_each_source_has_shards_and_counts_of_its_own_also_of_what_is_dropped(
+        tmp_path, tokenizer_dir, corpus, monkeypatch):
     (tmp_path / "a.txt").write_text("kalo " * 100)
-    (tmp_path / "b.jsonl").write_text('{"text": " "}\n{"text": "mi"}\n{"text": ""}\n{"text": "' + "x" * 999 + '"}\n')
+    write_jsonl(tmp_path / "b.jsonl", [" ", "mi", "kalo", "", "x" * 9999, "y" * 700])
+    (tmp_path / "keeping.py").write_text("def even(text, id):\n    return id[:3] != 'doc' or int(id[4:]) % 2 == 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
     run(tmp_path / "out", ["one=" + str(tmp_path / "a.txt"), tmp_path / "b.jsonl", corpus], tokenizer_dir,
-        licence="CC0-1.0", max_document_bytes=900)
+        licence="CC0-1.0", max_document_bytes=9000, filters=FilterOptions(
+            min_characters=3, max_characters=600, predicates=("keeping:even",)))
     data = MDSSplit(tmp_path / "out" / "train")
     tokens = dict.fromkeys(data.sources, 0)
     for source, number in zip(data.sources, data.tokens.tolist()):
@@ -71,7 +76,11 @@ def test_sources_have_shards_and_counts_of_their_own(tmp_path, tokenizer_dir, co
     counts = data.manifest["sources"]
     assert list(tokens) == ["one", "b", "corpus"] and {name: counts[name]["tokens"] for name in tokens} == tokens
     assert counts["one"]["bytes"] == 500 and counts["one"]["licence"] == "CC0-1.0"
-    assert (counts["b"]["documents"], counts["b"]["dropped"]) == (1, {"empty": 2, "oversized": 1})
+    reasons = Counter("long" if len(text) > 600 else "predicate keeping:even" if i % 2 else ""
+                      for i, text in enumerate(DOCUMENTS))
+    assert [counts[name]["documents"] for name in tokens] == [1, 1, reasons.pop("")]
+    assert [counts[name]["dropped"] for name in tokens] == [
+        {}, {"empty": 2, "long": 1, "oversized": 1, "short": 1}, reasons]
     assert sum(c["chunks"] for c in counts.values()) == data.samples.sum()
 
 
@@ -103,23 +112,6 @@ def test_a_text_that_lies_twice_in_a_folder_is_read_once(tmp_path, tokenizer_dir
     assert run(tmp_path / "out", [folder], tokenizer_dir).sources["in"]["documents"] == 61
     for name, first in (("a.jsonl.gz", "a.jsonl"), ("b.jsonl", "a.jsonl"), ("c.jsonl.zst", "c.jsonl.gz")):
         assert f"{name} is not read, as it is the text of {first};" in caplog.text
-
-
-def test_each_filter_counts_what_it_drops(tmp_path, tokenizer_dir, monkeypatch):
-    texts = make_documents(100, longest=40)
-    texts[12], texts[14] = "x" * 5000, "mi"
-    write_jsonl(tmp_path / "c.jsonl", texts)
-    (tmp_path / "keeping.py").write_text("def even(text, id):\n    return int(id.partition('-')[2]) % 2 == 0\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    run(tmp_path / "out", [tmp_path / "c.jsonl"], tokenizer_dir, validation=0.2, filters=FilterOptions(
-        min_characters=3, max_characters=4000, predicates=("keeping:even",)))
-    kept, dropped = {}, {}
-    for split in ("train", "validation"):
-        kept |= stored(tmp_path / "out" / split)
-        for reason, number in MDSSplit(tmp_path / "out" / split).manifest["sources"]["c"]["dropped"].items():
-            dropped[reason] = dropped.get(reason, 0) + number
-    assert sorted(int(name[2:]) for name in kept) == [i for i in range(0, 100, 2) if i not in (12, 14)]
-    assert dropped == {"long": 1, "short": 1, "predicate keeping:even": 50}
 
 
 @pytest.mark.parametrize("option, values", [("engine", ("fast", "tokenizers")), ("compression", (None, "zstd"))])

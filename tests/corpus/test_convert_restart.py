@@ -7,11 +7,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from converting import UNIT, files_of, is_finished, run, stored, write_corpus, write_jsonl
+from hand_made import flip
 from s3_server import S3Server
-from whole_sets import flip
 
 from ettin_foundry.corpus import convert as converting
 from ettin_foundry.corpus.filters import FilterOptions
@@ -66,15 +65,26 @@ def killed(operation: int, *args: object, **more: object) -> bool:
             return True
 
 
-def test_killed_again_and_again_it_leaves_no_half_dataset_and_ends_the_same(tmp_path, texts, tokenizer_dir, whole):
-    """Each start gets a few writes further than the one before; the last writes of finalize need more than 6."""
-    starts = 1
-    while starts < 40 and killed(3 + starts % 4, tmp_path / "set", [texts], tokenizer_dir, **SETTINGS):
+def readable(out: Path) -> dict[str, bytes]:
+    """All files but those that duplicates are found by."""
+    return {name: data for name, data in files_of(out).items() if not name.startswith("work/")}
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_killed_again_and_again_it_is_never_half_a_dataset_and_ends_the_same(tmp_path, texts, tokenizer_dir, append):
+    """Each start gets one write further than the one before. What has a manifest is whole, be it the old or the new."""
+    out, more = tmp_path / "set", tmp_path / "more"
+    write_corpus(more, files=1, documents=20, seed=5, first=6)
+    if append:
+        run(out, [texts], tokenizer_dir, **SETTINGS)
+    states, starts = set(), 0
+    while killed(3 + starts, out, [more if append else texts], tokenizer_dir, append=append, **SETTINGS):
         starts += 1
-        for manifest in (tmp_path / "set").rglob("manifest.json"):
-            assert stored(manifest.parent)
-    run(tmp_path / "set", [texts], tokenizer_dir, **SETTINGS)
-    assert starts > 8 and files_of(tmp_path / "set") == whole
+        manifests = list(out.rglob("manifest.json"))
+        states.add(len(manifests))
+        assert all(stored(manifest.parent) for manifest in manifests)
+    run(tmp_path / "new", [texts, more] if append else [texts], tokenizer_dir, **SETTINGS)
+    assert starts > 8 and states >= ({0, 2} if append else {0}) and files_of(out) == files_of(tmp_path / "new")
 
 
 def test_workers_and_a_second_start_change_no_byte(tmp_path, texts, tokenizer_dir, whole):
@@ -107,21 +117,6 @@ def test_appending_gives_the_bytes_of_converting_both_at_once(tmp_path, texts, t
         summary = run(tmp_path / "set", [tmp_path / "more"], None, append=True, **SETTINGS)
     assert files_of(tmp_path / "set") == files_of(tmp_path / "both")
     assert summary.sources["more"]["documents"] + summary.sources["more"]["dropped (duplicate)"] == len(more) + 25
-
-
-def test_a_growing_dataset_is_never_half_old_and_half_new(tmp_path, texts, tokenizer_dir):
-    """Killed at every write of an append: what has a manifest is whole, and the command goes on."""
-    write_corpus(tmp_path / "more", files=1, documents=20, seed=5, first=6)
-    run(tmp_path / "both", [texts, tmp_path / "more"], tokenizer_dir, validation=0.2)
-    run(tmp_path / "set", [texts], tokenizer_dir, validation=0.2)
-    states, operation = set(), 2
-    while killed(2 + operation // 2, tmp_path / "set", [tmp_path / "more"], tokenizer_dir, append=True, validation=0.2):
-        manifests = sorted((tmp_path / "set").rglob("manifest.json"))
-        states.add(len(manifests))
-        for manifest in manifests:
-            assert stored(manifest.parent)
-        operation += 1
-    assert states >= {0, 2} and files_of(tmp_path / "set") == files_of(tmp_path / "both")
 
 
 def test_an_unfinished_append_is_finished_before_another(tmp_path, texts, tokenizer_dir):
@@ -162,8 +157,7 @@ def test_what_holds_no_document_is_said_and_the_rest_is_written(tmp_path, texts,
     run(out, [tmp_path / "good"], tokenizer_dir, append=True, **settings)
     assert verify_dataset(out).ok and not (out / "validation").exists()
     run(tmp_path / "both", [texts, tmp_path / "good"], tokenizer_dir)
-    found, expected = stored(out / "train"), stored(tmp_path / "both" / "train")
-    assert list(found) == list(expected) and all(np.array_equal(found[name], expected[name]) for name in expected)
+    assert list(stored(out / "train")) == list(stored(tmp_path / "both" / "train"))
 
 
 OTHERS: dict[str, object] = {
@@ -208,12 +202,11 @@ def test_changed_input_is_read_again_in_an_unfinished_dataset(tmp_path, tokenize
     summary = run(out, [folder], tokenizer_dir, **settings)
     run(tmp_path / "new", [folder], tokenizer_dir, **settings)
     assert summary.units[1] - summary.units[0] < finished and "(in: 1.jsonl) is done again" in caplog.text
-    found, expected = files_of(out), files_of(tmp_path / "new")
-    assert {n: d for n, d in found.items() if n[:4] != "work"} == {n: d for n, d in expected.items() if n[:4] != "work"}
+    assert (found := readable(out)) == readable(tmp_path / "new")
     (folder / "1.jsonl").write_bytes(b"".join(lines))
     with pytest.raises(ValueError, match=r"unit \d+ .*files of a finished dataset must stay as they were"):
         run(out, [folder], tokenizer_dir, **settings)
-    assert files_of(out) == found
+    assert readable(out) == found
 
 
 @pytest.mark.parametrize("task, unit_size", [(0, UNIT), (1, "1mb"), (None, UNIT)],
@@ -233,20 +226,19 @@ def test_nothing_is_left_of_a_try_with_other_options(tmp_path, texts, tokenizer_
 
 def test_units_of_another_tokenizers_version_are_done_again_in_an_unfinished_dataset(
         tmp_path, texts, tokenizer_dir, monkeypatch, caplog):
-    out, more = tmp_path / "set", write_corpus(tmp_path / "more", files=2, first=6)
+    out = tmp_path / "set"
+    write_corpus(tmp_path / "more", files=2, first=6)
     run(tmp_path / "new", [texts], tokenizer_dir)
-    for release in ("0.1", "0.2"):
-        monkeypatch.setattr(converting, "version", lambda name, release=release: release)
+    with monkeypatch.context() as patch:
+        patch.setattr(converting, "version", lambda name: "0.2")
         assert killed(12, out, [texts], tokenizer_dir)
-        assert all(f"tokenizers {release}" in path.read_text() for path in (out / "units").iterdir())
-    monkeypatch.undo()
-    run(out, [texts], tokenizer_dir)
-    assert files_of(out) == files_of(tmp_path / "new") and "it was done with tokenizers 0.2, here is" in caplog.text
+    units = run(out, [texts], tokenizer_dir).units
+    assert files_of(out) == files_of(tmp_path / "new") and "made with tokenizers 0.2, here is" in caplog.text
     monkeypatch.setattr(converting, "version", lambda name: "0.3")  # what is finished stays, also when it grows
     (out / "train" / "shard.00001.000.mds").unlink()
     assert run(out, [texts], tokenizer_dir).units[0] == 1
     summary = run(out, [tmp_path / "more"], None, append=True)
-    assert summary.units[0] == summary.units[1] - len(list((tmp_path / "new" / "units").iterdir())) and more
+    assert units[0] == units[1] == summary.units[1] - summary.units[0]
 
 
 def test_lost_shards_are_made_again_and_a_foreign_record_is_refused(tmp_path, texts, tokenizer_dir, whole):
@@ -271,9 +263,11 @@ def test_lost_shards_are_made_again_and_a_foreign_record_is_refused(tmp_path, te
     records[0].write_bytes(records[1].read_bytes())
     with pytest.raises(ValueError, match=r"00000\.json: .*another unit"):
         run(out, [texts], tokenizer_dir, **SETTINGS)
-    records[0].write_bytes(b'{"unit": 0}')
-    with pytest.raises(ValueError, match=r"00000\.json: must be as a conversion wrote it, got .*key"):
+    records[0].write_bytes(b'{"unit": 0')
+    with pytest.raises(ValueError, match=r"00000\.json: must be as a conversion wrote it, .* remove it"):
         finalize(out)
+    records[0].unlink()
+    assert run(out, [texts], tokenizer_dir, **SETTINGS).units[0] == 1 and files_of(out) == whole
 
 
 def test_datasets_on_s3_are_the_local_ones_also_when_requests_fail(texts, tokenizer_dir, whole, monkeypatch):
@@ -293,14 +287,11 @@ def test_until_a_unit_is_finished_input_and_options_may_change(tmp_path, tokeniz
     write_corpus(tmp_path / "in", files=2, documents=30)
     lines = (tmp_path / "in" / "0.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "in" / "1.jsonl").write_text("".join(lines[5:20]))
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(ConvertUnit, "__call__", lambda *_: (_ for _ in ()).throw(Killed))
-        with pytest.raises(Killed):
-            run(tmp_path / "set", [tmp_path / "in"], None, train_tokenizer=400, **SETTINGS)
+        run(tmp_path / "set", [tmp_path / "in"], None, train_tokenizer=400, **SETTINGS)
     assert list((tmp_path / "set" / "work" / "hashes").iterdir())
     (tmp_path / "in" / "0.jsonl").write_text("".join(lines[1:]))
     for name in ("set", "new"):
         run(tmp_path / name, [tmp_path / "in"], None, train_tokenizer=450, **SETTINGS)
-    found, expected = files_of(tmp_path / "set"), files_of(tmp_path / "new")
-    assert {name: data for name, data in found.items() if not name.startswith("work/")} == \
-        {name: data for name, data in expected.items() if not name.startswith("work/")}
+    assert readable(tmp_path / "set") == readable(tmp_path / "new")

@@ -4,60 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
-import signal
 import socket
-import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pool_jobs
+import psutil
 import pytest
 from converting import files_of, run, write_corpus
 from pool_jobs import jobs
 
-from ettin_foundry.corpus.executors import Board, run_tasks
+from ettin_foundry.corpus.executors import Board, Tick, run_tasks
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
-
-
-def ray_processes() -> list[str]:
-    """Command lines of Ray's processes that were started here."""
-    found = subprocess.run(["ps", "-eo", "stat=,args="], capture_output=True, text=True).stdout.splitlines()
-    return [line for line in found if not line.startswith("Z") and os.environ["RAY_TMPDIR"] in line]
-
-
-def own_workers() -> list[int]:
-    """Ray's processes that have a task, and are of this test's Ray: there may be others on the machine."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if re.match(rb"ray::.*attempt", (folder / "cmdline").read_bytes()):
-                if os.environ["RAY_TMPDIR"].encode() in (folder / "environ").read_bytes():
-                    found.append(int(folder.name))
-    return found
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_ray() -> Iterator[None]:
     """A folder of its own for Ray's files, short because they hold sockets, and nothing that calls home."""
-    patch = pytest.MonkeyPatch()
-    folder = Path(tempfile.mkdtemp(prefix="ray-"))
+    patch, folder, before = pytest.MonkeyPatch(), tempfile.mkdtemp(prefix="ray-"), psutil.Process().children()
     here = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
-    for name, value in {"RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled",
+    for name, value in {"RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled",
                         "RAY_DEDUP_LOGS": "0", "PYTHONPATH": here}.items():
         patch.setenv(name, value)
     patch.delenv("RAY_ADDRESS", raising=False)
     yield
+    started = {*psutil.Process().children(recursive=True)}.difference(before)
     ray.shutdown()
-    end = time.monotonic() + 5
-    while ray_processes() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert ray_processes() == []
+    assert psutil.wait_procs(started, timeout=5)[1] == []
     shutil.rmtree(folder)
     patch.undo()
 
@@ -66,14 +43,15 @@ def test_conversion_on_ray_with_a_killed_worker_writes_the_bytes_of_one_process(
     write_corpus(tmp_path / "texts", files=6, documents=2_000)
     settings = {"validation": 0.2, "unit_size": "64kb", "engine": "tokenizers"}
     run(tmp_path / "one", [tmp_path / "texts"], tokenizer_dir, **settings)
-    over = threading.Event()
+    over, own = threading.Event(), psutil.Process()
 
     def kill() -> None:
         """Workers that have a task, one after the other until one of them died in the middle of it."""
         while not over.is_set() and "died" not in caplog.text:
-            if found := own_workers():
-                os.kill(found[0], signal.SIGKILL)
-                over.wait(1.0)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if found := [child for child in own.children(recursive=True) if "attempt" in "".join(child.cmdline())]:
+                    found[0].kill()
+                    over.wait(1.0)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -103,8 +81,8 @@ def test_errors_and_hopeless_tasks_are_as_in_a_local_pool(tmp_path):
     with pytest.raises(ChildProcessError, match="job-3: 2 workers died in it, the last of WorkerCrashedError"):
         run_tasks(pool_jobs.dying, jobs(4, tmp_path, "9"), tries=2, **options)  # type: ignore[arg-type]
     assert len(list(tmp_path.glob("try.3.*"))) == 2
-    (_, environment), = run_tasks(pool_jobs.looking_around, jobs(1), **options)  # type: ignore[arg-type]
-    assert environment["RAYON_NUM_THREADS"] == "1"
+    run_tasks(pool_jobs.in_steps, jobs(3), **options)  # type: ignore[arg-type]
+    assert options["board"].total == Tick(15, 150, 1500, 15_000)
     assert ray.is_initialized()
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from converting import files_of
-from whole_sets import copy_set, edit, flip, shards_of, whole_set
+from hand_made import edit, flip
+from whole_sets import copy_set, shards_of, whole_set
 
 from ettin_foundry.cli import main as cli
 from ettin_foundry.corpus.mix import build_mix
@@ -126,7 +127,7 @@ def test_commands_verify_finalize_and_mix(private, tmp_path, capsys):
     (lambda m: m["tokenizer"].update(probe_sha256="0"), "probe_sha256")])
 def test_lie_of_a_manifest_is_found_by_the_files_alone(private, change, words):
     (private / "README.md").unlink()
-    edit(private / "train" / "manifest.json", change)
+    edit(private / "train", change)
     assert re.search(words, problems(private))
 
 
@@ -170,5 +171,5 @@ def test_mixture_is_held_to_its_datasets(private, tmp_path):
         flip(path, -1)
     found = problems(tmp_path / "mix")
     assert parts and all((str(path) in found) == (number in taken) for number, path in enumerate(paths))
-    edit(private / "train" / "manifest.json", lambda m: m["shards"].reverse())
+    edit(private / "train", lambda m: m["shards"].reverse())
     assert "altered or replaced" in problems(tmp_path / "mix")
