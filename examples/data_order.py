@@ -8,7 +8,8 @@ input_ids (list of uint16) are a row's real tokens before masking. step (uint64)
 
 from __future__ import annotations
 
-import sys
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,20 @@ from ettin_foundry.training.recipes import resolved
 STEPS_PER_FILE = 100
 
 
-def main(out: str, steps: str, *recipe: str) -> None:
-    stream = stream_of(resolved(list(recipe)))
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("steps", type=int, help="number of steps, from the first on")
+    parser.add_argument("recipe", nargs="+", help="YAML files and KEY=VALUE, as for train.py")
+    given = parser.parse_args(arguments)
+
+    stream = stream_of(resolved(given.recipe))
     begin, end = ([stream.data.tokenizer["special_ids"][key]] for key in ("cls", "sep"))
     schema = pa.schema([("input_ids", pa.list_(pa.uint16())), ("step", pa.uint64())])
-    Path(out).mkdir(parents=True, exist_ok=True)
-    for first in range(0, int(steps), STEPS_PER_FILE):
-        last = min(first + STEPS_PER_FILE, int(steps))
-        path = Path(out, f"steps_{first + 1:06d}_to_{last:06d}.parquet")
+    given.out.mkdir(parents=True, exist_ok=True)
+    for first in range(0, given.steps, STEPS_PER_FILE):
+        last = min(first + STEPS_PER_FILE, given.steps)
+        path = given.out / f"steps_{first + 1:06d}_to_{last:06d}.parquet"
         if path.exists():
             continue
         with pq.ParquetWriter(path.with_suffix(".partial"), schema, compression="zstd") as writer:
@@ -41,4 +48,4 @@ def main(out: str, steps: str, *recipe: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

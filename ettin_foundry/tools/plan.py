@@ -356,7 +356,7 @@ def totals(plans: Sequence[Plan]) -> dict[str, Any]:
 def _table(plans: Sequence[Plan]) -> str:
     rows = [["stage", "model", "objective", "rows/step", "row length", "GiB", "tokens", "steps", "hours", "checkpoints",
              "storage"]]
-    shapes = [[plan.name, plan.model, plan.objective, f"{plan.rows_per_step:,}", f"{plan.max_seq_len:,}",
+    shapes = [[plan.name, plan.model, " and ".join(plan.shares), f"{plan.rows_per_step:,}", f"{plan.max_seq_len:,}",
                f"{plan.memory_gib:.1f}{'' if plan.fits else '!'}"] for plan in plans]
     for shape, some in [*zip(shapes, ([plan] for plan in plans)), (["total", *[""] * 5], plans)]:
         sums = totals(some)

@@ -106,7 +106,7 @@ def _draw_losses(stages: Sequence[Mapping[str, Any]], logs: Mapping[str, list[di
 
 
 def _objective(record: Mapping[str, Any]) -> str:
-    return str(ObjectiveSchedule.parse(record.get("objective_schedule") or record["objective"]))
+    return " and ".join(ObjectiveSchedule.parse(record.get("objective_schedule") or record["objective"]).objectives)
 
 
 def _make_model(suite: Suite, name: str, stage: Stage) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def test_a_wrong_command_line_ends_with_one_line_that_says_so(arguments, words, 
 def test_the_example_writes_the_ids_of_the_run_and_goes_on_after_a_stop(rising_run, data_set, tmp_path, monkeypatch):
     monkeypatch.setattr(data_order, "STEPS_PER_FILE", 4)
     for _ in range(2):
-        data_order.main(str(tmp_path), "6", YAML[1], f"variables.data={data_set}", *SMALL, *RISING)
+        data_order.main([str(tmp_path), "6", YAML[1], f"variables.data={data_set}", *SMALL, *RISING])
         (tmp_path / "steps_000005_to_000006.parquet").rename(tmp_path / "later")
     (tmp_path / "later").rename(tmp_path / "steps_000005_to_000006.parquet")
     table = pa.concat_tables([pq.read_table(path) for path in sorted(tmp_path.glob("*.parquet"))])
