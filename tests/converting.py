@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +15,14 @@ from ettin_foundry.corpus.convert import ConvertOptions, Summary, convert
 from ettin_foundry.data.shards import MDSSplit
 
 UNIT = 3_000  # bytes: several units for every corpus here
-
-
-def options(out: Path | str, sources: list[Path | str], tokenizer: Path | None, **more: object) -> ConvertOptions:
-    """Small shards and units; one worker, in this process."""
-    small = {"chunk_length": CHUNK_LENGTH, "validation": 0.0, "shard_size": "8kb", "workers": 1,
-             "unit_size": UNIT, **more}
-    return ConvertOptions(sources=[*map(str, sources)], out=out, tokenizer=tokenizer, **small)  # type: ignore
+SOURCES = ("wiki", "code")
 
 
 def run(out: Path | str, sources: list[Path | str], tokenizer: Path | None, **more: object) -> Summary:
-    """Converts with `options`."""
-    return convert(options(out, sources, tokenizer, **more))
+    """Converts into small shards and units; one worker, in this process."""
+    small = {"chunk_length": CHUNK_LENGTH, "validation": 0.0, "shard_size": "8kb", "workers": 1, "unit_size": UNIT}
+    options = {"sources": [*map(str, sources)], "out": out, "tokenizer": tokenizer, **small, **more}
+    return convert(ConvertOptions(**options))  # type: ignore[arg-type]
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
@@ -68,6 +67,31 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def is_finished(out: Path) -> bool:
-    """Whether a reader would take anything in OUT for a dataset."""
-    return bool(list(out.rglob("manifest.json")))
+@functools.lru_cache(maxsize=4)
+def whole_set(tokenizer_dir: Path, compression: str | None = None) -> Path:
+    """Two sources, train and validation, several units and shards of each. Not to be changed."""
+    folder = Path(tempfile.mkdtemp(dir=tokenizer_dir.parent))
+    for number, name in enumerate(SOURCES):
+        write_corpus(folder / "texts" / name, files=2, documents=25, seed=number, longest=250)
+    run(folder / "set", [folder / "texts" / name for name in SOURCES], tokenizer_dir, validation=0.2, unit_size=6_000,
+        shard_size="2kb", compression=compression, licence="cc-by-4.0")
+    return folder / "set"
+
+
+def copy_set(tokenizer_dir: Path, folder: Path, *, compression: str | None = None) -> Path:
+    """A private copy, to be spoilt."""
+    return Path(shutil.copytree(whole_set(tokenizer_dir, compression), folder / "set"))
+
+
+def shards_of(split: Path) -> list[Path]:
+    """Shard files in the order of the manifest."""
+    manifest = json.loads((split / "manifest.json").read_text())
+    return [split / (shard["zip"] or shard["raw"])["basename"] for shard in manifest["shards"]]
+
+
+@functools.lru_cache(maxsize=8)
+def samples_of(split: Path) -> list[dict]:
+    """All samples in stored order, read from a copy."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = MDSSplit(shutil.copytree(split, Path(folder) / "copy"))
+        return [data.sample(shard, index) for shard in range(data.num_shards) for index in range(data.samples[shard])]

@@ -1,8 +1,8 @@
 """Reads the parts of a source as documents, in a fixed order: .jsonl, .json, .txt, .parquet, plain, .gz or .zst.
 
 Two runs over the same corpus give the same documents, however it is cut into parts. Memory is bounded by the largest
-document; a .json file that is not JSON Lines is read whole. A record that cannot be read is left out, named in the log
-and counted; what is wrong with a whole file (cut off, another column) is an error.
+document; a .json file that is not JSON Lines is read whole. A record that cannot be read is left out and counted, the
+first named in the log; what is wrong with a whole file (cut off, another column) is an error.
 """
 
 from __future__ import annotations

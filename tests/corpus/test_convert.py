@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_documents
-from converting import files_of, is_finished, run, stored, write_corpus, write_jsonl
+from converting import files_of, run, stored, write_corpus, write_jsonl
 from transformers import AutoTokenizer
 
 from ettin_foundry.cli.main import main
@@ -61,18 +61,17 @@ def test_a_tokenizer_is_trained_on_the_training_documents_only_and_names_no_plac
 
 
 def test_each_source_has_shards_and_counts_of_its_own_also_of_what_is_dropped(
-        tmp_path, tokenizer_dir, corpus, monkeypatch):
+        tmp_path, tokenizer_dir, corpus, monkeypatch, caplog):
     (tmp_path / "a.txt").write_text("kalo " * 100)
-    write_jsonl(tmp_path / "b.jsonl", [" ", "mi", "kalo", "", "x" * 9999, "y" * 700])
+    with write_jsonl(tmp_path / "b.jsonl", [" ", "mi", "kalo", "", "x" * 9999, "y" * 700]).open("a") as file:
+        file.write('{"text": 3}\n' * 9)
     (tmp_path / "keeping.py").write_text("def even(text, id):\n    return id[:3] != 'doc' or int(id[4:]) % 2 == 0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     run(tmp_path / "out", ["one=" + str(tmp_path / "a.txt"), tmp_path / "b.jsonl", corpus], tokenizer_dir,
         licence="CC0-1.0", max_document_bytes=9000, filters=FilterOptions(
             min_characters=3, max_characters=600, predicates=("keeping:even",)))
     data = MDSSplit(tmp_path / "out" / "train")
-    tokens = dict.fromkeys(data.sources, 0)
-    for source, number in zip(data.sources, data.tokens.tolist()):
-        tokens[source] += number
+    tokens = {name: data.tokens[np.array(data.sources) == name].sum() for name in dict.fromkeys(data.sources)}
     counts = data.manifest["sources"]
     assert list(tokens) == ["one", "b", "corpus"] and {name: counts[name]["tokens"] for name in tokens} == tokens
     assert counts["one"]["bytes"] == 500 and counts["one"]["licence"] == "CC0-1.0"
@@ -80,7 +79,8 @@ def test_each_source_has_shards_and_counts_of_its_own_also_of_what_is_dropped(
                       for i, text in enumerate(DOCUMENTS))
     assert [counts[name]["documents"] for name in tokens] == [1, 1, reasons.pop("")]
     assert [counts[name]["dropped"] for name in tokens] == [
-        {}, {"empty": 2, "long": 1, "oversized": 1, "short": 1}, reasons]
+        {}, {"empty": 2, "long": 1, "oversized": 1, "short": 1, "unreadable": 9}, reasons]
+    assert caplog.text.count("b.jsonl byte ") == 1 and "9 unreadable records were left out in all" in caplog.text
     assert sum(c["chunks"] for c in counts.values()) == data.samples.sum()
 
 
@@ -157,7 +157,7 @@ def test_a_bad_call_is_one_clear_error_and_leaves_no_dataset(tmp_path, tokenizer
         main(["convert", *defaults, *(a.format(tmp=tmp_path) for a in arguments)])
     error = capsys.readouterr().err
     assert status.value.code in (1, 2) and error.lower().count("error: ") == 1 and re.search(message, error)
-    assert not is_finished(tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("manifest.json"))
 
 
 def test_the_program_converts_and_says_what_it_did(tmp_path, corpus, monkeypatch, capsys):

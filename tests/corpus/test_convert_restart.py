@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from converting import UNIT, files_of, is_finished, run, stored, write_corpus, write_jsonl
+from converting import UNIT, files_of, run, stored, write_corpus, write_jsonl
 from hand_made import flip
 from s3_server import S3Server
 
@@ -99,7 +99,7 @@ def test_tasks_of_an_array_and_finalize_give_the_bytes_of_one_run(tmp_path, text
     run(tmp_path / "one", [texts], tokenizer_dir, validation=0.2)
     array = {"num_tasks": 3, "validation": 0.2}
     done = [run(tmp_path / "many", [texts], tokenizer_dir, task_index=task, **array).units[0] for task in (2, 0)]
-    assert not is_finished(tmp_path / "many")
+    assert not list((tmp_path / "many").rglob("manifest.json"))
     with pytest.raises(FileNotFoundError, match="units are not finished, the first is unit 1"):
         finalize(tmp_path / "many")
     summary = run(tmp_path / "many", [texts], tokenizer_dir, task_index=1, **array)

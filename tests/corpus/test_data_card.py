@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from converting import SOURCES, copy_set, samples_of, whole_set
 from huggingface_hub import DatasetCard
-from whole_sets import SOURCES, copy_set, samples_of, whole_set
 
 from ettin_foundry.corpus.card import card_text, read_hashes, write_card
 from ettin_foundry.data.storage import open_storage

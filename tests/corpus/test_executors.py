@@ -27,10 +27,6 @@ pytestmark = pytest.mark.timeout(60)
 HEAVY = {"torch", "transformers", "streaming", "boto3", "ray", "matplotlib", "pyarrow", "tokenizers"}
 
 
-def board() -> Board:
-    return Board("test", 0)
-
-
 def wait_until(condition: Callable[[], object]) -> None:
     end = time.monotonic() + 20
     while not condition():
@@ -46,14 +42,14 @@ def _no_process_left() -> Iterator[None]:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_results_come_in_order_and_the_board_counts_every_tick(workers):
-    shown = board()
+    shown = Board("test", 0)
     assert run_tasks(pool_jobs.in_steps, jobs(40), workers=workers, board=shown) == [n ** 2 for n in range(40)]
     assert shown.total == Tick(200, 2000, 20_000, 200_000)
     assert run_tasks(pool_jobs.in_steps, [], workers=workers, board=shown) == []
 
 
 def test_workers_killed_at_random_moments_cost_no_result_and_no_count(caplog):
-    shown, rng, killed, done = board(), random.Random(7), [], threading.Event()
+    shown, rng, killed, done = Board("test", 0), random.Random(7), [], threading.Event()
 
     def kill() -> None:
         while len(killed) < 12 and not done.is_set():
@@ -79,15 +75,15 @@ def test_workers_killed_at_random_moments_cost_no_result_and_no_count(caplog):
 @pytest.mark.parametrize("how, named", [("SIGKILL", "SIGKILL"), ("7", "exit status 7")])
 def test_a_task_that_kills_every_worker_is_given_up_after_its_tries(tmp_path, how, named):
     with pytest.raises(ChildProcessError, match=f"job-3: 2 workers died in it, the last of {named};"):
-        run_tasks(pool_jobs.dying, jobs(8, tmp_path, how), workers=2, board=board(), tries=2)
+        run_tasks(pool_jobs.dying, jobs(8, tmp_path, how), workers=2, board=Board("test", 0), tries=2)
     assert len(list(tmp_path.glob("try.3.*"))) == 2
     others = [job for job in jobs(8, tmp_path / "..", how) if job.number != 3]
-    assert run_tasks(pool_jobs.dying, others, workers=2, board=board()) == [job.number ** 2 for job in others]
+    assert run_tasks(pool_jobs.dying, others, workers=2, board=Board("test", 0)) == [job.number ** 2 for job in others]
 
 
 def test_an_exception_comes_back_as_it_was_and_the_other_workers_leave_tidily(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such corpus") as raised:
-        run_tasks(pool_jobs.raising, jobs(9, tmp_path), workers=3, board=board())
+        run_tasks(pool_jobs.raising, jobs(9, tmp_path), workers=3, board=Board("test", 0))
     assert raised.value.filename == "/data/corpus.jsonl" and "in raising" in str(raised.value.__cause__)
     begun, tidied = ({path.name.split(".")[1] for path in tmp_path.glob(f"{kind}.*")} for kind in ("begun", "tidied"))
     assert "0" in begun and begun <= tidied <= {"0", "1"}
@@ -96,12 +92,12 @@ def test_an_exception_comes_back_as_it_was_and_the_other_workers_leave_tidily(tm
 @pytest.mark.parametrize("text, message", [("awkward", "Awkward: awkward 7"), ("unpicklable", "pickle")])
 def test_what_cannot_be_pickled_is_an_error_and_no_hang(tmp_path, text, message):
     with pytest.raises(Exception, match=message):
-        run_tasks(pool_jobs.raising, jobs(3, tmp_path, text), workers=3, board=board())
+        run_tasks(pool_jobs.raising, jobs(3, tmp_path, text), workers=3, board=Board("test", 0))
 
 
 def test_workers_start_light_with_one_thread_each(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    for modules, environment in run_tasks(pool_jobs.looking_around, jobs(2), workers=2, board=board()):
+    for modules, environment in run_tasks(pool_jobs.looking_around, jobs(2), workers=2, board=Board("test", 0)):
         assert not HEAVY & set(modules)
         assert environment["OMP_NUM_THREADS"] == "1"
 

@@ -9,9 +9,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from converting import files_of
+from converting import copy_set, files_of, shards_of, whole_set
 from hand_made import edit, flip
-from whole_sets import copy_set, shards_of, whole_set
 
 from ettin_foundry.cli import main as cli
 from ettin_foundry.corpus.mix import build_mix

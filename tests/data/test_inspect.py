@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from converting import files_of
+from converting import SOURCES, copy_set, files_of, samples_of, whole_set
 from tokenizers import Tokenizer
-from whole_sets import SOURCES, copy_set, samples_of, whole_set
 
 from ettin_foundry.cli import main as cli
 from ettin_foundry.data.inspect import draw_samples, find_dataset, plain, show_lines, source_statistics
