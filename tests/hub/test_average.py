@@ -1,6 +1,8 @@
 """Averaged checkpoints: numpy's mean in float64, what they say they were made of, what is refused."""
 
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import parity
@@ -63,25 +65,22 @@ def test_a_mean_says_what_it_was_made_of_and_exports(runs, tmp_path):
 def test_what_has_no_mean_is_refused_with_both_values(runs, tmp_path):
     folder, models = runs
     a, b = folder / "ep0-ba9-rank0.pt", folder / "ep0-ba10-rank0.pt"
-
-    def other(name, objective="mlm", record=None, **changes):
-        return save(tmp_path / f"{name}.pt", model(objective, **changes), objective, batch=50, **(record or {}))
-
-    bad = model("mlm")
-    with torch.no_grad():
-        bad.trunk.final_norm.weight[3] = math.nan
-    save(tmp_path / "nan.pt", bad, "mlm", batch=50)
-    copy, out = tmp_path / "copy.pt", tmp_path / "out.pt"
-    copy.write_bytes(a.read_bytes())
+    bad, out = model("mlm"), tmp_path / "out.pt"
+    bad.trunk.final_norm.weight.data[3] = math.nan
+    nan = save(tmp_path / "nan.pt", bad, "mlm", batch=50)
+    theta = save(tmp_path / "theta.pt", model("mlm", global_rope_theta=160000.0), "mlm", batch=50)
+    mntp = save(tmp_path / "mntp.pt", model("mntp"), "mntp", batch=50)
+    tokens = save(tmp_path / "t.pt", model("mlm"), "mlm", batch=50, tokenizer_fingerprint={})
+    copy = Path(shutil.copy(a, tmp_path / "copy.pt"))
     (tmp_path / "there.pt").write_bytes(b"x")
     for sources, place, last, words in (
-            ([a, other("theta", global_rope_theta=160000.0)], out, None, "rope_theta.*10000.0 in.*160000.0 in.*theta"),
-            ([a, other("mntp", "mntp")], out, None, "objective.*mlm.*mntp"),
-            ([a, other("t", record={"tokenizer_fingerprint": {}})], out, None, "t.pt.*vocab_size is None, not 300 as"),
+            ([a, theta], out, None, "rope_theta.*10000.0 in.*160000.0 in.*theta"),
+            ([a, mntp], out, None, "objective.*mlm.*mntp"),
+            ([a, tokens], out, None, "t.pt.*vocab_size is None, not 300 as"),
             ([a], out, None, "at least two checkpoints"),
             ([folder / "ep0-ba11-rank0.pt", folder / "latest-rank0.pt"], out, None, "latest-rank0.pt: the same check"),
             ([a, copy], out, None, "copy.pt: the same checkpoint as .*ep0-ba9-rank0.pt"),
-            ([a, tmp_path / "nan.pt"], out, None, "nan.pt: trunk.final_norm.weight: has NaN"),
+            ([a, nan], out, None, "nan.pt: trunk.final_norm.weight: has NaN"),
             ([folder], out, 4, "--last must be at most 3"),
             ([a, b], tmp_path / "there.pt", None, "there.pt: exists"), ([a, b], tmp_path / "out", None, "end in .pt")):
         with pytest.raises(ValueError, match=words):

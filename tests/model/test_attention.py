@@ -54,20 +54,16 @@ def test_reference_path_equals_a_naive_softmax_in_value_and_gradients(window):
 def test_padded_path_of_other_devices_equals_the_per_document_path(kind, monkeypatch):
     q, k, v, documents = stream(LENGTHS)
     expected = attention(q, k, v, documents, WINDOWS[kind])
-    asked, searches = [True], []
-    real_arange, real_search = torch.arange, torch.searchsorted
+    searches, real_arange, real_search = [], torch.arange, torch.searchsorted
 
     class NotCPU(torch.Tensor):  # the branch is chosen by q.device.type: present a CPU tensor as another device
-        @property
-        def device(self):
-            return torch.device("cuda") if asked[0] else torch.Tensor.device.__get__(self)
+        device = torch.device("cuda")
 
     monkeypatch.setattr(module.torch, "arange", lambda *a, device=None, **kw: real_arange(*a, **kw))
     monkeypatch.setattr(module.torch, "searchsorted", lambda *a, **kw: searches.append(a) or real_search(*a, **kw))
-    out = attention(q.as_subclass(NotCPU), k, v, documents, WINDOWS[kind])
-    asked[0] = False
+    out = attention(q.as_subclass(NotCPU), k, v, documents, WINDOWS[kind]).as_subclass(torch.Tensor)
     assert len(searches) == 1  # only the padded path searches: it did run
-    torch.testing.assert_close(out.as_subclass(torch.Tensor), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
 @every_window
@@ -83,11 +79,8 @@ def test_the_flash_backward_is_deterministic_where_that_is_asked_for(asked, monk
     seen = {}
     stub = SimpleNamespace(flash_attn_varlen_func=lambda q, *_, **options: seen.update(options) or q)
     monkeypatch.setitem(sys.modules, "flash_attn", stub)
-    torch.use_deterministic_algorithms(asked)
-    try:
-        attention(*stream(LENGTHS), (63, 0), "flash_attn_2")
-    finally:
-        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: asked)
+    attention(*stream(LENGTHS), (63, 0), "flash_attn_2")
     assert seen == {"causal": True, "window_size": (63, 0), "deterministic": asked}
 
 

@@ -25,9 +25,12 @@ both_kinds = pytest.mark.parametrize("objective", ["mlm", "clm"])
 
 
 @pytest.fixture(autouse=True)
-def exact_fp32_products():
-    """fp32 references must not be made with TF32's 10 bits; another test may have allowed it."""
+def settings_of_torch():
+    """fp32 references must not be made with TF32's 10 bits; what a test sets ends with it."""
     torch.set_float32_matmul_precision("highest")
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.cuda.set_sync_debug_mode("default")
 
 
 def bf16():
@@ -99,24 +102,19 @@ def test_a_step_in_bf16_is_that_in_fp32_up_to_rounding(objective):
 def test_gradients_are_the_same_bits_again_where_deterministic_algorithms_are_asked_for(objective):
     model, batch = model_of(objective, "flash"), batch_of(LENGTHS * 8, objective)
     torch.use_deterministic_algorithms(True)
-    try:
-        with bf16():
-            first, second = (loss_and_gradients(model, batch) for _ in range(2))
-    finally:
-        torch.use_deterministic_algorithms(False)
+    with bf16():
+        first, second = (loss_and_gradients(model, batch) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
 @pytest.mark.parametrize(("objective", "part"), [("mlm", "model"), ("clm", "blocks")])
 def test_compiled_equals_eager_for_every_shape_without_recompiling(objective, part):
     torch._dynamo.reset()
-    model = model_of(objective, "flash")
-    compiled = model_of(objective, "flash")  # of the same seed
+    model, compiled = (model_of(objective, "flash") for _ in range(2))  # of the same seed
     for module in compiled.trunk.layers if part == "blocks" else [compiled]:
         module.compile(dynamic=True)
-    shapes = [LENGTHS, LENGTHS[2:], [300, 40, *LENGTHS], [77, 311, 13, 512]]
     with bf16():
-        for number, lengths in enumerate(shapes):
+        for number, lengths in enumerate([LENGTHS, LENGTHS[2:], [300, 40, *LENGTHS], [77, 311, 13, 512]]):
             batch = batch_of(lengths, objective, seed=number)
             with torch.compiler.set_stance("fail_on_recompile" if number >= 2 else "default"):
                 loss, gradient = loss_and_gradients(compiled, batch)
@@ -131,21 +129,16 @@ def test_compiled_equals_eager_for_every_shape_without_recompiling(objective, pa
 def test_step_reads_nothing_back_from_the_device(objective, attn_impl):
     model = model_of(objective, attn_impl, dropout=0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    long = [*LENGTHS * 4, 512]  # above 3,072 tokens the embedding's backward takes its sorting path
-    batch = batch_of(long, objective)
+    batch = batch_of([*LENGTHS * 4, 512], objective)  # above 3,072 tokens the embedding's backward sorts
     for forbidden in (False, True):  # once to warm up: kernels are chosen and compiled with reads of their own
         torch.cuda.set_sync_debug_mode("error" if forbidden else "default")
-        try:
-            with bf16():
-                loss = model(*batch).nll / len(batch[-1])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if forbidden:
-                with pytest.raises(RuntimeError):  # the guard itself works
-                    loss.item()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        with bf16():
+            loss = model(*batch).nll / len(batch[-1])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with pytest.raises(RuntimeError):  # the guard itself works
+        loss.item()
 
 
 @pytest.mark.parametrize(("in_bf16", "of_loss", "of_gradients"), [
@@ -186,14 +179,11 @@ def test_trainer_runs_nano_on_the_gpu_in_bf16_with_flash(objective, tmp_path, re
     import ettin_foundry
 
     ettin_foundry.register()  # its entry points are not there where the package lies on the path only
-    capture = nano_run.register_capture()
-    kind = nano_run.CLM if objective == "clm" else []
+    capture, kind = nano_run.register_capture(), nano_run.CLM if objective == "clm" else []
     trainer = nano_run.run(request.getfixturevalue("data_set"), tmp_path / "out", *kind, "model.vocab_size=512",
                            "precision=amp_bf16", "model.attn_impl=flash", "callbacks.capture={}")
-    try:
-        assert len(capture.losses) == 8 and capture.losses[-1] < capture.losses[0]
-        model = trainer.state.model
-        model = getattr(model, "module", model).model
-        assert model.output_bias.is_cuda and model.backend("cuda", torch.bfloat16).name != "reference"
-    finally:
-        trainer.close()
+    assert len(capture.losses) == 8 and capture.losses[-1] < capture.losses[0]
+    model = trainer.state.model
+    model = getattr(model, "module", model).model
+    assert model.output_bias.is_cuda and model.backend("cuda", torch.bfloat16).name != "reference"
+    trainer.close()

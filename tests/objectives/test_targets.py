@@ -48,7 +48,6 @@ def test_text_ids_are_the_real_entries_that_are_no_specials(vocab):
 @pytest.mark.parametrize("seed", range(5))
 def test_clm_labels_are_the_next_token_of_the_same_document(seed, vocab):
     ids, sequence_id, ends_document = make_row(seed)
-    before = ids.copy()
     inputs = make_inputs("clm", ids, sequence_id, ends_document, mask_rate=0, vocab=vocab, rng=row_generator(0, 0, 0))
     for t in range(T):
         expected = -100
@@ -57,18 +56,16 @@ def test_clm_labels_are_the_next_token_of_the_same_document(seed, vocab):
             if ids[t + 1] == SEP and not ends_document[sequence_id[t]]:
                 expected = -100  # the document goes on in another chunk: its end is not here
         assert inputs.labels[t] == expected
-    np.testing.assert_array_equal(inputs.input_ids, before)
+    np.testing.assert_array_equal(inputs.input_ids, make_row(seed)[0])
     assert (inputs.weight, inputs.loss_tokens) == (1.0, (inputs.labels != -100).sum())
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_masked_labels_are_the_tokens_that_were_there_and_those_of_mntp_one_place_earlier(seed, vocab):
-    ids, sequence_id, ends_document = make_row(seed)
-    before = ids.copy()
-    mlm, mntp, mixed = (make_inputs(name, ids, sequence_id, ends_document, mask_rate=0.3, vocab=vocab,
-                                    rng=row_generator(0, 0, seed), mixed=in_mixture)
-                        for name, in_mixture in (("mlm", False), ("mntp", False), ("mlm", True)))
-    np.testing.assert_array_equal(ids, before)  # the row itself is not changed
+    (before, sequence_id, _), row = make_row(seed), make_row(seed)
+    mlm, mntp, mixed = (make_inputs(name, *row, mask_rate=0.3, vocab=vocab, rng=row_generator(0, 0, seed), mixed=both)
+                        for name, both in (("mlm", False), ("mntp", False), ("mlm", True)))
+    np.testing.assert_array_equal(row[0], before)  # the row itself is not changed
     np.testing.assert_array_equal(mlm.input_ids, mntp.input_ids)
     for t in range(T):
         assert mlm.labels[t] in (-100, before[t])
@@ -113,11 +110,9 @@ def test_chosen_tokens_are_the_rate_and_split_80_10_10_with_uniform_random_ids(o
 
 @MASKED
 def test_a_row_with_a_text_token_has_a_target_spread_evenly(objective, vocab):
-    ids, sequence_id, ends = make_row(4, lengths=[5, 1], length=16)
-    chosen = []
-    for row in range(1200):
-        inputs = make_inputs(objective, ids, sequence_id, ends, mask_rate=1e-9, vocab=vocab,
-                             rng=row_generator(1, 0, row))
+    row, chosen = make_row(4, lengths=[5, 1], length=16), []
+    for number in range(1200):
+        inputs = make_inputs(objective, *row, mask_rate=1e-9, vocab=vocab, rng=row_generator(1, 0, number))
         [target] = np.flatnonzero(inputs.labels != -100)
         chosen.append(target + (objective == "mntp"))
     counts = np.bincount(chosen, minlength=16)
