@@ -23,7 +23,7 @@ STEPS_PER_FILE = 100
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="what each step of a run reads, as Parquet")
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("steps", type=int, help="number of steps, from the first on")
     parser.add_argument("recipe", nargs="+", help="YAML files and KEY=VALUE, as for train.py")
