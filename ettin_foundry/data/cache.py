@@ -37,15 +37,12 @@ _POLL, _IDLE, _LONGEST = 0.1, 0.5, 60.0  # seconds between looks: for room, ahea
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Holds a lock file of all processes of the node; yields False when another holds it and `wait` is False."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    descriptor, is_held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(descriptor)
-        yield False
-        return
-    try:
-        yield True
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            is_held = True
+        yield is_held
     finally:
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may have inherited the descriptor
         os.close(descriptor)

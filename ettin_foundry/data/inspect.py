@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +19,7 @@ from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
 from ettin_foundry.data.storage import Storage, is_url, open_storage
 
-_HEADER: tuple[str, ...] = ("source", "documents", "chunks", "tokens", "share", "mean", "10%", "median", "90%", "full",
-                            "rows", "fill", "bytes/token", "licence")
+_LENGTHS = "mean", "10%", "median", "90%", "full"  # heads of `length_cells`
 
 
 class Found(NamedTuple):
@@ -93,33 +92,30 @@ def length_cells(histogram: np.ndarray) -> tuple[str, ...]:
     return f"{mean:,.1f}", *(f"{value:,}" for value in quantiles), f"{int(histogram[-1]) / total:.1%}"
 
 
-class SourceStatistics(NamedTuple):
-    """One source in one split, tokens counted without BOS and EOS."""
+def source_rows(data: Any) -> list[dict[str, str]]:
+    """What an open split holds of every source, the one of most tokens first, as texts by the heads of a table.
 
-    name: str
-    stated: Mapping[str, Any]  # what the manifest says of it
-    chunks: int
-    tokens: int
-    share: float  # of the split's tokens
-    rows: int | None  # packed rows of chunk_length + 2 tokens in an epoch, None where none are counted
-    fill: float | None  # share of the rows' places that hold a token, BOS and EOS included
-    lengths: np.ndarray  # (chunk_length + 1,) int64 chunks of each length
+    Tokens are counted without BOS and EOS; rows are the packed ones of chunk_length + 2 tokens in an epoch, and their
+    fill the share of places that hold a token, BOS and EOS included.
+    """
+    def text(value: Any, form: str = ",") -> str:
+        return "?" if value is None else format(value, form)
 
-
-def source_statistics(data: Any) -> list[SourceStatistics]:
-    """Statistics of every source of an open split, the source of most tokens first."""
-    names, total = np.array(data.sources), max(1, int(data.tokens.sum()))
-    width, result = data.chunk_length + SPECIALS_PER_PIECE, []
-    all_rows = data.rows(width)
+    names, total, width = np.array(data.sources), max(1, int(data.tokens.sum())), data.chunk_length + SPECIALS_PER_PIECE
+    counts, found = data.rows(width), list[tuple[int, dict[str, str]]]()
     for name in dict.fromkeys(data.sources):
-        shards = np.flatnonzero(names == name)
+        shards, stated = np.flatnonzero(names == name), data.manifest.get("sources", {}).get(name) or {}
         lengths = np.sum([data.lengths(int(shard)) for shard in shards], axis=0, dtype=np.int64)
         chunks, tokens = int(data.samples[shards].sum()), int(data.tokens[shards].sum())
-        rows = None if all_rows is None else int(all_rows[shards].sum())
+        rows = None if counts is None else int(counts[shards].sum())
         fill = (tokens + SPECIALS_PER_PIECE * chunks) / (rows * width) if rows else None
-        stated = data.manifest.get("sources", {}).get(name) or {}
-        result.append(SourceStatistics(name, stated, chunks, tokens, tokens / total, rows, fill, lengths))
-    return sorted(result, key=lambda source: -source.tokens)
+        per_token = (stated.get("bytes") or 0) / max(1, tokens) or None
+        found.append((tokens, {
+            "source": plain(name), "documents": text(stated.get("documents")), "chunks": text(chunks),
+            "tokens": text(tokens), "share": f"{tokens / total:.1%}", **dict(zip(_LENGTHS, length_cells(lengths))),
+            "rows": text(rows), "fill": text(fill, ".1%"), "bytes/token": text(per_token, ".2f"),
+            "licence": plain(stated.get("licence") or "unknown")}))
+    return [row for _, row in sorted(found, key=lambda one: -one[0])]
 
 
 def draw_samples(data: Any, *, per_source: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -154,22 +150,15 @@ def show_lines(location: str | os.PathLike[str], *, samples: int = 1, seed: int 
 
 
 def _split_lines(split: str, data: Any) -> Iterator[str]:
-    def cell(value: Any, form: str = ",") -> str:
-        return "?" if value is None else format(value, form)
-
     yield (f"{plain(split)}: {int(data.samples.sum()):,} chunks of at most {data.chunk_length:,} tokens, "
            f"{int(data.tokens.sum()):,} tokens, {data.num_shards:,} shards; tokenizer "
            f"{plain(str(data.tokenizer.get('name', 'unnamed')))} ({data.tokenizer['vocab_size']:,} entries)")
-    rows, dropped = [_HEADER], []
-    for s in source_statistics(data):
-        per_token = (s.stated.get("bytes") or 0) / max(1, s.tokens)
-        rows.append((plain(s.name), cell(s.stated.get("documents")), cell(s.chunks), cell(s.tokens), f"{s.share:.1%}",
-                     *length_cells(s.lengths), cell(s.rows), cell(s.fill, ".1%"), cell(per_token or None, ".2f"),
-                     plain(s.stated.get("licence") or "unknown")))
-        if reasons := [f"{number:,} {plain(why)}" for why, number in (s.stated.get("dropped") or {}).items()]:
-            dropped.append(f"  {plain(s.name)}: dropped {', '.join(reasons)}")
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for first, *middle, last in rows:
+    rows = source_rows(data)
+    table = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for first, *middle, last in table:
         cells = [text.rjust(width) for text, width in zip(middle, widths[1:])]
         yield "  " + "  ".join([first.ljust(widths[0]), *cells, last]).rstrip()
-    yield from dropped
+    for name, stated in data.manifest.get("sources", {}).items():
+        if reasons := [f"{number:,} {plain(why)}" for why, number in (stated.get("dropped") or {}).items()]:
+            yield f"  {plain(name)}: dropped {', '.join(reasons)}"

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import bisect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,24 +31,6 @@ T = TypeVar("T")
 
 # first word of every seed: what the numbers are for, so that no two uses share them; objectives have 4 and 5
 _SHARDS, _ROWS, _CHUNKS = 1, 2, 3
-
-
-class ChunkTable(Protocol):
-    """What an order needs to know of a dataset: S shards, M tokens in the longest chunk.
-
-    One that holds shards several times also has `passes`, (S,) integers: a source's shards of pass 0 then all come
-    before those of pass 1, so that a chunk's repeats are far apart.
-    """
-
-    @property
-    def samples(self) -> Ints: ...  # (S,) chunks per shard
-    @property
-    def tokens(self) -> Ints: ...  # (S,) without BOS and EOS
-    @property
-    def sources(self) -> Sequence[str]: ...  # S names: where the shard's text came from
-    def rows(self, max_seq_len: int, /) -> Ints | None: ...  # (S,) packed rows; None: not in the manifest
-    def lengths(self, shard: int, /) -> npt.NDArray[np.integer]: ...  # (M + 1,) histogram of chunk lengths
-    def sample_lengths(self, shard: int, /) -> npt.NDArray[np.integer]: ...  # of each chunk as it is stored
 
 
 def _kept(kept: list[T], is_it: Callable[[T], bool], make: Callable[[], T]) -> T:
@@ -192,14 +174,17 @@ class Order:
     """Rows of the endless stream: epoch after epoch over all shards of one dataset.
 
     Args:
-        table: the dataset's counts. max_seq_len: tokens of a row. packing: several chunks a row, or one.
+        table: an `MDSSplit` or `MixtureSplit`, or what has their `samples`, `tokens` and `sources` by shard, `rows()`,
+            `lengths()` and `sample_lengths()`. With `passes`, (S,) integers, it may hold shards several times: those of
+            pass 0 then all come before those of pass 1, so that a chunk's repeats are far apart.
+        max_seq_len: tokens of a row. packing: several chunks a row, or one.
         shuffle: permute each source's shards, rows within a window of shards, and chunks among places of their length,
             and mix the sources row by row. Otherwise shards as they are stored, and a shard's rows by the stored place
             of their first (longest) chunk.
         window: shards whose rows are mixed at a time; a source has its share, at least one. Without shuffle: 1.
     """
 
-    def __init__(self, table: ChunkTable, max_seq_len: int, *, packing: bool, shuffle: bool, seed: int,
+    def __init__(self, table: Any, max_seq_len: int, *, packing: bool, shuffle: bool, seed: int,
                  window: int) -> None:
         self.table, self.max_seq_len, self.packing = table, max_seq_len, packing
         self.shuffle, self.seed, self.window = shuffle, seed, window if shuffle else 1
@@ -335,10 +320,9 @@ class Order:
         else:
             lengths = np.repeat(np.arange(counts.size)[::-1], counts[::-1])
             offsets = np.arange(lengths.size + 1)
-        found = (lengths.size, int(lengths.sum()), offsets.size - 1)
-        if found != (stated := tuple(int(each[shard]) for each in (self._samples, self._tokens, self._rows))):
-            raise ValueError(f"shard {shard} of index.json must have the chunks, tokens and rows of its manifest, "
-                             f"{stated}, got {found} by its histogram; copy or convert the dataset again")
+        if (found := offsets.size - 1) != self._rows[shard]:
+            raise ValueError(f"shard {shard} must fill the {self._rows[shard]} rows of {self.max_seq_len} tokens that "
+                             f"its manifest states, got {found} by its lengths; copy or convert the dataset again")
         return _Layout(shard, lengths, offsets)
 
     def _assign(self, layout: _Layout, epoch: int) -> Ints:
@@ -348,10 +332,6 @@ class Order:
         if self.shuffle:
             dealt = np.argsort(raw_draws(chunks.size, _CHUNKS, self.seed, epoch, layout.shard), kind="stable")
         dealt = dealt[np.argsort(chunks[dealt], kind="stable")]
-        places = np.argsort(layout.lengths, kind="stable")
-        if not np.array_equal(chunks[dealt], layout.lengths[places]):
-            raise ValueError(f"shard {layout.shard} of index.json must hold chunks of the lengths in lengths.npy, got "
-                             "others; copy or convert the dataset again")
-        samples = np.empty(places.size, np.int64)
-        samples[places] = dealt
+        samples = np.empty(dealt.size, np.int64)
+        samples[np.argsort(layout.lengths, kind="stable")] = dealt
         return samples

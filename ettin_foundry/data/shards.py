@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import re
+import struct
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -120,19 +121,6 @@ def _check_range(raw: np.ndarray, shard: Shard, path: Path | str, vocab_size: in
                                f"the tokenizer has {vocab_size} entries")
 
 
-def _check_documents(shard: Shard, path: Path | str, source: str) -> None:
-    """Raises ValueError for a chunk of another source, or parts of a document that do not count up."""
-    raw, name = np.frombuffer(shard.buffer, np.uint8), source.encode()
-    after_doc = shard.starts + _HEAD_BYTES + shard.sizes[:, 0]
-    name_at = after_doc + _FIXED_BYTES
-    if (shard.sizes[:, 1] != len(name)).any() or any((raw[name_at + i] != byte).any() for i, byte in enumerate(name)):
-        raise bad_file(path, "it holds chunks of another source", f"all must be of source {source!r:.100}")
-    parts = _at(raw, "<i8", after_doc + 8)  # up to the one that is marked as last, and from 0 after it
-    expected = np.concatenate([parts[:1], np.where(shard.last[:-1], 0, parts[:-1] + 1)])
-    if (wrong := np.flatnonzero((parts != expected) | (parts < 0))).size:
-        raise bad_file(path, f"chunk {wrong[0]} is part {parts[wrong[0]]} of its document", "parts count up from 0")
-
-
 class MDSSplit:
     """One split folder, e.g. `data/train`: manifest, and access to any chunk. It may be pickled and forked. S shards.
 
@@ -210,12 +198,10 @@ class MDSSplit:
         """All columns of one chunk: tokens (L,) uint16, doc str, part int, last int, source str."""
         opened, tokens = self._shard(shard), self.chunk(shard, index)
         num_doc, num_source, _ = opened.sizes[index].tolist()
-        doc_at = int(opened.starts[index]) + _HEAD_BYTES
-        source_at = doc_at + num_doc + _FIXED_BYTES
-        doc, source = (str(opened.buffer[at:at + number], "utf-8", "replace")
-                       for at, number in ((doc_at, num_doc), (source_at, num_source)))
-        part = int.from_bytes(opened.buffer[source_at - 8:source_at], "little", signed=True)
-        return {"tokens": tokens, "doc": doc, "part": part, "last": int(opened.last[index]), "source": source}
+        layout, begin = f"<{num_doc}sqq{num_source}s", int(opened.starts[index]) + _HEAD_BYTES
+        doc, last, part, source = struct.unpack_from(layout, opened.buffer, begin)
+        doc, source = (text.decode(errors="replace") for text in (doc, source))
+        return {"tokens": tokens, "doc": doc, "part": part, "last": last, "source": source}
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Announces the shards of the next rows, in order of need: they are fetched, and others may make room."""
@@ -240,7 +226,11 @@ class MDSSplit:
         finally:
             if not is_kept:
                 path.unlink()
-        _check_documents(opened, path, entry["source"])
+        raw, name = np.frombuffer(opened.buffer, np.uint8), entry["source"].encode()
+        name_at = opened.starts + _HEAD_BYTES + opened.sizes[:, 0] + _FIXED_BYTES
+        if (opened.sizes[:, 1] != len(name)).any() or any((raw[name_at + i] != byte).any() for i, byte in
+                                                          enumerate(name)):
+            raise bad_file(path, "it holds chunks of another source", f"all must be of source {entry['source']!r:.100}")
         if (documents := int(opened.last.sum())) != entry["documents"]:
             raise bad_file(where, f"shards.{shard}: documents is {entry['documents']}", f"{documents} end in it")
         for length, stated in entry["rows"].items():

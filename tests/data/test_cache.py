@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import signal
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -173,18 +174,17 @@ def test_a_grown_remote_dataset_is_followed_when_its_old_tables_are_deleted(tmp_
     assert samples_of(MDSSplit(local, remote=str(grown))) == samples_of(MDSSplit(grown))
 
 
-def test_the_tokenizer_of_a_remote_dataset_is_fetched_once(tmp_path, monkeypatch):
+def test_the_tokenizer_of_a_remote_dataset_is_fetched_once_and_stays_in_its_folder(tmp_path, monkeypatch):
     place, local, name = tmp_path / "place", tmp_path / "data", "tokenizer/tokenizer.json"
-    with pytest.raises(FileNotFoundError, match="place/tokenizer: holds no file"):
-        cache.fetch_tokenizer(local, str(place))
     (place / "tokenizer").mkdir(parents=True)
     for content in ("{}", "other"):
         (place / name).write_text(content)
         cache.fetch_tokenizer(local, str(place))
         assert (local / name).read_text() == "{}"
-    monkeypatch.setattr(Storage, "list", lambda self, prefix: [("tokenizer/../../../escaped", 2)])
-    with pytest.raises(ValueError, match="plain name inside"):
-        cache.fetch_tokenizer(tmp_path / "other", str(place))
+    for listed, error in (["tokenizer/../../../escaped"], "plain name inside"), ([], "place/tokenizer: holds no file"):
+        monkeypatch.setattr(Storage, "list", lambda self, prefix, listed=listed: [(name, 2) for name in listed])
+        with pytest.raises((ValueError, FileNotFoundError), match=error):
+            cache.fetch_tokenizer(tmp_path / "other", str(place))
 
 
 @KINDS
@@ -206,20 +206,16 @@ def test_a_shard_damaged_on_the_way_or_later_is_fetched_again(server, tmp_path, 
     assert downloads(server).total() == data.num_shards + 2
 
 
-@KINDS
-def test_a_shard_that_is_bad_or_missing_at_its_source_stops_the_run_with_its_name(server, splits, tmp_path, kind):
-    name = shard_file(splits[kind], 1, ".zstd" if kind == "packed" else "").name
-    for file in splits[kind].iterdir():
+def test_a_shard_that_is_bad_or_missing_at_its_source_stops_the_run_with_its_name(server, splits, tmp_path):
+    for file in splits["packed"].iterdir():
         server.put(f"bad/{file.name}", file.read_bytes())
-    good = server.get(f"bad/{name}")
-    server.put(f"bad/{name}", good[:-3] + bytes([good[-3] ^ 4]) + good[-2:])
-    server.clear()
-    data = MDSSplit(tmp_path / "train", remote=server.url("bad"))
-    with pytest.raises(ValueError, match=rf"s3://.*{name}: xxh64 is"):
+    good, data = shard_file(splits["packed"], 1, ".zstd"), MDSSplit(tmp_path / "train", remote=server.url("bad"))
+    server.put(f"bad/{good.name}", good.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=rf"s3://.*{good.name}: xxh64 is"):
         data.chunk(1, 0)
-    assert downloads(server)[name] == 2 and not any((tmp_path / "train").glob("*.mds"))  # no byte of it was kept
-    server.client.delete_object(Bucket=server.bucket, Key=f"bad/{name}")
-    with pytest.raises(FileNotFoundError, match=name):
+    assert downloads(server)[good.name] == 2 and not any((tmp_path / "train").glob("*.mds"))  # no byte of it was kept
+    server.client.delete_object(Bucket=server.bucket, Key=f"bad/{good.name}")
+    with pytest.raises(FileNotFoundError, match=good.name):
         data.chunk(1, 0)
 
 
@@ -300,6 +296,25 @@ def test_what_is_wanted_soon_does_not_go_for_what_is_wanted_later(server, splits
     assert there() == [0, 1, 2]
     data.prefetch([1, 2, 3])  # the reader has gone on
     wait_until(lambda: there() == [1, 2, 3])
+
+
+def test_a_shard_on_its_way_keeps_its_room_and_holds_nobody_up(splits, tmp_path, monkeypatch):
+    url, limit, local = str(splits["plain"]), limit_for(splits["plain"], 2), MDSSplit(splits["plain"])
+    begun, goes_on, waits, true = threading.Event(), threading.Event(), [], Storage.get_file
+
+    def get_file(storage, name, *arguments, **options):
+        if name == shard_file(splits["plain"], 0).name:
+            begun.set()
+            waits.append(goes_on.wait(20))
+        true(storage, name, *arguments, **options)
+
+    monkeypatch.setattr(Storage, "get_file", get_file)
+    ahead, other = (MDSSplit(tmp_path / "train", remote=url, cache_limit=limit) for _ in range(2))
+    ahead.prefetch([0])
+    assert begun.wait(20) and other.chunk(1, 0).tolist() == local.chunk(1, 0).tolist()
+    assert not other.room.clear(other.files, 2, ahead=True)  # for a third there is none
+    goes_on.set()
+    assert ahead.chunk(0, 0).tolist() == local.chunk(0, 0).tolist() and waits == [True]
 
 
 def test_nobody_waits_for_ever(splits, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from converting import SOURCES, copy_set, files_of, samples_of, whole_set
 from tokenizers import Tokenizer
 
 from ettin_foundry.cli import main as cli
-from ettin_foundry.data.inspect import draw_samples, find_dataset, plain, show_lines, source_statistics
+from ettin_foundry.data.inspect import draw_samples, find_dataset, plain, show_lines, source_rows
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import open_storage
 
@@ -25,16 +25,19 @@ def key(sample: dict) -> tuple:
 def test_statistics_are_those_of_counting(tokenizer_dir: Path, split: str, compression: str | None) -> None:
     folder = whole_set(tokenizer_dir, compression) / split
     manifest, everything = json.loads((folder / "manifest.json").read_text()), samples_of(folder)
-    found = source_statistics(MDSSplit(folder))
-    assert {s.name for s in found} == set(SOURCES) and found[0].tokens >= found[1].tokens
-    for s in found:
-        lengths = [len(sample["tokens"]) for sample in everything if sample["source"] == s.name]
-        assert (s.chunks, s.tokens) == (len(lengths), sum(lengths))
-        assert s.lengths.tolist() == [lengths.count(length) for length in range(63)]
-        assert s.share == sum(lengths) / sum(len(sample["tokens"]) for sample in everything)
-        assert s.rows == sum(entry["rows"]["64"] for entry in manifest["shards"] if entry["source"] == s.name)
-        assert s.fill == sum(length + 2 for length in lengths) / (s.rows * 64) <= 1
-        assert s.stated["licence"] == "cc-by-4.0" and not s.stated["dropped"]
+    found = {row["source"]: row for row in source_rows(MDSSplit(folder))}
+    tokens = {name: sum(len(sample["tokens"]) for sample in everything if sample["source"] == name) for name in found}
+    assert set(found) == set(SOURCES) and [*tokens.values()] == sorted(tokens.values(), reverse=True)
+    for name, row in found.items():
+        lengths = [len(sample["tokens"]) for sample in everything if sample["source"] == name]
+        rows = sum(entry["rows"]["64"] for entry in manifest["shards"] if entry["source"] == name)
+        quantiles = np.quantile(lengths, (0.1, 0.5, 0.9), method="inverted_cdf").astype(int)
+        stated = manifest["sources"][name]
+        assert list(row.values()) == [
+            name, f"{stated['documents']:,}", f"{len(lengths):,}", f"{sum(lengths):,}",
+            f"{sum(lengths) / sum(tokens.values()):.1%}", f"{np.mean(lengths):,.1f}", *map(str, quantiles),
+            f"{lengths.count(62) / len(lengths):.1%}", f"{rows:,}", f"{sum(n + 2 for n in lengths) / rows / 64:.1%}",
+            f"{stated['bytes'] / sum(lengths):.2f}", "cc-by-4.0"]
 
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
@@ -82,10 +85,6 @@ def test_command_shows_dataset_split_and_url(tokenizer_dir: Path, tmp_path: Path
     code, text = run(whole, "--samples", 2)
     assert code == 0 and "train: 175 chunks of at most 62 tokens, 7,875 tokens" in text
     assert text.count("[wiki]") == 4 and "(512 entries)" in text
-    lengths = [len(sample["tokens"]) for sample in samples_of(whole / "train") if sample["source"] == "wiki"]
-    row = next(line for line in text.splitlines() if line.split()[:1] == ["wiki"]).split()
-    quantiles = np.quantile(lengths, (0.1, 0.5, 0.9), method="inverted_cdf").astype(int)
-    assert row[5:9] == [f"{np.mean(lengths):,.1f}", *map(str, quantiles)]
     code, text = run(whole / "validation", "--samples", 0)
     assert code == 0 and "train" not in text and "[wiki]" not in text
     assert run(whole / "tokenizer")[0] == 1
