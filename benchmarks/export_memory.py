@@ -1,4 +1,4 @@
-"""Memory and time of `ettin export`, `export --every` and `merge`: `python benchmarks/export_memory.py --size 400m`.
+"""Memory and time of `ettin export`, `export --every` and `average`: `python benchmarks/export_memory.py --size 400m`.
 
 Checkpoints with optimizer state, as Composer lays them out, are made in a temporary folder and deleted afterwards.
 Each command runs in a process of its own. Its peak is the kernel's (VmHWM: heap and mapped pages that were touched);
@@ -82,7 +82,7 @@ def watch(code: str, *arguments: Any) -> Peak:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", default="400m")
-    parser.add_argument("--checkpoints", type=int, default=3, help="for --every and merge")
+    parser.add_argument("--checkpoints", type=int, default=3, help="for --every and average")
     parser.add_argument("--only", nargs="*", help="names of rows")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
@@ -104,8 +104,8 @@ def main() -> None:
             "export": lambda: watch(_COMMAND, "export", last, folder / "hf"),
             f"export --every, {arguments.checkpoints} checkpoints":
                 lambda: watch(_COMMAND, "export", "--every", runs, folder / "all"),
-            f"merge --last {arguments.checkpoints}":
-                lambda: watch(_COMMAND, "merge", runs, folder / "merged.pt", "--last", arguments.checkpoints),
+            f"average --last {arguments.checkpoints}":
+                lambda: watch(_COMMAND, "average", runs, folder / "mean.pt", "--last", arguments.checkpoints),
         }
         for name, run in rows.items():
             if not arguments.only or name in arguments.only:
