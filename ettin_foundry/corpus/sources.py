@@ -151,8 +151,9 @@ def _readable_files(root: str, found: list[tuple[str, int]]) -> dict[str, int]:
     files = {check_name(name): size for name, size in found if file_kind(name)}
     others = [name for name, _ in found if name not in files]
     if tables := [name for name in others if name.lower().endswith((".arrow", ".feather"))]:  # as save_to_disk leaves
-        raise ValueError(f"{join(root, tables[0])} must be a Parquet file, got an Arrow one; write it anew: "
-                         "datasets.load_from_disk(FOLDER).to_parquet('texts.parquet')")
+        table = join(root, tables[0])
+        raise ValueError(f"{table} must be a Parquet file, got an Arrow one; write it anew: datasets.load_from_disk"
+                         f"({os.path.dirname(table)!r}).to_parquet('texts.parquet')")
     if not files:
         raise ValueError(f"{root} must hold files named {_READABLE}, got {', '.join(others[:3]) or 'none'}; rename or "
                          "convert them")

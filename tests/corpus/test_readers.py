@@ -36,6 +36,7 @@ def test_every_format_gives_the_same_documents(tmp_path, packing):
             ("a.jsonl", b'{"text": "\xc3\xbc"}\n\n{"text": "y"}\n', {":0": "\u00fc", ":16": "y"})]:
         (tmp_path / f"{name}{packing}").write_bytes(PACKERS[packing](data))
         assert read(tmp_path / f"{name}{packing}") == [(name + packing + at, text) for at, text in expected.items()]
+    assert read(tmp_path / f"a.txt{packing}", text_field="body", id_field="key")[0][0] == f"a.txt{packing}"
 
 
 def test_json_is_one_record_a_list_or_lines_whatever_its_name(tmp_path):

@@ -49,7 +49,7 @@ def test_names_licences_and_places(tmp_path):
     ("{tmp}/csv", "csv must hold files named .* got a.csv"), ("{tmp}/empty", "empty must hold .* got none"),
     ("owner/name", "the Hugging Face dataset owner/name cannot be reached"),
     ("{tmp}/pipe", "pipe must be a file or folder"), ("nope://x/y", "nope:// cannot be read here"),
-    ("{tmp}/saved", "saved/data-00000.arrow must be a Parquet file, got an Arrow one"),
+    ("{tmp}/saved", "saved/data-00000.arrow must be a Parquet file.*load_from_disk.'.*/saved'."),
     ("{tmp}/names", r"must be UTF-8, got b'a\\xff\.txt'"),
     *[("{tmp}/clone" + name, "clone/b.parquet must be the file itself.*git lfs pull") for name in ("", "/b.parquet")]])
 def test_bad_source_is_one_clear_error(tmp_path, text, message):
