@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import xxhash
 
-from ettin_foundry.corpus.sources import STDLIB, Part, Source, find_source, plan_parts
+from ettin_foundry.corpus.sources import Part, Source, find_source, plan_parts
 from ettin_foundry.data import MANIFEST
 from ettin_foundry.data.storage import Storage, is_url
 
@@ -152,7 +152,7 @@ def find_sources(options: ConvertOptions, plan: Plan | None) -> list[Source]:
             raise ValueError(f"--out must be outside of the sources, got {out} inside of {place}")
         if source.files and not any(source.files.values()):
             log.warning("%s: every file of it is empty", name)
-        if plan and name in plan.sources and not source.files and place != STDLIB:
+        if plan and name in plan.sources and not source.files:
             source = replace(source, revision=plan.sources[name]["revision"])
         found[name] = replace(source, root=source.root if is_url(source.root) else os.path.abspath(source.root))
     return list(found.values())

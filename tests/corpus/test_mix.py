@@ -16,7 +16,6 @@ from ettin_foundry.data import MANIFEST
 from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.order import Order
 
-T = 64
 CATALOGUE = yaml.safe_load((program_folder() / "data_prep" / "sources.yaml").read_text())
 PHASES = CATALOGUE["phases"]
 
@@ -34,7 +33,7 @@ def opened(sets, name="mix", split="train"):
 def test_an_epoch_has_each_budget_to_the_nearest_chunk_and_passes_in_turn(sets):
     build(sets)
     data = opened(sets)
-    order = Order(data, T, packing=True, shuffle=True, seed=3, window=4)
+    order = Order(data, 64, packing=True, shuffle=True, seed=3, window=4)
     rows = [(shard, samples) for _, shard, samples in map(order.row, range(order.rows_per_epoch))]
     taken = Counter((data.sources[shard], data.sample(shard, n)["doc"]) for shard, samples in rows for n in samples)
     passes = [int(data.passes[shard]) for shard, _ in rows if data.sources[shard] == "notes"]
