@@ -21,7 +21,7 @@ from omegaconf import OmegaConf as om
 import ettin_foundry
 from ettin_foundry.tools import plan
 from ettin_foundry.training import checks
-from ettin_foundry.training.recipes import configure, merge, read
+from ettin_foundry.training.run_config import configure, merge, read
 
 __all__ = ["configure", "main", "merge", "read"]
 

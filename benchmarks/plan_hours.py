@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from streams import results_path  # noqa: E402
 
 from ettin_foundry.tools.plan import ORIGINAL_HOURS, ORIGINAL_TOKENS, Plan, plan_runs, totals  # noqa: E402
-from ettin_foundry.training.recipes import resolved  # noqa: E402
+from ettin_foundry.training.run_config import resolved  # noqa: E402
 
 
 def chain(size: str, member: str) -> list[Plan]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ettin_foundry.tools.order import stream_of
-from ettin_foundry.training.recipes import resolved
+from ettin_foundry.training.run_config import resolved
 
 STEPS_PER_FILE = 100
 

@@ -7,6 +7,7 @@ the environment describes, evaluates, and writes what it captured (see test_rank
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import os
 import sys
@@ -67,46 +68,50 @@ def put(cfg: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return cfg
 
 
+@functools.cache
 def register_capture() -> type:
-    """Registers the callback `capture`: what a test wants to see of a run, kept on the class."""
+    """Registers the callback `capture`: what a test wants to see of the last run, kept on the class."""
     from composer import Callback
     from llmfoundry import registry
 
     class Capture(Callback):
-        """losses, learning rates, tokens, batches and, of the first step, gradients."""
+        """Of each step losses, learning rates, tokens, batches, optimizer groups; of the first weights, moments,
+        gradients, seed. Dies before the step `die_at`; `averages` gradients that FSDP2 sums under gloo (torch 2.7)."""
 
-        def __init__(self) -> None:
-            Capture.losses, Capture.lrs, Capture.tokens, Capture.batches, Capture.gradients = [], [], [], [], {}
+        def __init__(self, die_at: int = -1, averages: bool = False) -> None:
+            self.die_at, self.averages = die_at, averages
+            Capture.losses, Capture.lrs, Capture.tokens, Capture.batches, Capture.groups = [], [], [], [], []
+            Capture.weights, Capture.moments, Capture.gradients, Capture.seed = {}, {}, {}, None
 
         def before_train_batch(self, state: Any, logger: Any) -> None:
+            if state.timestamp.batch == self.die_at:
+                raise RuntimeError("killed")
+            groups, parameters = state.optimizers[0].param_groups, dict(state.model.named_parameters())
+            if not Capture.batches:
+                Capture.seed, optimized = state.rank_zero_seed, state.optimizers[0].state
+                Capture.weights = {name: p.detach().clone() for name, p in parameters.items()}
+                Capture.moments = {name: optimized[p]["exp_avg_sq"].clone() for name, p in parameters.items()
+                                   if p in optimized}
             Capture.batches.append({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.batch.items()})
-            Capture.lrs.append(state.optimizers[0].param_groups[0]["lr"])
+            Capture.groups.append([{**{k: float(v) for k, v in g.items() if k not in ("params", "betas")},
+                                    "base_lr": state.schedulers[0].base_lrs[0]} for g in groups])
+            Capture.lrs.append(groups[0]["lr"])
             Capture.tokens.append(int(state.timestamp.token))
 
+        def before_backward(self, state: Any, logger: Any) -> None:
+            if self.averages:
+                state.loss.register_hook(lambda gradient: gradient / int(os.environ["WORLD_SIZE"]))
+
         def after_train_batch(self, state: Any, logger: Any) -> None:
-            if not Capture.gradients:
-                for name, p in state.model.named_parameters():
-                    own = name.replace("_checkpoint_wrapped_module.", "").replace("module.", "")
-                    whole = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-                    Capture.gradients[own] = whole.clone()
+            for name, p in state.model.named_parameters() if not Capture.gradients else ():
+                own = name.replace("_checkpoint_wrapped_module.", "").replace("module.", "")
+                Capture.gradients[own] = (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
 
         def batch_end(self, state: Any, logger: Any) -> None:
             Capture.losses.append(float(state.total_loss_dict["loss/train/total"]))
 
     registry.callbacks.register("capture", func=Capture)
     return Capture
-
-
-def register_averaging() -> None:
-    """Registers the callback `averaging`: torch 2.7's FSDP2 sums gradients under gloo, where NCCL averages them."""
-    from composer import Callback
-    from llmfoundry import registry
-
-    class Averaging(Callback):
-        def before_backward(self, state: Any, logger: Any) -> None:
-            state.loss.register_hook(lambda gradient: gradient / int(os.environ["WORLD_SIZE"]))
-
-    registry.callbacks.register("averaging", func=Averaging)
 
 
 def metrics(trainer: Any) -> dict[str, float]:
@@ -130,10 +135,9 @@ def main(argv: list[str]) -> None:
     out, overrides = Path(argv[0]), argv[1:]
     data = Path(next(o.split("=", 1)[1] for o in overrides if o.startswith("variables.data=")))
     capture = register_capture()
-    register_averaging()
     rank = int(os.environ["RANK"])
     for name, version, extra in (("ddp", "1", []), ("fsdp2", "2", ["fsdp_config.activation_checkpointing=true",
-                                                              "callbacks.averaging={}"])):
+                                                              "callbacks.capture.averages=true"])):
         os.environ["FSDP_VERSION"] = version
         for objective, clm in (("mlm", []), ("clm", CLM)):
             folder = out / f"{name}-{objective}"

@@ -50,7 +50,7 @@ def plan(
     Example: ettin plan yamls/ettin-dec-150m.yaml --gpus 4xH100
     """
     from ettin_foundry.tools import plan as planning
-    from ettin_foundry.training import recipes as files
+    from ettin_foundry.training import run_config as files
 
     if recipe.endswith((".yaml", ".yml")) and {"stages", "extends"} & set(files.read(recipe)):
         from ettin_foundry.tools.suite import load
@@ -89,12 +89,12 @@ def lint(
 
 def _config(text: str, overrides: list[str]) -> dict[str, Any]:
     """The checked config of `recipe.yaml+overlay.yaml+key=value` and overrides after it."""
-    from ettin_foundry.training import recipes
+    from ettin_foundry.training import run_config
     from ettin_foundry.training.checks import check_settings
 
     parts = re.split(r"\+(?=[^+=]*(?:=|\.ya?ml(?:\+|$)))", text)  # at + before a file or a key, not in 1e+3
     try:
-        config = {key: value for key, value in recipes.resolved([*parts, *overrides]).items() if value is not None}
+        config = {key: value for key, value in run_config.resolved([*parts, *overrides]).items() if value is not None}
         check_settings(config)
     except (ValueError, OSError) as error:
         raise type(error)(f"{text}: {error}") from error
@@ -177,7 +177,7 @@ def order(
     Example: ettin order --yaml yamls/nano.yaml --step 100
     """
     from ettin_foundry.tools.order import next_step, stream_of, text
-    from ettin_foundry.training.recipes import resolved
+    from ettin_foundry.training.run_config import resolved
 
     places, overrides = ([word for word in words or [] if ("=" in word) is key] for key in (False, True))
     for wrong, message in (

@@ -1,34 +1,27 @@
 """Whether two runs are a fair pair, and whether the phases of one model continue each other.
 
 A fair pair reads the same rows in the same order at the same sizes and schedule, and differs only where the objectives
-demand it. What a difference in a key means stands in `RULES`; a key that no rule names must be equal. Before they are
-compared, settings are read so that two spellings of one thing are equal: `10000` is `10000.0`, `1dur` is the run's
-length, a key that is left out is the default that the code takes, a size is the shape it stands for.
+demand it. What a difference in a key means stands in `RULES`; a key that no rule names must be equal.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ettin_foundry.data.mixture import open_split
-from ettin_foundry.data.stream import DEFAULT_WINDOW
 from ettin_foundry.model.config import MASKED_OBJECTIVES, EttinConfig
-from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule
 from ettin_foundry.tools.plan import learning_rates
-from ettin_foundry.training.keys import DEFAULTS, HOST_DEFAULTS, NO_EFFECT
-from ettin_foundry.training.run_config import model_config, objective_schedule, parse_time, total_tokens, walk
+from ettin_foundry.training.run_config import NO_EFFECT, model_config, settings
+from ettin_foundry.training.steps import read_steps
 
 UNFAIR, HARMLESS, OBJECTIVE = VERDICTS = "unfair", "harmless", "objective"
 ABSENT = "absent"
 _WIDEST = 48
-_SHAPE = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
 
 
 class Difference(NamedTuple):
@@ -74,9 +67,8 @@ class Report(NamedTuple):
 # ------------------------------------------------------------------ settings, read
 
 
-@dataclass(frozen=True)
-class Settings:
-    """A run's settings: `values` by dotted key, every default filled in, without `variables`."""
+class Settings(NamedTuple):
+    """A run's settings, of a resolved config that `checks.check_settings` accepts; `values`: `run_config.settings`."""
 
     name: str
     cfg: Mapping[str, Any]
@@ -92,72 +84,7 @@ class Settings:
 
 
 def read_settings(name: str, cfg: Mapping[str, Any]) -> Settings:
-    """Reads a resolved config that `checks.check_settings` accepts."""
-    cfg = {key: value for key, value in cfg.items() if value is not None and key != "variables"}
-    config, (amount, unit) = model_config(cfg), parse_time("max_duration", cfg["max_duration"])
-    values = {key: _in_one_unit(value, amount, unit) for key, value in walk(_fill(cfg, config))}
-    return Settings(name, cfg, values, config)
-
-
-def _fill(cfg: dict[str, Any], config: EttinConfig) -> dict[str, Any]:
-    """The config with every default filled in."""
-    total, fields = total_tokens(cfg), dataclasses.asdict(config)
-    run = {**HOST_DEFAULTS, **cfg, "optimizer": _filled(cfg["optimizer"]), "scheduler": _filled(cfg["scheduler"])}
-    # causal and the length follow from objective and max_seq_len, which are compared themselves
-    run["model"] = {key: value for key, value in {**_filled(cfg["model"]), **fields}.items()
-                    if key not in (*_SHAPE, "causal", "max_position_embeddings")}
-    run["model"] |= {"size": config.size or f"layers, widths, heads: {[fields[key] for key in _SHAPE]}",
-                     "objective": _plain(objective_schedule(cfg))}
-    run["optimizer"].setdefault("max_lr", run["optimizer"]["lr"])
-    callbacks = {"ettin_clock": {}, **(cfg.get("callbacks") or {})}  # the checks give the clock to every run
-    run["callbacks"] = {key: _filled(block or {}, key) for key, block in callbacks.items()}
-    # FULL: the checks set it, and without sharding nothing is narrowed either
-    run["fsdp_config"] = {"mixed_precision": "FULL", **(cfg.get("fsdp_config") or {})}
-    if Path(cfg["tokenizer"].get("name", ".")) == Path(cfg["train_loader"]["dataset"]["local"], "tokenizer"):
-        run["tokenizer"] = {**cfg["tokenizer"], "name": "that of the data"}  # whose fingerprint tells what it does
-    run["train_loader"] = _loader(cfg["train_loader"], total)
-    evaluations = run.pop("eval_loaders", None) or run.pop("eval_loader", None) or []
-    evaluations = [evaluations] if isinstance(evaluations, Mapping) else evaluations
-    for i, block in enumerate(evaluations):
-        run["eval_loader" if len(evaluations) == 1 else f"eval_loader[{block.get('label', i)}]"] = _loader(block, total)
-    micro = run["device_train_microbatch_size"]
-    run.setdefault("device_eval_batch_size", 1 if micro == "auto" else micro)  # the host's default
-    return run
-
-
-def _filled(block: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
-    """A block of ours with its defaults; `name` for blocks without the key."""
-    return {**DEFAULTS.get(name or block.get("name", ""), {}), **{k: v for k, v in block.items() if v is not None}}
-
-
-def _loader(block: Mapping[str, Any], total: int | None) -> dict[str, Any]:
-    filled = _filled(block, "ettin_text")
-    filled["mask_rate"] = _plain(MaskRate.parse(filled["mask_rate"], total=total))
-    objective = filled.get("objective")
-    if isinstance(objective, list) and all(isinstance(name, str) for name in objective):  # an evaluation under each
-        filled["objective"] = ", ".join(sorted(objective))
-    elif objective is not None:
-        filled["objective"] = _plain(ObjectiveSchedule.parse(objective, total=total))
-    if filled["shuffle"]:
-        filled.setdefault("shuffle_window", DEFAULT_WINDOW)
-    return filled
-
-
-def _plain(schedule: ObjectiveSchedule | MaskRate) -> Any:
-    """A constant as a name or number, else text that keeps the order of its parts."""
-    value = schedule.plain()
-    return value if isinstance(value, (str, float)) else json.dumps(value)
-
-
-def _in_one_unit(value: Any, amount: float, unit: str) -> Any:
-    """A time as `8_500_000_000tok`, shares of the run in the run's own unit; anything else as it is."""
-    try:
-        number, own_unit = parse_time("", value)
-    except ValueError:
-        return value
-    if own_unit == "dur" or number == 0:
-        number, own_unit = number * amount, unit
-    return f"{round(number, 0 if own_unit == 'tok' else 6):_}".removesuffix(".0") + own_unit
+    return Settings(name, cfg, settings(cfg), model_config(cfg))
 
 
 def _data_of(run: Settings, key: str) -> tuple[str, str | None, dict[str, Any] | None]:
@@ -277,9 +204,20 @@ def _compare_data(a: Settings, b: Settings) -> tuple[list[Difference], list[str]
     return found, notes
 
 
+def compare_steps(first: Path, second: Path) -> int | None:
+    """The first step at which two runs, by their logs, did not read the same rows (or only one did); None without."""
+    mine, other = read_steps(first), read_steps(second)
+    for one, two in zip(mine, other):
+        if any(one.get(key) != two.get(key) for key in ("step", "tokens", "rows", "ids_hash")):
+            return min(one["step"], two["step"])
+    rest = max(mine, other, key=len)[min(len(mine), len(other)):]
+    return rest[0]["step"] if rest else None
+
+
 # ------------------------------------------------------------------ chains of phases
 
-_MODEL_KEYS = ("model.size", "model.vocab_size", "model.global_attn_every_n_layers", "model.local_attention",
+_MODEL_KEYS = ("model.num_hidden_layers", "model.hidden_size", "model.intermediate_size", "model.num_attention_heads",
+               "model.vocab_size", "model.global_attn_every_n_layers", "model.local_attention",
                "model.norm_eps")
 _Found = Iterator[tuple[str, Any, Any, str]]  # key, before, now, reason
 

@@ -32,7 +32,7 @@ from omegaconf import OmegaConf as om
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from ettin_foundry.training import recipes
+from ettin_foundry.training import run_config
 from ettin_foundry.training.run_config import parse_time
 
 _Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -95,16 +95,16 @@ class Stage:
 
     @functools.cached_property
     def words(self) -> list[str]:
-        """The exact command line; raises as `recipes.resolved`, with the stage's name before the message."""
+        """The exact command line; raises as `run_config.resolved`, with the stage's name before the message."""
         with self.named():
-            scaled = _scaled(recipes.resolved(self.args), self.scale) if self.scale != 1 else []
+            scaled = _scaled(run_config.resolved(self.args), self.scale) if self.scale != 1 else []
         return [*self.command, *self.args, *scaled]
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """The run's configuration as plain containers, interpolations resolved; raises as `words`."""
         with self.named():
-            return recipes.resolved(self.words[len(self.command):])
+            return run_config.resolved(self.words[len(self.command):])
 
     @contextlib.contextmanager
     def named(self) -> Iterator[None]:
@@ -167,12 +167,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
 
 def _read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The file, merged onto those that it extends, then the overrides; interpolations resolved."""
-    layers = {path: recipes.read(path)}
+    layers = {path: run_config.read(path)}
     while (parent := layers[path].get("extends")) is not None:
         path = str(Path(path).parent / str(parent))
         if path in layers:
             raise ValueError(f"{path}: extends: leads back to it; a file cannot extend itself")
-        layers[path] = recipes.read(path)
+        layers[path] = run_config.read(path)
     path = next(iter(layers))
     if wrong := [text for text in overrides if "=" not in text]:
         raise ValueError(f"after the suite file only key=value of it is possible, such as scale=0.01, got {wrong[0]!r}")

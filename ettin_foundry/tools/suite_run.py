@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ettin_foundry.data.inspect import format_duration
-from ettin_foundry.tools.pair import lint_chain, lint_pair
+from ettin_foundry.tools.pair import compare_steps, lint_chain, lint_pair
 from ettin_foundry.tools.suite import Stage, Suite
 from ettin_foundry.training import checkpoints, checks, sources
 from ettin_foundry.training.run_config import parse_time
-from ettin_foundry.training.steps import STEPS, compare_steps, read_steps
+from ettin_foundry.training.steps import STEPS, read_steps
 
 _SAY_SECONDS = 10.0, 600.0  # between lines, where a percent is done and where none is
 _STOP_SECONDS = 40.0  # Composer's launcher gives its processes 30 s to end

@@ -55,10 +55,9 @@ class LogSamples(Callback):
                 texts = [", ".join(f"{token!r} {share:.3f}" for token, share in candidates)
                          for candidates in predictor.fill_mask(self.prompts, top_k=self.top_k)]
         self._model.train(was_training)
-        rows = [[prompt, text] for prompt, text in zip(self.prompts, texts)]
-        for prompt, text in rows:
+        for prompt, text in zip(self.prompts, texts):
             log.info("batch %d: %r -> %s", state.timestamp.batch.value, prompt, text)
-        logger.log_table(["prompt", "output"], rows, name="samples")
+        logger.log_table(["prompt", "output"], [list(row) for row in zip(self.prompts, texts)], name="samples")
 
 
 class DataMonitor(Callback):

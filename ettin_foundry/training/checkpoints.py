@@ -17,7 +17,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,19 +74,19 @@ def _read_metadata(path: Path) -> Any:
     return metadata
 
 
-def _read_state(path: Path, wanted: Callable[[tuple[Any, ...]], bool]) -> tuple[dict[str, Any], bool]:
-    """A checkpoint's `state`, of a sharded one its wanted keys only, and whether the optimizer's moments are there."""
+def _read_state(path: Path, wanted: str) -> tuple[dict[str, Any], bool]:
+    """A checkpoint's `state`, of a sharded one the Clock's entry and one part, and whether the moments are there."""
     if not path.is_dir():
         state = load_checkpoint(path).get("state", {})
         return state, any((optimizer or {}).get("state") for optimizer in (state.get("optimizers") or {}).values())
     metadata = _read_metadata(path / ".metadata")
     for info in metadata.storage_data.values():
-        part = path / info.relative_path
+        part = Path(path, info.relative_path)
         if not part.is_file() or part.stat().st_size < info.offset + info.length:
             raise ValueError(f"{path}: {part.name} is missing or cut short; copy it again, or give another checkpoint")
     found: dict[str, Any] = {"state": {}}
     for name, keys in metadata.planner_data.items():
-        if keys[0] == "state" and wanted(keys[1:]):
+        if keys[0] == "state" and (keys[1] == wanted or keys[1:3] == ("callbacks", "Clock")):
             entry, inner = metadata.state_dict_metadata[name], found
             for key in keys[:-1]:
                 inner = inner.setdefault(key, {})
@@ -117,8 +117,6 @@ def _load_sharded(path: Path, into: dict[str, Any]) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """A Composer `.pt` file as a dict (`state`, `rng`), on the CPU, its tensors mapped from the file."""
     path = Path(path)
-    if (path / "config.json").exists():
-        raise ValueError(f"{path}: a Hugging Face folder, no checkpoint; make one with `ettin import {path} FILE.pt`")
     if path.exists() and not zipfile.is_zipfile(path):
         raise ValueError(f"{path}: not a whole archive as torch.save writes it; give another checkpoint")
     with _allow_data_only(path):
@@ -159,6 +157,10 @@ def locate(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint; give a .pt file, a sharded checkpoint or a save folder")
+    if (path / "config.json").exists():
+        raise ValueError(f"{path}: a Hugging Face folder, no checkpoint, without optimizer moments; run `ettin import "
+                         f"{path} FILE.pt` and give load_path=FILE.pt load_weights_only=true, or use "
+                         "callbacks.ettin_cross")
     found = newest_complete(path) if path.is_dir() and not is_complete(path) else path
     if found is None:
         raise FileNotFoundError(f"{path}: no complete checkpoint in this folder; give a save folder that holds one")
@@ -168,27 +170,23 @@ def locate(path: str | Path) -> Path:
 def read_head(path: str | Path) -> Head:
     """What a checkpoint (as for `load_model_state`) says of itself, in a moment whatever its size."""
     path = locate(path)
-    state, has_moments = _read_state(path, lambda key: key[:2] == ("callbacks", "Clock") or key[0] == "dataset_state")
+    state, has_moments = _read_state(path, "dataset_state")
     data = (state.get("dataset_state") or {}).get("train") or {}
     return Head(path, decode_record(state.get("callbacks", {}).get("Clock", {})), dict(data), has_moments)
 
 
-def load_model_state(path: str | Path, *,
-                     names: Collection[str] | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_model_state(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """({our name: tensor on the CPU}, what `Clock.state_dict` wrote about the run) of a Composer checkpoint.
 
     path: a `.pt` file, a sharded checkpoint (every rank must call this), or a save folder (its newest complete one).
-    names: only these tensors; the others are not read.
     """
     path = locate(path)
-    state, _ = _read_state(path, lambda keys: keys[:2] == ("callbacks", "Clock") or keys[0] == "model" and (
-        names is None or keys[1].removeprefix("model.") in names))
+    state, _ = _read_state(path, "model")
     weights = {name.removeprefix("model."): value for name, value in state.get("model", {}).items()
                if name.startswith("model.")}
-    if not weights and names is None:
+    if not weights:
         raise ValueError(f"{path}: no tensor named model.* in it; give a checkpoint that Composer's Trainer saved")
-    record = decode_record(state.get("callbacks", {}).get("Clock", {}))
-    return weights if names is None else {name: weights[name] for name in names if name in weights}, record
+    return weights, decode_record(state.get("callbacks", {}).get("Clock", {}))
 
 
 def decode_record(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,19 +215,21 @@ def newest_complete(save_folder: str | Path) -> Path | None:
     return next(reversed(complete_checkpoints(save_folder)), None)
 
 
-def repair_latest(save_folder: str | Path, *, latest: str = "latest-rank0.pt") -> None:
-    """Points the link that autoresume follows at the newest complete checkpoint, if it leads nowhere.
+def repair_latest(save_folder: str | Path) -> Path | None:
+    """Points the link that autoresume follows at the newest complete checkpoint, if it leads nowhere; returns that one.
 
     Composer, killed between removing and making it, leaves none, or one to half a file.
     """
-    link = Path(save_folder) / latest
-    if is_complete(link):
-        return
-    if link.exists() and not link.is_symlink():
-        raise ValueError(f"{link}: a damaged file, not a link; move it away to resume from the newest checkpoint")
-    if newest := newest_complete(save_folder):
+    newest, rank = newest_complete(save_folder), os.environ.get("RANK", "0")
+    if newest is None:
+        return None
+    link = Path(save_folder) / (f"latest-sharded-rank{rank}" if newest.is_dir() else "latest-rank0.pt")
+    if not is_complete(link) and (newest.is_dir() or rank == "0"):
+        if link.exists() and not link.is_symlink():
+            raise ValueError(f"{link}: a damaged file, not a link; move it away to resume from the newest checkpoint")
         fresh = link.with_name(f".{link.name}.new")
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(newest.name)
         os.replace(fresh, link)  # atomic: a kill here leaves the old link or the new one
         log.warning("%s was missing or broken; it leads to %s now, the newest checkpoint", link, newest.name)
+    return newest

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ettin_foundry.data.stream import check_warmup
+from ettin_foundry.data.cache import fetch_tokenizer
+from ettin_foundry.data.stream import DATASET_KEYS, check_warmup
 from ettin_foundry.model.config import MASKED_OBJECTIVES, did_you_mean
 from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule, check_together
-from ettin_foundry.training import keys, run_config
-from ettin_foundry.training.recipes import TEXT_KEYS
-from ettin_foundry.training.run_config import loaders, objective_schedule, parse_time, require, total_tokens, walk
+from ettin_foundry.training import run_config
+from ettin_foundry.training.run_config import PARAMETERS, loaders, parse_time, require, total_tokens, value_at, walk
 from ettin_foundry.training.sources import check_start, prepare_start
 
 _BLOCKS = ("model", "tokenizer", "optimizer", "scheduler", "train_loader")
-# loggers of LLM-Foundry -> the package that each needs
-_LOGGERS = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "inmemory": "", "in_memory_logger": "",
-            "mosaicml": ""}
+# loggers of LLM-Foundry: those that need the package of their name, and all
+_PACKAGES = ("wandb", "tensorboard", "mlflow")
+_LOGGERS = (*_PACKAGES, "inmemory", "in_memory_logger", "mosaicml")
 _NEEDED = (*_BLOCKS, "max_duration", "max_seq_len", "global_train_batch_size", "device_train_microbatch_size")
 
 
@@ -32,39 +34,31 @@ def _is_ours(cfg: dict[str, Any]) -> bool:
     return any(isinstance(b, dict) and b.get("name") in ("ettin", "ettin_text", "ettin_contrastive") for b in blocks)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 # ------------------------------------------------------------------ settings
 
 
 def check_settings(cfg: dict[str, Any]) -> None:
     """Refuses a config (plain containers, resolved) that no machine could run as written; reads no file, no device."""
     if _is_ours(cfg):
-        for check in (keys.check_removed, _check_presence, _check_blocks, keys.check_keys, _check_objectives,
-                      _check_times, keys.check_effect, check_start):
+        for check in (_check_leaves, _check_presence, _check_blocks, _check_keys, _check_objectives,
+                      _check_times, _check_effect, check_start):
             check(cfg)
 
 
 def _check_presence(cfg: dict[str, Any]) -> None:
     for key in _NEEDED:
-        value = cfg.get(key)
-        require(value is not None, key, "given", value, "start from a complete recipe in yamls/")
-        require(key not in _BLOCKS or isinstance(value, dict) and isinstance(value.get("name"), str), key,
-                "a block with a name", value, "see yamls/nano.yaml for one of each")
-    for key in sorted(set(cfg) - keys.HOST_KEYS):
-        near = did_you_mean(key, keys.HOST_KEYS) or "; your own values belong under variables"
+        require(cfg.get(key) is not None, key, "given", None, "start from a complete recipe in yamls/")
+    for key in _BLOCKS:
+        require(isinstance(value_at(cfg, f"{key}.name"), str), key, "a block with a name", cfg[key], "see yamls/")
+    for key in sorted(set(cfg) - run_config.HOST_KEYS):
+        near = did_you_mean(key, run_config.HOST_KEYS) or "; your own values belong under variables"
         raise ValueError(f"{key}: unknown key{near}")
-    for key, value in walk({key: value for key, value in cfg.items() if key != "variables"}):
-        require(value is None or isinstance(value, str) or key.rpartition(".")[2] not in TEXT_KEYS, key, "text", value,
-                "put it in quotes")
     require(not set(str(cfg.get("run_name"))) & set("{}[]"), "run_name", "a name without brackets", cfg.get("run_name"),
             "set variables.label or run_name")
     require(str(cfg.get("precision")).lower() != "amp_fp16", "precision", "amp_bf16 or fp32", cfg.get("precision"),
             "in fp16 the loss underflows")
     rows, packed = cfg["global_train_batch_size"], cfg["train_loader"].get("packing", True)
-    require(_is_count(rows), "global_train_batch_size", "a whole number of at least 1 row", rows, "correct it")
+    require(type(rows) is int and rows > 0, "global_train_batch_size", "an integer of at least 1", rows, "fix it")
     require(not packed or cfg.get("accumulate_train_batch_on_tokens", True) is not False,
             "accumulate_train_batch_on_tokens", "true with packing, whose rows hold unequal numbers of targets", False,
             "remove it, or unpack as well (yamls/phases/original.yaml)")
@@ -75,13 +69,10 @@ def _check_blocks(cfg: dict[str, Any]) -> None:
     name = cfg["model"]["name"]
     for key, block in loaders(cfg):
         loader = block.get("name")
-        require(name != "ettin" or loader == "ettin_text", f"{key}.name", "ettin_text with model.name: ettin", loader,
-                "set it")
-        require(name == "ettin" or loader != "ettin_text", "model.name", f"ettin with {key}.name: ettin_text", name,
-                "for other models use name: text, since the shards are plain MDS")
-        require(isinstance(block.get("dataset"), dict) and block["dataset"].get("local"), f"{key}.dataset",
-                "{local: folder, split: name}", block.get("dataset"),
-                "local is what ettin convert wrote; quote a name such as null")
+        require((name == "ettin") is (loader == "ettin_text"), f"{key}.name", "ettin_text with model.name: ettin, and "
+                "text with others (the shards are plain MDS)", loader, f"model.name is {name}")
+        require(value_at(block, "dataset.local"), f"{key}.dataset", "{local: folder, split: name}",
+                block.get("dataset"), "local is what ettin convert wrote; quote a name such as null")
         endless, shuffle = key == "train_loader", block.get("shuffle", True)
         require(shuffle is endless, f"{key}.shuffle", str(endless).lower(), shuffle,
                 "training is endless, evaluation is not")
@@ -97,14 +88,13 @@ def _check_objectives(cfg: dict[str, Any]) -> None:
     train, objective = cfg["train_loader"], cfg["model"]["objective"]
     require(train.get("objective") == objective, "train_loader.objective", f"{objective!r}, as model.objective is",
             train.get("objective"), "set it once: variables.objective=...")
-    check_together(objective_schedule(cfg), _mask_rate(cfg), "train_loader.")
-    for key, block in list(loaders(cfg))[1:]:
-        names, rate = _evaluated(cfg, key, block), block.get("mask_rate", 0.0)
+    check_together(run_config.objective_schedule(cfg), _mask_rate(cfg), "train_loader.")
+    for key, block in _evaluations(cfg):
+        rate = block.get("mask_rate", 0.0)
         require(not isinstance(rate, list), f"{key}.mask_rate", "one rate, so that losses can be compared", rate,
                 "give one such as 0.15")
-        # of several names, one may mask: the rate is for those that do
-        shares: Any = {name: 1 / len(names) for name in names} if len(names) > 1 else names[-1]
-        check_together(ObjectiveSchedule.parse(shares), MaskRate.parse(rate, key=f"{key}.mask_rate"), f"{key}.")
+        check_together(ObjectiveSchedule.parse(block["objective"]), MaskRate.parse(rate, key=f"{key}.mask_rate"),
+                       f"{key}.")
 
 
 def _mask_rate(cfg: dict[str, Any]) -> MaskRate:
@@ -112,15 +102,19 @@ def _mask_rate(cfg: dict[str, Any]) -> MaskRate:
     return MaskRate.parse(rate, total=total_tokens(cfg), key="train_loader.mask_rate")
 
 
-def _evaluated(cfg: dict[str, Any], key: str, block: dict[str, Any]) -> list[str]:
-    """The objectives that an evaluation loader asks for: a name, a list of names, or all of a schedule."""
-    value = block.get("objective")
-    parts = value if isinstance(value, list) and value and all(isinstance(name, str) for name in value) else [value]
-    names = [name for part in parts for name in
-             ObjectiveSchedule.parse(part, total=total_tokens(cfg), key=f"{key}.objective").objectives]
-    require(len(set(names)) == len(names), f"{key}.objective", "a list in which each objective stands once", value,
-            "remove one")
-    return names
+def _evaluations(cfg: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, block) of each evaluation: a loader under each objective of its name, list of names, or schedule."""
+    for key, block in list(loaders(cfg))[1:]:
+        value = block.get("objective")
+        parts = value if isinstance(value, list) and value and all(isinstance(part, str) for part in value) else [value]
+        names = [name for part in parts for name in
+                 ObjectiveSchedule.parse(part, total=total_tokens(cfg), key=f"{key}.objective").objectives]
+        require(len(set(names)) == len(names), f"{key}.objective", "a list in which each objective stands once", value,
+                "remove one")
+        for name in names:
+            unused = {"mask_rate"} if len(names) > 1 and name not in MASKED_OBJECTIVES else ()
+            label = {"label": f"{block['label']}/{name}" if block.get("label") else name} if len(names) > 1 else {}
+            yield key, {**{k: v for k, v in block.items() if k not in unused}, "objective": name, **label}
 
 
 def _check_times(cfg: dict[str, Any]) -> None:
@@ -144,6 +138,81 @@ def _check_times(cfg: dict[str, Any]) -> None:
             scheduler, "shorten them or lengthen the run")
 
 
+# ------------------------------------------------------------------ keys
+
+# pattern of key=value -> what to use instead
+_REMOVED = {
+    r"(.*\.)?objective\b.*\bmdlm\b.*": "masked diffusion was removed; use mlm, with a schedule of mask_rate if need be",
+    r"model\.name=ettin_contrastive|(.*\.)?objective\b.*\bsimcse\b.*":
+        "the contrastive stage was removed; export the model and train it with sentence-transformers (examples/)",
+    r"algorithms\.ema\b.*": "removed; average a run's checkpoints with `ettin average SAVE_FOLDER OUT.pt --last 5`",
+    r"optimizer\.param_groups\b.*": "removed; lr and weight decay hold for all, and disable_grad freezes parameters",
+    r"save_latest_filename=.*": "removed; autoresume finds latest-rank0.pt, and repairs it",
+    r".*\.dataset\.on_bad_shard=.*": "removed; a damaged shard stops the run, so copy it again or convert it again",
+}
+# features of the host that act on a HuggingFaceModel, or load what was not checked -> what we have
+_HOST_ONLY = {"icl_tasks": "eval_loader", "eval_gauntlet": "eval_loader", "only_hf_checkpoint": "`ettin export`",
+              "callbacks.hf_checkpointer": "callbacks.ettin_export", "callbacks.load_checkpoint": "load_path",
+              "callbacks.generate_callback": "callbacks.ettin_samples"}
+# a key -> the keys that do nothing without it -> their values that ask for nothing
+_INERT: dict[str, dict[str, tuple[Any, ...]]] = {
+    "eval_loader": {"eval_interval": (0, "0ba", "0tok"), "eval_subset_num_batches": (-1,), "eval_first": (False,)},
+    "save_folder": {"save_interval": (), "save_filename": (), "save_overwrite": (False,), "save_weights_only": (False,),
+                    "save_num_checkpoints_to_keep": (-1,), "save_ignore_keys": ()},
+    "load_path": {"load_weights_only": (False,), "load_strict_model_weights": (True,)},
+}
+
+
+def _check_leaves(cfg: Mapping[str, Any]) -> None:
+    """Refuses names and paths that YAML took for numbers, and removed keys and values, naming what to use instead."""
+    for key, value in walk({name: block for name, block in cfg.items() if name != "variables"}):
+        named = key.rpartition(".")[2] in run_config.TEXT_KEYS
+        require(not named or value is None or isinstance(value, str), key, "text", value, "put it in quotes")
+        for pattern, instead in _REMOVED.items():
+            if re.fullmatch(pattern, f"{key}={value}"):
+                raise ValueError(f"{key}: {value!r} given; {instead}")
+
+
+def _check_keys(cfg: Mapping[str, Any]) -> None:
+    """Refuses unknown keys in blocks of ours."""
+    for key, block in loaders(cfg):
+        odd = {"batch_size_warmup"} if key != "train_loader" else {"label"}  # each belongs to one kind of loader
+        _check_known(key, block, [each for each in ("name", *PARAMETERS["ettin_text"], "label") if each not in odd])
+        if isinstance(block.get("dataset"), Mapping):
+            _check_known(f"{key}.dataset", block["dataset"], DATASET_KEYS)
+    for key in ("model", "optimizer", "scheduler"):
+        if (name := cfg[key]["name"]) in PARAMETERS:
+            _check_known(key, cfg[key], ["name", *PARAMETERS[name]])
+    callbacks = cfg.get("callbacks") or {}
+    for name, block in callbacks.items():
+        if name in PARAMETERS:
+            _check_known(f"callbacks.{name}", block or {}, PARAMETERS[name])
+    names = {f"{key}.name": cfg[key]["name"] for key in ("model", "optimizer", "scheduler", "train_loader")}
+    for key, name in (*names.items(), *((f"callbacks.{name}", name) for name in callbacks)):
+        if name not in PARAMETERS and (near := did_you_mean(name, PARAMETERS, 0.85)):  # the host's are less alike
+            raise ValueError(f"{key}: {name!r} given{near}")
+
+
+def _check_known(key: str, block: Mapping[str, Any], allowed: Any) -> None:
+    if unknown := sorted(set(block) - set(allowed)):
+        known = did_you_mean(unknown[0], allowed) or f"; it takes {', '.join(allowed) or 'no key'}"
+        raise ValueError(f"{key}.{unknown[0]}: unknown key{known}")
+
+
+def _check_effect(cfg: Mapping[str, Any]) -> None:
+    """Refuses features of the host that need another kind of model or data, and settings that would do nothing."""
+    for key, instead in _HOST_ONLY.items():
+        if value_at(cfg, key) is not None:
+            raise ValueError(f"{key}: given; it does not work with model.name: {cfg['model']['name']}. Use {instead}")
+    for cause, nothing in _INERT.items():
+        keys = [key for key, values in nothing.items() if cfg.get(key) is not None and cfg[key] not in values]
+        # eval_loader: null says that nothing is evaluated
+        given = cfg.get(cause) or cause == "eval_loader" and ("eval_loaders" in cfg or cause in cfg)
+        if keys and not given:
+            raise ValueError(f"{', '.join(keys)}: given without {cause}, so without effect; give {cause}, or set "
+                             + " ".join(f"{key}=null" for key in keys))
+
+
 # ------------------------------------------------------------------ machine and files
 
 
@@ -160,10 +229,8 @@ def check_machine(cfg: dict[str, Any]) -> None:
                                ("model.init_device", cfg["model"].get("init_device", "cpu"), "cpu")):
         require(cuda or value == needed, key, f"{needed}, since there is no GPU", value, f"set {key}={needed}")
     rows, micro = cfg["global_train_batch_size"], cfg["device_train_microbatch_size"]
-    require(rows % world_size == 0, "global_train_batch_size", f"a multiple of the number of processes ({world_size})",
-            rows, "change it or the number of processes")
-    most = rows // world_size
-    require(_is_count(micro) and micro <= most or micro == "auto" and cuda, "device_train_microbatch_size",
+    most = rows // world_size  # the host refuses a remainder
+    require(type(micro) is int and 1 <= micro <= most or micro == "auto" and cuda, "device_train_microbatch_size",
             f"1 to {most}, since global_train_batch_size is {rows} on {world_size} process(es)", micro,
             "lower it (auto needs a GPU)")
     if (warmup := cfg["train_loader"].get("batch_size_warmup")) is not None:
@@ -180,8 +247,6 @@ def check_files(cfg: dict[str, Any]) -> None:
         local, remote = block["dataset"]["local"], block["dataset"].get("remote")
         # the host builds the tokenizer before the loader, so that of a remote dataset must be here by now
         if remote and Path(name) == Path(local, "tokenizer") and not Path(name).exists():
-            from ettin_foundry.data.cache import fetch_tokenizer
-
             fetch_tokenizer(Path(local), remote)
     # a hub id has at most one slash; with more, or below a folder that exists here, a folder is meant
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and Path(name).parent.is_dir())
@@ -201,9 +266,8 @@ def check_loggers(cfg: dict[str, Any]) -> None:
     for name, block in (cfg.get("loggers") or {}).items():
         require(name in _LOGGERS, f"loggers.{name}", f"one of {', '.join(_LOGGERS)}", block,
                 "correct the name" + did_you_mean(name, _LOGGERS))
-        package = _LOGGERS[name]
-        require(not package or importlib.util.find_spec(package), f"loggers.{name}",
-                f"left out where {package} is not installed", block, f"pip install {package}")
+        require(name not in _PACKAGES or importlib.util.find_spec(name), f"loggers.{name}",
+                f"left out where {name} is not installed", block, f"pip install {name}")
         if name == "wandb":
             import wandb
 
@@ -224,8 +288,7 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     if not _is_ours(cfg):
         return cfg
     cfg = run_config.without_nulls(cfg)
-    others = dict(cfg.get("callbacks") or {})
-    clock = {"run_config": run_config.config_text(cfg), **(others.pop("ettin_clock", None) or {})}
+    text = run_config.config_text(cfg)
     check_settings(cfg)
     check_machine(cfg)
     cfg |= prepare_start(cfg)
@@ -233,28 +296,21 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     if cfg.get("fsdp_config"):
         # the host's default would hand blocks a bf16 residual stream; this trains the same numbers as DDP does
         cfg["fsdp_config"] = {"mixed_precision": "FULL", **cfg["fsdp_config"]}
-    cfg["callbacks"] = {"ettin_clock": clock, **others}
+    others = dict(cfg.get("callbacks") or {})
+    cfg["callbacks"] = {"ettin_clock": {"run_config": text, **(others.pop("ettin_clock", None) or {})}, **others}
     return cfg
 
 
 def resolve_schedules(cfg: dict[str, Any]) -> None:
     """Writes schedules in tokens, since model and loader do not know the run's length; a loader for each evaluation."""
-    cfg["model"] = {**cfg["model"], "objective": objective_schedule(cfg).plain()}
+    cfg["model"] = {**cfg["model"], "objective": run_config.objective_schedule(cfg).plain()}
     train = cfg["train_loader"] = {**cfg["train_loader"], "objective": cfg["model"]["objective"]}
     if "mask_rate" in train:
         train["mask_rate"] = _mask_rate(cfg).plain()
     if warmup := train.get("batch_size_warmup"):
         tokens = check_warmup(warmup, cfg["global_train_batch_size"], total=total_tokens(cfg))
         train["batch_size_warmup"] = {**warmup, "tokens": tokens}
-    evals = []
-    for key, block in list(loaders(cfg))[1:]:
-        names, label = _evaluated(cfg, key, block), f"{block['label']}/" if block.get("label") else ""
-        for name in names:
-            evals.append({**block, "objective": name})
-            if len(names) > 1:
-                evals[-1]["label"] = label + name
-                if name not in MASKED_OBJECTIVES:
-                    evals[-1].pop("mask_rate", None)
+    evals = [block for _, block in _evaluations(cfg)]
     if len(evals) == 1 and "label" not in evals[0]:
         cfg["eval_loader"] = evals[0]
     elif evals:  # the host takes a label from a list only, and hands it on from a dict

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -26,7 +27,7 @@ from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.weights import weights_checkpoint
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
 from ettin_foundry.training.checkpoints import decode_record, install_validation, newest_complete
-from ettin_foundry.training.run_config import config_hash, config_text
+from ettin_foundry.training.run_config import config_text
 from ettin_foundry.training.sources import check_resume, describe
 
 log = logging.getLogger(__name__)
@@ -58,12 +59,11 @@ class Clock(CallbackWithConfig):
         if level < logging.WARNING:  # the host sets the level of its own loggers only
             logging.getLogger("ettin_foundry").setLevel(level)
         self._fingerprint = "null"  # the tokenizer's, as JSON
-        self._state: State | None = None
+        self._state: Any = None
         self._model: Any = None
         self._tokenizer: str | None = None  # where its copy lies
         self._given: list[dict[str, Any]] = []
         self._squares = torch.zeros(())
-        self._summed: Any = None
         self.loaded: dict[str, Any] | None = None
         # a tuple: torch's sharded checkpoints flatten lists of dicts into keys, which must then be there on loading
         self.lineage: tuple[dict[str, Any], ...] = ()
@@ -79,7 +79,7 @@ class Clock(CallbackWithConfig):
     def before_load(self, state: State, logger: Logger) -> None:
         install_validation()
         self._given = [{"initial_lr": group["lr"], **{key: group[key] for key in _SETTINGS if key in group}}
-                       for group in _groups(state)]
+                       for group in state.optimizers[0].param_groups]
 
     def after_load(self, state: State, logger: Logger) -> None:
         if self.loaded is not None and state.timestamp.batch > 0:
@@ -90,7 +90,7 @@ class Clock(CallbackWithConfig):
                 changed += f" from batch {time.batch.value} ({time.token.value:,} tokens) on"
                 self.extend_lineage(self.loaded, state.load_path, changed, None)  # its tokens are on this clock
                 log.warning("going on from %s with %s", place, changed)
-        for group, given in zip(_groups(state), self._given):
+        for group, given in zip(state.optimizers[0].param_groups, self._given):
             group.update(given, lr=given["initial_lr"])
         for scheduler in state.schedulers:
             scheduler.base_lrs = [given["initial_lr"] for given in self._given]
@@ -142,7 +142,7 @@ class Clock(CallbackWithConfig):
         for scheduler in state.schedulers:
             lrs = [base * factor(scheduler.last_epoch)  # type: ignore[attr-defined]
                    for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]  # type: ignore[attr-defined]
-            for group, lr in zip(_groups(state), lrs):
+            for group, lr in zip(state.optimizers[0].param_groups, lrs):
                 group["lr"] = lr
             scheduler._last_lr = lrs
         words = (state.rank_zero_seed, time.batch.value, dist.get_global_rank())
@@ -154,11 +154,9 @@ class Clock(CallbackWithConfig):
         local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
         self._squares = torch.stack(torch._foreach_norm(local)).square().sum()  # as the second moments, it may overflow
         if isinstance(gradients[0], DTensor):  # else every rank has the same
-            self._summed = torch.distributed.all_reduce(self._squares, async_op=True)
+            torch.distributed.all_reduce(self._squares)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        if self._summed is not None:
-            self._summed.wait()
         loss, squares = float(state.total_loss_dict["loss/train/total"]), float(self._squares)  # the host sums the loss
         if math.isfinite(loss) and math.isfinite(squares):
             return
@@ -177,17 +175,16 @@ class Clock(CallbackWithConfig):
         config = getattr(self._model, "config", None)
         plain = dataclasses.asdict(config) if isinstance(config, EttinConfig) else None
         schedule = getattr(self._model, "objective_schedule", None)
-        time = None if self._state is None else self._state.timestamp
+        time = self._state.timestamp
         return {
             "config": plain, "size": getattr(config, "size", None),
             "objective": getattr(self._model, "objective", None),
             "objective_schedule": json.dumps(None if schedule is None else ObjectiveSchedule.parse(schedule).plain()),
             "tokenizer": self._tokenizer or getattr(getattr(self._model, "tokenizer", None), "name_or_path", None),
             "tokenizer_fingerprint": self._fingerprint,
-            "tokens": 0 if time is None else time.token.value, "batch": 0 if time is None else time.batch.value,
-            "run_name": None if self._state is None else self._state.run_name,
+            "tokens": time.token.value, "batch": time.batch.value, "run_name": self._state.run_name,
             "phase": (self._run.get("variables") or {}).get("phase"), "run_config": self._run_config,
-            "run_hash": config_hash(self._run_config), "lineage": self.lineage,
+            "run_hash": hashlib.sha256(self._run_config.encode()).hexdigest(), "lineage": self.lineage,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -197,7 +194,3 @@ class Clock(CallbackWithConfig):
 
 def _holds_no_checkpoint(*args: Any, **kwargs: Any) -> None:
     raise FileNotFoundError("checkpoints lie in save_folder")
-
-
-def _groups(state: State) -> list[dict[str, Any]]:
-    return [group for optimizer in state.optimizers for group in optimizer.param_groups]

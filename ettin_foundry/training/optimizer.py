@@ -13,7 +13,7 @@ from composer.optim import ComposerScheduler
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ettin_foundry.training.run_config import must_be, parse_time, schedule_factor
+from ettin_foundry.training.run_config import lr_factor, parse_time, require
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +33,13 @@ class StableAdamW(torch.optim.Optimizer):
     that replicas stay bit-equal. Sharded parameters (FSDP2) take one all-reduce a group.
 
     Args:
-        params: fp32 or fp64 parameters, or group dicts; before FSDP shards them, since shapes tell norms and biases.
+        params: fp32 or fp64 parameters, before FSDP shards them, since shapes tell norms and biases.
         lr: peak learning rate. betas: decay rates of the moments. eps: added to the root of the second moment.
         weight_decay: fraction of a weight removed per step at lr == max_lr.
         max_lr: `lr` unless given; phases that start below the pretraining peak give that peak.
     """
 
-    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, *,
+    def __init__(self, params: Iterable[Tensor], lr: float, *,
                  betas: tuple[float, float] = (0.9, 0.98), eps: float = 1e-6, weight_decay: float = 0.0,
                  max_lr: float | None = None):
         max_lr = lr if max_lr is None else max_lr
@@ -48,11 +48,13 @@ class StableAdamW(torch.optim.Optimizer):
                 ("eps", eps, eps > 0, "above 0"), ("max_lr", max_lr, max_lr > 0, "above 0"),
                 ("weight_decay", weight_decay, 0 <= weight_decay < 1, "below 1"),
                 ("betas", betas, all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)")):
-            if not fits:
-                raise must_be(f"optimizer.{name}", allowed, value, "correct it")
+            require(fits, f"optimizer.{name}", allowed, value, "correct it")
         if weight_decay > 1e-3:
             log.warning("optimizer.weight_decay: %s is not multiplied by lr; the recipes use 1e-5", weight_decay)
-        super().__init__(_split_by_decay(params), {
+        given = list(params)
+        groups = [{"params": [p for p in given if p.ndim > 1]},  # norms and biases are never decayed
+                  {"params": [p for p in given if p.ndim <= 1], "weight_decay": 0.0}]
+        super().__init__([group for group in groups if group["params"]], {
             "lr": lr, "beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay,
             "max_lr": max_lr, "step": torch.tensor(0, dtype=torch.int32)})
 
@@ -109,56 +111,32 @@ class StableAdamW(torch.optim.Optimizer):
         torch._foreach_addcdiv_(weights, m, roots, value=-1.0)
 
 
-def _split_by_decay(params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups in which tensors of one dimension or none (norms, biases) are apart, without weight decay."""
-    given: list[Any] = list(params)
-    result = []
-    for group in given if given and isinstance(given[0], dict) else [{"params": given}]:
-        if inert := sorted(set(group) - {"params", "lr", "max_lr", "weight_decay", "eps"}):
-            raise ValueError(f"optimizer.param_groups: {', '.join(inert)} has no effect; set lr, weight_decay or eps")
-        members: list[Any] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        if "lr" in group:  # weight decay is relative to the group's own peak
-            group = {"max_lr": group["lr"], **group}
-        matrices, others = [p for p in members if p.ndim > 1], [p for p in members if p.ndim <= 1]
-        if matrices:
-            result.append({**group, "params": matrices})
-        if others:
-            result.append({**group, "params": others, "weight_decay": 0.0})
-    return result
-
-
 class _Schedule(ComposerScheduler):
-    """`schedule_factor` under Composer: times given as strings; alpha_f in [0, 1] is the last factor on the peak lr."""
+    """`lr_factor` under Composer: times given as strings; alpha_f in [0, 1] is the last factor on the peak lr."""
 
-    name: str
-
-    def __init__(self, alpha_f: float, **times: str):
-        if not 0.0 <= alpha_f <= 1.0:
-            raise must_be("scheduler.alpha_f", "in [0, 1]", alpha_f, "it is the last factor on the peak lr")
-        self.alpha_f = alpha_f
-        self.times = {key: parse_time(f"scheduler.{key}", value) for key, value in times.items()}
+    def __init__(self, name: str, alpha_f: float, **times: str):
+        require(0.0 <= alpha_f <= 1.0, "scheduler.alpha_f", "in [0, 1]", alpha_f, "it is the last factor on the peak")
+        for key, value in times.items():
+            parse_time(f"scheduler.{key}", value)
+        self.block = {"name": name, "alpha_f": alpha_f, **times}
 
     def __call__(self, state: State, ssr: float = 1.0) -> float:
         assert state.max_duration is not None
         run = (state.max_duration.value, state.max_duration.unit.value)
-        return schedule_factor(self.name, self.times, self.alpha_f, run, lambda unit: state.timestamp.get(unit).value)
+        return lr_factor(self.block, run, lambda unit: state.timestamp.get(unit).value)
 
 
 class WarmupStableDecay(_Schedule):
     """A warm-up, and a linear decay ("0tok" for none) that ends at t_max."""
 
-    name = "warmup_stable_decay"
-
     def __init__(self, t_warmup: str, t_decay: str, *, t_max: str = "1dur", alpha_f: float = 0.0):
-        super().__init__(alpha_f, t_warmup=t_warmup, t_decay=t_decay, t_max=t_max)
+        super().__init__("warmup_stable_decay", alpha_f, t_warmup=t_warmup, t_decay=t_decay, t_max=t_max)
 
 
 class OneMinusSqrt(_Schedule):
     """A decay along 1 - sqrt, by default over the whole run, that ends at t_max."""
 
-    name = "one_minus_sqrt"
-
     def __init__(self, t_decay: str = "1dur", *, t_max: str = "1dur", alpha_f: float = 0.0):
-        super().__init__(alpha_f, t_decay=t_decay, t_max=t_max)
-        if self.times["t_decay"][0] == 0:
-            raise must_be("scheduler.t_decay", "above 0", t_decay, "for a flat lr use warmup_stable_decay")
+        super().__init__("one_minus_sqrt", alpha_f, t_decay=t_decay, t_max=t_max)
+        length, _ = parse_time("scheduler.t_decay", t_decay)
+        require(length > 0, "scheduler.t_decay", "above 0", t_decay, "for a flat lr use warmup_stable_decay")

@@ -1,47 +1,154 @@
-"""Reads a run's config from plain containers: times, tokens, objective, shape, loaders, text; and schedules of the lr.
+"""Reads a run's config: merges YAML files and key=value, and says what times, shapes, keys and schedules in it mean.
 
-What may stand in a config is checked in checks.py. Neither torch nor the host is imported.
+Later files win over earlier ones, and key=value wins over files. What a config may hold is checked in checks.py.
+Neither torch nor the host is imported: keys and defaults of our blocks are read from signatures as source text.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
-import hashlib
+import functools
+import importlib.util
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from ettin_foundry.model.config import EttinConfig
-from ettin_foundry.objectives.schedule import ObjectiveSchedule
-from ettin_foundry.training.recipes import rows_from_tokens
+import yaml
+from omegaconf import DictConfig
+from omegaconf import OmegaConf as om
+from omegaconf.errors import OmegaConfBaseException
+
+from ettin_foundry import REGISTRY, program_folder
+from ettin_foundry.data.stream import DEFAULT_WINDOW, check_warmup
+from ettin_foundry.model.config import EttinConfig, did_you_mean
+from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule
+
+# last words of keys whose values are names or paths: `run_name: 1e3` is the text 1e3
+TEXT_KEYS = frozenset("run_name name label size phase data extend_data decay_data source save_root save_folder "
+                      "load_path local remote split folder project entity group".split())
+
+
+def merge(base: Any, over: Any) -> Any:
+    """`over` laid onto `base` key by key, in new containers; a block whose `name` changes is replaced.
+
+    So a new scheduler does not inherit the old one's settings. `???` (no value yet) never hides a value.
+    """
+    if isinstance(base, dict) and isinstance(over, dict):
+        if "name" in base and over.get("name", base["name"]) != base["name"]:
+            return over
+        return {**base, **{k: merge(base[k], v) if k in base else v for k, v in over.items()}}
+    return base if over == "???" else over
+
+
+def read(path: str) -> dict[str, Any]:
+    """One YAML file, interpolations left as they are."""
+    if not Path(path).is_file():
+        here = program_folder()
+        known = ", ".join(sorted(p.relative_to(here).as_posix() for p in (here / "yamls").rglob("*.yaml")))
+        raise FileNotFoundError(f"{path}: no such file. Arguments are YAML files and key=value; recipes here: {known}")
+    try:
+        config = om.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"{path}: holds {type(config).__name__}, not keys and values; see yamls/ for examples")
+    return _with_texts(om.to_container(config), yaml.load(Path(path).read_bytes(), yaml.BaseLoader))
+
+
+def _with_texts(value: Any, raw: Any, key: str = "") -> Any:
+    """A YAML value in which names and paths are as written; `raw` has every scalar as text."""
+    if isinstance(value, dict) and isinstance(raw, dict):
+        return {name: _with_texts(item, raw.get(str(name)), str(name)) for name, item in value.items()}
+    return raw if key in TEXT_KEYS and isinstance(value, (bool, int, float)) and isinstance(raw, str) else value
+
+
+def _quoted(override: str) -> str:
+    """key=value with a name or path in quotes, so that YAML takes it as text."""
+    key, _, value = override.partition("=")
+    plain = key.rpartition(".")[2] in TEXT_KEYS and value not in ("", "null", "~", "???") and value[0] not in "[{'\""
+    return f"{key}={json.dumps(value)}" if plain else override
+
+
+def configure(args: Sequence[str]) -> DictConfig:
+    """The merged config of a command line: its interpolations resolve, no value is missing, its variables exist."""
+    om.clear_resolver("oc.env")  # as LLM-Foundry does, so that a YAML means the same in both
+    files, overrides = [arg for arg in args if "=" not in arg], [arg for arg in args if "=" in arg]
+    if wrong := [arg for arg in files if not arg.endswith((".yaml", ".yml"))]:
+        raise ValueError(f"{wrong[0]}: neither a YAML file nor key=value; the only option is --dry-run")
+    if not files:
+        raise ValueError("no recipe given; usage: composer train.py recipe.yaml [overlay.yaml ...] [key=value ...]")
+    merged: dict[str, Any] = functools.reduce(merge, map(read, files), {})
+    command_line: Any = om.to_container(om.from_cli([_quoted(each) for each in overrides]))
+    known = merged.get("variables") or {}
+    if unknown := [k for k in command_line.get("variables") or {} if k not in known]:
+        raise ValueError(f"variables.{unknown[0]}: {', '.join(files)} has no such variable, so nothing would change"
+                         + did_you_mean(unknown[0], known))
+    config: Any = om.create(merge(merged, command_line))
+    try:
+        missing = sorted(om.missing_keys(config), key=lambda key: (not key.startswith("variables."), key))
+        if not missing:
+            plain: Any = om.to_container(config, resolve=True)
+            config.update(rows_from_tokens(plain))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{', '.join(files)}: {' '.join(str(error).split())}") from error
+    if missing:
+        raise ValueError(f"{missing[0]}: no value given; add {missing[0]}=... to the command line"
+                         + (f" (also missing: {', '.join(missing[1:])})" if missing[1:] else ""))
+    return config
+
+
+def resolved(args: Sequence[str]) -> dict[str, Any]:
+    """`configure`, with every interpolation filled in, as plain containers."""
+    return om.to_container(configure(args), resolve=True)  # type: ignore[return-value]
+
+
+def rows_from_tokens(cfg: dict[str, Any]) -> dict[str, int]:
+    """Rows a GPU takes at once, where a config (plain containers, resolved) gives token positions instead.
+
+    `variables.microbatch_tokens` gives `device_train_microbatch_size`: the most rows of `max_seq_len` that it holds and
+    that divide every batch of each of WORLD_SIZE processes. `variables.eval_tokens` gives `device_eval_batch_size`.
+    A key that the config has itself is left alone.
+    """
+    variables, length, found = cfg.get("variables") or {}, cfg.get("max_seq_len"), {}
+    for name, key in (("microbatch_tokens", "device_train_microbatch_size"), ("eval_tokens", "device_eval_batch_size")):
+        tokens = variables.get(name)
+        if tokens is None or cfg.get(key) is not None or length is None:
+            continue
+        if type(tokens) is not int or tokens < length:
+            raise ValueError(f"variables.{name} must be an integer >= {length} (max_seq_len), got {tokens!r}")
+        found[key] = tokens // length
+    if most := found.get("device_train_microbatch_size"):
+        smallest = value_at(cfg, "train_loader.batch_size_warmup.min_size") or 0
+        share = max(1, math.gcd(cfg["global_train_batch_size"], smallest) // int(os.environ.get("WORLD_SIZE", "1")))
+        found["device_train_microbatch_size"] = next(n for n in range(min(most, share), 0, -1) if share % n == 0)
+    return found
+
+
+# ------------------------------------------------------------------ what is in a config
 
 FIELDS = tuple(field.name for field in dataclasses.fields(EttinConfig)
                if field.name not in ("causal", "max_position_embeddings"))
 """Fields of the shape that a config may set; the other two follow from objective and max_seq_len."""
-_TIME = re.compile(r"([0-9._]+(?:e[+-]?[0-9]+)?)(tok|ba|dur|sp|sec|iter)", re.IGNORECASE)
-
-
-def must_be(key: str, allowed: str, given: Any, advice: str) -> ValueError:
-    """The error of a setting that cannot be: the key as one types it, what is allowed, what was given, what to do."""
-    return ValueError(f"{key} must be {allowed}, got {given!r}; {advice}")
+_TIME = re.compile(r"([0-9](?:_?[0-9])*(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?)(tok|ba|dur|sp|sec|iter)", re.IGNORECASE)
 
 
 def require(fits: Any, key: str, allowed: str, given: Any, advice: str) -> None:
-    """Raises `must_be` unless the setting fits."""
+    """Refuses a setting that does not fit: the key as one types it, what is allowed, what was given, what to do."""
     if not fits:
-        raise must_be(key, allowed, given, advice)
+        raise ValueError(f"{key} must be {allowed}, got {given!r}; {advice}")
 
 
 def parse_time(key: str, value: Any) -> tuple[float, str]:
     """A time of the host such as `3_000_000_000tok` as (number, unit); a ValueError that names `key` if it is none."""
     match = _TIME.fullmatch(value) if isinstance(value, str) else None
-    try:
-        return float(match[1]), match[2].lower()  # type: ignore[index]
-    except (TypeError, ValueError):
-        raise must_be(key, "a number with the unit tok, ba or dur", value, "the loader's one epoch never ends, so give "
-                      "a time such as 8_500_000_000tok or 3000ba") from None
+    require(match, key, "a number with the unit tok, ba or dur", value,
+            "the loader's one epoch never ends, so give a time such as 8_500_000_000tok or 3000ba")
+    return float(match[1]), match[2].lower()  # type: ignore[index]
 
 
 def total_tokens(cfg: Mapping[str, Any]) -> int | None:
@@ -101,26 +208,139 @@ def without_nulls(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_text(cfg: Mapping[str, Any]) -> str:
-    """The resolved config as canonical JSON, without nulls; the same on any number of processes."""
-    derived = ("n_gpus", "device_train_batch_size", "device_train_grad_accum")  # by the host
-    config = {key: value for key, value in without_nulls(cfg).items() if key not in derived}
-    if "eval_loaders" in config:  # the host's name for a list
-        config["eval_loader"] = config.pop("eval_loaders")
-    bare = {key: value for key, value in config.items()
-            if key not in ("device_train_microbatch_size", "device_eval_batch_size")}
-    if (rows := rows_from_tokens(bare)).items() <= config.items():  # made of tokens for this number of processes
-        config |= rows_from_tokens(bare, world_size=1) if rows else {}
-    micro = config.get("device_train_microbatch_size")
-    if config.get("device_eval_batch_size") == (1 if micro == "auto" else micro):  # the host's default
-        config.pop("device_eval_batch_size", None)
-    if callbacks := config.get("callbacks"):
-        config["callbacks"] = {name: block for name, block in callbacks.items() if name != "ettin_clock"}
+    """The resolved config as canonical JSON, without nulls, and without what follows from the number of processes."""
+    config = {key: value for key, value in without_nulls(cfg).items() if not key.startswith(("n_gpus", "device_"))}
     return json.dumps(config, sort_keys=True, separators=(",", ":"))
 
 
-def config_hash(text: str) -> str:
-    """sha256 of a `config_text`, in hex."""
-    return hashlib.sha256(text.encode()).hexdigest()
+# ------------------------------------------------------------------ keys and defaults
+
+_BY_HOST = ("self", "tokenizer", "train_config", "params", "device_batch_size")  # parameters that the host fills in
+
+
+def _literal(node: ast.expr | None) -> Any:
+    try:
+        value = ast.literal_eval(node)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # of no node, and of a name such as MISSING
+        return None
+    return list(value) if isinstance(value, tuple) else value
+
+
+def read_parameters(target: str) -> dict[str, Any]:
+    """{parameter: default, or None} of a function, a class's `__init__` or a dataclass, given as `module:name`."""
+    module, name = target.split(":")
+    package, *rest = module.split(".")
+    spec: Any = importlib.util.find_spec(package)
+    source = Path(spec.origin).parent.joinpath(*rest).with_suffix(".py").read_text(encoding="utf-8")
+    node: Any = next(node for node in ast.parse(source).body if getattr(node, "name", None) == name)
+    if isinstance(node, ast.ClassDef):
+        methods = {item.name: item for item in node.body if isinstance(item, ast.FunctionDef)}
+        if "__init__" not in methods:
+            return {item.target.id: _literal(item.value) for item in node.body
+                    if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)}
+        node = methods["__init__"]
+    taken = node.args
+    defaults = [*[None] * (len(taken.args) - len(taken.defaults)), *taken.defaults, *taken.kw_defaults]
+    return {argument.arg: _literal(default) for argument, default in zip([*taken.args, *taken.kwonlyargs], defaults)
+            if argument.arg not in _BY_HOST}
+
+
+PARAMETERS: dict[str, dict[str, Any]] = {
+    name: read_parameters(target)
+    for registry in ("models", "dataloaders", "optimizers", "schedulers", "callbacks", "callbacks_with_config")
+    for name, target in REGISTRY[registry].items()}
+"""Of our blocks, by the name of their class: {key: default, or None}."""
+PARAMETERS["ettin"] |= dict.fromkeys(FIELDS)
+PARAMETERS["ettin_stable_adamw"]["disable_grad"] = None  # taken out by LLM-Foundry
+DEFAULTS = {name: {key: value for key, value in keys.items() if value is not None} for name, keys in PARAMETERS.items()}
+_HOST = read_parameters("llmfoundry.utils.config_utils:TrainConfig")
+HOST_KEYS = frozenset(_HOST)
+HOST_DEFAULTS = {key: value for key, value in _HOST.items() if value is not None}
+
+NO_EFFECT = {
+    r"(train_loader|eval_loader(\[.*?\])?)\.(num_workers|prefetch_factor|pin_memory|persistent_workers|timeout|"
+    r"dataset\.cache_limit)": "how rows are fetched; which ones follows from data and seed alone",
+    r"model\.(attn_impl|compile|deterministic)": "the same function, up to rounding",
+    r"(loggers|metadata|profiler)(\..*)?|progress_bar|log_to_console|console_log_interval|python_log_level|log_config|"
+    r"flatten_metadata|dist_timeout|max_split_size_mb|expandable_segments|cuda_load_lazy":
+        "logging, memory and time only",
+    r"save_(interval|filename|overwrite|num_checkpoints_to_keep)|only_composer_checkpoint|autoresume":
+        "what is kept on disk; a run that resumes continues exactly",
+    r"eval_interval|eval_first": "evaluating changes no weight",
+    r"callbacks\.(speed_monitor|lr_monitor|runtime_estimator|scheduled_gc|memory_monitor|memory_snapshot|oom_observer|"
+    r"optimizer_monitor|system_metrics_monitor|ettin_(clock|monitor|samples|export|steps))(\..*)?":
+        "it observes or writes, and changes no weight",
+    r"callbacks\.ettin_(phase|cross)\.accept(\[.*)?": "it lets a run begin, and has no further effect",
+    r"fsdp_config\.(state_dict_type|activation_checkpointing|activation_cpu_offload|reshard_after_forward|verbose|"
+    r"load_monolith_rank0_only)": "where tensors lie, not what they hold",
+}
+"""{pattern of a whole dotted key: why a difference in it cannot change what a run learns}."""
+
+
+def settings(cfg: Mapping[str, Any], run: tuple[float, str] | None = None) -> dict[str, Any]:
+    """{dotted key: value} of a resolved config but for `variables`, so that two spellings of one thing are equal.
+
+    `10000` is `10000.0`, `1dur` is the run's length, a key that is left out is the default that the code takes, a size
+    is the shape it stands for. run: (number, unit) that shares in `dur` are of, max_duration if not given.
+    """
+    cfg = {key: value for key, value in cfg.items() if value is not None and key != "variables"}
+    fields, total = dataclasses.asdict(model_config(cfg)), total_tokens(cfg)
+    full = {**HOST_DEFAULTS, **cfg, **{key: filled(cfg[key]) for key in ("optimizer", "scheduler")}}
+    for key in ("eval_loader", "eval_loaders"):
+        full.pop(key, None)
+    # size stands for the fields; causal and length follow from objective and max_seq_len, which are compared themselves
+    model = {**filled(cfg["model"]), **fields, "objective": open_ended(objective_schedule(cfg).plain())}
+    full["model"] = {key: value for key, value in model.items()
+                     if key not in ("size", "causal", "max_position_embeddings")}
+    full["optimizer"].setdefault("max_lr", full["optimizer"]["lr"])
+    full["callbacks"] = {key: filled(block or {}, key) for key, block in (cfg.get("callbacks") or {}).items()}
+    if Path(cfg["tokenizer"].get("name", ".")) == Path(cfg["train_loader"]["dataset"]["local"], "tokenizer"):
+        full["tokenizer"] = {**cfg["tokenizer"], "name": "that of the data"}  # whose fingerprint tells what it does
+    train, *evals = [_filled_loader(block, total) for _, block in loaders(cfg)]
+    if warmup := train.get("batch_size_warmup"):
+        tokens = check_warmup(warmup, cfg["global_train_batch_size"], total=total)
+        train["batch_size_warmup"] = {**warmup, "tokens": tokens}
+    names = ["eval_loader"] if len(evals) == 1 else [f"eval_loader[{b.get('label', i)}]" for i, b in enumerate(evals)]
+    full |= {"train_loader": train, **dict(zip(names, evals))}
+    run = run or parse_time("max_duration", cfg["max_duration"])
+    return {key: _in_one_unit(value, *run) for key, value in walk(full)}
+
+
+def filled(block: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
+    """A block of ours with its defaults; `name` for blocks without the key."""
+    return {**DEFAULTS.get(name or block.get("name", ""), {}), **{k: v for k, v in block.items() if v is not None}}
+
+
+def _filled_loader(block: Mapping[str, Any], total: int | None) -> dict[str, Any]:
+    full = filled(block, "ettin_text")
+    full["mask_rate"] = open_ended(MaskRate.parse(full["mask_rate"], total=total).plain())
+    objective = full.get("objective")
+    if isinstance(objective, list) and all(isinstance(name, str) for name in objective):  # an evaluation under each
+        full["objective"] = ", ".join(sorted(objective))
+    elif objective is not None:
+        full["objective"] = open_ended(ObjectiveSchedule.parse(objective, total=total).plain())
+    return {"shuffle_window": DEFAULT_WINDOW, **full} if full["shuffle"] else full
+
+
+def open_ended(plain: Any) -> Any:
+    """A schedule's plain data as a name, number or text: without the run's end, unless a slope leads there."""
+    if isinstance(plain, list) and "from" not in plain[-1]:
+        plain = [*plain[:-1], {key: value for key, value in plain[-1].items() if key != "until"}]
+    return plain if isinstance(plain, (str, float)) else json.dumps(plain)
+
+
+def _in_one_unit(value: Any, amount: float, unit: str) -> Any:
+    """A time as `8_500_000_000tok`, shares of the run in the run's own unit; anything else as it is."""
+    try:
+        number, own_unit = parse_time("", value)
+    except ValueError:
+        return value
+    if own_unit == "dur" or number == 0:
+        number, own_unit = number * amount, unit
+    return f"{round(number, 0 if own_unit == 'tok' else 6):_}".removesuffix(".0") + own_unit
+
+
+# ------------------------------------------------------------------ the learning rate
 
 
 def warmup_stable_decay(t: float, *, warmup: float, decay: float, total: float, alpha_f: float) -> float:
@@ -144,41 +364,26 @@ def one_minus_sqrt(t: float, *, decay: float, total: float, alpha_f: float) -> f
     return alpha_f + (1.0 - alpha_f) * (1.0 - math.sqrt(x))
 
 
-SCHEDULES = {"warmup_stable_decay": {"t_warmup": "0tok", "t_decay": "0tok", "t_max": "1dur"},
-             "one_minus_sqrt": {"t_decay": "1dur", "t_max": "1dur"}}
-"""Learning-rate schedules of ours: {name: {time: default}}."""
+def lr_factor(scheduler: Mapping[str, Any], run: tuple[float, str], clock: Callable[[str], float]) -> float:
+    """Factor on the peak lr by a whole block of a scheduler of ours, each of whose times has the clock of its own unit.
 
-
-def schedule_factor(name: str, times: Mapping[str, tuple[float, str]], alpha_f: float, run: tuple[float, str],
-                    clock: Callable[[str], float]) -> float:
-    """Factor on the peak lr of a schedule of ours, each of whose times is read on the clock of its own unit.
-
-    In a run of batches, the end in tokens is estimated from those so far. times: as in `SCHEDULES`, and run:
-    max_duration, as (number, unit). clock: the present in a unit.
+    In a run of batches, the end in tokens is estimated from those so far. run: max_duration as (number, unit). clock:
+    the present in a unit.
     """
     def read(key: str) -> tuple[float, float, float]:
         """(present, length of that time, end of the schedule) in one unit."""
+        times = (parse_time(f"scheduler.{name}", scheduler[name]) for name in (key, "t_max"))
         (length, unit), (end, end_unit) = ((value * run[0], run[1]) if unit == "dur" else (value, unit)
-                                           for value, unit in (times[key], times["t_max"]))
+                                           for value, unit in times)
         now, past = clock(unit), clock(end_unit)
         if unit != end_unit:
             end = end * now / past if past else math.inf
         return now, length, end
 
     now, decay, end = read("t_decay")
-    if name == "one_minus_sqrt":
-        return one_minus_sqrt(now, decay=decay, total=end, alpha_f=alpha_f)
+    if scheduler["name"] == "one_minus_sqrt":
+        return one_minus_sqrt(now, decay=decay, total=end, alpha_f=scheduler["alpha_f"])
     present, warmup, _ = read("t_warmup")
     if present < warmup:
         return warmup_stable_decay(present, warmup=warmup, decay=0.0, total=0.0, alpha_f=1.0)
-    return warmup_stable_decay(now, warmup=0.0, decay=decay, total=end, alpha_f=alpha_f)
-
-
-def lr_factor(scheduler: Mapping[str, Any], run: tuple[float, str], tokens: int, batch: int) -> float | None:
-    """`schedule_factor` of a scheduler's block after so many tokens and batches; None for a scheduler of the host."""
-    if scheduler["name"] not in SCHEDULES:
-        return None
-    times = {key: parse_time(f"scheduler.{key}", scheduler.get(key, default))
-             for key, default in SCHEDULES[scheduler["name"]].items()}
-    clock = {"tok": tokens, "ba": batch}
-    return schedule_factor(scheduler["name"], times, scheduler.get("alpha_f", 0.0), run, lambda unit: clock[unit])
+    return warmup_stable_decay(now, warmup=0.0, decay=decay, total=end, alpha_f=scheduler["alpha_f"])

@@ -41,16 +41,6 @@ def read_steps(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return steps  # type: ignore[return-value]
 
 
-def compare_steps(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> int | None:
-    """The first step at which two runs, by their logs, did not read the same rows (or only one did); None without."""
-    mine, other = read_steps(first), read_steps(second)
-    for one, two in zip(mine, other):
-        if any(one.get(key) != two.get(key) for key in ("step", "tokens", "rows", "ids_hash")):
-            return min(one["step"], two["step"])
-    rest = max(mine, other, key=len)[min(len(mine), len(other)):]
-    return rest[0]["step"] if rest else None
-
-
 def cut_steps(path: Path, step: int) -> None:
     """Removes, from the end of a log, an unfinished line and all from `step` on, which will be done again."""
     if path.is_file():

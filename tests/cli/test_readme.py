@@ -19,10 +19,10 @@ EXAMPLES = {name: re.findall(r"^Example: (ettin .*)", command.help, re.M) for na
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("composer train.py")]
                          + re.findall("^Example: (composer .*)", (nano_run.ROOT / "train.py").read_text(), re.M))
 def test_every_training_command_is_a_valid_run(line, monkeypatch):
-    from ettin_foundry.training import checks, recipes
+    from ettin_foundry.training import checks, run_config
 
     monkeypatch.chdir(nano_run.ROOT)
-    checks.check_settings(recipes.resolved([word for word in shlex.split(line)[2:] if word != "--dry-run"]))
+    checks.check_settings(run_config.resolved([word for word in shlex.split(line)[2:] if word != "--dry-run"]))
 
 
 @pytest.mark.parametrize("line", [line for line in [*LINES, *sum(EXAMPLES.values(), [])]

@@ -14,7 +14,8 @@ import nano_run
 import pytest
 import torch
 
-from ettin_foundry.training.steps import compare_steps, read_steps
+from ettin_foundry.tools.pair import compare_steps
+from ettin_foundry.training.steps import read_steps
 
 SETTINGS = ["model.vocab_size=512", "model.attn_out_dropout=0.0",  # dropout draws differ by rank, as they should
             "max_duration=3ba", "eval_interval=3ba", "device_eval_batch_size=16",

@@ -3,54 +3,22 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import test_recipes
-from nano_run import put
+from nano_run import ROOT, put
 
 from ettin_foundry.cli.main import main
 from ettin_foundry.model.config import SIZES
 from ettin_foundry.tools.pair import lint_chain, lint_pair
-from ettin_foundry.training import recipes
+from ettin_foundry.training import run_config
 
-ROOT = Path(__file__).resolve().parents[2]
-PUBLISHED = [size for size in SIZES if size != "nano"]
-NANO = recipes.resolved([str(ROOT / "yamls/nano.yaml")])
+NANO = run_config.resolved([str(ROOT / "yamls/nano.yaml")])
 PHASES = ("pretrain", "extend", "decay", "cross")
-
-
-def recipe(side, size, phase, *overlays):
-    phases = () if phase == "pretrain" else (phase,)
-    return test_recipes.resolved(ROOT / f"yamls/ettin-{side}-{size}.yaml", *phases, *overlays)
 
 
 def verdicts(report):
     return {d.key: d.verdict for d in report.differences}
-
-
-# ------------------------------------------------------------------ what settings mean
-
-
-@pytest.mark.parametrize("a, b", [
-    ({"max_duration": "4_000_000tok"}, {"max_duration": "4e6tok"}),
-    ({"scheduler.t_warmup": "200_000tok"}, {"scheduler.t_warmup": "0.05dur"}),
-    ({"scheduler.t_decay": "1_000_000tok"},
-     {"scheduler.t_decay": "0.25dur", "scheduler.alpha_f": 0, "scheduler.t_max": "1dur"}),
-    ({"model.window_left": 64}, {"model.local_attention": 128}),
-    ({"optimizer.max_lr": 3e-3}, {"optimizer.betas": ..., "optimizer.eps": ...}),
-    ({"train_loader.shuffle_window": 16, "train_loader.shuffle_seed": 21}, {"train_loader.shuffle_seed": ...}),
-    ({"train_loader.mask_rate": [{"until": "2_000_000tok", "rate": 0.3}, {"rate": 0.1}]},
-     {"train_loader.mask_rate": [{"until": "0.5dur", "rate": 0.3}, {"until": "1dur", "rate": 0.1}]}),
-    ({"fsdp_config": {"mixed_precision": "FULL"}}, {}),
-    ({"callbacks.ettin_phase": {"source": "x"}},
-     {"callbacks.ettin_phase": {"source": "x", "accept": [], "keep": "all"}}),
-    ({"device_eval_batch_size": 16}, {"device_eval_batch_size": ...}),
-    ({"eval_loader": [NANO["eval_loader"]]}, {}),
-], ids=str)
-def test_two_spellings_of_one_thing_are_no_difference(a, b):
-    report = lint_pair(put(NANO, a), put(NANO, b))
-    assert report.fair and not report.differences, str(report)
 
 
 # ------------------------------------------------------------------ our recipes
@@ -60,29 +28,24 @@ DEMANDED = {"model.objective", "train_loader.objective", "eval_loader.objective"
             "eval_loader.mask_rate", "model.window_left"}
 NAMES = {"run_name", "save_folder"}
 # keys of our recipes that cannot change what is learnt
-FREE = {"device_train_microbatch_size", "train_loader.num_workers", "eval_loader.num_workers", "eval_interval",
-        "progress_bar", "log_to_console", "console_log_interval", "python_log_level", "save_interval", "save_overwrite",
-        "autoresume", "callbacks.ettin_phase.accept", "callbacks.ettin_cross.accept", "callbacks.ettin_phase.source",
-        "callbacks.ettin_cross.source"}
-WATCHERS = {"speed_monitor", "lr_monitor", "runtime_estimator", "scheduled_gc", "ettin_monitor", "ettin_steps"}
-RUNS = [*((size, ()) for size in PUBLISHED), ("400m", ("original",))]
+FREE = re.compile(r"device_train_microbatch_size|.*_loader.num_workers|eval_interval|progress_bar|.*log.*|autoresume|"
+                  r"save_(interval|overwrite)|callbacks\.ettin_(phase|cross)\.(accept|source)|callbacks\.(speed_monitor|"
+                  r"lr_monitor|runtime_estimator|scheduled_gc|ettin_monitor|ettin_steps)(\..*)?")
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_every_pair_of_recipes_is_fair(phase):
-    for size, overlays in RUNS:
-        report = lint_pair(recipe("enc", size, phase, *overlays), recipe("dec", size, phase, *overlays))
+@pytest.mark.parametrize(("size", "overlays"), [
+    *((size, ()) for size in SIZES if size != "nano"), ("400m", ("original",))])
+def test_every_pair_and_chain_of_recipes_is_fair(size, overlays):
+    runs = {(side, phase): test_recipes.config_of({"side": side, "size": size, "phase": phase}, *overlays)
+            for side in ("enc", "dec") for phase in PHASES}
+    for phase in PHASES:
+        report = lint_pair(runs["enc", phase], runs["dec", phase])
         found = verdicts(report)
         assert report.fair and found == {**dict.fromkeys(found, "objective"), **dict.fromkeys(NAMES, "harmless")}
-        assert {"model.objective", "train_loader.mask_rate"} <= set(found) - NAMES <= DEMANDED, (size, str(report))
-
-
-@pytest.mark.parametrize("side, other", [("enc", "dec"), ("dec", "enc")])
-def test_every_chain_of_recipes_is_clean(side, other):
-    for size, overlays in RUNS:
-        chain = [(phase, recipe(side, size, phase, *overlays)) for phase in PHASES[:-1]]
-        report = lint_chain([*chain, ("cross", recipe(other, size, "cross", *overlays))])
-        assert str(report) == "fair chain: no difference", (size, str(report))
+        assert {"model.objective", "train_loader.mask_rate"} <= set(found) - NAMES <= DEMANDED, str(report)
+    for side, other in (("enc", "dec"), ("dec", "enc")):
+        chain = [(phase, runs[other if phase == "cross" else side, phase]) for phase in PHASES]
+        assert str(lint_chain(chain)) == "fair chain: no difference"
 
 
 def another(key, value):
@@ -104,31 +67,41 @@ def another(key, value):
     return f"{value}-x"
 
 
-def leaves(block, prefix=""):
-    """(dotted key, value) of every leaf."""
-    for name, value in block.items():
-        key = f"{prefix}{name}"
-        yield from leaves(value, f"{key}.") if isinstance(value, dict) and value else [(key, value)]
-
-
 @pytest.mark.parametrize("phase", PHASES)
 def test_changing_any_key_of_a_recipe_in_one_member_is_unfair_unless_it_is_declared(phase):
-    enc, dec = recipe("enc", "400m", phase), recipe("dec", "400m", phase)
+    enc, dec = (test_recipes.config_of({"side": side, "size": "400m", "phase": phase}) for side in ("enc", "dec"))
     declared, unfair = set(), set()
-    for key, value in leaves({key: block for key, block in dec.items() if key != "variables"}):
-        found = lint_pair(enc, put(dec, {key: another(key, value)}))
-        (declared if found.fair else unfair).add(key)
-    watched = {key for key in declared if key.startswith("callbacks.") and key.split(".")[1] in WATCHERS}
-    assert declared - watched - DEMANDED - NAMES == FREE & (declared | unfair)
-    assert {"seed", "optimizer.lr", "optimizer.betas", "scheduler.name", "model.size", "train_loader.dataset.local",
-            "train_loader.shuffle_seed", "max_seq_len", "global_train_batch_size", "precision", "max_duration",
-            "device_eval_batch_size",  # so many batches are validated on
-            "model.local_rope_theta", "accumulate_train_batch_on_tokens", "tokenizer.name"} <= unfair
+    for key in dict.fromkeys(key.partition("[")[0] for key, _ in run_config.walk(dec)):
+        if not key.startswith("variables."):
+            found = lint_pair(enc, put(dec, {key: another(key, run_config.value_at(dec, key))}))
+            (declared if found.fair else unfair).add(key)
+    assert {key for key in declared | unfair if FREE.fullmatch(key)} == declared - DEMANDED - NAMES
+    assert {"seed", "optimizer.lr", "optimizer.betas", "scheduler.name", "model.size", "max_duration", "precision",
+            "train_loader.dataset.local", "train_loader.shuffle_seed", "max_seq_len", "global_train_batch_size",
+            "model.local_rope_theta", "device_eval_batch_size",  # so many batches are validated on
+            "accumulate_train_batch_on_tokens", "tokenizer.name"} <= unfair
 
 
 # ------------------------------------------------------------------ rules
 
+# two spellings of one thing
+SAME = [
+    ({"max_duration": "4_000_000tok"}, {"max_duration": "4e6tok"}),
+    ({"scheduler.t_warmup": "200_000tok"}, {"scheduler.t_warmup": "0.05dur"}),
+    ({"scheduler.t_decay": "1_000_000tok"},
+     {"scheduler.t_decay": "0.25dur", "scheduler.alpha_f": 0, "scheduler.t_max": "1dur"}),
+    ({"model.window_left": 64}, {"model.local_attention": 128}),
+    ({"optimizer.max_lr": 3e-3}, {"optimizer.betas": ..., "optimizer.eps": ...}),
+    ({"train_loader.shuffle_window": 16, "train_loader.shuffle_seed": 21}, {"train_loader.shuffle_seed": ...}),
+    ({"train_loader.mask_rate": [{"until": "2_000_000tok", "rate": 0.3}, {"rate": 0.1}]},
+     {"train_loader.mask_rate": [{"until": "0.5dur", "rate": 0.3}, {"until": "1dur", "rate": 0.1}]}),
+    ({"callbacks.ettin_phase": {"source": "x"}}, {"callbacks.ettin_phase": {"source": "x", "keep": "all"}}),
+    ({"eval_loader": [NANO["eval_loader"]]}, {}),
+]
+
+
 @pytest.mark.parametrize("a, b, expected", [
+    *((a, b, {}) for a, b in SAME),
     # mask rates: of a clm member there is none, of two that mask they are equal
     ({}, {"model.objective": "mntp", "train_loader.objective": "mntp", "train_loader.mask_rate": 0.15},
      {"model.objective": "objective", "train_loader.objective": "objective", "train_loader.mask_rate": "unfair"}),
@@ -144,14 +117,12 @@ def test_changing_any_key_of_a_recipe_in_one_member_is_unfair_unless_it_is_decla
     ({}, {"device_eval_batch_size": 8}, {"device_eval_batch_size": "unfair"}),
     ({"eval_subset_num_batches": -1}, {"eval_subset_num_batches": -1, "device_eval_batch_size": 8},
      {"device_eval_batch_size": "harmless"}),
-    # weights to begin with
     ({"callbacks.ettin_phase": {"source": "a"}}, {"callbacks.ettin_phase": {"source": "b", "keep": "weights"}},
      {"callbacks.ettin_phase.source": "harmless", "callbacks.ettin_phase.keep": "unfair"}),
     ({"callbacks.ettin_phase": {"source": "a"}}, {}, {"callbacks.ettin_phase": "unfair"}),
     # sharding moves tensors, precision changes them
-    ({}, {"fsdp_config": {"activation_checkpointing": True, "mixed_precision": "PURE"}},
-     {"fsdp_config.activation_checkpointing": "harmless", "fsdp_config.mixed_precision": "unfair"}),
-    # validated on another task, though trained alike
+    ({}, {"fsdp_config": {"activation_checkpointing": True}}, {"fsdp_config.activation_checkpointing": "harmless"}),
+    ({}, {"fsdp_config": {"activation_checkpointing": True, "mixed_precision": "PURE"}}, {"fsdp_config": "unfair"}),
     ({}, {"eval_loader.objective": ["mlm", "clm"]}, {"eval_loader.objective": "unfair"}),
     ({}, {"eval_loader": None}, {"eval_loader": "unfair"}),
     ({"seed": 1}, {"seed": True}, {"seed": "unfair"}),  # equal in Python only
@@ -202,15 +173,12 @@ SECOND = put(NANO, {"run_name": "second", "callbacks.ettin_phase": {"source": "x
     # weight decay is relative to max_lr
     ({"scheduler.t_decay": "1dur", "scheduler.alpha_f": 0.5, "scheduler.t_warmup": "0tok"}, {"optimizer.lr": 1.5e-3},
      {"optimizer.max_lr": (3e-3, 1.5e-3)}),
-    # theta
     ({}, {"model.local_rope_theta": 160000}, {"model.local_rope_theta": (10000.0, 160000)}),
-    # shape, length, kind
     ({}, {"max_seq_len": 128}, {"max_seq_len": (256, 128)}),
     ({}, {"model.local_attention": 64}, {"model.local_attention": (128, 64), "model.window_left": (64, 32)}),
     ({}, {"model.objective": "clm"}, {"model.objective": ("mlm", "clm")}),
     ({}, {"model.objective": "clm", "callbacks.ettin_phase": ..., "callbacks.ettin_cross": {"source": "x"}}, {}),
     ({}, {"train_loader.dataset.local": "data/b", "tokenizer.name": "data/b/tokenizer"}, {}),  # unknown, not here
-    # what a phase is for
     ({}, {"train_loader.mask_rate": 0.15, "global_train_batch_size": 8, "seed": 5}, {}),
 ], ids=str)
 def test_what_does_not_go_on_in_a_chain_is_found(first, second, expected):
@@ -222,35 +190,26 @@ def test_what_does_not_go_on_in_a_chain_is_found(first, second, expected):
     assert report.fair is not bool(expected) and all(d.where == "second" for d in report.differences)
 
 
-@pytest.mark.parametrize("thetas, at", [((1e4, 16e4, 16e4), []), ((1e4, 1e4, 16e4), []), ((1e4, 16e4, 32e4), [2]),
-                                        ((1e4, 16e4, 1e4, 16e4), [2, 3])], ids=str)
-def test_theta_may_go_up_once(thetas, at):
+def test_theta_may_go_up_once():
     keys = ["model.global_rope_theta", "model.local_rope_theta"]
-    constant = {"scheduler": {"name": "warmup_stable_decay", "t_warmup": "0tok", "t_decay": "0tok"}}
-    runs = [(str(i), put(SECOND if i else FIRST, {**dict.fromkeys(keys, theta), **constant}))
-            for i, theta in enumerate(thetas)]
-    assert [(d.key, d.where) for d in lint_chain(runs).differences] == [(key, str(i)) for i in at for key in keys]
-
-
-# ------------------------------------------------------------------ report and command
-
-
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as end:
-        main(["lint", *map(str, arguments)])
-    return end.value.code or 0, *capsys.readouterr()
+    for thetas, at in (((1e4, 16e4, 16e4), []), ((1e4, 16e4, 32e4), [2]), ((1e4, 16e4, 1e4, 16e4), [2, 3])):
+        runs = [(str(i), put(SECOND if i else FIRST, {**dict.fromkeys(keys, theta), "scheduler": {
+            "name": "warmup_stable_decay", "t_warmup": "0tok", "t_decay": "0tok"}})) for i, theta in enumerate(thetas)]
+        assert [(d.key, d.where) for d in lint_chain(runs).differences] == [(key, str(i)) for i in at for key in keys]
 
 
 def test_the_command_takes_joined_files_and_keys_and_its_exit_code_is_the_verdict(capsys):
+    def run(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main(["lint", *arguments])
+        return end.value.code or 0, capsys.readouterr().out.splitlines()[-1]
+
     nano = f"{ROOT}/yamls/nano.yaml"
     decoder = f"{nano}+variables.objective=clm+variables.mask_rate=0.0"
-    code, out, _ = run(capsys, nano, decoder)
-    assert code == 0 and out.splitlines()[-1].startswith("fair pair: ")
-    code, out, _ = run(capsys, nano, f"{decoder}+optimizer.eps=1e+5", "seed=3")
-    assert code == 1 and out.splitlines()[-1] == "unfair pair, because of optimizer.eps" and "100000" in out
+    code, verdict = run(nano, decoder)
+    assert code == 0 and verdict.startswith("fair pair: ")
+    assert run(nano, f"{decoder}+optimizer.eps=1e+5", "seed=3") == (1, "unfair pair, because of optimizer.eps")
     extend = f"{nano}+{ROOT}/yamls/phases/extend.yaml+variables.source=x"
-    code, out, _ = run(capsys, "--chain", nano, extend, f"{ROOT}/yamls/nano.yaml+{ROOT}/yamls/phases/decay.yaml+"
-                       "variables.source=x")
-    assert code == 0 and out == "fair chain: no difference\n"
-    code, out, _ = run(capsys, "--chain", extend, nano)
-    assert code == 1 and "load_path" in out
+    decay = f"{nano}+{ROOT}/yamls/phases/decay.yaml+variables.source=x"
+    assert run("--chain", nano, extend, decay) == (0, "fair chain: no difference")
+    assert run("--chain", nano, nano) == (1, "unfair chain, because of load_path")

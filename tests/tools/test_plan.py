@@ -13,11 +13,11 @@ import pytest
 from ettin_foundry.cli.main import main
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.tools import plan
-from ettin_foundry.training import recipes
+from ettin_foundry.training import run_config
 from ettin_foundry.training.run_config import model_config
 
 ROOT = Path(__file__).resolve().parents[2]
-NANO = recipes.resolved([str(ROOT / "yamls/nano.yaml")])
+NANO = run_config.resolved([str(ROOT / "yamls/nano.yaml")])
 ENC = str(ROOT / "yamls/ettin-enc-150m.yaml")
 CHUNKS = (1, 2, 3, 1, 2, 2, 3)
 
@@ -118,7 +118,7 @@ def phases(size, member):
     overlays = {"pretrain": [], **{phase: [str(ROOT / f"yamls/phases/{phase}.yaml"), "variables.source=x"]
                                    for phase in ("extend", "decay")}}
     recipe = str(ROOT / f"yamls/ettin-{member}-{size}.yaml")
-    runs = [(phase, recipes.resolved([recipe, *more])) for phase, more in overlays.items()]
+    runs = [(phase, run_config.resolved([recipe, *more])) for phase, more in overlays.items()]
     return plan.plan_runs(runs, gpus="4xH100")
 
 
@@ -143,7 +143,7 @@ def test_memory_is_what_was_measured(size, objective, tokens, half, gib):
 
 
 def test_the_microbatch_that_is_called_largest_is_the_last_that_fits():
-    cfg = recipes.resolved([str(ROOT / "yamls/ettin-enc-400m.yaml")])
+    cfg = run_config.resolved([str(ROOT / "yamls/ettin-enc-400m.yaml")])
     largest = plan.plan_run(cfg, gpus="4xH100").largest_microbatch
     most, more, auto = (plan.plan_run({**cfg, "device_train_microbatch_size": rows}, gpus="4xH100")
                         for rows in (largest, largest + 1, "auto"))

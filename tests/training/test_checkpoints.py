@@ -49,8 +49,6 @@ def test_a_real_checkpoint_of_either_kind_gives_its_weights_and_record(pt, shard
         weights, record = checkpoints.load_model_state(path)
         assert {f"model.{name}" for name in weights} == set(state["model"])
         assert all(torch.equal(value, state["model"][f"model.{name}"]) for name, value in weights.items())
-        [name, *_] = weights
-        assert set(checkpoints.load_model_state(path, names=[name])[0]) == {name}
         head = checkpoints.read_head(path)
         assert head.record == record == checkpoints.decode_record(state["callbacks"]["Clock"]) and record["batch"] == 6
         assert head.data["rows"] == state["dataset_state"]["train"]["rows"] > 0 and head.has_moments
@@ -99,33 +97,23 @@ def test_a_sharded_checkpoint_that_is_partial_or_leaves_its_folder_is_refused(sh
         checkpoints.read_head(sharded)
 
 
-def text(value: str) -> bytes:
-    return b"\x8c" + bytes([len(value)]) + value.encode()
-
-
-def rewritten(pt: Path, data: bytes | None = None, *more: tuple[str, bytes],
-              compress: int = zipfile.ZIP_STORED) -> None:
-    """Writes the archive anew: with another pickle, with more members, compressed."""
+def rewritten(pt: Path, data: bytes | None = None, *more: tuple[str, bytes]) -> None:
+    """Writes the archive anew: with another pickle, with more members."""
     with zipfile.ZipFile(pt) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(pt, "w") as out:
         for member, content in (*members.items(), *more):
-            pickled = member.endswith("data.pkl") and data is not None
-            out.writestr(member, data if pickled else content, compress_type=compress)
-
-
-CALL = b"\x85R."  # a tuple of the argument, then the call
+            out.writestr(member, data if member.endswith("data.pkl") and data is not None else content)
 
 
 def test_a_pickle_that_calls_something_is_refused_and_not_run(pt, tmp_path):
     mark = tmp_path / "mark"
-    for code in (b"\x80\x04" + text("os") + b"\x94" + text("system") + b"\x94\x93", b"cos\nsystem\n",
-                 b"cbuiltins\neval\n",
-                 b"\x80\x04" + text("os") + b"\x94" + text("system") + b"\x94\x93"
-                 + b"0h\x00h\x01\x93",  # from the memo
-                 b"cbuiltins\ngetattr\n", b"ctorch.storage\n_load_from_bytes\n", b"\x82\x01",  # nested bytes, extension
-                 b"cnumpy.core.multiarray\n_reconstruct.__globals__\n", b"(" + text("x") + b"ios\nsystem\n"):
-        data = b"\x80\x02" * (not code.startswith(b"\x80")) + code + text(f"touch {mark}") + CALL
+    for code in (b"cos\nsystem\n", b"cbuiltins\neval\n", b"cbuiltins\ngetattr\n", b"ctorch.storage\n_load_from_bytes\n",
+                 b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93",  # from the stack, and from the memo
+                 b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x930h\x00h\x01\x93", b"\x82\x01",  # extension
+                 b"cnumpy.core.multiarray\n_reconstruct.__globals__\n", b"(\x8c\x01xios\nsystem\n"):
+        argument = f"touch {mark}".encode()  # a tuple of it, then the call
+        data = b"\x80\x02" * (code[:1] != b"\x80") + code + b"\x8c" + bytes([len(argument)]) + argument + b"\x85R."
         rewritten(pt, data)
         (tmp_path / ".metadata").write_bytes(data)
         for path in (pt, tmp_path / ".metadata"):
@@ -148,21 +136,10 @@ def test_what_torch_save_does_not_write_is_refused(pt, tmp_path):
     assert not mark.exists()
 
 
-def test_missing_files_and_models_are_named(pt, tmp_path):
-    (tmp_path / "empty").mkdir()
-    for path, says in ((tmp_path / "none.pt", "no such checkpoint"), (tmp_path / "empty", "no complete checkpoint")):
-        with pytest.raises(FileNotFoundError, match=says):
-            checkpoints.load_model_state(path)
-    torch.save({"state": {"model": {}}}, pt)
-    with pytest.raises(ValueError, match="no tensor named model"):
-        checkpoints.load_model_state(pt)
-
-
-def test_the_newest_complete_checkpoint_is_found_and_linked(pt, sharded, tmp_path):
+def test_the_newest_complete_checkpoint_is_found_and_linked(pt, sharded, tmp_path, monkeypatch):
     folder, whole = tmp_path / "runs", pt.read_bytes()
     folder.mkdir()
-    checkpoints.repair_latest(folder)
-    assert checkpoints.newest_complete(folder) is None is checkpoints.newest_complete(tmp_path / "none")
+    assert checkpoints.repair_latest(folder) is None is checkpoints.newest_complete(tmp_path / "none")
     for batch in (9, 10):
         (folder / f"ep0-ba{batch}-rank0.pt").write_bytes(whole)
     (folder / "ep0-ba11-rank0.pt").write_bytes(whole[:-40])  # killed while writing
@@ -187,6 +164,7 @@ def test_the_newest_complete_checkpoint_is_found_and_linked(pt, sharded, tmp_pat
         checkpoints.repair_latest(folder)
     assert link.read_bytes() == b"half"
     shutil.copy(sharded / ".metadata", folder / "ep0-ba12")
-    checkpoints.repair_latest(folder, latest="latest-sharded-rank1")
+    monkeypatch.setenv("RANK", "1")
+    assert checkpoints.repair_latest(folder) == folder / "ep0-ba12"
     assert os.readlink(folder / "latest-sharded-rank1") == "ep0-ba12"
     assert checkpoints.locate(folder) == folder / "ep0-ba12"

@@ -12,8 +12,8 @@ import torch
 from nano_run import put
 
 from ettin_foundry import REGISTRY
-from ettin_foundry.training import checks, keys
-from ettin_foundry.training.recipes import resolved
+from ettin_foundry.training import checks, run_config
+from ettin_foundry.training.run_config import resolved
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = resolved([str(ROOT / "yamls/nano.yaml"), "device_train_microbatch_size=16", "device_eval_batch_size=16"])
@@ -34,8 +34,8 @@ def ready(tmp_path, monkeypatch):
 def test_parameters_read_from_source_are_those_of_the_signatures():
     from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS, TrainConfig
 
-    assert keys.HOST_KEYS == TRAIN_CONFIG_KEYS
-    assert {key: getattr(TrainConfig, key) for key in keys.HOST_DEFAULTS} == keys.HOST_DEFAULTS
+    assert run_config.HOST_KEYS == TRAIN_CONFIG_KEYS
+    assert {key: getattr(TrainConfig, key) for key in run_config.HOST_DEFAULTS} == run_config.HOST_DEFAULTS
     host = {"self", "tokenizer", "device_batch_size", "params", "train_config", "state", "kwargs", "args"}
     for registry in ("models", "dataloaders", "optimizers", "schedulers", "callbacks", "callbacks_with_config"):
         for name, target in REGISTRY[registry].items():
@@ -43,7 +43,7 @@ def test_parameters_read_from_source_are_those_of_the_signatures():
             signature = inspect.signature(getattr(importlib.import_module(module), attribute)).parameters.values()
             taken = {p.name: None if p.default is p.empty else p.default for p in signature
                      if p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL and p.name not in host}
-            found = {key: value for key, value in keys.PARAMETERS[name].items() if key in taken}
+            found = {key: value for key, value in run_config.PARAMETERS[name].items() if key in taken}
             assert found == {k: list(v) if isinstance(v, tuple) else v for k, v in taken.items()}, name
 
 
@@ -51,13 +51,11 @@ OBJECTIVE = ("model.objective", "train_loader.objective", "eval_loader.objective
 
 
 @pytest.mark.parametrize("changes, words", [
-    # each: what is changed -> parts of the message
     ({"max_duration": ...}, ["max_duration must be given", "yamls/"]),
     ({"model": "ettin", "train_loader.name": "ettin_text"}, ["model must be a block with a name"]),
-    ({"modle": 1}, ["modle: unknown key", "did you mean model?"]),
     ({"run_name": "nano-[{'until': 1}]"}, ["run_name", "brackets", "variables.label"]),
     ({"train_loader.name": "text"}, ["train_loader.name must be ettin_text", "'text'"]),
-    ({"model.name": "mpt_causal_lm"}, ["model.name must be ettin", "mpt_causal_lm", "name: text"]),
+    ({"model.name": "mpt_causal_lm"}, ["train_loader.name must be", "text with others", "mpt_causal_lm"]),
     ({"eval_loader.batch_size_warmup": None}, ["eval_loader.batch_size_warmup: unknown key", "label"]),
     ({"train_loader.dataset.remotes": "s3://x"}, ["train_loader.dataset.remotes: unknown key", "did you mean remote?"]),
     # removed
@@ -67,6 +65,8 @@ OBJECTIVE = ("model.objective", "train_loader.objective", "eval_loader.objective
     ({"model.max_seq_len": 512}, ["model.max_seq_len must be 256", "512", "variables.max_seq_len"]),
     ({"train_loader.objective": "mntp"}, ["train_loader.objective must be 'mlm'", "'mntp'", "variables.objective"]),
     ({"eval_loader.objective": ["mlm", "mlm"]}, ["eval_loader.objective", "['mlm', 'mlm']", "once"]),
+    *(({"eval_loader": ..., key: [NANO["eval_loader"], {**NANO["eval_loader"], "objective": "rtd"}]},
+       ["eval_loader[1].objective", "'rtd'"]) for key in ("eval_loader", "eval_loaders")),  # both are the host's names
     ({"eval_loader.mask_rate": [{"rate": 0.3}]}, ["eval_loader.mask_rate must be one rate"]),
     (dict.fromkeys(OBJECTIVE, "clm"), ["train_loader.mask_rate", "clm", "variables.mask_rate"]),
     ({"eval_loader.shuffle": ...}, ["eval_loader.shuffle must be false", "True"]),
@@ -82,9 +82,7 @@ OBJECTIVE = ("model.objective", "train_loader.objective", "eval_loader.objective
     ({"accumulate_train_batch_on_tokens": False}, ["accumulate_train_batch_on_tokens", "original.yaml"]),
     # what would do nothing, or cannot act on our model
     ({"icl_tasks": "x.yaml"}, ["icl_tasks: given", "eval_loader"]),
-    ({"callbacks.hf_checkpointer": {"save_folder": "x"}}, ["callbacks.hf_checkpointer", "ettin_export"]),
     ({"eval_loader": ...}, ["eval_interval", "without eval_loader", "eval_interval=null"]),
-    ({"save_folder": ..., "autoresume": False}, ["save_interval", "save_overwrite=null"]),
     # where a run starts
     ({"callbacks.ettin_cross": {"source": "a"}, "load_path": "b"}, ["load_path must", "'b'", "ettin_cross.source=a"]),
     ({"callbacks.ettin_phase": {"source": ""}}, ["ettin_phase.source", "variables.source"]),
@@ -92,10 +90,10 @@ OBJECTIVE = ("model.objective", "train_loader.objective", "eval_loader.objective
      ["source=a", "'b'", "only one"]),
     ({"callbacks.ettin_cross": {"source": "a", "accept": "tokenizer"}}, ["accept must be a list", "tokenizer"]),
     ({"load_path": "x", "load_ignore_keys": ["state/timestamp"]}, ["load_ignore_keys", "ettin_phase"]),
+    ({"optimizer.param_groups": [{"lr": 1}]}, ["optimizer.param_groups", "removed", "disable_grad"]),
     ({"callbacks.ettin_clock": {"accept": "optimizer.lr"}}, ["ettin_clock.accept must be a list", "'optimizer.lr'"]),
-    ({"run_name": ...}, ["autoresume", "run_name"]),])
-def test_a_setting_that_cannot_be_meant_is_refused(changes, words, monkeypatch):
-    monkeypatch.delenv("RUN_NAME", raising=False)
+    ({"save_latest_filename": "x"}, ["save_latest_filename", "removed", "latest-rank0.pt"]),])
+def test_a_setting_that_cannot_be_meant_is_refused(changes, words):
     with pytest.raises(ValueError) as error:
         checks.check_settings(put(NANO, changes))
     assert all(word in str(error.value) for word in words), error.value
@@ -114,20 +112,11 @@ def test_what_can_be_meant_passes():
         checks.check_settings(put(NANO, changes))
 
 
-def test_a_list_of_eval_loaders_is_checked_under_both_of_the_hosts_names():
-    cfg, block = put(NANO, {"eval_loader": ...}), {**NANO["eval_loader"], "label": "validation"}
-    for key in ("eval_loader", "eval_loaders"):
-        checks.check_settings({**cfg, key: [block]})
-        with pytest.raises(ValueError, match=r"eval_loader\[1\].objective.*'rtd'"):
-            checks.check_settings({**cfg, key: [block, {**block, "objective": "rtd"}]})
-
-
 @pytest.mark.parametrize("changes, words", [
     ({"precision": ...}, ["precision must be fp32", "'amp_bf16'"]),  # the host's default
     ({"device_train_microbatch_size": "auto"}, ["device_train_microbatch_size", "'auto'", "GPU"]),
     ({"device_train_microbatch_size": 33}, ["device_train_microbatch_size must be 1 to 32", "33"]),
     ({"train_loader.batch_size_warmup": {"min_size": 8, "tokens": "9000tok"}}, ["microbatch_size", "min_size"]),
-    ({"train_loader.batch_size_warmup": {"min_size": 16, "tokens": "2dur"}}, ["tokens", "'2dur'"]),
     ({"fsdp_config": {"state_dict_type": "full"}}, ["fsdp_config", "several processes"]),
     ({"model.init_device": "meta"}, ["model.init_device", "'meta'", "GPU"]),
     ({"tokenizer.name": "data/nano/tokeniser"}, ["tokenizer.name", "data/nano/tokeniser", "no such folder"]),
@@ -149,9 +138,6 @@ def test_a_remote_dataset_needs_nothing_here_and_its_tokenizer_is_fetched(ready,
 
 
 def test_batch_sizes_and_sharding_are_held_to_the_number_of_processes(ready, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match=r"global_train_batch_size must be a multiple of .* \(3\), got 32"):
-        checks.check_machine(ready)
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ValueError, match="device_train_microbatch_size must be 1 to 8"):
         checks.check_machine(ready)

@@ -15,13 +15,7 @@ import torch.multiprocessing as mp
 from composer.core import Timestamp
 from test_optimizer import Formula
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -84,12 +78,12 @@ def fsdp2(rank):
     network, optimizer = sharded(rank)
     assert [p.to_local().shape[0] for p in network.parameters()][-1] == (2, 2, 0)[rank]
     train(rank, network, optimizer)
-    for options in (StateDictOptions(), StateDictOptions(full_state_dict=True)):
+    for options in (states.StateDictOptions(), states.StateDictOptions(full_state_dict=True)):
         other, resumed = sharded(rank)
-        saved = copy.deepcopy((get_model_state_dict(network, options=options),  # else tensors are shared
-                               get_optimizer_state_dict(network, optimizer, options=options)))
-        set_model_state_dict(other, saved[0], options=options)
-        set_optimizer_state_dict(other, resumed, saved[1], options=options)
+        saved = copy.deepcopy((states.get_model_state_dict(network, options=options),  # else tensors are shared
+                               states.get_optimizer_state_dict(network, optimizer, options=options)))
+        states.set_model_state_dict(other, saved[0], options=options)
+        states.set_optimizer_state_dict(other, resumed, saved[1], options=options)
         for one, own in ((network, optimizer), (other, resumed)):
             own.zero_grad()
             loss_of(one, batch(7, rank)).backward()

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from composer import Callback
-from llmfoundry import registry
 
 from ettin_foundry.data.batch import flatten
 from ettin_foundry.model.composer import EttinModel
 from ettin_foundry.training import checks, run_config
-from ettin_foundry.training.recipes import resolved
+from ettin_foundry.training.run_config import resolved
 
 OBJECTIVES = {"mlm": [], "clm": nano_run.CLM, "mntp": ["variables.objective=mntp"],
     "biphasic": ["variables.objective=[{until: 1500, objective: clm}, {objective: mlm}]", "variables.label=biphasic",
@@ -122,15 +120,9 @@ def test_a_biphasic_run_is_the_clm_run_up_to_the_switch_and_resumes_on_both_side
     assert losses[:steps] == clm[:steps] and lrs == clm_lrs and losses[steps] != clm[steps]
     assert trainer.state.model.objective == "mlm" and not trainer.state.model.config.causal
 
-    class Stop(Callback):
-        def batch_start(self, state, logger):
-            if state.timestamp.batch == stop:
-                raise RuntimeError("stopped")
-
-    registry.callbacks.register("stop", func=Stop)
     for stop in (steps - 1, steps + 1):
-        with pytest.raises(RuntimeError, match="stopped"):
-            run(data_set, tmp_path / f"{stop}", "biphasic", "save_interval=1ba", "callbacks.stop={}")
+        with pytest.raises(RuntimeError, match="killed"):
+            run(data_set, tmp_path / f"{stop}", "biphasic", "save_interval=1ba", f"callbacks.capture.die_at={stop}")
         resumed = run(data_set, tmp_path / f"{stop}", "biphasic", "save_interval=1ba")
         assert capture.losses == losses[stop:]
         again = state_of(resumed)
@@ -163,18 +155,11 @@ def weighted_sum_gradient(weights, batch):
 @pytest.mark.parametrize("microbatch", [8, 3])
 def test_a_mixture_has_the_gradient_of_the_weighted_sum(microbatch, data_set, capture, tmp_path):
     """Whatever the microbatches, one of which holds rows of both kinds; against float64 sums over dense logits."""
-    start = {}
-
-    class Start(Callback):
-        def fit_start(self, state, logger):
-            start.update({k: v.clone() for k, v in state.model.state_dict().items()})
-
-    registry.callbacks.register("start", func=Start)
     run(data_set, tmp_path, "mixture", f"device_train_microbatch_size={microbatch}", "model.attn_out_dropout=0.0",
-        "max_duration=1ba", "callbacks.start={}", *UNSAVED).close()
+        "max_duration=1ba", *UNSAVED).close()
     [batch] = capture.batches
     assert 2 <= int(batch["causal"].sum()) <= 6 and batch["objective"] == "mntp+clm"
-    loss, gradients = weighted_sum_gradient(start, batch)
+    loss, gradients = weighted_sum_gradient(capture.weights, batch)
     assert capture.losses[0] == pytest.approx(loss, rel=1e-5)  # fp32 against float64
     for name, gradient in gradients.items():
         distance = (capture.gradients[name].double() - gradient).norm()

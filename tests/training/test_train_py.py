@@ -1,12 +1,13 @@
 """train.py: files merge left to right, blocks that change their name are replaced, mistakes are one clear line."""
 
+import re
 import sys
 
 import nano_run
 import pytest
 from nano_run import put
 
-from ettin_foundry.training import checks, recipes
+from ettin_foundry.training import checks, run_config
 
 TRAIN = nano_run.program()
 NANO = str(nano_run.ROOT / "yamls/nano.yaml")
@@ -41,7 +42,7 @@ def test_names_and_paths_are_texts_whatever_yaml_makes_of_them(text, tmp_path):
         assert config.run_name == config.loggers.wandb.project == text
     assert TRAIN.configure([NANO, "run_name=null"]).run_name is None
     with pytest.raises(ValueError, match="run_name must be text, got 1.0; put it in quotes"):  # stock llmfoundry
-        checks.check_settings(put(recipes.resolved([NANO]), {"run_name": 1.0}))
+        checks.check_settings(put(run_config.resolved([NANO]), {"run_name": 1.0}))
 
 
 def test_loggers_that_cannot_start_are_found_before_work(tmp_path, capsys, monkeypatch):
@@ -50,11 +51,9 @@ def test_loggers_that_cannot_start_are_found_before_work(tmp_path, capsys, monke
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "tensorboard" else name)
     run = [NANO, "--dry-run"]
-    for args, words in ((["loggers.tensorboard={}"],
-                         ["loggers.tensorboard", "not installed", "pip install tensorboard"]),
-                        (["loggers.wandb.project=p"], ["loggers.wandb must be given a key", "WANDB_MODE=offline"])):
-        assert TRAIN.main([*run, *args]) == 1
-        assert all(word in capsys.readouterr().err for word in words[:1])
+    for arg, says in (("loggers.tensorboard={}", "loggers.tensorboard .*not installed.*pip install tensorboard"),
+                      ("loggers.wandb.project=p", "loggers.wandb must be given a key.*WANDB_MODE=offline")):
+        assert TRAIN.main([*run, arg]) == 1 and re.search(says, capsys.readouterr().err)
     for name, value in (("WANDB_API_KEY", "k" * 40), ("WANDB_MODE", "offline")):  # as the message says
         with monkeypatch.context() as context:
             context.setenv(name, value)
@@ -70,9 +69,7 @@ def test_a_mistake_is_one_line_and_exit_code_1(tmp_path, capsys):
             ([NANO, EXTEND], ["variables.source: no value given", "variables.source=..."]),
             ([NANO, "seed=${variables.sede}"], ["nano.yaml", "variables.sede"]),
             ([NANO, "seed=${oc.env:HOME}"], ["nano.yaml", "oc.env"]),
-            ([NANO, "max_duration=1ep"], ["max_duration must be", "'1ep'"]),
             ([NANO, "modle.size=17m"], ["modle: unknown key", "did you mean model?"]),
-            ([NANO, "model.sise=17m"], ["model.sise: unknown key", "did you mean size?"]),
             ([NANO, "scheduler.name=warmup_stable_deccay"], ["scheduler.name", "did you mean warmup_stable_decay?"]),
             ([NANO, "callbacks.ettin_sampels={}"], ["callbacks", "did you mean ettin_samples?"]),
             ([NANO, "loggers.wandbb={}"], ["loggers.wandbb must be one of", "did you mean wandb?"]),
