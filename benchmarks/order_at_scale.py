@@ -62,13 +62,13 @@ class SimulatedSet:
 
 def stdlib_histogram(chunk_length: int) -> np.ndarray:
     """(chunk_length + 1,) chunks of each length in the standard library's files."""
-    from ettin_foundry.corpus.sources import find_source, read_module
+    from ettin_foundry.corpus.readers import read_parts
+    from ettin_foundry.corpus.sources import Meter, Part, find_source
 
     source = find_source("python-stdlib")
     counts = np.zeros(chunk_length + 1, np.int64)
-    for name in source.files:
-        text = read_module(Path(source.root) / name)
-        whole, rest = divmod(len(re.findall(r"\w+|[^\w\s]", text or "")), chunk_length)
+    for document in read_parts(source, [Part(name) for name in source.files], Meter()):
+        whole, rest = divmod(len(re.findall(r"\w+|[^\w\s]", document.text)), chunk_length)
         counts[chunk_length] += whole
         counts[rest] += 1
     counts[0] = 0
