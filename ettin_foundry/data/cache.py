@@ -113,7 +113,6 @@ class ShardFiles:
         self.room: Room | None = None
 
     def path(self, shard: int) -> Path:
-        """Where the raw shard lies, or will lie."""
         return self.local / self.shards[shard]["raw"]["basename"]
 
     def ensure(self, shard: int, release: Callable[[], bool]) -> None:
@@ -161,32 +160,21 @@ class ShardFiles:
                         return False
                     work.mkdir()
             if is_missing:
-                self._fetch(self.shards[shard], path, work)
+                try:
+                    os.replace(self._fetch(work, self.shards[shard]), path)
+                finally:
+                    shutil.rmtree(work, ignore_errors=True)
         if not mine and not ahead:
             with locked(lock):
                 pass
         return True
 
-    def _fetch(self, entry: dict[str, Any], path: Path, work: Path) -> None:
-        """Fetches and expands a shard, its lock held; a wrong file is fetched once more."""
-        try:
-            os.replace(self._fetch_in(work, entry, use_local=True), path)
-        except ValueError as error:
-            if self.storage is None:
-                raise
-            log.warning("%s: it is fetched once more", error)
-            for wrong in work.iterdir():
-                wrong.unlink()
-            os.replace(self._fetch_in(work, entry, use_local=False), path)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-
-    def _fetch_in(self, work: Path, entry: dict[str, Any], *, use_local: bool) -> Path:
+    def _fetch(self, work: Path, entry: dict[str, Any]) -> Path:
         """The whole, checked raw shard in the folder `work`."""
         raw, stored = entry["raw"], entry["zip"] or entry["raw"]
         source = self.local / stored["basename"]
         where = str(source)
-        if self.storage is not None and not (entry["zip"] and use_local and os.path.lexists(source)):
+        if self.storage is not None:
             source, where = work / stored["basename"], self.storage.where(stored["basename"])
             self.storage.get_file(stored["basename"], source, num_bytes=stored["bytes"])
         content = map_file(source, stored["bytes"], stored["xxh64"], name=where)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,11 +78,6 @@ def format_count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def format_duration(seconds: float) -> str:
-    """3_725.0 seconds as "1:02:05"."""
-    return str(timedelta(seconds=round(min(seconds, 3.6e9))))
-
-
 def length_cells(histogram: np.ndarray) -> tuple[str, ...]:
     """Mean, 10%, median, 90% and share of the full length, as texts, of (L + 1,) counts of chunks by length."""
     total, below = max(1, int(histogram.sum())), np.cumsum(histogram)
@@ -139,7 +133,19 @@ def show_lines(location: str | os.PathLike[str], *, samples: int = 1, seed: int 
     with tempfile.TemporaryDirectory(prefix="ettin-") as scratch:
         for split in found.splits:
             data = found.open(split, Path(scratch))
-            yield from _split_lines(split, data)
+            name, tokenizer = (plain(str(text)) for text in (split, data.tokenizer.get("name", "unnamed")))
+            yield (f"{name}: {int(data.samples.sum()):,} chunks of at most {data.chunk_length:,} tokens, "
+                   f"{int(data.tokens.sum()):,} tokens, {data.num_shards:,} shards; tokenizer {tokenizer} "
+                   f"({data.tokenizer['vocab_size']:,} entries)")
+            rows = source_rows(data)
+            table = [list(rows[0]), *(list(row.values()) for row in rows)]
+            widths = [max(map(len, column)) for column in zip(*table)]
+            for first, *middle, last in table:
+                cells = [text.rjust(width) for text, width in zip(middle, widths[1:])]
+                yield "  " + "  ".join([first.ljust(widths[0]), *cells, last]).rstrip()
+            for source, stated in data.manifest.get("sources", {}).items():
+                if reasons := [f"{number:,} {plain(why)}" for why, number in (stated.get("dropped") or {}).items()]:
+                    yield f"  {plain(source)}: dropped {', '.join(reasons)}"
             for sample in draw_samples(data, per_source=samples, seed=seed):
                 tokens, end = sample["tokens"].tolist(), ", ends its document" if sample["last"] else ""
                 yield (f"  [{plain(sample['source'])}] {plain(sample['doc'], 100)}, part {sample['part']}, "
@@ -147,18 +153,3 @@ def show_lines(location: str | os.PathLike[str], *, samples: int = 1, seed: int 
                 yield "    " + (plain(decoder.decode(tokens, skip_special_tokens=False), 400) if decoder else
                                 f"no tokenizer/ beside the dataset; ids {tokens[:32]}")
             yield ""
-
-
-def _split_lines(split: str, data: Any) -> Iterator[str]:
-    yield (f"{plain(split)}: {int(data.samples.sum()):,} chunks of at most {data.chunk_length:,} tokens, "
-           f"{int(data.tokens.sum()):,} tokens, {data.num_shards:,} shards; tokenizer "
-           f"{plain(str(data.tokenizer.get('name', 'unnamed')))} ({data.tokenizer['vocab_size']:,} entries)")
-    rows = source_rows(data)
-    table = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for first, *middle, last in table:
-        cells = [text.rjust(width) for text, width in zip(middle, widths[1:])]
-        yield "  " + "  ".join([first.ljust(widths[0]), *cells, last]).rstrip()
-    for name, stated in data.manifest.get("sources", {}).items():
-        if reasons := [f"{number:,} {plain(why)}" for why, number in (stated.get("dropped") or {}).items()]:
-            yield f"  {plain(name)}: dropped {', '.join(reasons)}"

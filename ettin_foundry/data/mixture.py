@@ -13,11 +13,9 @@ import functools
 import hashlib
 import json
 import os
-import posixpath
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 import numpy as np
 import xxhash
@@ -109,7 +107,7 @@ class _Mixture(BaseModel, strict=True):
 
 
 def open_split(local: str | os.PathLike[str], **options: Any) -> MDSSplit | MixtureSplit:
-    """Opens a split folder, of a converted dataset or of a mixture; the options are those of `shards.MDSSplit`."""
+    """Opens a split folder, of a converted dataset or of a mixture, with options of both."""
     if options.get("remote") is not None:
         fetch_manifest(Path(local), options["remote"])
     found = read_json(Path(local) / MANIFEST)
@@ -121,14 +119,13 @@ class MixtureSplit:
     """One split folder of a mixture, with the methods of an `MDSSplit`; S shards, over all entries of all sources.
 
     Args:
-        max_open: shards kept mapped at a time, shared out among the datasets by their shards in the mixture.
         remote: folder or URL that the split was fetched from; its datasets are then fetched too, seen from there.
         cache_limit: most bytes that fetched or decompressed shards of all datasets may take together.
 
     Raises FileNotFoundError or ValueError, naming the dataset, where one is missing or not the one it was built from.
     """
 
-    def __init__(self, local: str | os.PathLike[str], *, max_open: int = 32, remote: str | None = None,
+    def __init__(self, local: str | os.PathLike[str], *, remote: str | None = None,
                  cache_limit: int | str | None = None) -> None:
         self.local = Path(local)
         where = self.local / MANIFEST
@@ -147,9 +144,7 @@ class MixtureSplit:
         self._histograms = np.zeros((len(parts), self.chunk_length + 1), np.uint32)  # chunks taken of partial shards
         for histogram, part in zip(self._histograms, parts):
             histogram[[int(length) for length in part["lengths"]]] = list(part["lengths"].values())
-        shares = np.bincount(self._set, minlength=len(manifest["sets"])) / len(self._set)
-        self._sets = [self._open_set(entry, remote, 4 + round(max_open * share))
-                      for entry, share in zip(manifest["sets"], shares)]
+        self._sets = [self._open_set(number, remote) for number in range(len(manifest["sets"]))]
         known = np.array([data.num_shards for data in self._sets])[self._set]
         if (beyond := np.flatnonzero(self._shard >= known)).size:
             at = beyond[0]
@@ -204,22 +199,20 @@ class MixtureSplit:
         self._chunks(shard)
         return self._of(shard).check_shard(int(self._shard[shard]))
 
-    def _open_set(self, entry: dict[str, Any], remote: str | None, max_open: int) -> MDSSplit:
-        path = entry["path"]
-        if not is_url(path) and remote is not None and is_url(remote):
-            parts = urlsplit(remote)
-            path = parts._replace(path=posixpath.normpath(posixpath.join(parts.path.rstrip("/"), "..", path))).geturl()
-        elif not is_url(path):
-            split = self.local if remote is None else Path(join(remote))
-            path = os.path.normpath(os.path.join(os.path.realpath(split.parent), path))
+    def _open_set(self, number: int, remote: str | None) -> MDSSplit:
+        entry = self.manifest["sets"][number]
+        path, mixture = entry["path"], os.path.dirname(join(self.local if remote is None else remote).rstrip("/"))
+        if not is_url(path):
+            scheme, mark, rest = (mixture if is_url(mixture) else os.path.realpath(mixture)).rpartition("://")
+            path = scheme + mark + os.path.normpath(os.path.join(rest, path))
         origin = join(path, self.split)
-        sources = {self.sources[at] for at in np.flatnonzero(self._set == self.manifest["sets"].index(entry))}
+        sources = {self.sources[at] for at in np.flatnonzero(self._set == number)}
         where = f"{self.local / MANIFEST}: its dataset {entry['path']!r} (for {', '.join(sorted(sources))})"
         if not open_storage(origin).exists(MANIFEST):
             raise FileNotFoundError(f"{where}: {origin} holds no {MANIFEST}; put the dataset back there, or {_REBUILD}")
         fetched = is_url(path) or remote is not None
         local = self.local / "sets" / entry["fingerprint"][:16] if fetched else origin
-        data = MDSSplit(local, max_open=max_open, remote=origin if fetched else None)
+        data = MDSSplit(local, max_open=4, remote=origin if fetched else None)  # `prefetch` raises it to what is needed
         if data.fingerprint != entry["fingerprint"]:
             raise bad_file(where, f"{path} has fingerprint {data.fingerprint}", "it was altered or replaced",
                            f"put the dataset of fingerprint {entry['fingerprint']} back, or {_REBUILD}")

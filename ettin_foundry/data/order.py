@@ -2,10 +2,9 @@
 
 Nothing here is saved: a run resumes, on any number of ranks, by naming the row to go on from. A chunk is used exactly
 once per epoch. Rows are packed inside one shard, so that a shard's rows and tokens follow from its histogram of
-lengths; prefix sums over shards lead to any row and to the real tokens before it. Shuffled, every source is a stream
-of rows of its own (its shards permuted, rows permuted within windows of its shards), and the streams are merged row by
-row (`Interleave`). What is built at start is O(shards), later one window of shards per source. Random numbers are the
-raw output of numpy's bit generators, whose streams numpy keeps fixed between versions.
+lengths; prefix sums over shards lead to any row and to the real tokens before it. What is built at start is O(shards),
+later one window of shards per source. Random numbers are the raw output of numpy's bit generators, whose streams numpy
+keeps fixed between versions.
 """
 
 from __future__ import annotations
@@ -145,7 +144,6 @@ class _Epoch(NamedTuple):
     number: int
     shards: list[Ints]  # (S,) of each source
     row_starts: list[Ints]  # (S + 1,) of each source: rows before each shard in that order
-    token_starts: list[Ints]  # (S + 1,)
     merged: Interleave
 
 
@@ -279,9 +277,8 @@ class Order:
                 draws = raw_draws(len(members) + 1, _SHARDS, self.seed, number, at)
                 shards[at] = members[np.lexsort((draws[1:], passes[members]))]
                 phases[at] = float(draws[0] >> np.uint64(44)) / 2.0**20
-            rows, tokens = ([_starts(counts[members]) for members in shards] for counts in (self._rows, self._tokens))
             merged = Interleave([source.num_rows for source in self._sources], phases)
-            return _Epoch(number, shards, rows, tokens, merged)
+            return _Epoch(number, shards, [_starts(self._rows[members]) for members in shards], merged)
 
         return _kept(self._epochs, lambda epoch: epoch.number == number, make)
 
@@ -291,7 +288,6 @@ class Order:
         return shard // self._sources[source].window * self._sources[source].window
 
     def _window(self, epoch: int, source: int, row: int) -> _Window:
-        """The window that holds a row of an epoch of a source."""
         return _kept(self._windows[source], lambda window: window.epoch == epoch and row in window.rows,
                      lambda: self._build_window(epoch, source, self._window_start(epoch, source, row)))
 
@@ -308,7 +304,7 @@ class Order:
             layout.samples = self._assign(layout, number)
             permutation = np.argsort(layout.samples[layout.offsets[:-1]], kind="stable")
         first = int(epoch.row_starts[at][begin])
-        tokens_before = int(epoch.token_starts[at][begin]) + _starts(row_tokens[permutation])
+        tokens_before = int(self._tokens[epoch.shards[at][:begin]].sum()) + _starts(row_tokens[permutation])
         row_starts = _starts([len(layout.offsets) - 1 for layout in layouts]).tolist()[:-1]
         return _Window(number, range(first, first + row_tokens.size), tokens_before, permutation, row_starts, layouts)
 

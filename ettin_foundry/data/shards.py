@@ -271,7 +271,6 @@ class MDSSplit:
         return opened
 
     def _shard(self, shard: int) -> Shard:
-        """The open shard, checked in full."""
         if not 0 <= shard < self.num_shards:
             raise IndexError(f"shard {shard}: {self.local} has {self.num_shards} shards")
         if shard not in self._open:
@@ -285,12 +284,14 @@ class MDSSplit:
         """Opens a shard and checks all of it; one that fails is made once more where that is possible."""
         raw, path, failed = self.manifest["shards"][shard]["raw"], self.files.path(shard), not self.fetches
         while True:
-            self.files.ensure(shard, self._release)
+            was_there = False
             try:
+                self.files.ensure(shard, self._release)
+                was_there = self.fetches
                 buffer = map_file(path, raw["bytes"], raw["xxh64"], shared=self.files.room is not None)
                 return self._parse(shard, buffer)
-            except FileNotFoundError:  # removed to make room between the two lines above
-                if not self.fetches:
+            except FileNotFoundError:  # unless it was removed to make room before it could be mapped
+                if not was_there:
                     raise
             except ValueError as error:
                 if failed:

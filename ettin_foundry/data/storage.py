@@ -76,10 +76,10 @@ def refuse_pointer(head: bytes, where: str | os.PathLike[str], close: Callable[[
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, folder: Path | None = None) -> Iterator[IO[bytes]]:
-    """A hidden file in `folder` (default: beside `path`), open for writing, renamed to `path` if the block succeeds."""
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A hidden file beside `path`, open for writing, renamed to `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = (folder or path.parent) / f".{path.name[:100]}.{uuid.uuid4().hex[:16]}.partial"
+    partial = path.parent / f".{path.name[:100]}.{uuid.uuid4().hex[:16]}.partial"
     try:
         with open(partial, "xb") as stream:
             yield stream
@@ -142,7 +142,6 @@ class Storage:
         return path
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
         return self._path(name, existing=True).stat().st_size
 
     def exists(self, name: str) -> bool:
@@ -199,8 +198,12 @@ class Storage:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Writes a file, or replaces one, atomically."""
-        with atomic_file(self._path(name), self.scratch()) as stream:
-            stream.write(data)
+        partial = self.scratch() / f"{uuid.uuid4().hex}.partial"
+        try:
+            partial.write_bytes(data)
+            self.put_file(partial, name)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def put_file(self, local_path: str | os.PathLike[str], name: str) -> None:
         """Moves a file made in `scratch()` into place atomically; it is gone from where it was."""
@@ -226,22 +229,21 @@ class RemoteStorage(Storage):
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
-        scheme, _, rest = self.url.partition("://")
-        if scheme == "s3":
-            if not re.match("[^/]", rest):
-                raise ValueError(f"{url} must be s3://BUCKET or s3://BUCKET/FOLDER")
-            return
+        scheme = self.url.partition("://")[0]
         try:
-            fsspec.get_filesystem_class(scheme)
+            if scheme != "s3":  # our own
+                fsspec.get_filesystem_class(scheme)
         except (ImportError, ValueError) as error:
             raise ValueError(f"{url}: {scheme}:// cannot be read here ({error}); install its driver of fsspec (gs:// "
                              "needs gcsfs, az:// adlfs)") from error
 
-    def ask(self, name: str, do: Callable[[Any, str], Any]) -> Any:
+    def ask(self, name: str, do: Callable[[Any, str], Any], *, afresh: bool = True) -> Any:
         """What `do` returns for the client of this process and a file's path; errors are Python's own, see Storage."""
         for pause in (*_PAUSES, None):
             try:
                 system, root = _client(self.url, os.getpid(), os.environ.get("S3_ENDPOINT_URL"))
+                if afresh:
+                    system.invalidate_cache()
                 return do(system, f"{root}/{name}" if name else root)
             except Exception as raised:
                 error = _own_error(raised, self.where(name))
@@ -261,7 +263,7 @@ class RemoteStorage(Storage):
 
     def open(self, name: str) -> BinaryIO:
         info = self._info(name)
-        raw: Any = _RemoteFile(self, name, cache_type="none", **info)
+        raw: Any = _RemoteFile(self, name, cache_type="none", size=info["size"], pinned=info.get("pinned", {}))
         stream = io.BufferedReader(raw, _BLOCK_BYTES)
         if info["size"] < 1024:
             refuse_pointer(stream.peek(64), self.where(name), stream.close)
@@ -282,9 +284,6 @@ class RemoteStorage(Storage):
             except ValueError as error:
                 log.warning("%s: left out: %s", self.url, error)
         return sorted(found)
-
-    def write_bytes(self, name: str, data: bytes) -> None:
-        self.ask(check_name(name), lambda system, path: system.pipe_file(path, data))
 
     def put_file(self, local_path: str | os.PathLike[str], name: str) -> None:
         self.ask(check_name(name), lambda system, path: system.put_file(os.fspath(local_path), path))
@@ -308,12 +307,12 @@ class _RemoteFile(AbstractBufferedFile):
         end = min(end, self.size)
 
         def read(system: Any, path: str) -> bytes:
-            data = system.cat_file(path, start=start, end=end, **self.kwargs.get("pinned", {}))
+            data = system.cat_file(path, start=start, end=end, **self.kwargs["pinned"])
             if len(data) != end - start:
                 raise ConnectionError(f"{len(data)} bytes came instead of the {end - start} from byte {start} on")
             return data
 
-        return self.fs.ask(self.path, read)
+        return self.fs.ask(self.path, read, afresh=False)
 
 
 @functools.lru_cache(maxsize=64)
@@ -321,7 +320,7 @@ def _client(url: str, process: int, endpoint: str | None) -> tuple[Any, str]:
     """The client of this process for a URL, and the folder as it writes it; forked processes share no connections."""
     if url.startswith("s3://"):
         return _S3(endpoint), url[len("s3://"):]
-    system, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
+    system, root = fsspec.core.url_to_fs(url, skip_instance_cache=True)
     return system, root.rstrip("/")
 
 
@@ -361,6 +360,9 @@ class _S3:
     def _key(path: str) -> dict[str, str]:
         return dict(zip(("Bucket", "Key"), path.split("/", 1)))
 
+    def invalidate_cache(self) -> None:
+        """There is none."""
+
     def info(self, path: str) -> dict[str, Any]:
         answer = self.client.head_object(**self._key(path))
         return {"size": answer["ContentLength"], "pinned": {"IfMatch": answer["ETag"]}}
@@ -374,9 +376,6 @@ class _S3:
     def cat_file(self, path: str, start: int, end: int, **pinned: str) -> bytes:
         """A range of an object; an error where it is not the pinned one, so that two versions are never mixed."""
         return self.client.get_object(**self._key(path), Range=f"bytes={start}-{end - 1}", **pinned)["Body"].read()
-
-    def pipe_file(self, path: str, value: bytes) -> None:
-        self.client.put_object(**self._key(path), Body=value)
 
     def put_file(self, lpath: str, rpath: str) -> None:
         with open(lpath, "rb") as body:  # up to 5 GiB; a shard has at most four

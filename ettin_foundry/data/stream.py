@@ -8,8 +8,8 @@ waits for neither torch nor LLM-Foundry.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +35,8 @@ class BatchRamp:
     """Batch-size warm-up: how many rows each step has, and with which row of the stream it begins.
 
     Sizes go up by equal steps, min_size, 2 * min_size, ... to the global batch, and each holds for the same number of
-    steps, hence for tokens in proportion to it, as in ModernBERT's sequence packer. Step and row follow from one
-    another by arithmetic, so a ramp has no state. Without warm-up, min_size is max_size.
+    steps, hence for tokens in proportion to it, as in ModernBERT's sequence packer. Without warm-up, min_size is
+    max_size.
     """
 
     min_size: int  # rows of the first step; divides max_size
@@ -59,20 +59,17 @@ class BatchRamp:
         return (self.max_size // self.min_size - 1) * self.steps_per_size
 
     def rows(self, step: int) -> int:
-        """Rows of a step."""
         return self.min_size * min(step // self.steps_per_size + 1, self.max_size // self.min_size)
 
     def first_row(self, step: int) -> int:
         """The row of the stream that a step begins with: the rows of all steps before it."""
         done = min(step // self.steps_per_size, self.max_size // self.min_size - 1)  # sizes left behind
-        return self._rows_before_size(done) + (step - done * self.steps_per_size) * self.min_size * (done + 1)
+        steps = self.steps_per_size * done * (done + 1) // 2 + (step - done * self.steps_per_size) * (done + 1)
+        return self.min_size * steps
 
     def step_at(self, row: int) -> int:
         """The step that reads a row of the stream."""
-        turns = row // (self.min_size * self.steps_per_size)
-        done = min((math.isqrt(8 * turns + 1) - 1) // 2, self.max_size // self.min_size - 1)
-        beyond = row - self._rows_before_size(done)
-        return done * self.steps_per_size + beyond // (self.min_size * (done + 1))
+        return bisect.bisect_right(range(row + 1), row, key=self.first_row) - 1  # a step has at least one row
 
     def step_of(self, row: int) -> int:
         """The step that begins with a row; ValueError where none does."""
@@ -86,9 +83,6 @@ class BatchRamp:
         if self.min_size == self.max_size:
             return f"{self.max_size} rows"
         return f"{self.min_size} to {self.max_size} rows, {self.steps_per_size} steps of each size"
-
-    def _rows_before_size(self, done: int) -> int:
-        return self.steps_per_size * self.min_size * done * (done + 1) // 2
 
 
 def check_warmup(warmup: Any, max_size: int, *, world_size: int = 1, microbatch: Any = 1,
@@ -163,7 +157,6 @@ class RowStream:
 
     @property
     def start_step(self) -> int:
-        """The step that begins with `start_row`."""
         return self.ramp.step_of(self.start_row)
 
     def tokens_before(self, step: int) -> int:
@@ -227,7 +220,7 @@ def open_stream(*, dataset: Mapping[str, Any], max_seq_len: int, global_batch_si
     for key, value in (("shuffle_window", shuffle_window), ("batch_size_warmup", batch_size_warmup)):
         if not shuffle and value is not None:
             raise ValueError(f"{key} must be left out with shuffle: false, got {value}")
-    data = _open(dataset, max_open=max(32, 2 * window))
+    data = _open(dataset)
     if data.chunk_length + SPECIALS_PER_PIECE > max_seq_len:  # an upper bound only; the histograms tell
         longest = max((int(np.flatnonzero(data.lengths(shard))[-1]) for shard in range(data.num_shards)), default=0)
         if longest + SPECIALS_PER_PIECE > max_seq_len:
@@ -240,16 +233,15 @@ def open_stream(*, dataset: Mapping[str, Any], max_seq_len: int, global_batch_si
     return RowStream(data, order, ramp)
 
 
-def _open(dataset: Any, max_open: int) -> MDSSplit | MixtureSplit:
+def _open(dataset: Any) -> MDSSplit | MixtureSplit:
     """The split that a loader's dataset block names."""
     if not isinstance(dataset, Mapping) or not {"local", "split"} <= set(dataset) <= set(DATASET_KEYS):
         raise ValueError("dataset must have the keys local (folder of the dataset) and split, and may have "
                          f"{' and '.join(DATASET_KEYS[2:])}, got {dataset!r}")
-    local, split, remote = list[Any](dataset.get(key) for key in ("local", "split", "remote"))
-    options: dict[str, Any] = {"cache_limit": dataset["cache_limit"]} if dataset.get("cache_limit") else {}
+    local, split, remote, limit = list[Any](dataset.get(key) for key in DATASET_KEYS)
     if remote:
-        options["remote"] = join(remote, split)
+        remote = join(remote, split)
     elif split not in (splits := sorted(path.parent.name for path in Path(local).glob("*/manifest.json"))):
         raise FileNotFoundError(f"dataset.split must be one of the complete splits in {local!r}, "
                                 f"{splits or 'which holds none'}, got {split!r}; make it with ettin convert")
-    return open_split(Path(local, split), max_open=max_open, **options)
+    return open_split(Path(local, split), remote=remote or None, cache_limit=limit or None)

@@ -179,10 +179,8 @@ def fingerprint(tok: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """The first part in which two fingerprints differ, with both values, or ""."""
-    for key in COMPARED:
-        if found.get(key) != wanted.get(key):
-            return f"{key} is {found.get(key)}, not {wanted.get(key)}"
-    return ""
+    differing = (key for key in COMPARED if found.get(key) != wanted.get(key))
+    return next((f"{key} is {found.get(key)}, not {wanted.get(key)}" for key in differing), "")
 
 
 def check(tok: PreTrainedTokenizerFast, manifest_block: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markdown import Markdown
 
-from ettin_foundry.data.inspect import format_count, format_duration
+from ettin_foundry.data.inspect import format_count
 from ettin_foundry.hub.folder import export_checkpoint
 from ettin_foundry.hub.load import LoadedModel
 from ettin_foundry.model.config import MASKED_OBJECTIVES
@@ -54,7 +55,7 @@ def write_report(suite: Suite, fairness: Mapping[str, Mapping[str, Any]]) -> Non
     (suite.root / "report.md").write_text("\n".join(_markdown(suite, report)) + "\n", encoding="utf-8")
     Console(width=None if Console().is_terminal else 160).print(Markdown("\n".join(_models(suite, report))))
     say(f"{suite.name}: {len(stages)} stages, {sum(facts['tokens'] for facts in stages):,} tokens in "
-        f"{format_duration(trained)} of training; {len(models)} models in {suite.root / 'models'}, report in "
+        f"{timedelta(seconds=round(trained))} of training; {len(models)} models in {suite.root / 'models'}, report in "
         f"{suite.root / 'report.md'}")
 
 
@@ -189,4 +190,4 @@ def _markdown(suite: Suite, report: Mapping[str, Any]) -> list[str]:
               for pair, entry in report["pairs"].items() if "steps_with_equal_rows" in entry]
     for key, entry in report["fairness"].items():
         lines += ["", f"{key}:", "```", entry["findings"], "```"]
-    return [*lines, "", f"{format_duration(report['training_seconds'])} of training."]
+    return [*lines, "", f"{timedelta(seconds=round(report['training_seconds']))} of training."]

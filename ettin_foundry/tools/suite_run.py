@@ -18,10 +18,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ettin_foundry.data.inspect import format_duration
 from ettin_foundry.tools.pair import compare_steps, lint_chain, lint_pair
 from ettin_foundry.tools.suite import Stage, Suite
 from ettin_foundry.training import checkpoints, checks, sources
@@ -122,7 +122,7 @@ def _train(suite: Suite, stage: Stage, title: str) -> None:
         failed = f"exit code 0, but with {state.tokens:,} tokens of {stage.config['max_duration']}; see {stage.folder}"
     if failed is not None:
         raise StageFailed(f"{stage.name} failed: {failed}")
-    say(f"{title}: done, {state.tokens:,} tokens in {format_duration(time.monotonic() - begin)}")
+    say(f"{title}: done, {state.tokens:,} tokens in {timedelta(seconds=round(time.monotonic() - begin))}")
 
 
 def compare_pair(members: Sequence[Stage]) -> int | str:
@@ -235,6 +235,7 @@ def _progress(stage: Stage, begin: float) -> str:
     share, rate = (now["tokens"] if unit == "tok" else now["step"]) / amount, ""
     if seconds and share:
         speed = (now["tokens"] - steps[0]["tokens"]) / seconds
-        rate = f", {speed:,.0f} tokens/s, {format_duration((1 - share) / share * now['tokens'] / speed)} left"
+        left = timedelta(seconds=round((1 - share) / share * now["tokens"] / speed))
+        rate = f", {speed:,.0f} tokens/s, {left} left"
     loss = "not finite" if now["loss"] is None else f"{now['loss']:.3f}"
     return f"{share:4.0%}, {now['tokens']:,} tokens, loss {loss} ({now['objective']}){rate}"

@@ -124,7 +124,7 @@ def hold_and_wait(local, url, limit, ready):
         time.sleep(600)
 
     data = MDSSplit(local, remote=url, cache_limit=limit)
-    data.files._fetch_in = stuck
+    data.files._fetch = stuck
     data.chunk(0, 0)
 
 
@@ -200,7 +200,7 @@ def test_a_shard_damaged_on_the_way_or_later_is_fetched_again(server, tmp_path, 
 
     monkeypatch.setattr(type(data.files.storage), "get_file", get_file)
     assert samples_of(data) == expected
-    assert caplog.text.count("it is fetched once more") == 1 and downloads(server)[damaged[0]] == 2
+    assert caplog.text.count("it is made once more") == 1 and downloads(server)[damaged[0]] == 2
     flip(shard_file(tmp_path / "train", 1), -1)
     assert samples_of(MDSSplit(tmp_path / "train", remote=server.url(f"{kind}/train"))) == expected
     assert downloads(server).total() == data.num_shards + 2

@@ -133,7 +133,7 @@ def test_places_are_told_apart_and_joined():
         [True, True, False, False, False, False, True]
     assert join("s3://b/c/", "d", "e") == join("s3://b/c", "d/e") == "s3://b/c/d/e"
     assert join("/a/b", "c", "d") == join("file:///a/b", "c/d") == "/a/b/c/d"
-    for url in ("s3://", "s3:///x", "nowhere://x/y", ""):
+    for url in ("s3://", "nowhere://x/y", ""):
         with pytest.raises(ValueError, match=url or "empty"):
             open_storage(url)
 
