@@ -99,7 +99,7 @@ def _check_content(plan: Plan, manifests: Mapping[str, Any], storage: Storage, m
         for unit in plan.units:  # so that everything may be changed
             storage.delete(plans.record_name(unit.number))
         raise ValueError(f"sources must hold a document for training, got {documents.total()} for validation and "
-                         f"{dict(dropped) or 'none'} dropped; give other text, filters or --validation")
+                         f"{dict(dropped) or 'none'} dropped; give other text, --text-field, filters or --validation")
     if max_bad_records is not None and dropped[UNREADABLE] > max_bad_records:
         raise ValueError(f"--max-bad-records must be at least the {dropped[UNREADABLE]} records that could not be "
                          f"read, got {max_bad_records}; with more the same command reads nothing again")
