@@ -1,8 +1,4 @@
-"""Splits written by hand, byte by byte, from the description of the format: independent of the package's writer.
-
-    documents = random_documents(rng, 20)
-    folder = write_split(tmp_path / "train", [[("s", documents[:9])], ...])
-"""
+"""Splits written by hand, byte by byte, from the description of the format: independent of the package's writer."""
 
 from __future__ import annotations
 
@@ -19,6 +15,7 @@ import xxhash
 
 from ettin_foundry.data import COLUMNS
 from ettin_foundry.data.packing import pack_lengths, piece_counts
+from ettin_foundry.data.shards import index_entry
 
 VOCAB_SIZE = 512
 CHUNK_LENGTH = 62
@@ -97,11 +94,9 @@ def write_split(folder: Path, shards: Sequence[tuple[str, Sequence[Document]]], 
                 "columns": COLUMNS, "options": {}, "code_version": "0", "lengths": file_entry("lengths.npy", lengths),
                 "sources": {}, "shards": entries, "totals": totals}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    index = [{**CONFIG, "compression": manifest["compression"], "samples": entry["samples"],
-              **{f"{kind}_data": (file := entry[kind]) and {
-                  "basename": file["basename"], "bytes": file["bytes"], "hashes": {"xxh64": file["xxh64"]}}
-                 for kind in ("raw", "zip")}} for entry in entries]
-    (folder / "index.json").write_text(json.dumps({"version": 2, "shards": index}))
+    (folder / "index.json").write_text(json.dumps(
+        {"version": 2, "shards": [{**CONFIG, "compression": manifest["compression"], **index_entry(entry)}
+                                  for entry in entries]}))
     return folder
 
 

@@ -7,7 +7,7 @@ import functools
 import socket
 import threading
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -33,24 +33,18 @@ class S3Server:
         from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
         from werkzeug.serving import WSGIRequestHandler, make_server
 
-        class QuietHandler(WSGIRequestHandler):
-            protocol_version = "HTTP/1.1"  # else every upload waits a second for leave to send its body
-
-            def log(self, type: str, message: str, *args: Any) -> None:
-                pass
-
-        application = self._with_faults(DomainDispatcherApplication(create_backend_app))
-        self.server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=QuietHandler)
+        # by HTTP/1.0 every upload waits a second for leave to send its body
+        quiet: Any = type("Quiet", (WSGIRequestHandler,), {"protocol_version": "HTTP/1.1", "log": lambda *_: None})
+        self.application = DomainDispatcherApplication(create_backend_app)
+        self.server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=quiet)
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        self.thread.start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         self.empty()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.server.shutdown()
         self.server.server_close()
-        self.thread.join()
 
     def connect(self, monkeypatch: Any, *, block_bytes: int | None = None) -> None:
         """Makes this process, and its children, talk to the server, this one without waiting between tries."""
@@ -85,13 +79,11 @@ class S3Server:
     def put(self, key: str, data: bytes) -> None:
         self.client.put_object(Bucket=self.bucket, Key=key, Body=data)
 
-    def get(self, key: str) -> bytes:
-        return self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
-
-    def keys(self, prefix: str = "") -> list[str]:
-        """Names of all objects, sorted."""
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
-        return sorted(entry["Key"] for page in pages for entry in page.get("Contents", ()))
+    def objects(self, prefix: str) -> dict[str, bytes]:
+        """Content of all objects by what follows the prefix in their keys."""
+        found = self.client.list_objects_v2(Bucket=self.bucket, Prefix=prefix)["Contents"]  # of 1,000 at most
+        return {entry["Key"].removeprefix(prefix): self.client.get_object(Bucket=self.bucket, Key=entry["Key"])[
+            "Body"].read() for entry in found}
 
     def fail(self, matches: Callable[[Request], bool], *, times: int = 1, status: int = 503) -> None:
         """The next `times` requests that match get this status and nothing is done for them."""
@@ -109,26 +101,22 @@ class S3Server:
         self.faults.clear()
         self.requests.clear()
 
-    def _with_faults(self, application: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
-        def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-            request = Request(environ["REQUEST_METHOD"], environ.get("PATH_INFO", ""), environ.get("HTTP_RANGE"),
-                              environ.get("QUERY_STRING", ""))
-            with self.lock:
-                self.requests.append(request)
-                fault = next((fault for fault in self.faults if fault[1] and fault[0](request)), None)
-                if fault:
-                    fault[1] -= 1
-            if fault and fault[2]:
-                start_response(f"{fault[2]} Injected", [("Content-Length", "0")])
-                return [b""]
-            body = application(environ, start_response)
-            return _cut_off(body, fault[3], environ["werkzeug.socket"]) if fault else body
-
-        return answer
-
-
-def _cut_off(body: Iterable[bytes], after: int, connection: socket.socket) -> Iterator[bytes]:
-    yield b"".join(body)[:after]
-    with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
-    raise ConnectionResetError("injected")
+    def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
+        request = Request(environ["REQUEST_METHOD"], environ.get("PATH_INFO", ""), environ.get("HTTP_RANGE"),
+                          environ.get("QUERY_STRING", ""))
+        with self.lock:
+            self.requests.append(request)
+            fault = next((fault for fault in self.faults if fault[1] and fault[0](request)), None)
+            if fault:
+                fault[1] -= 1
+        if fault and fault[2]:
+            start_response(f"{fault[2]} Injected", [("Content-Length", "0")])
+            return
+        body = self.application(environ, start_response)
+        if not fault:
+            yield from body
+            return
+        yield b"".join(body)[:fault[3]]
+        with contextlib.suppress(OSError):
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+        raise ConnectionResetError("injected")

@@ -25,7 +25,7 @@ from typing import Any
 
 from ettin_foundry.data import INDEX, LENGTHS, MANIFEST
 from ettin_foundry.data.manifest import MAX_JSON_BYTES, bad_file, expand, map_file, open_plain, parse_json
-from ettin_foundry.data.storage import atomic_file, check_name, open_storage, parse_bytes
+from ettin_foundry.data.storage import atomic_file, open_storage, parse_bytes
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def fetch_tokenizer(local: Path, remote: str) -> None:
             raise FileNotFoundError(f"{storage.where('tokenizer')}: holds no file; put the dataset's tokenizer there")
         shutil.rmtree(_own_folder(cache / "tokenizer"))
         for name, _ in files:
-            storage.get_file(name, cache / check_name(name), at_most=1 << 28)
+            storage.get_file(name, cache / name, at_most=1 << 28)
         os.replace(cache / "tokenizer", target)
 
 

@@ -1,7 +1,4 @@
-"""Remote and compressed splits: the rows of a local split, fetched once per node, ahead of need, within the limit.
-
-The remote place is an S3 server on loopback, which can be told to fail.
-"""
+"""Remote and compressed splits: the rows of a local split, fetched once per node, ahead of need, within the limit."""
 
 import contextlib
 import multiprocessing
@@ -18,7 +15,6 @@ import numpy as np
 import pytest
 import zstd
 from hand_made import CHUNK_LENGTH, flip, random_documents, samples_of, shard_file, write_split
-from s3_server import S3Server
 
 from ettin_foundry.data import cache
 from ettin_foundry.data.order import Order
@@ -26,21 +22,16 @@ from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import Storage
 
 KINDS = pytest.mark.parametrize("kind", ["plain", "packed"])
-SPAWN = multiprocessing.get_context("spawn")  # the server's threads must not be forked
-
-
-def make_split(folder, sources, *, packed=False):
-    rng = np.random.default_rng(11)
-    shards = [(source, random_documents(rng, 20 + number)) for number, source in enumerate(sources)]
-    return write_split(folder, shards, compress=(lambda data: zstd.compress(data, 3)) if packed else None)
+SPAWN = multiprocessing.get_context("spawn")
 
 
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory):
     """The same ten shards of two sources, plain and packed."""
-    place = tmp_path_factory.mktemp("splits")
-    return {kind: make_split(place / kind / "train", "aabaabaaab", packed=kind == "packed")
-            for kind in ("plain", "packed")}
+    rng, place = np.random.default_rng(11), tmp_path_factory.mktemp("splits")
+    shards = [(source, random_documents(rng, 20 + number)) for number, source in enumerate("aabaabaaab")]
+    return {"plain": write_split(place / "plain" / "train", shards),
+            "packed": write_split(place / "packed" / "train", shards, compress=lambda data: zstd.compress(data, 3))}
 
 
 @pytest.fixture(scope="module")
@@ -48,28 +39,26 @@ def expected(splits):
     return samples_of(MDSSplit(splits["plain"]))
 
 
-@pytest.fixture(scope="module")
-def running(splits):
-    """A server with the splits as plain/train and packed/train."""
-    with S3Server() as server:
-        for kind, folder in splits.items():
-            for path in folder.iterdir():
-                server.put(f"{kind}/train/{path.name}", path.read_bytes())
-        yield server
+def watch(patch, before=lambda name: None, after=lambda name, path: None):
+    """The shards that are asked for from now on, in that order; calls may come before and after each."""
+    asked, true = [], Storage.get_file
+
+    def get_file(storage, name, path, **options):
+        if ".mds" in name:
+            asked.append(name)
+            before(name)
+        true(storage, name, path, **options)
+        after(name, path)
+
+    patch.setattr(Storage, "get_file", get_file)
+    patch.setattr(cache, "_IDLE", 0.02)
+    patch.setattr(cache, "_POLL", 0.01)
+    return asked
 
 
 @pytest.fixture
-def server(running, monkeypatch):
-    running.connect(monkeypatch)
-    monkeypatch.setattr(cache, "_IDLE", 0.02)
-    monkeypatch.setattr(cache, "_POLL", 0.01)
-    running.clear()
-    return running
-
-
-def downloads(server):
-    """How often each shard was asked for."""
-    return Counter(Path(request.path).name for request in server.requests if request.range and ".mds" in request.path)
+def asked(monkeypatch):
+    return watch(monkeypatch)
 
 
 def order_of(data):
@@ -111,9 +100,10 @@ def limit_for(folder, number):
 
 def read_as_rank(local, url, limit, rows, start, answers):
     """One process of a node."""
-    data = MDSSplit(local, remote=url, cache_limit=limit)
-    start.wait()
-    answers.put(train(data, rows))
+    with pytest.MonkeyPatch.context() as patch:
+        asked, data = watch(patch), MDSSplit(local, remote=url, cache_limit=limit)
+        start.wait()
+        answers.put((train(data, rows), asked))
 
 
 def hold_and_wait(local, url, limit, ready):
@@ -129,26 +119,24 @@ def hold_and_wait(local, url, limit, ready):
 
 
 @KINDS
-def test_remote_samples_are_the_local_ones_bit_for_bit(server, splits, tmp_path, kind, expected):
-    data = MDSSplit(tmp_path / "train", remote=server.url(f"{kind}/train"))
-    assert not downloads(server)
+def test_remote_samples_are_the_local_ones_bit_for_bit(asked, splits, tmp_path, kind, expected):
+    data = MDSSplit(tmp_path / "train", remote=str(splits[kind]))
+    assert not asked
     assert samples_of(data) == expected and data.fingerprint == MDSSplit(splits[kind]).fingerprint
-    assert set(downloads(server).values()) == {1} and len(downloads(server)) == data.num_shards
+    assert len(asked) == len(set(asked)) == data.num_shards
     assert not list((tmp_path / "train" / ".cache").glob("*.part"))
-    server.clear()
-    assert samples_of(MDSSplit(tmp_path / "train", remote=server.url(f"{kind}/train"))) == expected
-    assert not downloads(server)
+    assert samples_of(MDSSplit(tmp_path / "train", remote=str(splits[kind]))) == expected
+    assert len(asked) == data.num_shards
     data.check_index()
-    assert samples_of(MDSSplit(tmp_path / "copy", remote=str(splits[kind]))) == expected  # a folder may be remote too
 
 
 @pytest.mark.parametrize("limited", [False, True])
-def test_two_processes_share_a_folder_and_its_limit(server, splits, tmp_path, limited):
+def test_two_processes_share_a_folder_and_its_limit(splits, tmp_path, limited):
     local = MDSSplit(splits["plain"])
     rows = 2 * order_of(local).rows_per_epoch
     limit = limit_for(splits["packed"], len(order_of(local).shards_ahead(0)) + 1) if limited else None
     start, answers = SPAWN.Barrier(2), SPAWN.Queue()
-    ranks = [SPAWN.Process(target=read_as_rank, args=(str(tmp_path / "train"), server.url("packed/train"), limit, rows,
+    ranks = [SPAWN.Process(target=read_as_rank, args=(str(tmp_path / "train"), str(splits["packed"]), limit, rows,
                                                       start, answers)) for _ in range(2)]
     for rank in ranks:
         rank.start()
@@ -156,86 +144,64 @@ def test_two_processes_share_a_folder_and_its_limit(server, splits, tmp_path, li
     while len(found) < 2:
         peaks.append(used(tmp_path / "train"))
         found += [] if answers.empty() else [answers.get()]
-    assert found == [train(local, rows)] * 2
+    assert [read for read, _ in found] == [train(local, rows)] * 2
+    asked = Counter(name for _, names in found for name in names)
     if limit is None:
-        packed = MDSSplit(splits["packed"]).manifest["shards"]
-        assert downloads(server) == Counter(shard["zip"]["basename"] for shard in packed)
+        assert asked == Counter(shard["zip"]["basename"] for shard in MDSSplit(splits["packed"]).manifest["shards"])
     else:
-        assert limit // 2 < max(peaks) <= limit and max(downloads(server).values()) > 1
-
-
-def test_a_grown_remote_dataset_is_followed_when_its_old_tables_are_deleted(tmp_path):
-    local, place, grown = tmp_path / "train", make_split(tmp_path / "old", "aab"), make_split(tmp_path / "new", "aabc")
-    samples_of(MDSSplit(local, remote=str(place)))
-    with pytest.raises(ValueError, match="holds another dataset than dataset.remote.*delete there manifest.json"):
-        MDSSplit(local, remote=str(grown))
-    for name in ("manifest.json", "lengths.npy"):
-        (local / name).unlink()
-    assert samples_of(MDSSplit(local, remote=str(grown))) == samples_of(MDSSplit(grown))
-
-
-def test_the_tokenizer_of_a_remote_dataset_is_fetched_once_and_stays_in_its_folder(tmp_path, monkeypatch):
-    place, local, name = tmp_path / "place", tmp_path / "data", "tokenizer/tokenizer.json"
-    (place / "tokenizer").mkdir(parents=True)
-    for content in ("{}", "other"):
-        (place / name).write_text(content)
-        cache.fetch_tokenizer(local, str(place))
-        assert (local / name).read_text() == "{}"
-    for listed, error in (["tokenizer/../../../escaped"], "plain name inside"), ([], "place/tokenizer: holds no file"):
-        monkeypatch.setattr(Storage, "list", lambda self, prefix, listed=listed: [(name, 2) for name in listed])
-        with pytest.raises((ValueError, FileNotFoundError), match=error):
-            cache.fetch_tokenizer(tmp_path / "other", str(place))
+        assert limit // 2 < max(peaks) <= limit and max(asked.values()) > 1
 
 
 @KINDS
-def test_a_shard_damaged_on_the_way_or_later_is_fetched_again(server, tmp_path, kind, monkeypatch, expected, caplog):
-    data = MDSSplit(tmp_path / "train", remote=server.url(f"{kind}/train"))
-    true, damaged = type(data.files.storage).get_file, []
+def test_a_shard_damaged_on_the_way_or_later_is_fetched_again(splits, tmp_path, kind, monkeypatch, expected, caplog):
+    damaged = []
 
-    def get_file(self, name, local_path, **options):
-        true(self, name, local_path, **options)
+    def damage(name, path):
         if not damaged and ".mds" in name:
             damaged.append(name)
-            flip(Path(local_path), -1)
+            flip(Path(path), -1)
 
-    monkeypatch.setattr(type(data.files.storage), "get_file", get_file)
+    asked = watch(monkeypatch, after=damage)
+    data = MDSSplit(tmp_path / "train", remote=str(splits[kind]))
     assert samples_of(data) == expected
-    assert caplog.text.count("it is made once more") == 1 and downloads(server)[damaged[0]] == 2
+    assert caplog.text.count("it is made once more") == 1 and asked.count(damaged[0]) == 2
     flip(shard_file(tmp_path / "train", 1), -1)
-    assert samples_of(MDSSplit(tmp_path / "train", remote=server.url(f"{kind}/train"))) == expected
-    assert downloads(server).total() == data.num_shards + 2
+    assert samples_of(MDSSplit(tmp_path / "train", remote=str(splits[kind]))) == expected
+    assert len(asked) == data.num_shards + 2
 
 
-def test_a_shard_that_is_bad_or_missing_at_its_source_stops_the_run_with_its_name(server, splits, tmp_path):
-    for file in splits["packed"].iterdir():
-        server.put(f"bad/{file.name}", file.read_bytes())
-    good, data = shard_file(splits["packed"], 1, ".zstd"), MDSSplit(tmp_path / "train", remote=server.url("bad"))
-    server.put(f"bad/{good.name}", good.read_bytes()[:-1] + b"x")
-    with pytest.raises(ValueError, match=rf"s3://.*{good.name}: xxh64 is"):
+def test_a_shard_that_is_bad_or_missing_at_its_source_stops_the_run_with_its_name(asked, splits, tmp_path):
+    place = Path(shutil.copytree(splits["packed"], tmp_path / "place"))
+    bad, data = shard_file(place, 1, ".zstd"), MDSSplit(tmp_path / "train", remote=str(place))
+    flip(bad, -1)
+    with pytest.raises(ValueError, match=rf"{bad}: xxh64 is"):
         data.chunk(1, 0)
-    assert downloads(server)[good.name] == 2 and not any((tmp_path / "train").glob("*.mds"))  # no byte of it was kept
-    server.client.delete_object(Bucket=server.bucket, Key=f"bad/{good.name}")
-    with pytest.raises(FileNotFoundError, match=good.name):
+    assert asked == [bad.name] * 2 and not any((tmp_path / "train").glob("*.mds"))  # no byte of it was kept
+    bad.unlink()
+    with pytest.raises(FileNotFoundError, match=str(bad)):
         data.chunk(1, 0)
 
 
-def test_shards_are_fetched_in_the_order_of_need_without_being_read(server, tmp_path, caplog):
-    data = MDSSplit(tmp_path / "train", remote=server.url("plain/train"))
+def test_shards_are_fetched_in_the_order_of_need_without_being_read(splits, tmp_path, caplog, monkeypatch):
+    def fail(name):
+        if name == data.files.path(0).name and asked.count(name) <= 3:
+            raise PermissionError(name)
+
+    asked, data = watch(monkeypatch, before=fail), MDSSplit(tmp_path / "train", remote=str(splits["plain"]))
     data.prefetch([7, 2, 5])
     wait_until(lambda: data.files.path(5).exists())
-    assert list(downloads(server)) == [data.files.path(shard).name for shard in (7, 2, 5)]  # in the order of requests
-    server.fail(lambda request: data.files.path(0).name in request.path, times=3, status=403)
+    assert asked == [data.files.path(shard).name for shard in (7, 2, 5)]
     other = data.files.path(1).name
     with cache.locked(tmp_path / "train" / ".cache" / f"{other}.lock"):  # another process fetches it
         data.prefetch([0, 1, 3])
         wait_until(lambda: data.files.path(3).exists())
-        assert not downloads(server)[other]
+        assert other not in asked
     wait_until(lambda: data.files.path(0).exists() and data.files.path(1).exists())  # both are tried again
-    assert not server.faults_left() and caplog.text.count("Shard 0 could not be fetched ahead of need") == 3
+    assert caplog.text.count("Shard 0 could not be fetched ahead of need") == 3
 
 
-def test_a_copied_or_forked_split_fetches_for_itself(server, tmp_path):
-    data = MDSSplit(tmp_path / "train", remote=server.url("plain/train"))
+def test_a_copied_or_forked_split_fetches_for_itself(splits, tmp_path):
+    data = MDSSplit(tmp_path / "train", remote=str(splits["plain"]))
     data.prefetch([0])
     data.chunk(0, 0)
     pickle.loads(pickle.dumps(data)).prefetch([1])
@@ -250,8 +216,8 @@ def test_a_copied_or_forked_split_fetches_for_itself(server, tmp_path):
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_shard_in_use_never_goes_and_the_least_recently_used_goes_first(server, splits, tmp_path):
-    url, local = server.url("plain/train"), MDSSplit(splits["plain"])
+def test_a_shard_in_use_never_goes_and_the_least_recently_used_goes_first(asked, splits, tmp_path):
+    url, local = str(splits["plain"]), MDSSplit(splits["plain"])
     sizes = [shard["raw"]["bytes"] for shard in local.manifest["shards"]]
     limit = sum(sizes[shard] for shard in (0, 1, 3)) + max(sizes[2], sizes[4])
     holder, reader = (MDSSplit(tmp_path / "train", remote=url, cache_limit=limit) for _ in range(2))
@@ -261,7 +227,7 @@ def test_a_shard_in_use_never_goes_and_the_least_recently_used_goes_first(server
         reader.chunk(shard, 0)
         time.sleep(0.02)
     assert [shard for shard in range(5) if holder.files.path(shard).exists()] == [0, 1, 3, 4]
-    assert holder.chunk(0, 1).tolist() == local.chunk(0, 1).tolist() and set(downloads(server).values()) == {1}
+    assert holder.chunk(0, 1).tolist() == local.chunk(0, 1).tolist() and len(asked) == len(set(asked))
 
 
 def test_a_limit_that_is_wrong_too_small_or_would_delete_originals_is_refused(splits, tmp_path):
@@ -277,7 +243,7 @@ def test_a_limit_that_is_wrong_too_small_or_would_delete_originals_is_refused(sp
         MDSSplit(mine, remote=str(splits["plain"]), cache_limit="1gb")
 
 
-def test_what_is_wanted_soon_does_not_go_for_what_is_wanted_later(server, splits, tmp_path):
+def test_what_is_wanted_soon_does_not_go_for_what_is_wanted_later(asked, splits, tmp_path):
     data = MDSSplit(tmp_path / "train", remote=str(splits["plain"]), cache_limit=limit_for(splits["plain"], 3))
 
     def there():
@@ -299,17 +265,16 @@ def test_what_is_wanted_soon_does_not_go_for_what_is_wanted_later(server, splits
 
 
 def test_a_shard_on_its_way_keeps_its_room_and_holds_nobody_up(splits, tmp_path, monkeypatch):
-    url, limit, local = str(splits["plain"]), limit_for(splits["plain"], 2), MDSSplit(splits["plain"])
-    begun, goes_on, waits, true = threading.Event(), threading.Event(), [], Storage.get_file
+    begun, goes_on, waits = threading.Event(), threading.Event(), []
 
-    def get_file(storage, name, *arguments, **options):
+    def wait(name):
         if name == shard_file(splits["plain"], 0).name:
             begun.set()
             waits.append(goes_on.wait(20))
-        true(storage, name, *arguments, **options)
 
-    monkeypatch.setattr(Storage, "get_file", get_file)
-    ahead, other = (MDSSplit(tmp_path / "train", remote=url, cache_limit=limit) for _ in range(2))
+    watch(monkeypatch, before=wait)
+    limit, local = limit_for(splits["plain"], 2), MDSSplit(splits["plain"])
+    ahead, other = (MDSSplit(tmp_path / "train", remote=str(splits["plain"]), cache_limit=limit) for _ in range(2))
     ahead.prefetch([0])
     assert begun.wait(20) and other.chunk(1, 0).tolist() == local.chunk(1, 0).tolist()
     assert not other.room.clear(other.files, 2, ahead=True)  # for a third there is none
@@ -345,8 +310,8 @@ def test_expanded_shards_of_a_local_split_go_and_compressed_ones_stay(splits, tm
     assert raw.exists()
 
 
-def test_what_a_killed_process_held_is_free_again(server, splits, tmp_path):
-    limit, url, local = limit_for(splits["plain"], 2), server.url("plain/train"), tmp_path / "train"
+def test_what_a_killed_process_held_is_free_again(splits, tmp_path):
+    limit, url, local = limit_for(splits["plain"], 2), str(splits["plain"]), tmp_path / "train"
     ready = SPAWN.Event()
     child = SPAWN.Process(target=hold_and_wait, args=(str(local), url, limit, ready))
     child.start()

@@ -63,12 +63,6 @@ def refused(folder, message, *, read=read_all):
     assert re.search(message, str(caught.value), re.DOTALL), caught.value
 
 
-def test_the_split_that_is_spoilt_was_good(split, masters):
-    read_all(split(False))
-    for folder in masters.values():
-        check_all(folder)
-
-
 @pytest.mark.parametrize("packed", [False, True])
 def test_any_wrong_value_in_a_manifest_is_refused_or_changes_nothing(split, packed):
     folder, refusals = split(packed), 0

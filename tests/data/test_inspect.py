@@ -46,6 +46,7 @@ def test_samples_are_chunks_of_the_dataset_decoded(tokenizer_dir: Path, tmp_path
     data, before = find_dataset(whole).open("train", tmp_path), files_of(whole)
     reference = Tokenizer.from_file(str(whole / "tokenizer" / "tokenizer.json"))
     stored = {key(sample): sample for sample in samples_of(whole / "train")}
+    assert len(set(map(key, draw_samples(data, per_source=10**6)))) == int(data.samples.sum())
     found, lines = draw_samples(data, per_source=3, seed=5), "\n".join(show_lines(whole, samples=3, seed=5))
     assert [sample["source"] for sample in found] == ["code"] * 3 + ["wiki"] * 3 and len(set(map(key, found))) == 6
     for sample in found:
@@ -53,17 +54,6 @@ def test_samples_are_chunks_of_the_dataset_decoded(tokenizer_dir: Path, tmp_path
         assert sample["tokens"].tolist() == tokens and sample["last"] == stored[key(sample)]["last"]
         assert f"    {plain(reference.decode(tokens, skip_special_tokens=False), 400)}\n" in lines
     assert files_of(whole) == before  # nothing is expanded into the dataset
-
-
-def test_every_chunk_of_a_source_is_drawn_alike(tokenizer_dir: Path) -> None:
-    data = MDSSplit(whole_set(tokenizer_dir) / "validation")
-    chunks = int(sum(data.samples[shard] for shard, source in enumerate(data.sources) if source == "wiki"))
-    drawn = [sample for seed in range(400) for sample in draw_samples(data, per_source=1, seed=seed)]
-    names = [key(sample) for sample in drawn if sample["source"] == "wiki"]
-    assert len(set(names)) == chunks
-    # 400 draws of n equally probable chunks: five standard deviations
-    assert max(map(names.count, names)) < 400 / chunks + 5 * (400 / chunks) ** 0.5
-    assert len(set(map(key, draw_samples(data, per_source=10**6)))) == int(data.samples.sum())
 
 
 def test_foreign_text_cannot_drive_the_terminal(tokenizer_dir: Path, tmp_path: Path) -> None:

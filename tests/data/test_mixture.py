@@ -6,7 +6,7 @@ import shutil
 import fsspec
 import numpy as np
 import pytest
-from hand_made import edit, flip, set_in, spoil
+from hand_made import edit, set_in, spoil
 from memory_set import write_set
 from mix_sets import BUDGETS, ENTRIES, build, chunks_of, make_sets, shards
 
@@ -33,16 +33,6 @@ def test_a_missing_or_altered_dataset_is_refused_by_name_at_opening(sets, mix):
     write_set(sets / "both", {"books": shards(3, seed=4), "notes": shards(2, seed=8)}, seed=4)
     with pytest.raises(ValueError, match=r"its dataset '\.\./sets/both' \(for books, notes\).*fingerprint.*altered"):
         open_split(mix / "train")
-
-
-def test_a_flipped_byte_in_a_dataset_is_found_by_a_check_and_before_use(sets, mix):
-    data = open_split(mix / "train")
-    assert all(data.check_shard(shard) for shard in range(data.num_shards))
-    first = data.sources.index("web")
-    flip(data._of(first).files.path(int(data._shard[first])), -1)
-    for read in (data.check_shard, lambda shard: open_split(mix / "train").chunk(shard, 0)):
-        with pytest.raises(ValueError, match="web.*xxh64"):
-            read(first)
 
 
 @pytest.fixture
@@ -91,11 +81,10 @@ def test_one_limit_holds_for_all_datasets_of_a_mixture_together(sets, mix, cloud
     expected, most = open_split(tmp_path / "near" / "train"), 0
     web = [shard for shard, source in enumerate(expected.sources) if source == "web"]
     need = sum(sizes[-len(web):])  # far more than a third of the limit for one of three datasets
-    open_split(folder, cache_limit=need).check_room(web)
-    for limit, together in ((need - 1, web), (need, range(expected.num_shards))):
-        with pytest.raises(ValueError, match=rf"dataset.cache_limit must be at least \d+ bytes.* got {limit}"):
-            open_split(folder, cache_limit=limit).check_room(together)
     data = pickle.loads(pickle.dumps(open_split(folder, cache_limit=need)))
+    data.check_room(web)
+    with pytest.raises(ValueError, match=rf"dataset.cache_limit must be at least \d+ bytes.* got {need}"):
+        data.check_room(range(expected.num_shards))
     assert all(data.chunk(shard, 0).size for shard in web) and len(list(folder.rglob("*.mds"))) == len(web)  # no share
     for shard in range(data.num_shards):
         data.prefetch([shard])
@@ -131,18 +120,17 @@ def test_any_wrong_value_in_a_manifest_is_refused_or_changes_nothing_of_the_data
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (set_in("split", value="../../x"), "split"), (set_in("runs", 0, "source", value="else"), "source of runs"),
-    *[(set_in("sets", 0, "path", value=value), "sets.0.path") for value in ("/etc", "a\0b", "")],
-    (set_in("sets", 0, "fingerprint", value="../../../etc/x"), "fingerprint"),
+    (set_in("runs", 0, "source", value="else"), "source of runs"),
+    (set_in("sets", 0, "path", value="a\0b"), "sets.0.path"),
     (set_in("runs", 0, "shards", value=[9]), "it names shard 9 of a dataset; that has 9"),
     (set_in("runs", 0, "shards", value=[1, 1]), "take a shard once"),
     (lambda m: m["parts"][0].update(first=1, extra=[], lengths={"63": 1}), "lengths of parts must be at most 62"),
-    (set_in("parts", 0, "lengths", value={"\u0663": 1}), "lengths"), (set_in("parts", 0, "first", value=10**9), "many"),
+    (set_in("parts", 0, "lengths", value={"\u0663": 1}), "lengths"),
     (lambda m: m["parts"][0].update(first=9_999, extra=[], lengths={"5": 9_999}), "totals.samples"),
     (lambda m: m["sets"][0].update(m["sets"][1]), "take a shard once|that has|has fingerprint"),
     *[(lambda m, change=change: m.update({**change, "parts": [], "runs": m["runs"][:1]}),
        r"its dataset '\.\./sets/web' .* has chunk_length 62 and tokenizer") for change in (
-        {"chunk_length": 50}, {"tokenizer": {"name": "test", "vocab_size": 119}})]], ids=range(15))
+        {"chunk_length": 50}, {"tokenizer": {"name": "test", "vocab_size": 119}})]], ids=range(10))
 def test_a_manifest_that_contradicts_itself_is_refused_at_opening(mix, change, message):
     edit(mix / "train", change)
     with pytest.raises(ValueError, match=message):
@@ -160,10 +148,8 @@ def test_a_partial_shard_whose_chunks_are_others_than_stated_is_refused_before_u
         manifest["totals"]["tokens"] += 2 * length - int(data.tokens[shard])
         manifest["totals"]["samples"] += 2 - int(data.samples[shard])
 
-    original = (mix / "train" / MANIFEST).read_bytes()
     for change in (set_in("seed", value=5), twice, set_in("parts", number, "extra", value=[5_000, 5_001])):
         edit(mix / "train", change)
         with pytest.raises(ValueError, match="have other lengths"):
             open_split(mix / "train").sample_lengths(shard)
-        if change is not twice:  # the third lie is told on top of it
-            (mix / "train" / MANIFEST).write_bytes(original)
+        edit(mix / "train", set_in("seed", value=data.manifest["seed"]))
