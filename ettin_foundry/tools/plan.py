@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich import filesize
 
+from ettin_foundry import REGISTRY
 from ettin_foundry.data.inspect import format_count
 from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.stream import BatchRamp, check_warmup
@@ -154,13 +155,14 @@ def objective_means(objective: ObjectiveSchedule, rate: MaskRate, num_tokens: in
 def learning_rates(cfg: dict[str, Any]) -> tuple[float, float] | None:
     """First and last learning rate of a run; None for a scheduler of the host, or times in another unit than the run's.
     """
-    block, run = cfg["scheduler"], parse_time("max_duration", cfg["max_duration"])
-    keys = run_config.SCHEDULES.get(block["name"], {}).keys() & block.keys()
-    times = [parse_time(f"scheduler.{key}", block[key]) for key in keys]
+    block, run = run_config.filled(cfg["scheduler"]), parse_time("max_duration", cfg["max_duration"])
+    if block["name"] not in REGISTRY["schedulers"]:
+        return None
+    times = [parse_time(f"scheduler.{key}", value) for key, value in block.items() if key.startswith("t_")]
     if any(value and unit not in ("dur", run[1]) for value, unit in times):
         return None
-    first, last = (run_config.lr_factor(block, run, place, place) for place in (0, round(run[0])))
-    return None if first is None or last is None else (cfg["optimizer"]["lr"] * first, cfg["optimizer"]["lr"] * last)
+    first, last = (run_config.lr_factor(block, run, lambda _, at=at: at) for at in (0, round(run[0])))
+    return cfg["optimizer"]["lr"] * first, cfg["optimizer"]["lr"] * last
 
 
 def _ramp(cfg: dict[str, Any], tokens_per_row: float, num_gpus: int) -> BatchRamp:
