@@ -5,9 +5,8 @@ compressed shards beside them. All processes of a node share the folder: one mak
 or make another. A shard gets its name only when it is whole and of the stated hash. With a limit, its room is reserved
 first; the lock of the room is held for that alone, so that nobody waits for another's network.
 
-Layout of `.cache/` in the folder: `NAME.lock`, `room.lock` with a limit, and `lock` for the small files (held with
-flock: the kernel releases it when its holder dies), `NAME.part/` (files being made; with NAME.lock held, the reserved
-room), `remote` (filled by fetching).
+Layout of `.cache/` in the folder: `NAME.lock`, `room.lock` with a limit, `lock` for the small files (held with flock:
+the kernel releases it when its holder dies), `NAME.part/` (a shard being made: its room), `remote` (it was fetched).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ log = logging.getLogger(__name__)
 
 _CACHE, _FETCHED = ".cache", "remote"
 _PATIENCE = 900.0  # seconds that a needed shard waits for room; an outage lets others keep theirs for ten minutes
-_POLL, _IDLE, _LONGEST = 0.1, 0.5, 60.0  # seconds between looks: for room, ahead of need, and after failures
+_POLL, _IDLE, _PAUSE = 0.1, 0.5, 30.0  # seconds between looks: for room, ahead of need, and after a failure
 
 
 @contextlib.contextmanager
@@ -74,8 +73,7 @@ def fetch_manifest(local: Path, remote: str) -> None:
         with open(open_plain(path), "rb") as stream:
             if stream.read() != data:
                 raise ValueError(f"dataset.local {str(local)!r} holds another dataset than dataset.remote {remote!r}; "
-                                 "name another folder, or, if it has grown, delete there "
-                                 f"{MANIFEST}, {LENGTHS} and {INDEX}")
+                                 f"name another folder, or, if it has grown, delete its {MANIFEST}, {LENGTHS}, {INDEX}")
 
 
 def fetch_table(local: Path, remote: str, name: str, num_bytes: int | None = None, xxh64: str | None = None) -> None:
@@ -133,8 +131,7 @@ class ShardFiles:
             threading.Thread(target=self._make_ahead, args=(wanted,), name="ettin-prefetch", daemon=True).start()
 
     def _make_ahead(self, wanted: tuple[int, tuple[int, ...]]) -> None:
-        """Makes shards until all are there or others are wanted; what fails is tried again after a growing pause."""
-        pause = _IDLE
+        """Makes shards until all are there or others are wanted; what fails is tried again after a pause."""
         while self.wanted is wanted and (missing := [s for s in wanted[1] if not os.path.lexists(self.path(s))]):
             failed = False
             for shard in missing:
@@ -144,8 +141,7 @@ class ShardFiles:
                 except Exception as error:  # only a hint: who needs the shard meets the error
                     failed = True
                     log.warning("Shard %d could not be fetched ahead of need (%s); tried again", shard, error)
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST) if failed else _IDLE
+            time.sleep(_PAUSE if failed else _IDLE)
 
     def _make(self, shard: int, *, ahead: bool = False) -> bool:
         """Makes a shard, or waits for who is making it, unless ahead of need; False where there is no room for it."""

@@ -57,9 +57,8 @@ def load_decoder(storage: Storage) -> Any | None:
     name = "tokenizer/tokenizer.json"
     if not storage.exists(name):
         return None
-    text = storage.read_bytes(name, at_most=64 << 20)
     try:
-        return Tokenizer.from_str(text.decode())
+        return Tokenizer.from_buffer(storage.read_bytes(name, at_most=64 << 20))
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{storage.where(name)} must be a tokenizer, got {error!s:.200}") from None
 
@@ -89,8 +88,7 @@ def length_cells(histogram: np.ndarray) -> tuple[str, ...]:
 def source_rows(data: Any) -> list[dict[str, str]]:
     """What an open split holds of every source, the one of most tokens first, as texts by the heads of a table.
 
-    Tokens are counted without BOS and EOS; rows are the packed ones of chunk_length + 2 tokens in an epoch, and their
-    fill the share of places that hold a token, BOS and EOS included.
+    Tokens are counted without BOS and EOS; fill is the share of packed rows of chunk_length + 2 that is used.
     """
     def text(value: Any, form: str = ",") -> str:
         return "?" if value is None else format(value, form)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import orjson
 import xxhash
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 
 from ettin_foundry.data import COLUMNS, MANIFEST, MAX_CHUNK_LENGTH
 from ettin_foundry.data.storage import refuse_pointer
@@ -31,7 +31,6 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 
 def bad_file(path: Path | str, found: str, allowed: str,
              advice: str = "remove it and convert or fetch again") -> ValueError:
-    """The error for a file that is not what it must be."""
     return ValueError(f"{path}: {found}; {allowed}; {advice}")
 
 
@@ -145,12 +144,6 @@ class _Shard(BaseModel, strict=True):
     source: str
     rows: dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")], Annotated[int, Field(ge=1)]]
 
-    @model_validator(mode="after")
-    def _agree(self) -> _Shard:
-        if not self.raw.basename.endswith(".mds") or self.zip and self.zip.basename != self.raw.basename + ".zstd":
-            raise ValueError("raw and zip must be NAME.mds and NAME.mds.zstd")
-        return self
-
 
 class _Tokenizer(BaseModel, strict=True):
     vocab_size: int = Field(ge=0, le=1 << 16)  # tokens are uint16
@@ -177,11 +170,12 @@ def read_manifest(local: Path) -> dict[str, Any]:
     shards, wrong = manifest["shards"], None
     for number, shard in enumerate(shards):  # one by one, so that 70,000 models need not be kept
         check_record(_Shard, shard, where, f"shards.{number}")
+    files = [(shard["raw"]["basename"], (shard["zip"] or {"basename": None})["basename"]) for shard in shards]
     if manifest["columns"] != COLUMNS:
         wrong = f"columns must be {COLUMNS}, got {manifest['columns']}"
-    elif {shard["zip"] is None for shard in shards} != {manifest["compression"] is None}:
-        wrong = "zip must be given in all shards or in none, as compression is"
-    elif len({shard["raw"]["basename"] for shard in shards}) != len(shards):
+    elif any(raw[-4:] != ".mds" or packed != (manifest["compression"] and raw + ".zstd") for raw, packed in files):
+        wrong = "raw must be NAME.mds, and zip NAME.mds.zstd in all shards or in none, as compression is"
+    elif len(set(files)) != len(files):
         wrong = "basename must be another one for each shard"
     for key in ("documents", "samples", "tokens"):
         if manifest["totals"].get(key) != (total := sum(shard[key] for shard in shards)):

@@ -1,10 +1,8 @@
 """One split of a mixture, which points at shards of converted datasets and holds no text itself.
 
 It says which shards of which datasets belong to which source, how often (a repeat is an entry of its own, in the next
-pass), and of which shards only some chunks are taken. Every dataset is pinned by its fingerprint.
-
-MIX/tokenizer/, MIX/train/manifest.json, MIX/validation/manifest.json. Where a dataset lies is a path relative to MIX,
-or a URL; remote ones are kept in MIX/SPLIT/sets/. corpus/mix.py chooses shards and writes.
+pass), and of which shards only some chunks are taken. Every dataset is pinned by its fingerprint. Where it lies is a
+path relative to the mixture, or a URL; what is fetched is kept in MIX/SPLIT/sets/. corpus/mix.py makes mixtures.
 """
 
 from __future__ import annotations
@@ -118,11 +116,8 @@ def open_split(local: str | os.PathLike[str], **options: Any) -> MDSSplit | Mixt
 class MixtureSplit:
     """One split folder of a mixture, with the methods of an `MDSSplit`; S shards, over all entries of all sources.
 
-    Args:
-        remote: folder or URL that the split was fetched from; its datasets are then fetched too, seen from there.
-        cache_limit: most bytes that fetched or decompressed shards of all datasets may take together.
-
-    Raises FileNotFoundError or ValueError, naming the dataset, where one is missing or not the one it was built from.
+    With `remote` its datasets are fetched too, seen from there; `cache_limit` is one for all of them together. Raises
+    FileNotFoundError or ValueError, naming the dataset, where one is missing or not the one that it was built from.
     """
 
     def __init__(self, local: str | os.PathLike[str], *, remote: str | None = None,

@@ -55,9 +55,8 @@ class Interleave:
 
     Row j of a stream of R rows gets the key (j + phase) / R, and all rows are put in order of (key, stream): in any
     run of rows the count of a stream with share p is off by less than (1 - p) + p * (S - 1). A phase per stream keeps
-    a stream of few rows from always being in the same place. Nothing is written out: how many rows of a stream lie
-    below a key follows from the key, so a place is found in time that grows with S, and the rows around it are merged
-    in blocks. Keys are float64, of one addition and one division, which IEEE 754 rounds alike everywhere.
+    a stream of few rows from always being in the same place. The rows around a place are merged in blocks, each found
+    in time that grows with S. Keys are float64, of one addition and one division, which IEEE 754 rounds alike.
     """
 
     def __init__(self, rows: npt.ArrayLike, phases: npt.ArrayLike) -> None:
@@ -129,8 +128,6 @@ def _starts(counts: npt.ArrayLike) -> Ints:
 
 
 class _Source(NamedTuple):
-    """The shards of one source."""
-
     members: Ints  # (S,) in stored order
     window: int  # shards whose rows are permuted together
     first_window: int  # windows of the sources before it: a window's seed is its number among those of all sources
@@ -250,8 +247,7 @@ class Order:
                 first, begin = 0, begin + source.window
                 if begin >= len(source.members):
                     then, begin = then + 1, 0
-        wanted = [shard for group in (now, later) for _, shards in sorted(group) for shard in shards]
-        return list(dict.fromkeys(wanted))
+        return list(dict.fromkeys(shard for group in (now, later) for _, shards in sorted(group) for shard in shards))
 
     def _make_sources(self) -> list[_Source]:
         """In the order of their names; without shuffle all shards are one."""

@@ -226,10 +226,9 @@ class MDSSplit:
         finally:
             if not is_kept:
                 path.unlink()
-        raw, name = np.frombuffer(opened.buffer, np.uint8), entry["source"].encode()
-        name_at = opened.starts + _HEAD_BYTES + opened.sizes[:, 0] + _FIXED_BYTES
-        if (opened.sizes[:, 1] != len(name)).any() or any((raw[name_at + i] != byte).any() for i, byte in
-                                                          enumerate(name)):
+        begins = opened.starts + _HEAD_BYTES + opened.sizes[:, 0] + _FIXED_BYTES
+        ends = begins + opened.sizes[:, 1]
+        if {bytes(opened.buffer[a:b]) for a, b in zip(begins.tolist(), ends.tolist())} != {entry["source"].encode()}:
             raise bad_file(path, "it holds chunks of another source", f"all must be of source {entry['source']!r:.100}")
         if (documents := int(opened.last.sum())) != entry["documents"]:
             raise bad_file(where, f"shards.{shard}: documents is {entry['documents']}", f"{documents} end in it")

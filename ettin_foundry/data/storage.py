@@ -13,7 +13,6 @@ import multiprocessing.util
 import os
 import re
 import shutil
-import stat
 import tempfile
 import time
 import uuid
@@ -161,12 +160,12 @@ class Storage:
         for place, folders, files in os.walk(top, onerror=unreadable):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for path in (os.path.join(place, name) for name in (*folders, *files) if not name.startswith(".")):
-                with contextlib.suppress(FileNotFoundError):  # removed just now
-                    if os.path.islink(path) and not os.path.isfile(path):
-                        log.warning("%s: is a link to %s and left out; put the files themselves there", path,
-                                    "a folder" if os.path.isdir(path) else "nothing")
-                    elif stat.S_ISREG((entry := os.stat(path)).st_mode):
-                        found.append((os.path.relpath(path, self.url), entry.st_size))
+                if os.path.isfile(path):
+                    with contextlib.suppress(FileNotFoundError):  # removed just now
+                        found.append((os.path.relpath(path, self.url), os.path.getsize(path)))
+                elif os.path.islink(path):
+                    log.warning("%s: is a link to %s and left out; put the files themselves there", path,
+                                "a folder" if os.path.isdir(path) else "nothing")
         return sorted(found)
 
     def open(self, name: str) -> BinaryIO:
@@ -345,23 +344,22 @@ def _own_error(error: Any, place: str) -> Exception:
 class _S3:
     """What `RemoteStorage` asks of a file system of fsspec, through boto3; paths are BUCKET/KEY."""
 
-    def __init__(self, endpoint: str | None) -> None:
-        from boto3.session import Session
-        from botocore import UNSIGNED
-        from botocore.config import Config
+    invalidate_cache = staticmethod(lambda: None)  # there is none
 
-        session = Session()
-        options: dict[str, Any] = {} if session.get_credentials() else {"signature_version": UNSIGNED}
+    def __init__(self, endpoint: str | None) -> None:
+        import boto3
+        import botocore.config
+
+        session = boto3.Session()
+        options: dict[str, Any] = {} if session.get_credentials() else {"signature_version": botocore.UNSIGNED}
         # the standard mode gives up at once when its quota of retries is used up, which a shaky network does
-        config = Config(retries={"mode": "legacy", "total_max_attempts": 3}, connect_timeout=10, **options)
+        options |= {"retries": {"mode": "legacy", "total_max_attempts": 3}, "connect_timeout": 10}
+        config = botocore.config.Config(**options)
         self.client = session.client("s3", endpoint_url=endpoint or None, config=config)  # Streaming's variable
 
     @staticmethod
     def _key(path: str) -> dict[str, str]:
         return dict(zip(("Bucket", "Key"), path.split("/", 1)))
-
-    def invalidate_cache(self) -> None:
-        """There is none."""
 
     def info(self, path: str) -> dict[str, Any]:
         answer = self.client.head_object(**self._key(path))

@@ -2,8 +2,7 @@
 
 `order.py` says which chunks form row n of the stream, `BatchRamp` which rows form a step; here both meet the data.
 Every step is a pure function of (data, seed, batch sizes), so the only state is the number of rows consumed. Ranks and
-workers are put on top in loader.py; masks, labels and tensors are made in batch.py. Numpy only, so that `ettin order`
-waits for neither torch nor LLM-Foundry.
+workers come in loader.py, masks and tensors in batch.py. Numpy only: `ettin order` waits for no torch.
 """
 
 from __future__ import annotations
@@ -89,10 +88,8 @@ def check_warmup(warmup: Any, max_size: int, *, world_size: int = 1, microbatch:
                  total: int | None = None) -> int:
     """The tokens of a batch-size warm-up; ValueError for one that cannot be carried out as written.
 
-    Args:
-        warmup: {min_size: rows of the first step, tokens: of the warm-up, a number or a time such as 50_000_000tok}.
-        max_size: global_train_batch_size. world_size: processes. microbatch: device_train_microbatch_size.
-        total: tokens of the run, which a time in dur is a share of; without it only tok is possible.
+    It is {min_size: rows of the first step, tokens: a number or a time such as 50_000_000tok}; one in dur is a share of
+    `total`, the run's tokens. max_size is global_train_batch_size, microbatch device_train_microbatch_size.
     """
     if not isinstance(warmup, Mapping) or set(warmup) != {"min_size", "tokens"}:
         raise ValueError(f"{_WARMUP} must have the keys min_size (rows) and tokens, got {warmup!r}")
@@ -234,7 +231,6 @@ def open_stream(*, dataset: Mapping[str, Any], max_seq_len: int, global_batch_si
 
 
 def _open(dataset: Any) -> MDSSplit | MixtureSplit:
-    """The split that a loader's dataset block names."""
     if not isinstance(dataset, Mapping) or not {"local", "split"} <= set(dataset) <= set(DATASET_KEYS):
         raise ValueError("dataset must have the keys local (folder of the dataset) and split, and may have "
                          f"{' and '.join(DATASET_KEYS[2:])}, got {dataset!r}")

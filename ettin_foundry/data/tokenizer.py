@@ -23,7 +23,6 @@ if TYPE_CHECKING:  # importing transformers takes seconds, which readers of a ma
 MAX_VOCAB_SIZE = 65_535  # tokens are stored as uint16
 COMPARED = ("vocab_size", "special_ids", "vocab_sha256", "probe_sha256")  # of two fingerprints; names may differ
 _PLAIN = {"PreTrainedTokenizerFast", "TokenizersBackend", "tokenizers"}
-
 _SPECIALS = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
 
 # What a fingerprint tokenizes. Never change it: every manifest on disk holds its hash.

@@ -51,8 +51,8 @@ def watch(patch, before=lambda name: None, after=lambda name, path: None):
         after(name, path)
 
     patch.setattr(Storage, "get_file", get_file)
-    patch.setattr(cache, "_IDLE", 0.02)
-    patch.setattr(cache, "_POLL", 0.01)
+    for name in ("_IDLE", "_POLL", "_PAUSE"):
+        patch.setattr(cache, name, 0.02)
     return asked
 
 
