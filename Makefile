@@ -45,15 +45,33 @@ parity: $(VENV)/.installed $(PARITY_VERSIONS:%=.parity/%/.installed)
 bench: $(VENV)/.installed .parity/4.57.6/.installed
 	$(BIN)/python benchmarks/cpu_vs_transformers.py --decoder-path .parity/4.57.6 $(BENCH_ARGS)
 
-# The two below use the system's python3: the machine with the GPU has torch, and needs no network and no environment.
+# Eight minutes on a machine with a GPU: the tests, the real job, the step alone. What fails does not keep the rest from being
+# measured. With the environment where there is one, else with the system's python3, its torch, and the wheels of `wheels-gpu`.
+# `make gpu DRY=1` goes through the same on a CPU, with nano.
 GPU_SITE := build/gpu-site
+ifdef DRY
+GPU_PYTHON := $(BIN)/python
+GPU_JOB := --device cpu --sizes nano --steps 2 --data data/nano --out build/gpu-dry
+GPU_STEP := --device cpu --sizes nano --lengths 256 --step-tokens 1024 --repeats 2 --contenders ours --out build/gpu-dry
+gpu: $(VENV)/.installed data/nano/train/manifest.json
+else
+GPU_STEP := --budget-seconds 100 --contenders ours
+ifneq ($(wildcard $(VENV)/.installed),)
+GPU_PYTHON := $(BIN)/python
+else
+GPU_PYTHON := PYTHONPATH=$(CURDIR)/$(GPU_SITE):$(CURDIR) $(PYTHON)
+gpu: $(GPU_SITE)
+endif
+endif
 gpu:
-	$(PYTHON) -m pytest -m gpu tests/model/test_gpu.py -rs -k "not trainer"
-	if ls .wheels/*.whl >/dev/null 2>&1; then \
-	  { test -d $(GPU_SITE) || $(PYTHON) benchmarks/wheels_gpu.py --unpack $(GPU_SITE); } && \
-	  PYTHONPATH=$(CURDIR)/$(GPU_SITE):$(CURDIR) $(PYTHON) -m pytest -m gpu tests/model/test_gpu.py -rs -k trainer; \
-	else echo "no .wheels/: the Trainer's test is left out (make wheels-gpu)"; fi
-	$(PYTHON) benchmarks/train_step.py
+	status=0; \
+	$(GPU_PYTHON) -m pytest -m gpu tests/model/test_gpu.py -rs || status=1; \
+	$(GPU_PYTHON) benchmarks/real_job.py $(GPU_JOB) || status=1; \
+	$(GPU_PYTHON) benchmarks/train_step.py $(GPU_STEP) || status=1; \
+	exit $$status
+
+$(GPU_SITE):
+	$(PYTHON) benchmarks/wheels_gpu.py --unpack $(GPU_SITE)
 
 wheels-gpu:
 	$(PYTHON) benchmarks/wheels_gpu.py

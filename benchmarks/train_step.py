@@ -35,6 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
 from cpu_vs_transformers import VOCAB_SIZE, hf_model  # noqa: E402
+from real_job import ANCHORS  # noqa: E402
 from streams import flat_stream, machine, padded_batch, results_path, synthetic_documents  # noqa: E402
 
 from ettin_foundry.model.config import EttinConfig  # noqa: E402
@@ -44,7 +45,6 @@ PEAK_FLOPS = 989e12  # H100 and H200 SXM, dense bf16
 STEP_TOKENS = 131_072
 MICROBATCH_TOKENS = {"nano": 131_072, "17m": 131_072, "32m": 131_072, "68m": 65_536, "150m": 65_536, "400m": 32_768,
                      "1b": 16_384}
-ANCHORS = {"17m": 985e3, "32m": 655e3, "68m": 463e3, "150m": 296e3, "400m": 146e3, "1b": 64e3}
 GOALS = {"17m": 2.5, "32m": 2.2, "68m": 2.0, "150m": 1.6, "400m": 1.5, "1b": 1.4}
 Case = tuple[str, str, str, int]  # contender, size, objective, row length
 
@@ -84,13 +84,13 @@ def our_model(case: Case, args: argparse.Namespace) -> tuple[torch.nn.Module, Ca
         model = Ettin(config_of(size, objective, length)).train()
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     note = model.backend(args.device, dtype).name
-    if args.compile:  # block by block: three graphs serve all layers
-        for block in model.trunk.layers:
-            block.compile(dynamic=True)
+    if args.compile:
+        model.compile_blocks()
         note += ", blocks compiled"
 
     def total(b: dict) -> torch.Tensor:
-        return model(b["input_ids"], b["position_ids"], b["cu_seqlens"], b["max_seqlen"], b["target_positions"],
+        # the row's length in place of the longest document's, as the loader gives it to compiled blocks
+        return model(b["input_ids"], b["position_ids"], b["cu_seqlens"], length, b["target_positions"],
                      b["target_labels"]).nll
 
     return model, total, note

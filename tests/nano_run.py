@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from ettin_foundry.data.batch import split_batch
+
 ROOT = Path(__file__).resolve().parents[1]
 # nano with the small vocabulary of the fixtures; batches of 8 rows of 64 tokens
 SMALL = ["variables.max_seq_len=64", "variables.global_batch=8",
@@ -68,6 +70,22 @@ def put(cfg: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return cfg
 
 
+def rows_of(state: Any) -> dict[str, Any]:
+    """The (B, T) batch of the step, made again from the stream; what the workers made of it is the same."""
+    from composer.utils import dist
+
+    batch, loader = state.batch, state.train_dataloader
+    collate = copy.copy(loader.collate_fn)
+    size, collate.microbatch_size = collate.microbatch_size, None
+    rows = loader.dataset.rows_of(batch["step"], rank=dist.get_global_rank(), world_size=dist.get_world_size())
+    again = collate(rows)
+    for mine, theirs in zip(split_batch(again, size), split_batch(batch, size), strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            assert torch.equal(value, theirs[key]) if isinstance(value, torch.Tensor) else value == theirs[key], key
+    return {key: value for key, value in again.items() if key != "document_lengths"}  # torch.load takes no arrays
+
+
 @functools.cache
 def register_capture() -> type:
     """Registers the callback `capture`: what a test wants to see of the last run, kept on the class."""
@@ -92,7 +110,7 @@ def register_capture() -> type:
                 Capture.weights = {name: p.detach().clone() for name, p in parameters.items()}
                 Capture.moments = {name: optimized[p]["exp_avg_sq"].clone() for name, p in parameters.items()
                                    if p in optimized}
-            Capture.batches.append({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.batch.items()})
+            Capture.batches.append(rows_of(state))
             Capture.groups.append([{**{k: float(v) for k, v in g.items() if k not in ("params", "betas")},
                                     "base_lr": state.schedulers[0].base_lrs[0]} for g in groups])
             Capture.lrs.append(groups[0]["lr"])

@@ -7,7 +7,6 @@ ranks or workers gives the same global batches. Streaming's own iteration is not
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from composer import DataSpec
 from composer.utils import dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ettin_foundry.data.batch import Collator, count_samples, count_tokens, split_batch
+from ettin_foundry.data.batch import FEW_LENGTHS, Collator, count_samples, count_tokens, split_batch
 from ettin_foundry.data.stream import Row, RowStream, check_warmup, open_stream
 from ettin_foundry.data.tokenizer import check as check_tokenizer
 from ettin_foundry.objectives.targets import TextVocab
@@ -49,6 +48,13 @@ class RowDataset(RowStream, IterableDataset):
         return self.num_steps * (self.ramp.max_size // self.world_size)
 
 
+class Microbatch(dict):
+    """A microbatch on its device. The host makes a deep copy of each, which nothing reads and nothing changes."""
+
+    def __deepcopy__(self, memo: Any) -> Microbatch:
+        return self
+
+
 def _collator_of(objective: str | None) -> Callable[..., tuple[Collator, int]]:
     """A collator for LLM-Foundry's registry, of one objective or of what the loader's block says."""
 
@@ -70,6 +76,7 @@ def build_ettin_loader(
     mask_rate: Any = 0.0, packing: bool = True, shuffle: bool = True, shuffle_seed: int = 21,
     shuffle_window: int | None = None, batch_size_warmup: Mapping[str, Any] | None = None, num_workers: int = 0,
     prefetch_factor: int | None = None, pin_memory: bool = True, persistent_workers: bool = False, timeout: float = 0,
+    microbatch_size: int | None = None, fixed_shapes: bool = False,
 ) -> DataSpec:
     """Builds the `ettin_text` loader; every key may stand in YAML under train_loader or eval_loader.
 
@@ -85,7 +92,8 @@ def build_ettin_loader(
         shuffle_seed: seed of order and masks. shuffle_window: shards whose rows are mixed (16 if not given).
         batch_size_warmup: {min_size: rows of the first step over all ranks, tokens: of the warm-up}.
         num_workers, prefetch_factor, persistent_workers, timeout: as torch's DataLoader has them.
-        pin_memory: page-locked microbatches, see `batch.split_batch`; acts only where there is a GPU.
+        pin_memory: page-locked batches, from which copies to a GPU do not wait; acts only where there is one.
+        microbatch_size, fixed_shapes: workers split batches, see `batch.Collator`; set by the config transform.
 
     Raises:
         ValueError, FileNotFoundError: a key is out of range or without effect, or the data does not fit.
@@ -96,7 +104,8 @@ def build_ettin_loader(
     if batch_size_warmup is not None:
         check_warmup(batch_size_warmup, batch_size * world_size, world_size=world_size)
     collate = Collator(objective, TextVocab.from_tokenizer(tokenizer), max_seq_len=max_seq_len, mask_rate=mask_rate,
-                       seed=shuffle_seed)
+                       seed=shuffle_seed, microbatch_size=microbatch_size,
+                       fixed_lengths=(1 if packing else FEW_LENGTHS) if fixed_shapes else None)
     stream = open_stream(
         dataset=dataset, max_seq_len=max_seq_len, packing=packing, shuffle=shuffle, shuffle_seed=shuffle_seed,
         shuffle_window=shuffle_window, batch_size_warmup=batch_size_warmup, global_batch_size=batch_size * world_size)
@@ -104,11 +113,11 @@ def build_ettin_loader(
     loader = DataLoader(
         RowDataset(stream), batch_size=None, collate_fn=collate, num_workers=num_workers,
         prefetch_factor=prefetch_factor, persistent_workers=persistent_workers, timeout=timeout,
+        pin_memory=pin_memory and torch.cuda.is_available(),
         # it draws a seed for its workers at each start; from the default generator that would shift dropout
         generator=torch.Generator().manual_seed(shuffle_seed))
     # the dataset makes the batches; Composer still asks the loader for their size
     object.__setattr__(loader, "batch_size", batch_size)
-    split = functools.partial(split_batch, pin=pin_memory and torch.cuda.is_available())
-    return DataSpec(loader, num_samples=None if shuffle else stream.order.rows_per_epoch, split_batch=split,
-                    get_num_samples_in_batch=count_samples,
+    return DataSpec(loader, num_samples=None if shuffle else stream.order.rows_per_epoch, split_batch=split_batch,
+                    microbatch_transforms=Microbatch, get_num_samples_in_batch=count_samples,
                     get_num_tokens_in_batch=count_tokens)  # type: ignore[arg-type]

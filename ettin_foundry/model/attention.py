@@ -64,8 +64,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window_size
 def _reference_global(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window_size: tuple[int, int]) -> Tensor:
     """Every key of the document (up to the query's place when causal)."""
     causal = window_size[1] == 0
-    if q.device.type == "cpu":  # the borders are readable here: no padding is computed
-        lengths = documents.cached("lengths", lambda: documents.cu_seqlens.diff().tolist())
+    # on a CPU the borders are readable, so that no padding is computed; compiled code would depend on their values
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        lengths = documents.cached("lengths", lambda: [n for n in documents.cu_seqlens.diff().tolist() if n])
         # split, not one slice a document: the backward of a slice writes zeros for the whole stream
         parts = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))  # (1, H, L, K) each
         out = [F.scaled_dot_product_attention(q_d, k_d, v_d, is_causal=causal) for q_d, k_d, v_d in zip(*parts)]
@@ -74,7 +75,8 @@ def _reference_global(q: Tensor, k: Tensor, v: Tensor, documents: Documents, win
     place = torch.arange(documents.max_seqlen, device=q.device)
     starts, ends = documents.cu_seqlens[:-1, None], documents.cu_seqlens[1:, None]
     index = (starts + place).clamp(max=q.shape[0] - 1)                              # (D, M)
-    visible = (starts + place < ends)[:, None, None, :]                            # (D, 1, 1, M)
+    # an empty document sees one key: a query without any would give NaN gradients
+    visible = ((starts + place < ends) | (place == 0))[:, None, None, :]            # (D, 1, 1, M)
     if causal:
         visible = visible & (place[:, None] >= place)[None, None]                  # (D, 1, M, M)
     q_d, k_d, v_d = (x[index].transpose(1, 2) for x in (q, k, v))                   # (D, H, M, K)
@@ -89,25 +91,32 @@ def _reference_local(q: Tensor, k: Tensor, v: Tensor, documents: Documents, wind
 
     W is at least the window's reach, so one block to each side holds every visible key: N * 3W scores, not N ** 2.
     """
-    (num_tokens, heads, dim), width = q.shape, max(*window_size, 16)
+    (num_tokens, heads, dim), (width, sides) = q.shape, _block_shape(window_size)
     blocks = -(-num_tokens // width)
-    sides = (1, 1 if window_size[1] else 0)  # blocks of keys to the left and to the right of a query's own
 
     def keys(x: Tensor) -> Tensor:
         x = F.pad(x, (0, 0, 0, 0, sides[0] * width, blocks * width - num_tokens + sides[1] * width))
         x = x.view(blocks + sum(sides), width, heads, dim)
         return torch.cat([x[i:i + blocks] for i in range(sum(sides) + 1)], dim=1).transpose(1, 2)
 
-    mask = documents.cached(("local", window_size, q.dtype),
-                            lambda: _local_mask(documents, window_size, num_tokens, width, sides, q.dtype))
+    mask = local_mask(documents, window_size, q.dtype)
     queries = F.pad(q, (0, 0, 0, 0, 0, blocks * width - num_tokens)).view(blocks, width, heads, dim).transpose(1, 2)
     out = F.scaled_dot_product_attention(queries, keys(k), keys(v), attn_mask=mask)
     return out.transpose(1, 2).reshape(blocks * width, heads, dim)[:num_tokens]
 
 
-def _local_mask(documents: Documents, window_size: tuple[int, int], num_tokens: int, width: int,
-                sides: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """(blocks, 1, W, (1 + sum(sides)) * W), 0 where a key is visible and -inf elsewhere."""
+def _block_shape(window_size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    """W, and how many blocks of keys to the left and to the right of a query's own can be visible."""
+    return max(*window_size, 16), (1, 1 if window_size[1] else 0)
+
+
+def local_mask(documents: Documents, window_size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """(blocks, 1, W, (1 + sum(sides)) * W), 0 where a key is visible and -inf elsewhere; made once a stream."""
+    return documents.cached(("local", window_size, dtype), lambda: _make_local_mask(documents, window_size, dtype))
+
+
+def _make_local_mask(documents: Documents, window_size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    (width, sides), num_tokens = _block_shape(window_size), documents.position_ids.shape[0]
     device = documents.position_ids.device
     blocks, span = -(-num_tokens // width), (1 + sum(sides)) * width
     start = torch.arange(num_tokens, device=device) - documents.position_ids        # where a token's document begins

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from composer.models import ComposerModel
 from composer.utils.reproducibility import configure_deterministic_mode
@@ -15,7 +15,9 @@ from torchmetrics import Metric
 from ettin_foundry.model.attention import select_backend
 from ettin_foundry.model.config import EttinConfig, objective_names
 from ettin_foundry.model.inference import Predictor
-from ettin_foundry.model.transformer import Block, Ettin, batch_loss, init_parameters
+from ettin_foundry.model.transformer import Block, Ettin, batch_loss, compiles, init_parameters
+
+log = logging.getLogger(__name__)
 
 
 class _TargetMetric(Metric):
@@ -63,12 +65,14 @@ class EttinModel(ComposerModel):
             last one, kept as `.objective`, decides what the model is. Rows of `clm` are causal whatever the model is.
         max_seq_len: longest document in tokens; becomes `max_position_embeddings`.
         attn_impl: `auto`, `flash` or `reference`. init_device: acted on by the host, which builds this under it.
+        compile: `blocks`, `none`, or `auto`, which compiles blocks where there is a GPU.
         deterministic: torch's deterministic algorithms, in the whole process.
         overrides: fields of `EttinConfig` by name (`vocab_size`, `global_rope_theta`, `window_left`, ...).
     """
 
     def __init__(self, tokenizer: Any = None, *, size: str, objective: Any, max_seq_len: int, attn_impl: str = "auto",
-                 init_device: str = "cpu", deterministic: bool = False, **overrides: Any) -> None:
+                 compile: str = "auto", init_device: str = "cpu", deterministic: bool = False,
+                 **overrides: Any) -> None:
         super().__init__()
         if deterministic:
             configure_deterministic_mode()
@@ -85,6 +89,9 @@ class EttinModel(ComposerModel):
         # an explicit window belongs to rows of clm, also where the model ends as an encoder
         window = -1 if config.causal else overrides.get("window_left", -1)
         self.model = Ettin(config, attn_impl, config.with_causal(not config.causal, window))
+        if compiles(compile):
+            self.model.compile_blocks()
+        log.info("blocks are %s (model.compile: %s)", "compiled" if self.model.compiled else "not compiled", compile)
         # read by Composer from the ComposerModel's direct children: what to shard, what to recompute, how to draw
         self.model.fsdp_wrap_fn = lambda module: isinstance(module, Block)  # type: ignore[assignment]
         self.model.activation_checkpointing_fn = self.model.fsdp_wrap_fn  # type: ignore[assignment]
@@ -116,16 +123,7 @@ class EttinModel(ComposerModel):
         metric.update(*(outputs[name] for name in metric.of))  # type: ignore[union-attr]
 
     def flops_per_batch(self, batch: Mapping[str, Any]) -> int:
-        """Useful floating-point operations of a step on this (B, T) batch; the host divides by the peak for MFU."""
-        sequence_id = batch["sequence_id"].cpu()
-        one_kind = torch.full((len(sequence_id),), batch["objective"] == "clm")
-        causal = batch.get("causal", one_kind).cpu()
-        rows = torch.arange(sequence_id.shape[0]).unsqueeze(1) * (sequence_id.shape[1] + 1)
-        tokens, pairs = 0, 0
-        for is_causal, config in self.model.configs.items():
-            real = (sequence_id >= 0) & (causal == is_causal)[:, None]
-            lengths = np.bincount((sequence_id + rows)[real].numpy())
-            lengths, counts = np.unique(lengths[lengths > 0], return_counts=True)
-            tokens += int((lengths * counts).sum())
-            pairs += sum(int(n) * config.attended_pairs(int(length)) for length, n in zip(lengths, counts))
-        return self.config.flops(tokens, int((batch["labels"] != -100).sum()), pairs)
+        """Useful floating-point operations of a step on a batch of the loader; divided by the peak, the host's MFU."""
+        pairs = sum(int((number * self.model.configs[causal].attended_pairs(length)).sum())
+                    for causal, (length, number) in batch["document_lengths"].items())
+        return self.config.flops(batch["num_tokens"], batch["num_targets"], pairs)

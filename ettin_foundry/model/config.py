@@ -139,15 +139,16 @@ class EttinConfig:
         c, i, v = self.hidden_size, self.intermediate_size, self.vocab_size
         return v * c + c + self.num_hidden_layers * (4 * c * c + 3 * c * i + 2 * c) + (c * c + c) + v
 
-    def attended_pairs(self, length: int) -> int:
-        """(query, key) pairs that one document of `length` tokens needs, summed over layers."""
-        def pairs(window: int) -> int:  # at distance 1..window to one side
-            w = min(window, length - 1)
+    def attended_pairs(self, length: Any) -> Any:
+        """(query, key) pairs that one document of `length` tokens needs, summed over layers; of an int, or an array."""
+        def pairs(window: Any) -> Any:  # at distance 1..window to one side
+            w = window - (window - length + 1) * (window > length - 1)  # the lesser of window and length - 1
             return w * length - w * (w + 1) // 2
 
         full = length + pairs(length) * (1 if self.causal else 2)
         local = length + sum(map(pairs, self.local_window))
-        return sum(full if self.is_global(i) else local for i in range(self.num_hidden_layers))
+        num_global = sum(map(self.is_global, range(self.num_hidden_layers)))
+        return num_global * full + (self.num_hidden_layers - num_global) * local
 
     def flops(self, num_tokens: int, num_targets: int, attended_pairs: int) -> int:
         """Useful floating-point operations of a training step: two per multiply-add, three passes; head and vocabulary

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -75,8 +76,26 @@ def _losses_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     return losses, gradient.to(logits.dtype)
 
 
-# eager needs about six passes over (s, V) in fp32; on a GPU that is memory traffic worth fusing
-_fused_losses_and_gradient = functools.cache(lambda: torch.compile(_losses_and_gradient, dynamic=True))
+def _losses_and_gradient_in_few_passes(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The same without steps in place, so that a compiler reads logits and writes gradients in their dtype only."""
+    scores = logits.float()
+    log_total = torch.logsumexp(scores, -1, keepdim=True)
+    is_label = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
+    losses = log_total - scores.gather(-1, labels[:, None])
+    return losses[:, 0], ((scores - log_total).exp() - is_label.float()).to(logits.dtype)
+
+
+@functools.cache
+def _compiled_losses_and_gradient() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Eager needs about six passes over (s, V) in fp32; on a GPU that is memory traffic worth fusing."""
+    compiled = torch.compile(_losses_and_gradient_in_few_passes)
+
+    def call(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        for tensor in (logits, labels):  # the last slice is shorter, by another number in each microbatch
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(logits, labels)
+
+    return call
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -90,7 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # sums over slices are never narrower than fp32, also where FSDP hands out the weights in bf16
         wide = torch.promote_types(weight.dtype, torch.float32)
         grad_weight, grad_bias = torch.zeros_like(weight, dtype=wide), torch.zeros_like(bias, dtype=wide)
-        step = _fused_losses_and_gradient() if hidden.is_cuda else _losses_and_gradient
+        step = _compiled_losses_and_gradient() if hidden.is_cuda else _losses_and_gradient
         with _in_compute_dtype(hidden, weight, bias) as (hidden_c, weight_c, bias_c):
             for logits, index, part in _slices(hidden_c, weight_c, bias_c, labels):
                 losses, gradient = step(logits, index)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ettin_foundry.model.attention import Backend, Documents, attention, select_backend
+from ettin_foundry.model.attention import Backend, Documents, attention, local_mask, select_backend
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.loss import linear_cross_entropy
 
@@ -33,20 +33,11 @@ class TargetLoss(NamedTuple):
 class Stream:
     """What every block needs to know of the flat stream besides its hidden states; arguments as of `Ettin.forward`."""
 
-    def __init__(self, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: tuple[int, int]) -> None:
-        documents, tokens = causal
+    def __init__(self, documents: Documents, causal: bool) -> None:
+        self.documents, self.causal = documents, causal
         # theta -> (cos, sin) of every token, fp32. Not an argument of the blocks, because FSDP2's mixed precision casts
         # every tensor among a block's arguments to bf16, and bf16 loses the angle at 8k
         self.angles: dict[float, tuple[Tensor, Tensor]] = {}
-        self.position_ids = position_ids
-        # whole documents, their place in the stream, and whether their attention is causal
-        self.spans: list[tuple[Documents, slice, bool]]
-        if tokens in (0, position_ids.shape[0]):
-            self.spans = [(Documents(cu_seqlens, max_seqlen, position_ids), slice(None), tokens > 0)]
-        else:
-            first = Documents(cu_seqlens[:documents + 1], max_seqlen, position_ids[:tokens])
-            rest = Documents(cu_seqlens[documents:] - tokens, max_seqlen, position_ids[tokens:])
-            self.spans = [(first, slice(0, tokens), True), (rest, slice(tokens, None), False)]
 
 
 def _drawn(module: Any, config: EttinConfig, std: float) -> Any:
@@ -66,17 +57,18 @@ def _norm(config: EttinConfig) -> nn.LayerNorm:
 
 
 def rotary(position_ids: Tensor, theta: float, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (N, 1, K / 2) fp32, of position times theta ** (-2i / K)."""
+    """cos and sin, each (N, 1, K) fp32, of position times theta ** (-2i / K) for pair i, as `_rotate` takes them."""
     exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
     # an inverse frequency times the position, rounded as transformers does: at 1,500 tokens a division shows in logits
     angle = position_ids.to(torch.float32)[:, None, None] * (1.0 / theta**exponent)
-    return angle.cos(), angle.sin()
+    sin = angle.sin()
+    return angle.cos().repeat(1, 1, 2), torch.cat((-sin, sin), dim=-1)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates (N, heads, K): pair i is (x[i], x[i + K / 2]). In fp32, then back: bf16 loses the angle at 8k."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    x32 = x.float()  # rolled, not split and put together again: compiled, that would compute both halves for each entry
+    return (x32 * cos + x32.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class Embeddings(nn.Module):
@@ -91,7 +83,7 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention, causal or bidirectional as each span of the stream says; windows: {causal: (left, right)}."""
+    """Attention, causal or bidirectional as the stream says; windows: {causal: (left, right)}."""
 
     def __init__(self, config: EttinConfig, layer: int, windows: Mapping[bool, tuple[int, int]]) -> None:
         super().__init__()
@@ -107,9 +99,7 @@ class Attention(nn.Module):
         qkv = self.Wqkv(x).view(-1, 3 * self.num_heads, self.head_dim)
         qk, v = qkv.split((2 * self.num_heads, self.num_heads), dim=1)
         q, k = _rotate(qk, *stream.angles[self.theta]).chunk(2, dim=1)          # (N, H, K) each
-        outs = [attention(q[tokens], k[tokens], v[tokens], documents, self.windows[causal], backend)
-                for documents, tokens, causal in stream.spans]
-        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        out = attention(q, k, v, stream.documents, self.windows[stream.causal], backend)
         return F.dropout(self.Wo(out.reshape(-1, self.num_heads * self.head_dim)), self.dropout, self.training)
 
 
@@ -149,7 +139,7 @@ class Trunk(nn.Module):
 
     def forward(self, input_ids: Tensor, stream: Stream, backend: str) -> Tensor:
         for theta in sorted({self.config.global_rope_theta, self.config.local_rope_theta}):
-            stream.angles[theta] = rotary(stream.position_ids, theta, self.layers[0].attn.head_dim)
+            stream.angles[theta] = rotary(stream.documents.position_ids, theta, self.layers[0].attn.head_dim)
         x = self.embeddings(input_ids)
         for block in self.layers:
             x = block(x, stream, backend)
@@ -183,6 +173,7 @@ class Ettin(nn.Module):
         self.head = Head(config)
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self._backends: dict[tuple[str, torch.dtype], Backend] = {}
+        self.compiled = False
         self.apply(init_parameters)
 
     def backend(self, device_type: str, dtype: torch.dtype) -> Backend:
@@ -196,22 +187,25 @@ class Ettin(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int,
                 target_positions: Tensor | None = None, target_labels: Tensor | None = None, *,
-                causal: tuple[int, int] | None = None, target_weights: Tensor | None = None) -> Tensor | TargetLoss:
+                causal: bool | None = None, target_weights: Tensor | None = None) -> Tensor | TargetLoss:
         """(N, C) hidden states, or with targets a `TargetLoss`, made in here because FSDP unshards weights inside only.
 
         Args:
             input_ids: (N,) int64. position_ids: (N,) int64, restarting at 0 in each document.
             cu_seqlens, max_seqlen: as of `Documents`. target_weights: (n,) fp32, in the sum; 1 unless given.
             target_positions: (n,) int64 places in the stream. target_labels: (n,) int64 what they must predict.
-            causal: (documents, tokens) at the start of the stream that see the past only; as the config says if None.
+            causal: whether tokens see the past only; as the config says if None.
         """
         device = input_ids.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.output_bias.dtype
-        if causal is None:
-            causal = (cu_seqlens.shape[0] - 1, input_ids.shape[0]) if self.config.causal else (0, 0)
-        stream = Stream(position_ids, cu_seqlens, max_seqlen, causal)
-        hidden = self.trunk(input_ids, stream, self.backend(device, dtype).name)
+        if self.compiled:  # the number of documents is no length of the code
+            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
+        backend, causal = self.backend(device, dtype).name, self.config.causal if causal is None else causal
+        stream = Stream(Documents(cu_seqlens, max_seqlen, position_ids), causal)
+        if backend == "reference" and len(input_ids):  # here, for the block that made it would be compiled otherwise
+            local_mask(stream.documents, self.configs[causal].local_window, dtype)
+        hidden = self.trunk(input_ids, stream, backend)
         if target_positions is None:
             return hidden
         assert target_labels is not None
@@ -219,16 +213,31 @@ class Ettin(nn.Module):
         matrix = self.trunk.embeddings.tok_embeddings.weight
         return TargetLoss(*linear_cross_entropy(targets, matrix, self.output_bias, target_labels, target_weights))
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compiles every block, for each length of a stream by itself; blocks of one role share what is compiled."""
+        torch._dynamo.config.recompile_limit = 64  # lengths x (first, global, local) x (training, evaluation)
+        for block in self.trunk.layers:
+            # not the module's call: the hooks of FSDP stay outside
+            block.forward = torch.compile(block.forward, backend=backend, dynamic=False)
+        self.compiled = True
+
     def predict(self, hidden: Tensor) -> Tensor:
         """(n, C) hidden states to (n, V) logits."""
         return F.linear(self.head(hidden), self.trunk.embeddings.tok_embeddings.weight, self.output_bias)
+
+
+def compiles(wish: str) -> bool:
+    """Whether blocks are compiled here: `blocks`, `none`, or `auto`, which says where there is a GPU."""
+    if wish not in ("auto", "blocks", "none"):
+        raise ValueError(f"model.compile must be auto, blocks or none, got {wish!r}")
+    return wish == "blocks" or wish == "auto" and torch.cuda.is_available()
 
 
 def batch_loss(model: Ettin, batch: Mapping[str, Any]) -> dict[str, Any]:
     """{loss, nll, correct, num_targets, num_loss_tokens} of a flat batch as `data.batch.flatten` makes it."""
     out: Any = model(batch["input_ids"], batch["position_ids"], batch["cu_seqlens"], batch["max_seqlen"],
                      batch["target_positions"], batch["target_labels"], target_weights=batch.get("target_weights"),
-                     causal=(batch["num_causal_documents"], batch["num_causal_tokens"]))
+                     causal=batch["causal"])
     # max(1, n): a microbatch without any target has a loss of 0, not 0 / 0
     return {"loss": out.nll / max(1, batch["num_loss_tokens"]), "nll": out.nll, "correct": out.correct,
             "num_targets": batch["num_targets"], "num_loss_tokens": batch["num_loss_tokens"]}

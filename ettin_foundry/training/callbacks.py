@@ -61,14 +61,12 @@ class LogSamples(Callback):
 
 
 class DataMonitor(Callback):
-    """Logs of rank 0's share of the batch, while it is still on the CPU: data/fill (real tokens over positions),
+    """Logs of rank 0's share of the batch: data/fill (real tokens over positions),
     data/targets and data/documents (counts), data/target_rate (targets over tokens).
     """
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        sequence_id, labels = state.batch["sequence_id"], state.batch["labels"]
-        real = sequence_id >= 0
-        tokens, targets = int(real.sum()), int((labels != -100).sum())
-        logger.log_metrics({"data/fill": tokens / max(1, real.numel()), "data/targets": targets,
-                            "data/documents": int((sequence_id.amax(dim=1) + 1).sum()),
-                            "data/target_rate": targets / max(1, tokens)})
+        batch: Any = state.batch
+        logger.log_metrics({"data/fill": batch["num_tokens"] / batch["num_positions"],
+                            "data/targets": batch["num_targets"], "data/documents": batch["num_documents"],
+                            "data/target_rate": batch["num_targets"] / max(1, batch["num_tokens"])})

@@ -150,10 +150,11 @@ _REMOVED = {
     r"save_latest_filename=.*": "removed; autoresume finds latest-rank0.pt, and repairs it",
     r".*\.dataset\.on_bad_shard=.*": "removed; a damaged shard stops the run, so copy it again or convert it again",
 }
+_FILLED = ("microbatch_size", "fixed_shapes")  # keys of loaders that the transform sets
 # features of the host that act on a HuggingFaceModel, or load what was not checked -> what we have
 _HOST_ONLY = {"icl_tasks": "eval_loader", "eval_gauntlet": "eval_loader", "only_hf_checkpoint": "`ettin export`",
               "callbacks.hf_checkpointer": "callbacks.ettin_export", "callbacks.load_checkpoint": "load_path",
-              "callbacks.generate_callback": "callbacks.ettin_samples"}
+              "callbacks.generate_callback": "callbacks.ettin_samples", "compile_config": "model.compile"}
 # a key -> the keys that do nothing without it -> their values that ask for nothing
 _INERT: dict[str, dict[str, tuple[Any, ...]]] = {
     "eval_loader": {"eval_interval": (0, "0ba", "0tok"), "eval_subset_num_batches": (-1,), "eval_first": (False,)},
@@ -176,7 +177,8 @@ def _check_leaves(cfg: Mapping[str, Any]) -> None:
 def _check_keys(cfg: Mapping[str, Any]) -> None:
     """Refuses unknown keys in blocks of ours."""
     for key, block in loaders(cfg):
-        odd = {"batch_size_warmup"} if key != "train_loader" else {"label"}  # each belongs to one kind of loader
+        block = {name: value for name, value in block.items() if name not in _FILLED}
+        odd = {*_FILLED, "batch_size_warmup" if key != "train_loader" else "label"}  # the last, of the other kind
         _check_known(key, block, [each for each in ("name", *PARAMETERS["ettin_text"], "label") if each not in odd])
         if isinstance(block.get("dataset"), Mapping):
             _check_known(f"{key}.dataset", block["dataset"], DATASET_KEYS)
@@ -293,6 +295,7 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     check_machine(cfg)
     cfg |= prepare_start(cfg)
     resolve_schedules(cfg)
+    split_in_workers(cfg)
     if cfg.get("fsdp_config"):
         # the host's default would hand blocks a bf16 residual stream; this trains the same numbers as DDP does
         cfg["fsdp_config"] = {"mixed_precision": "FULL", **cfg["fsdp_config"]}
@@ -316,3 +319,23 @@ def resolve_schedules(cfg: dict[str, Any]) -> None:
     elif evals:  # the host takes a label from a list only, and hands it on from a dict
         cfg.pop("eval_loader", None)
         cfg["eval_loaders"] = evals
+
+
+def split_in_workers(cfg: dict[str, Any]) -> None:
+    """Tells the loaders their microbatches, so that workers make them, and whether compiled code wants fixed shapes.
+
+    Without a number (`auto`), the main process makes them.
+    """
+    from ettin_foundry.model.transformer import compiles  # imports torch
+
+    micro = cfg["device_train_microbatch_size"]
+    of_eval = cfg.get("device_eval_batch_size") or (1 if micro == "auto" else micro)  # the host's default
+    fixed_shapes = compiles(cfg["model"].get("compile", "auto"))
+    for key, block in loaders(cfg):
+        size = micro if key == "train_loader" else of_eval
+        if size != "auto":
+            filled = dict(zip(_FILLED, (size, fixed_shapes)))
+            for name, value in filled.items():
+                require(block.get(name) in (None, value), f"{key}.{name}", "left out", block.get(name),
+                        "it follows from device_train_microbatch_size, device_eval_batch_size and model.compile")
+            block |= filled

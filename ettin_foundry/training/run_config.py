@@ -174,9 +174,9 @@ def model_config(cfg: Mapping[str, Any]) -> EttinConfig:
 def loaders(cfg: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(key, block) of every loader, the training loader first."""
     yield "train_loader", cfg.get("train_loader") or {}
-    evals = cfg.get("eval_loaders") or cfg.get("eval_loader") or []  # the host renames a list to eval_loaders
+    evals: Any = cfg.get("eval_loaders") or cfg.get("eval_loader") or []  # the host renames a list to eval_loaders
     if isinstance(evals, Mapping):
-        yield "eval_loader", dict(evals)
+        yield "eval_loader", evals  # type: ignore[misc]
     else:
         yield from ((f"eval_loader[{i}]", block) for i, block in enumerate(evals))
 

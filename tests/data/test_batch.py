@@ -1,12 +1,13 @@
 """Flat microbatches equal loops over tokens, and Composer's counts of them."""
 
 import hashlib
+import pickle
 
 import numpy as np
 import pytest
 import torch
 
-from ettin_foundry.data.batch import Collator, count_samples, count_tokens, flatten, split_batch
+from ettin_foundry.data.batch import Collator, Packed, count_samples, count_tokens, split_batch
 from ettin_foundry.data.stream import open_stream
 from ettin_foundry.data.tokenizer import load
 from ettin_foundry.objectives.targets import TextVocab
@@ -33,15 +34,12 @@ def take(data_set):
 
 
 def flat_by_loops(batch):
-    """The flat stream from its definition, token by token; rows of clm first."""
+    """The flat stream from its definition, token by token."""
     ids, positions, targets, labels, weights, bounds = [], [], [], [], [], [0]
-    counts = dict.fromkeys(("num_rows", "num_loss_tokens", "num_causal_documents", "num_causal_tokens"), 0)
-    number_of_rows = len(batch["labels"])
-    causal = batch["causal"].tolist() if "causal" in batch else [batch["objective"] == "clm"] * number_of_rows
-    for row in sorted(range(number_of_rows), key=lambda row: not causal[row]):
+    counts = dict.fromkeys(("num_rows", "num_loss_tokens"), 0)
+    for row in range(len(batch["labels"])):
         of_row, numbers = batch["labels"][row].tolist(), batch["sequence_id"][row].tolist()
         counts["num_rows"] += numbers[0] >= 0
-        counts["num_causal_documents"] += (max(numbers) + 1) * causal[row]
         counts["num_loss_tokens"] += batch["loss_tokens"][row].item() if "loss_tokens" in batch else sum(
             label != -100 for label in of_row)
         for t, number in enumerate(numbers):
@@ -55,13 +53,13 @@ def flat_by_loops(batch):
                 weights.append(batch["row_weight"][row].item() if "row_weight" in batch else 1.0)
             positions.append(len(ids) - bounds[-1])
             ids.append(batch["input_ids"][row][t].item())
-            counts["num_causal_tokens"] += causal[row]
     bounds += [len(ids)] * bool(ids)
     lengths = [end - begin for begin, end in zip(bounds, bounds[1:])]
     return {"input_ids": ids, "position_ids": positions, "target_positions": targets, "target_labels": labels,
             **({"target_weights": weights} if "row_weight" in batch else {}), **counts, "num_tokens": len(ids),
             "cu_seqlens": bounds, "max_seqlen": max(lengths, default=0), "num_targets": len(labels),
-            **{key: value for key, value in batch.items() if not isinstance(value, torch.Tensor)}}
+            "causal": any(batch["causal"].tolist()) if "causal" in batch else batch["objective"] == "clm",
+            **{key: batch[key] for key in ("objective", "mask_rate", "step", "tokens_before", "ids_hash")}}
 
 
 def with_empty_rows(batch, rows):
@@ -81,35 +79,60 @@ def plain(flat):
     dtypes = {"cu_seqlens": torch.int32, "target_weights": torch.float32}
     for key, value in flat.items():
         assert value.dtype == dtypes.get(key, torch.int64) if isinstance(value, torch.Tensor) else (
-            type(value) in (int, str, float)), key
+            type(value) in (int, str, float, bool)), key
     return {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in flat.items()}
 
 
-@OBJECTIVES
-@pytest.mark.parametrize("empty", [[], [1], [2, 3], [0, 1, 2, 3]], ids=["full", "one empty", "half", "all empty"])
-def test_flat_stream_equals_loops_over_tokens(take, objective, rate, empty):
-    for batch in take(3, objective=objective, mask_rate=rate):
-        batch = with_empty_rows(batch, empty)
-        assert plain(flatten(batch)) == flat_by_loops(batch)
+def rows_in_parts(batch, size):
+    """Rows of each microbatch: those of clm first, none of both kinds; of a mixture, one part more than rows need."""
+    if "causal" not in batch:
+        return [list(range(B * 2))[first:first + size] for first in range(0, B * 2, size)]
+    parts = []
+    for kind in (True, False):
+        rows = [row for row, causal in enumerate(batch["causal"].tolist()) if causal == kind]
+        parts += [rows[first:first + size] for first in range(0, len(rows), size)]
+    return parts + [[]] * (-(-B * 2 // size) + 1 - len(parts))
 
 
 @OBJECTIVES
-def test_a_batch_splits_into_any_microbatches_of_its_rows_those_of_clm_first(take, objective, rate):
-    """As Composer does it when it searches a microbatch that fits: 8 rows run out of memory, then 4, 2, 1 are tried."""
+@pytest.mark.parametrize("empty", [[], [5], list(range(8))], ids=["full", "one empty", "all empty"])
+def test_microbatches_equal_loops_over_the_tokens_of_their_rows(take, objective, rate, empty):
+    """Of any size, as Composer asks when it searches one that fits: 8 rows are too many, then 4, 2, 1 are tried."""
     two = take(2, objective=objective, mask_rate=rate)
     batch = {key: torch.cat([each[key] for each in two]) if isinstance(value, torch.Tensor) else value
              for key, value in two[0].items()}
-    batch = with_empty_rows(batch, [5])
+    batch = with_empty_rows(batch, empty)
     before = pick(batch, list(range(8)))
-    order = sorted(range(8), key=lambda row: "causal" in before and not before["causal"][row])
     for size in (8, 5, 4, 2, 1):
-        expected = [flat_by_loops(pick(before, order[first:first + size])) for first in range(0, 8, size)]
-        assert [plain(part) for part in split_batch(batch, size)] == expected
+        expected = [flat_by_loops(pick(before, rows)) for rows in rows_in_parts(before, size)]
+        parts = split_batch(batch, size)
+        assert [plain(part) for part in parts] == expected
+        assert [plain(part) for part in pickle.loads(pickle.dumps(Packed(parts))).unpack()] == expected  # from a worker
     for key, value in before.items():
-        assert torch.equal(batch[key], value) if isinstance(value, torch.Tensor) else batch[key] == value, key
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(batch[key], value), key
     for size in (0, 0.5):
         with pytest.raises(ValueError, match=f"device_train_microbatch_size must be an integer >= 1, got {size}"):
             split_batch(batch, size)
+
+
+@OBJECTIVES
+def test_a_stream_of_a_fixed_length_ends_with_documents_that_nothing_else_sees(take, objective, rate):
+    for empty in ([], [1, 2], [0, 1, 2, 3]):
+        batch = with_empty_rows(take(1, objective=objective, mask_rate=rate)[0], empty)
+        for loose, fixed in zip(split_batch(batch, 2), split_batch(batch, 2, 8), strict=True):
+            eighth, tokens, documents = 2 * T // 8, loose["num_tokens"], len(loose["cu_seqlens"]) - 1
+            assert len(fixed["input_ids"]) == max(1, -(-tokens // eighth)) * eighth
+            assert (len(fixed["cu_seqlens"]) - 1).bit_count() == 1 and fixed["max_seqlen"] == T
+            lengths = fixed["cu_seqlens"].diff()
+            assert fixed["cu_seqlens"][:documents + 1].tolist() == loose["cu_seqlens"].tolist()
+            assert lengths.min() >= 0 and lengths.max() <= T and fixed["cu_seqlens"][-1] == len(fixed["input_ids"])
+            assert fixed["position_ids"].tolist() == [at for n in lengths.tolist() for at in range(n)]
+            for key, value in loose.items():
+                if key in ("input_ids", "position_ids"):
+                    assert torch.equal(fixed[key][:tokens], value)
+                elif key not in ("cu_seqlens", "max_seqlen"):
+                    assert torch.equal(fixed[key], value) if isinstance(value, torch.Tensor) else fixed[key] == value
 
 
 def test_rows_of_a_mixture_are_those_of_the_single_objectives(take):
@@ -153,14 +176,22 @@ def test_a_batchs_hash_is_the_sum_of_those_of_its_rows_before_masking_each_with_
     assert batch["ids_hash"] == total % 2**48 == take(1)[0]["ids_hash"]
 
 
-def test_composer_counts_rows_tokens_and_targets_alike_before_and_after_the_split(take):
-    [batch] = take(1)
-    batch = with_empty_rows(batch, [3])
-    expected = B - 1, int((batch["sequence_id"] >= 0).sum()), int((batch["labels"] != -100).sum())
-    for counted in ([batch], [flatten(batch)], split_batch(batch, 1)):
+@OBJECTIVES
+def test_composer_counts_rows_tokens_and_targets_alike_before_and_after_the_split(take, objective, rate):
+    [batch] = take(1, objective, rate)
+    divisor = batch["loss_tokens"].sum() if "loss_tokens" in batch else (batch["labels"] != -100).sum()
+    expected = B, int((batch["sequence_id"] >= 0).sum()), int(divisor)
+    for counted in ([batch], split_batch(batch, 1), split_batch(batch, 1, 8)):
         counts = [(count_samples(part), *count_tokens(part).values()) for part in counted]
         assert np.sum(counts, 0) == pytest.approx(expected, abs=1e-5)  # an empty microbatch counts 1e-6 targets
-    for empty in (batch | {"labels": torch.full_like(batch["labels"], -100)}, with_empty_rows(batch, [0, 1, 2, 3])):
-        for form in (empty, flatten(empty)):
-            counts = count_tokens(form)  # of one dtype on all ranks, and no division by zero
-            assert 0 < counts["loss_generating"] <= 1e-6 and type(counts["loss_generating"]) is float
+    assert batch["num_targets"] == int((batch["labels"] != -100).sum()) and batch["num_positions"] == B * T
+    lengths = {}
+    for row, numbers in enumerate(batch["sequence_id"].tolist()):
+        kind = bool(batch["causal"][row]) if "causal" in batch else objective == "clm"
+        lengths.setdefault(kind, []).extend(numbers.count(number) for number in range(max(numbers) + 1))
+    assert batch["num_documents"] == sum(map(len, lengths.values()))
+    assert {kind: sorted(np.repeat(*found)) for kind, found in batch["document_lengths"].items()} == {
+        kind: sorted(found) for kind, found in lengths.items()}
+    for empty in split_batch(with_empty_rows(batch, [0, 1, 2, 3]), 2):
+        counts = count_tokens(empty)  # of one dtype on all ranks, and no division by zero
+        assert 0 < counts["loss_generating"] <= 1e-6 and type(counts["loss_generating"]) is float

@@ -68,20 +68,24 @@ def test_packed_document_equals_document_alone_in_logits_and_gradients(causal):
             assert (packed_grad - alone_grad).abs().max() <= 1e-5 * max(1.0, alone_grad.abs().max())
 
 
-def test_a_stream_of_both_kinds_equals_each_kind_alone():
-    """One stream, causal documents first, against two models of one kind each with the same weights."""
-    model, decoder = build(), build(causal=True)
-    ids, positions, cu_seqlens, longest = stream(LENGTHS)
-    first, cut = 2, sum(LENGTHS[:2])
-    alone = torch.cat([decoder(ids[:cut], positions[:cut], cu_seqlens[:first + 1], longest),
-                       model(ids[cut:], positions[cut:], cu_seqlens[first:] - cut, longest)])
-    for either in (model, decoder):
-        both = either(ids, positions, cu_seqlens, longest, causal=(first, cut))
-        torch.testing.assert_close(both, alone, rtol=1e-5, atol=1e-5)  # fp32 sums over documents in other blocks
+def test_a_stream_of_either_kind_equals_a_model_of_that_kind():
+    """One model's two ways of attention against two models of one kind each with the same weights."""
+    pair = {False: build(), True: build(causal=True)}
+    *tensors, longest = stream(LENGTHS)
+    for causal, alone in pair.items():
+        for model in pair.values():
+            out = model(*tensors, longest, causal=causal)
+            torch.testing.assert_close(out, alone(*tensors, longest), rtol=1e-5, atol=1e-5)  # sums in other threads
+
+
+def test_weights_of_targets_weigh_their_losses():
+    model = build()
+    *tensors, longest = stream(LENGTHS)
     places, labels = targets(LENGTHS, causal=False)
     weights = torch.rand(len(places), generator=torch.Generator().manual_seed(4))
-    nll = torch.nn.functional.cross_entropy(model.predict(alone)[places].double(), labels, reduction="none")
-    out = model(ids, positions, cu_seqlens, longest, places, labels, causal=(first, cut), target_weights=weights)
+    logits = model.predict(model(*tensors, longest))[places].double()
+    nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    out = model(*tensors, longest, places, labels, target_weights=weights)
     assert out.nll.item() == pytest.approx((nll * weights).sum().item(), rel=1e-5)  # fp32 against float64
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ettin_foundry.data.batch import flatten
 from ettin_foundry.model.composer import EttinModel
 from ettin_foundry.training import checks, run_config
 from ettin_foundry.training.run_config import resolved
@@ -88,8 +87,8 @@ def test_validation_metrics_are_those_of_dense_logits(objective, data_set, captu
     model = trainer.state.model.eval()
     nll, correct, number = 0.0, 0, 0
     with torch.no_grad():
-        for batch in trainer.state.evaluators[0].dataloader.dataloader:
-            flat = flatten(batch)
+        for flat in (part for batch in trainer.state.evaluators[0].dataloader.dataloader
+                     for part in batch["microbatches"].unpack()):
             hidden = model.model(flat["input_ids"], flat["position_ids"], flat["cu_seqlens"], flat["max_seqlen"])
             logits = model.model.predict(hidden[flat["target_positions"]])
             labels = flat["target_labels"]
@@ -154,7 +153,7 @@ def weighted_sum_gradient(weights, batch):
 
 @pytest.mark.parametrize("microbatch", [8, 3])
 def test_a_mixture_has_the_gradient_of_the_weighted_sum(microbatch, data_set, capture, tmp_path):
-    """Whatever the microbatches, one of which holds rows of both kinds; against float64 sums over dense logits."""
+    """Whatever the microbatches; against float64 sums over dense logits."""
     run(data_set, tmp_path, "mixture", f"device_train_microbatch_size={microbatch}", "model.attn_out_dropout=0.0",
         "max_duration=1ba", *UNSAVED).close()
     [batch] = capture.batches

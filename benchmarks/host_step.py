@@ -1,0 +1,135 @@
+"""What the main process does in a step besides the model: milliseconds per part, for the two shapes of the recipes.
+
+    python benchmarks/host_step.py runs/demo/data                      this tree
+    python benchmarks/host_step.py runs/demo/data . ../other-tree      several trees, in turn
+
+The run is the real one: LLM-Foundry's `train` on yamls/nano.yaml, with loader workers, Composer's Trainer and the
+recipes' callbacks. Only the model's pass is left out: its loss is a constant of one parameter, so what is timed is what
+a GPU would wait for: CPU time of the main thread, whatever else the machine does. 352 rows of 1,024 in microbatches of
+44, and 128 rows of 8,192 in microbatches of 4; one thread, no GPU, so nothing is pinned or copied to a device. Medians
+over the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STEPS, WORKERS = 24, 2
+SHAPES = ((352, 1024, 44), (128, 8192, 4))  # rows of a batch, tokens of a row, rows of a microbatch
+PARTS = ("take the batch", "split it", "count", "to the device", "copy of a microbatch", "callbacks", "read losses",
+         "all others", "in all")
+
+
+def measure(data: str, rows: int, length: int, microbatch: int) -> dict[str, float]:
+    """{part: median milliseconds a step} of the tree on PYTHONPATH."""
+    import composer.trainer.trainer as host
+    import torch
+    from composer.core import DataSpec, Engine
+    from composer.devices import DeviceCPU
+    from llmfoundry.command_utils import train
+    from torch.utils.data import dataloader
+
+    import ettin_foundry.model.composer as model
+    from ettin_foundry import register
+    from ettin_foundry.training.recipes import configure
+
+    torch.set_num_threads(1)
+    register()
+    spent: dict[str, float] = defaultdict(float)
+    inside: list[str] = []
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if inside:  # counted by the part that called it
+                return function(*args, **kwargs)
+            inside.append(part)
+            begin = time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[part] += time.thread_time() - begin
+                inside.pop()
+        return call
+
+    def without_pass(inner: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        loss = inner.output_bias.sum() * 0 + 1
+        return {"loss": loss, "nll": loss, "correct": None, "num_targets": 1, "num_loss_tokens": 1}
+
+    steps: list[dict[str, float]] = []
+    next_batch = dataloader._BaseDataLoaderIter.__next__
+
+    def take(iterator: Any) -> Any:
+        steps.append({**spent, "in all": time.thread_time() - started[-1]})
+        spent.clear()
+        started.append(time.thread_time())
+        batch = next_batch(iterator)
+        spent["take the batch"] += time.thread_time() - started[-1]
+        return batch
+
+    started = [time.thread_time()]
+    model.batch_loss = without_pass
+    dataloader._BaseDataLoaderIter.__next__ = take
+    # the DataSpec keeps the functions that it is given: they are wrapped where it is asked for them
+    for owner, name, part in ((Engine, "run_event", "callbacks"), (DeviceCPU, "batch_to_device", "to the device"),
+                              (host, "deepcopy", "copy of a microbatch"), (host.dist, "all_reduce", "read losses"),
+                              (DataSpec, "get_num_tokens_in_batch", "count")):
+        setattr(owner, name, timed(part, getattr(owner, name)))
+    made = DataSpec.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        self.split_batch = timed("split it", self.split_batch)
+        self.get_num_samples_in_batch = timed("count", self.get_num_samples_in_batch)
+
+    DataSpec.__init__ = init
+    with tempfile.TemporaryDirectory() as folder:
+        train(configure([
+            "yamls/nano.yaml", f"variables.data={data}", f"variables.max_seq_len={length}",
+            f"global_train_batch_size={rows}", f"variables.microbatch_tokens={microbatch * length}",
+            f"variables.eval_tokens={length}", f"max_duration={STEPS}ba", f"variables.save_root={folder}",
+            f"train_loader.num_workers={WORKERS}", "eval_loader=null", "save_interval=1000ba", "progress_bar=false",
+            "log_to_console=false", "python_log_level=warning"])).close()
+    kept = steps[4:]  # the first steps open shards and start workers
+    found = {part: 1e3 * statistics.median(step.get(part, 0.0) for step in kept) for part in PARTS}
+    found["all others"] = found["in all"] - sum(found[part] for part in PARTS[:-2])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="a converted dataset with chunks of at most 1,022 tokens")
+    parser.add_argument("trees", nargs="*", default=["."], help="checkouts to compare")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    data = str(Path(options.dataset).resolve())
+    if options.child is not None:
+        print(*measure(data, *SHAPES[options.child]).values())
+        return
+    for number, (rows, length, microbatch) in enumerate(SHAPES):
+        print(f"{rows} rows of {length:,}, microbatches of {microbatch} rows: ms a step")
+        columns = []
+        for tree in options.trees:
+            env = {**os.environ, "PYTHONPATH": str(Path(tree).resolve()), "OMP_NUM_THREADS": "1",
+                   "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+            command = [sys.executable, "-P", str(Path(__file__).resolve()), data, "--child", str(number)]
+            done = subprocess.run(command, env=env, cwd=tree, stdout=subprocess.PIPE, text=True, check=True)
+            columns.append([float(word) for word in done.stdout.split()[-len(PARTS):]])
+        print(f"{'':>22}" + "".join(f"{tree:>16}" for tree in options.trees))
+        for part, *values in zip(PARTS, *columns):
+            print(f"{part:>22}" + "".join(f"{value:16.2f}" for value in values), flush=True)
+
+
+if __name__ == "__main__":
+    main()
