@@ -42,7 +42,7 @@ def measure(data: str, rows: int, length: int, microbatch: int) -> dict[str, flo
 
     import ettin_foundry.model.composer as model
     from ettin_foundry import register
-    from ettin_foundry.training.recipes import configure
+    from ettin_foundry.training.run_config import configure
 
     torch.set_num_threads(1)
     register()

@@ -31,7 +31,9 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from corpora import library_texts  # noqa: E402
 
 from ettin_foundry.data.order import Order  # noqa: E402
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE, pack_lengths, piece_counts  # noqa: E402
@@ -62,13 +64,9 @@ class SimulatedSet:
 
 def stdlib_histogram(chunk_length: int) -> np.ndarray:
     """(chunk_length + 1,) chunks of each length in the standard library's files."""
-    from ettin_foundry.corpus.readers import read_parts
-    from ettin_foundry.corpus.sources import Meter, Part, find_source
-
-    source = find_source("python-stdlib")
     counts = np.zeros(chunk_length + 1, np.int64)
-    for document in read_parts(source, [Part(name) for name in source.files], Meter()):
-        whole, rest = divmod(len(re.findall(r"\w+|[^\w\s]", document.text)), chunk_length)
+    for text in library_texts():
+        whole, rest = divmod(len(re.findall(r"\w+|[^\w\s]", text)), chunk_length)
         counts[chunk_length] += whole
         counts[rest] += 1
     counts[0] = 0

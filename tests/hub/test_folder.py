@@ -60,8 +60,7 @@ def test_out_and_in_is_bit_equal(objective, changes, tokenizer, tmp_path):
     folder = export_model(model, config, tokenizer, tmp_path / "out", objective=objective,
                           facts={"tokens": 7, "lineage": [{"objective": "mlm", "tokens": 5}]})
     state, read, read_objective = import_folder(folder)
-    assert (read, read_objective) == (config, objective)
-    assert state.keys() == model.state_dict().keys()
+    assert (read, read_objective, state.keys()) == (config, objective, model.state_dict().keys())
     assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
     assert json.loads((folder / "config.json").read_text())["ettin_foundry"]["tokens"] == 7
 
@@ -92,8 +91,7 @@ def test_what_a_version_of_transformers_gets_wrong_is_warned_of_and_on_the_card(
 
 def test_mntp_says_everywhere_that_the_mask_is_read_one_before(encoder, tokenizer, tmp_path, caplog):
     folder = export_model(encoder, encoder.config, tokenizer, tmp_path / "m", objective="mntp")
-    content = json.loads((folder / "config.json").read_text())
-    text = (folder / "README.md").read_text()
+    content, text = json.loads((folder / "config.json").read_text()), (folder / "README.md").read_text()
     assert "BEFORE the mask" in caplog.text and "BEFORE the mask" in text and "place - 1]" in text
     assert content["ettin_foundry"]["objective"] == "mntp"
     printed = parity.run_card(folder)  # the card's code reads that position: the same tokens as our model gives there

@@ -66,7 +66,7 @@ def test_every_checkpoint_of_a_chain_becomes_a_folder(chain, tmp_path):
                         licence="mit")
     assert line.startswith("6 revisions in ") and line.endswith("6 written, 0 were there")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(models)  # named as the original's tags
-    assert revision_name("../x", 7) == "ba7"
+    assert (revision_name("../x", 7), revision_name(None, 0)) == ("ba7", "step0")
     for name, source in models.items():
         state, config, objective = import_folder(tmp_path / "out" / name)
         assert equal_states(state, source.state_dict()) and config == source.config

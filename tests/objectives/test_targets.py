@@ -134,7 +134,7 @@ def test_masks_follow_from_seed_epoch_and_row_alone(objective, vocab):
 
 def test_rows_of_a_mixture_are_drawn_with_their_shares():
     shares = {"mntp": 0.75, "clm": 0.25}
-    names = [draw_objective(shares, 3, 0, row) for row in range(4000)]
-    assert within_five_sigma(names.count("clm"), 4000, 0.25) and set(names) == set(shares)
-    assert names[:100] == [draw_objective(shares, 3, 0, row) for row in range(100)]
-    assert names[:100] != [draw_objective(shares, 3, 1, row) for row in range(100)]
+    first, second = ([draw_objective(shares, 3, epoch, row) for row in range(4000)] for epoch in (0, 1))
+    assert within_five_sigma(first.count("clm"), 4000, 0.25) and set(first) == set(shares)
+    of_masks = ["mntp" if row_generator(3, 0, row).random() < 0.75 else "clm" for row in range(4000)]  # another stream
+    assert first not in (second, of_masks) and first[:9] == [draw_objective(shares, 3, 0, row) for row in range(9)]
