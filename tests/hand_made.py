@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
+import zstd
 
 from ettin_foundry.data import COLUMNS
 from ettin_foundry.data.packing import pack_lengths, piece_counts
@@ -68,20 +69,21 @@ def array_file(array: np.ndarray) -> bytes:
 
 
 def write_split(folder: Path, shards: Sequence[tuple[str, Sequence[Document]]], *, chunk_length: int = CHUNK_LENGTH,
-                vocab_size: int = VOCAB_SIZE, compress: Callable[[bytes], bytes] | None = None) -> Path:
+                vocab_size: int = VOCAB_SIZE, packed: bool = False) -> Path:
     """Writes a split of (source, documents) per shard."""
+    compression = "zstd" if packed else None
     folder.mkdir(parents=True)
     entries, histograms = [], []
     for number, (source, documents) in enumerate(shards):
         chunks = cut(documents, chunk_length)
         name = f"shard.{number:05}.000.mds"
         data = shard_bytes([sample_bytes(chunk, source) for chunk in chunks],
-                           {**CONFIG, "compression": "zstd" if compress else None})
+                           {**CONFIG, "compression": compression})
         histogram = np.bincount([len(chunk["tokens"]) for chunk in chunks], minlength=chunk_length + 1)
-        packed = compress(data) if compress else None
-        (folder / (name + ".zstd" if packed else name)).write_bytes(packed or data)
+        stored = zstd.compress(data, 3) if packed else None
+        (folder / (name + ".zstd" if packed else name)).write_bytes(stored or data)
         entries.append({
-            "raw": file_entry(name, data), "zip": file_entry(name + ".zstd", packed) if packed else None,
+            "raw": file_entry(name, data), "zip": stored and file_entry(name + ".zstd", stored),
             "samples": len(chunks), "tokens": sum(len(chunk["tokens"]) for chunk in chunks),
             "documents": len(documents), "source": source,
             "rows": {str(chunk_length + 2): pack_lengths(piece_counts(histogram), chunk_length + 2).num_rows}})
@@ -90,13 +92,12 @@ def write_split(folder: Path, shards: Sequence[tuple[str, Sequence[Document]]], 
     (folder / "lengths.npy").write_bytes(lengths)
     totals = {key: sum(entry[key] for entry in entries) for key in ("documents", "samples", "tokens")}
     manifest = {"format": "ettin-mds", "version": 1, "split": folder.name, "chunk_length": chunk_length,
-                "compression": "zstd" if compress else None, "tokenizer": {"name": "none", "vocab_size": vocab_size},
+                "compression": compression, "tokenizer": {"name": "none", "vocab_size": vocab_size},
                 "columns": COLUMNS, "options": {}, "code_version": "0", "lengths": file_entry("lengths.npy", lengths),
                 "sources": {}, "shards": entries, "totals": totals}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "index.json").write_text(json.dumps(
-        {"version": 2, "shards": [{**CONFIG, "compression": manifest["compression"], **index_entry(entry)}
-                                  for entry in entries]}))
+        {"version": 2, "shards": [{**CONFIG, "compression": compression, **index_entry(entry)} for entry in entries]}))
     return folder
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import boto3
+
 
 class Request(NamedTuple):
     method: str
@@ -68,9 +70,7 @@ class S3Server:
 
     @functools.cached_property  # slow to make
     def client(self) -> Any:
-        from boto3.session import Session
-
-        session = Session(aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1")
+        session = boto3.Session(aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1")
         return session.client("s3", endpoint_url=self.endpoint)
 
     def url(self, key: str = "") -> str:
@@ -86,7 +86,7 @@ class S3Server:
             "Body"].read() for entry in found}
 
     def fail(self, matches: Callable[[Request], bool], *, times: int = 1, status: int = 503) -> None:
-        """The next `times` requests that match get this status and nothing is done for them."""
+        """The next `times` requests that match get this status, and nothing is done."""
         self.faults.append([matches, times, status, 0])
 
     def cut(self, matches: Callable[[Request], bool], *, times: int = 1, after: int = 1000) -> None:

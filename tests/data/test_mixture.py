@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hand_made import edit, set_in, spoil
 from memory_set import write_set
-from mix_sets import BUDGETS, ENTRIES, build, chunks_of, make_sets, shards
+from mix_sets import build, chunks_of, make_sets, shards
 
 from ettin_foundry.data import MANIFEST
 from ettin_foundry.data.mixture import open_split
@@ -41,20 +41,6 @@ def cloud(sets):
     memory = fsspec.filesystem("memory")
     yield lambda folder, name: memory.put(f"{folder}/", f"/{name}/", recursive=True)
     memory.store.clear()
-
-
-def test_datasets_behind_urls_are_read_alike(sets, mix, cloud, tmp_path):
-    expected = chunks_of(open_split(mix / "train"))
-    cloud(sets, "bucket")
-    remote = {name: {**entry, "set": f"memory://bucket/{entry['set'].removeprefix('sets/')}", "tokens": BUDGETS[name]}
-              for name, entry in ENTRIES.items()}
-    build(sets, "far", sets=remote)
-    data = open_split(tmp_path / "far" / "train")
-    assert data.fetches and not list((tmp_path / "far").rglob("*.mds"))
-    assert chunks_of(data) == expected and list((tmp_path / "far" / "train" / "sets").rglob("*.mds"))
-    edit(tmp_path / "far" / "validation", set_in("sets", 0, "path", value="memory://bucket/gone"))
-    with pytest.raises(FileNotFoundError, match=r"'memory://bucket/gone' \(for web\): .*gone/validation holds no"):
-        open_split(tmp_path / "far" / "validation")
 
 
 def test_a_remote_mixture_is_read_with_its_datasets_beside_it(sets, mix, cloud, tmp_path):

@@ -6,7 +6,6 @@ The two ranks are two processes that each run nano_run.py once for both kinds an
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -25,19 +24,11 @@ SETTINGS = ["model.vocab_size=512", "model.attn_out_dropout=0.0",  # dropout dra
 @pytest.fixture(scope="module")
 def two_ranks(data_set, tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, nano_run.__file__, str(out), f"variables.data={data_set}", *SETTINGS]
-    processes = []
-    for rank in (0, 1):
-        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-               "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "",
-               "OMP_NUM_THREADS": "1"}
-        log = open(out / f"log-{rank}.txt", "w")
-        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-    codes = [p.wait(timeout=240) for p in processes]
-    assert codes == [0, 0], (out / "log-0.txt").read_text()[-3000:] + (out / "log-1.txt").read_text()[-3000:]
+    command = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", nano_run.__file__, str(out),
+               f"variables.data={data_set}", *SETTINGS]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out
 
 
