@@ -20,20 +20,19 @@ from ettin_foundry.data.shards import index_entry
 
 VOCAB_SIZE = 512
 CHUNK_LENGTH = 62
-NAMES = ["doc", "last", "part", "source", "tokens"]
 CONFIG: dict[str, Any] = {
     "version": 2, "format": "mds", "compression": None, "hashes": ["xxh64"], "size_limit": 1 << 26,
-    "column_names": NAMES, "column_encodings": ["str", "int", "int", "str", "ndarray:uint16"],
+    "column_names": ["doc", "last", "part", "source", "tokens"],
+    "column_encodings": ["str", "int", "int", "str", "ndarray:uint16"],
     "column_sizes": [None, 8, 8, None, None]}
 
 Document = tuple[str, np.ndarray]
 
 
-def random_documents(rng: np.random.Generator, number: int, *, longest: int = 200, vocab_size: int = VOCAB_SIZE,
-                     prefix: str = "d\u00e9") -> list[Document]:
-    """Ids and token arrays of 1 to `longest` tokens, lengths spread over the orders of magnitude."""
-    lengths = np.exp(rng.uniform(0, np.log(longest), number)).astype(int)
-    return [(f"{prefix}{i}", rng.integers(0, vocab_size, length, dtype=np.uint16)) for i, length in enumerate(lengths)]
+def random_documents(rng: np.random.Generator, number: int, prefix: str = "d\u00e9") -> list[Document]:
+    """Ids and token arrays of 1 to 200 tokens, lengths spread over the orders of magnitude."""
+    lengths = np.exp(rng.uniform(0, np.log(200), number)).astype(int)
+    return [(f"{prefix}{i}", rng.integers(0, VOCAB_SIZE, length, dtype=np.uint16)) for i, length in enumerate(lengths)]
 
 
 def cut(documents: Sequence[Document], chunk_length: int) -> list[dict[str, Any]]:
@@ -51,8 +50,8 @@ def sample_bytes(chunk: dict[str, Any], source: str) -> bytes:
     return struct.pack("<III", len(doc), len(name), len(array)) + doc + numbers + name + array
 
 
-def shard_bytes(samples: Sequence[bytes], config: Any = None) -> bytes:
-    header = json.dumps(CONFIG if config is None else config, sort_keys=True).encode()
+def shard_bytes(samples: Sequence[bytes], config: dict[str, Any]) -> bytes:
+    header = json.dumps(config, sort_keys=True).encode()
     begin = 4 + 4 * (len(samples) + 1) + len(header)
     offsets = begin + np.cumsum([0, *map(len, samples)])
     return struct.pack("<I", len(samples)) + offsets.astype("<u4").tobytes() + header + b"".join(samples)

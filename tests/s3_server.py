@@ -9,16 +9,10 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import boto3
-
-
-class Request(NamedTuple):
-    method: str
-    path: str  # /bucket/key
-    range: str | None  # bytes=0-99 where a part was asked for
-    query: str
+from werkzeug import Request
 
 
 class S3Server:
@@ -102,8 +96,7 @@ class S3Server:
         self.requests.clear()
 
     def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
-        request = Request(environ["REQUEST_METHOD"], environ.get("PATH_INFO", ""), environ.get("HTTP_RANGE"),
-                          environ.get("QUERY_STRING", ""))
+        request = Request(environ)
         with self.lock:
             self.requests.append(request)
             fault = next((fault for fault in self.faults if fault[1] and fault[0](request)), None)

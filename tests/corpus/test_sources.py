@@ -85,7 +85,7 @@ def test_bucket_is_a_corpus_like_a_folder(server, tmp_path, caplog):
     server.clear()
     here, there = find_source(str(tmp_path)), find_source(server.url("lang=en"))
     assert (there.files, there.name, there.root) == (here.files, "lang=en", "s3://corpus/lang=en")
-    assert sum("list-type" in request.query for request in server.requests) == 1
+    assert sum("list-type" in request.args for request in server.requests) == 1
     assert "1 of 3 files are not read, the first is x.csv" in caplog.text
     assert find_source(server.url("lang=en") + "/").files == here.files and read_all(there) == read_all(here)
     one = find_source("one=" + server.url("lang=en/b.jsonl"), licence="MIT")

@@ -96,7 +96,6 @@ def limit_for(folder, number):
 
 
 def read_as_rank(local, url, limit, rows, start, answers):
-    """One process of a node."""
     with pytest.MonkeyPatch.context() as patch:
         asked, data = watch(patch), MDSSplit(local, remote=url, cache_limit=limit)
         start.wait()

@@ -25,7 +25,6 @@ pytestmark = pytest.mark.timeout(60)  # an attack may not make the reader wait
 
 @pytest.fixture(scope="module")
 def masters(tmp_path_factory):
-    """The same good split, plain (False) and compressed (True)."""
     rng, place = np.random.default_rng(1), tmp_path_factory.mktemp("masters")
     shards = [(source, hand_made.random_documents(rng, 15)) for source in "aab"]
     return {packed: hand_made.write_split(place / str(packed) / "train", shards, packed=packed)

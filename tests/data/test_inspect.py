@@ -1,10 +1,6 @@
 """`ettin show`: every number is the one of counting chunk by chunk; foreign text cannot drive a terminal."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +13,12 @@ from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import open_storage
 
 
-def key(sample: dict) -> tuple:
+def key(sample):
     return sample["source"], sample["doc"], sample["part"]
 
 
 @pytest.mark.parametrize("split,compression", [("train", None), ("validation", "zstd")])
-def test_statistics_are_those_of_counting(tokenizer_dir: Path, split: str, compression: str | None) -> None:
+def test_statistics_are_those_of_counting(tokenizer_dir, split, compression):
     folder = whole_set(tokenizer_dir, compression) / split
     manifest, everything = json.loads((folder / "manifest.json").read_text()), samples_of(folder)
     found = {row["source"]: row for row in source_rows(MDSSplit(folder))}
@@ -41,7 +37,7 @@ def test_statistics_are_those_of_counting(tokenizer_dir: Path, split: str, compr
 
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
-def test_samples_are_chunks_of_the_dataset_decoded(tokenizer_dir: Path, tmp_path: Path, compression: Any) -> None:
+def test_samples_are_chunks_of_the_dataset_decoded(tokenizer_dir, tmp_path, compression):
     whole = whole_set(tokenizer_dir, compression)
     data, before = find_dataset(whole).open("train", tmp_path), files_of(whole)
     reference = Tokenizer.from_file(str(whole / "tokenizer" / "tokenizer.json"))
@@ -56,7 +52,7 @@ def test_samples_are_chunks_of_the_dataset_decoded(tokenizer_dir: Path, tmp_path
     assert files_of(whole) == before  # nothing is expanded into the dataset
 
 
-def test_foreign_text_cannot_drive_the_terminal(tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_foreign_text_cannot_drive_the_terminal(tokenizer_dir, tmp_path):
     assert plain("\x1b]0;owned\x07\u202etxt\r\n\x9b31m") == r"\x1b]0;owned\x07\u202etxt\r\n\x9b31m"
     assert plain("na\u00efve \u4f60") == "na\u00efve \u4f60" and plain("abcdef", 3) == "abc..."
     path = copy_set(tokenizer_dir, tmp_path) / "train" / "manifest.json"
@@ -65,8 +61,8 @@ def test_foreign_text_cannot_drive_the_terminal(tokenizer_dir: Path, tmp_path: P
     assert all(character.isprintable() for line in show_lines(tmp_path / "set", samples=0) for character in line)
 
 
-def test_command_shows_dataset_split_and_url(tokenizer_dir: Path, tmp_path: Path, capsys: Any) -> None:
-    def run(*arguments: object) -> tuple[int, str]:
+def test_command_shows_dataset_split_and_url(tokenizer_dir, tmp_path, capsys):
+    def run(*arguments):
         with pytest.raises(SystemExit) as end:
             cli.main(["show", *map(str, arguments)])
         return end.value.code or 0, "".join(capsys.readouterr())

@@ -17,10 +17,6 @@ from ettin_foundry.data.storage import _client, is_url, join, open_storage
 BLOCK = 1000
 
 
-def noise(number):
-    return random.Random(number).randbytes(number)
-
-
 @pytest.fixture(scope="module")
 def running():
     with S3Server() as server:
@@ -47,7 +43,7 @@ def storage(request, tmp_path):
 
 def test_what_is_written_is_read_listed_and_deleted(storage):
     assert storage.list() == [] and not storage.exists("a")
-    content = {"a.bin": noise(10), "train/b.bin": noise(5 * BLOCK + 7), "train/b2/c": b"", "units/00001.json": b"{}"}
+    content = {"a.bin": os.urandom(10), "train/b.bin": os.urandom(5 * BLOCK + 7), "train/b2/c": b"", "units/1": b"{}"}
     for name in reversed(content):
         storage.write_bytes(name, b"old")
         storage.write_bytes(name, content[name])
@@ -65,7 +61,7 @@ def test_what_is_written_is_read_listed_and_deleted(storage):
     for _ in range(2):
         storage.delete("a.bin")
     assert len(storage.list()) == 3 and not storage.exists("a.bin")
-    assert pickle.loads(pickle.dumps(storage)).read_bytes("units/00001.json") == b"{}"
+    assert pickle.loads(pickle.dumps(storage)).read_bytes("units/1") == b"{}"
 
 
 def test_a_stream_reads_and_seeks_like_a_file(storage):
@@ -81,7 +77,7 @@ def test_a_stream_reads_and_seeks_like_a_file(storage):
 
 
 def test_files_move_in_and_are_copied_out(storage, tmp_path):
-    data = noise(3 * BLOCK + 1)
+    data = os.urandom(3 * BLOCK + 1)
     (made := storage.scratch() / "made").write_bytes(data)
     storage.put_file(made, "train/x")
     assert storage.read_bytes("train/x") == data and not made.exists()
@@ -160,13 +156,13 @@ def test_a_listing_follows_links_to_files_names_others_leaves_pipes_out_and_neve
 
 def test_lost_connections_and_busy_answers_cost_one_block_each(server, tmp_path, monkeypatch):
     server.connect(monkeypatch, block_bytes=1 << 20)
-    server.put("set/x", data := noise(7 << 20))
+    server.put("set/x", data := os.urandom(7 << 20))
     server.clear()
-    server.cut(lambda request: request.range is not None and "bytes=0-" not in request.range, times=2, after=10)
+    server.cut(lambda request: request.range is not None and "bytes=0-" not in str(request.range), times=2, after=10)
     server.fail(lambda request: request.range is not None, status=503)
     open_storage(server.url("set")).get_file("x", tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == data and not server.faults_left()
-    ranges = [request.range for request in server.requests if request.range]
+    ranges = [str(request.range) for request in server.requests if request.range]
     assert len(ranges) > 7 and len(ranges) == len(set(ranges)) + 3
 
 

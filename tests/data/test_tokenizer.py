@@ -1,7 +1,5 @@
 """The tokenizer: special tokens, templates, fingerprints, and what cannot be used."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -20,7 +18,7 @@ def tok(tokenizer_dir):
     return tokenizers.load(tokenizer_dir)
 
 
-def word_level(vocabulary: list[str], **names: str) -> PreTrainedTokenizerFast:
+def word_level(vocabulary, **names):
     """A tokenizer whose ordinary vocabulary holds every word given, special or not."""
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=vocabulary[0]))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
