@@ -91,7 +91,6 @@ class S3Server:
         return sum(fault[1] for fault in self.faults)
 
     def clear(self) -> None:
-        """Forgets the faults that are left, and the requests."""
         self.faults.clear()
         self.requests.clear()
 

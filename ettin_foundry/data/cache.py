@@ -224,8 +224,8 @@ class Room:
                 sizes += sorted((shard["raw"]["bytes"] for shard in files.shards), reverse=True)[:number]
                 making = max(making, *(files.bytes_to_make(shard) - shard["raw"]["bytes"] for shard in files.shards))
         if (need := sum(sizes) + making) > self.limit:
-            raise ValueError(f"dataset.cache_limit must be at least {need} bytes for the {len(sizes)} shards in use at "
-                             f"a time, got {self.limit}; raise it, or lower train_loader.shuffle_window")
+            raise ValueError(f"dataset.cache_limit must be at least {need} bytes for {len(sizes)} shards in use, "
+                             f"got {self.limit}; raise it, or lower train_loader.shuffle_window (a source keeps 2)")
 
     def clear(self, wanting: ShardFiles, shard: int, *, ahead: bool) -> bool:
         """Whether there is room for a shard; removes others for it, ahead of need none that are wanted soon."""
@@ -240,9 +240,9 @@ class Room:
                         left -= files.bytes_to_make(known[part.stem])
             soon = {files.path(other).name: -at for at, other in enumerate(files.wanted[1])}
             for entry in os.scandir(files.local):
-                if entry.name.endswith(".mds"):
+                with contextlib.suppress(FileNotFoundError):  # a damaged one is removed without the lock of the room
                     status = entry.stat(follow_symlinks=False)
-                    left -= status.st_size
+                    left -= status.st_size * entry.name.endswith(".mds")
                     order = soon.get(entry.name, -len(files.shards)), status.st_mtime_ns
                     if entry.name in known and not (ahead and entry.name in soon):
                         found.append((order, status.st_size, files, known[entry.name]))

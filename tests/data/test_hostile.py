@@ -173,7 +173,6 @@ EXPANDING = [(forged(lambda data, change=change: change(zstd.uncompress(bytes(da
         (False, read_all, READING), (False, check_all, CHECKING), (True, read_all, EXPANDING)) for attack in attacks],
     ids=range(len(READING + CHECKING + EXPANDING)))
 def test_lies_and_forged_bytes_are_refused(split, packed, read, attack, message):
-    """Those that only some readers look at; test_shards.py tries any bytes of a shard."""
     folder = split(packed)
     attack(folder)
     refused(folder, message, read=read)

@@ -10,7 +10,6 @@ RECIPE = {"min_size": 352, "tokens": "50_000_000_000tok"}
 
 
 def simulate(smallest, largest, steps_each, number):
-    """(rows, first row) of the first steps, by keeping count."""
     found, size, held, before = [], smallest, 0, 0
     for _ in range(number):
         found.append((size, before))

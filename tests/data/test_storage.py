@@ -25,7 +25,6 @@ def running():
 
 @pytest.fixture
 def server(running, monkeypatch):
-    """An S3 server with an empty bucket, blocks of 1,000 bytes."""
     running.empty()
     running.connect(monkeypatch, block_bytes=BLOCK)
     return running
@@ -88,9 +87,8 @@ def test_files_move_in_and_are_copied_out(storage, tmp_path):
         storage.get_file("train/x", tmp_path / "cache" / "y", num_bytes=3000)
     assert not (tmp_path / "cache" / "y").exists() and storage.list() == [("train/x", len(data))]
     for name in ("y", "train"):  # missing, and a folder
-        for ask in (storage.size, storage.open):
-            with pytest.raises(FileNotFoundError, match=f"{name}: no such file"):
-                ask(name)
+        with pytest.raises(FileNotFoundError, match=f"{name}: no such file"):
+            storage.open(name)
 
 
 def test_a_name_that_leaves_the_folder_is_refused(storage, tmp_path):
@@ -176,8 +174,8 @@ class HTTPError(Exception):
     (lambda s, t: s.put_file(t / "made", "new"), "put_file", HTTPError(429)),
     (lambda s, t: s.list(), "find", TimeoutError()), (lambda s, t: s.size("x"), "info", ConnectionResetError()),
     (lambda s, t: s.delete("x"), "rm_file", HTTPError(500)),
-    (lambda s, t: s.get_file("x", t / "got"), "cat_file", HTTPError(408))],
-    ids=["write", "put", "list", "size", "delete", "get"])
+    (lambda s, t: s.get_file("x", t / "got"), "cat_file", HTTPError(408)),
+    (lambda s, t: s.get_file("x", t / "got"), "cat_file", None)])  # the answer is too short
 def test_whatever_is_asked_is_asked_for_minutes_with_growing_pauses_and_it_is_said(
         monkeypatch, caplog, tmp_path, act, method, error):
     """An outage of five minutes passes; one that does not end is an error after at most twenty."""
@@ -186,27 +184,27 @@ def test_whatever_is_asked_is_asked_for_minutes_with_growing_pauses_and_it_is_sa
     def fail(*arguments, **options):
         if clock[0] < outage:
             faults.append(clock[0])
+            if error is None:
+                return b""
             raise error
         return true(*arguments, **options)
 
     monkeypatch.setattr(MemoryFileSystem, method, fail)
     monkeypatch.setattr("ettin_foundry.data.storage.time", SimpleNamespace(
         sleep=lambda seconds: clock.__setitem__(0, clock[0] + seconds)))
-    storage, outage = open_storage("memory://x"), 0
+    storage, outage = open_storage("memory://x"), 0.0
     storage.write_bytes("x", b"1")
-    for outage in (float("inf"), 300):
-        (tmp_path / "made").write_bytes(b"12")
-        clock[0] = 0.0
-        faults.clear()
-        if outage == 300:
-            act(storage, tmp_path)
-            pauses = [later - sooner for sooner, later in zip(faults, faults[1:])]
-            assert pauses == sorted(pauses) and pauses[0] < 5 < pauses[-1]
-            assert "memory://x" in caplog.text and "tried again in 2 s, for ten minutes" in caplog.text
-        else:
-            with pytest.raises(ConnectionError, match="memory://x"):
-                act(storage, tmp_path)
-            assert clock[0] < 1500 and [path.name for path in tmp_path.iterdir()] == ["made"]  # nothing half is there
+    (tmp_path / "made").write_bytes(b"12")
+    outage = float("inf")
+    with pytest.raises(ConnectionError, match="memory://x"):
+        act(storage, tmp_path)
+    assert clock[0] < 1500 and [path.name for path in tmp_path.iterdir()] == ["made"]  # nothing half is there
+    outage = clock[0] + 300
+    faults.clear()
+    act(storage, tmp_path)
+    pauses = [later - sooner for sooner, later in zip(faults, faults[1:])]
+    assert pauses == sorted(pauses) and pauses[0] < 5 < pauses[-1]
+    assert "memory://x" in caplog.text and "tried again in 2 s, for ten minutes" in caplog.text
 
 
 @pytest.mark.parametrize(("status", "kind"), [(403, PermissionError), (401, PermissionError), (404, FileNotFoundError),

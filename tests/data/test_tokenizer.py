@@ -19,7 +19,6 @@ def tok(tokenizer_dir):
 
 
 def word_level(vocabulary, **names):
-    """A tokenizer whose ordinary vocabulary holds every word given, special or not."""
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=vocabulary[0]))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
