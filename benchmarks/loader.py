@@ -1,4 +1,4 @@
-"""Speed of the `ettin_text` loader in the main process: rows, masks, flat microbatches.
+"""Speed of one worker of the `ettin_text` loader, run in the main process: rows, masks, flat microbatches.
 
     python benchmarks/loader.py runs/demo/data                      this tree
     python benchmarks/loader.py runs/demo/data . ../other-tree      several trees in turn, and the ratio to the first
@@ -10,6 +10,7 @@ and the trees take turns round by round, so that other load on the machine meets
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import statistics
 import subprocess
@@ -29,9 +30,12 @@ def serve(dataset: str) -> None:
     from ettin_foundry.data.tokenizer import load
 
     torch.set_num_threads(1)
+    taken = inspect.signature(build_ettin_loader).parameters  # of an older tree, the main process splits batches
+    as_in_a_run = {"microbatch_size": MICROBATCH, "fixed_shapes": True} if "microbatch_size" in taken else {}
     specs = {objective: build_ettin_loader(
         load(Path(dataset, "tokenizer")), ROWS, dataset={"local": dataset, "split": "train"}, objective=objective,
-        mask_rate=rate, max_seq_len=MAX_SEQ_LEN, pin_memory=False) for objective, rate in OBJECTIVES.items()}
+        mask_rate=rate, max_seq_len=MAX_SEQ_LEN, pin_memory=False, **as_in_a_run)
+        for objective, rate in OBJECTIVES.items()}
     streams = {objective: iter(spec.dataloader) for objective, spec in specs.items()}
     for stream in streams.values():
         next(stream)  # opens the first shards

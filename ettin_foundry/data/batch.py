@@ -27,19 +27,17 @@ class Packed:
     """The microbatches of a step with all their tensors in one, which crosses from a worker, and is pinned, at once."""
 
     def __init__(self, microbatches: Sequence[Batch]) -> None:
-        self.layouts: list[Batch] = []  # of each microbatch: its numbers, and where in `words` each tensor lies
-        arrays, begin = [], 0
-        for microbatch in microbatches:
-            layout = dict(microbatch)
-            for key, value in microbatch.items():
+        self.layouts: list[Batch] = [dict(each) for each in microbatches]  # numbers, and where in `words` tensors lie
+        end, tensors = 0, []
+        for layout in self.layouts:
+            for key, value in layout.items():
                 if isinstance(value, torch.Tensor):
-                    words = np.zeros(-(-value.nbytes // 8), np.int64)
-                    words.view(np.uint8)[:value.nbytes] = value.numpy().view(np.uint8)
-                    arrays.append(words)
-                    layout[key] = slice(begin, begin + len(words)), len(value), value.dtype
-                    begin += len(words)
-            self.layouts.append(layout)
-        self.words = torch.from_numpy(np.concatenate(arrays))
+                    begin, end = end, end + -(-value.nbytes // 8)
+                    layout[key] = slice(begin, end), len(value), value.dtype
+                    tensors.append((layout[key], value))
+        self.words = torch.zeros(end, dtype=torch.int64)
+        for (words, length, dtype), value in tensors:
+            self.words[words].view(dtype)[:length] = value
 
     def pin_memory(self) -> Packed:
         """Called by the DataLoader's thread: from pageable memory, a copy to the device would wait for queued work."""
@@ -95,9 +93,10 @@ class Collator:
             if not row.chunks:
                 continue
             name = draw_objective(shares, self.seed, row.epoch, row.number)
+            rng = row_generator(self.seed, row.epoch, row.number) if name in MASKED_OBJECTIVES else None
             input_ids[at], labels[at], weight[at], loss_tokens[at] = make_inputs(
                 name, input_ids[at], sequence_id[at], row.ends_document, mask_rate=rate, vocab=self.vocab,
-                rng=row_generator(self.seed, row.epoch, row.number), mixed=mixed)
+                rng=rng, mixed=mixed)
             causal[at] = name == "clm"
             lengths.setdefault(name == "clm", []).extend(len(chunk) + SPECIALS_PER_PIECE for chunk in row.chunks)
         arrays = {"input_ids": input_ids, "labels": labels, "sequence_id": sequence_id}
@@ -178,14 +177,12 @@ def split_batch(batch: Batch, microbatch_size: int | float, fixed_lengths: int |
         raise ValueError(f"device_train_microbatch_size must be an integer >= 1, got {microbatch_size}")
     size, tensors = int(microbatch_size), {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
     rows, longest = batch["input_ids"].shape
-    kinds = [torch.arange(rows)]
+    parts: list[Any] = [slice(first, first + size) for first in range(0, rows, size)]
     if "causal" in batch:
-        kinds = [batch["causal"].nonzero()[:, 0], (~batch["causal"]).nonzero()[:, 0]]
-    parts = [part for kind in kinds for part in kind.split(size) if len(part)]
-    if "causal" in batch:
-        parts += [torch.arange(0)] * (-(-rows // size) + 1 - len(parts))
-    if fixed_lengths is not None and "causal" in batch:
-        fixed_lengths = FEW_LENGTHS
+        kinds = (kind.nonzero()[:, 0] for kind in (batch["causal"], ~batch["causal"]))
+        of_kinds = [part for kind in kinds for part in kind.split(size) if len(part)]
+        parts = of_kinds + [slice(0)] * (len(parts) + 1 - len(of_kinds))
+        fixed_lengths = fixed_lengths and FEW_LENGTHS
     length = max(1, size * longest // fixed_lengths) if fixed_lengths else None
     return [flatten({**batch, **{key: value[part] for key, value in tensors.items()}}, length) for part in parts]
 

@@ -73,7 +73,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(objective: str, ids: Ints, sequence_id: Ints, ends_document: npt.NDArray[np.bool_], *,
-                mask_rate: float, vocab: TextVocab, rng: np.random.Generator, mixed: bool = False) -> Inputs:
+                mask_rate: float, vocab: TextVocab, rng: np.random.Generator | None, mixed: bool = False) -> Inputs:
     """What the model reads and what it must predict, for one row.
 
     The loss of a batch is the mean over its targets. In a mixture that would give clm, which predicts every token,
@@ -84,7 +84,8 @@ def make_inputs(objective: str, ids: Ints, sequence_id: Ints, ends_document: npt
         ids: (T,) int64; each piece is BOS, chunk, EOS; padding at the end. Not changed.
         sequence_id: (T,) int64, number of the piece in the row, -1 on padding.
         ends_document: (P,) bool, False when the piece's chunk is continued in another chunk of its document.
-        mask_rate: share of text tokens chosen by mlm and mntp. mixed: rows of the batch have different objectives.
+        mask_rate: share of text tokens chosen by mlm and mntp. rng: what they draw from; None for clm.
+        mixed: rows of the batch have different objectives.
     """
     labels = np.full_like(ids, IGNORED)
     if objective == "clm":
@@ -94,6 +95,7 @@ def make_inputs(objective: str, ids: Ints, sequence_id: Ints, ends_document: npt
         ends = np.cumsum(np.bincount(sequence_id[sequence_id >= 0], minlength=len(ends_document))) - 1
         labels[ends[~np.asarray(ends_document, bool)] - 1] = IGNORED
         return Inputs(ids, labels, 1.0, int((labels != IGNORED).sum()))
+    assert rng is not None
     maskable = ~vocab.is_special[ids] & (sequence_id >= 0)
     chosen = np.flatnonzero(maskable & (rng.random(maskable.size) < mask_rate))
     if not chosen.size and maskable.any():  # a row without a target would be read for nothing: one, drawn uniformly
