@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import bisect
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,13 +31,10 @@ T = TypeVar("T")
 _SHARDS, _ROWS, _CHUNKS = 1, 2, 3
 
 
-def _kept(kept: list[T], is_it: Callable[[T], bool], make: Callable[[], T]) -> T:
-    """What is asked for, kept or made; two are kept, so that looking back across a border makes nothing again."""
-    for one in kept:
-        if is_it(one):
-            return one
-    kept[:] = [*kept[-1:], make()]
-    return kept[-1]
+def _keep(kept: list[T], made: T) -> T:
+    """Keeps what was made and the one before, so that looking back across a border makes nothing again."""
+    kept[:] = [*kept[-1:], made]
+    return made
 
 
 class _Block(NamedTuple):
@@ -84,17 +80,17 @@ class Interleave:
         return float((index + self._phases[stream]) / self._divisors[stream])
 
     def _block_of(self, row: int) -> _Block:
-        def make() -> _Block:
-            if not 0 <= row < self.num_rows:
-                raise IndexError(f"row must be 0 to {self.num_rows - 1}, got {row}")
-            number = row * self._num_blocks // self.num_rows  # off by one at most
-            while int(self._below(number).sum()) > row:
-                number -= 1
-            while int(self._below(number + 1).sum()) <= row:
-                number += 1
-            return self._merge(number)
-
-        return _kept(self._blocks, lambda block: row in block.rows, make)
+        for block in self._blocks:
+            if row in block.rows:
+                return block
+        if not 0 <= row < self.num_rows:
+            raise IndexError(f"row must be 0 to {self.num_rows - 1}, got {row}")
+        number = row * self._num_blocks // self.num_rows  # off by one at most
+        while int(self._below(number).sum()) > row:
+            number -= 1
+        while int(self._below(number + 1).sum()) <= row:
+            number += 1
+        return _keep(self._blocks, self._merge(number))
 
     def _below(self, number: int) -> Ints:
         """(S,) rows of each stream with a key below the first of block `number`."""
@@ -266,17 +262,17 @@ class Order:
         return sources
 
     def _epoch(self, number: int) -> _Epoch:
-        def make() -> _Epoch:
-            passes = np.asarray(getattr(self.table, "passes", np.zeros(len(self._rows))))
-            shards, phases = [source.members for source in self._sources], [0.0] * len(self._sources)
-            for at, members in enumerate(shards if self.shuffle else ()):
-                draws = raw_draws(len(members) + 1, _SHARDS, self.seed, number, at)
-                shards[at] = members[np.lexsort((draws[1:], passes[members]))]
-                phases[at] = float(draws[0] >> np.uint64(44)) / 2.0**20
-            merged = Interleave([source.num_rows for source in self._sources], phases)
-            return _Epoch(number, shards, [_starts(self._rows[members]) for members in shards], merged)
-
-        return _kept(self._epochs, lambda epoch: epoch.number == number, make)
+        for epoch in self._epochs:
+            if epoch.number == number:
+                return epoch
+        passes = np.asarray(getattr(self.table, "passes", np.zeros(len(self._rows))))
+        shards, phases = [source.members for source in self._sources], [0.0] * len(self._sources)
+        for at, members in enumerate(shards if self.shuffle else ()):
+            draws = raw_draws(len(members) + 1, _SHARDS, self.seed, number, at)
+            shards[at] = members[np.lexsort((draws[1:], passes[members]))]
+            phases[at] = float(draws[0] >> np.uint64(44)) / 2.0**20
+        merged = Interleave([source.num_rows for source in self._sources], phases)
+        return _keep(self._epochs, _Epoch(number, shards, [_starts(self._rows[members]) for members in shards], merged))
 
     def _window_start(self, epoch: int, source: int, row: int) -> int:
         """The first shard, in an epoch's order of a source, of the window that holds a row."""
@@ -284,8 +280,11 @@ class Order:
         return shard // self._sources[source].window * self._sources[source].window
 
     def _window(self, epoch: int, source: int, row: int) -> _Window:
-        return _kept(self._windows[source], lambda window: window.epoch == epoch and row in window.rows,
-                     lambda: self._build_window(epoch, source, self._window_start(epoch, source, row)))
+        for window in self._windows[source]:
+            if window.epoch == epoch and row in window.rows:
+                return window
+        window = self._build_window(epoch, source, self._window_start(epoch, source, row))
+        return _keep(self._windows[source], window)
 
     def _build_window(self, number: int, at: int, begin: int) -> _Window:
         """Of source `at`, its shards from `begin` in the order of an epoch."""
