@@ -32,15 +32,15 @@ REGISTRY: dict[str, dict[str, str]] = {
         "one_minus_sqrt": "ettin_foundry.training.optimizer:OneMinusSqrt",
     },
     "callbacks": {
-        "ettin_phase": "ettin_foundry.training.start:EnterPhase",
-        "ettin_cross": "ettin_foundry.training.start:CrossObjective",
+        "ettin_phase": "ettin_foundry.training.callbacks:EnterPhase",
+        "ettin_cross": "ettin_foundry.training.callbacks:CrossObjective",
         "ettin_export": "ettin_foundry.hub.export:ExportHF",
         "ettin_samples": "ettin_foundry.training.callbacks:LogSamples",
         "ettin_monitor": "ettin_foundry.training.callbacks:DataMonitor",
     },
     "callbacks_with_config": {
         "ettin_clock": "ettin_foundry.training.clock:Clock",
-        "ettin_steps": "ettin_foundry.training.step_log:StepLog",
+        "ettin_steps": "ettin_foundry.training.callbacks:StepLog",
     },
     "config_transforms": {"ettin_checks": "ettin_foundry.training.checks:check_config"},
 }

@@ -1,6 +1,6 @@
 """What a run starts from (nothing, its own checkpoints, or another run's), and whether it may.
 
-All is compared before any work, by settings and records (`prepare_start`); the callbacks in start.py and clock.py
+All is compared before any work, by settings and records (`prepare_start`); callbacks.py and clock.py
 compare again, with what was built. A record is what `Clock.state_dict` writes, its JSON read. Torch and the host are
 imported only once a file is read.
 """

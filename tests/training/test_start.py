@@ -20,10 +20,10 @@ from ettin_foundry.data import tokenizer
 from ettin_foundry.hub.folder import export_model
 from ettin_foundry.model.composer import EttinModel
 from ettin_foundry.training import checkpoints
+from ettin_foundry.training.callbacks import CrossObjective, EnterPhase
 from ettin_foundry.training.clock import Clock
 from ettin_foundry.training.optimizer import StableAdamW
 from ettin_foundry.training.run_config import config_text
-from ettin_foundry.training.start import CrossObjective, EnterPhase
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -129,7 +129,7 @@ def test_initial_weights_are_kept_where_they_were_drawn_and_nowhere_else(chain):
 def test_a_phase_killed_before_and_after_its_first_checkpoint_is_entered_once(chain, data_set, tmp_path, caplog):
     """Killed at batch 3, saved at batch 4, killed at batch 6, then let live; by then its source is gone."""
     source, whole = tmp_path / "extend", chain["decay"]
-    logging.getLogger("ettin_foundry.training.start").addHandler(caplog.handler)  # the host takes the root's away
+    logging.getLogger("ettin_foundry.training.callbacks").addHandler(caplog.handler)  # the host takes the root's away
     shutil.copytree(chain["extend"].folder, source)
     for die_at, begins, says in ((3, 0, ("entering decay from", "kept weights, optimizer moments", "seed 21 -> 99",
                                          "optimizer.lr 0.003 -> 0.0015")),
@@ -137,7 +137,7 @@ def test_a_phase_killed_before_and_after_its_first_checkpoint_is_entered_once(ch
         args = arguments("decay", f"variables.source={source}", "seed=99", "save_interval=4ba",
                          f"callbacks.capture.die_at={die_at}")
         caplog.clear()
-        with caplog.at_level(logging.INFO, "ettin_foundry.training.start"):
+        with caplog.at_level(logging.INFO, "ettin_foundry.training.callbacks"):
             if die_at < 0:
                 shutil.rmtree(source)
                 nano_run.run(data_set, tmp_path / "runs", *args).close()

@@ -6,7 +6,7 @@ import nano_run
 import pytest
 
 from ettin_foundry.tools.pair import compare_steps
-from ettin_foundry.training.step_log import StepLog
+from ettin_foundry.training.callbacks import StepLog
 from ettin_foundry.training.steps import STEPS, cut_steps, read_steps
 
 
