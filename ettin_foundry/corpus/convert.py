@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import xxhash
+from rich import filesize
 
 from ettin_foundry.corpus import plan as plans
 from ettin_foundry.corpus.encoder import Engine
@@ -123,8 +124,8 @@ class Summary:
 
     def __str__(self) -> str:
         done, of = self.units
-        texts = [f"{name}: " + ", ".join(f"{number:,} {key}" for key, number in counts.items())
-                 for name, counts in self.sources.items()]
+        texts = [f"{name}: " + ", ".join(filesize.decimal(number) if key == "bytes" else f"{number:,} {key}"
+                                         for key, number in counts.items()) for name, counts in self.sources.items()]
         if "validation" in self.manifests:
             texts.append(f"{self.manifests['validation']['totals']['documents']:,} documents for validation")
         if not self.manifests:
