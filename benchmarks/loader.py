@@ -3,6 +3,8 @@
     python benchmarks/loader.py runs/demo/data                      this tree
     python benchmarks/loader.py runs/demo/data . ../other-tree      several trees in turn, and the ratio to the first
 
+    python benchmarks/loader.py runs/demo/data --streaming          beside Streaming and transformers' collator
+
 A round is 25 batches of 32 rows of 1,024, each split into microbatches of 8 rows. Each tree has a process of its own,
 and the trees take turns round by round, so that other load on the machine meets all of them alike. Prints medians.
 """
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 OBJECTIVES = {"mlm": 0.3, "clm": 0.0}  # with their mask rates
 BATCHES, ROWS, MICROBATCH, MAX_SEQ_LEN = 25, 32, 8, 1024
@@ -50,11 +53,43 @@ def serve(dataset: str) -> None:
         print(tokens, time.process_time() - cpu, time.perf_counter() - wall, flush=True)
 
 
+def streaming(dataset: str, rounds: int) -> None:
+    """Prints the same for StreamingDataset, one chunk a row, with transformers' collator, mlm; real tokens counted."""
+    import torch
+    from streaming import StreamingDataset
+    from torch.utils.data import DataLoader
+    from transformers import DataCollatorForLanguageModeling
+
+    from ettin_foundry.data.tokenizer import load
+
+    torch.set_num_threads(1)
+    tokenizer: Any = load(Path(dataset, "tokenizer"))
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=OBJECTIVES["mlm"])
+
+    def rows(samples: list[dict[str, Any]]) -> dict[str, Any]:
+        return collate([{"input_ids": [tokenizer.cls_token_id, *sample["tokens"].tolist(), tokenizer.sep_token_id]}
+                        for sample in samples])
+
+    data = StreamingDataset(local=str(Path(dataset, "train")), batch_size=ROWS, shuffle=True, shuffle_seed=21)
+    speeds, batches = [], iter(())
+    for _ in range(rounds):
+        tokens, cpu = 0, time.process_time()
+        for _ in range(BATCHES):
+            batch = next(batches, None)
+            if batch is None:
+                batches = iter(DataLoader(data, batch_size=ROWS, collate_fn=rows))
+                batch = next(batches)
+            tokens += int(batch["attention_mask"].sum())
+        speeds.append(tokens / (time.process_time() - cpu))
+    print(f"mlm  Streaming and transformers: {statistics.median(speeds) / 1e6:.2f}M tokens a CPU second", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="a converted dataset with chunks of at most 1,022 tokens")
     parser.add_argument("trees", nargs="*", default=["."], help="checkouts to compare")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--streaming", action="store_true", help="also Streaming's dataset with transformers' collator")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -81,6 +116,8 @@ def main() -> None:
     for child in children:
         child.stdin.close()
         child.wait()
+    if options.streaming:
+        streaming(options.dataset, options.rounds)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,7 @@ class Plan(NamedTuple):
     fits: bool
     mfu: float | None  # assumed share of the peak, 6 operations per parameter and token
     hours: float | None
+    efficiency: tuple[float, float] | None  # of GPUs under DDP, beside one: least, and where a backward hides sums
     checkpoints: int  # those that exist after the run
     storage_bytes: int
 
@@ -104,6 +105,14 @@ class Plan(NamedTuple):
 
 
 # ------------------------------------------------------------------ arithmetic
+
+NETWORK_BYTES = 50e9  # a second, that a GPU sends to other machines: one link of 400 Gb/s each
+
+
+def sent_bytes(parameters: int, ranks: int) -> int:
+    """What each GPU sends a step under DDP: a ring's sum of fp32 gradients, once a step whatever the microbatches."""
+    return 2 * 4 * parameters * (ranks - 1) // ranks
+
 
 # bytes that autograd keeps of a token in a layer, for each unit of (hidden_size, intermediate_size), in 16 bits or fp32
 _ACTIVATIONS = {True: (24, 6), False: (48, 16)}
@@ -253,9 +262,16 @@ def plan_run(cfg: dict[str, Any], *, name: str = "", gpus: str | None = None, mf
             mfu = 6 * config.num_parameters * ORIGINAL_TOKENS / original
     micro = cfg["device_train_microbatch_size"]
     micro = max(1, largest or 0) if micro == "auto" else micro
+    share = ramp.max_size // num_gpus
+    work = 6 * config.num_parameters * tokens
+    hours = mfu and work / (num_gpus * GPUS[gpu][0] * mfu) / 3600
+    efficiency = None
+    if hours and num_gpus > 1 and not sharding:
+        seconds, sums = hours * 3600 / max(1, steps), sent_bytes(config.num_parameters, num_gpus) / NETWORK_BYTES
+        hidden = seconds * 2 / 3 * min(micro, share) / share  # by the backward of the last microbatch
+        efficiency = seconds / (seconds + sums), seconds / (seconds + max(0.0, sums - hidden))
     checkpoints = num_checkpoints(cfg, steps, tokens, per_step)
     flops = _flops_per_token(cfg, data, shares.get("clm", 0.0), targets)
-    work = 6 * config.num_parameters * tokens
     return Plan(
         name=name or cfg.get("run_name") or "without a name",
         model=f"{config.size or 'custom'} {'decoder' if config.causal else 'encoder'}",
@@ -267,7 +283,7 @@ def plan_run(cfg: dict[str, Any], *, name: str = "", gpus: str | None = None, mf
         flops_per_token=flops, flops=flops * tokens, num_gpus=num_gpus, gpu=gpu,
         machine="one CPU process" if gpu == "cpu" else f"{num_gpus}x {gpu.upper()}", microbatch=micro,
         memory_bytes=memory(micro * length), largest_microbatch=largest, fits=largest is None or micro <= largest,
-        mfu=mfu, hours=mfu and work / (num_gpus * GPUS[gpu][0] * mfu) / 3600, checkpoints=checkpoints,
+        mfu=mfu, hours=hours, efficiency=efficiency, checkpoints=checkpoints,
         storage_bytes=checkpoints * 4 * config.num_parameters * (1 if cfg.get("save_weights_only") else 3))
 
 
@@ -343,6 +359,11 @@ def text(plans: Sequence[Plan]) -> str:
         speed = plan.num_tokens / gpu_hours / 3600
         lines["hours"] = (f"{plan.hours:,.2f} on {plan.machine}, {gpu_hours:,.1f} GPU hours: {speed:,.0f} tokens/s per "
                           f"GPU, assuming an MFU of {plan.mfu:.1%}")
+    if plan.efficiency is not None:
+        sent = sent_bytes(plan.parameters, plan.num_gpus)
+        least, most_likely = plan.efficiency
+        lines["network"] = (f"{filesize.decimal(sent)} of gradients sent by each GPU a step; at "
+                            f"{NETWORK_BYTES / 1e9:g} GB/s {least:.1%} to {most_likely:.1%} of one GPU's speed")
     lines["storage"] = f"{plan.checkpoints:,} checkpoints, {filesize.decimal(plan.storage_bytes)} in all"
     return _joined(lines)
 

@@ -25,7 +25,8 @@ ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 @pytest.fixture(scope="module", autouse=True)
 def _small_ray() -> Iterator[None]:
     """A folder of its own for Ray's files, short because they hold sockets, and nothing that calls home."""
-    patch, folder, before = pytest.MonkeyPatch(), tempfile.mkdtemp(prefix="ray-"), psutil.Process().children()
+    patch, folder = pytest.MonkeyPatch(), tempfile.mkdtemp(prefix="ray-")
+    before = psutil.Process().children(recursive=True)  # of other tests: the compiler has workers of its own
     here = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
     for name, value in {"RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled",
                         "RAY_DEDUP_LOGS": "0", "PYTHONPATH": here}.items():
