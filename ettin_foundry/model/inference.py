@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,8 +78,10 @@ class Predictor:
         at = cu_seqlens[:-1] + torch.tensor(positions, device=device)
         was_training = self.model.training
         self.model.eval()
+        # each token generated is another length, for which blocks would be compiled again
+        stance = torch.compiler.set_stance("force_eager") if self.model.compiled else contextlib.nullcontext()
         try:
-            with torch.no_grad(), self.autocast():
+            with torch.no_grad(), self.autocast(), stance:
                 hidden = self.model(ids, position_ids, cu_seqlens.int(), max(lengths))
                 return self.model.predict(hidden[at]).float()  # type: ignore[index]
         finally:

@@ -13,6 +13,7 @@ from ettin_foundry.data.batch import Collator, split_batch
 from ettin_foundry.data.stream import open_stream
 from ettin_foundry.data.tokenizer import load
 from ettin_foundry.model.config import EttinConfig
+from ettin_foundry.model.inference import Predictor
 from ettin_foundry.model.transformer import Ettin, batch_loss
 from ettin_foundry.objectives.targets import TextVocab
 
@@ -90,3 +91,10 @@ def test_compiled_blocks_are_sharded_and_recomputed(data_set, no_process_group):
         assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
     finally:
         dist.destroy_process_group()
+
+
+def test_samples_of_a_run_are_made_without_compiling_for_each_length(data_set):
+    _, compiled = pair_of("clm")
+    predictor = Predictor(compiled, load(data_set / "tokenizer"), "clm")
+    assert len(predictor.generate(["kalo mi", "vol"], max_new_tokens=3)) == 2
+    assert counters["stats"]["unique_graphs"] == 0
