@@ -75,7 +75,7 @@ def _reference_global(q: Tensor, k: Tensor, v: Tensor, documents: Documents, win
     place = torch.arange(documents.max_seqlen, device=q.device)
     starts, ends = documents.cu_seqlens[:-1, None], documents.cu_seqlens[1:, None]
     index = (starts + place).clamp(max=q.shape[0] - 1)                              # (D, M)
-    # an empty document sees one key: a query without any would give NaN gradients
+    # an empty document sees one key: not every kernel has finite gradients for a query without any
     visible = ((starts + place < ends) | (place == 0))[:, None, None, :]            # (D, 1, 1, M)
     if causal:
         visible = visible & (place[:, None] >= place)[None, None]                  # (D, 1, M, M)

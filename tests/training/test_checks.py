@@ -82,6 +82,7 @@ OBJECTIVE = ("model.objective", "train_loader.objective", "eval_loader.objective
     ({"accumulate_train_batch_on_tokens": False}, ["accumulate_train_batch_on_tokens", "original.yaml"]),
     # what would do nothing, or cannot act on our model
     ({"icl_tasks": "x.yaml"}, ["icl_tasks: given", "eval_loader"]),
+    ({"compile_config": {}}, ["compile_config: given", "model.compile"]),
     ({"eval_loader": ...}, ["eval_interval", "without eval_loader", "eval_interval=null"]),
     # where a run starts
     ({"callbacks.ettin_cross": {"source": "a"}, "load_path": "b"}, ["load_path must", "'b'", "ettin_cross.source=a"]),
@@ -163,6 +164,9 @@ def test_the_transform_adds_the_clock_drops_nulls_and_resolves_schedules(ready):
     assert [(block["objective"], block["label"], "mask_rate" in block) for block in made["eval_loaders"]] == [
         ("mlm", "mlm", True), ("clm", "clm", False)]
     assert checks.check_config(copy.deepcopy(made)) == made  # once more changes nothing
+    assert [block["microbatch_size"] for block in (made["train_loader"], *made["eval_loaders"])] == [16] * 3
+    with pytest.raises(ValueError, match="train_loader.microbatch_size must be left out, got 3; it follows from"):
+        checks.check_config(put(ready, {"train_loader.microbatch_size": 3}))
 
 
 def test_a_run_of_another_model_and_loader_is_left_alone():
