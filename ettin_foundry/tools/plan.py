@@ -37,7 +37,7 @@ GPUS = {"h100": (1.979e15 / 2, 79.1), "h100-pcie": (1.513e15 / 2, 79.1), "h200":
 # Ettin's repository, pretraining/README.md: hours for 2T tokens, all phases, on 4x H100
 ORIGINAL_HOURS = {"17m": 141, "32m": 212, "68m": 300, "150m": 470, "400m": 950, "1b": 2170}
 ORIGINAL_TOKENS, ORIGINAL_GPUS = 2_000_000_000_000, 4
-_NO_DATA = "the data is not on this machine: rows taken as full, documents as long as a row"
+_NO_DATA = "no rows of this length are counted on this machine: taken as full, documents as long as a row"
 
 
 class DataFacts(NamedTuple):
