@@ -31,6 +31,44 @@ PARTS = ("take the batch", "split it", "count", "copy of a microbatch", "events 
          "to the device", "sums over ranks", "all others", "in all")
 
 
+class Spent:
+    """CPU seconds of the main thread by part, of the step that runs; a part called by another one counts there."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.steps: list[dict[str, float]] = []
+        self.inside, self.begun = False, time.thread_time()
+
+    def next_step(self) -> None:
+        now = time.thread_time()
+        self.steps.append({**self.seconds, "in all": now - self.begun})
+        self.begun = now
+        self.seconds.clear()
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.inside:
+                return function(*args, **kwargs)
+            name = part
+            if part == "events":  # of the engine: the callbacks and loggers, and the host's own work around them
+                of_pass = any(word in args[1].value for word in ("forward", "loss", "backward"))
+                name = "events of microbatches" if of_pass else "events of the step"
+            self.inside, begin = True, time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[name] += time.thread_time() - begin
+                self.inside = False
+        return call
+
+    def medians(self) -> dict[str, float]:
+        """{part: milliseconds a step}; the first steps, which open shards and start workers, are left out."""
+        found = {part: 1e3 * statistics.median(step.get(part, 0.0) for step in self.steps[4:]) for part in PARTS}
+        found["all others"] = found["in all"] - sum(found[part] for part in PARTS[:-2])
+        return found
+
+
 def measure(data: str, rows: int, length: int, microbatch: int) -> dict[str, float]:
     """{part: median milliseconds a step} of the tree on PYTHONPATH."""
     sys.path.insert(0, os.getcwd())  # for the tree's train.py
@@ -39,7 +77,7 @@ def measure(data: str, rows: int, length: int, microbatch: int) -> dict[str, flo
     from composer.core import DataSpec, Engine
     from composer.devices import DeviceCPU
     from llmfoundry.command_utils import train as run_training
-    from torch.utils.data import dataloader
+    from torch.utils.data.dataloader import _BaseDataLoaderIter
 
     import ettin_foundry.model.composer as model
     from ettin_foundry import register
@@ -47,58 +85,28 @@ def measure(data: str, rows: int, length: int, microbatch: int) -> dict[str, flo
 
     torch.set_num_threads(1)
     register()
-    spent: dict[str, float] = defaultdict(float)
-    inside: list[str] = []
-
-    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if inside:  # counted by the part that called it
-                return function(*args, **kwargs)
-            inside.append(part)
-            name = part
-            if part == "events":  # of the engine: the callbacks and loggers, and the host's own work around them
-                of_pass = any(word in args[1].value for word in ("forward", "loss", "backward"))
-                name = "events of microbatches" if of_pass else "events of the step"
-            begin = time.thread_time()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent[name] += time.thread_time() - begin
-                inside.pop()
-        return call
+    spent = Spent()
 
     def without_pass(inner: Any, batch: dict[str, Any]) -> dict[str, Any]:
         loss = inner.output_bias.sum() * 0 + 1
         return {"loss": loss, "nll": loss, "correct": None, "num_targets": 1, "num_loss_tokens": 1}
 
-    steps: list[dict[str, float]] = []
-    next_batch = dataloader._BaseDataLoaderIter.__next__
+    next_batch, made = spent.timed("take the batch", _BaseDataLoaderIter.__next__), DataSpec.__init__
 
     def take(iterator: Any) -> Any:
-        steps.append({**spent, "in all": time.thread_time() - started[-1]})
-        spent.clear()
-        started.append(time.thread_time())
-        batch = next_batch(iterator)
-        spent["take the batch"] += time.thread_time() - started[-1]
-        return batch
+        spent.next_step()
+        return next_batch(iterator)
 
-    started = [time.thread_time()]
-    model.batch_loss = without_pass
-    dataloader._BaseDataLoaderIter.__next__ = take
-    # the DataSpec keeps the functions that it is given: they are wrapped where it is asked for them
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:  # it keeps the functions that it is given
+        made(self, *args, **kwargs)
+        self.split_batch = spent.timed("split it", self.split_batch)
+        self.get_num_samples_in_batch = spent.timed("count", self.get_num_samples_in_batch)
+
+    model.batch_loss, _BaseDataLoaderIter.__next__, DataSpec.__init__ = without_pass, take, init
     for owner, name, part in ((Engine, "run_event", "events"), (DeviceCPU, "batch_to_device", "to the device"),
                               (host, "deepcopy", "copy of a microbatch"), (host.dist, "all_reduce", "sums over ranks"),
                               (DataSpec, "get_num_tokens_in_batch", "count")):
-        setattr(owner, name, timed(part, getattr(owner, name)))
-    made = DataSpec.__init__
-
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        made(self, *args, **kwargs)
-        self.split_batch = timed("split it", self.split_batch)
-        self.get_num_samples_in_batch = timed("count", self.get_num_samples_in_batch)
-
-    DataSpec.__init__ = init
+        setattr(owner, name, spent.timed(part, getattr(owner, name)))
     with tempfile.TemporaryDirectory() as folder:
         run_training(configure([
             "yamls/nano.yaml", f"variables.data={data}", f"variables.max_seq_len={length}",
@@ -106,10 +114,7 @@ def measure(data: str, rows: int, length: int, microbatch: int) -> dict[str, flo
             f"variables.eval_tokens={length}", f"max_duration={STEPS}ba", f"variables.save_root={folder}",
             f"train_loader.num_workers={WORKERS}", "eval_loader=null", "save_interval=1000ba", "progress_bar=false",
             "log_to_console=false", "python_log_level=warning"])).close()
-    kept = steps[4:]  # the first steps open shards and start workers
-    found = {part: 1e3 * statistics.median(step.get(part, 0.0) for step in kept) for part in PARTS}
-    found["all others"] = found["in all"] - sum(found[part] for part in PARTS[:-2])
-    return found
+    return spent.medians()
 
 
 def main() -> None:

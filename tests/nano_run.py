@@ -79,7 +79,7 @@ def rows_of(state: Any) -> dict[str, Any]:
     size, collate.microbatch_size = collate.microbatch_size, None
     rows = loader.dataset.rows_of(batch["step"], rank=dist.get_global_rank(), world_size=dist.get_world_size())
     again = collate(rows)
-    for mine, theirs in zip(split_batch(again, size), split_batch(batch, size), strict=True):
+    for mine, theirs in zip(split_batch(again, size), batch["microbatches"].unpack(), strict=True):
         assert mine.keys() == theirs.keys()
         for key, value in mine.items():
             assert torch.equal(value, theirs[key]) if isinstance(value, torch.Tensor) else value == theirs[key], key

@@ -40,7 +40,7 @@ class Packed:
             self.words[words].view(dtype)[:length] = value
 
     def pin_memory(self) -> Packed:
-        """Called by the DataLoader's thread: from pageable memory, a copy to the device would wait for queued work."""
+        """Also called by the DataLoader's thread; from pageable memory, a copy to the device waits for queued work."""
         self.words = self.words.pin_memory()
         return self
 
@@ -60,7 +60,7 @@ class Collator:
         objective, mask_rate: as in YAML, see objectives/schedule.py.
         vocab: ids of special and text tokens. max_seq_len: T. seed: the loader's shuffle_seed.
         microbatch_size: rows of a microbatch; the batch then has them ready, in place of its (B, T) tensors.
-        fixed_lengths: see `split_batch`; acts on ready microbatches.
+        fixed_lengths: of those, see `split_batch`.
     """
 
     def __init__(self, objective: Any, vocab: TextVocab, *, max_seq_len: int, mask_rate: Any, seed: int,
@@ -165,14 +165,12 @@ def flatten(batch: Batch, length: int | None = None) -> Batch:
 
 
 def split_batch(batch: Batch, microbatch_size: int | float, fixed_lengths: int | None = None) -> list[Batch]:
-    """Flat microbatches of `microbatch_size` rows each, or of fewer; of a batch that has them ready, those.
+    """Flat microbatches of `microbatch_size` rows each, or of fewer, of a (B, T) batch.
 
     Each is of one kind: in a mixture, rows of clm come first, and there is one microbatch more than the rows need,
     possibly without rows, so that all ranks have as many. `fixed_lengths`: N is this fraction of the positions of
     `microbatch_size` rows, or a multiple of it, see `flatten`; 1 where rows are full.
     """
-    if "microbatches" in batch:
-        return batch["microbatches"].unpack()
     if int(microbatch_size) != microbatch_size or microbatch_size < 1:
         raise ValueError(f"device_train_microbatch_size must be an integer >= 1, got {microbatch_size}")
     size, tensors = int(microbatch_size), {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}

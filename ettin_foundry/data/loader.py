@@ -16,7 +16,7 @@ from composer import DataSpec
 from composer.utils import dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ettin_foundry.data.batch import FEW_LENGTHS, Collator, count_samples, count_tokens, split_batch
+from ettin_foundry.data.batch import FEW_LENGTHS, Batch, Collator, Packed, count_samples, count_tokens, split_batch
 from ettin_foundry.data.stream import Row, RowStream, check_warmup, open_stream
 from ettin_foundry.data.tokenizer import check as check_tokenizer
 from ettin_foundry.objectives.targets import TextVocab
@@ -110,14 +110,23 @@ def build_ettin_loader(
         dataset=dataset, max_seq_len=max_seq_len, packing=packing, shuffle=shuffle, shuffle_seed=shuffle_seed,
         shuffle_window=shuffle_window, batch_size_warmup=batch_size_warmup, global_batch_size=batch_size * world_size)
     check_tokenizer(tokenizer, stream.data.tokenizer)
+    pin = pin_memory and torch.cuda.is_available()
+
+    def split(batch: Batch, microbatch_size: int | float) -> list[Batch]:
+        """What a worker made; or made here, where only Composer knows the size (`auto`)."""
+        if "microbatches" in batch:
+            return batch["microbatches"].unpack()
+        made = Packed(split_batch(batch, microbatch_size, collate.fixed_lengths))
+        return (made.pin_memory() if pin else made).unpack()
+
     loader = DataLoader(
         RowDataset(stream), batch_size=None, collate_fn=collate, num_workers=num_workers,
         prefetch_factor=prefetch_factor, persistent_workers=persistent_workers, timeout=timeout,
-        pin_memory=pin_memory and torch.cuda.is_available(),
+        pin_memory=pin and microbatch_size is not None,
         # it draws a seed for its workers at each start; from the default generator that would shift dropout
         generator=torch.Generator().manual_seed(shuffle_seed))
     # the dataset makes the batches; Composer still asks the loader for their size
     object.__setattr__(loader, "batch_size", batch_size)
-    return DataSpec(loader, num_samples=None if shuffle else stream.order.rows_per_epoch, split_batch=split_batch,
+    return DataSpec(loader, num_samples=None if shuffle else stream.order.rows_per_epoch, split_batch=split,
                     microbatch_transforms=Microbatch, get_num_samples_in_batch=count_samples,
                     get_num_tokens_in_batch=count_tokens)  # type: ignore[arg-type]

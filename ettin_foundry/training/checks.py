@@ -322,7 +322,7 @@ def resolve_schedules(cfg: dict[str, Any]) -> None:
 
 
 def split_in_workers(cfg: dict[str, Any]) -> None:
-    """Tells the loaders their microbatches, so that workers make them, and whether compiled code wants fixed shapes.
+    """Tells the loaders whether compiled code wants fixed shapes, and their microbatches, so that workers make them.
 
     Without a number (`auto`), the main process makes them.
     """
@@ -333,9 +333,8 @@ def split_in_workers(cfg: dict[str, Any]) -> None:
     fixed_shapes = compiles(cfg["model"].get("compile", "auto"))
     for key, block in loaders(cfg):
         size = micro if key == "train_loader" else of_eval
-        if size != "auto":
-            filled = dict(zip(_FILLED, (size, fixed_shapes)))
-            for name, value in filled.items():
-                require(block.get(name) in (None, value), f"{key}.{name}", "left out", block.get(name),
-                        "it follows from device_train_microbatch_size, device_eval_batch_size and model.compile")
-            block |= filled
+        filled = dict(zip(_FILLED, (None if size == "auto" else size, fixed_shapes)))
+        for name, value in filled.items():
+            require(block.get(name) in (None, value), f"{key}.{name}", "left out", block.get(name),
+                    "it follows from device_train_microbatch_size, device_eval_batch_size and model.compile")
+        block |= filled

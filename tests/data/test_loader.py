@@ -102,6 +102,17 @@ def test_an_encoder_reads_the_decoders_rows_masked_by_seed_epoch_and_row(build, 
     assert epoch == 1
 
 
+@pytest.mark.parametrize(("fixed_shapes", "packing"), [(False, True), (True, True), (True, False)])
+def test_microbatches_are_the_same_from_a_worker_and_where_the_host_searches_their_size(build, fixed_shapes, packing):
+    keys = {"fixed_shapes": fixed_shapes, "packing": packing}
+    ready, auto = build(8, microbatch_size=2, num_workers=2, **keys), build(8, **keys)
+    for made, whole in zip(take(ready, 4), take(auto, 4)):
+        parts = ready.split_batch(made, 2)
+        assert_same(parts, auto.split_batch(whole, 2))
+        lengths = {len(part["input_ids"]) for part in parts}
+        assert not fixed_shapes or (lengths == {2 * T} if packing else all(not n % (2 * T // 8) for n in lengths))
+
+
 WARMUP = {"min_size": 4, "tokens": 4000}  # 4, 8, 12 rows, then 16
 
 

@@ -167,6 +167,9 @@ def test_the_transform_adds_the_clock_drops_nulls_and_resolves_schedules(ready):
     assert [block["microbatch_size"] for block in (made["train_loader"], *made["eval_loaders"])] == [16] * 3
     with pytest.raises(ValueError, match="train_loader.microbatch_size must be left out, got 3; it follows from"):
         checks.check_config(put(ready, {"train_loader.microbatch_size": 3}))
+    auto = put(ready, {"device_train_microbatch_size": "auto", "model.compile": "blocks"})
+    checks.split_in_workers(auto)  # compiled code wants fixed shapes, whoever makes the microbatches
+    assert (auto["train_loader"]["microbatch_size"], auto["train_loader"]["fixed_shapes"]) == (None, True)
 
 
 def test_a_run_of_another_model_and_loader_is_left_alone():
