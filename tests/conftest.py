@@ -88,7 +88,7 @@ def data_set(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_d
 
     out = tmp_path_factory.mktemp("data") / "set"
     convert(ConvertOptions(sources=[str(corpus)], out=out, tokenizer=tokenizer_dir, chunk_length=CHUNK_LENGTH,
-                           validation=0.1, shard_size="12kb"))
+                           cut_window=0.1, validation=0.1, shard_size="12kb"))  # golden losses are of these cuts
     return out
 
 

@@ -20,7 +20,8 @@ SOURCES = ("wiki", "code")
 
 def run(out: Path | str, sources: list[Path | str], tokenizer: Path | None, **more: object) -> Summary:
     """Converts into small shards and units; one worker, in this process."""
-    small = {"chunk_length": CHUNK_LENGTH, "validation": 0.0, "shard_size": "8kb", "workers": 1, "unit_size": UNIT}
+    small = {"chunk_length": CHUNK_LENGTH, "validation": 0.0, "shard_size": "8kb", "workers": 1, "unit_size": UNIT,
+             "cut_window": 0.1}
     options = {"sources": [*map(str, sources)], "out": out, "tokenizer": tokenizer, **small, **more}
     return convert(ConvertOptions(**options))  # type: ignore[arg-type]
 

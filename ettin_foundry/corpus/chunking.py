@@ -1,12 +1,13 @@
 """Where a document's tokens are cut into chunks: at a paragraph or sentence end near the limit, outside of characters.
 
-A document of at most `chunk_length` tokens is one chunk. A longer one is cut, from its beginning, like this:
+A document of at most `chunk_length` tokens is one chunk. A longer one is cut, from its beginning, like this, where the
+window is a share of `chunk_length`, say a hundredth:
 
-1. While at least 1.1 chunks remain, the next chunk ends at the best place of the last tenth of `chunk_length`: the
+1. While at least 1.01 chunks remain, the next chunk ends at the best place of the last hundredth of `chunk_length`: the
    latest paragraph end, else sentence end, else line end, else place before a space, else place between characters.
-2. When more than one but less than 1.1 chunks remain, they become two chunks of similar size, cut at the best place of
-   the tenth around their middle. So every chunk of a longer document holds at least a tenth of `chunk_length`.
-3. Where the whole tenth lies inside characters (a token may end one and begin the next), the latest place before it
+2. When more than one but less than 1.01 chunks remain, they become two chunks of similar size, cut at the best place of
+   the hundredth around their middle. So every chunk of a longer document holds at least a hundredth of `chunk_length`.
+3. Where the whole window lies inside characters (a token may end one and begin the next), the latest place before it
    that lies between two characters is taken; where the chunk has none, the cut is made all the same.
 
 Paragraph end: after a blank line. Sentence end: after a terminator and its closing quotes or brackets, if a space
@@ -74,7 +75,7 @@ _RANKS[[_SPACED, _ENDED_LINE]] = _SENTENCE_END
 _RANKS[_PARAGRAPH] = _PARAGRAPH_END
 _RANKS[:, _BEGINS_INSIDE] = _INSIDE
 
-_CONTEXT = 16  # tokens before the tenth that the machine runs over first, to know the state at its beginning
+_CONTEXT = 16  # tokens before the window that the machine runs over first, to know the state at its beginning
 
 
 @functools.cache
@@ -102,26 +103,35 @@ class Chunker:
 
     Args:
         tokenizer_json: content of tokenizer.json. chunk_length: most tokens in a chunk, 1 to 65,535.
-        window: share of `chunk_length`, 0 to 0.5, in which the best place is looked for: the module's tenth. With 0 a
-            chunk is as long as characters allow, and what remains at the end may be short.
+        window: share of `chunk_length`, 0 to 0.5, in which the best place is looked for. With 0 a chunk is as long as
+            characters allow, and what remains at the end may be short.
     """
 
-    def __init__(self, tokenizer_json: str, chunk_length: int, window: float = 0.1) -> None:
+    def __init__(self, tokenizer_json: str, chunk_length: int, window: float) -> None:
         self.chunk_length, self.window = chunk_length, window
-        self._tenth = int(chunk_length * window + 1e-9)
+        self._places = int(chunk_length * window + 1e-9)
         self._after, self._begins, self._rows = _tables(token_bytes(tokenizer_json))
 
     def cuts(self, tokens: np.ndarray) -> list[int]:
         """Ends of the chunks of a document's (L,) tokens: chunk k is tokens[ends[k - 1]:ends[k]]."""
-        limit, tenth = self.chunk_length, self._tenth
+        limit, places = self.chunk_length, self._places
         ends = [0]
         while (left := len(tokens) - ends[-1]) > limit:
-            high = limit if left >= limit * (1 + self.window) - 1e-6 else left // 2 + tenth // 2
-            ends.append(self._best(tokens, ends[-1], ends[-1] + high - tenth, ends[-1] + high))
+            high = limit if left >= limit * (1 + self.window) - 1e-6 else left // 2 + places // 2
+            ends.append(self._best(tokens, ends[-1], ends[-1] + high - places, ends[-1] + high))
         return [*ends[1:], len(tokens)]
 
     def _best(self, tokens: np.ndarray, begin: int, low: int, high: int) -> int:
         """The best place in [low, high] to end the chunk from `begin` on; begin < low, high < len(tokens)."""
+        ranks = self.ranks(tokens, low, high).tobytes()
+        for rank in (_PARAGRAPH_END, _SENTENCE_END, _LINE_END, _BEFORE_SPACE, _BETWEEN):
+            if (at := ranks.rfind(rank)) >= 0:
+                return low + at
+        between = np.flatnonzero(self._begins[tokens[begin + 1:low]] != _BEGINS_INSIDE)
+        return begin + 1 + int(between[-1]) if len(between) else high
+
+    def ranks(self, tokens: np.ndarray, low: int, high: int) -> np.ndarray:
+        """(high + 1 - low,) uint8 ranks of the places in [low, high], 0 inside a character to 5 a paragraph end."""
         first = max(0, low - 1 - _CONTEXT)
         window = tokens[first:high + 1]  # one more than the places: what follows a place counts too
         after = self._after.take(window)
@@ -129,12 +139,7 @@ class Chunker:
         for at in (after >= _NUM_STATES).nonzero()[0].tolist():
             states[at] = self._rows[states[at]][states[at - 1] if at else _WORD]
         before = np.frombuffer(states, np.uint8)[low - 1 - first:-1]
-        ranks = _RANKS.take(4 * before + self._begins.take(window[low - first:])).tobytes()
-        for rank in (_PARAGRAPH_END, _SENTENCE_END, _LINE_END, _BEFORE_SPACE, _BETWEEN):
-            if (at := ranks.rfind(rank)) >= 0:
-                return low + at
-        between = np.flatnonzero(self._begins[tokens[begin + 1:low]] != _BEGINS_INSIDE)
-        return begin + 1 + int(between[-1]) if len(between) else high
+        return _RANKS.take(4 * before + self._begins.take(window[low - first:]))
 
 
 def _tables(pieces: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, list[tuple[int, ...]]]:

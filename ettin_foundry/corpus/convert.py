@@ -48,7 +48,7 @@ class ConvertOptions:
     tokenizer: str | os.PathLike[str] | None = None
     train_tokenizer: int | None = None
     chunk_length: int = 1024 - SPECIALS_PER_PIECE
-    cut_window: float = 0.1
+    cut_window: float = 0.01
     validation: float = 0.005
     text_field: str = ReadOptions.text_field
     id_field: str | None = ReadOptions.id_field

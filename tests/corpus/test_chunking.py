@@ -12,6 +12,8 @@ from conftest import make_documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ettin_foundry.corpus.chunking import Chunker, token_bytes
+from ettin_foundry.corpus.convert import ConvertOptions
+from ettin_foundry.data.packing import pack_lengths, piece_counts
 
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 MIXED = (
@@ -79,15 +81,15 @@ def rank(before: str, after: str, inside: bool) -> int:
     return 2 if following.isspace() else 1
 
 
-def cuts_by_reading(pieces: list[bytes], limit: int) -> list[int]:
-    """The rule of the module's docstring, every place of the tenth ranked on its own, on text."""
+def cuts_by_reading(pieces: list[bytes], limit: int, percent: int) -> list[int]:
+    """The rule of the module's docstring, every place of the window ranked on its own, on text."""
     texts = [piece.decode("utf-8", "replace") for piece in pieces]
     inside = [0x80 <= piece[0] < 0xC0 for piece in pieces]
     ends, begin = [], 0
     while len(pieces) - begin > limit:
-        left, tenth = len(pieces) - begin, limit // 10
-        high = begin + (limit if 10 * left >= 11 * limit else left // 2 + tenth // 2)
-        low = high - tenth
+        left, window = len(pieces) - begin, limit * percent // 100
+        high = begin + (limit if 100 * left >= (100 + percent) * limit else left // 2 + window // 2)
+        low = high - window
         context = max(0, low - 1 - 16)  # what is further back is taken for a word
         places = [(rank("x" + "".join(texts[context:place]), texts[place], inside[place]), place)
                   for place in range(low, high + 1)]
@@ -99,15 +101,15 @@ def cuts_by_reading(pieces: list[bytes], limit: int) -> list[int]:
     return [*ends, len(pieces)]
 
 
-def check_same(tokenizer: Tokenizer, tokens: np.ndarray, limit: int, *, is_text: bool = True) -> int:
+def check_same(tokenizer: Tokenizer, tokens: np.ndarray, limit: int, percent: int = 10, *, is_text: bool = True) -> int:
     """Holds the cuts to the rule, and those of a text to what it promises: whole characters, no scraps."""
     pieces = token_bytes(tokenizer.to_str())
-    ends = Chunker(tokenizer.to_str(), limit).cuts(tokens)
-    assert ends == cuts_by_reading([pieces[token] for token in tokens.tolist()], limit)
+    ends = Chunker(tokenizer.to_str(), limit, percent / 100).cuts(tokens)
+    assert ends == cuts_by_reading([pieces[token] for token in tokens.tolist()], limit, percent)
     sizes = np.diff([0, *ends])
     assert sizes.min() >= 1 and sizes.max() <= limit and sizes.sum() == len(tokens)
     if is_text and len(ends) > 1:
-        assert sizes.min() >= limit / 10
+        assert 100 * sizes.min() >= percent * limit
         for chunk in np.split(tokens, ends[:-1]):
             b"".join(pieces[token] for token in chunk.tolist()).decode()
     return len(ends)
@@ -136,15 +138,27 @@ def test_cuts_are_those_of_the_rule_on_any_ids(trained):
 def test_cuts_are_those_of_the_rule_with_the_real_vocabulary(ettin_tokenizer_dir):
     tokenizer = Tokenizer.from_file(str(ettin_tokenizer_dir / "tokenizer.json"))
     code = Path(argparse.__file__).read_text(encoding="utf-8")
-    for limit in (24, 510, 1022):
-        assert check_same(tokenizer, encode(tokenizer, code[:60_000] + MIXED * 20), limit) > 10
+    for limit, percent in ((24, 10), (510, 10), (1022, 10), (1022, 1)):
+        assert check_same(tokenizer, encode(tokenizer, code[:60_000] + MIXED * 20), limit, percent) > 10
+
+
+@pytest.mark.parametrize(("length", "goal"), [(1024, 0.995), (8192, 0.99)])
+def test_packed_rows_of_long_documents_are_full_with_the_default_window(length, goal):
+    """The standard library with a token a byte: most files are longer than a row, so few fill the gaps."""
+    tokenizer = byte_level({token: number for number, token in enumerate(sorted(ALPHABET))}, []).to_str()
+    ids = np.argsort([piece[0] for piece in token_bytes(tokenizer)]).astype(np.uint16)
+    chunker = Chunker(tokenizer, length - 2, ConvertOptions.cut_window)
+    paths = [path for path in Path(argparse.__file__).parent.glob("*/*.py") if path.parent.name != "site-packages"]
+    ends = [chunker.cuts(ids[np.frombuffer(path.read_bytes(), np.uint8)]) for path in paths if path.stat().st_size]
+    counts = piece_counts(np.bincount(np.concatenate([np.diff([0, *each]) for each in ends])))
+    assert counts @ np.arange(len(counts)) / (pack_lengths(counts, length).num_rows * length) >= goal
 
 
 def test_characters_are_whole_also_where_tokens_straddle_them():
     """A vocabulary whose tokens end one character and begin the next: the whole tenth may lie inside characters."""
     tokens = ["a", "\u00e3", "\u0123", "\u0124", "\u0124\u00e3\u0123"]  # a, bytes e3 81 82, and 82 e3 81
     tokenizer = byte_level({token: number for number, token in enumerate(tokens)}, []).to_str()
-    chunker = Chunker(tokenizer, 50)
+    chunker = Chunker(tokenizer, 50, 0.1)
     kana = np.array([0] * 20 + [1, 2] + [4] * 39 + [3] + [0] * 60, np.uint16)  # a * 20, 40 kana, a * 60
     assert b"".join(np.array(token_bytes(tokenizer), object)[kana]).decode() == "a" * 20 + "\u3042" * 40 + "a" * 60
     assert chunker.cuts(kana) == [20, 70, 98, 122]  # back to the last place between characters
@@ -167,7 +181,7 @@ def test_bytes_of_word_pieces_and_their_sentences():
     pieces = token_bytes(tokenizer.to_str())
     assert [pieces[words.index(word)] for word in ("the", "##s", ".", "14")] == [b" the", b"s", b".", b" 14"]
     for text, place in ("sat. " + "the cats " * 20, 38), ("3.14 " + "naive " * 20, 39):  # not "3." or "na|ive"
-        assert Chunker(tokenizer.to_str(), 40).cuts(encode(tokenizer, "the cats " * 12 + text))[0] == place
+        assert Chunker(tokenizer.to_str(), 40, 0.1).cuts(encode(tokenizer, "the cats " * 12 + text))[0] == place
     ends_marked = models.BPE(vocab={"a": 0, "a</w>": 1, ".</w>": 2}, merges=[], end_of_word_suffix="</w>")
     assert token_bytes(Tokenizer(ends_marked).to_str()) == [b"a", b"a ", b". "]
 
@@ -179,7 +193,7 @@ def test_bytes_of_unigram_pieces_with_byte_fallback():
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     pieces = token_bytes(tokenizer.to_str())
     assert pieces[1:] == [*(bytes([byte]) for byte in range(256)), b" the", b" ", b".", b"a", b"<0xZZ>"]
-    ends = Chunker(tokenizer.to_str(), 10).cuts(encode(tokenizer, "\u6c49" * 20))
+    ends = Chunker(tokenizer.to_str(), 10, 0.1).cuts(encode(tokenizer, "\u6c49" * 20))
     assert [end % 3 for end in ends[:-1]] == [1] * (len(ends) - 1)  # the leading word mark, then 3 bytes a character
 
 

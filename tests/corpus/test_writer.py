@@ -19,7 +19,7 @@ from ettin_foundry.data import COLUMNS
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 BYTES: Any = Tokenizer(models.BPE(vocab={character: n for n, character in enumerate(ALPHABET)}, merges=[]))
 BYTES.pre_tokenizer = pre_tokenizers.ByteLevel()
-CHUNKER = Chunker(BYTES.to_str(), 300)  # every byte is a token
+CHUNKER = Chunker(BYTES.to_str(), 300, 0.1)  # every byte is a token
 Documents = list[tuple[str, np.ndarray]]
 
 

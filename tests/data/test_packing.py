@@ -6,10 +6,10 @@ import pytest
 from ettin_foundry.data.packing import pack_lengths, piece_counts
 
 
-def realistic_lengths(documents, chunk_length):
+def realistic_lengths(documents, chunk_length, median):
     """Chunk lengths as real text gives them: log-normal documents, long ones cut into full chunks and a rest."""
     chunks = []
-    for tokens in np.exp(np.random.default_rng(2).normal(6.2, 1.1, documents)).astype(int) + 1:
+    for tokens in np.exp(np.random.default_rng(2).normal(np.log(median), 1.1, documents)).astype(int) + 1:
         chunks += [chunk_length] * (tokens // chunk_length) + [tokens % chunk_length] * (tokens % chunk_length > 0)
     return np.array(chunks)
 
@@ -41,9 +41,10 @@ def test_packing_on_counts_equals_placing_pieces_one_by_one(seed):
     assert sorted(capacity - row.sum() for row in rows_of(packing)) == place_one_by_one(pieces.tolist(), capacity)
 
 
+@pytest.mark.parametrize("median", [500, 60])
 @pytest.mark.parametrize(("capacity", "goal"), [(1024, 0.995), (8192, 0.99)])
-def test_every_piece_is_in_one_row_and_rows_are_full_on_realistic_lengths(capacity, goal):
-    chunks = realistic_lengths(45_000, capacity - 2)  # about the text of one 64 MB shard
+def test_every_piece_is_in_one_row_and_rows_are_full_on_realistic_lengths(capacity, goal, median):
+    chunks = realistic_lengths(45_000, capacity - 2, median)  # about the text of one 64 MB shard
     counts = piece_counts(np.bincount(chunks))
     packing = pack_lengths(counts, capacity)
     rows = rows_of(packing)
