@@ -38,6 +38,7 @@ from cpu_vs_transformers import VOCAB_SIZE, hf_model  # noqa: E402
 from real_job import ANCHORS  # noqa: E402
 from streams import flat_stream, machine, padded_batch, results_path, synthetic_documents  # noqa: E402
 
+from ettin_foundry.model.backends import choose  # noqa: E402
 from ettin_foundry.model.config import EttinConfig  # noqa: E402
 from ettin_foundry.model.transformer import Ettin  # noqa: E402
 
@@ -83,10 +84,10 @@ def our_model(case: Case, args: argparse.Namespace) -> tuple[torch.nn.Module, Ca
     with torch.device(args.device):
         model = Ettin(config_of(size, objective, length)).train()
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    note = model.backend(args.device, dtype).name
     if args.compile:
         model.compile_blocks()
-        note += ", blocks compiled"
+    backends = choose("auto", args.device, dtype, model.config, model.compiled, False)
+    note = " and ".join(dict.fromkeys(backends.values())) + (", blocks compiled" if args.compile else "")
 
     def total(b: dict) -> torch.Tensor:
         # the row's length in place of the longest document's, as the loader gives it to compiled blocks

@@ -1,21 +1,22 @@
-"""Attention over a flat stream of documents: one signature, a flash path and a reference path.
+"""Attention over a flat stream of documents: one signature; flash kernels, flex_attention and a reference path.
 
 Windows are flash-attn's: (left, right), both ends included, -1 for no limit; causal is right == 0. The reference path,
-SDPA on any device and dtype, defines the meaning. The flash path is flash-attn 3 or 2 if installed, else torch's
-`varlen_attn` (torch >= 2.11). Shapes: N tokens, D documents, H heads, K head dimension, W block width.
+SDPA on any device and dtype, defines the meaning. Flash kernels are flash-attn's 3 and 2, where installed, and torch's
+`varlen_attn` (torch >= 2.11). flex_attention (torch >= 2.7) skips blocks of keys that a block of queries does not see.
+backends.py chooses. Shapes: N tokens, D documents, H heads, K head dimension, W block width, B blocks of 128 tokens.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler at once, which takes seconds
+
+FLEX_BLOCK = 128  # queries or keys: what kernels of flex_attention are tuned for
+GLOBAL_WINDOWS = {True: (-1, 0), False: (-1, -1)}  # of global layers, causal or not
 
 
 class Documents:
@@ -26,27 +27,27 @@ class Documents:
         self.cu_seqlens, self.max_seqlen, self.position_ids = cu_seqlens, max_seqlen, position_ids
         self._cache: dict[object, Any] = {}  # masks are the same in every layer of one forward
 
-    def cached(self, key: object, make: Callable[[], Any]) -> Any:
+    def cached(self, make: Callable[..., Any], *arguments: Any) -> Any:
+        """make(self, *arguments), made once."""
+        key = (make.__name__, *arguments)
         if key not in self._cache:
-            self._cache[key] = make()
+            self._cache[key] = make(self, *arguments)
         return self._cache[key]
-
-
-class Backend(NamedTuple):
-    name: str  # flash_attn_3, flash_attn_2, varlen_attn or reference
-    reason: str
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window_size: tuple[int, int],
               backend: str = "reference") -> Tensor:
     """(N, H, K) softmax attention inside each document, scale K ** -0.5.
 
-    q, k, v: (N, H, K), of one dtype, bf16 or fp16 for the flash backends. backend: a `Backend.name`.
+    q, k, v: (N, H, K), of one dtype, bf16 or fp16 for the flash backends. backend: `flash_attn_3`, `flash_attn_2`,
+    `varlen_attn`, `flex_attention` or `reference`.
     """
     if q.shape[0] == 0:  # flash kernels refuse it; returned as it is, so that every rank has gradients to reduce
         return q
     if backend == "reference":
         return (_reference_global if window_size[0] < 0 else _reference_local)(q, k, v, documents, window_size)
+    if backend == "flex_attention":
+        return _flex_attention(q, k, v, documents, window_size)
     borders = (documents.cu_seqlens, documents.cu_seqlens, documents.max_seqlen, documents.max_seqlen)
     if backend == "varlen_attn":
         from torch.nn.attention.varlen import varlen_attn  # type: ignore
@@ -66,7 +67,7 @@ def _reference_global(q: Tensor, k: Tensor, v: Tensor, documents: Documents, win
     causal = window_size[1] == 0
     # on a CPU the borders are readable, so that no padding is computed; compiled code would depend on their values
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        lengths = documents.cached("lengths", lambda: [n for n in documents.cu_seqlens.diff().tolist() if n])
+        lengths = [n for n in documents.cu_seqlens.diff().tolist() if n]
         # split, not one slice a document: the backward of a slice writes zeros for the whole stream
         parts = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))  # (1, H, L, K) each
         out = [F.scaled_dot_product_attention(q_d, k_d, v_d, is_causal=causal) for q_d, k_d, v_d in zip(*parts)]
@@ -99,7 +100,7 @@ def _reference_local(q: Tensor, k: Tensor, v: Tensor, documents: Documents, wind
         x = x.view(blocks + sum(sides), width, heads, dim)
         return torch.cat([x[i:i + blocks] for i in range(sum(sides) + 1)], dim=1).transpose(1, 2)
 
-    mask = local_mask(documents, window_size, q.dtype)
+    mask = documents.cached(local_mask, window_size, q.dtype)
     queries = F.pad(q, (0, 0, 0, 0, 0, blocks * width - num_tokens)).view(blocks, width, heads, dim).transpose(1, 2)
     out = F.scaled_dot_product_attention(queries, keys(k), keys(v), attn_mask=mask)
     return out.transpose(1, 2).reshape(blocks * width, heads, dim)[:num_tokens]
@@ -111,11 +112,7 @@ def _block_shape(window_size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
 
 
 def local_mask(documents: Documents, window_size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """(blocks, 1, W, (1 + sum(sides)) * W), 0 where a key is visible and -inf elsewhere; made once a stream."""
-    return documents.cached(("local", window_size, dtype), lambda: _make_local_mask(documents, window_size, dtype))
-
-
-def _make_local_mask(documents: Documents, window_size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """(blocks, 1, W, (1 + sum(sides)) * W), 0 where a key is visible and -inf elsewhere."""
     (width, sides), num_tokens = _block_shape(window_size), documents.position_ids.shape[0]
     device = documents.position_ids.device
     blocks, span = -(-num_tokens // width), (1 + sum(sides)) * width
@@ -131,35 +128,44 @@ def _make_local_mask(documents: Documents, window_size: tuple[int, int], dtype: 
     return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))[:, None]
 
 
-@_disable_dynamo
-@functools.cache
-def _flash_candidates() -> tuple[Backend, ...]:
-    """The flash implementations that this environment and GPU can run, best first."""
-    capability, found = torch.cuda.get_device_capability(), []
-    if importlib.util.find_spec("flash_attn_interface") and capability[0] == 9:
-        found.append(Backend("flash_attn_3", "flash-attn 3 is installed and this is a Hopper GPU"))
-    if capability >= (8, 0) and importlib.util.find_spec("flash_attn"):
-        found.append(Backend("flash_attn_2", "flash-attn 2 is installed"))
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if capability >= (8, 0) and version >= (2, 11):  # 2.10 has the function, but without windows
-        found.append(Backend("varlen_attn", f"torch {torch.__version__} brings varlen_attn with windows"))
-    return tuple(found)
+def _flex_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window_size: tuple[int, int]) -> Tensor:
+    """Where it is not compiled, and in any backward on a CPU, all N ** 2 scores are computed."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    options = {"BLOCKS_ARE_CONTIGUOUS": True, "FORCE_USE_FLEX_ATTENTION": True}  # not its kernel for decoding
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, N, K) each
+    out: Any = flex_attention(q, k, v, block_mask=documents.cached(block_mask, window_size), kernel_options=options)
+    return out[0].transpose(0, 1)
 
 
-def select_backend(wish: str, device_type: str, dtype: torch.dtype) -> Backend:
-    """The attention implementation for this device and dtype; a `flash` that cannot be had is an error."""
-    if wish not in ("auto", "flash", "reference"):
-        raise ValueError(f"model.attn_impl must be auto, flash or reference, got {wish!r}")
-    if wish == "reference":
-        return Backend("reference", "asked for by model.attn_impl")
-    if device_type != "cuda":
-        obstacle = f"flash kernels need a CUDA device and this is {device_type}"
-    elif dtype not in (torch.bfloat16, torch.float16):
-        obstacle = f"flash kernels need bf16 or fp16 and this is {dtype}"
-    elif not _flash_candidates():
-        obstacle = "flash kernels need an Ampere GPU or newer with flash-attn, or torch >= 2.11"
-    else:
-        return _flash_candidates()[0]
-    if wish == "flash":
-        raise ValueError(f"model.attn_impl must be auto or reference here, got 'flash': {obstacle}")
-    return Backend("reference", obstacle)
+def block_mask(documents: Documents, window_size: tuple[int, int]) -> Any:
+    """flex_attention's BlockMask of a stream with tokens, without a read from its device.
+
+    Every token sees an interval of keys around itself, whose ends never go back from one token to the next. So what a
+    block of queries sees is one interval of blocks, and so is what sees a block of keys: first and number say all.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    (left, right), num_tokens = window_size, documents.position_ids.shape[0]
+    token = torch.arange(num_tokens, device=documents.position_ids.device, dtype=torch.int32)
+    low, high = token - documents.position_ids.int(), token
+    if left >= 0:
+        low = torch.maximum(low, token - left)
+    if right:
+        high = documents.cu_seqlens[torch.searchsorted(documents.cu_seqlens, token, right=True)] - 1
+        high = high if right < 0 else torch.minimum(high, token + right)
+    # kernels look up to the end of the last block: there is memory, and no key is visible
+    rest = -num_tokens % FLEX_BLOCK
+    low, high = F.pad(low, (0, rest), value=num_tokens), F.pad(high, (0, rest), value=num_tokens - 1)
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key >= low[query]) & (key <= (high[query] if right else query))
+
+    first, last = low[::FLEX_BLOCK] // FLEX_BLOCK, high[FLEX_BLOCK - 1::FLEX_BLOCK] // FLEX_BLOCK  # (B,) blocks of keys
+    block = torch.arange(len(first), device=token.device, dtype=torch.int32)
+    first_query = torch.searchsorted(last, block, out_int32=True)
+    last_query = torch.searchsorted(first, block, right=True, out_int32=True) - 1
+    of_keys, of_queries = (((end - start + 1)[None, None], start[None, None, :, None])  # (1, 1, B) and (1, 1, B, 1)
+                           for start, end in ((first, last), (first_query, last_query)))
+    return BlockMask((num_tokens, num_tokens), *of_keys, None, None, *of_queries, None, None,
+                     BLOCK_SIZE=(FLEX_BLOCK, FLEX_BLOCK), mask_mod=mask_mod)

@@ -12,7 +12,7 @@ from composer.utils.reproducibility import configure_deterministic_mode
 from torch import Tensor
 from torchmetrics import Metric
 
-from ettin_foundry.model.attention import select_backend
+from ettin_foundry.model.backends import candidates
 from ettin_foundry.model.config import EttinConfig, objective_names
 from ettin_foundry.model.inference import Predictor
 from ettin_foundry.model.transformer import Block, Ettin, batch_loss, compiles, init_parameters
@@ -64,7 +64,7 @@ class EttinModel(ComposerModel):
         objective: `mlm` or `mntp` (encoder), `clm` (decoder), or a schedule of them (objectives/schedule.py), whose
             last one, kept as `.objective`, decides what the model is. Rows of `clm` are causal whatever the model is.
         max_seq_len: longest document in tokens; becomes `max_position_embeddings`.
-        attn_impl: `auto`, `flash` or `reference`. init_device: acted on by the host, which builds this under it.
+        attn_impl: `auto`, `flash`, `flex` or `reference`. init_device: the host's, which builds this under it.
         compile: `blocks`, `none`, or `auto`, which compiles blocks where there is a GPU.
         deterministic: torch's deterministic algorithms, in the whole process.
         overrides: fields of `EttinConfig` by name (`vocab_size`, `global_rope_theta`, `window_left`, ...).
@@ -84,7 +84,8 @@ class EttinModel(ComposerModel):
             raise ValueError(f"model.vocab_size must be at least the {len(tokenizer)} entries of the tokenizer, got "
                              f"{config.vocab_size}")
         if attn_impl != "auto":  # a wish that can never be met here is refused before any work
-            select_backend(attn_impl, "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            candidates(attn_impl, device, torch.bfloat16, compiles(compile))
         self.config, self.tokenizer = config, tokenizer
         # an explicit window belongs to rows of clm, also where the model ends as an encoder
         window = -1 if config.causal else overrides.get("window_left", -1)

@@ -76,13 +76,15 @@ class Predictor:
         ids = torch.tensor([token for document in documents for token in document], device=device)
         position_ids = torch.cat([torch.arange(length, device=device) for length in lengths])
         at = cu_seqlens[:-1] + torch.tensor(positions, device=device)
-        was_training = self.model.training
+        was_training, was_compiled = self.model.training, self.model.compiled
         self.model.eval()
         # each token generated is another length, for which blocks would be compiled again
-        stance = torch.compiler.set_stance("force_eager") if self.model.compiled else contextlib.nullcontext()
+        stance = torch.compiler.set_stance("force_eager") if was_compiled else contextlib.nullcontext()
+        self.model.compiled = False
         try:
             with torch.no_grad(), self.autocast(), stance:
                 hidden = self.model(ids, position_ids, cu_seqlens.int(), max(lengths))
                 return self.model.predict(hidden[at]).float()  # type: ignore[index]
         finally:
             self.model.train(was_training)
+            self.model.compiled = was_compiled

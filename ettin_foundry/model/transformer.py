@@ -8,7 +8,6 @@ dimension, V vocabulary.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ettin_foundry.model.attention import Backend, Documents, attention, local_mask, select_backend
+from ettin_foundry.model.attention import GLOBAL_WINDOWS, Documents, attention, block_mask, local_mask
+from ettin_foundry.model.backends import choose
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.loss import linear_cross_entropy
-
-log = logging.getLogger(__name__)
 
 
 class TargetLoss(NamedTuple):
@@ -33,8 +31,8 @@ class TargetLoss(NamedTuple):
 class Stream:
     """What every block needs to know of the flat stream besides its hidden states; arguments as of `Ettin.forward`."""
 
-    def __init__(self, documents: Documents, causal: bool) -> None:
-        self.documents, self.causal = documents, causal
+    def __init__(self, documents: Documents, causal: bool, backends: dict[bool, str]) -> None:
+        self.documents, self.causal, self.backends = documents, causal, backends
         # theta -> (cos, sin) of every token, fp32. Not an argument of the blocks, because FSDP2's mixed precision casts
         # every tensor among a block's arguments to bf16, and bf16 loses the angle at 8k
         self.angles: dict[float, tuple[Tensor, Tensor]] = {}
@@ -94,18 +92,18 @@ class Attention(nn.Module):
     def __init__(self, config: EttinConfig, layer: int, windows: Mapping[bool, tuple[int, int]]) -> None:
         super().__init__()
         self.num_heads, self.head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-        is_global = config.is_global(layer)
-        self.windows = {True: (-1, 0), False: (-1, -1)} if is_global else dict(windows)
-        self.theta = config.global_rope_theta if is_global else config.local_rope_theta
+        self.is_global = config.is_global(layer)
+        self.windows = GLOBAL_WINDOWS if self.is_global else dict(windows)
+        self.theta = config.global_rope_theta if self.is_global else config.local_rope_theta
         self.Wqkv = _linear(config, config.hidden_size, 3 * config.hidden_size)
         self.Wo = _linear(config, config.hidden_size, config.hidden_size, is_output=True)
         self.dropout = config.attn_out_dropout
 
-    def forward(self, x: Tensor, stream: Stream, backend: str) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
         qkv = self.Wqkv(x).view(-1, 3 * self.num_heads, self.head_dim)
         qk, v = qkv.split((2 * self.num_heads, self.num_heads), dim=1)
         q, k = _rotate(qk, *stream.angles[self.theta]).chunk(2, dim=1)          # (N, H, K) each
-        out = attention(q, k, v, stream.documents, self.windows[stream.causal], backend)
+        out = attention(q, k, v, stream.documents, self.windows[stream.causal], stream.backends[self.is_global])
         return F.dropout(self.Wo(out.reshape(-1, self.num_heads * self.head_dim)), self.dropout, self.training)
 
 
@@ -130,8 +128,8 @@ class Block(nn.Module):
         self.mlp_norm = Norm(config)
         self.mlp = GLU(config)
 
-    def forward(self, x: Tensor, stream: Stream, backend: str) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), stream, backend)
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), stream)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -143,12 +141,12 @@ class Trunk(nn.Module):
         self.layers: Any = nn.ModuleList(Block(config, i, windows) for i in range(config.num_hidden_layers))
         self.final_norm = Norm(config)
 
-    def forward(self, input_ids: Tensor, stream: Stream, backend: str, dtype: torch.dtype) -> Tensor:
+    def forward(self, input_ids: Tensor, stream: Stream, dtype: torch.dtype) -> Tensor:
         for theta in sorted({self.config.global_rope_theta, self.config.local_rope_theta}):
             stream.angles[theta] = rotary(stream.documents.position_ids, theta, self.layers[0].attn.head_dim)
         x = self.embeddings(input_ids).to(dtype)
         for block in self.layers:
-            x = block(x, stream, backend)
+            x = block(x, stream)
         return self.final_norm(x)
 
 
@@ -167,7 +165,7 @@ class Ettin(nn.Module):
 
     Args:
         config: the shape. On `torch.device("meta")` nothing is drawn; call `init_parameters` on materialised modules.
-        attn_impl: `auto`, `flash` or `reference`.
+        attn_impl: `auto`, `flash`, `flex` or `reference`.
         other: the same shape with the other attention, for streams of that kind; `config.with_causal` unless given.
     """
 
@@ -178,18 +176,8 @@ class Ettin(nn.Module):
         self.trunk = Trunk(config, {causal: shape.local_window for causal, shape in self.configs.items()})
         self.head = Head(config)
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self._backends: dict[tuple[str, torch.dtype], Backend] = {}
         self.compiled = False
         self.apply(init_parameters)
-
-    def backend(self, device_type: str, dtype: torch.dtype) -> Backend:
-        """`select_backend`, chosen and logged once."""
-        key = (device_type, dtype)
-        if key not in self._backends:
-            self._backends[key] = select_backend(self.attn_impl, *key)
-            if not torch.compiler.is_compiling():
-                log.info("attention on %s in %s: %s (%s)", *key, *self._backends[key])
-        return self._backends[key]
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int,
                 target_positions: Tensor | None = None, target_labels: Tensor | None = None, *,
@@ -207,11 +195,17 @@ class Ettin(nn.Module):
         dtype = torch.get_autocast_dtype(device) if autocast else self.output_bias.dtype
         if self.compiled:  # the number of documents is no length of the code
             torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
-        backend, causal = self.backend(device, dtype).name, self.config.causal if causal is None else causal
-        stream = Stream(Documents(cu_seqlens, max_seqlen, position_ids), causal)
-        if backend == "reference" and len(input_ids):  # here, for the block that made it would be compiled otherwise
-            local_mask(stream.documents, self.configs[causal].local_window, dtype)
-        hidden = self.trunk(input_ids, stream, backend, dtype)
+        causal = self.config.causal if causal is None else causal
+        config, deterministic = self.configs[causal], torch.are_deterministic_algorithms_enabled()
+        backends = choose(self.attn_impl, device, dtype, config, self.compiled, deterministic)
+        stream = Stream(Documents(cu_seqlens, max_seqlen, position_ids), causal, backends)
+        if len(input_ids):  # masks are made here, for the block that made them would be compiled otherwise
+            if backends[False] == "reference":
+                stream.documents.cached(local_mask, config.local_window, dtype)
+            for is_global, name in backends.items():
+                if name == "flex_attention":
+                    stream.documents.cached(block_mask, GLOBAL_WINDOWS[causal] if is_global else config.local_window)
+        hidden = self.trunk(input_ids, stream, dtype)
         if target_positions is None:
             return hidden
         assert target_labels is not None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+import ettin_foundry.model.transformer as transformer
 from ettin_foundry.data.batch import Collator, split_batch
 from ettin_foundry.data.stream import open_stream
 from ettin_foundry.data.tokenizer import load
@@ -58,9 +59,13 @@ def assert_equal(mine, theirs):
         assert (a - b).norm() <= 1e-4 * b.norm() + 1e-7
 
 
+@pytest.mark.parametrize("backend", ["reference", "flex_attention"])
 @pytest.mark.parametrize(("objective", "packing", "lengths"), [("clm", True, 1), ("mlm", False, 2)])
-def test_fifty_steps_of_varied_data_compile_three_graphs_for_a_length(data_set, objective, packing, lengths):
+def test_fifty_steps_of_varied_data_compile_three_graphs_for_a_length(
+        data_set, monkeypatch, objective, packing, lengths, backend):
     """The first block, global ones and local ones; packed rows have one length, others a few."""
+    monkeypatch.setattr(transformer, "choose", lambda *given: dict.fromkeys(
+        (True, False), backend if given[4] else "reference"))  # where blocks are compiled
     parts = microbatches(data_set, objective, packing, lengths, 50)
     model, compiled = pair_of(objective)
     for number, part in enumerate(parts):

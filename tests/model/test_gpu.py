@@ -1,4 +1,4 @@
-"""The GPU path: flash kernels, torch.compile, bf16, and a step that never waits for the device.
+"""The GPU path: flash kernels, flex_attention, torch.compile, bf16, and a step that never waits for the device.
 
 Needs a CUDA device, torch >= 2.11 (or flash-attn), numpy and pytest; the last test also needs the host.
 """
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from test_attention import every_window, naive
 from test_transformer import stream, targets
 
-from ettin_foundry.model.attention import Documents, attention, select_backend
+from ettin_foundry.model.attention import Documents, attention, block_mask
+from ettin_foundry.model.backends import candidates
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.loss import linear_cross_entropy
 from ettin_foundry.model.transformer import Ettin
@@ -48,7 +49,10 @@ def batch_of(lengths, objective, seed=0):
 def model_of(objective, attn_impl, dropout=0.0):
     torch.manual_seed(0)
     config = EttinConfig.for_size("nano", causal=objective == "clm", vocab_size=320, attn_out_dropout=dropout)
-    return Ettin(config, attn_impl).to(DEVICE)
+    model = Ettin(config, attn_impl).to(DEVICE)
+    if attn_impl == "flex":
+        model.compile_blocks()
+    return model
 
 
 def loss_and_gradients(model, batch):
@@ -63,7 +67,7 @@ def distance(x, y):
     return float((x - y).norm() / y.norm())
 
 
-@pytest.mark.parametrize("path", ["flash", "reference"])
+@pytest.mark.parametrize("path", ["flash", "flex", "reference"])
 @every_window
 def test_attention_in_bf16_equals_a_float64_softmax_forward_and_backward(window, path):
     torch.manual_seed(0)
@@ -73,8 +77,11 @@ def test_attention_in_bf16_equals_a_float64_softmax_forward_and_backward(window,
     rounded = [x.clone().requires_grad_() for x in (q, k, v)]
     expected = naive(*exact, LENGTHS, window)
     expected.backward(weight.double())
-    backend = select_backend(path, "cuda", torch.bfloat16).name
-    out = attention(*rounded, Documents(cu_seqlens, longest, positions), window, backend)
+    [backend, *_], _ = candidates(path, "cuda", torch.bfloat16, compiled=True)
+    documents, function = Documents(cu_seqlens, longest, positions), attention
+    if path == "flex":
+        function, _ = torch.compile(attention, dynamic=False), documents.cached(block_mask, window)
+    out = function(*rounded, documents, window, backend)
     out.backward(weight)
     # bf16 keeps 8 bits: outputs and probabilities are off by 2^-9 each. A wide window off by one gives above 0.05 here
     assert distance(out.detach().double(), expected.detach()) < 0.008
@@ -98,20 +105,23 @@ def test_a_step_in_bf16_is_that_in_fp32_up_to_rounding(objective):
         assert distance(gradient, expected_gradient) < 0.02  # on a CPU 0.008; half the window gives 0.1
 
 
+@pytest.mark.parametrize("attn_impl", ["flash", "flex"])
 @both_kinds
-def test_gradients_are_the_same_bits_again_where_deterministic_algorithms_are_asked_for(objective):
-    model, batch = model_of(objective, "flash"), batch_of(LENGTHS * 8, objective)
+def test_gradients_are_the_same_bits_again_where_deterministic_algorithms_are_asked_for(objective, attn_impl):
+    model, batch = model_of(objective, attn_impl), batch_of(LENGTHS * 8, objective)
     torch.use_deterministic_algorithms(True)
     with bf16():
         first, second = (loss_and_gradients(model, batch) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
+@pytest.mark.parametrize("attn_impl", ["flash", "flex"])
 @both_kinds
-def test_compiled_blocks_equal_eager_ones_without_recompiling_for_other_documents(objective):
+def test_compiled_blocks_equal_eager_ones_without_recompiling_for_other_documents(objective, attn_impl):
     torch._dynamo.reset()
-    model, compiled = model_of(objective, "flash"), model_of(objective, "flash")  # of the same seed
-    compiled.compile_blocks()
+    model, compiled = model_of(objective, "flash"), model_of(objective, attn_impl)  # of the same seed
+    if attn_impl == "flash":
+        compiled.compile_blocks()
     with bf16():
         for number, lengths in enumerate([LENGTHS, LENGTHS[::-1], [300] * 3, [50] * 18]):  # 900 tokens each
             ids, positions, cu_seqlens, _, *targets = batch_of(lengths, objective, seed=number)
@@ -124,7 +134,7 @@ def test_compiled_blocks_equal_eager_ones_without_recompiling_for_other_document
             assert distance(gradient, eager_gradient) < 0.03
 
 
-@pytest.mark.parametrize("attn_impl", ["flash", "reference"])
+@pytest.mark.parametrize("attn_impl", ["flash", "flex", "reference"])
 @both_kinds
 def test_step_reads_nothing_back_from_the_device(objective, attn_impl):
     model = model_of(objective, attn_impl, dropout=0.1)
@@ -185,5 +195,5 @@ def test_trainer_runs_nano_on_the_gpu_in_bf16_with_flash(objective, tmp_path, re
     assert len(capture.losses) == 8 and capture.losses[-1] < capture.losses[0]
     model = trainer.state.model
     model = getattr(model, "module", model).model
-    assert model.output_bias.is_cuda and model.backend("cuda", torch.bfloat16).name != "reference"
+    assert model.output_bias.is_cuda and model.attn_impl == "flash"  # which is refused where there is none
     trainer.close()
