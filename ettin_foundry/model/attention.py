@@ -46,8 +46,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window_size
         return q
     if backend == "reference":
         return (_reference_global if window_size[0] < 0 else _reference_local)(q, k, v, documents, window_size)
-    if backend == "flex_attention":
-        return _flex_attention(q, k, v, documents, window_size)
+    if backend == "flex_attention":  # for compiled code: as it is, and in a backward on a CPU, it makes (N, N) scores
+        from torch.nn.attention.flex_attention import flex_attention
+
+        options = {"BLOCKS_ARE_CONTIGUOUS": True, "FORCE_USE_FLEX_ATTENTION": True}  # not its kernel for decoding
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, N, K) each
+        out: Any = flex_attention(q, k, v, block_mask=documents.cached(block_mask, window_size), kernel_options=options)
+        return out[0].transpose(0, 1)
     borders = (documents.cu_seqlens, documents.cu_seqlens, documents.max_seqlen, documents.max_seqlen)
     if backend == "varlen_attn":
         from torch.nn.attention.varlen import varlen_attn  # type: ignore
@@ -128,16 +133,6 @@ def local_mask(documents: Documents, window_size: tuple[int, int], dtype: torch.
     return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))[:, None]
 
 
-def _flex_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window_size: tuple[int, int]) -> Tensor:
-    """Where it is not compiled, and in any backward on a CPU, all N ** 2 scores are computed."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    options = {"BLOCKS_ARE_CONTIGUOUS": True, "FORCE_USE_FLEX_ATTENTION": True}  # not its kernel for decoding
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, N, K) each
-    out: Any = flex_attention(q, k, v, block_mask=documents.cached(block_mask, window_size), kernel_options=options)
-    return out[0].transpose(0, 1)
-
-
 def block_mask(documents: Documents, window_size: tuple[int, int]) -> Any:
     """flex_attention's BlockMask of a stream with tokens, without a read from its device.
 
@@ -149,8 +144,7 @@ def block_mask(documents: Documents, window_size: tuple[int, int]) -> Any:
     (left, right), num_tokens = window_size, documents.position_ids.shape[0]
     token = torch.arange(num_tokens, device=documents.position_ids.device, dtype=torch.int32)
     low, high = token - documents.position_ids.int(), token
-    if left >= 0:
-        low = torch.maximum(low, token - left)
+    low = low if left < 0 else torch.maximum(low, token - left)
     if right:
         high = documents.cu_seqlens[torch.searchsorted(documents.cu_seqlens, token, right=True)] - 1
         high = high if right < 0 else torch.minimum(high, token + right)

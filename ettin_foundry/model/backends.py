@@ -29,7 +29,6 @@ def candidates(wish: str, device_type: str, dtype: torch.dtype, compiled: bool) 
         raise ValueError(f"model.attn_impl must be auto, flash, flex or reference, got {wish!r}")
     if wish == "reference":
         return ["reference"], "asked for by model.attn_impl"
-    obstacle = f"flash and flex kernels need a CUDA device and bf16 or fp16, and this is {device_type} in {dtype}"
     if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         capability, version = torch.cuda.get_device_capability(), tuple(map(int, torch.__version__.split(".")[:2]))
         # each can add gradients up in a fixed order: flash kernels by a switch, flex_attention always
@@ -41,8 +40,8 @@ def candidates(wish: str, device_type: str, dtype: torch.dtype, compiled: bool) 
                  and (wish == "auto" or (wish == "flex") == (name == "flex_attention"))]
         if found:
             return found, f"the first of {', '.join(found)} that {wish} may take"
-        obstacle = ("flash kernels need an Ampere GPU or newer and flash-attn or torch >= 2.11, flex_attention such a "
-                    "GPU, torch >= 2.7 and model.compile: blocks")
+    obstacle = (f"this is {device_type} in {dtype}; kernels need bf16 or fp16 on a CUDA device, Ampere or newer: flash "
+                "with flash-attn or torch >= 2.11, flex_attention with torch >= 2.7 and model.compile: blocks")
     if wish != "auto":
         raise ValueError(f"model.attn_impl must be auto or reference here, got {wish!r}: {obstacle}")
     return ["reference"], obstacle
@@ -70,8 +69,7 @@ def choose(wish: str, device_type: str, dtype: torch.dtype, config: EttinConfig,
                 store.set(key, json.dumps([*names.values(), reason]))
         else:
             names[True], names[False], reason = json.loads(store.get(key))
-    log.info("attention on %s in %s: %s in global layers, %s in local ones; %s", device_type, dtype, *names.values(),
-             reason)
+    log.info("attention in %s: %s in global layers, %s in local ones; %s", dtype, *names.values(), reason)
     return names
 
 
@@ -111,6 +109,4 @@ def milliseconds(case: tuple[str, bool], config: EttinConfig, device: str, dtype
         def step() -> None:
             torch.autograd.grad(function(q, k, v, documents, window, name), (q, k, v), weight)
 
-        for _ in range(3):  # kernels are compiled
-            step()
-        return Timer("step()", globals={"step": step}).timeit(10).mean * 1e3
+        return Timer("step()", globals={"step": step}).timeit(10).mean * 1e3  # calls it twice before

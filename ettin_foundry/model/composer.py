@@ -84,8 +84,7 @@ class EttinModel(ComposerModel):
             raise ValueError(f"model.vocab_size must be at least the {len(tokenizer)} entries of the tokenizer, got "
                              f"{config.vocab_size}")
         if attn_impl != "auto":  # a wish that can never be met here is refused before any work
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            candidates(attn_impl, device, torch.bfloat16, compiles(compile))
+            candidates(attn_impl, "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, compiles(compile))
         self.config, self.tokenizer = config, tokenizer
         # an explicit window belongs to rows of clm, also where the model ends as an encoder
         window = -1 if config.causal else overrides.get("window_left", -1)

@@ -21,18 +21,16 @@ def gpu(monkeypatch):
     return monkeypatch
 
 
-@pytest.mark.parametrize(("wish", "where", "expected"), [
-    ("auto", (*IN_BF16, True), ["varlen_attn", "flex_attention"]), ("auto", (*IN_BF16, False), ["varlen_attn"]),
-    ("flash", (*IN_BF16, True), ["varlen_attn"]), ("flex", (*IN_BF16, True), ["flex_attention"]),
-    ("auto", ("cuda", torch.float32, True), ["reference"]), ("flash", ("cpu", torch.bfloat16, True), "'flash'.*CUDA"),
-    ("flex", (*IN_BF16, False), "got 'flex'.*model.compile: blocks"),
-    ("flahs", (*IN_BF16, True), "must be auto, flash, flex or reference, got 'flahs'")])
-def test_what_a_gpu_offers_and_wishes_that_cannot_be_met(gpu, wish, where, expected):
-    if isinstance(expected, list):
-        assert candidates(wish, *where)[0] == expected
-    else:
-        with pytest.raises(ValueError, match=expected):
-            candidates(wish, *where)
+def test_what_a_gpu_offers_and_wishes_that_cannot_be_met(gpu):
+    cases = ("auto", True), ("auto", False), ("flash", True), ("flex", True)
+    assert [candidates(wish, *IN_BF16, compiled)[0] for wish, compiled in cases] == [
+        ["varlen_attn", "flex_attention"], ["varlen_attn"], ["varlen_attn"], ["flex_attention"]]
+    assert candidates("auto", "cuda", torch.float32, True)[0] == ["reference"]
+    for wish, device, compiled, words in (
+            ("flash", "cpu", True, "got 'flash'.*CUDA"), ("flex", "cuda", False, "got 'flex'.*model.compile: blocks"),
+            ("flahs", "cuda", True, "must be auto, flash, flex or reference, got 'flahs'")):
+        with pytest.raises(ValueError, match=words):
+            candidates(wish, device, torch.bfloat16, compiled)
 
 
 def test_the_fastest_is_taken_in_each_kind_of_layer_and_what_raises_is_left_out():
@@ -43,13 +41,12 @@ def test_the_fastest_is_taken_in_each_kind_of_layer_and_what_raises_is_left_out(
 
 
 def test_all_ranks_take_what_the_first_one_measured_and_deterministic_runs_a_rule(gpu):
-    store, of_flex = dist.HashStore(), {0: 1.0, 1: 9.0}  # the second rank would choose otherwise
+    store = dist.HashStore()
     gpu.setattr(dist, "is_initialized", lambda: True)
     gpu.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
-    gpu.setattr(backends, "milliseconds",
-                lambda case, *_: of_flex[dist.get_rank()] if case == ("flex_attention", False) else 5.0)
-    for rank in (0, 1):
+    for rank, ms in ((0, 1.0), (1, 9.0)):  # the second rank would choose otherwise
         gpu.setattr(dist, "get_rank", lambda rank=rank: rank)
+        gpu.setattr(backends, "milliseconds", lambda case, *_, ms=ms: ms if case == ("flex_attention", False) else 5.0)
         choose.__wrapped__.cache_clear()
         assert choose("auto", *IN_BF16, NANO, True, False) == {True: "varlen_attn", False: "flex_attention"}
     assert choose("auto", *IN_BF16, NANO, True, True) == {True: "varlen_attn", False: "varlen_attn"}
