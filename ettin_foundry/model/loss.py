@@ -8,15 +8,15 @@ Here projection, loss and gradients are done for a slice of targets at a time, i
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler at once, which takes seconds
 
+from ettin_foundry.model import kernels
+
 # logits alive at a time: large enough for full GEMM speed, small enough to be nothing beside the activations
-_SLICE_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
+_SLICE_ELEMENTS = {"cpu": 2**25, "cuda": 2**29}
 
 
 @_disable_dynamo  # the number of slices depends on the batch; tracing the loop would recompile for each
@@ -63,41 +63,6 @@ def _slices(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor):
         yield logits, labels[part], part
 
 
-def _losses_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(s,) fp32 losses and their (s, V) gradient by the logits, in the logits' dtype and, in fp32, their storage."""
-    scores = logits.float()
-    top = scores.amax(-1, keepdim=True)
-    label_scores = scores.gather(-1, labels[:, None])
-    gradient = scores.sub_(top).exp_()  # one exp for loss and gradient
-    total = gradient.sum(-1, keepdim=True)
-    losses = (top + total.log() - label_scores)[:, 0]
-    gradient.div_(total)
-    gradient.scatter_add_(-1, labels[:, None], gradient.new_full((1, 1), -1.0).expand(labels.shape[0], 1))
-    return losses, gradient.to(logits.dtype)
-
-
-def _losses_and_gradient_in_few_passes(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The same without steps in place, so that a compiler reads logits and writes gradients in their dtype only."""
-    scores = logits.float()
-    log_total = torch.logsumexp(scores, -1, keepdim=True)
-    is_label = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
-    losses = log_total - scores.gather(-1, labels[:, None])
-    return losses[:, 0], ((scores - log_total).exp() - is_label.float()).to(logits.dtype)
-
-
-@functools.cache
-def _compiled_losses_and_gradient() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Eager needs about six passes over (s, V) in fp32; on a GPU that is memory traffic worth fusing."""
-    compiled = torch.compile(_losses_and_gradient_in_few_passes)
-
-    def call(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        for tensor in (logits, labels):  # the last slice is shorter, by another number in each microbatch
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return compiled(logits, labels)
-
-    return call
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients of the sum are computed in forward and scaled in backward (the loss is a scalar)."""
 
@@ -109,20 +74,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # sums over slices are never narrower than fp32, also where FSDP hands out the weights in bf16
         wide = torch.promote_types(weight.dtype, torch.float32)
         grad_weight, grad_bias = torch.zeros_like(weight, dtype=wide), torch.zeros_like(bias, dtype=wide)
-        step = _compiled_losses_and_gradient() if hidden.is_cuda else _losses_and_gradient
         with _in_compute_dtype(hidden, weight, bias) as (hidden_c, weight_c, bias_c):
             for logits, index, part in _slices(hidden_c, weight_c, bias_c, labels):
-                losses, gradient = step(logits, index)
-                if target_weights is not None:
-                    losses = losses * target_weights[part]
-                    gradient.mul_(target_weights[part, None])
+                weights = None if target_weights is None else target_weights[part]
+                losses, gradient, part_of_bias = kernels.losses_and_gradient(logits, index, weights)
                 total += losses.sum()
                 grad_hidden[part] = gradient @ weight_c
                 if weight_c.dtype == wide:
                     grad_weight.addmm_(gradient.t(), hidden_c[part])
                 else:
                     grad_weight += gradient.t() @ hidden_c[part]
-                grad_bias += gradient.sum(0, dtype=wide)
+                grad_bias += part_of_bias
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total

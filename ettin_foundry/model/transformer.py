@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ettin_foundry.model import kernels
 from ettin_foundry.model.attention import GLOBAL_WINDOWS, Documents, attention, block_mask, local_mask
 from ettin_foundry.model.backends import choose
 from ettin_foundry.model.config import EttinConfig
@@ -114,8 +115,7 @@ class GLU(nn.Module):
         self.Wo = _linear(config, config.intermediate_size, config.hidden_size, is_output=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        activated, gate = self.Wi(x).chunk(2, dim=-1)  # the first half goes through GELU, as in the reference
-        return self.Wo(F.gelu(activated) * gate)
+        return self.Wo(kernels.gelu_gate(self.Wi(x)))
 
 
 class Block(nn.Module):
@@ -193,6 +193,8 @@ class Ettin(nn.Module):
         device = input_ids.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.output_bias.dtype
+        if device == "cuda":
+            kernels.load()  # not by a block, which may be compiled
         if self.compiled:  # the number of documents is no length of the code
             torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
         causal = self.config.causal if causal is None else causal

@@ -8,11 +8,9 @@ import ettin_foundry.model.loss as module
 from ettin_foundry.model.loss import linear_cross_entropy
 
 
-@pytest.fixture(autouse=True, params=["as on a CPU", "as on a GPU"])
-def smallest_slices(monkeypatch, request):
+@pytest.fixture(autouse=True)
+def smallest_slices(monkeypatch):
     monkeypatch.setitem(module._SLICE_ELEMENTS, "cpu", 1)  # of 256 targets
-    if request.param == "as on a GPU":  # there this form is compiled
-        monkeypatch.setattr(module, "_losses_and_gradient", module._losses_and_gradient_in_few_passes)
 
 
 def inputs(n, hidden=32, vocab=307):
