@@ -1,8 +1,9 @@
 """Training speed on a CPU: our model beside transformers' ModernBERT of the same shape, on the same documents, in one
 run.
 
-    python benchmarks/cpu_vs_transformers.py [--size 17m] [--tokens 4096] [--rounds 7] [--data DIR]
+    python benchmarks/cpu_vs_transformers.py [--sizes 17m nano] [--tokens 4096] [--rounds 7] [--data DIR]
         [--decoder-path DIR]   a folder with transformers >= 4.54 (pip install --target), for the causal twin
+        [--compare REVISION]   or a folder: ours of another tree too, by its own copy of this program
 
 A step is forward, backward and AdamW in fp32 with 2 threads. Each contender lives in its own process; one step of
 each in turn, so that a disturbance of the machine meets all of them; reported are medians and ratios of medians. The
@@ -24,6 +25,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -125,11 +127,15 @@ def worker(args: argparse.Namespace) -> None:
         print(json.dumps(answer), flush=True)
 
 
-def start(args: argparse.Namespace, name: str) -> subprocess.Popen:
+def start(args: argparse.Namespace, size: str, name: str, tree: Path) -> subprocess.Popen:
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if name.startswith("clm:hf"):
         env["PYTHONPATH"] = os.pathsep.join(p for p in (args.decoder_path, env.get("PYTHONPATH")) if p)
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
+    if tree != ROOT:
+        env["PYTHONPATH"], name = str(tree), name.split(":")[0] + ":ours"
+    command = [sys.executable, str(tree / "benchmarks" / "cpu_vs_transformers.py"), "--size", size, "--worker", name,
+               "--tokens", str(args.tokens), "--row-length", str(args.row_length), "--threads", str(args.threads),
+               "--seed", str(args.seed), *(["--data", args.data] if args.data else [])]
     return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -144,10 +150,14 @@ def ask(process: subprocess.Popen, line: str = "") -> dict[str, Any]:
     return json.loads(answer)
 
 
-def measure(args: argparse.Namespace, objective: str) -> dict[str, dict[str, Any]]:
+def measure(args: argparse.Namespace, size: str, objective: str, other: Path | None) -> dict[str, dict[str, Any]]:
     """Seconds per step of every contender of one objective, one step of each in turn."""
     found = {}
-    processes = {name: start(args, f"{objective}:{name}") for name in CONTENDERS[objective]}
+    trees = dict.fromkeys(args.contenders or CONTENDERS[objective], ROOT)
+    if other:
+        trees[f"ours at {args.compare}"] = other
+    processes = {name: start(args, size, f"{objective}:{name}", tree) for name, tree in trees.items()
+                 if name in CONTENDERS[objective] or tree == other}
     try:
         for name, process in processes.items():
             found[name] = {"parameters": ask(process)["parameters"], "seconds": [], "cpu_seconds": []}
@@ -170,33 +180,37 @@ def measure(args: argparse.Namespace, objective: str) -> dict[str, dict[str, Any
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = ["| objective | contender | tokens/s | seconds a step: median (min - max) | ours is faster by | goal | "
-             "in CPU time |",
-             "|---|---|---|---|---|---|---|"]
-    for objective, found in results["objectives"].items():
+    lines = ["| size | objective | contender | tokens/s | seconds a step: median (min - max) | ours is faster by | "
+             "goal | in CPU time |",
+             "|---|---|---|---|---|---|---|---|"]
+    for case, found in results["cases"].items():
+        size, objective = case.split()
         for name, row in found.items():
             ratio = row["median_seconds"] / found["ours"]["median_seconds"]
             cpu = statistics.median(row["cpu_seconds"]) / statistics.median(found["ours"]["cpu_seconds"])
-            goal = GOALS.get((objective, name))
-            lines.append(f"| {objective} | {name} | {row['tokens_per_second']:,.0f} | {row['median_seconds']:.2f} "
-                         f"({min(row['seconds']):.2f} - {max(row['seconds']):.2f}) | "
-                         + ("| | |" if name == "ours" else f"{ratio:.2f}x | {goal:g}x | {cpu:.2f}x |"))
+            goal = f"{GOALS[objective, name]:g}x" if (objective, name) in GOALS and size == "17m" else ""
+            lines.append(f"| {size} | {objective} | {name} | {row['tokens_per_second']:,.0f} | "
+                         f"{row['median_seconds']:.2f} ({min(row['seconds']):.2f} - {max(row['seconds']):.2f}) | "
+                         + ("| | |" if name == "ours" else f"{ratio:.2f}x | {goal} | {cpu:.2f}x |"))
     return "\n".join(lines)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="CPU training speed beside transformers' ModernBERT")
-    parser.add_argument("--size", default="17m", choices=("nano", "17m", "32m", "68m", "150m"))
+    parser.add_argument("--sizes", nargs="+", default=["17m", "nano"], choices=("nano", "17m", "32m", "68m", "150m"))
     parser.add_argument("--objectives", nargs="+", default=["mlm", "clm"], choices=tuple(CONTENDERS))
     parser.add_argument("--tokens", type=int, default=4096, help="real tokens of a step")
     parser.add_argument("--row-length", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each contender, after one to warm up")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", help="a converted set (folder with train/); synthetic documents without it")
+    parser.add_argument("--contenders", nargs="+", help="some of them, ours among them")
+    parser.add_argument("--compare", metavar="REVISION", help="or a folder: ours of that tree is a contender, too")
     parser.add_argument("--decoder-path", help="folder with transformers >= 4.54 for the causal twin")
     parser.add_argument("--seed", type=int, default=21)
     parser.add_argument("--out", help="folder for the result; benchmarks/results without it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--size", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -205,22 +219,29 @@ def main() -> None:
     if args.worker:
         worker(args)
         return
-    from streams import machine, results_path
+    from streams import machine, results_path, tree_of
 
     lengths = [len(d) for d in documents_of(args)]
     args.tokens = sum(lengths)
-    about = (f"{args.size}, {len(lengths)} documents, {args.tokens} tokens a step (mean "
-             f"{args.tokens / len(lengths):.0f}, longest {max(lengths)}), padded to {len(lengths) * max(lengths)} for "
-             f"transformers, {args.threads} threads, fp32, {args.rounds} rounds, "
-             f"{'converted data' if args.data else 'synthetic documents'}")
-    results: dict[str, Any] = {"about": about, "machine": machine("cpu"), "objectives": {}}
+    about = (f"{len(lengths)} documents, {args.tokens} tokens a step (mean {args.tokens / len(lengths):.0f}, longest "
+             f"{max(lengths)}), padded to {len(lengths) * max(lengths)} for transformers, {args.threads} threads, "
+             f"fp32, {args.rounds} rounds, {'converted data' if args.data else 'synthetic documents'}")
+    results: dict[str, Any] = {"about": about, "command": sys.argv, "machine": machine("cpu"), "cases": {}}
     print(about, flush=True)
-    for objective in args.objectives:
-        results["objectives"][objective] = measure(args, objective)
-    path = results_path(f"cpu-{args.size}", args.out)
-    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(f"{about}\n\n{table(results)}\n")
-    print(f"{table(results)}\nwritten to {path.with_suffix('.md')} and .json")
+    path = results_path("cpu", args.out)
+    with tempfile.TemporaryDirectory() as folder:
+        other = tree_of(args.compare, folder) if args.compare else None
+        for size in args.sizes:
+            for objective in args.objectives:
+                found = measure(args, size, objective, other)
+                results["cases"][f"{size} {objective}"] = found
+                results["load"] = [round(load, 1) for load in os.getloadavg()]
+                path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+                facts = f"{about}; {results['machine']}; load of the machine with this run {results['load']}"
+                text = f"`python {' '.join(sys.argv)}`\n\n{facts}\n\n{table(results)}\n"
+                path.with_suffix(".md").write_text(text)
+                print(table({"cases": {f"{size} {objective}": found}}), flush=True)
+    print(f"written to {path.with_suffix('.md')} and .json")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 
 __all__ = ["MASK_RATE", "document_lengths", "flat_stream", "machine", "padded_batch", "results_path",
-           "stored_documents", "synthetic_documents"]
+           "stored_documents", "synthetic_documents", "tree_of"]
 
 MASK_RATE = 0.3  # of the recipes
 MEDIAN_TOKENS, SIGMA = 589, 1.0  # mean of min(length, 1024) is 615: facts of Ettin's pretraining rows
@@ -136,3 +138,17 @@ def results_path(name: str, out: str | None) -> Path:
     folder = Path(out) if out else Path(__file__).resolve().parent / "results"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{datetime.date.today().isoformat()}-{name}"
+
+
+def tree_of(wanted: str, folder: str) -> Path | None:
+    """A checkout to compare with: a folder as it is, or a git revision laid out in `folder`; None where neither is."""
+    if Path(wanted).is_dir():
+        return Path(wanted).resolve()
+    if shutil.which("git"):
+        root = Path(__file__).resolve().parents[1]
+        done = subprocess.run(["git", "-C", str(root), "archive", wanted], capture_output=True)
+        if not done.returncode:
+            subprocess.run(["tar", "-x", "-C", folder], input=done.stdout, check=True)
+            return Path(folder)
+    print(f"--compare: {wanted} is neither a folder nor a revision known here; nothing is compared with it", flush=True)
+    return None

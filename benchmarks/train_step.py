@@ -1,15 +1,16 @@
-"""Training speed per size, objective and row length on one GPU, with transformers' ModernBERT of the same shape
-beside it.
+"""Training speed per size, objective and row length on one GPU, and where a step's time goes.
 
     python3 benchmarks/train_step.py                              the whole plan, within --budget-seconds
-    python3 benchmarks/train_step.py --quick                      two sizes, rows of 1,024
+    python3 benchmarks/train_step.py --sizes 17m --profile        with a table by group of kernels
+    python3 benchmarks/train_step.py --variants kernels=off compile=none attn_impl=flash      the same tree otherwise
+    python3 benchmarks/train_step.py --compare REVISION           or a folder: another tree
     python3 benchmarks/train_step.py --device cpu --sizes nano    to try the program
 
-A step is forward, backward and optimizer over about 131,072 tokens in microbatches, bf16 autocast over fp32 weights,
-documents packed into one stream; the batches lie on the device already, so the loader is not part of it. transformers
-gets the same documents padded to the longest, sdpa (flash-attn where installed), sparse_prediction for mlm,
-ModernBertDecoder for clm, and its layers compiled like ours: its best setting here. Each figure is the median over
-steps, timed by CUDA events.
+A step is forward, backward and optimizer over about 180,000 tokens in the recipe's microbatches, bf16 autocast over
+fp32 weights, documents packed into one stream; the batches lie on the device already, so the loader is not part of it.
+Each contender is a process of its own (step_worker.py); they take turns of a few steps, timed by CUDA events; reported
+are medians. transformers (--contenders) gets the same documents padded to the longest, sdpa (flash-attn where
+installed), sparse_prediction for mlm, ModernBertDecoder for clm, and its layers compiled like ours: its best setting.
 
 Tokens per second count real tokens. MFU = useful FLOPs / seconds / peak, useful FLOPs being EttinConfig.flops: 6 per
 layer weight and token, 6 per weight of head and vocabulary and target, 12 x hidden_size per (query, key) pair that
@@ -20,11 +21,14 @@ published GPU hours.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import json
+import os
+import select
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,28 +38,34 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
+import yaml  # noqa: E402
 from cpu_vs_transformers import VOCAB_SIZE, hf_model  # noqa: E402
-from real_job import ANCHORS  # noqa: E402
-from streams import flat_stream, machine, padded_batch, results_path, synthetic_documents  # noqa: E402
+from real_job import ANCHORS, GOALS, WANTED  # noqa: E402
+from step_worker import profile_table  # noqa: E402
+from streams import flat_stream, machine, padded_batch, results_path, synthetic_documents, tree_of  # noqa: E402
 
 from ettin_foundry.model.backends import choose  # noqa: E402
 from ettin_foundry.model.config import EttinConfig  # noqa: E402
 from ettin_foundry.model.transformer import Ettin  # noqa: E402
 
 PEAK_FLOPS = 989e12  # H100 and H200 SXM, dense bf16
-STEP_TOKENS = 131_072
-MICROBATCH_TOKENS = {"nano": 131_072, "17m": 131_072, "32m": 131_072, "68m": 65_536, "150m": 65_536, "400m": 32_768,
-                     "1b": 16_384}
-GOALS = {"17m": 2.5, "32m": 2.2, "68m": 2.0, "150m": 1.6, "400m": 1.5, "1b": 1.4}
-Case = tuple[str, str, str, int]  # contender, size, objective, row length
+STEP_TOKENS = 176 * 1024  # half of the real job's step
+Case = tuple[str, str, str, int]  # ours or transformers, size, objective, row length
 
 
-def plan(args: argparse.Namespace) -> list[Case]:
-    """The most wanted figures first, since the budget may end the run."""
-    short, long = min(args.lengths), [n for n in sorted(args.lengths) if n > min(args.lengths)]
-    return [(contender, size, objective, length)
-            for lengths in ([short], long) for contender in args.contenders for length in lengths
-            for objective in args.objectives for size in args.sizes]
+def plan(args: argparse.Namespace) -> list[tuple[str, str, int]]:
+    """(size, objective, row length), the most wanted first, since the budget may end the run."""
+    cases = [case.split() for case in WANTED]
+    return [(size, objective, length) for length in sorted(args.lengths) for size, objective in cases
+            if size in args.sizes and objective in args.objectives]
+
+
+def microbatch_tokens(size: str, objective: str, step_tokens: int) -> int:
+    """The recipe's, so that compiled code is that of the real job."""
+    if size == "nano":
+        return step_tokens
+    path = ROOT / "yamls" / f"ettin-{'dec' if objective == 'clm' else 'enc'}-{size}.yaml"
+    return min(step_tokens, yaml.safe_load(path.read_text())["variables"]["microbatch_tokens"])
 
 
 def config_of(size: str, objective: str, length: int) -> EttinConfig:
@@ -82,7 +92,7 @@ def microbatches(case: Case, args: argparse.Namespace, tokens: int) -> list[dict
 def our_model(case: Case, args: argparse.Namespace) -> tuple[torch.nn.Module, Callable[[dict], torch.Tensor], str]:
     _, size, objective, length = case
     with torch.device(args.device):
-        model = Ettin(config_of(size, objective, length)).train()
+        model = Ettin(config_of(size, objective, length), args.attn_impl).train()
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     if args.compile:
         model.compile_blocks()
@@ -117,168 +127,188 @@ def their_model(case: Case, args: argparse.Namespace) -> tuple[torch.nn.Module, 
 
 
 def make_optimizer(model: torch.nn.Module, device: str) -> tuple[Any, str]:
-    if importlib.util.find_spec("optimi"):
-        import optimi
-
-        return optimi.StableAdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=1e-5,
-                                  decouple_lr=True, triton=device == "cuda"), "optimi StableAdamW"
-    return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), fused=True), "torch fused AdamW"
-
-
-def timed_steps(step: Callable[[], None], args: argparse.Namespace) -> list[float]:
-    """Seconds of each of `args.repeats` steps."""
-    if args.device == "cpu":
-        marks = [time.perf_counter()]
-        for _ in range(args.repeats):
-            step()
-            marks.append(time.perf_counter())
-        return [b - a for a, b in zip(marks, marks[1:])]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(args.repeats + 1)]
-    stream = torch.cuda.current_stream()
-    events[0].record(stream)
-    for event in events[1:]:
-        step()
-        event.record(stream)
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:])]
+    """The recipes' own, or torch's where the host is missing."""
+    try:
+        from ettin_foundry.training.optimizer import StableAdamW
+    except ImportError:
+        return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), fused=True), "torch's fused AdamW"
+    return StableAdamW(model.parameters(), lr=1e-4, weight_decay=1e-5), "ours"
 
 
-def measure(case: Case, args: argparse.Namespace, tokens: int) -> dict[str, Any]:
-    torch._dynamo.reset()  # or blocks of earlier sizes count against dynamo's limit of recompilations
-    torch.manual_seed(args.seed)
-    started = time.perf_counter()
-    model, total, note = (our_model if case[0] == "ours" else their_model)(case, args)
-    batches = microbatches(case, args, tokens)
-    num_targets = sum(b["num_targets"] for b in batches)
-    optimizer, optimizer_name = make_optimizer(model, args.device)
-    losses: list[torch.Tensor] = []
+class Worker:
+    """A contender's process: one request, one answer. What fails or is late answers {error} from then on."""
 
-    def step() -> None:
-        loss = torch.zeros((), device=args.device)
-        for batch in batches:
-            with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.device == "cuda"):
-                part = total(batch) / num_targets
-            part.backward()
-            loss += part.detach()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss)
+    def __init__(self, tree: Path, kind: str, settings: dict[str, Any], seconds: float) -> None:
+        self.kind, self.settings, self.seconds, self.error = kind, settings, seconds, ""
+        path = os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [sys.executable, str(ROOT / "benchmarks" / "step_worker.py"), str(tree)]
+        self.process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    for _ in range(args.warmup):
-        step()
-    if args.device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    prepared = time.perf_counter() - started
-    seconds = timed_steps(step, args)
-    median = statistics.median(seconds)
-    num_tokens, flops = (sum(b[key] for b in batches) for key in ("num_tokens", "flops"))
-    result = {"tokens_per_second": num_tokens / median, "mfu": flops / median / PEAK_FLOPS, "seconds": seconds,
-              "step_tokens": num_tokens, "microbatch_tokens": tokens, "first_loss": float(losses[0]),
-              "last_loss": float(losses[-1]), "prepare_seconds": prepared, "setting": note, "optimizer": optimizer_name,
-              "parameters": sum(p.numel() for p in model.parameters())}
-    if args.device == "cuda":
-        result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    if case[0] != "ours":
-        result["padded_share"] = 1 - num_tokens / sum(b["padded_tokens"] for b in batches)
-    return result
-
-
-def clear(args: argparse.Namespace) -> None:
-    gc.collect()
-    if args.device == "cuda":
-        torch.cuda.empty_cache()
-
-
-def attempt(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """Measures; halves the microbatch when the device has too little memory, and reports any other failure."""
-    tokens = min(args.microbatch_tokens or MICROBATCH_TOKENS[case[1]], args.step_tokens)
-    while True:
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        assert self.process.stdin and self.process.stdout
+        if self.error:
+            return {"error": self.error}
         try:
-            return measure(case, args, tokens)
-        except torch.OutOfMemoryError:
-            if tokens // 2 < case[3]:
-                return {"error": f"out of memory with {tokens} tokens"}
-            tokens //= 2
-        except Exception as error:  # one contender's failure must not lose the figures of the others
-            if args.strict:
-                raise
-            return {"error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"}
-        finally:
-            clear(args)
+            self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+            self.process.stdin.flush()
+            if not select.select([self.process.stdout], [], [], self.seconds)[0]:
+                self.end(f"no answer to {do} after {self.seconds:.0f} s")
+            elif line := self.process.stdout.readline():
+                return json.loads(line)
+            else:
+                self.end("its process ended; see its messages above")
+        except BrokenPipeError:
+            self.end("its process ended; see its messages above")
+        return {"error": self.error}
+
+    def end(self, error: str) -> None:
+        self.error = error
+        self.process.kill()
+        self.process.wait()
+
+
+def measure(case: tuple[str, str, int], workers: dict[str, Worker], args: argparse.Namespace,
+            late: Callable[[], bool]) -> list[dict[str, Any]]:
+    """One result for each contender that is ready before it is late; all timed in turns."""
+    size, objective, length = case
+    found: dict[str, dict[str, Any]] = {}
+    tokens = args.microbatch_tokens or microbatch_tokens(size, objective, args.step_tokens)
+    for name, worker in workers.items():
+        if late() and found:
+            break
+        arguments = {**vars(args), **worker.settings}
+        found[name] = worker.ask("prepare", case=[worker.kind, *case], tokens=tokens, arguments=arguments)
+        tokens = found[name].get("microbatch_tokens", tokens)  # all have what the first could hold
+    ready = [name for name, facts in found.items() if "error" not in facts]
+    seconds: dict[str, list[float]] = {name: [] for name in ready}
+    for _ in range(args.turns):
+        for name in ready:
+            answer = workers[name].ask("turn")
+            seconds[name] += answer.get("seconds", [])
+            found[name].update({k: v for k, v in answer.items() if k == "error"})
+    for name in ready[:1] if args.profile else []:
+        found[name]["profile"] = workers[name].ask("profile")
+    for name in found:
+        workers[name].ask("drop")
+    for name, facts in found.items():
+        if "error" not in facts:
+            median = statistics.median(seconds[name])
+            facts |= {"seconds": seconds[name], "median_seconds": median, "mfu": facts["flops"] / median / PEAK_FLOPS,
+                      "tokens_per_second": facts["num_tokens"] / median}
+    return [{"size": size, "objective": objective, "length": length, "contender": name, **facts}
+            for name, facts in found.items()]
 
 
 def rows(results: list[dict[str, Any]]) -> Iterator[str]:
     yield ("| size | objective | row | contender | tokens/s | MFU | peak GiB | microbatch | x Ettin per H100 (goal) | "
-           "x transformers | setting |")
+           "ours is faster by | setting |")
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
-    theirs = {(r["size"], r["objective"], r["length"]): r.get("tokens_per_second") for r in results
-              if r["contender"] != "ours"}
-    for r in sorted(results, key=lambda r: (r["length"], list(MICROBATCH_TOKENS).index(r["size"]), r["objective"])):
+    ours = {(r["size"], r["objective"], r["length"]): r.get("tokens_per_second") for r in results
+            if r["contender"] == "ours"}
+    for r in results:
         name = f"| {r['size']} | {r['objective']} | {r['length']} | {r['contender']} | "
         if "error" in r:
             yield f"{name}failed | | | | | | {r['error']} |"
             continue
-        anchor, beside = "", ""
-        if r["contender"] == "ours":
-            if r["size"] in ANCHORS and r["length"] == 1024:
-                anchor = f"{r['tokens_per_second'] / ANCHORS[r['size']]:.2f} ({GOALS[r['size']]:g})"
-            other = theirs.get((r["size"], r["objective"], r["length"]))
-            beside = f"{r['tokens_per_second'] / other:.2f}" if other else ""
+        anchor, beside, mine = "", "", ours.get((r["size"], r["objective"], r["length"]))
+        if r["size"] in ANCHORS and r["length"] == 1024:
+            anchor = f"{r['tokens_per_second'] / ANCHORS[r['size']]:.2f} ({GOALS[r['objective']][r['size']]:g})"
+        if r["contender"] != "ours" and mine:
+            beside = f"{mine / r['tokens_per_second']:.2f}x"
         memory = f"{r['peak_memory_gib']:.1f}" if "peak_memory_gib" in r else ""
         yield (f"{name}{r['tokens_per_second']:,.0f} | {100 * r['mfu']:.1f}% | {memory} | {r['microbatch_tokens']:,} | "
-               f"{anchor} | {beside} | {r['setting']} |")
+               f"{anchor} | {beside} | {r['setting']}, optimizer {r['optimizer']} |")
+
+
+def profiles(results: list[dict[str, Any]]) -> Iterator[str]:
+    for r in results:
+        if "profile" in r:
+            yield f"\nOne step of {r['size']} {r['objective']}, rows of {r['length']}, {r['num_tokens']:,} tokens:\n"
+            if "error" in r["profile"]:
+                yield r["profile"]["error"]
+            else:
+                yield from profile_table(r["profile"]["kernels"], 1e3 * r["median_seconds"])
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="training speed on one GPU", epilog=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--sizes", nargs="+", default=list(ANCHORS), choices=tuple(MICROBATCH_TOKENS))
+    parser.add_argument("--sizes", nargs="+", default=list(ANCHORS), choices=(*ANCHORS, "nano"))
     parser.add_argument("--objectives", nargs="+", default=["mlm", "clm"], choices=("mlm", "clm"))
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 8192])
-    parser.add_argument("--contenders", nargs="+", default=["ours", "transformers"], choices=("ours", "transformers"))
-    parser.add_argument("--quick", action="store_true", help="17m and 150m at 1,024 only")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--lengths", nargs="+", type=int, default=[1024])
+    parser.add_argument("--contenders", nargs="+", default=["ours"], choices=("ours", "transformers"))
+    parser.add_argument("--variants", nargs="+", default=[], metavar="SETTING=VALUE",
+                        help="contenders besides ours: kernels=off, compile=none, attn_impl=flash|flex|reference")
+    parser.add_argument("--compare", metavar="REVISION", help="or a folder: one more contender, from that tree")
+    parser.add_argument("--profile", action="store_true", help="where the time of ours goes, by group of kernels")
+    parser.add_argument("--turns", type=int, default=3, help="of each contender")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps of a turn")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS)
-    parser.add_argument("--microbatch-tokens", type=int, help="instead of the table by size")
+    parser.add_argument("--microbatch-tokens", type=int, help="instead of the recipe's")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="default: on a GPU")
     parser.add_argument("--budget-seconds", type=float, default=280, help="no case is started after this")
-    parser.add_argument("--strict", action="store_true", help="stop at a contender's failure")
+    parser.add_argument("--case-seconds", type=float, default=150, help="a contender that takes longer is given up")
     parser.add_argument("--seed", type=int, default=21)
     parser.add_argument("--out", help="folder for the results; benchmarks/results without it")
     args = parser.parse_args()
-    if args.quick:
-        args.sizes, args.lengths = ["17m", "150m"], [1024]
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: cuda given (the default), but this machine has no CUDA device; --device cpu "
                      "--sizes nano tries the program")
     args.compile = args.device == "cuda" if args.compile is None else args.compile
+    for variant in args.variants:
+        if variant.split("=")[0] not in ("kernels", "compile", "attn_impl") or variant.count("=") != 1:
+            parser.error(f"--variants: {variant!r} given; kernels=off, compile=none or attn_impl=NAME is possible")
     return args
+
+
+def start(args: argparse.Namespace, folder: str) -> dict[str, Worker]:
+    """{contender: its process}; they import what they need side by side."""
+    usual = {"kernels": "on", "attn_impl": "auto"}
+    found = {name: (ROOT, name, usual) for name in args.contenders}
+    for variant in args.variants:
+        key, value = variant.split("=")
+        found[variant] = (ROOT, "ours", {**usual, key: value if key != "compile" else value != "none"})
+    if args.compare and (tree := tree_of(args.compare, folder)):
+        found[args.compare] = (tree, "ours", usual)
+    return {name: Worker(*facts, args.case_seconds) for name, facts in found.items()}
 
 
 def main() -> None:
     args = parse()
-    torch.set_float32_matmul_precision("high")  # acts on nothing under autocast but keeps compilers quiet
     started, results, left_out = time.perf_counter(), [], []
     path = results_path(f"train-step-{args.device}", args.out)
-    for case in plan(args):
-        if time.perf_counter() - started > args.budget_seconds:
-            left_out.append(" ".join(map(str, case)))
-            continue
-        result = {**dict(zip(("contender", "size", "objective", "length"), case)), **attempt(case, args)}
-        results.append(result)
-        said = result.get("error") or (f"{result['tokens_per_second']:,.0f} tokens/s, MFU {100 * result['mfu']:.1f}%, "
-                                       f"ready after {result['prepare_seconds']:.0f} s")
-        print(f"{time.perf_counter() - started:6.0f} s  {' '.join(map(str, case))}: {said}", flush=True)
-        facts = {"machine": machine(args.device), "arguments": vars(args), "left_out": left_out, "results": results}
-        path.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")  # kept if a later case is killed
-    text = "\n".join(rows(results))
+
+    def late() -> bool:
+        return time.perf_counter() - started > args.budget_seconds
+
+    with tempfile.TemporaryDirectory() as folder:
+        workers = start(args, folder)
+        for case in plan(args):
+            if late():
+                left_out.append(" ".join(map(str, case)))
+                continue
+            found = measure(case, workers, args, late)
+            results += found
+            for r in found:
+                said = r.get("error") or (f"{r['tokens_per_second']:,.0f} tokens/s, MFU {100 * r['mfu']:.1f}%, ready "
+                                          f"after {r['prepare_seconds']:.0f} s")
+                print(f"{time.perf_counter() - started:6.0f} s  {' '.join(map(str, case))}, {r['contender']}: {said}",
+                      flush=True)
+            print("\n".join(profiles(found)), flush=True)
+            facts = {"machine": machine(args.device), "arguments": vars(args), "left_out": left_out, "results": results}
+            path.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")  # kept if a later case is killed
+            text = "\n".join([str(machine(args.device)), "", *rows(results), *profiles(results)])
+            path.with_suffix(".md").write_text(text + "\n")
+        for worker in workers.values():
+            worker.end("done")
     if left_out:
-        text += f"\n\nLeft out, the budget of {args.budget_seconds:.0f} s was spent: {'; '.join(left_out)}"
-    path.with_suffix(".md").write_text(f"{machine(args.device)}\n\n{text}\n")
-    print(f"\n{text}\nwritten to {path.with_suffix('.md')} and .json")
+        print(f"left out, the budget of {args.budget_seconds:.0f} s was spent: {'; '.join(left_out)}")
+    print("\n".join(rows(results)) + f"\nwritten to {path.with_suffix('.md')} and .json")
+    if any("error" in result for result in results):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class StableAdamW(torch.optim.Optimizer):
         max_lr = lr if max_lr is None else max_lr
         for name, value, fits, allowed in (
                 ("lr", lr, lr > 0, "above 0 (to freeze parameters, use disable_grad)"),
-                ("eps", eps, eps > 0, "above 0"), ("max_lr", max_lr, max_lr > 0, "above 0"),
+                ("eps", eps, eps >= 1e-15, "at least 1e-15"), ("max_lr", max_lr, max_lr > 0, "above 0"),
                 ("weight_decay", weight_decay, 0 <= weight_decay < 1, "below 1"),
                 ("betas", betas, all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)")):
             require(fits, f"optimizer.{name}", allowed, value, "correct it")
@@ -68,9 +69,8 @@ class StableAdamW(torch.optim.Optimizer):
         counts = any(group["lr"] != 0 for group in self.param_groups)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            for p in (p for p in params if not self.state[p]):
+                self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             if params and counts:
                 self._step_group(group, params)
         return loss
@@ -83,32 +83,34 @@ class StableAdamW(torch.optim.Optimizer):
         group["step"] = group["step"].cpu() + 1  # a checkpoint may bring it from a GPU; it is read here
         count = int(group["step"])
         beta1, beta2 = ((beta**count - beta) / (beta**count - 1) for beta in (group["beta1"], group["beta2"]))
-        weights, gradients, m, v = ([t.to_local() if isinstance(t, DTensor) else t for t in tensors] for tensors in (
-            params, [p.grad for p in params if p.grad is not None], [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params]))
-        torch._foreach_lerp_(m, gradients, 1 - beta1)
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, gradients, gradients, 1 - beta2)
-        roots = torch._foreach_sqrt(v)
-        ratios = torch._foreach_clamp_min(roots, group["eps"])
-        torch._foreach_reciprocal_(ratios)
-        torch._foreach_mul_(ratios, gradients)
-        norms = torch._foreach_norm(ratios)
-        del ratios
-        torch._foreach_div_(norms, [p.numel() ** 0.5 for p in params])
-        rms = torch.stack(norms)
-        if sharded:
-            rms.square_()
-            for dim, placement in enumerate(sharded[0].placements):
-                if placement.is_shard():  # dimensions of replicas are left out: each holds the whole sum already
-                    dist.all_reduce(rms, group=sharded[0].device_mesh.get_group(dim))
-            rms.sqrt_()
-        eta = group["lr"] / rms.clamp_min_(1.0)
-        if group["weight_decay"] != 0:
-            torch._foreach_mul_(weights, list((1 - eta * (group["weight_decay"] / group["max_lr"])).unbind()))
-        torch._foreach_add_(roots, group["eps"])
-        torch._foreach_div_(roots, list(eta.unbind()))
-        torch._foreach_addcdiv_(weights, m, roots, value=-1.0)
+        # on a CPU about 2^20 entries at a time: fresh memory to work on all of them costs more than the work
+        size, ends = 2**20 if params[0].is_cpu and not sharded else 2**62, accumulate(p.numel() for p in params)
+        for part in (list(part) for _, part in groupby(params, lambda _: next(ends) // size)):
+            weights, gradients, m, v = zip(*([t.to_local() if isinstance(t, DTensor) else t for t in (
+                p, p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"])] for p in part))
+            torch._foreach_lerp_(m, gradients, 1 - beta1)
+            torch._foreach_mul_(v, beta2)
+            torch._foreach_addcmul_(v, gradients, gradients, 1 - beta2)
+            work = torch._foreach_clamp_min(v, group["eps"] ** 2)
+            torch._foreach_rsqrt_(work)
+            torch._foreach_mul_(work, gradients)
+            norms = torch._foreach_norm(work)
+            torch._foreach_div_(norms, [p.numel() ** 0.5 for p in part])
+            rms = torch.stack(norms)
+            if sharded:
+                rms.square_()
+                for dim, placement in enumerate(sharded[0].placements):
+                    if placement.is_shard():  # dimensions of replicas are left out: each holds the whole sum already
+                        dist.all_reduce(rms, group=sharded[0].device_mesh.get_group(dim))
+                rms.sqrt_()
+            eta = group["lr"] / rms.clamp_min_(1.0)
+            if group["weight_decay"] != 0:
+                torch._foreach_mul_(weights, list((1 - eta * (group["weight_decay"] / group["max_lr"])).unbind()))
+            torch._foreach_copy_(work, v)
+            torch._foreach_sqrt_(work)
+            torch._foreach_add_(work, group["eps"])
+            torch._foreach_div_(work, list(eta.unbind()))
+            torch._foreach_addcdiv_(weights, m, work, value=-1.0)
 
 
 class _Schedule(ComposerScheduler):

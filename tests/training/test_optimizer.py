@@ -35,9 +35,10 @@ class Formula:
         self.p = self.p * (1 - eta / self.max_lr * self.decay) - eta * self.m / (self.v.sqrt() + EPS)
 
 
-def params(dtype=torch.float32):
+def params(dtype=torch.float32, times=1):
     generator = torch.Generator().manual_seed(1)
-    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in ((5, 3), (4,), (2, 2))]
+    shapes = (5 * times, 3), (4 * times,), (2 * times, 2)
+    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in shapes]
 
 
 def gradients(step, like):
@@ -53,8 +54,9 @@ def run(optimizer, own, steps):
         optimizer.step()
 
 
-def test_steps_follow_the_formula():
-    own = params(torch.float64)
+@pytest.mark.parametrize("times", [1, 2**17])  # 2^21 and 2^19 entries are worked on one after the other
+def test_steps_follow_the_formula(times):
+    own = params(torch.float64, times)
     optimizer = StableAdamW(own, 0.01, betas=BETAS, eps=EPS, weight_decay=0.1, max_lr=0.02)
     reference = [Formula(p, 0.1, 0.02) for p in own]
     for step in range(8):
@@ -80,6 +82,12 @@ def test_steps_in_fp32_are_those_of_torch_optimi():
     run(theirs, other, range(8))
     for a, b in zip(own, other):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)  # roundings of 8 updates of up to 0.01
+
+
+def test_a_step_reads_no_value_back():
+    own = nn.Parameter(torch.empty(3, 2, device="meta"))  # which has none: on a GPU a read would stall the step
+    own.grad = torch.empty_like(own)
+    StableAdamW([own], 0.01, weight_decay=1e-5).step()
 
 
 def test_norms_and_biases_are_never_decayed():
