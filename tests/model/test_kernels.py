@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.common import aot_autograd
 
 from ettin_foundry.model import kernels
 from ettin_foundry.model.config import EttinConfig
@@ -58,8 +59,7 @@ def losses_and_gradient_equals_float64(as_on_a_gpu, dtype, rows, vocabulary):
         exact, factor = logits.double().requires_grad_(), (torch.ones(rows) if weights is None else weights).double()
         expected = F.cross_entropy(exact, labels, reduction="none") * factor
         expected.sum().backward()
-        place = logits.clone()
-        losses, gradient, grad_bias = kernels.losses_and_gradient(place, labels, weights)
+        losses, gradient, grad_bias = kernels.losses_and_gradient(place := logits.clone(), labels, weights)
         assert gradient is place and losses.dtype == grad_bias.dtype == torch.float32
         assert_rounded(losses, expected.detach(), 80 * factor)
         assert_rounded(gradient, exact.grad, factor[:, None])
@@ -68,15 +68,12 @@ def losses_and_gradient_equals_float64(as_on_a_gpu, dtype, rows, vocabulary):
 
 def test_a_compiled_block_holds_the_kernel_without_a_break(as_on_a_gpu):
     """Forward and backward, under autocast; nothing is run, for a CPU cannot."""
-    from torch._dynamo.backends.common import aot_autograd
-
     def record(graph, inputs):
         graphs.append(str(graph.code))
         outputs = [node and node.meta["val"] for node in graph.graph.output_node().args[0]]
         return lambda *args: [v if v is None else torch.zeros(v.shape, dtype=v.dtype) for v in outputs]
 
-    graphs = []
-    glu = GLU(EttinConfig.for_size("nano", causal=True, vocab_size=512))
+    graphs, glu = [], GLU(EttinConfig.for_size("nano", causal=True, vocab_size=512))
     glu.compile(backend=aot_autograd(fw_compiler=record), fullgraph=True, dynamic=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (out := glu(torch.randn(24, glu.Wi.in_features))).sum().backward()
