@@ -47,7 +47,7 @@ bench: $(VENV)/.installed .parity/4.57.6/.installed
 
 # Eight minutes on a machine with a GPU, the most wanted first in each part; what a part has written stays where it is
 # stopped, and what fails does not keep the rest from being measured. Seconds, 480 in all:
-#   60 GPU tests, in 4 processes
+#   60 GPU tests, in 8 processes
 #  210 the real job: 25 to convert and import, then each size and objective, about 20 to 35 a case
 #  150 the step alone with its profile, beside the same without our kernels, and beside COMPARE: a revision or a folder,
 #      build/compare where there is one
@@ -60,15 +60,15 @@ GPU_COMPARE := $(or $(COMPARE),$(wildcard build/compare))
 ifdef DRY
 OUT := build/gpu-dry
 GPU_PYTHON := $(BIN)/python
-GPU_JOB := --device cpu --sizes nano --steps 3 --data data/nano
+GPU_JOB := --device cpu --sizes nano --objectives clm --steps 3 --data data/nano
 GPU_STEP := --device cpu --sizes nano --objectives mlm --lengths 256 --step-tokens 1024 --turns 1 --repeats 2 --warmup 0 \
-	--profile --compare .
+	--profile --variants kernels=off --compare .
 GPU_ATTENTION := --device cpu
 GPU_KERNELS := --device cpu
 gpu: $(VENV)/.installed data/nano/train/manifest.json
 else
-within = timeout -k 5 $(1)
-GPU_TESTS := -n 4
+within = timeout -k 5 $(2) $(1)
+GPU_TESTS := -n 8 -v
 GPU_ATTENTION := --budget-seconds 20
 GPU_JOB := --budget-seconds 205
 GPU_STEP := --budget-seconds 115 --sizes 17m 150m --profile --variants kernels=off $(GPU_COMPARE:%=--compare %)
@@ -82,7 +82,7 @@ endif
 GPU_OUT := $(if $(OUT),--out $(OUT))
 gpu:
 	status=0; \
-	$(call within,60) $(GPU_PYTHON) -m pytest -m gpu tests/model -rs $(GPU_TESTS) || status=1; \
+	$(call within,60,-s INT) $(GPU_PYTHON) -m pytest -m gpu tests/model/test_gpu.py -rs $(GPU_TESTS) || status=1; \
 	$(call within,210) $(GPU_PYTHON) benchmarks/real_job.py $(GPU_JOB) $(GPU_OUT) || status=1; \
 	$(call within,150) $(GPU_PYTHON) benchmarks/train_step.py $(GPU_STEP) $(GPU_OUT) || status=1; \
 	$(call within,35) $(GPU_PYTHON) benchmarks/attention.py $(GPU_ATTENTION) $(GPU_OUT) || status=1; \

@@ -5,10 +5,10 @@
 
 Each case is a process of its own: LLM-Foundry, Composer's Trainer, loader workers, callbacks, all as the recipe has
 them; only evaluation and saving are left out, and a step has 352 rows (an eighth of the recipe's batch, as on each of
-8 GPUs). The process is forked from this one, which has imported train.py, so that imports are paid once; where that
-would break CUDA, `train.py` is started instead. The figure is the median over the steps after the first few, from the
-run's own steps.jsonl; seconds until the second step are told beside it. The most wanted cases come first, and results
-are written after each. The data is the standard library's source, converted once into --data.
+8 GPUs; 176 at 1b). The process is forked from this one, which has imported train.py, so that imports are paid once;
+where that would break CUDA, `train.py` is started instead. The figure is the median over the steps after the first few,
+from the run's own steps.jsonl; seconds until the second step are told beside it. The most wanted cases come first, and
+results are written after each. The data is the standard library's source, converted once into --data.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ ANCHORS = {"17m": 985e3, "32m": 655e3, "68m": 463e3, "150m": 296e3, "400m": 146e
 GOALS = {"mlm": {"17m": 3.5, "32m": 3.0, "68m": 2.3, "150m": 1.8, "400m": 1.6, "1b": 1.4},
          "clm": {"17m": 2.2, "32m": 2.0, "68m": 1.8, "150m": 1.6, "400m": 1.5, "1b": 1.4}}
 """Factors over the original that are wanted."""
-WANTED = ["17m mlm", "150m clm", "150m mlm", "17m clm", "1b clm", "68m mlm", "400m mlm", "32m mlm", "400m clm",
+WANTED = ["17m mlm", "150m clm", "150m mlm", "17m clm", "1b clm", "400m mlm", "68m mlm", "32m mlm", "400m clm",
           "68m clm", "1b mlm", "32m clm", "nano mlm", "nano clm"]
-ROWS, SHORTEST_SECONDS = 352, 20
-STEPS = {"1b": (6, 2), "400m": (8, 3), "150m": (12, 4)}  # in all, not timed; with the others, 20 and 5
+SHORTEST_SECONDS = 20
+STEPS = {"1b": (176, 6, 2), "400m": (352, 7, 3), "150m": (352, 9, 3)}  # rows of a step, steps, steps not timed
+USUAL = (352, 20, 5)
 
 
 def where(device: str) -> dict[str, Any]:
@@ -48,7 +49,8 @@ def where(device: str) -> dict[str, Any]:
     if device == "cpu" or not shutil.which("nvidia-smi"):
         return {**machine("cpu"), "device": device}
     asked = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    return {**machine("cpu"), "device": device, "gpu": subprocess.run(asked, capture_output=True, text=True).stdout}
+    answer = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    return {**machine("cpu"), "device": device, "gpu": answer}
 
 
 def convert(data: Path) -> None:
@@ -94,20 +96,22 @@ def run(size: str, objective: str, args: argparse.Namespace, seconds: float) -> 
     recipe = [f"yamls/ettin-{'dec' if objective == 'clm' else 'enc'}-{size}.yaml"]
     if size == "nano":
         recipe = ["yamls/nano.yaml", *(["yamls/options/decoder.yaml"] if objective == "clm" else [])]
-    number, untimed = (args.steps, 1) if args.steps else STEPS.get(size, (20, 5))
+    rows, number, untimed = STEPS.get(size, USUAL)
+    if args.steps:
+        number, untimed = args.steps, min(untimed, args.steps - 2)
     with tempfile.TemporaryDirectory() as folder:
         overrides = [f"variables.data={args.data.resolve()}", f"max_duration={number}ba", "eval_loader=null",
                      "save_folder=null", "save_interval=null", "save_overwrite=null", "autoresume=null",
                      f"callbacks.ettin_steps.folder={folder}", "progress_bar=false", f"model.compile={args.compile}"]
         if size != "nano":
-            overrides.append(f"global_train_batch_size={ROWS}")
+            overrides.append(f"global_train_batch_size={rows}")
         begun, log = time.time(), Path(folder, "log")
         status, path = finished([*recipe, *overrides], log, args, seconds), Path(folder, "steps.jsonl")
         steps = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         found: dict[str, Any] = {"steps": len(steps), "seconds": time.time() - begun}
         if len(steps) > untimed + 1:  # also of a run that was stopped
             tokens = [after["tokens"] - before["tokens"] for before, after in zip(steps, steps[1:])]
-            speeds = [number / step["seconds"] for number, step in zip(tokens, steps)]
+            speeds = [spent / step["seconds"] for spent, step in zip(tokens, steps)]
             found |= {"tokens_per_second": statistics.median(speeds[untimed:]), "first_loss": steps[0]["loss"],
                       "last_loss": steps[-1]["loss"],
                       "until_second_step": found["seconds"] - sum(step["seconds"] for step in steps[1:])}

@@ -9,6 +9,7 @@ the step around them is the same for all.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib
 import json
@@ -93,7 +94,9 @@ class Contender:
     """Model, batches and optimizer of one case, and what is asked of them."""
 
     def __init__(self, tree: Path) -> None:
-        self.tree, self.parts = tree, importlib.import_module("train_step")
+        self.parts = importlib.import_module("train_step")
+        with contextlib.suppress(ImportError):  # now, while others import, too: it takes seconds
+            importlib.import_module("ettin_foundry.training.optimizer")
         import ettin_foundry
 
         assert tree in Path(ettin_foundry.__file__).parents, f"{ettin_foundry.__file__} lies outside {tree}"

@@ -96,7 +96,7 @@ def our_model(case: Case, args: argparse.Namespace) -> tuple[torch.nn.Module, Ca
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     if args.compile:
         model.compile_blocks()
-    backends = choose("auto", args.device, dtype, model.config, model.compiled, False)
+    backends = choose(args.attn_impl, args.device, dtype, model.config, model.compiled, False)
     note = " and ".join(dict.fromkeys(backends.values())) + (", blocks compiled" if args.compile else "")
 
     def total(b: dict) -> torch.Tensor:
