@@ -2,14 +2,15 @@
 
 Two corpora, each converted by data_prep/convert.py at both row lengths of the recipes: `python-stdlib`, whose files are
 mostly longer than a row, and short texts made of its words, whose numbers of words are log-normal (median 45, about 60
-tokens; sigma 1.2: from a few words to some paragraphs). `ettin show` prints the fill as well, to one decimal. A cut's
-place is what `corpus/chunking.py` ranks it as; ends of documents are no cuts.
+tokens; sigma 1.2: from a few words to some paragraphs). `ettin show` prints the fill as well, to one decimal. Where a
+cut falls is read from the text around it; ends of documents are no cuts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,9 +35,18 @@ def write_short_texts(path: Path, number: int) -> None:
             at = (at + count) % (len(words) - 10_000)
 
 
+def place(before: str, after: str) -> int:
+    """The index in PLACES of a cut between two texts."""
+    if re.search(r"\n\s*\n$", before):
+        return 4
+    if re.search(r"(?<![A-Z0-9])[.!?]['\")\]]*\s*$", before) and (before[-1].isspace() or after[0].isspace()):
+        return 3
+    return 2 if before[-1] == "\n" else int(after[0].isspace())
+
+
 def measure(source: str, tokenizer: str, out: Path, row_length: int, window: float) -> str:
     """Converts, and gives a line of the table."""
-    from ettin_foundry.corpus import chunking
+    from ettin_foundry.corpus.chunking import token_bytes
     from ettin_foundry.data.shards import MDSSplit
 
     subprocess.run([sys.executable, ROOT / "data_prep/convert.py", source, "--out", out, "--tokenizer", tokenizer,
@@ -47,14 +57,15 @@ def measure(source: str, tokenizer: str, out: Path, row_length: int, window: flo
     rows = split.rows(row_length)
     assert rows is not None
     fill = (tokens + 2 * chunks) / (int(rows.sum()) * row_length)
-    chunker = chunking.Chunker((out / "tokenizer/tokenizer.json").read_text(), row_length - 2, window)
-    places, samples = np.zeros(6, int), [split.sample(shard, number) for shard in range(split.num_shards)
+    pieces = token_bytes((out / "tokenizer/tokenizer.json").read_text())
+    places, samples = np.zeros(len(PLACES), int), [split.sample(shard, number) for shard in range(split.num_shards)
                                          for number in range(int(split.samples[shard]))]
     for chunk, following in zip(samples, samples[1:]):
         if not chunk["last"]:
-            text = np.concatenate([chunk["tokens"][-40:], following["tokens"][:1]])
-            places[int(chunker.ranks(text, len(text) - 1, len(text) - 1)[0])] += 1
-    shares = [f"{count / max(1, places.sum()):.1%}" for count in places[1:]]
+            before, after = (b"".join(pieces[token] for token in some).decode("utf-8", "replace")
+                             for some in (chunk["tokens"][-40:], following["tokens"][:2]))
+            places[place(before, after)] += 1
+    shares = [f"{count / max(1, places.sum()):.1%}" for count in places]
     return " | ".join([str(window), f"{fill:.2%}", f"{chunks:,}", f"{places.sum():,}", *shares])
 
 

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,10 @@ def rows_of(state: Any) -> dict[str, Any]:
     return {key: value for key, value in again.items() if key != "document_lengths"}  # torch.load takes no arrays
 
 
+def collectives(profile: Any) -> Counter[str]:
+    return Counter(event.name[6:].strip("_") for event in profile.function_events if event.name.startswith("c10d::"))
+
+
 @functools.cache
 def register_capture() -> type:
     """Registers the callback `capture`: what a test wants to see of the last run, kept on the class."""
@@ -100,6 +105,7 @@ def register_capture() -> type:
             self.die_at, self.averages = die_at, averages
             Capture.losses, Capture.lrs, Capture.tokens, Capture.batches, Capture.groups = [], [], [], [], []
             Capture.weights, Capture.moments, Capture.gradients, Capture.seed = {}, {}, {}, None
+            Capture.profile = torch.autograd.profiler.profile()
 
         def before_train_batch(self, state: Any, logger: Any) -> None:
             if state.timestamp.batch == self.die_at:
@@ -127,6 +133,9 @@ def register_capture() -> type:
 
         def batch_end(self, state: Any, logger: Any) -> None:
             Capture.losses.append(float(state.total_loss_dict["loss/train/total"]))
+            if os.environ.get("WORLD_SIZE") == "2" and state.timestamp.batch >= 2:  # the last callback of a step
+                # the third step alone: in the second, DDP agrees on its buckets
+                Capture.profile.__exit__(None, None, None) if Capture.profile.entered else Capture.profile.__enter__()
 
     registry.callbacks.register("capture", func=Capture)
     return Capture
@@ -162,7 +171,8 @@ def main(argv: list[str]) -> None:
             trainer = run(data, folder, *overrides, *clm, "callbacks.capture={}", *extra,
                           f"callbacks.ettin_steps.folder={folder}", evaluate=True)
             torch.save({"losses": capture.losses, "gradients": capture.gradients, "lrs": capture.lrs,
-                        "tokens": capture.tokens, "batches": capture.batches, "metrics": metrics(trainer)},
+                        "tokens": capture.tokens, "batches": capture.batches, "metrics": metrics(trainer),
+                        "collectives": collectives(capture.profile)},
                        out / f"{name}-{objective}-rank{rank}.pt")
             trainer.close()
 

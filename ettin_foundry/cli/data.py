@@ -24,8 +24,7 @@ def convert(
     tokenizer: Annotated[str | None, _help("Folder or Hugging Face id.")] = None,
     train_tokenizer: Annotated[int | None, _help("Entries of one to train on the corpus instead, e.g. 8192.")] = None,
     chunk_length: Annotated[int, _help("Most tokens in a chunk: row length of training minus 2.")] = 1022,
-    cut_window: Annotated[float, _help(
-        "Share of a chunk in which to look for a paragraph or sentence end; 0: cut as late as possible.")] = 0.01,
+    cut_window: Annotated[float, _help("Share of a chunk in which to look for a paragraph or sentence end.")] = 0.01,
     validation: Annotated[float, _help("Share of the documents for validation, by a hash of the text.")] = 0.005,
     text_field: Annotated[str, _help("Key or column of the text.")] = "text",
     id_field: Annotated[str | None, _help("Key or column of a document's id.")] = None,

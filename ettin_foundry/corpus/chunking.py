@@ -1,7 +1,6 @@
 """Where a document's tokens are cut into chunks: at a paragraph or sentence end near the limit, outside of characters.
 
-A document of at most `chunk_length` tokens is one chunk. A longer one is cut, from its beginning, like this, where the
-window is a share of `chunk_length`, say a hundredth:
+A document of at most `chunk_length` tokens is one chunk. A longer one is cut from its beginning (window: a hundredth):
 
 1. While at least 1.01 chunks remain, the next chunk ends at the best place of the last hundredth of `chunk_length`: the
    latest paragraph end, else sentence end, else line end, else place before a space, else place between characters.
@@ -123,15 +122,6 @@ class Chunker:
 
     def _best(self, tokens: np.ndarray, begin: int, low: int, high: int) -> int:
         """The best place in [low, high] to end the chunk from `begin` on; begin < low, high < len(tokens)."""
-        ranks = self.ranks(tokens, low, high).tobytes()
-        for rank in (_PARAGRAPH_END, _SENTENCE_END, _LINE_END, _BEFORE_SPACE, _BETWEEN):
-            if (at := ranks.rfind(rank)) >= 0:
-                return low + at
-        between = np.flatnonzero(self._begins[tokens[begin + 1:low]] != _BEGINS_INSIDE)
-        return begin + 1 + int(between[-1]) if len(between) else high
-
-    def ranks(self, tokens: np.ndarray, low: int, high: int) -> np.ndarray:
-        """(high + 1 - low,) uint8 ranks of the places in [low, high], 0 inside a character to 5 a paragraph end."""
         first = max(0, low - 1 - _CONTEXT)
         window = tokens[first:high + 1]  # one more than the places: what follows a place counts too
         after = self._after.take(window)
@@ -139,7 +129,12 @@ class Chunker:
         for at in (after >= _NUM_STATES).nonzero()[0].tolist():
             states[at] = self._rows[states[at]][states[at - 1] if at else _WORD]
         before = np.frombuffer(states, np.uint8)[low - 1 - first:-1]
-        return _RANKS.take(4 * before + self._begins.take(window[low - first:]))
+        ranks = _RANKS.take(4 * before + self._begins.take(window[low - first:])).tobytes()
+        for rank in (_PARAGRAPH_END, _SENTENCE_END, _LINE_END, _BEFORE_SPACE, _BETWEEN):
+            if (at := ranks.rfind(rank)) >= 0:
+                return low + at
+        between = np.flatnonzero(self._begins[tokens[begin + 1:low]] != _BEGINS_INSIDE)
+        return begin + 1 + int(between[-1]) if len(between) else high
 
 
 def _tables(pieces: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, list[tuple[int, ...]]]:

@@ -32,9 +32,7 @@ class Packing:
     def expand(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """(P,) int64 piece lengths, row after row, and (R + 1,) int64 offsets of the rows in them."""
         rows = [np.repeat(*np.array(runs).T) for runs in self.patterns]
-        if not rows:
-            return np.zeros(0, np.int64), np.zeros(1, np.int64)
-        lengths = np.concatenate([np.tile(row, times) for row, times in zip(rows, self.multiplicities)])
+        lengths = np.concatenate([np.zeros(0), *(np.tile(row, times) for row, times in zip(rows, self.multiplicities))])
         per_row = np.repeat([len(row) for row in rows], self.multiplicities)
         return lengths.astype(np.int64), np.concatenate([[0], np.cumsum(per_row)]).astype(np.int64)
 

@@ -29,7 +29,7 @@ from ettin_foundry.training import run_config
 from ettin_foundry.training.checks import check_settings
 from ettin_foundry.training.run_config import parse_time, total_tokens
 
-SLACK_GIB = 2.0  # left free when a microbatch is said to fit
+MARGIN = 0.1  # share of the memory left free when a microbatch is said to fit: for CUDA, NCCL, fragments, a form's 5%
 GPUS = {"h100": (1.979e15 / 2, 79.1), "h100-pcie": (1.513e15 / 2, 79.1), "h200": (1.979e15 / 2, 139.8),
         "a100": (312e12, 79.1), "a100-40gb": (312e12, 39.4), "a10": (125e12, 22.0)}
 """{name: (peak FLOP/s in dense bf16 as in Composer's speed_monitor.py, memory in GiB)}; h100, h200, a100 are SXM."""
@@ -91,11 +91,13 @@ class Plan(NamedTuple):
     machine: str  # both as text
     microbatch: int  # rows on a device
     memory_bytes: dict[str, int]  # at the peak of a step on a device, by what they belong to
-    largest_microbatch: int | None  # rows that fit with SLACK_GIB to spare; None on a CPU
+    largest_microbatch: int | None  # rows that fit with MARGIN to spare; None on a CPU
+    largest_on_h200: int | None
     fits: bool
     mfu: float | None  # assumed share of the peak, 6 operations per parameter and token
     hours: float | None
-    efficiency: tuple[float, float] | None  # of GPUs under DDP, beside one: least, and where a backward hides sums
+    sent_bytes: int  # by each GPU a step
+    efficiency: tuple[float, float] | None  # of GPUs beside one: least, and where passes hide what is sent
     checkpoints: int  # those that exist after the run
     storage_bytes: int
 
@@ -109,9 +111,10 @@ class Plan(NamedTuple):
 NETWORK_BYTES = 50e9  # a second, that a GPU sends to other machines: one link of 400 Gb/s each
 
 
-def sent_bytes(parameters: int, ranks: int) -> int:
-    """What each GPU sends a step under DDP: a ring's sum of fp32 gradients, once a step whatever the microbatches."""
-    return 2 * 4 * parameters * (ranks - 1) // ranks
+def sent_bytes(parameters: int, ranks: int, passes: int = 1) -> int:
+    """What each GPU sends a step: a ring's sum of fp32 gradients under DDP, whatever the microbatches. FSDP2 sends as
+    much in each of `passes` microbatches: bf16 weights for forward and backward, and fp32 gradients."""
+    return passes * 2 * 4 * parameters * (ranks - 1) // ranks
 
 
 # bytes that autograd keeps of a token in a layer, for each unit of (hidden_size, intermediate_size), in 16 bits or fp32
@@ -122,8 +125,8 @@ def memory_bytes(config: EttinConfig, num_tokens: int, targets_per_token: float,
                  fsdp: bool = False, recompute: bool = False) -> dict[str, int]:
     """Peak memory of a training step on one device, by what it belongs to.
 
-    A closed form fitted to measured peaks, which it meets within 5%: amp_bf16 with compiled blocks and flash attention
-    on one H200 (150m mlm, 65,536 tokens: 39 GiB; 1b clm, 16,384 tokens: 48.6 GiB), and fp32 with the reference
+    A closed form within 5% of measured peaks: amp_bf16 with compiled blocks, flash attention, an fp32 residual stream
+    on one H200 (150m mlm, 65,536 tokens: 39 GiB, eager 44; 1b clm, 16,384 tokens: 48.6 GiB), fp32 with the reference
     attention on a CPU (benchmarks/plan_memory.py). CUDA context and unusable memory of the allocator are not counted.
     `num_tokens` are a microbatch's; `half`: amp_bf16 or amp_fp16, else fp32; `recompute`: a layer keeps its input only.
     """
@@ -162,8 +165,7 @@ def objective_means(objective: ObjectiveSchedule, rate: MaskRate, num_tokens: in
 
 
 def learning_rates(cfg: dict[str, Any]) -> tuple[float, float] | None:
-    """First and last learning rate of a run; None for a scheduler of the host, or times in another unit than the run's.
-    """
+    """First and last learning rate of a run; None for a scheduler of the host, or times in other units than the run."""
     block, run = run_config.filled(cfg["scheduler"]), parse_time("max_duration", cfg["max_duration"])
     if block["name"] not in REGISTRY["schedulers"]:
         return None
@@ -217,26 +219,33 @@ def num_checkpoints(cfg: dict[str, Any], num_steps: int, num_tokens: int, tokens
     return int(number if kept < 0 else min(number, kept))
 
 
+def _microbatch(cfg: dict[str, Any], ranks: int) -> Any:
+    """Rows, or auto; those that follow from variables.microbatch_tokens follow for so many processes."""
+    given, free = cfg["device_train_microbatch_size"], {**cfg, "device_train_microbatch_size": None}
+    here, there = (run_config.rows_from_tokens(free, n).get("device_train_microbatch_size") for n in (None, ranks))
+    return there if given == here else given
+
+
 def _machine(cfg: dict[str, Any], gpus: str | None) -> tuple[int, str]:
     """(number, kind) of `--gpus`; else the original's 4x H100, or one for a small batch, or one CPU for fp32."""
-    rows, micro = cfg["global_train_batch_size"], cfg["device_train_microbatch_size"]
-    least = micro if isinstance(micro, int) else 1
+    rows, fits = cfg["global_train_batch_size"], lambda number: rows % number == 0 and (
+        (micro := _microbatch(cfg, number)) == "auto" or number * micro <= rows)
     if gpus is None:
-        fits = rows % ORIGINAL_GPUS == 0 and ORIGINAL_GPUS * least <= rows
-        return (1, "cpu") if cfg.get("precision") == "fp32" else (ORIGINAL_GPUS if fits else 1, "h100")
+        return (1, "cpu") if cfg.get("precision") == "fp32" else (ORIGINAL_GPUS if fits(ORIGINAL_GPUS) else 1, "h100")
     match = re.fullmatch(r"(?:([1-9][0-9]*)x)?([a-z][a-z0-9-]*)", gpus, re.IGNORECASE)
     name, number = match[2].lower().removesuffix("-sxm") if match else "", int(match[1] or 1) if match else 1
     if name not in GPUS:
         raise ValueError(f"--gpus must be a number and one of {', '.join(GPUS)}, such as 4xH100, got {gpus!r}")
-    if rows % number or number * least > rows:
+    if not fits(number):
         raise ValueError(f"--gpus must divide global_train_batch_size ({rows}) with device_train_microbatch_size "
-                         f"({micro}) rows for each, got {gpus!r}; choose another number")
+                         f"({_microbatch(cfg, number)}) rows for each, got {gpus!r}; choose another number")
     return number, name
 
 
 def plan_run(cfg: dict[str, Any], *, name: str = "", gpus: str | None = None, mfu: float | None = None) -> Plan:
     """The plan of a config that `check_settings` accepts; `mfu` is a share of the peak, None the original's."""
     num_gpus, gpu = _machine(cfg, gpus)
+    cfg = {**cfg, "device_train_microbatch_size": _microbatch(cfg, num_gpus)}
     if mfu is not None and not (gpu in GPUS and 0 < mfu <= 1):
         raise ValueError(f"--mfu must be above 0, at most 1, and used with GPUs, got {mfu} on {gpu}; add --gpus")
     facts, config, length = data_facts(cfg), run_config.model_config(cfg), cfg["max_seq_len"]
@@ -252,23 +261,19 @@ def plan_run(cfg: dict[str, Any], *, name: str = "", gpus: str | None = None, mf
     half, sharding = cfg.get("precision", "amp_bf16").startswith("amp_"), cfg.get("fsdp_config") or {}
     memory = functools.partial(memory_bytes, config, targets_per_token=most_targets, half=half, ranks=num_gpus,
                                fsdp=bool(sharding), recompute=bool(sharding.get("activation_checkpointing")))
-    largest = None
-    if gpu in GPUS:
-        room = (GPUS[gpu][1] - SLACK_GIB) * 2**30
-        largest = bisect.bisect_right(range(1, ramp.max_size // num_gpus + 1), room,
-                                      key=lambda rows: sum(memory(rows * length).values()))
-        if mfu is None and half and config.size in ORIGINAL_HOURS:
-            original = ORIGINAL_HOURS[config.size] * 3600 * ORIGINAL_GPUS * GPUS["h100"][0]
-            mfu = 6 * config.num_parameters * ORIGINAL_TOKENS / original
-    micro = cfg["device_train_microbatch_size"]
+    share, micro = ramp.max_size // num_gpus, cfg["device_train_microbatch_size"]
+    largest, on_h200 = (None if gpu not in GPUS else bisect.bisect_right(
+        range(1, share + 1), GPUS[kind][1] * (1 - MARGIN) * 2**30, key=lambda rows: sum(memory(rows * length).values()))
+        for kind in (gpu, "h200"))
+    if gpu in GPUS and mfu is None and half and config.size in ORIGINAL_HOURS:
+        original = ORIGINAL_HOURS[config.size] * 3600 * ORIGINAL_GPUS * GPUS["h100"][0]
+        mfu = 6 * config.num_parameters * ORIGINAL_TOKENS / original
     micro = max(1, largest or 0) if micro == "auto" else micro
-    share = ramp.max_size // num_gpus
-    work = 6 * config.num_parameters * tokens
-    hours = mfu and work / (num_gpus * GPUS[gpu][0] * mfu) / 3600
-    efficiency = None
-    if hours and num_gpus > 1 and not sharding:
-        seconds, sums = hours * 3600 / max(1, steps), sent_bytes(config.num_parameters, num_gpus) / NETWORK_BYTES
-        hidden = seconds * 2 / 3 * min(micro, share) / share  # by the backward of the last microbatch
+    hours = mfu and 6 * config.num_parameters * tokens / (num_gpus * GPUS[gpu][0] * mfu) / 3600
+    efficiency, sent = None, sent_bytes(config.num_parameters, num_gpus, math.ceil(share / micro) if sharding else 1)
+    if hours and num_gpus > 1:
+        seconds, sums = hours * 3600 / max(1, steps), sent / NETWORK_BYTES
+        hidden = seconds * (1 if sharding else 2 / 3 * min(micro, share) / share)  # DDP: by the last backward
         efficiency = seconds / (seconds + sums), seconds / (seconds + max(0.0, sums - hidden))
     checkpoints = num_checkpoints(cfg, steps, tokens, per_step)
     flops = _flops_per_token(cfg, data, shares.get("clm", 0.0), targets)
@@ -281,9 +286,9 @@ def plan_run(cfg: dict[str, Any], *, name: str = "", gpus: str | None = None, mf
         tokens_per_step=per_step, fill=per_step / (ramp.max_size * length), num_steps=steps, num_tokens=tokens,
         epochs=tokens / data.num_tokens if facts else None, shares=shares, targets_per_token=targets,
         flops_per_token=flops, flops=flops * tokens, num_gpus=num_gpus, gpu=gpu,
-        machine="one CPU process" if gpu == "cpu" else f"{num_gpus}x {gpu.upper()}", microbatch=micro,
-        memory_bytes=memory(micro * length), largest_microbatch=largest, fits=largest is None or micro <= largest,
-        mfu=mfu, hours=hours, efficiency=efficiency, checkpoints=checkpoints,
+        machine="one CPU process" if gpu == "cpu" else f"{num_gpus}x {gpu.upper()}", microbatch=micro, hours=hours,
+        memory_bytes=memory(micro * length), largest_microbatch=largest, largest_on_h200=on_h200, mfu=mfu,
+        fits=largest is None or micro <= largest, sent_bytes=sent, efficiency=efficiency, checkpoints=checkpoints,
         storage_bytes=checkpoints * 4 * config.num_parameters * (1 if cfg.get("save_weights_only") else 3))
 
 
@@ -351,21 +356,18 @@ def text(plans: Sequence[Plan]) -> str:
     parts = ", ".join(f"{part} {number / 2**30:.2f}" for part, number in plan.memory_bytes.items())
     where = f"of {GPUS[plan.gpu][1]:g} on each GPU" if plan.gpu in GPUS else "in the process"
     lines["memory"] = f"{plan.memory_gib:.1f} GiB {where}: {parts}"
-    most = plan.largest_microbatch
-    fit = "" if most is None else f"; {most:,} rows would fit with {SLACK_GIB:g} GiB to spare"
+    most, h200 = plan.largest_microbatch, plan.largest_on_h200
+    fit = "" if most is None else f"; {most:,} rows would fit with {MARGIN:.0%} to spare, {h200:,} on an H200"
     lines["microbatch"] = (f"{'' if plan.fits else 'DOES NOT FIT: '}{plan.microbatch:,} rows, "
                            f"{plan.microbatch * plan.max_seq_len:,} tokens{fit}")
     lines["hours"] = "not known for this size and precision; give --gpus and --mfu"
     if plan.hours is not None:
         gpu_hours = plan.hours * plan.num_gpus
-        speed = plan.num_tokens / gpu_hours / 3600
-        lines["hours"] = (f"{plan.hours:,.2f} on {plan.machine}, {gpu_hours:,.1f} GPU hours: {speed:,.0f} tokens/s per "
-                          f"GPU, assuming an MFU of {plan.mfu:.1%}")
+        lines["hours"] = (f"{plan.hours:,.2f} on {plan.machine}, {gpu_hours:,.1f} GPU hours: "
+                          f"{plan.num_tokens / gpu_hours / 3600:,.0f} tokens/s per GPU, assuming {plan.mfu:.1%} MFU")
     if plan.efficiency is not None:
-        sent = sent_bytes(plan.parameters, plan.num_gpus)
-        least, most_likely = plan.efficiency
-        lines["network"] = (f"{filesize.decimal(sent)} of gradients sent by each GPU a step; at "
-                            f"{NETWORK_BYTES / 1e9:g} GB/s {least:.1%} to {most_likely:.1%} of one GPU's speed")
+        lines["network"] = (f"{filesize.decimal(plan.sent_bytes)} sent by each GPU a step; at {NETWORK_BYTES / 1e9:g} "
+                            f"GB/s {plan.efficiency[0]:.1%} to {plan.efficiency[1]:.1%} of one GPU's speed")
     lines["storage"] = f"{plan.checkpoints:,} checkpoints, {filesize.decimal(plan.storage_bytes)} in all"
     return _joined(lines)
 

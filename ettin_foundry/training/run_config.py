@@ -107,12 +107,12 @@ def resolved(args: Sequence[str]) -> dict[str, Any]:
     return om.to_container(configure(args), resolve=True)  # type: ignore[return-value]
 
 
-def rows_from_tokens(cfg: dict[str, Any]) -> dict[str, int]:
+def rows_from_tokens(cfg: dict[str, Any], ranks: int | None = None) -> dict[str, int]:
     """Rows a GPU takes at once, where a config (plain containers, resolved) gives token positions instead.
 
     `variables.microbatch_tokens` gives `device_train_microbatch_size`: the most rows of `max_seq_len` that it holds and
-    that divide every batch of each of WORLD_SIZE processes. `variables.eval_tokens` gives `device_eval_batch_size`.
-    A key that the config has itself is left alone.
+    that divide every batch of each of WORLD_SIZE (or `ranks`) processes. `variables.eval_tokens` gives
+    `device_eval_batch_size`. A key that the config has itself is left alone.
     """
     variables, length, found = cfg.get("variables") or {}, cfg.get("max_seq_len"), {}
     for name, key in (("microbatch_tokens", "device_train_microbatch_size"), ("eval_tokens", "device_eval_batch_size")):
@@ -123,8 +123,8 @@ def rows_from_tokens(cfg: dict[str, Any]) -> dict[str, int]:
             raise ValueError(f"variables.{name} must be an integer >= {length} (max_seq_len), got {tokens!r}")
         found[key] = tokens // length
     if most := found.get("device_train_microbatch_size"):
-        smallest = value_at(cfg, "train_loader.batch_size_warmup.min_size") or 0
-        share = max(1, math.gcd(cfg["global_train_batch_size"], smallest) // int(os.environ.get("WORLD_SIZE", "1")))
+        rows = math.gcd(cfg["global_train_batch_size"], value_at(cfg, "train_loader.batch_size_warmup.min_size") or 0)
+        share = max(1, rows // (ranks or int(os.environ.get("WORLD_SIZE", "1"))))
         found["device_train_microbatch_size"] = next(n for n in range(min(most, share), 0, -1) if share % n == 0)
     return found
 

@@ -145,9 +145,8 @@ def test_cuts_are_those_of_the_rule_with_the_real_vocabulary(ettin_tokenizer_dir
 @pytest.mark.parametrize(("length", "goal"), [(1024, 0.995), (8192, 0.99)])
 def test_packed_rows_of_long_documents_are_full_with_the_default_window(length, goal):
     """The standard library with a token a byte: most files are longer than a row, so few fill the gaps."""
-    tokenizer = byte_level({token: number for number, token in enumerate(sorted(ALPHABET))}, []).to_str()
-    ids = np.argsort([piece[0] for piece in token_bytes(tokenizer)]).astype(np.uint16)
-    chunker = Chunker(tokenizer, length - 2, ConvertOptions.cut_window)
+    tokenizer = byte_level({token: number for number, token in enumerate(ALPHABET)}, []).to_str()
+    ids, chunker = np.argsort(token_bytes(tokenizer)), Chunker(tokenizer, length - 2, ConvertOptions.cut_window)
     paths = [path for path in Path(argparse.__file__).parent.glob("*/*.py") if path.parent.name != "site-packages"]
     ends = [chunker.cuts(ids[np.frombuffer(path.read_bytes(), np.uint8)]) for path in paths if path.stat().st_size]
     counts = piece_counts(np.bincount(np.concatenate([np.diff([0, *each]) for each in ends])))

@@ -1,5 +1,5 @@
 """One rank equals two ranks over gloo, with DDP and with FSDP2: rows exactly; gradients of the first step, losses, and
-the metrics of an evaluation in which a rank runs out of rows, to 1e-6.
+the metrics of an evaluation in which a rank runs out of rows, to 1e-6. Collectives are those of docs/design.md.
 
 The two ranks are two processes that each run nano_run.py once for both kinds and both objectives.
 """
@@ -17,7 +17,7 @@ from ettin_foundry.tools.pair import compare_steps
 from ettin_foundry.training.steps import read_steps
 
 SETTINGS = ["model.vocab_size=512", "model.attn_out_dropout=0.0",  # dropout draws differ by rank, as they should
-            "max_duration=3ba", "eval_interval=3ba", "device_eval_batch_size=16",
+            "device_train_microbatch_size=2", "max_duration=3ba", "eval_interval=3ba", "device_eval_batch_size=16",
             "~save_folder", "~save_interval", "~autoresume", "~save_overwrite"]
 
 
@@ -49,6 +49,10 @@ def test_two_ranks_equal_one(kind, objective, two_ranks, data_set, tmp_path):
         assert {rank["batches"][step]["tokens_before"] for rank in ranks} == {alone["tokens_before"]}
     assert compare_steps(tmp_path, two_ranks / f"{kind}-{objective}") is None  # rank 0 wrote the hash of all rows
     assert len(read_steps(tmp_path)) == 3
+    # those that docs/design.md lists, with 2 buckets, 2 groups of the optimizer, 4 blocks and 2 microbatches
+    expected = {"ddp": {"allreduce": 4 + 2, "broadcast": 1}, "fsdp2": {
+        "allreduce": 4 + 3, "broadcast": 1, "allgather_base": 2 * (4 + 4 + 1), "reduce_scatter_base": 2 * (4 + 1)}}
+    assert all(rank["collectives"] == expected[kind] for rank in ranks)
     for rank in ranks:
         assert rank["lrs"] == capture.lrs and rank["tokens"] == capture.tokens
         assert rank["gradients"].keys() == capture.gradients.keys()

@@ -1,4 +1,4 @@
-"""StableAdamW over 3 ranks (gloo): FSDP2 equals one rank in float64; replicas under DDP stay bit-equal."""
+"""StableAdamW over 4 ranks (gloo): FSDP2 equals one rank in float64; replicas under DDP stay bit-equal."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from composer.core import Timestamp
+from nano_run import collectives
 from test_optimizer import Formula
 from torch import nn
 from torch.distributed.checkpoint import state_dict as states
@@ -22,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from ettin_foundry.training import optimizer as optim
 from ettin_foundry.training.clock import Clock
 
-RANKS, STEPS, LR, DECAY = 3, 5, 0.01, 0.1  # 3 ranks: 5 rows are cut 2 + 2 + 1, and 4 rows 2 + 2 + 0
+RANKS, STEPS, LR, DECAY = 4, 5, 0.01, 0.1  # 4 ranks: 5 rows are cut 2 + 2 + 1 + 0, and 4 rows 1 each
 
 
 def model(dtype=torch.float32):
@@ -76,7 +77,7 @@ def sharded(rank):
 
 def fsdp2(rank):
     network, optimizer = sharded(rank)
-    assert [p.to_local().shape[0] for p in network.parameters()][-1] == (2, 2, 0)[rank]
+    assert next(network.parameters()).to_local().shape[0] == (2, 2, 1, 0)[rank]
     train(rank, network, optimizer)
     for options in (states.StateDictOptions(), states.StateDictOptions(full_state_dict=True)):
         other, resumed = sharded(rank)
@@ -86,8 +87,10 @@ def fsdp2(rank):
         states.set_optimizer_state_dict(other, resumed, saved[1], options=options)
         for one, own in ((network, optimizer), (other, resumed)):
             own.zero_grad()
-            loss_of(one, batch(7, rank)).backward()
-            own.step()
+            with torch.autograd.profiler.profile() as profile:
+                loss_of(one, batch(7, rank)).backward()
+                own.step()
+            assert collectives(profile) == {"allgather_base": 1, "reduce_scatter_base": 1, "allreduce": 2}  # groups
         for a, b in zip(network.parameters(), other.parameters()):
             assert torch.equal(a.to_local(), b.to_local())
         assert [int(g["step"]) for g in resumed.param_groups] == [int(g["step"]) for g in optimizer.param_groups]
@@ -112,8 +115,10 @@ def replicas(rank):
     optimizer = optim.StableAdamW(network.parameters(), LR, weight_decay=DECAY)
     for step in range(50):
         optimizer.zero_grad()
-        loss_of(network, batch(step, rank)).backward()
-        optimizer.step()
+        with torch.autograd.profiler.profile(step == 2) as profile:  # in the step before, it agrees on its bucket
+            loss_of(network, batch(step, rank)).backward()
+            optimizer.step()
+        assert step != 2 or collectives(profile) == {"allreduce": 1}
     mine = torch.cat([p.detach().flatten() for p in network.parameters()])
     mine = torch.cat([mine, *(value.flatten() for state in optimizer.state.values() for value in state.values())])
     everyone = [torch.empty_like(mine) for _ in range(RANKS)]

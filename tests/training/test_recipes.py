@@ -150,15 +150,16 @@ def test_the_schedule_ends_at_the_originals_learning_rate(run):
 
 @pytest.mark.parametrize("path", ETTIN, ids=stem)
 def test_packed_batches_hold_the_originals_tokens_and_microbatches_follow_the_rule(path):
-    cfg, original = resolved(path), resolved(path, "original")
+    cfg, key = resolved(path), "device_train_microbatch_size"
     positions = cfg["global_train_batch_size"] * cfg["max_seq_len"]
     assert 0.98 < ORIGINAL["tokens_per_step_pretrain"] / positions < 1
-    # the largest share of a device's 352 rows (8 GPUs) within 0.7 of the original's, whose rows were 0.6 full
-    rows = [n for n in range(1, 353) if 352 % n == 0 and n <= 0.7 * original["device_train_microbatch_size"]]
-    assert cfg["device_train_microbatch_size"] == max(rows)
-    for phase in LONG:  # at most as many tokens as in pretraining, in a power of two of rows, which divides 128
-        long = [n for n in (1, 2, 4, 8, 16) if n * 8192 <= max(rows) * 1024]
-        assert resolved(path, phase)["device_train_microbatch_size"] == max(long)
+    # a batch of one of 4 GPUs, or the half, quarter, ... that fits it (test_plan.py); several rows also of 8,192
+    most = 704 >> ["17m", "32m", "68m", "150m", "400m", "1b"].index(cfg["variables"]["size"])
+    for ranks in (1, 2, 4, 8, 16):
+        assert run_config.rows_from_tokens({**cfg, key: None}, ranks)[key] == min(most, 2816 // ranks)
+        for phase in LONG:
+            rows = run_config.rows_from_tokens({**resolved(path, phase), key: None}, ranks)[key]
+            assert rows == min(1024 // ranks, max(n for n in (1, 2, 4, 8, 16, 32, 64) if 8 * n <= most)) > 1
 
 
 @pytest.mark.parametrize("tokens, batch, length, processes, rows", [
@@ -179,14 +180,12 @@ WARMUP_BILLIONS = {"17m": 125, "32m": 100, "68m": 75, "150m": 50, "400m": 10, "1
 @pytest.mark.parametrize("path", ETTIN, ids=stem)
 def test_batch_size_warmup_is_the_originals_and_divides_on_up_to_four_gpus(path):
     cfg = resolved(path, args=(str(ROOT / "yamls/options/batch-size-warmup.yaml"),))
-    warmup, rows, micro = (cfg["train_loader"]["batch_size_warmup"], cfg["global_train_batch_size"],
-                           cfg["device_train_microbatch_size"])
-    assert micro == resolved(path)["device_train_microbatch_size"]
+    warmup, rows = cfg["train_loader"]["batch_size_warmup"], cfg["global_train_batch_size"]
     assert tokens(warmup["tokens"]) == WARMUP_BILLIONS[cfg["model"]["size"]] * 10**9
-    for gpus in (1, 2, 4):
+    for gpus in (1, 2, 4, 8):
+        micro = run_config.rows_from_tokens({**cfg, "device_train_microbatch_size": None}, gpus).popitem()[1]
         checks.check_warmup(warmup, rows, world_size=gpus, microbatch=micro, total=tokens(cfg["max_duration"]))
-    # an eighth, or the next smaller size that a microbatch divides on four GPUs
-    assert warmup["min_size"] == max(n for n in range(1, rows // 8 + 1) if rows % n == 0 and n % (4 * micro) == 0)
+    assert warmup["min_size"] == rows // 8
 
 
 def test_overlays_state_the_right_token_counts_and_launch_lines_name_files_that_exist():
