@@ -27,10 +27,10 @@ from ettin_foundry.model.attention import GLOBAL_WINDOWS, Documents, attention, 
 from ettin_foundry.model.backends import candidates, fastest  # noqa: E402
 from ettin_foundry.model.config import EttinConfig  # noqa: E402
 
+CPU_NAMES = ["reference", "flex_attention"]
 
 def seconds(args: argparse.Namespace, step: Any) -> float:
-    """Median of one call, with what it queues on the device."""
-    found = []
+    found = []  # of one call, with what it queues on the device
     for _ in range(args.warmup + args.repeats):
         getattr(torch, args.device).synchronize()
         begin = time.perf_counter()
@@ -65,13 +65,11 @@ def measure(args: argparse.Namespace, name: str, config: EttinConfig, window: tu
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="attention alone on one GPU")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--tokens", type=int, default=65_536)
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=3)
+    for name, number in (("--tokens", 65_536), ("--repeats", 10), ("--warmup", 3), ("--seed", 21)):
+        parser.add_argument(name, type=int, default=number)
     parser.add_argument("--budget-seconds", type=float, default=90, help="no case is started after this")
-    parser.add_argument("--seed", type=int, default=21)
     parser.add_argument("--out", help="folder for the results; benchmarks/results without it")
     args = parser.parse_args()
     args.sizes, args.lengths = ["150m", "17m"], [1024, 8192]
@@ -100,9 +98,7 @@ def main() -> None:
     args = parse()
     started, results, left_out = time.perf_counter(), [], []
     path = results_path(f"attention-{args.device}", args.out)
-    names = ["reference", "flex_attention"]
-    if args.device == "cuda":
-        names, _ = candidates("auto", "cuda", torch.bfloat16, True)
+    names = candidates("auto", "cuda", torch.bfloat16, True)[0] if args.device == "cuda" else CPU_NAMES
     lines = ["| size | causal | rows | layers | backend | forward ms | backward ms | list of blocks ms |",
              "|---|---|---|---|---|---|---|---|"]
     for case in [(size, causal, n) for n in args.lengths for size in args.sizes for causal in (False, True)]:

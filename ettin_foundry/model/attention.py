@@ -52,7 +52,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window_size
         options = {"BLOCKS_ARE_CONTIGUOUS": True, "FORCE_USE_FLEX_ATTENTION": True}  # not its kernel for decoding
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, N, K) each
         out: Any = flex_attention(q, k, v, block_mask=documents.cached(block_mask, window_size), kernel_options=options)
-        return out[0].transpose(0, 1)
+        return out.squeeze(0).transpose(0, 1)  # indexed, a gradient would be copied into zeros
     borders = (documents.cu_seqlens, documents.cu_seqlens, documents.max_seqlen, documents.max_seqlen)
     if backend == "varlen_attn":
         from torch.nn.attention.varlen import varlen_attn  # type: ignore
@@ -148,7 +148,7 @@ def block_mask(documents: Documents, window_size: tuple[int, int]) -> Any:
     if right:
         high = documents.cu_seqlens[torch.searchsorted(documents.cu_seqlens, token, right=True)] - 1
         high = high if right < 0 else torch.minimum(high, token + right)
-    # kernels look up to the end of the last block: there is memory, and no key is visible
+    # kernels look up to the end of the last block: there is memory, and no token is visible
     rest = -num_tokens % FLEX_BLOCK
     low, high = F.pad(low, (0, rest), value=num_tokens), F.pad(high, (0, rest), value=num_tokens - 1)
 

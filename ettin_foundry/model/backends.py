@@ -31,7 +31,6 @@ def candidates(wish: str, device_type: str, dtype: torch.dtype, compiled: bool) 
         return ["reference"], "asked for by model.attn_impl"
     if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         capability, version = torch.cuda.get_device_capability(), tuple(map(int, torch.__version__.split(".")[:2]))
-        # each can add gradients up in a fixed order: flash kernels by a switch, flex_attention always
         runs = {"flash_attn_3": find_spec("flash_attn_interface") and capability[0] == 9,
                 "flash_attn_2": find_spec("flash_attn"),
                 "varlen_attn": version >= (2, 11),  # 2.10 has it, but without windows
@@ -53,7 +52,8 @@ def choose(wish: str, device_type: str, dtype: torch.dtype, config: EttinConfig,
            deterministic: bool) -> dict[bool, str]:
     """{is global: name} of what attends in layers of each kind: of several in `auto` the fastest, else the first.
 
-    Deterministic runs take the first, too: a measurement may end otherwise where such a run goes on.
+    Deterministic runs take the first, too, for a measurement may end otherwise where such a run goes on. All can add
+    gradients up in a fixed order: flash kernels by a switch, flex_attention always.
     """
     if wish == "flex" and not compiled:  # samples of a compiled run are made without
         wish = "auto"
@@ -74,7 +74,7 @@ def choose(wish: str, device_type: str, dtype: torch.dtype, config: EttinConfig,
 
 
 def fastest(found: Iterable[str], measure: Callable[[str, bool], float]) -> tuple[dict[bool, str], str]:
-    """({is global: name}, why): the least of `measure(name, is global)`; `reference` where every one raises."""
+    """({is global: name}, why): the least of `measure(name, is global)`; `reference` where all raise."""
     names, said = {}, []
     for is_global, layers in ((True, "global layers"), (False, "local layers")):
         times = {}

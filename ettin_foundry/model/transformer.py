@@ -218,6 +218,7 @@ class Ettin(nn.Module):
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compiles every block, for each length of a stream by itself; blocks of one role share what is compiled."""
         torch._dynamo.config.recompile_limit = 64  # lengths x (first, global, local) x (training, evaluation)
+        torch._dynamo.config.optimize_ddp = False  # would cut blocks in two; gradients are reduced after each anyway
         for block in self.trunk.layers:
             # not the module's call: the hooks of FSDP stay outside
             block.forward = torch.compile(block.forward, backend=backend, dynamic=False)
