@@ -2,10 +2,10 @@
 
     python benchmarks/optimizer.py [--sizes 17m 150m] [--rounds 15] [--threads 1]
 
-Random gradients, one step of each in turn, medians; CPU time of all threads is less disturbed by other programs. Also
-counted: operators that a step calls, as PyTorch dispatches them, so a `_foreach` over all
-tensors is one; on a GPU ours calls as many for 137 tensors as for 2 (on a CPU it takes a part at a time). And whether a
-step reads values back into Python: meta tensors have none.
+Random gradients, one step of each in turn, medians; CPU time of all threads is less disturbed by other programs. Then a
+step on meta tensors, which have shapes and no values, so that reading one back into Python fails: whether it does, and
+the operators that PyTorch dispatches where it does not, which are those on a GPU. Of these, a `_foreach` whose lists
+differ in shape (each tensor with a factor of its own) is run by CUDA tensor by tensor.
 """
 
 from __future__ import annotations
@@ -43,10 +43,13 @@ class Calls(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.number = 0
+        self.number = self.by_tensor = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        shapes = {str([t.shape for t in arg]) for arg in args if isinstance(arg, (list, tuple)) and arg
+                  and all(torch.is_tensor(t) for t in arg)}
         self.number += 1
+        self.by_tensor += len(shapes) > 1
         return func(*args, **(kwargs or {}))
 
 
@@ -59,15 +62,18 @@ def parameters(size: str, device: str) -> list[torch.nn.Parameter]:
     return made
 
 
-def reads(kind: str, size: str) -> str:
-    """Whether a value of a parameter, gradient or moment is read in a step."""
+def without_values(kind: str, size: str) -> str:
+    """A step on meta tensors, of a table: operators called, those that go tensor by tensor, whether values are read."""
+    optimizer = KINDS[kind](parameters(size, "meta"))
     try:
-        KINDS[kind](parameters(size, "meta")).step()
+        optimizer.step()  # makes the moments
+        with Calls() as calls:
+            optimizer.step()
     except (RuntimeError, NotImplementedError) as error:
         if "meta" not in str(error):
             raise
-        return "reads values"
-    return "reads none"
+        return "| | read"
+    return f"{calls.number} | {calls.by_tensor} | not read"
 
 
 def measure(size: str, rounds: int) -> list[str]:
@@ -81,13 +87,11 @@ def measure(size: str, rounds: int) -> list[str]:
                 seconds[name].append((time.process_time() - begun[0], time.perf_counter() - begun[1]))
     lines = []
     for name, optimizer in optimizers.items():
-        with Calls() as calls:
-            optimizer.step()
         (cpu, wall), (of_ours, _) = ([1e3 * statistics.median(column) for column in zip(*seconds[kind])]
                                      for kind in (name, "ours"))
         number = sum(len(group["params"]) for group in optimizer.param_groups)
-        lines.append(f"| {size} | {number} | {name} | {cpu:.1f} | {cpu / of_ours:.2f} | {wall:.1f} | {calls.number} | "
-                     f"{reads(name, size)} |")
+        lines.append(f"| {size} | {number} | {name} | {cpu:.1f} | {cpu / of_ours:.2f} | {wall:.1f} | "
+                     f"{without_values(name, size)} |")
     return lines
 
 
@@ -99,8 +103,8 @@ def main() -> None:
     parser.add_argument("--out", help="folder for the result; benchmarks/results without it")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    lines = ["| size | tensors | optimizer | ms a step, CPU time | of ours | ms, wall | operators called | values |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = ["| size | tensors | optimizer | CPU ms a step | of ours | ms, wall | operators | by tensor | values |",
+             "|---|---|---|---|---|---|---|---|---|"]
     for size in args.sizes:
         lines += measure(size, args.rounds)
     path = results_path("optimizer", args.out).with_suffix(".md")
