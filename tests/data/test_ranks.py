@@ -50,8 +50,8 @@ def test_two_ranks_equal_one(kind, objective, two_ranks, data_set, tmp_path):
     assert compare_steps(tmp_path, two_ranks / f"{kind}-{objective}") is None  # rank 0 wrote the hash of all rows
     assert len(read_steps(tmp_path)) == 3
     # those that docs/design.md lists, with 2 buckets, 2 groups of the optimizer, 4 blocks and 2 microbatches
-    expected = {"ddp": {"allreduce": 4 + 2, "broadcast": 1}, "fsdp2": {
-        "allreduce": 4 + 3, "broadcast": 1, "allgather_base": 2 * (4 + 4 + 1), "reduce_scatter_base": 2 * (4 + 1)}}
+    expected = {"ddp": {"allreduce": 5 + 2, "broadcast": 1}, "fsdp2": {
+        "allreduce": 5 + 3, "broadcast": 1, "allgather_base": 2 * (4 + 4 + 1), "reduce_scatter_base": 2 * (4 + 1)}}
     assert all(rank["collectives"] == expected[kind] for rank in ranks)
     for rank in ranks:
         assert rank["lrs"] == capture.lrs and rank["tokens"] == capture.tokens
