@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Annotated, Any
 
 import typer
@@ -24,31 +23,10 @@ _GROUPS = {
     "Runs": (runs.recipes, runs.plan, runs.lint, runs.suite, runs.order),
     "Models": (model.export, model.import_, model.average, model.generate, model.fill_mask, model.evaluate),
 }
-_DATATROVE = "datatrove before the conversion; `ettin convert` reads what it writes (.jsonl.gz)"
-_CHECKPOINT = "a checkpoint of train.py, which holds its shape"
-_REMOVED = {
-    "demo": "`make demo`, which is `ettin suite yamls/suite/demo.yaml` after converting python-stdlib into data/demo",
-    "repair": "`ettin convert` again into the same folder, which makes lost shards again",
-    "merge": "`ettin average`",
-    "average --weights": "the mean without it, in which all checkpoints weigh the same",
-    **{f"convert --{option}": _DATATROVE for option in ("decontaminate", "decontaminate-field", "drop-contaminated")},
-    "convert --limit-bytes": "a smaller source, such as one of its files or `head -n 100000 all.jsonl > some.jsonl`",
-    "verify --no-samples": "`ettin verify` without it: every sample is read",
-    "show --picture": "the table of lengths in the dataset's README.md, and `ettin show`",
-    "export --tags": "`ettin export --every`: each folder has the name of its revision",
-    "export --ema": "`ettin average SAVE_FOLDER MEAN.pt --last 5`, and export MEAN.pt",
-    "export --sentence-transformers": "sentence-transformers on the exported folder, as in examples/embeddings.py",
-    "export --size": _CHECKPOINT,
-    "export --field": _CHECKPOINT,
-    **{f"plan --{option}": "the GPU hours that it prints" for option in ("price", "kwh-price", "pue")},
-    "plan --picture": "the lr, rows and mask_rate of each step in steps.jsonl, which a run leaves in its save folder",
-    "suite --command": "the key command='...' after the suite file",
-    **{f"order --{option}": "examples/data_order.py, which writes Parquet" for option in ("export", "from", "to")},
-}
 
 
 class _Group(TyperGroup):
-    """Lists the commands by group, and names the nearest choice where an option's value is none."""
+    """Lists the commands by group."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         width, listed = max(map(len, self.commands)), list[Any](self.commands.items())
@@ -61,9 +39,6 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except typer.BadParameter as error:
             error.message = error.message.removeprefix("Value error, ")
-            if " is not one of " in error.message:
-                value, *choices = error.message.split("'")[1::2]
-                error.message += "".join(f" Did you mean '{near}'?" for near in get_close_matches(value, choices, 1))
             raise
 
 
@@ -85,12 +60,8 @@ for _title, _commands in _GROUPS.items():
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script; ends the process."""
-    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        for removed in (words[0], *(f"{words[0]} {word.split('=')[0]}" for word in words[1:])) if words else ():
-            if removed in _REMOVED:
-                raise ValueError(f"`ettin {removed}` does not exist any more; use {_REMOVED[removed]}")
-        app(args=words, prog_name="ettin")
+        app(args=argv, prog_name="ettin")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -192,8 +192,6 @@ class Order:
         if self.rows_per_epoch == 0:
             raise ValueError("dataset must hold at least one chunk, got an empty split; name another split")
         self._sources = self._make_sources()
-        # of so many shards, all sources' windows together, are the rows around any place
-        self.shards_at_once = sum(source.window for source in self._sources)
         self._epochs: list[_Epoch] = []
         self._windows: list[list[_Window]] = [[] for _ in self._sources]
 

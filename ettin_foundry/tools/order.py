@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,13 +64,6 @@ class StepView(NamedTuple):
 def view_step(stream: RowStream, step: int, *, rows: int | None = None) -> StepView:
     """A step's rows and hash, and the stored chunks of its first `rows` rows (all if not given)."""
     first, special = stream.ramp.first_row(step), stream.data.tokenizer["special_ids"]
-    if not stream.data.fetches:
-        # opening a shard, which hashes it, takes most of the time: several at a time
-        shards = stream.order.shards_ahead(first)[:stream.order.shards_at_once]
-        stream.data.prefetch(shards)  # so that none is closed before it is used
-        stream.data.lengths(shards[0])  # the one file of all shards
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(stream.data.sample_lengths, shards))
     read, num_tokens, ids_hash = stream.rows_of(step), 0, 0
     for row in read:
         ids, pieces = np.full((2, stream.max_seq_len), special["pad"], np.int64)

@@ -1,8 +1,10 @@
-"""Checkpoints of Composer, read: nothing pickled runs before it was checked, and the newest complete one is found.
+"""Checkpoints of Composer: nothing pickled runs before it was checked, a save is whole or absent, the newest is found.
 
 mosaicml 0.32.1 unpickles whatever it loads, and torch does so with `.metadata` and byte entries of sharded checkpoints.
 Here unpicklers know allow-listed types only, and `install_validation` makes Composer ask them before each load, also of
-files it downloaded.
+files it downloaded. Composer writes a file under its final name; by `write_whole` it gets that once it is on the disk.
+The record of a save is the archive's own directory, written last: names, sizes and CRC-32 of its entries. A sharded
+checkpoint is an archive an entry, and `.metadata`, written last, says where they are.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.torch_version import TorchVersion
+
+from ettin_foundry.data.storage import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +147,19 @@ def install_validation() -> None:
     os.environ.setdefault("CHECKPOINT_VALIDATION_FUNCTION", f"{__name__}.validate")
 
 
+def write_whole(state_dict: dict[str, Any], filename: str) -> None:
+    """In place of Composer's writer: the file has its name once all of it is on the disk, and replaces what had it."""
+    path = Path(filename)
+    for left in path.parent.glob(".*.partial"):  # by a killed run
+        left.unlink()
+    try:
+        with atomic_file(path) as file:
+            torch.save(state_dict, file)
+    except (OSError, RuntimeError) as error:  # torch.save says in its own words that a write failed
+        raise OSError(f"{path}: not saved: {error}; the checkpoints before it are whole: make room and give the same "
+                      "command again") from error
+
+
 class Head(NamedTuple):
     """What a checkpoint says of itself: `Clock.state_dict`, `RowStream.state_dict`, whether it has moments."""
 
@@ -203,7 +220,7 @@ def is_complete(path: Path) -> bool:
 def complete_checkpoints(save_folder: str | Path) -> list[Path]:
     """The complete checkpoints of a save folder by batch number (`ba123`), then by time; no links."""
     found = []
-    for path in Path(save_folder).glob("*"):
+    for path in Path(save_folder).glob("[!.]*"):
         if (path.suffix == ".pt" or path.is_dir()) and not path.is_symlink() and is_complete(path):
             batch = re.search(r"ba(\d+)", path.name)
             found.append((int(batch[1]) if batch else -1, path.stat().st_mtime_ns, path))
@@ -215,21 +232,48 @@ def newest_complete(save_folder: str | Path) -> Path | None:
     return next(reversed(complete_checkpoints(save_folder)), None)
 
 
-def repair_latest(save_folder: str | Path) -> Path | None:
-    """Points the link that autoresume follows at the newest complete checkpoint, if it leads nowhere; returns that one.
+def damage(path: Path) -> str | None:
+    """What is wrong with a complete checkpoint, if anything; all of it is read and compared with its CRCs."""
+    try:
+        if not path.is_dir():
+            return (bad := _bad_entry(path)) and f"its entry {bad} is not what was written"
+        for index, info in _read_metadata(path / ".metadata").storage_data.items():
+            with Path(path, info.relative_path).open("rb") as file:
+                file.seek(info.offset)
+                if _bad_entry(io.BytesIO(file.read(info.length))):
+                    return f"{index.fqn} in {info.relative_path} is not what was written"
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        return str(error)
+    return None
 
-    Composer, killed between removing and making it, leaves none, or one to half a file.
+
+def _bad_entry(archive: Any) -> str | None:
+    with zipfile.ZipFile(archive) as opened:
+        return opened.testzip()
+
+
+def repair_latest(save_folder: str | Path) -> Path | None:
+    """Points the link that autoresume follows at the newest sound checkpoint; returns that one.
+
+    Composer, killed before or between removing and making it, leaves an old one or none. A damaged checkpoint is passed
+    over and stays where it is; a ValueError if all are, for the run would begin again.
     """
-    newest, rank = newest_complete(save_folder), os.environ.get("RANK", "0")
-    if newest is None:
+    rank, found = os.environ.get("RANK", "0"), complete_checkpoints(Path(save_folder).resolve())
+    while found and (what := damage(found[-1])):
+        log.warning("%s is damaged and passed over: %s", found.pop(), what)
+        if not found:
+            raise ValueError(f"save_folder: no checkpoint in {save_folder} is sound; move them away to begin again")
+    if not found:
         return None
+    newest = found[-1]
     link = Path(save_folder) / (f"latest-sharded-rank{rank}" if newest.is_dir() else "latest-rank0.pt")
-    if not is_complete(link) and (newest.is_dir() or rank == "0"):
+    leads = link.resolve() == newest if link.is_symlink() else is_complete(link)  # the latter where links were copied
+    if not leads and (newest.is_dir() or rank == "0"):
         if link.exists() and not link.is_symlink():
             raise ValueError(f"{link}: a damaged file, not a link; move it away to resume from the newest checkpoint")
         fresh = link.with_name(f".{link.name}.new")
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(newest.name)
         os.replace(fresh, link)  # atomic: a kill here leaves the old link or the new one
-        log.warning("%s was missing or broken; it leads to %s now, the newest checkpoint", link, newest.name)
+        log.warning("%s led elsewhere or nowhere; it leads to %s now, the newest checkpoint", link, newest.name)
     return newest

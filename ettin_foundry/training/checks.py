@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -140,21 +139,12 @@ def _check_times(cfg: dict[str, Any]) -> None:
 
 # ------------------------------------------------------------------ keys
 
-# pattern of key=value -> what to use instead
-_REMOVED = {
-    r"(.*\.)?objective\b.*\bmdlm\b.*": "masked diffusion was removed; use mlm, with a schedule of mask_rate if need be",
-    r"model\.name=ettin_contrastive|(.*\.)?objective\b.*\bsimcse\b.*":
-        "the contrastive stage was removed; export the model and train it with sentence-transformers (examples/)",
-    r"algorithms\.ema\b.*": "removed; average a run's checkpoints with `ettin average SAVE_FOLDER OUT.pt --last 5`",
-    r"optimizer\.param_groups\b.*": "removed; lr and weight decay hold for all, and disable_grad freezes parameters",
-    r"save_latest_filename=.*": "removed; autoresume finds latest-rank0.pt, and repairs it",
-    r".*\.dataset\.on_bad_shard=.*": "removed; a damaged shard stops the run, so copy it again or convert it again",
-}
 _FILLED = ("microbatch_size", "fixed_shapes")  # keys of loaders that the transform sets
 # features of the host that act on a HuggingFaceModel, or load what was not checked -> what we have
 _HOST_ONLY = {"icl_tasks": "eval_loader", "eval_gauntlet": "eval_loader", "only_hf_checkpoint": "`ettin export`",
               "callbacks.hf_checkpointer": "callbacks.ettin_export", "callbacks.load_checkpoint": "load_path",
-              "callbacks.generate_callback": "callbacks.ettin_samples", "compile_config": "model.compile"}
+              "callbacks.generate_callback": "callbacks.ettin_samples", "compile_config": "model.compile",
+              "save_latest_filename": "latest-rank0.pt, which autoresume finds and repairs"}
 # a key -> the keys that do nothing without it -> their values that ask for nothing
 _INERT: dict[str, dict[str, tuple[Any, ...]]] = {
     "eval_loader": {"eval_interval": (0, "0ba", "0tok"), "eval_subset_num_batches": (-1,), "eval_first": (False,)},
@@ -165,13 +155,10 @@ _INERT: dict[str, dict[str, tuple[Any, ...]]] = {
 
 
 def _check_leaves(cfg: Mapping[str, Any]) -> None:
-    """Refuses names and paths that YAML took for numbers, and removed keys and values, naming what to use instead."""
+    """Refuses names and paths that YAML took for numbers."""
     for key, value in walk({name: block for name, block in cfg.items() if name != "variables"}):
         named = key.rpartition(".")[2] in run_config.TEXT_KEYS
         require(not named or value is None or isinstance(value, str), key, "text", value, "put it in quotes")
-        for pattern, instead in _REMOVED.items():
-            if re.fullmatch(pattern, f"{key}={value}"):
-                raise ValueError(f"{key}: {value!r} given; {instead}")
 
 
 def _check_keys(cfg: Mapping[str, Any]) -> None:
@@ -206,6 +193,8 @@ def _check_effect(cfg: Mapping[str, Any]) -> None:
     for key, instead in _HOST_ONLY.items():
         if value_at(cfg, key) is not None:
             raise ValueError(f"{key}: given; it does not work with model.name: {cfg['model']['name']}. Use {instead}")
+    name = cfg.get("save_filename") or ".pt"
+    require(name.endswith(".pt"), "save_filename", "a name that ends in .pt", name, "autoresume finds no other")
     for cause, nothing in _INERT.items():
         keys = [key for key, values in nothing.items() if cfg.get(key) is not None and cfg[key] not in values]
         # eval_loader: null says that nothing is evaluated

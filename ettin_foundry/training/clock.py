@@ -16,7 +16,7 @@ import torch
 from composer.callbacks import CheckpointSaver
 from composer.core import State
 from composer.loggers import Logger, WandBLogger
-from composer.utils import dist, format_name_with_dist
+from composer.utils import checkpoint, dist, format_name_with_dist
 from llmfoundry.interfaces import CallbackWithConfig
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -26,7 +26,7 @@ from ettin_foundry.data.tokenizer import fingerprint, save
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.weights import weights_checkpoint
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
-from ettin_foundry.training.checkpoints import decode_record, install_validation, newest_complete
+from ettin_foundry.training.checkpoints import decode_record, install_validation, newest_complete, write_whole
 from ettin_foundry.training.run_config import config_text
 from ettin_foundry.training.sources import check_resume, describe
 
@@ -78,6 +78,7 @@ class Clock(CallbackWithConfig):
 
     def before_load(self, state: State, logger: Logger) -> None:
         install_validation()
+        checkpoint._write_checkpoint_file = write_whole
         self._given = [{"initial_lr": group["lr"], **{key: group[key] for key in _SETTINGS if key in group}}
                        for group in state.optimizers[0].param_groups]
 

@@ -81,15 +81,6 @@ def test_no_command_on_models_imports_the_host_and_others_and_refusals_not_even_
     assert "step 123,456 of nano-mlm-pretrain: 8 rows" in done.stdout
 
 
-@pytest.mark.parametrize("words, said", [
-    ("exprot a b", "Did you mean 'export'?"), ("export a b --overwite", "--overwrite"),
-    ("convert a --out b --engine fsat", "'fsat' is not one of 'auto', 'fast', 'tokenizers'. Did you mean 'fast'?"),
-    ("generate", "Missing argument 'SOURCE'")])
-def test_a_wrong_word_names_the_nearest_right_one(words, said, capsys):
-    code, _, err = run(capsys, *words.split())
-    assert code == 2 and said in err
-
-
 def test_version_and_defaults_are_those_of_the_package(capsys):
     assert run(capsys, "--version") == (0, f"{__version__}\n", "")
     given = {name: option.default for name, option in inspect.signature(data.convert).parameters.items()
@@ -156,12 +147,9 @@ def test_bad_input_is_one_line_and_exit_code_1(encoder, tokenizer, tmp_path, cap
     assert (tmp_path / "copy/yamls/phases/cross.yaml").is_file()
     for arguments, words in (
         (("export", tmp_path / "there.pt", tmp_path / "o"), "there.pt"),
-        (("export", good, tmp_path / "o", "--ema"), "ettin average"), (("export", good, "o", "--tags"), "--every"),
-        (("verify", "x", "--no-samples"), "every sample"), (("show", "x", "--picture", "y.svg"), "README.md"),
         (("export", good, folder), "exists and is not empty"),
         (("import", folder, tmp_path / "there.pt"), "--overwrite"),
         (("generate", folder, "x"), "use fill-mask"),
-        (("demo",), "yamls/suite/demo.yaml"), (("merge",), "ettin average"),
         (("recipes", "--copy", tmp_path / "copy"), "--copy must be a folder without train.py"),
         (("convert", "missing.jsonl", "--out", tmp_path / "o", "--tokenizer", tokenizer[1]), "missing.jsonl"),
     ):

@@ -139,7 +139,6 @@ BAD_CALLS: dict[str, tuple[list[str], str]] = {
     "array": (["{tmp}/good.txt", "--task-index", "0", "--num-tasks", "2", "--deduplicate"], "--deduplicate"),
     "address": (["{tmp}/good.txt", "--ray-address", "auto"], "--ray-address must be .*, got 'auto'"),
     "compression": (["{tmp}/good.txt", "--compression", "gzip"], "'--compression': 'gzip' is not one of 'zstd'"),
-    "removed": (["{tmp}/good.txt", "--decontaminate", "x"], "--decontaminate` does not exist any more; use datatrove"),
 }
 
 

@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 
 from ettin_foundry.model import backends
-from ettin_foundry.model.backends import candidates, choose, milliseconds
+from ettin_foundry.model.attention import attention
+from ettin_foundry.model.backends import candidates, choose, fastest, milliseconds
 from ettin_foundry.model.config import EttinConfig
 
 NANO = EttinConfig.for_size("nano", causal=False, max_position_embeddings=64)
@@ -43,7 +44,7 @@ def test_all_ranks_take_the_fastest_that_the_first_one_measured_and_deterministi
     for rank, sign in ((0, 1), (1, -1)):  # the second would choose otherwise
         gpu.setattr(dist, "get_rank", lambda rank=rank: rank)
         gpu.setattr(backends, "milliseconds", lambda case, *_, sign=sign: sign * measured[case])  # flash-attn 2 raises
-        choose.__wrapped__.cache_clear()
+        choose.cache_clear()
         assert choose("auto", *IN_BF16, NANO, True, False) == {True: "varlen_attn", False: "flex_attention"}
     assert choose("auto", *IN_BF16, NANO, True, True) == {True: "flash_attn_2", False: "flash_attn_2"}
     assert backends.fastest(["flash_attn_2"], lambda *case: measured[case])[0][False] == "reference"
@@ -53,3 +54,18 @@ def test_a_measurement_draws_nothing_from_the_generator_of_the_run():
     state = torch.get_rng_state()
     assert milliseconds(("reference", False), NANO, "cpu", torch.float32, numbers=2**14) > 0
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("is_global", [True, False], ids=["global", "local"])
+def test_what_gives_other_numbers_than_the_reference_is_left_out(is_global, monkeypatch):
+    def changed(q, k, v, documents, window, name="reference"):
+        if name == "wrong" and not is_global:
+            window = window[0] - 1, window[1]  # one key less
+        return attention(q, k, v * 1.05 if name == "wrong" and is_global else v, documents, window)
+
+    monkeypatch.setattr(backends, "attention", changed)
+    config = EttinConfig.for_size("nano", causal=False, max_position_embeddings=512)
+    for name in ("right", "wrong"):
+        names, why = fastest([name], lambda *case: milliseconds(case, config, "cpu", torch.float32, numbers=1))
+        assert names[is_global] == {"right": "right", "wrong": "reference"}[name], why
+        assert ("off the reference path" in why) is (name == "wrong")

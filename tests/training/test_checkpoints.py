@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import subprocess
+import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from ettin_foundry.training import checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "save_kill.py"
 
 
 @pytest.fixture
@@ -146,17 +150,13 @@ def test_the_newest_complete_checkpoint_is_found_and_linked(pt, sharded, tmp_pat
     shutil.copytree(sharded, folder / "ep0-ba12", ignore=lambda *_: [".metadata"])  # likewise
     (folder / "huggingface").mkdir()
     link, before = folder / "latest-rank0.pt", sorted(path.name for path in folder.iterdir())
-    for target in (None, "gone.pt", "ep0-ba11-rank0.pt"):  # missing, dangling, to half a file
+    for target in (None, "gone.pt", "ep0-ba11-rank0.pt", "ep0-ba9-rank0.pt"):  # missing, dangling, half a file, old
         link.unlink(missing_ok=True)
         if target:
             link.symlink_to(target)
         assert checkpoints.newest_complete(folder) == folder / "ep0-ba10-rank0.pt"
         checkpoints.repair_latest(folder)
         assert os.readlink(link) == "ep0-ba10-rank0.pt"
-    link.unlink()
-    link.symlink_to("ep0-ba9-rank0.pt")
-    checkpoints.repair_latest(folder)
-    assert os.readlink(link) == "ep0-ba9-rank0.pt"  # a sound link is left alone
     link.unlink()
     assert sorted(path.name for path in folder.iterdir()) == before
     link.write_bytes(b"half")
@@ -168,3 +168,30 @@ def test_the_newest_complete_checkpoint_is_found_and_linked(pt, sharded, tmp_pat
     assert checkpoints.repair_latest(folder) == folder / "ep0-ba12"
     assert os.readlink(folder / "latest-sharded-rank1") == "ep0-ba12"
     assert checkpoints.locate(folder) == folder / "ep0-ba12"
+
+
+def test_a_save_that_ends_anywhere_leaves_a_whole_newest_checkpoint(rising_run, tmp_path):
+    checkpoint = next(rising_run[0].glob("ep*-ba6-rank0.pt"))
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else tmp_path  # where fsync takes no time
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        done = subprocess.run([sys.executable, PROGRAM, checkpoint, Path(folder, "saves"), "60"], text=True,
+                              capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_kept(rising_run, tmp_path, caplog):
+    for batch in (3, 6):
+        shutil.copy(rising_run[0] / f"ep0-ba{batch}-rank0.pt", tmp_path)
+    before, newest = tmp_path / "ep0-ba3-rank0.pt", tmp_path / "ep0-ba6-rank0.pt"
+    (tmp_path / "latest-rank0.pt").symlink_to(newest.name)
+    for path, expected in ((newest, before), (before, None)):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        if expected:
+            assert checkpoints.repair_latest(tmp_path) == expected
+            assert os.path.samefile(tmp_path / "latest-rank0.pt", expected) and f"{newest} is damaged" in caplog.text
+        else:
+            with pytest.raises(ValueError, match="no checkpoint in .* is sound"):
+                checkpoints.repair_latest(tmp_path)
+        assert path.read_bytes() == content
