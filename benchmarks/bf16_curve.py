@@ -3,8 +3,8 @@
     make data/nano/train/manifest.json
     python benchmarks/bf16_curve.py --data data/nano
 
-bf16 is autocast, as `precision: amp_bf16` has it: weights, gradients of weights and optimizer in fp32; products,
-residual stream and its gradient in bf16. All runs read the same rows in the same order; a seed draws the weights.
+bf16 is autocast, as `precision: amp_bf16` has it: products in bf16; weights, gradients of weights, residual stream and
+optimizer in fp32. All runs read the same rows in the same order; a seed draws the weights.
 Printed: the mean loss of the last fifth of the steps of each run, and how many bf16 runs lie inside the spread of the
 fp32 seeds.
 """

@@ -51,14 +51,8 @@ def _linear(config: EttinConfig, size_in: int, size_out: int, *, is_output: bool
     return _drawn(nn.Linear(size_in, size_out, bias=False), config, std)
 
 
-class Norm(nn.LayerNorm):
-    """LayerNorm in fp32 under autocast, which hands on what it was given: half the bytes where that is bf16."""
-
-    def __init__(self, config: EttinConfig) -> None:
-        super().__init__(config.hidden_size, eps=config.norm_eps, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).to(x.dtype)
+def _norm(config: EttinConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
 
 
 def rotary(position_ids: Tensor, theta: float, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -81,7 +75,7 @@ class Embeddings(nn.Module):
         super().__init__()
         matrix = nn.Embedding(config.vocab_size, config.hidden_size)
         self.tok_embeddings = _drawn(matrix, config, config.initializer_range)
-        self.norm = Norm(config)
+        self.norm = _norm(config)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.norm(self.tok_embeddings(input_ids))  # (N, C)
@@ -123,9 +117,9 @@ class Block(nn.Module):
 
     def __init__(self, config: EttinConfig, layer: int, windows: Mapping[bool, tuple[int, int]]) -> None:
         super().__init__()
-        self.attn_norm = Norm(config) if layer else nn.Identity()
+        self.attn_norm = _norm(config) if layer else nn.Identity()
         self.attn = Attention(config, layer, windows)
-        self.mlp_norm = Norm(config)
+        self.mlp_norm = _norm(config)
         self.mlp = GLU(config)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
@@ -139,12 +133,12 @@ class Trunk(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers: Any = nn.ModuleList(Block(config, i, windows) for i in range(config.num_hidden_layers))
-        self.final_norm = Norm(config)
+        self.final_norm = _norm(config)
 
-    def forward(self, input_ids: Tensor, stream: Stream, dtype: torch.dtype) -> Tensor:
+    def forward(self, input_ids: Tensor, stream: Stream) -> Tensor:
         for theta in sorted({self.config.global_rope_theta, self.config.local_rope_theta}):
             stream.angles[theta] = rotary(stream.documents.position_ids, theta, self.layers[0].attn.head_dim)
-        x = self.embeddings(input_ids).to(dtype)
+        x = self.embeddings(input_ids)
         for block in self.layers:
             x = block(x, stream)
         return self.final_norm(x)
@@ -154,7 +148,7 @@ class Head(nn.Module):
     def __init__(self, config: EttinConfig) -> None:
         super().__init__()
         self.dense = _linear(config, config.hidden_size, config.hidden_size)
-        self.norm = Norm(config)
+        self.norm = _norm(config)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.norm(F.gelu(self.dense(hidden)))
@@ -207,7 +201,7 @@ class Ettin(nn.Module):
             for is_global, name in backends.items():
                 if name == "flex_attention":
                     stream.documents.cached(block_mask, GLOBAL_WINDOWS[causal] if is_global else config.local_window)
-        hidden = self.trunk(input_ids, stream, dtype)
+        hidden = self.trunk(input_ids, stream)
         if target_positions is None:
             return hidden
         assert target_labels is not None

@@ -155,7 +155,7 @@ def test_fsdp2_draws_meta_parameters_by_role_and_never_rounds_the_angles(monkeyp
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["mlm", "clm"])
-def test_in_bf16_the_residual_stream_is_half_as_wide_and_sums_stay_close(causal):
+def test_autocast_in_bf16_stays_close_and_keeps_the_residual_stream_in_fp32(causal):
     torch.manual_seed(0)
     model, found = Ettin(EttinConfig.for_size("nano", causal=causal, vocab_size=320)), []
     for bf16 in (False, True):
@@ -163,18 +163,7 @@ def test_in_bf16_the_residual_stream_is_half_as_wide_and_sums_stay_close(causal)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             hidden = model(*stream(LENGTHS))
             model(*stream(LENGTHS), *targets(LENGTHS, causal)).nll.backward()
-        assert hidden.dtype == (torch.bfloat16 if bf16 else torch.float32)
+        assert hidden.dtype == torch.float32  # in bf16, curves of small models lie above those in fp32
         found.append([hidden.detach().double(), torch.cat([p.grad.double().flatten() for p in model.parameters()])])
-    for exact, rounded in zip(*found):  # a rounding to bf16 is up to 0.4%; each product and sum adds one
-        assert (rounded - exact).norm() < 0.015 * exact.norm()
-
-
-def test_a_norm_of_bf16_sums_in_fp32():
-    x = (100 + torch.randn(50, 128, generator=torch.Generator().manual_seed(0))).bfloat16()  # bf16 sums lose all of it
-    norm = Ettin(EttinConfig.for_size("nano", causal=False, vocab_size=320)).trunk.final_norm
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        mine = norm(x)
-    exact = x.double() - x.double().mean(-1, keepdim=True)
-    exact /= (exact.square().mean(-1, keepdim=True) + norm.eps).sqrt()
-    assert mine.dtype == torch.bfloat16
-    torch.testing.assert_close(mine.double(), exact, rtol=2**-8, atol=1e-4)  # one rounding; fp32 sums near 0
+    for exact, rounded in zip(*found):  # a rounding to bf16 is up to 0.4%, and each product adds one
+        assert (rounded - exact).norm() < 0.01 * exact.norm()
