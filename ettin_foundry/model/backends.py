@@ -110,7 +110,7 @@ def milliseconds(case: tuple[str, bool], config: EttinConfig, device: str, dtype
             out = function(q, k, v, documents, window, name)
             return out, *torch.autograd.grad(out, (q, k, v), weight)
 
-        alone = [x[:longest].detach().requires_grad_() for x in (q, k, v)]  # a row's documents see nobody else
+        alone: Any = [x[:longest].detach().requires_grad_() for x in (q, k, v)]  # a row's documents see nobody else
         row = Documents(documents.cu_seqlens[:5], longest, places[:longest])
         exact = attention(*alone, row, window)
         for mine, theirs in zip(step(), (exact, *torch.autograd.grad(exact, alone, weight[:longest]))):
