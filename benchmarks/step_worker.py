@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-_ATTENTION = r"flash|fmha|attn|attention|dot_do_o"
+_ATTENTION = r"flash|fmha|attn|attention|dot_do_o|triton_tem_fused(_zeros)?_\d"  # the last: flex_attention's template
 GROUPS = (  # the first pattern that a kernel's name holds decides
     ("attention", _ATTENTION),
     ("matrix products", r"nvjet|gemm|xmma|splitk|cublas|addmm|bmm|::mm\b|::matmul|::linear\b"),
