@@ -110,9 +110,9 @@ def milliseconds(case: tuple[str, bool], config: EttinConfig, device: str, dtype
             out = function(q, k, v, documents, window, name)
             return out, *torch.autograd.grad(out, (q, k, v), weight)
 
-        alone: Any = [x[:longest].detach().requires_grad_() for x in (q, k, v)]  # a row's documents see nobody else
+        alone = [x[:longest].detach().requires_grad_() for x in (q, k, v)]  # a row's documents see nobody else
         row = Documents(documents.cu_seqlens[:5], longest, places[:longest])
-        exact = attention(*alone, row, window)
+        exact = attention(alone[0], alone[1], alone[2], row, window)
         for mine, theirs in zip(step(), (exact, *torch.autograd.grad(exact, alone, weight[:longest]))):
             # bf16 rounds by less than 1%; a window of 64 that is one off changes 9%
             if (off := float((mine[:longest] - theirs).norm() / theirs.norm())) > 0.03 or not math.isfinite(off):
