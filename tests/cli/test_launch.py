@@ -147,7 +147,7 @@ def test_an_array_ends_with_the_dataset_of_one_machine(cluster, tmp_path, tokeni
     write_corpus(tmp_path / "in" / "texts", files=4)
     (cluster / "starts").touch()
     monkeypatch.setenv("PYTHON", sys.executable)
-    options = {"chunk_length": 62, "validation": 0.1, "shard_size": 8192, "unit_size": 3000}
+    options = {"chunk_length": 62, "cut_window": 0.1, "validation": 0.1, "shard_size": 8192, "unit_size": 3000}
     flags = [word for key, value in options.items() for word in ("--" + key.replace("_", "-"), value)]
     command = [2, "texts", "--out", "../set", "--tokenizer", tokenizer_dir, *flags]
     assert script(CONVERT, *command, "--no-such-option", cwd=tmp_path / "in").returncode == 0

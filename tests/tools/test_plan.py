@@ -217,7 +217,6 @@ def test_a_suite_file_is_planned_stage_by_stage_as_text_and_json(capsys, tmp_pat
 
 @pytest.mark.parametrize("arguments, message", [
     ([ENC, "--gpus", "4xH800"], "--gpus must be"), ([ENC, "--mfu", "1.5"], "--mfu must be"),
-    ([ENC, "--picture", "plan.png"], "use the lr, rows and mask_rate of each step in steps.jsonl"),
     ([ENC, "model.name=mpt_causal_lm"], "model.name must be ettin"),
     ([ROOT / "yamls/suite/ettin-150m.yaml", "--gpus", "3xH100"], "encoder-pretrain: --gpus must divide global_train"),
 ])
