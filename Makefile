@@ -51,8 +51,8 @@ bench: $(VENV)/.installed .parity/4.57.6/.installed
 #  210 the real job: 25 to convert and import, then each size and objective, about 20 to 35 a case
 #  150 the step alone with its profile, beside the same without our kernels, and beside COMPARE: a revision or a folder,
 #      build/compare where there is one
-#   35 attention alone, by backend and kind of layer
-#   25 the Triton kernels alone
+#   30 attention alone, by backend and kind of layer
+#   30 the Triton kernels alone, and the loss beside plain torch's and Liger's
 # With the environment where there is one, else with the system's python3, its torch, and the wheels of `wheels-gpu`.
 # `make gpu DRY=1` goes through the same on a CPU, with nano. OUT is the folder of the results.
 GPU_SITE := build/gpu-site
@@ -85,8 +85,9 @@ gpu:
 	$(call within,60,-s INT) $(GPU_PYTHON) -m pytest -m gpu tests/model/test_gpu.py -rs $(GPU_TESTS) || status=1; \
 	$(call within,210) $(GPU_PYTHON) benchmarks/real_job.py $(GPU_JOB) $(GPU_OUT) || status=1; \
 	$(call within,150) $(GPU_PYTHON) benchmarks/train_step.py $(GPU_STEP) $(GPU_OUT) || status=1; \
-	$(call within,35) $(GPU_PYTHON) benchmarks/attention.py $(GPU_ATTENTION) $(GPU_OUT) || status=1; \
-	$(call within,25) $(GPU_PYTHON) benchmarks/kernels.py $(GPU_KERNELS) $(GPU_OUT) || status=1; \
+	$(call within,30) $(GPU_PYTHON) benchmarks/attention.py $(GPU_ATTENTION) $(GPU_OUT) || status=1; \
+	$(call within,15) $(GPU_PYTHON) benchmarks/kernels.py $(GPU_KERNELS) $(GPU_OUT) || status=1; \
+	$(call within,15) $(GPU_PYTHON) benchmarks/loss.py $(GPU_KERNELS) $(GPU_OUT) || status=1; \
 	exit $$status
 
 $(GPU_SITE):

@@ -69,7 +69,7 @@ def test_wheels_for_a_gpu_machine_hold_what_the_package_imports():
     assert {re.split("[<>=]", line)[0] for line in bounded} <= names  # the image may have another version
     of, there = importlib.metadata.packages_distributions(), names | {name.lower() for name in wheels_gpu.IMAGE}
     own = {"ettin_foundry", "train", "real_job", "train_step", "step_worker", "streams", "cpu_vs_transformers",
-           "attention", "kernels"}
+           "attention", "kernels", "loss"}
     of_make_gpu = (path for path in (ROOT / "benchmarks").glob("*.py") if path.stem in own)
     for path in (*(ROOT / "ettin_foundry").rglob("*.py"), ROOT / "train.py", *of_make_gpu):
         for node in ast.parse(path.read_text()).body:
