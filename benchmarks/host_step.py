@@ -6,8 +6,8 @@
 The run is the real one: LLM-Foundry's `train` on yamls/nano.yaml, with loader workers, Composer's Trainer and the
 recipes' callbacks. Only the model's pass is left out: its loss is a constant of one parameter, so what is timed is what
 a GPU would wait for: CPU time of the main thread, whatever else the machine does. 352 rows of 1,024 in microbatches of
-44, and 128 rows of 8,192 in microbatches of 4; one thread, no GPU, so nothing is pinned or copied to a device. Medians
-over the steps.
+88, and 128 rows of 8,192 in microbatches of 8, as 150m has them; one thread, no GPU, so nothing is pinned or copied to
+a device. Medians over the steps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 STEPS, WORKERS = 24, 2
-SHAPES = ((352, 1024, 44), (128, 8192, 4))  # rows of a batch, tokens of a row, rows of a microbatch
+SHAPES = ((352, 1024, 88), (128, 8192, 8))  # rows of a batch, tokens of a row, rows of a microbatch
 PARTS = ("take the batch", "split it", "count", "copy of a microbatch", "events of the step", "events of microbatches",
          "to the device", "sums over ranks", "all others", "in all")
 

@@ -147,7 +147,10 @@ class Clock(CallbackWithConfig):
                 group["lr"] = lr
             scheduler._last_lr = lrs
         words = (state.rank_zero_seed, time.batch.value, dist.get_global_rank())
-        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))  # and every CUDA device
+        seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed queues a call for each kind of device without use
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed)
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Sums the squares of all gradients; read at the end of the step, when nothing has to wait for it any more."""
