@@ -16,7 +16,6 @@ import argparse
 import functools
 import json
 import os
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ import torch  # noqa: E402
 import torch._functorch.config  # noqa: E402
 from streams import machine, results_path  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.utils.benchmark import Timer  # noqa: E402
 
 from ettin_foundry.model import kernels  # noqa: E402
 from ettin_foundry.model.transformer import _rotate, rotary  # noqa: E402
@@ -40,15 +40,9 @@ Case = tuple[str, int, float, float, Callable[[], Any], Callable[[], Any]]  # na
 
 def milliseconds(args: argparse.Namespace, step: Callable[[], Any]) -> float:
     """Median of one call on the device; none on a CPU, where the interpreter's time says nothing."""
-    found = [float("nan")]
-    for number in range(args.repeats + 2 if args.device == "cuda" else 0):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        found = [*found[number > 2:], begin.elapsed_time(end)] if number > 1 else found
-    return statistics.median(found)
+    if args.device == "cpu":
+        return float("nan")
+    return Timer("step()", globals={"step": step}).timeit(args.repeats).median * 1e3
 
 
 def few_passes(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

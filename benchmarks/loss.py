@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from streams import machine, results_path  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.utils.benchmark import Timer  # noqa: E402
 
 from ettin_foundry.model.loss import linear_cross_entropy  # noqa: E402
 
@@ -56,29 +56,19 @@ def contenders(device: str) -> dict[str, Loss]:
 def measure(loss: Loss, tensors: list[Tensor], labels: Tensor, exact: list[Tensor], device: str,
             repeats: int) -> dict[str, Any]:
     """{ms, peak_gib, off}: the last is the distance of the gradients from `exact`, over its length."""
-    gpu, found = device == "cuda", []
-
     def step() -> tuple[Tensor, ...]:
         with torch.autocast(device, torch.bfloat16):
             total = loss(*tensors, labels)
         return torch.autograd.grad(total, tensors)
 
-    gradients = step()
-    off = max(float((a.float() - b).norm() / b.norm()) for a, b in zip(gradients, exact))
-    del gradients
-    for number in range(repeats + 2 if gpu else 0):
-        if number == 2:
-            torch.cuda.reset_peak_memory_stats()
-        begin: Any = torch.cuda.Event(enable_timing=True)
-        end: Any = torch.cuda.Event(enable_timing=True)
+    found = {"ms": float("nan"), "peak_gib": float("nan"),
+             "off": max(float((a.float() - b).norm() / b.norm()) for a, b in zip(step(), exact))}
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        begin.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        found += [begin.elapsed_time(end)] * (number > 1)
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if gpu else float("nan")
-    return {"ms": statistics.median(found) if gpu else float("nan"), "peak_gib": peak, "off": off}
+        found["ms"] = Timer("step()", globals={"step": step}).timeit(repeats).median * 1e3
+        found["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    return found
 
 
 def main() -> None:

@@ -62,12 +62,13 @@ def saved_by_child(save: Any, dies: bool, call: int | None = None, byte: int | N
 def main(checkpoint: Path, folder: Path, points: int) -> None:
     from composer.callbacks import CheckpointSaver
     from composer.core import Timestamp
-    from composer.utils import checkpoint as host
+
+    from ettin_foundry.training.clock import Clock
 
     torch.set_num_threads(1)
-    host._write_checkpoint_file = checkpoints.write_whole
     state: Any = SimpleNamespace(run_name="run", fsdp_sharded_state_dict_enabled=False, timestamp=Timestamp(batch=2),
                                  state_dict=lambda: torch.load(checkpoint, weights_only=False)["state"])
+    Clock({}).before_load(SimpleNamespace(optimizers=[SimpleNamespace(param_groups=[])]), None)  # type: ignore[arg-type]
     content = state.state_dict()
     state.state_dict = lambda: content
     saver = CheckpointSaver(str(folder), overwrite=True, remote_file_name=None)

@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch import Tensor, library
 
 _ROWS = 64  # rows whose bias gradient one program sums: partial sums are 8 / 64 bytes a logit
 
 
-@triton_op("ettin::gelu_gate", mutates_args=())
+@library.triton_op("ettin::gelu_gate", mutates_args=())
 def gelu_gate(x: Tensor) -> Tensor:
     activated, gate = x.chunk(2, dim=-1)
     return F.gelu(activated) * gate  # compiled, each byte is moved once: only the backward needs a kernel
@@ -36,13 +35,13 @@ def _gelu_gate_backward_kernel(x, grad_out, grad_x, rows, WIDTH: tl.constexpr, R
     tl.store(grad_x + place + WIDTH, grad * a * cdf, mask=inside)
 
 
-@triton_op("ettin::gelu_gate_backward", mutates_args=())
+@library.triton_op("ettin::gelu_gate_backward", mutates_args=())
 def gelu_gate_backward(x: Tensor, grad_out: Tensor) -> Tensor:
     grad_x, (rows, width) = torch.empty_like(x), grad_out.shape
     columns = min(1024, max(64, width & -width))  # divides the width where it is even enough: accesses of 16 bytes
     grid = (triton.cdiv(rows, 1024 // columns), triton.cdiv(width, columns))
     kernel = _gelu_gate_backward_kernel
-    kernel = wrap_triton(kernel) if isinstance(kernel, triton.runtime.JITFunction) else kernel  # or interpreted
+    kernel = library.wrap_triton(kernel) if isinstance(kernel, triton.runtime.JITFunction) else kernel  # or interpreted
     if rows:
         kernel[grid](x, grad_out, grad_x, rows, WIDTH=width, ROWS=1024 // columns, COLUMNS=columns)
     return grad_x

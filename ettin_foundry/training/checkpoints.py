@@ -19,6 +19,7 @@ import os
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,7 +122,7 @@ def _load_sharded(path: Path, into: dict[str, Any]) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """A Composer `.pt` file as a dict (`state`, `rng`), on the CPU, its tensors mapped from the file."""
     path = Path(path)
-    if path.exists() and not zipfile.is_zipfile(path):
+    if path.exists() and not _is_archive(path):
         raise ValueError(f"{path}: not a whole archive as torch.save writes it; give another checkpoint")
     with _allow_data_only(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -214,7 +215,13 @@ def decode_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_complete(path: Path) -> bool:
     """Whether a checkpoint was written to its end: a zip file's directory and a sharded one's .metadata come last."""
-    return (path / ".metadata").is_file() or path.is_file() and zipfile.is_zipfile(path)
+    return (path / ".metadata").is_file() or path.is_file() and _is_archive(path)
+
+
+def _is_archive(path: Path) -> bool:
+    with contextlib.suppress(zipfile.BadZipFile):  # of one that says it spans disks
+        return zipfile.is_zipfile(path)
+    return False
 
 
 def complete_checkpoints(save_folder: str | Path) -> list[Path]:
@@ -235,21 +242,17 @@ def newest_complete(save_folder: str | Path) -> Path | None:
 def damage(path: Path) -> str | None:
     """What is wrong with a complete checkpoint, if anything; all of it is read and compared with its CRCs."""
     try:
-        if not path.is_dir():
-            return (bad := _bad_entry(path)) and f"its entry {bad} is not what was written"
-        for index, info in _read_metadata(path / ".metadata").storage_data.items():
-            with Path(path, info.relative_path).open("rb") as file:
-                file.seek(info.offset)
-                if _bad_entry(io.BytesIO(file.read(info.length))):
-                    return f"{index.fqn} in {info.relative_path} is not what was written"
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        return str(error)
+        infos = _read_metadata(path / ".metadata").storage_data.values() if path.is_dir() else ()
+        for part, *entry in [(Path(path, info.relative_path), info.offset, info.length) for info in infos] or [(path,)]:
+            with part.open("rb") as file:
+                file.seek(entry[0] if entry else 0)
+                with zipfile.ZipFile(io.BytesIO(file.read(entry[1])) if entry else file) as archive:
+                    if bad := archive.testzip():
+                        return f"{bad} in {part.name} is not what was written"
+    # the reader refuses flags and versions that it does not know in its own ways
+    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        return str(error) or type(error).__name__
     return None
-
-
-def _bad_entry(archive: Any) -> str | None:
-    with zipfile.ZipFile(archive) as opened:
-        return opened.testzip()
 
 
 def repair_latest(save_folder: str | Path) -> Path | None:

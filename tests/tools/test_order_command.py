@@ -85,10 +85,10 @@ def test_the_command_prints_a_step_from_a_recipe_and_the_next_one_of_a_checkpoin
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--step", "3"], "either --yaml or --checkpoint"), ([*YAML, "--checkpoint", "x.pt"], "either --yaml or"),
-    (YAML, "--step must be given"),
-    (["a", "b", *YAML, "--step", "3"], "one place, got a b"), (["--checkpoint", "x.pt", "seed=3"], "got seed=3"),
-    (["--checkpoint", "x.pt"], "x.pt"), (["nowhere", *YAML, "--step", "3"], "'nowhere'"),
-    ([*YAML, "--step", "3", "train_loader.name=text"], "got 'text'")], ids=str)
+    (YAML, "--step must be given"), (["a", "b", *YAML, "--step", "3"], "one place, got a b"),
+    (["--checkpoint", "x.pt", "seed=3"], "got seed=3"), (["--checkpoint", "x.pt"], "x.pt"),
+    (["nowhere", *YAML, "--step", "3"], "'nowhere'"), ([*YAML, "--step", "3", "train_loader.name=text"], "got 'text'")],
+    ids=str)
 def test_a_wrong_command_line_ends_with_one_line_that_says_so(arguments, words, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["order", *arguments])

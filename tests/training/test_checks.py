@@ -78,8 +78,7 @@ OBJECTIVE = ("model.objective", "train_loader.objective", "eval_loader.objective
     ({"global_train_batch_size": 0}, ["global_train_batch_size", "at least 1", "got 0"]),
     ({"accumulate_train_batch_on_tokens": False}, ["accumulate_train_batch_on_tokens", "original.yaml"]),
     # what would do nothing, or cannot act on our model
-    ({"icl_tasks": "x.yaml"}, ["icl_tasks: given", "eval_loader"]),
-    ({"compile_config": {}}, ["compile_config: given", "model.compile"]),
+    ({"icl_tasks": "x.yaml"}, ["icl_tasks: given", "eval_loader"]), ({"compile_config": {}}, ["model.compile"]),
     ({"eval_loader": ...}, ["eval_interval", "without eval_loader", "eval_interval=null"]),
     # where a run starts
     ({"callbacks.ettin_cross": {"source": "a"}, "load_path": "b"}, ["load_path must", "'b'", "ettin_cross.source=a"]),
