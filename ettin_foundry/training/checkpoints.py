@@ -1,82 +1,29 @@
-"""Checkpoints of Composer: nothing pickled runs before it was checked, a save is whole or absent, the newest is found.
+"""Checkpoints of Composer in their folders: a save is whole or absent, and the newest sound one is found.
 
-mosaicml 0.32.1 unpickles whatever it loads, and torch does so with `.metadata` and byte entries of sharded checkpoints.
-Here unpicklers know allow-listed types only, and `install_validation` makes Composer ask them before each load, also of
-files it downloaded. Composer writes a file under its final name; by `write_whole` it gets that once it is on the disk.
+Composer writes a file under its final name; by `write_whole` it gets that once it is on the disk.
 The record of a save is the archive's own directory, written last: names, sizes and CRC-32 of its entries. A sharded
 checkpoint is an archive an entry, and `.metadata`, written last, says where they are.
 """
 
 from __future__ import annotations
 
-import codecs
-import contextlib
-import datetime
 import io
 import json
 import logging
 import os
-import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch.torch_version import TorchVersion
 
 from ettin_foundry.data.storage import atomic_file
+from ettin_foundry.training.loading import is_archive, load_checkpoint, load_sharded, read_metadata
 
 log = logging.getLogger(__name__)
-
-_RECONSTRUCT = np.empty(0).__reduce__()[0]
-_DATA_TYPES: list[Any] = [
-    datetime.timedelta, TorchVersion, np.ndarray, np.dtype, codecs.encode,
-    *(type(np.dtype(name)) for name in ("uint8", "int32", "uint32", "int64", "uint64", "float32", "float64")),
-    (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"), (_RECONSTRUCT, "numpy.core.multiarray._reconstruct")]
-_DCP = "torch.distributed.checkpoint"
-# what torch 2.7 writes into .metadata; every entry is a plain data type or its constructor
-_METADATA_TYPES = frozenset({
-    *(f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
-    "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.Path", "torch.Size", "torch.serialization._get_layout",
-    f"{_DCP}.filesystem._StorageInfo", f"{_DCP}.filesystem._StoragePrefix",
-    *(f"{_DCP}.metadata.{name}" for name in (
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"))})
-
-
-@contextlib.contextmanager
-def _allow_data_only(path: Path) -> Iterator[None]:
-    """torch.load inside reads data types only; a ValueError names what else a pickle asks for."""
-    try:
-        with torch.serialization.safe_globals(_DATA_TYPES):
-            yield
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError,
-            ValueError) as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"its pickle asks for {found[1]}" if found else "its pickle is not one of torch.save"
-        raise ValueError(f"{path}: {what}; loading it could run code, so only tensors and plain data are read; if you "
-                         "trust its origin, write its weights as safetensors") from error
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if f"{module}.{name}" not in _METADATA_TYPES:
-            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _read_metadata(path: Path) -> Any:
-    """torch.distributed.checkpoint's Metadata, whose file names stay in the folder."""
-    with _allow_data_only(path):
-        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
-        names = {str(info.relative_path) for info in metadata.storage_data.values()}
-    if outside := [name for name in names if Path(name).name != name]:
-        raise ValueError(f"{path}: it points to {outside[0]!r}, outside its folder; give another checkpoint")
-    return metadata
 
 
 def _read_state(path: Path, wanted: str) -> tuple[dict[str, Any], bool]:
@@ -84,7 +31,7 @@ def _read_state(path: Path, wanted: str) -> tuple[dict[str, Any], bool]:
     if not path.is_dir():
         state = load_checkpoint(path).get("state", {})
         return state, any((optimizer or {}).get("state") for optimizer in (state.get("optimizers") or {}).values())
-    metadata = _read_metadata(path / ".metadata")
+    metadata = read_metadata(path / ".metadata")
     for info in metadata.storage_data.values():
         part = Path(path, info.relative_path)
         if not part.is_file() or part.stat().st_size < info.offset + info.length:
@@ -97,55 +44,9 @@ def _read_state(path: Path, wanted: str) -> tuple[dict[str, Any], bool]:
                 inner = inner.setdefault(key, {})
             is_tensor = type(entry).__name__ == "TensorStorageMetadata"
             inner[keys[-1]] = torch.empty(entry.size, dtype=entry.properties.dtype) if is_tensor else None
-    _load_sharded(path, found)
+    load_sharded(path, found)
     in_state = (keys[keys[0] == "state":] for keys in metadata.planner_data.values())
     return found["state"], any(keys[0] == "optimizers" and keys[2:3] == ("state",) for keys in in_state)
-
-
-def _load_sharded(path: Path, into: dict[str, Any]) -> None:
-    """torch's reader of sharded checkpoints, with the checks of `validate`."""
-    import torch.distributed.checkpoint as dcp  # here: it imports torch's compiler, which takes longer than torch
-
-    class Reader(dcp.FileSystemReader):
-        def read_metadata(self) -> Any:
-            return _read_metadata(Path(self.path, ".metadata"))
-
-        def read_data(self, plan: Any, planner: Any) -> Any:
-            for item in plan.items:
-                info = self.storage_data[item.storage_index]
-                validate(Path(self.path, info.relative_path), [(info.offset, info.length)])
-            return super().read_data(plan, planner)
-
-    dcp.load(into, storage_reader=Reader(path))
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A Composer `.pt` file as a dict (`state`, `rng`), on the CPU, its tensors mapped from the file."""
-    path = Path(path)
-    if path.exists() and not _is_archive(path):
-        raise ValueError(f"{path}: not a whole archive as torch.save writes it; give another checkpoint")
-    with _allow_data_only(path):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-def validate(path: str | Path, specs: Sequence[tuple[int, int]] | None = None) -> bool:
-    """Checks a file before Composer reads it; specs: (offset, length) of the entries wanted of a data file."""
-    path = Path(path)
-    if path.name == ".metadata":
-        _read_metadata(path)
-    elif specs is None:
-        load_checkpoint(path)
-    else:
-        with path.open("rb") as file, _allow_data_only(path):
-            for offset, length in specs:
-                file.seek(offset)
-                torch.load(io.BytesIO(file.read(length)), map_location="cpu", weights_only=True)
-    return True
-
-
-def install_validation() -> None:
-    """Has Composer call `validate` before it loads anything in this process, unless a user's own function is set."""
-    os.environ.setdefault("CHECKPOINT_VALIDATION_FUNCTION", f"{__name__}.validate")
 
 
 def write_whole(state_dict: dict[str, Any], filename: str) -> None:
@@ -215,13 +116,7 @@ def decode_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_complete(path: Path) -> bool:
     """Whether a checkpoint was written to its end: a zip file's directory and a sharded one's .metadata come last."""
-    return (path / ".metadata").is_file() or path.is_file() and _is_archive(path)
-
-
-def _is_archive(path: Path) -> bool:
-    with contextlib.suppress(zipfile.BadZipFile):  # of one that says it spans disks
-        return zipfile.is_zipfile(path)
-    return False
+    return (path / ".metadata").is_file() or path.is_file() and is_archive(path)
 
 
 def complete_checkpoints(save_folder: str | Path) -> list[Path]:
@@ -242,7 +137,7 @@ def newest_complete(save_folder: str | Path) -> Path | None:
 def damage(path: Path) -> str | None:
     """What is wrong with a complete checkpoint, if anything; all of it is read and compared with its CRCs."""
     try:
-        infos = _read_metadata(path / ".metadata").storage_data.values() if path.is_dir() else ()
+        infos = read_metadata(path / ".metadata").storage_data.values() if path.is_dir() else ()
         for part, *entry in [(Path(path, info.relative_path), info.offset, info.length) for info in infos] or [(path,)]:
             with part.open("rb") as file:
                 file.seek(entry[0] if entry else 0)

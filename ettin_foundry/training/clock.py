@@ -26,7 +26,8 @@ from ettin_foundry.data.tokenizer import fingerprint, save
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.weights import weights_checkpoint
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
-from ettin_foundry.training.checkpoints import decode_record, install_validation, newest_complete, write_whole
+from ettin_foundry.training.checkpoints import decode_record, newest_complete, write_whole
+from ettin_foundry.training.loading import install_validation
 from ettin_foundry.training.run_config import config_text
 from ettin_foundry.training.sources import check_resume, describe
 

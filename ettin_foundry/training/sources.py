@@ -153,8 +153,9 @@ def prepare_start(cfg: Mapping[str, Any]) -> dict[str, Any]:
     Returns the keys to set in the config, by which the host loads what is meant.
     """
     from ettin_foundry.training import checkpoints
+    from ettin_foundry.training.loading import install_validation
 
-    checkpoints.install_validation()  # also for files that the host downloads
+    install_validation()  # also for files that the host downloads
     accept = value_at(cfg, "callbacks.ettin_clock.accept") or []
     folder = (cfg.get("save_folder") or "").replace("{run_name}", _run_name(cfg))
     if cfg.get("autoresume") and "://" not in folder and (own := checkpoints.repair_latest(folder)):

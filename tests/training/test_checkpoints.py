@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from ettin_foundry.training import checkpoints
+from ettin_foundry.training import checkpoints, loading
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "save_kill.py"
@@ -46,7 +46,7 @@ class Payload:
 
 def test_a_real_checkpoint_of_either_kind_gives_its_weights_and_record(pt, sharded, tmp_path):
     expected = torch.load(pt, weights_only=False)
-    loaded, state = checkpoints.load_checkpoint(pt), expected["state"]
+    loaded, state = loading.load_checkpoint(pt), expected["state"]
     assert loaded["state"]["timestamp"] == state["timestamp"]
     assert (loaded["rng"][0]["numpy"][1] == expected["rng"][0]["numpy"][1]).all()
     for path in (pt, sharded):
@@ -67,7 +67,7 @@ def test_a_payload_is_named_and_not_run(pt, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "environ", {**os.environ})  # undone with the test
     os.environ.pop("CHECKPOINT_VALIDATION_FUNCTION", None)
-    checkpoints.install_validation()
+    loading.install_validation()
     mark, sharded = tmp_path / "mark", tmp_path / "ep0-ba6"
     state = torch.load(pt, weights_only=False)
     dcp.save(state, checkpoint_id=sharded)
@@ -77,7 +77,7 @@ def test_a_payload_is_named_and_not_run(pt, tmp_path, monkeypatch):
     (sharded / ".metadata").write_bytes(pickle.dumps(Payload(mark)))
     wanted = {"state": {"callbacks": {"Clock": {"config": None}}}}
     for read, paths in (
-            (checkpoints.load_checkpoint, [pt]), (checkpoints.load_model_state, [pt, sharded, tmp_path / "bytes"]),
+            (loading.load_checkpoint, [pt]), (checkpoints.load_model_state, [pt, sharded, tmp_path / "bytes"]),
             (checkpoints.read_head, [pt, sharded, tmp_path / "bytes"]), (safe_torch_load, [pt]),
             (lambda path: dcp.load(wanted, storage_reader=FileSystemReaderWithValidation(str(path))),
              [sharded, tmp_path / "bytes"])):
@@ -122,7 +122,7 @@ def test_a_pickle_that_calls_something_is_refused_and_not_run(pt, tmp_path):
         (tmp_path / ".metadata").write_bytes(data)
         for path in (pt, tmp_path / ".metadata"):
             with pytest.raises(ValueError, match="could run code"):
-                checkpoints.validate(path)
+                loading.validate(path)
     assert not mark.exists()
 
 
@@ -136,7 +136,7 @@ def test_what_torch_save_does_not_write_is_refused(pt, tmp_path):
         pt.write_bytes(whole)
         write()
         with pytest.raises(ValueError):
-            checkpoints.load_checkpoint(pt)
+            loading.load_checkpoint(pt)
     assert not mark.exists()
 
 
