@@ -80,7 +80,7 @@ def watch(code: str, *arguments: Any) -> Peak:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", default="400m")
     parser.add_argument("--checkpoints", type=int, default=3, help="for --every and average")
     parser.add_argument("--only", nargs="*", help="names of rows")

@@ -102,7 +102,8 @@ def measure(data: str, rows: int, length: int, microbatch: int) -> dict[str, flo
         self.split_batch = spent.timed("split it", self.split_batch)
         self.get_num_samples_in_batch = spent.timed("count", self.get_num_samples_in_batch)
 
-    model.batch_loss, _BaseDataLoaderIter.__next__, DataSpec.__init__ = without_pass, take, init
+    iterators: Any = _BaseDataLoaderIter
+    model.batch_loss, iterators.__next__, DataSpec.__init__ = without_pass, take, init
     for owner, name, part in ((Engine, "run_event", "events"), (DeviceCPU, "batch_to_device", "to the device"),
                               (host, "deepcopy", "copy of a microbatch"), (host.dist, "all_reduce", "sums over ranks"),
                               (DataSpec, "get_num_tokens_in_batch", "count")):

@@ -28,7 +28,7 @@ from ettin_foundry.data.tokenizer import save, train_bpe  # noqa: E402
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--per-conversion", type=int, default=8)
     parser.add_argument("--documents", type=int, default=60, help="per file of the corpus")

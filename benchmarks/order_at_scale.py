@@ -39,7 +39,7 @@ from ettin_foundry.data.order import Order  # noqa: E402
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE, pack_lengths, piece_counts  # noqa: E402
 from ettin_foundry.data.shards import MDSSplit  # noqa: E402
 
-PLACES = (0.0, 0.5, 0.99)
+PLACES = (0.0, 0.01, 0.5, 0.99)
 
 
 class SimulatedSet:
@@ -145,7 +145,7 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
     tokens, rows = order.tokens_per_epoch, order.rows_per_epoch
     return {"step": step + 1, "start": start, "first": first, "whole": whole, "later": later, "ahead": seconds,
             "num_ahead": len(ahead), "tokens": tokens, "rows": rows, "fill": tokens / (rows * case["max_seq_len"]),
-            "at_once": order.shards_at_once, "peak": peak_bytes() - before}
+            "peak": peak_bytes() - before}
 
 
 def in_process(case: dict[str, Any]) -> dict[str, float]:
@@ -184,7 +184,7 @@ def report(options: argparse.Namespace, table: dict[str, Any], results: list[dic
     num_chunks = int(SimulatedSet(**table).samples.sum())
     print(f"{num_chunks:,} chunks in {options.shards:,} shards of {len(set(table['sources']))} sources, "
           f"{first['tokens'] / 1e12:.3f}T tokens with BOS and EOS, {first['rows']:,} rows of {options.max_seq_len:,} "
-          f"({first['fill']:.2%} full); window {options.window}: {first['at_once']:.0f} shards at once")
+          f"({first['fill']:.2%} full); window {options.window}")
     print(f"{'step':>12} {'start s':>9} {'first row s':>12} {'first step s':>13} {'later us/row':>13} {'ahead ms':>9} "
           f"{'shards':>7} {'peak MB':>8}")
     for found in results:

@@ -269,7 +269,7 @@ def measure(args: argparse.Namespace, names: list[str], paths: dict[str, str]) -
 def package_facts(name: str) -> dict[str, Any]:
     """What the installed package says of itself."""
     package = importlib.metadata.distribution(name)
-    about = package.metadata
+    about: Any = package.metadata
     files = package.files or []
     licence = about.get("License-Expression") or about.get("License") or "; ".join(
         text.rpartition(" :: ")[2] for text in about.get_all("Classifier") or () if text.startswith("License"))

@@ -18,7 +18,7 @@ from sentence_transformers.models import Pooling, Transformer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", help="folder that `ettin export` wrote")
     parser.add_argument("texts", type=Path, help="one text a line")
     parser.add_argument("out", help="folder to write")
