@@ -95,18 +95,6 @@ class ObjectiveSchedule(_Schedule):
         place, end = (tokens - segment.start) % sum(length for length, _ in segment.value), 0
         return dict(next(shares for length, shares in segment.value if place < (end := end + length)))
 
-    def breakpoints(self, total: int) -> list[int]:
-        """Token counts, 0 included, at which the value may change, below `total`."""
-        found = {0}
-        for segment in self._segments:
-            end, at = total if segment.end is None else min(segment.end, total), segment.start
-            found.add(at)
-            while len(segment.value) > 1 and at < end:
-                for length, _ in segment.value:
-                    at += length
-                    found.add(min(at, end))
-        return sorted(t for t in found if t < total)
-
     def _content(self, segment: Segment) -> dict[str, Any]:
         blocks = [{"tokens": length, "objective": shares[0][0] if len(shares) == 1 else dict(shares)}
                   for length, shares in segment.value]
@@ -138,10 +126,6 @@ class MaskRate(_Schedule):
             return first
         # a batch may start past the end of the run's tokens only by rounding; the rate then stays at its end
         return first + (last - first) * min(1.0, (tokens - segment.start) / (segment.end - segment.start))
-
-    def breakpoints(self, total: int) -> list[int]:
-        """Token counts, 0 included, at which the rate jumps or its slope changes, below `total`."""
-        return [segment.start for segment in self._segments if segment.start < total]
 
     def _content(self, segment: Segment) -> dict[str, Any]:
         first, last = segment.value

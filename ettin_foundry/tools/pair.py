@@ -7,6 +7,7 @@ demand it. What a difference in a key means stands in `RULES`; a key that no rul
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from ettin_foundry.data.mixture import open_split
 from ettin_foundry.model.config import MASKED_OBJECTIVES, EttinConfig
 from ettin_foundry.tools.plan import learning_rates
 from ettin_foundry.training.run_config import NO_EFFECT, model_config, settings
+from ettin_foundry.training.sources import STARTS, compare, record_of
 from ettin_foundry.training.steps import read_steps
 
 UNFAIR, HARMLESS, OBJECTIVE = VERDICTS = "unfair", "harmless", "objective"
@@ -216,83 +218,62 @@ def compare_steps(first: Path, second: Path) -> int | None:
 
 # ------------------------------------------------------------------ chains of phases
 
-_MODEL_KEYS = ("model.num_hidden_layers", "model.hidden_size", "model.intermediate_size", "model.num_attention_heads",
-               "model.vocab_size", "model.global_attn_every_n_layers", "model.local_attention",
-               "model.norm_eps")
 _Found = Iterator[tuple[str, Any, Any, str]]  # key, before, now, reason
 
 
 def lint_chain(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> Report:
     """Compares each phase of a model, (name, config as for `lint_pair`), with the one before it.
 
-    Shape, tokenizer, row length, rotary theta, clock, learning rate and weight decay must continue; data, budget, batch
-    and mask rate may change. A cross run follows the run whose weights it takes.
+    A phase takes the weights of the one before as it does at its start (`sources.compare`), and goes on with learning
+    rate and optimizer; data, budget, batch and mask rate may change. A cross run follows the run that it crosses from.
     """
-    chain = [read_settings(name, cfg) for name, cfg in runs]
-    found, notes = [], []
-    for i, now in enumerate(chain[1:], 1):
-        for check in (_check_model, _check_theta, _check_optimizer):
-            found += [Difference(key, a, b, UNFAIR, reason, now.name) for key, a, b, reason in check(chain[:i], now)]
-        for run in chain[i - 1:i + 1]:
-            if learning_rates(dict(run.cfg)) is None:
-                notes.append(f"{now.name}: learning rates were not compared, since they cannot be computed for the "
-                             f"scheduler {run.get('scheduler.name')} of {run.name}")
+    chain, found, notes = [read_settings(name, cfg) for name, cfg in runs], [], []
+    for before, now in itertools.pairwise(chain):
+        for check in (_check_weights, _check_optimizer):
+            found += [Difference(key, a, b, UNFAIR, reason, now.name) for key, a, b, reason in check(before, now)]
+        notes += [f"{now.name}: learning rates were not compared, since they cannot be computed for the scheduler "
+                  f"{run.get('scheduler.name')} of {run.name}"
+                  for run in (before, now) if learning_rates(dict(run.cfg)) is None]
     return Report(("before", "now"), found, notes, "chain")
 
 
-def _changed(keys: Sequence[str], before: Settings, now: Settings, reason: str) -> _Found:
-    found = ((key, before.get(key, ABSENT), now.get(key, ABSENT), reason) for key in keys)
-    return (each for each in found if each[1] != each[2])
+class _Record(NamedTuple):
+    """What a run's checkpoints will say, as `sources.compare` reads a checkpoint."""
+
+    path: str
+    record: dict[str, Any]
+
+    @classmethod
+    def of(cls, run: Settings) -> Any:
+        tokens = _data_of(run, "train_loader.dataset")[2]  # None without the data
+        return cls(run.name, {**record_of(run.cfg, read_tokenizer=False), "tokenizer_fingerprint": tokens})
 
 
-def _check_model(past: Sequence[Settings], now: Settings) -> _Found:
-    before = past[-1]
-    same_kind = before.config.causal == now.config.causal
-    yield from _changed([*_MODEL_KEYS, *(["model.window_left"] if same_kind else [])], before, now,
-                        "the weights belong to another model")
-    if not same_kind and not (now.has("callbacks.ettin_cross") or now.get("load_weights_only")):
-        yield from _changed(["model.objective"], before, now, "encoder and decoder continue as each other with the "
-                            "weights alone, as callbacks.ettin_cross takes them")
-    names = [run.get("tokenizer.name") for run in (before, now)]
-    own = [run.cfg["tokenizer"]["name"] for run in (before, now)]
-    if names[0] == names[1] and own[0] != own[1]:  # both beside their data: what the manifests say of them
-        names = [_data_of(run, "train_loader.dataset")[2] for run in (before, now)]
-    if None not in names and names[0] != names[1]:
-        yield "tokenizer.name", own[0], own[1], "the embedding's rows would stand for other tokens"
-    if now.values["max_seq_len"] < before.values["max_seq_len"]:
-        yield from _changed(["max_seq_len"], before, now, "rows shrink: long documents are not trained on any more")
+def _check_weights(before: Settings, now: Settings) -> _Found:
+    starts = [name for name in STARTS if now.has(f"callbacks.{name}")]
+    key = f"callbacks.{starts[0]}.source" if starts else "load_path"
+    if now.get(key) is None:
+        yield key, ABSENT, ABSENT, "nothing is loaded: the phase would train a new model"
+    elif not starts and not now.get("load_weights_only"):
+        yield (key, before.get(key, ABSENT), now.get(key), "the checkpoint's clock is not set back, so the phase begins"
+               " past its end or in the middle of its schedule; use callbacks.ettin_phase")
+    else:
+        accept = (now.cfg.get("callbacks") or {}).get(starts[0] if starts else "ettin_clock") or {}
+        try:
+            compare(key, _Record.of(before), _Record.of(now).record, accept.get("accept") or [])
+        except ValueError as error:
+            yield key, before.name, now.name, str(error)
 
 
-def _check_theta(past: Sequence[Settings], now: Settings) -> _Found:
-    """Positions that were learnt under one theta are read under another."""
-    moved = list(_changed(("model.global_rope_theta", "model.local_rope_theta"), past[-1], now, ""))
-    for key, old, new, _ in moved:
-        if new < old or len({run.values[key] for run in past}) > 1:
-            yield key, old, new, "rotary theta may go up once"
-        elif key == "model.local_rope_theta" and len(moved) == 1:
-            yield key, old, new, "local layers get another rotary theta in a phase that leaves global layers theirs"
-
-
-def _check_optimizer(past: Sequence[Settings], now: Settings) -> _Found:
-    before, crosses, loads = past[-1], now.has("callbacks.ettin_cross"), now.get("load_path") is not None
-    if not (crosses or loads or now.has("callbacks.ettin_phase")):
-        yield "load_path", ABSENT, ABSENT, "nothing is loaded: the phase would train a new model"
-        return
-    fresh = crosses or now.get("callbacks.ettin_phase.keep") == "weights" or loads and now.get("load_weights_only")
-    if not fresh:
-        yield from _changed(("optimizer.name", "optimizer.weight_decay"), before, now,
-                            "the optimizer is kept, and would do something else")
-    if loads and not fresh:
-        yield ("load_path", before.get("load_path", ABSENT), now.get("load_path"), "the checkpoint's clock is not set "
-               "back, so the phase begins past its end or in the middle of its schedule; use callbacks.ettin_phase")
-        return
+def _check_optimizer(before: Settings, now: Settings) -> _Found:
+    kept = now.get("callbacks.ettin_phase.keep") == "all"
+    for key in ("optimizer.name", "optimizer.weight_decay", "optimizer.max_lr") if kept else ():
+        if before.get(key) != now.get(key):  # weight decay is relative to max_lr
+            yield key, before.get(key, ABSENT), now.get(key, ABSENT), "the optimizer is kept, and would do otherwise"
     ours, last = learning_rates(dict(now.cfg)), learning_rates(dict(before.cfg))
-    if ours and last:
+    if ours and last and (now.get("load_path") is None or now.get("load_weights_only")):
         begin, end, given = ours[0], last[1], now.values["optimizer.lr"]
         if begin > end and not math.isclose(begin, end, rel_tol=1e-6):
             yield "optimizer.lr", end, begin, "the learning rate jumps up from where the phase before ended"
-        elif not fresh and 1e-6 * given <= begin < end * (1 - 1e-6):  # below that it warms up
+        elif kept and 1e-6 * given <= begin < end * (1 - 1e-6):  # below that it warms up
             yield "optimizer.lr", end, begin, "the learning rate falls from where the phase before ended"
-    if not fresh:
-        yield from _changed(("optimizer.max_lr",), before, now,
-                            "weight decay is relative to max_lr: at one learning rate it would be another")

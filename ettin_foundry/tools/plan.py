@@ -143,25 +143,22 @@ def memory_bytes(config: EttinConfig, num_tokens: int, targets_per_token: float,
     return {"model": round(model), "activations": round(activations), "loss": round(loss)}
 
 
-def objective_means(objective: ObjectiveSchedule, rate: MaskRate, num_tokens: int, budget: int | None,
+_PLACES = 10_000  # of a run, at which a schedule is looked at
+
+
+def objective_means(objective: ObjectiveSchedule, rate: MaskRate, num_tokens: int,
                     first_share: float) -> tuple[dict[str, float], float, float]:
     """({objective: its share}, mean of the targets of a token, most of them at any time) of a run of `num_tokens`.
 
     clm predicts all but the `first_share` of the tokens, which begin a piece; masks spare these and those that end one.
-    budget: max_duration in tokens, which the last step may pass.
     """
-    # between breakpoints the objective is constant and the rate linear; a slope ends with the budget
-    begins = sorted({*objective.breakpoints(num_tokens), *rate.breakpoints(num_tokens),
-                     *(end for end in (budget,) if end is not None and end < num_tokens)})
-    shares, mean, most = dict.fromkeys(objective.objectives, 0.0), 0.0, 0.0
-    for begin, end in zip(begins, [*begins[1:], num_tokens]):
-        mixture, length = objective.at(begin), (end - begin) / num_tokens
-        first, last = (sum(share * (1 - first_share if name == "clm" else rate.at(place) * (1 - 2 * first_share))
-                           for name, share in mixture.items()) for place in (begin, end - 1))
-        mean, most = mean + length * (first + last) / 2, max(most, first, last)
+    shares, targets, number = dict.fromkeys(objective.objectives, 0.0), list[float](), min(num_tokens, _PLACES)
+    for place in ((2 * n + 1) * num_tokens // (2 * number) for n in range(number)):
+        mixture, masked = objective.at(place), rate.at(place) * (1 - 2 * first_share)
+        targets.append(sum(share * (1 - first_share if name == "clm" else masked) for name, share in mixture.items()))
         for name, share in mixture.items():
-            shares[name] += length * share
-    return shares, mean, most
+            shares[name] += share / number
+    return shares, math.fsum(targets) / number, max(targets)
 
 
 def learning_rates(cfg: dict[str, Any]) -> tuple[float, float] | None:
@@ -256,8 +253,7 @@ def plan_run(cfg: dict[str, Any], *, name: str = "", gpus: str | None = None, mf
     tokens, per_step = round(ramp.first_row(steps) * per_row), round(per_row * ramp.max_size)
     objective, budget = run_config.objective_schedule(cfg), total_tokens(cfg)
     rate = MaskRate.parse(cfg["train_loader"].get("mask_rate", 0.0), total=budget)
-    shares, targets, most_targets = objective_means(objective, rate, max(1, tokens), budget,
-                                                    data.num_chunks / data.num_tokens)
+    shares, targets, most_targets = objective_means(objective, rate, max(1, tokens), data.num_chunks / data.num_tokens)
     half, sharding = cfg.get("precision", "amp_bf16").startswith("amp_"), cfg.get("fsdp_config") or {}
     memory = functools.partial(memory_bytes, config, targets_per_token=most_targets, half=half, ranks=num_gpus,
                                fsdp=bool(sharding), recompute=bool(sharding.get("activation_checkpointing")))
