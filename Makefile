@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 PARITY_VERSIONS := 4.57.6 5.23.0
 
-.PHONY: demo suite test lint parity bench constraints gpu wheels-gpu clean
+.PHONY: demo suite test lint parity bench soak constraints gpu wheels-gpu clean
 
 demo: $(VENV)/.installed data/demo/train/manifest.json
 	$(BIN)/ettin suite yamls/suite/demo.yaml $(DEMO_ARGS)
@@ -44,6 +44,14 @@ parity: $(VENV)/.installed $(PARITY_VERSIONS:%=.parity/%/.installed)
 
 bench: $(VENV)/.installed .parity/4.57.6/.installed
 	$(BIN)/python benchmarks/cpu_vs_transformers.py --decoder-path .parity/4.57.6 $(BENCH_ARGS)
+
+# Is a run that dies and goes on the run that nothing disturbs? First cell by cell, about 6 minutes, then under faults
+# at random for MINUTES; SEED says which.
+MINUTES := 30
+SEED := 0
+soak: $(VENV)/.installed
+	$(BIN)/python benchmarks/resume_matrix.py
+	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES) --seed $(SEED)
 
 # Eight minutes on a machine with a GPU, the most wanted first in each part; what a part has written stays where it is
 # stopped, and what fails does not keep the rest from being measured. Seconds, 480 in all:

@@ -27,28 +27,6 @@ def test_each_line_says_what_its_step_read_and_gave(rising_run):
         assert lr == pytest.approx(3e-3 * min(1.0, 1e-10 + (1 - 1e-10) * before / 2000), rel=1e-9)
 
 
-def test_warm_up_killed_twice_equals_never_killed_also_with_workers(rising_run, data_set, tmp_path):
-    capture = nano_run.register_capture()
-    seen = {key: [] for key in ("losses", "lrs", "tokens")}
-    for workers, die_at in ((0, 5), (2, 8), (0, -1)):  # resumed from the checkpoints of batch 3 and batch 6
-        arguments = [data_set, tmp_path, *nano_run.RISING, f"callbacks.capture.die_at={die_at}",
-                     f"train_loader.num_workers={workers}"]
-        if die_at >= 0:
-            with pytest.raises(RuntimeError, match="killed"):
-                nano_run.run(*arguments)
-            with (next(tmp_path.iterdir()) / STEPS).open("a") as file:
-                file.write('{"step": 5, "tokens": 12')  # killed while it wrote
-        else:
-            nano_run.run(*arguments).close()
-        again = capture.batches[0]["step"]
-        for key, values in seen.items():
-            values[again:] = getattr(capture, key)[:len(capture.losses)]
-    folder, expected = rising_run
-    assert seen == {key: expected[key] for key in seen}
-    alike = [[{**entry, "seconds": 0} for entry in read_steps(place)] for place in (folder, next(tmp_path.iterdir()))]
-    assert alike[0] == alike[1]
-
-
 def test_the_pair_read_the_same_documents_at_every_step_and_the_log_tells_objectives(rising_run, data_set, tmp_path):
     overrides = [*nano_run.RISING, "variables.label=biphasic",
                  "variables.objective=[{until: 1000tok, objective: clm}, {objective: mlm}]"]

@@ -1,6 +1,5 @@
 """Claims about whole runs, each through yamls/nano.yaml and LLM-Foundry's `train`, all in this one process."""
 
-import json
 from pathlib import Path
 
 import nano_run
@@ -30,43 +29,6 @@ def capture():
 def run(data, out, objective, *overrides, **kwargs):
     return nano_run.run(data, out, *OBJECTIVES[objective], "model.vocab_size=512", "callbacks.capture={}", *overrides,
                         **kwargs)
-
-
-def state_of(trainer):
-    """Every tensor that training changes: parameters and optimizer moments, by name."""
-    state = {f"model.{k}": v.clone() for k, v in trainer.state.model.state_dict().items()}
-    names = {p: n for n, p in trainer.state.model.named_parameters()}
-    for p, values in trainer.state.optimizers[0].state.items():
-        state |= {f"{names[p]}.{k}": v.clone() for k, v in values.items() if isinstance(v, torch.Tensor)}
-    return state
-
-
-def rows_per_epoch(data):
-    manifest = json.loads((data / "train" / "manifest.json").read_text())
-    return sum(shard["rows"]["64"] for shard in manifest["shards"])
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("objective", PAIR)
-def test_four_steps_resume_four_steps_equals_eight_steps_bitwise(objective, workers, data_set, capture, tmp_path):
-    epoch_batch = rows_per_epoch(data_set) // 6  # eight steps of this cross the end of the epoch
-    common = [f"variables.global_batch={epoch_batch}", "device_train_microbatch_size=32",
-              f"train_loader.num_workers={workers}"]
-    whole = run(data_set, tmp_path / "whole", objective, *common)
-    expected, losses, lrs, tokens = state_of(whole), capture.losses, capture.lrs, capture.tokens
-    assert int(whole.state.timestamp.sample) > rows_per_epoch(data_set)
-    whole.close()
-
-    first = run(data_set, tmp_path / "parts", objective, *common, "max_duration=4ba")
-    assert capture.losses == losses[:4]
-    first.close()
-    second = run(data_set, tmp_path / "parts", objective, *common)
-    assert int(second.state.timestamp.batch) == 8
-    assert (capture.losses, capture.lrs, capture.tokens) == (losses[4:], lrs[4:], tokens[4:])
-    resumed = state_of(second)
-    second.close()
-    assert resumed.keys() == expected.keys()
-    assert [k for k in expected if not torch.equal(expected[k], resumed[k])] == []
 
 
 @pytest.mark.parametrize("objective", PAIR)
@@ -105,28 +67,18 @@ def test_validation_metrics_are_those_of_dense_logits(objective, data_set, captu
 # ------------------------------------------------------------------ objectives that change or are mixed
 
 
-def test_a_biphasic_run_is_the_clm_run_up_to_the_switch_and_resumes_on_both_sides_of_it(data_set, capture, tmp_path):
+def test_a_biphasic_run_is_the_clm_run_up_to_the_switch(data_set, capture, tmp_path):
     run(data_set, tmp_path / "clm", "clm", "variables.warmup=400tok", "max_duration=4000tok").close()
     clm, clm_lrs, clm_hashes = capture.losses, capture.lrs, [batch["ids_hash"] for batch in capture.batches]
     trainer = run(data_set, tmp_path / "both", "biphasic")
     assert [batch["ids_hash"] for batch in capture.batches] == clm_hashes
     losses, lrs, tokens = capture.losses, capture.lrs, capture.tokens
     objectives = [batch["objective"] for batch in capture.batches]
-    final = state_of(trainer)
     trainer.close()
     steps = sum(t < 1500 for t in tokens)
     assert objectives == ["clm"] * steps + ["mlm"] * (len(tokens) - steps) and 2 <= steps <= len(tokens) - 3
     assert losses[:steps] == clm[:steps] and lrs == clm_lrs and losses[steps] != clm[steps]
     assert trainer.state.model.objective == "mlm" and not trainer.state.model.config.causal
-
-    for stop in (steps - 1, steps + 1):
-        with pytest.raises(RuntimeError, match="killed"):
-            run(data_set, tmp_path / f"{stop}", "biphasic", "save_interval=1ba", f"callbacks.capture.die_at={stop}")
-        resumed = run(data_set, tmp_path / f"{stop}", "biphasic", "save_interval=1ba")
-        assert capture.losses == losses[stop:]
-        again = state_of(resumed)
-        assert all(torch.equal(again[k], final[k]) for k in final)
-        resumed.close()
 
 
 def weighted_sum_gradient(weights, batch):
