@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from converting import write_corpus
-from killing import Killer, scenarios
+
+from benchmarks.killing import Killer, scenarios
 
 
 @pytest.mark.parametrize("name, kills", [("unique", 4), ("array", 3), ("append", 4)])

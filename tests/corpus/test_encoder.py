@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from conftest import make_documents
 from converting import run, write_jsonl
-from odd_texts import odd_texts
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from benchmarks.odd_texts import odd_texts
 from ettin_foundry.corpus import encoder as encoders
 from ettin_foundry.corpus.encoder import TextEncoder
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pool_jobs
 import pytest
-from killing import running
 from pool_jobs import jobs
 
+from benchmarks.killing import running
 from ettin_foundry.corpus import executors
 from ettin_foundry.corpus.executors import Board, Tick, run_tasks
 
