@@ -10,7 +10,6 @@ import torch
 
 from ettin_foundry import __version__
 from ettin_foundry.cli import data
-from ettin_foundry.cli.main import main
 from ettin_foundry.corpus.convert import ConvertOptions
 from ettin_foundry.hub.folder import export_model
 from ettin_foundry.model.config import EttinConfig
@@ -33,13 +32,6 @@ def encoder():
 @pytest.fixture(scope="module")
 def decoder():
     return parity.random_model(EttinConfig.for_size("nano", causal=True, vocab_size=320, window_left=64))
-
-
-def run(capsys, *arguments):
-    """(exit code, stdout, stderr) of `ettin arguments...`"""
-    with pytest.raises(SystemExit) as end:
-        main([str(a) for a in arguments])
-    return end.value.code or 0, *capsys.readouterr()
 
 
 def save(model, path, objective, tokenizer=None, **clock):
@@ -81,8 +73,8 @@ def test_no_command_on_models_imports_the_host_and_others_and_refusals_not_even_
     assert "step 123,456 of nano-mlm-pretrain: 8 rows" in done.stdout
 
 
-def test_version_and_defaults_are_those_of_the_package(capsys):
-    assert run(capsys, "--version") == (0, f"{__version__}\n", "")
+def test_version_and_defaults_are_those_of_the_package(ettin):
+    assert ettin("--version") == (0, f"{__version__}\n", "")
     given = {name: option.default for name, option in inspect.signature(data.convert).parameters.items()
              if name in ConvertOptions.__dataclass_fields__}
     needed = {"sources": ["x"], "out": "y", "tokenizer": "z"}
@@ -90,7 +82,7 @@ def test_version_and_defaults_are_those_of_the_package(capsys):
     assert ours.record() == theirs.record() and (ours.engine, ours.executor) == (theirs.engine, theirs.executor)
 
 
-def test_checkpoint_to_folder_to_a_run_s_first_weights_is_bit_equal(decoder, tokenizer, tmp_path, capsys):
+def test_checkpoint_to_folder_to_a_run_s_first_weights_is_bit_equal(decoder, tokenizer, tmp_path, ettin):
     """The last step is Composer's Trainer with load_path and load_weights_only, strict."""
     from composer import Trainer
 
@@ -98,13 +90,13 @@ def test_checkpoint_to_folder_to_a_run_s_first_weights_is_bit_equal(decoder, tok
 
     source = save(decoder, tmp_path / "ba7.pt", "clm", str(tokenizer[1]), tokens=1000,
                   lineage=({"objective": "mlm", "tokens": 234},))
-    assert run(capsys, "export", source, tmp_path / "hf", "--license", "mit")[0] == 0
+    assert ettin("export", source, tmp_path / "hf", "--license", "mit")[0] == 0
     state, config, objective = import_folder(tmp_path / "hf")
     assert equal_states(state, decoder.state_dict()) and (config, objective) == (decoder.config, "clm")
     text = (tmp_path / "hf" / "README.md").read_text()
     assert "1,234" in text and "objective mlm, tokens 234" in text and 'license: mit' in text
 
-    assert run(capsys, "import", tmp_path / "hf", tmp_path / "back" / "weights.pt")[0] == 0
+    assert ettin("import", tmp_path / "hf", tmp_path / "back" / "weights.pt")[0] == 0
     assert [p.name for p in (tmp_path / "back").iterdir()] == ["weights.pt"]
     model = EttinModel(tokenizer[0], size="nano", objective="clm", max_seq_len=1024, vocab_size=320, window_left=64)
     Trainer(model=model, load_path=str(tmp_path / "back" / "weights.pt"), load_weights_only=True, device="cpu",
@@ -112,38 +104,38 @@ def test_checkpoint_to_folder_to_a_run_s_first_weights_is_bit_equal(decoder, tok
     assert equal_states(model.model.state_dict(), decoder.state_dict()) and model.config == decoder.config
 
 
-def test_encoder_that_does_not_say_how_it_predicts_must_be_told(encoder, tokenizer, tmp_path, capsys):
+def test_encoder_that_does_not_say_how_it_predicts_must_be_told(encoder, tokenizer, tmp_path, ettin):
     folder = export_model(encoder, encoder.config, tokenizer[0], tmp_path / "hf", objective="mlm")
-    code, _, err = run(capsys, "import", folder, tmp_path / "w.pt", "--objective", "mntp")
+    code, _, err = ettin("import", folder, tmp_path / "w.pt", "--objective", "mntp")
     assert code == 1 and "must be mlm" in err
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"ettin_foundry"', '"other"'))
-    code, _, err = run(capsys, "import", folder, tmp_path / "w.pt")
+    code, _, err = ettin("import", folder, tmp_path / "w.pt")
     assert code == 1 and "must be mlm" in err and not (tmp_path / "w.pt").exists()
-    assert run(capsys, "import", folder, tmp_path / "w.pt", "--objective", "mntp")[0] == 0
+    assert ettin("import", folder, tmp_path / "w.pt", "--objective", "mntp")[0] == 0
     assert torch.load(tmp_path / "w.pt", weights_only=True)["state"]["callbacks"]["Clock"]["objective"] == "mntp"
 
 
-def test_samples_are_the_models_own(encoder, decoder, tokenizer, tmp_path, capsys):
+def test_samples_are_the_models_own(encoder, decoder, tokenizer, tmp_path, ettin):
     source = export_model(encoder, encoder.config, tokenizer[0], tmp_path / "enc", objective="mntp")
     ids = tokenizer[0]("def [MASK](a):")["input_ids"]
     best = parity.our_logits(encoder, torch.tensor(ids))[ids.index(tokenizer[0].mask_token_id) - 1].argmax()  # mntp
-    out = run(capsys, "fill-mask", source, "def [MASK](a):", "--top-k", "1")[1]
+    out = ettin("fill-mask", source, "def [MASK](a):", "--top-k", "1")[1]
     assert out.splitlines()[0] == "def [MASK](a):" and repr(tokenizer[0].decode([int(best)])) in out
 
     source = save(decoder, tmp_path / "dec.pt", "clm", str(tokenizer[1]))
     start = ids = [tokenizer[0].cls_token_id, *tokenizer[0].encode("def add", add_special_tokens=False)]
     for _ in range(3):
         ids = [*ids, int(parity.our_logits(decoder, torch.tensor(ids))[-1].argmax())]
-    code, out, err = run(capsys, "generate", source, "def add", "--max-new-tokens", "3")
+    code, out, err = ettin("generate", source, "def add", "--max-new-tokens", "3")
     assert out == f"def add{tokenizer[0].decode(ids[len(start):])}\n", err
 
 
-def test_bad_input_is_one_line_and_exit_code_1(encoder, tokenizer, tmp_path, capsys):
+def test_bad_input_is_one_line_and_exit_code_1(encoder, tokenizer, tmp_path, ettin):
     good = save(encoder, tmp_path / "good.pt", "mlm", str(tokenizer[1]))
     folder = export_model(encoder, encoder.config, tokenizer[0], tmp_path / "hf", objective="mlm")
     (tmp_path / "there.pt").write_bytes(b"x")
-    assert run(capsys, "recipes", "--copy", tmp_path / "copy")[0] == 0
+    assert ettin("recipes", "--copy", tmp_path / "copy")[0] == 0
     assert (tmp_path / "copy/yamls/phases/cross.yaml").is_file()
     for arguments, words in (
         (("export", tmp_path / "there.pt", tmp_path / "o"), "there.pt"),
@@ -153,7 +145,7 @@ def test_bad_input_is_one_line_and_exit_code_1(encoder, tokenizer, tmp_path, cap
         (("recipes", "--copy", tmp_path / "copy"), "--copy must be a folder without train.py"),
         (("convert", "missing.jsonl", "--out", tmp_path / "o", "--tokenizer", tokenizer[1]), "missing.jsonl"),
     ):
-        code, _, err = run(capsys, *arguments)
+        code, _, err = ettin(*arguments)
         line = err.strip().splitlines()[-1]
         assert code == 1 and line.startswith("error: ") and words in line, (arguments, err)
     assert not (tmp_path / "o").exists() and not (tmp_path / "o.pt").exists()

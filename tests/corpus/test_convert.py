@@ -15,7 +15,6 @@ from conftest import make_documents
 from converting import files_of, run, stored, write_corpus, write_jsonl
 from transformers import AutoTokenizer
 
-from ettin_foundry.cli.main import main
 from ettin_foundry.corpus.filters import FilterOptions
 from ettin_foundry.data import tokenizer as tokenizers
 from ettin_foundry.data.shards import MDSSplit
@@ -143,7 +142,7 @@ BAD_CALLS: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_CALLS)
-def test_a_bad_call_is_one_clear_error_and_leaves_no_dataset(tmp_path, tokenizer_dir, case, capsys):
+def test_a_bad_call_is_one_clear_error_and_leaves_no_dataset(tmp_path, tokenizer_dir, case, ettin):
     write_jsonl(tmp_path / "two" / "a.jsonl", ["kalo mi ter " * 50])
     (tmp_path / "two" / "b.jsonl").write_text('{"text": 3}\n')
     (tmp_path / "good.txt").write_text("kalo")
@@ -152,10 +151,8 @@ def test_a_bad_call_is_one_clear_error_and_leaves_no_dataset(tmp_path, tokenizer
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "kalo"}\n' * 50)[:-20])
     arguments, message = BAD_CALLS[case]
     defaults = ["--out", str(tmp_path / "out"), "--validation", "0", "--tokenizer", str(tokenizer_dir)]
-    with pytest.raises(SystemExit) as status:
-        main(["convert", *defaults, *(a.format(tmp=tmp_path) for a in arguments)])
-    error = capsys.readouterr().err
-    assert status.value.code in (1, 2) and error.lower().count("error: ") == 1 and re.search(message, error)
+    code, _, error = ettin("convert", *defaults, *(a.format(tmp=tmp_path) for a in arguments))
+    assert code in (1, 2) and error.lower().count("error: ") == 1 and re.search(message, error)
     assert not list((tmp_path / "out").rglob("manifest.json"))
 
 

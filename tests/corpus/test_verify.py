@@ -12,7 +12,6 @@ import pytest
 from converting import copy_set, files_of, shards_of, whole_set
 from hand_made import edit, flip
 
-from ettin_foundry.cli import main as cli
 from ettin_foundry.corpus.mix import build_mix
 from ettin_foundry.corpus.verify import verify_dataset
 from ettin_foundry.data.storage import open_storage
@@ -78,7 +77,7 @@ def test_damage_to_a_small_file_is_found_wherever_it_is(private, name):
         assert any(path.name in text for text in (report.notes if name == "README.md" else report.problems))
 
 
-def test_everything_wrong_is_listed_at_once(private, capsys):
+def test_everything_wrong_is_listed_at_once(private, ettin):
     train, validation = shards_of(private / "train"), shards_of(private / "validation")
     flip(train[0], -1)
     train[1].unlink()
@@ -91,16 +90,14 @@ def test_everything_wrong_is_listed_at_once(private, capsys):
     for path in small:
         flip(path, -30)
     (private / "validation" / "index.json").unlink()
-    with pytest.raises(SystemExit) as end:
-        cli.main(["verify", str(private)])
-    assert end.value.code == 1
-    text = capsys.readouterr().out
+    code, text, _ = ettin("verify", private)
+    assert code == 1
     for path in [*train[:4], stray, validation[0], *small, private / "validation" / "index.json"]:
         assert f"problem: {path}: " in text
     assert not any(str(path) in text for path in [*train[4:], *validation[1:]])
 
 
-def test_commands_verify_finalize_and_mix(private, tmp_path, capsys):
+def test_commands_verify_finalize_and_mix(private, tmp_path, ettin):
     before, none, spec = files_of(private), tmp_path / "none", tmp_path / "spec.yaml"
     (private / "train" / "manifest.json").unlink()
     spec.write_text("sets:\n  mine: {set: set, tokens: 2000}\n")
@@ -108,10 +105,8 @@ def test_commands_verify_finalize_and_mix(private, tmp_path, capsys):
                         (["verify", private, "--threads", 2], "all is as it should be"),
                         (["mix", spec, tmp_path / "mix", "--seed", 3], "passes"),
                         (["finalize", none], ""), (["verify", none], ""), (["mix", none, "x"], "")):
-        with pytest.raises(SystemExit) as end:
-            cli.main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert text in out if text else end.value.code == 1 and "none" in err.splitlines()[-1]
+        code, out, err = ettin(*words)
+        assert text in out if text else code == 1 and "none" in err.splitlines()[-1]
     assert files_of(private) == before and verify_dataset(tmp_path / "mix").ok
 
 

@@ -7,7 +7,6 @@ import pytest
 from converting import SOURCES, copy_set, files_of, samples_of, whole_set
 from tokenizers import Tokenizer
 
-from ettin_foundry.cli import main as cli
 from ettin_foundry.data.inspect import draw_samples, find_dataset, plain, show_lines, source_rows
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import open_storage
@@ -61,22 +60,17 @@ def test_foreign_text_cannot_drive_the_terminal(tokenizer_dir, tmp_path):
     assert all(character.isprintable() for line in show_lines(tmp_path / "set", samples=0) for character in line)
 
 
-def test_command_shows_dataset_split_and_url(tokenizer_dir, tmp_path, capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            cli.main(["show", *map(str, arguments)])
-        return end.value.code or 0, "".join(capsys.readouterr())
-
+def test_command_shows_dataset_split_and_url(tokenizer_dir, tmp_path, ettin):
     whole = copy_set(tokenizer_dir, tmp_path)
-    code, text = run(whole, "--samples", 2)
+    code, text, _ = ettin("show", whole, "--samples", 2)
     assert code == 0 and "train: 175 chunks of at most 62 tokens, 7,875 tokens" in text
     assert text.count("[wiki]") == 4 and "(512 entries)" in text
-    code, text = run(whole / "validation", "--samples", 0)
+    code, text, _ = ettin("show", whole / "validation", "--samples", 0)
     assert code == 0 and "train" not in text and "[wiki]" not in text
-    assert run(whole / "tokenizer")[0] == 1
+    assert ettin("show", whole / "tokenizer")[0] == 1
     remote = open_storage(url := f"memory://{tmp_path.name}/set")
     for name, data in files_of(whole).items():
         remote.write_bytes(name, data)
-    assert run(url) == run(whole)
+    assert ettin("show", url) == ettin("show", whole)
     (whole / "tokenizer" / "tokenizer.json").unlink()
-    assert run(whole)[1].count("no tokenizer/ beside the dataset; ids [") == 4
+    assert ettin("show", whole)[1].count("no tokenizer/ beside the dataset; ids [") == 4

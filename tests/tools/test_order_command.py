@@ -9,7 +9,6 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ettin_foundry.cli.main import main
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.tools.order import next_step, stream_of, view_step
 from ettin_foundry.training.steps import read_steps
@@ -27,14 +26,6 @@ def cfg(data_set, tmp_path):
 def unmasked(batch):
     """(B, T) ids of a batch before masking."""
     return torch.where(batch["labels"] != -100, batch["labels"], batch["input_ids"])
-
-
-def printed(capsys, *arguments):
-    """What `ettin order` prints, by lines."""
-    with pytest.raises(SystemExit) as ended:
-        main(["order", *arguments])
-    assert not ended.value.code
-    return capsys.readouterr().out.splitlines()
 
 
 def test_the_view_of_a_step_is_what_the_run_read(rising_run, cfg, data_set):
@@ -72,15 +63,16 @@ def test_the_dataset_may_lie_elsewhere_and_a_checkpoint_alone_names_the_next_ste
             next_step(tmp_path / "part.pt")
 
 
-def test_the_command_prints_a_step_from_a_recipe_and_the_next_one_of_a_checkpoint(rising_run, data_set, capsys):
-    first, _, *lines, more = printed(capsys, str(data_set), *YAML, "--step", "6", "--rows", "3", "--decode", *SMALL,
-                                     *RISING)
+def test_the_command_prints_a_step_from_a_recipe_and_the_next_one_of_a_checkpoint(rising_run, data_set, ettin):
+    words = data_set, *YAML, "--step", "6", "--rows", "3", "--decode", *SMALL, *RISING
+    first, _, *lines, more = ettin("order", *words)[1].splitlines()
     step, after = read_steps(rising_run[0])[6:8]
     assert first == (f"step 6 of nano-mlm-pretrain: 8 rows, {after['tokens'] - step['tokens']:,} tokens, "
                      f"{step['tokens']:,} before it, in epoch 0; ids_hash {step['ids_hash']}")
     assert {line.split()[0] for line in lines[::2]} == {"0", "1", "2"} and more == "and 5 rows more (--rows)"
     assert "doc-" in lines[0] and "part" in lines[0] and len(lines[1].strip()) > 10
-    assert printed(capsys, "--checkpoint", str(next(rising_run[0].glob("*ba6-*.pt"))), "--rows", "0")[0] == first
+    out = ettin("order", "--checkpoint", next(rising_run[0].glob("*ba6-*.pt")), "--rows", "0")[1]
+    assert out.splitlines()[0] == first
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -89,11 +81,9 @@ def test_the_command_prints_a_step_from_a_recipe_and_the_next_one_of_a_checkpoin
     (["--checkpoint", "x.pt", "seed=3"], "got seed=3"), (["--checkpoint", "x.pt"], "x.pt"),
     (["nowhere", *YAML, "--step", "3"], "'nowhere'"), ([*YAML, "--step", "3", "train_loader.name=text"], "got 'text'")],
     ids=str)
-def test_a_wrong_command_line_ends_with_one_line_that_says_so(arguments, words, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["order", *arguments])
-    [line] = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 1 and words in line
+def test_a_wrong_command_line_ends_with_one_line_that_says_so(arguments, words, ettin):
+    code, _, err = ettin("order", *arguments)
+    assert code == 1 and words in err and err.count("\n") == 1
 
 
 def test_the_example_writes_the_ids_of_the_run_and_goes_on_after_a_stop(rising_run, data_set, tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ import pytest
 import test_recipes
 from nano_run import ROOT, put
 
-from ettin_foundry.cli.main import main
 from ettin_foundry.model.config import SIZES
 from ettin_foundry.tools.pair import lint_chain, lint_pair
 from ettin_foundry.training import run_config
@@ -193,11 +192,10 @@ def test_what_does_not_go_on_in_a_chain_is_found(first, second, expected):
     assert report.fair is not bool(expected) and all(d.where == "second" for d in report.differences)
 
 
-def test_the_command_takes_joined_files_and_keys_and_its_exit_code_is_the_verdict(capsys):
+def test_the_command_takes_joined_files_and_keys_and_its_exit_code_is_the_verdict(ettin):
     def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main(["lint", *arguments])
-        return end.value.code or 0, capsys.readouterr().out.splitlines()[-1]
+        code, out, _ = ettin("lint", *arguments)
+        return code, out.splitlines()[-1]
 
     nano = f"{ROOT}/yamls/nano.yaml"
     decoder = f"{nano}+variables.objective=clm+variables.mask_rate=0.0"

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ettin_foundry.cli.main import main
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.tools import plan
 from ettin_foundry.training import run_config
@@ -194,24 +193,17 @@ def test_checkpoints_are_counted_as_composer_saves_them(interval, step_tokens, s
 # ------------------------------------------------------------------ the command
 
 
-def run(capsys, *arguments):
-    """(exit code, stdout, stderr) of `ettin plan arguments...`"""
-    with pytest.raises(SystemExit) as end:
-        main(["plan", *map(str, arguments)])
-    return end.value.code or 0, *capsys.readouterr()
-
-
-def test_a_suite_file_is_planned_stage_by_stage_as_text_and_json(capsys, tmp_path, monkeypatch):
+def test_a_suite_file_is_planned_stage_by_stage_as_text_and_json(ettin, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     options = ("yamls/suite/demo.yaml", "scale=0.25", f"variables.data={tmp_path}", "--gpus", "1xH100", "--mfu", "0.05")
-    code, out, _ = run(capsys, *options, "--json")
+    code, out, _ = ettin("plan", *options, "--json")
     found = json.loads(out)
     stages = ["encoder", "decoder", "decoder-from-encoder", "encoder-from-decoder"]
     assert code == 0 and [stage["name"] for stage in found["stages"]] == stages
     assert found["stages"][0]["num_steps"] == math.ceil(1e6 / 8192)  # a quarter of nano's 4M tokens
     for key in ("num_tokens", "num_steps", "hours", "checkpoints", "storage_bytes"):
         assert found["totals"][key] == pytest.approx(sum(stage[key] for stage in found["stages"]), rel=1e-12)
-    lines = run(capsys, *options)[1].splitlines()
+    lines = ettin("plan", *options)[1].splitlines()
     assert [line.split()[0] for line in lines[:6]] == ["stage", *stages, "total"]
 
 
@@ -220,6 +212,6 @@ def test_a_suite_file_is_planned_stage_by_stage_as_text_and_json(capsys, tmp_pat
     ([ENC, "model.name=mpt_causal_lm"], "model.name must be ettin"),
     ([ROOT / "yamls/suite/ettin-150m.yaml", "--gpus", "3xH100"], "encoder-pretrain: --gpus must divide global_train"),
 ])
-def test_bad_input_is_one_line(capsys, arguments, message):
-    code, out, err = run(capsys, *arguments)
+def test_bad_input_is_one_line(ettin, arguments, message):
+    code, out, err = ettin("plan", *arguments)
     assert code == 1 and not out and message in err and len(err.splitlines()) == 1

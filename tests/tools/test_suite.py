@@ -24,7 +24,6 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ettin_foundry.cli.main import main
 from ettin_foundry.model.config import SIZES
 from ettin_foundry.model.weights import import_folder, weights_checkpoint
 from ettin_foundry.tools.evaluate import evaluate
@@ -157,13 +156,11 @@ def test_stages_run_in_order_with_the_listed_commands_and_a_second_call_trains_n
     assert "1/4 encoder-pretrain: finished, 4,000 tokens" in capfd.readouterr().err
 
 
-def test_a_failed_stage_stops_the_chain_with_its_reason_and_the_same_command_goes_on(small, capfd):
+def test_a_failed_stage_stops_the_chain_with_its_reason_and_the_same_command_goes_on(small, ettin):
     suite = small.suite()
     small.plan("decoder-pretrain", "fail")
-    with pytest.raises(SystemExit) as end:
-        main(["suite", str(small.file)])
-    error = capfd.readouterr().err
-    assert end.value.code == 3 and "error: decoder-pretrain failed: exit code 7" in error
+    code, _, error = ettin("suite", small.file)
+    assert code == 3 and "error: decoder-pretrain failed: exit code 7" in error
     assert "RuntimeError: the disk is full\n    really" in error and "Traceback" not in error
     assert small.trained == ALL[:2]
     small.plan("decoder-pretrain", "finish")
@@ -178,7 +175,7 @@ def test_pairs_that_read_other_rows_stop_the_chain(small):
     assert small.trained == ALL[:2]
 
 
-def test_one_stage_runs_alone_after_the_one_it_starts_from(small, capfd):
+def test_one_stage_runs_alone_after_the_one_it_starts_from(small, ettin):
     suite = small.suite()
     with pytest.raises(ValueError, match="encoder-extend: starts from encoder-pretrain, which is not finished"):
         run_suite(suite, [suite.stage("encoder-extend")])
@@ -189,20 +186,17 @@ def test_one_stage_runs_alone_after_the_one_it_starts_from(small, capfd):
         write_report(suite, {})
     for name, said in ("encoder-extend", "encoder-extend: 4_000tok from encoder-pretrain, pair extend\n"), (
             "nope", f"--stage must be one of {', '.join(ALL)} ({small.file}), got 'nope'\n"):
-        with pytest.raises(SystemExit):
-            main(["suite", str(small.file), "--stage", name, "--list"])
-        told = "".join(capfd.readouterr())
+        told = "".join(ettin("suite", small.file, "--stage", name, "--list")[1:])
         assert said in told and "decoder-extend: " not in told
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_told_to_end_it_ends_the_stage_and_all_that_it_started(small, capfd, signum, code):
+def test_told_to_end_it_ends_the_stage_and_all_that_it_started(small, ettin, signum, code):
     small.suite()
     small.plan("encoder-pretrain", "hang")
     threading.Thread(target=lambda: (small.wait_until_it_hangs(), os.kill(os.getpid(), signum)), daemon=True).start()
-    with pytest.raises(SystemExit) as end:
-        main(["suite", str(small.file)])
-    assert end.value.code == code and "stopped. The same command continues." in capfd.readouterr().err
+    ended, _, error = ettin("suite", small.file)
+    assert ended == code and "stopped. The same command continues." in error
     # state, not stat: its one letter is the same whatever the priority and the terminal
     told = subprocess.run(["ps", "-o", "state=", "-p", small.hanging.read_text()], capture_output=True, text=True)
     assert told.stdout.strip() in ("", "Z")  # gone, or waiting only for its parent's parent to notice
