@@ -20,14 +20,14 @@ from omegaconf import OmegaConf as om
 
 import ettin_foundry
 from ettin_foundry.tools import plan
-from ettin_foundry.training import checks
+from ettin_foundry.training import checks, sources
 from ettin_foundry.training.run_config import configure, merge, read
 
 __all__ = ["configure", "main", "merge", "read"]
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; 1 and one line on standard error when the configuration is refused."""
+    """Runs the command line; 1 and one line on standard error when the configuration is refused, 0 when all is done."""
     # what protects a run is in training/checks.py, which stock `llmfoundry train` reaches too
     if {"-h", "--help"} & set(argv):
         print(__doc__)
@@ -55,6 +55,9 @@ def main(argv: list[str]) -> int:
         ettin_foundry.register()
         try:
             train(config)
+        except sources.Finished as reason:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"finished: {reason}", flush=True)
         except (ValueError, OSError) as error:
             # raised by ours: bad data, tokenizer or checkpoint, said in full; from elsewhere the traceback matters
             raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)

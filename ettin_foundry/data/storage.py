@@ -110,11 +110,16 @@ def _place(source: str | os.PathLike[str], target: Path) -> None:
     with open(source, "rb") as stream:
         os.fsync(stream.fileno())
     os.replace(source, target)
-    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Has the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 class Storage:

@@ -59,9 +59,8 @@ def stage_state(stage: Stage) -> State:
     with stage.named():
         sources.check_resume(record, sources.record_of(stage.config, read_tokenizer=False), own=True,
                              place=f"{newest}; root=ANOTHER keeps both", accept=clock.get("accept") or [])
-    amount, unit = parse_time("max_duration", stage.config["max_duration"])
-    tokens = int(record.get("tokens") or 0)
-    return State(newest, record, tokens, (tokens if unit == "tok" else int(record.get("batch") or 0)) >= amount)
+    finished = sources.is_finished(record, stage.config["max_duration"])
+    return State(newest, record, int(record.get("tokens") or 0), finished)
 
 
 def check_suite(suite: Suite, *, allow_unfair: bool = False) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,5 @@
-"""Checkpoints of Composer in their folders: a save is whole or absent, and the newest sound one is found.
+"""Checkpoints of Composer in their folders: what they say of themselves, and which is the newest sound one.
 
-Composer writes a file under its final name; by `write_whole` it gets that once it is on the disk.
 The record of a save is the archive's own directory, written last: names, sizes and CRC-32 of its entries. A sharded
 checkpoint is an archive an entry, and `.metadata`, written last, says where they are.
 """
@@ -12,6 +11,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ettin_foundry.data.storage import atomic_file
 from ettin_foundry.training.loading import is_archive, load_checkpoint, load_sharded, read_metadata
 
 log = logging.getLogger(__name__)
@@ -47,19 +46,6 @@ def _read_state(path: Path, wanted: str) -> tuple[dict[str, Any], bool]:
     load_sharded(path, found)
     in_state = (keys[keys[0] == "state":] for keys in metadata.planner_data.values())
     return found["state"], any(keys[0] == "optimizers" and keys[2:3] == ("state",) for keys in in_state)
-
-
-def write_whole(state_dict: dict[str, Any], filename: str) -> None:
-    """In place of Composer's writer: the file has its name once all of it is on the disk, and replaces what had it."""
-    path = Path(filename)
-    for left in path.parent.glob(".*.partial"):  # by a killed run
-        left.unlink()
-    try:
-        with atomic_file(path) as file:
-            torch.save(state_dict, file)
-    except (OSError, RuntimeError) as error:  # torch.save says in its own words that a write failed
-        raise OSError(f"{path}: not saved: {error}; the checkpoints before it are whole: make room and give the same "
-                      "command again") from error
 
 
 class Head(NamedTuple):
@@ -119,13 +105,14 @@ def is_complete(path: Path) -> bool:
     return (path / ".metadata").is_file() or path.is_file() and is_archive(path)
 
 
-def complete_checkpoints(save_folder: str | Path) -> list[Path]:
-    """The complete checkpoints of a save folder by batch number (`ba123`), then by time; no links."""
+def complete_checkpoints(save_folder: str | Path, *, others: bool = False) -> list[Path]:
+    """The complete checkpoints of a save folder (or `others` with a number, too) by batch (`ba123`), then by time."""
     found = []
     for path in Path(save_folder).glob("[!.]*"):
-        if (path.suffix == ".pt" or path.is_dir()) and not path.is_symlink() and is_complete(path):
+        if (path.suffix == ".pt" or path.is_dir()) and not path.is_symlink():
             batch = re.search(r"ba(\d+)", path.name)
-            found.append((int(batch[1]) if batch else -1, path.stat().st_mtime_ns, path))
+            if others and batch or is_complete(path):
+                found.append((int(batch[1]) if batch else -1, path.stat().st_mtime_ns, path))
     return [path for _, _, path in sorted(found)]
 
 
@@ -135,7 +122,7 @@ def newest_complete(save_folder: str | Path) -> Path | None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a complete checkpoint, if anything; all of it is read and compared with its CRCs."""
+    """What is wrong with a checkpoint, if anything; all of it is read and compared with its CRCs."""
     try:
         infos = read_metadata(path / ".metadata").storage_data.values() if path.is_dir() else ()
         for part, *entry in [(Path(path, info.relative_path), info.offset, info.length) for info in infos] or [(path,)]:
@@ -150,28 +137,47 @@ def damage(path: Path) -> str | None:
     return None
 
 
+def move_link(link: Path, name: str) -> None:
+    """Makes a link or has it lead elsewhere, at once: who is killed here leaves the old one or the new one."""
+    fresh = link.with_name(f".{link.name}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(name)
+    os.replace(fresh, link)
+
+
+def check_folder(save_folder: Path) -> None:
+    """Makes the folder; a ValueError where it is none, cannot be written to, or its disk is full."""
+    try:
+        save_folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=save_folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise ValueError(f"save_folder must be a folder to write to, got {str(save_folder)!r}: {error}; make room or "
+                         "give another (variables.save_root=...)") from error
+
+
 def repair_latest(save_folder: str | Path) -> Path | None:
     """Points the link that autoresume follows at the newest sound checkpoint; returns that one.
 
-    Composer, killed before or between removing and making it, leaves an old one or none. A damaged checkpoint is passed
-    over and stays where it is; a ValueError if all are, for the run would begin again.
+    Composer, killed before or between removing and making it, leaves an old one or none. What is damaged or was cut off
+    is named, passed over and stays where it is; a ValueError if all is (but first sharded saves), for the run would
+    begin again.
     """
-    rank, found = os.environ.get("RANK", "0"), complete_checkpoints(Path(save_folder).resolve())
+    rank, found = os.environ.get("RANK", "0"), complete_checkpoints(os.path.realpath(save_folder), others=True)
+    lost = any(path.is_file() or is_complete(path) for path in found)
     while found and (what := damage(found[-1])):
-        log.warning("%s is damaged and passed over: %s", found.pop(), what)
-        if not found:
-            raise ValueError(f"save_folder: no checkpoint in {save_folder} is sound; move them away to begin again")
+        log.log(logging.WARNING if rank == "0" else logging.DEBUG, "%s is passed over and kept: %s", found.pop(), what)
+    if not found and lost:
+        raise ValueError(f"save_folder: no checkpoint in {save_folder} is sound; move them away to begin again")
     if not found:
         return None
     newest = found[-1]
     link = Path(save_folder) / (f"latest-sharded-rank{rank}" if newest.is_dir() else "latest-rank0.pt")
-    leads = link.resolve() == newest if link.is_symlink() else is_complete(link)  # the latter where links were copied
+    # links in a circle resolve to one of them; a file is there where links were copied
+    leads = os.path.realpath(link) == str(newest) if link.is_symlink() else is_complete(link)
     if not leads and (newest.is_dir() or rank == "0"):
         if link.exists() and not link.is_symlink():
             raise ValueError(f"{link}: a damaged file, not a link; move it away to resume from the newest checkpoint")
-        fresh = link.with_name(f".{link.name}.new")
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(newest.name)
-        os.replace(fresh, link)  # atomic: a kill here leaves the old link or the new one
+        move_link(link, newest.name)
         log.warning("%s led elsewhere or nowhere; it leads to %s now, the newest checkpoint", link, newest.name)
     return newest

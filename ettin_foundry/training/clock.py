@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer.callbacks import CheckpointSaver
+from composer import callbacks
 from composer.core import State
 from composer.loggers import Logger, WandBLogger
 from composer.utils import checkpoint, dist, format_name_with_dist
@@ -26,10 +26,11 @@ from ettin_foundry.data.tokenizer import fingerprint, save
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.weights import weights_checkpoint
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
-from ettin_foundry.training.checkpoints import decode_record, newest_complete, write_whole
+from ettin_foundry.training.checkpoints import decode_record, newest_complete
 from ettin_foundry.training.loading import install_validation
 from ettin_foundry.training.run_config import config_text
-from ettin_foundry.training.sources import check_resume, describe
+from ettin_foundry.training.saving import CheckpointSaver, wait_for_write, write_whole
+from ettin_foundry.training.sources import Finished, check_resume, describe, is_finished
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ class Clock(CallbackWithConfig):
     def before_load(self, state: State, logger: Logger) -> None:
         install_validation()
         checkpoint._write_checkpoint_file = write_whole
+        for saver in (each for each in state.callbacks if type(each) is callbacks.CheckpointSaver):
+            saver.__class__ = CheckpointSaver  # the host has made it
         self._given = [{"initial_lr": group["lr"], **{key: group[key] for key in _SETTINGS if key in group}}
                        for group in state.optimizers[0].param_groups]
 
@@ -92,6 +95,8 @@ class Clock(CallbackWithConfig):
                 changed += f" from batch {time.batch.value} ({time.token.value:,} tokens) on"
                 self.extend_lineage(self.loaded, state.load_path, changed, None)  # its tokens are on this clock
                 log.warning("going on from %s with %s", place, changed)
+            if own and is_finished(now, self._run["max_duration"]):  # in a store, which the checks do not read
+                raise Finished(f"{place} has come to max_duration={self._run['max_duration']}")
         for group, given in zip(state.optimizers[0].param_groups, self._given):
             group.update(given, lr=given["initial_lr"])
         for scheduler in state.schedulers:
@@ -104,7 +109,6 @@ class Clock(CallbackWithConfig):
         self.lineage = (*record.get("lineage", ()), entry)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        self._count_checkpoints(state)
         folder, config = self._run.get("save_folder"), getattr(self._model, "config", None)
         if not folder or "://" in folder or not isinstance(config, EttinConfig):
             return
@@ -124,14 +128,6 @@ class Clock(CallbackWithConfig):
             content["state"]["callbacks"]["Clock"] = self.state_dict()
             with atomic_file(folder / "initial" / "step0.pt") as file:
                 torch.save(content, file)
-
-    def _count_checkpoints(self, state: State) -> None:
-        """Has the saver count the files of earlier processes of this run too, so that it removes the oldest of all."""
-        for saver in (each for each in state.callbacks if isinstance(each, CheckpointSaver)):
-            folder = format_name_with_dist(saver.folder, state.run_name)
-            depth = 2 if state.fsdp_sharded_state_dict_enabled else 1  # ba4/__0_0.distcp, or ba4.pt
-            paths = [Path(folder, *Path(name).parts[-depth:]) for name in saver.all_saved_checkpoints_to_timestamp]
-            saver.saved_checkpoints[:0] = [str(path) for path in paths if path.exists()]
 
     def batch_start(self, state: State, logger: Logger) -> None:
         batch, time = state.batch, state.timestamp
@@ -165,6 +161,7 @@ class Clock(CallbackWithConfig):
         loss, squares = float(state.total_loss_dict["loss/train/total"]), float(self._squares)  # the host sums the loss
         if math.isfinite(loss) and math.isfinite(squares):
             return
+        wait_for_write()  # the checkpoint that is then the newest
         folder = format_name_with_dist(self._run.get("save_folder") or "", state.run_name)
         newest = folder if "://" in folder else folder and newest_complete(folder)
         what, value = ("loss", loss) if not math.isfinite(loss) else ("gradients", f"a sum of squares of {squares}")

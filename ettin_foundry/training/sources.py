@@ -43,6 +43,15 @@ PARTS_LEFT_OUT = ("state/timestamp", "state/dataset_state", "state/schedulers", 
 Differences = dict[str, tuple[Any, Any]]  # {key: (then, now)}
 
 
+class Finished(ValueError):
+    """The newest checkpoint of a run's own folder has come to max_duration: nothing is left to train."""
+
+
+def is_finished(record: Mapping[str, Any], max_duration: Any) -> bool:
+    amount, unit = parse_time("max_duration", max_duration)
+    return int(record.get("tokens" if unit == "tok" else "batch") or 0) >= amount
+
+
 def record_of(cfg: Mapping[str, Any], *, read_tokenizer: bool = True) -> dict[str, Any]:
     """What the record of this config's run will say at its start."""
     schedule = run_config.objective_schedule(cfg)
@@ -152,15 +161,21 @@ def prepare_start(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns the keys to set in the config, by which the host loads what is meant.
     """
-    from ettin_foundry.training import checkpoints
+    from ettin_foundry.training import checkpoints, saving
     from ettin_foundry.training.loading import install_validation
 
     install_validation()  # also for files that the host downloads
+    saving.wait_for_write()  # of a run before in this process
     accept = value_at(cfg, "callbacks.ettin_clock.accept") or []
     folder = (cfg.get("save_folder") or "").replace("{run_name}", _run_name(cfg))
+    if folder and "://" not in folder:
+        checkpoints.check_folder(Path(folder))
     if cfg.get("autoresume") and "://" not in folder and (own := checkpoints.repair_latest(folder)):
-        now = record_of(cfg, read_tokenizer=False)
-        check_resume(checkpoints.read_head(own).record, now, place=str(own), own=True, accept=accept)
+        record, now = checkpoints.read_head(own).record, record_of(cfg, read_tokenizer=False)
+        check_resume(record, now, place=str(own), own=True, accept=accept)
+        if is_finished(record, cfg["max_duration"]):
+            raise Finished(f"{own} holds {record['tokens']:,} tokens, {record['batch']:,} steps, and max_duration is "
+                           f"{cfg['max_duration']}; a larger one goes on from there")
         return {}
     for name in STARTS:
         if name in (cfg.get("callbacks") or {}):

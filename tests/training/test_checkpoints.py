@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -140,7 +141,7 @@ def test_what_torch_save_does_not_write_is_refused(pt, tmp_path):
     assert not mark.exists()
 
 
-def test_the_newest_complete_checkpoint_is_found_and_linked(pt, sharded, tmp_path, monkeypatch):
+def test_the_newest_complete_checkpoint_is_found_and_linked(pt, sharded, tmp_path, monkeypatch, caplog):
     folder, whole = tmp_path / "runs", pt.read_bytes()
     folder.mkdir()
     assert checkpoints.repair_latest(folder) is None is checkpoints.newest_complete(tmp_path / "none")
@@ -148,15 +149,25 @@ def test_the_newest_complete_checkpoint_is_found_and_linked(pt, sharded, tmp_pat
         (folder / f"ep0-ba{batch}-rank0.pt").write_bytes(whole)
     (folder / "ep0-ba11-rank0.pt").write_bytes(whole[:-40])  # killed while writing
     shutil.copytree(sharded, folder / "ep0-ba12", ignore=lambda *_: [".metadata"])  # likewise
+    assert checkpoints.repair_latest(shutil.copytree(folder / "ep0-ba12", tmp_path / "first" / "ba1").parent) is None
+    (folder / "ep0-ba13-rank0.pt").touch()
+    caplog.clear()
     (folder / "huggingface").mkdir()
     link, before = folder / "latest-rank0.pt", sorted(path.name for path in folder.iterdir())
-    for target in (None, "gone.pt", "ep0-ba11-rank0.pt", "ep0-ba9-rank0.pt"):  # missing, dangling, half a file, old
+    os.utime(folder / "ep0-ba10-rank0.pt", (0, 0))  # the clock was set back
+    # missing, dangling, half a file, old, in a circle
+    for target in (None, "gone.pt", "ep0-ba11-rank0.pt", "ep0-ba9-rank0.pt", link.name):
         link.unlink(missing_ok=True)
         if target:
             link.symlink_to(target)
         assert checkpoints.newest_complete(folder) == folder / "ep0-ba10-rank0.pt"
         checkpoints.repair_latest(folder)
         assert os.readlink(link) == "ep0-ba10-rank0.pt"
+    said = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    for line, path, why in zip(said, ("ep0-ba13-rank0.pt", "ep0-ba12", "ep0-ba11-rank0.pt"),
+                               ("not a zip file", "No such file.*ba12/.metadata", "not a zip file")):
+        assert re.search(f"{path} is passed over and kept: .*{why}", line)
+    assert len(said) == 3 * 5
     link.unlink()
     assert sorted(path.name for path in folder.iterdir()) == before
     link.write_bytes(b"half")
@@ -165,7 +176,8 @@ def test_the_newest_complete_checkpoint_is_found_and_linked(pt, sharded, tmp_pat
     assert link.read_bytes() == b"half"
     shutil.copy(sharded / ".metadata", folder / "ep0-ba12")
     monkeypatch.setenv("RANK", "1")
-    assert checkpoints.repair_latest(folder) == folder / "ep0-ba12"
+    caplog.clear()
+    assert checkpoints.repair_latest(folder) == folder / "ep0-ba12" and "passed over" not in caplog.text
     assert os.readlink(folder / "latest-sharded-rank1") == "ep0-ba12"
     assert checkpoints.locate(folder) == folder / "ep0-ba12"
 
@@ -174,7 +186,7 @@ def test_a_save_that_ends_anywhere_leaves_a_whole_newest_checkpoint(rising_run, 
     checkpoint = next(rising_run[0].glob("ep*-ba6-rank0.pt"))
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else tmp_path  # where fsync takes no time
     with tempfile.TemporaryDirectory(dir=memory) as folder:
-        done = subprocess.run([sys.executable, PROGRAM, checkpoint, Path(folder, "saves"), "60"], text=True,
+        done = subprocess.run([sys.executable, PROGRAM, checkpoint, Path(folder, "saves"), "80"], text=True,
                               capture_output=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -190,7 +202,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(rising_run, tmp_path, capl
         path.write_bytes(content)
         if path == newest:
             assert checkpoints.repair_latest(tmp_path) == before
-            assert os.path.samefile(tmp_path / "latest-rank0.pt", before) and f"{newest} is damaged" in caplog.text
+            assert os.path.samefile(tmp_path / "latest-rank0.pt", before)
+            assert f"{newest} is passed over and kept" in caplog.text
     with pytest.raises(ValueError, match="no checkpoint in .* is sound"):
         checkpoints.repair_latest(tmp_path)
     assert before.read_bytes() == content
