@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 PARITY_VERSIONS := 4.57.6 5.23.0
 
-.PHONY: demo suite test lint parity bench soak constraints gpu wheels-gpu clean
+.PHONY: demo suite test lint parity fuzz bench soak constraints gpu wheels-gpu clean
 
 demo: $(VENV)/.installed data/demo/train/manifest.json
 	$(BIN)/ettin suite yamls/suite/demo.yaml $(DEMO_ARGS)
@@ -41,6 +41,10 @@ parity: $(VENV)/.installed $(PARITY_VERSIONS:%=.parity/%/.installed)
 	$(BIN)/python tests/parity.py
 	@set -e; for version in $(PARITY_VERSIONS); do \
 		PYTHONPATH=.parity/$$version $(BIN)/python tests/parity.py --expect $$version; done
+
+# damaged files for every reader, and properties by hypothesis: MINUTES each, of all TARGETS (`--help` lists them)
+fuzz: $(VENV)/.installed
+	$(BIN)/python benchmarks/fuzz $(TARGETS) --minutes $(or $(MINUTES),1) $(FUZZ_ARGS)
 
 bench: $(VENV)/.installed .parity/4.57.6/.installed
 	$(BIN)/python benchmarks/cpu_vs_transformers.py --decoder-path .parity/4.57.6 $(BENCH_ARGS)

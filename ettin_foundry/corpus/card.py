@@ -52,7 +52,7 @@ def card_text(storage: Storage, manifests: Manifests, lengths: Lengths) -> str:
     hashes = [(file, hashlib.sha256(storage.read_bytes(file)).hexdigest()) for file in small]
     first = next(iter(manifests.values()))
     made_with = [("ettin_foundry", first["code_version"]),
-                 ("tokenizer", f"{first['tokenizer']['name']}, {first['tokenizer']['vocab_size']:,} entries"),
+                 ("tokenizer", f"{first['tokenizer'].get('name')}, {first['tokenizer']['vocab_size']:,} entries"),
                  *((key.replace("_", " "), json.dumps(value)) for key, value in first["options"].items()
                    if value not in (None, False, [], {}, ""))]
     splits = [(split, *(f"{manifest['totals'][key]:,}" for key in ("documents", "samples", "tokens")),
@@ -100,7 +100,7 @@ def _source_table(split: str, manifest: Mapping[str, Any]) -> str:
     return _table((f"{split}: source", *header), [
         (name, *(f"{source[key]:,}" for key in header[:3]), f"{source['tokens'] / total:.1%}", f"{source['bytes']:,}",
          ", ".join(f"{number:,} {reason}" for reason, number in source["dropped"].items()) or "none",
-         source["licence"] or "unknown", source["revision"] or "not recorded")
+         source.get("licence") or "unknown", source.get("revision") or "not recorded")
         for name, source in manifest["sources"].items()])
 
 

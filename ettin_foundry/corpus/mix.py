@@ -28,6 +28,7 @@ from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import is_url, join, open_storage
 from ettin_foundry.version import __version__
 
+_MAX_PASSES = 1000  # an entry each, for every shard
 _SHARDS = 5  # first word of the seed: no two uses share a stream; the choice of chunks has 6
 _Tokens = Annotated[float, Field(gt=0, le=1e15)] | None
 
@@ -35,7 +36,7 @@ _Tokens = Annotated[float, Field(gt=0, le=1e15)] | None
 class Entry(BaseModel, extra="forbid"):
     """Where a source is: a dataset, alone or with the source's name there and a budget."""
 
-    set: str = Field(min_length=1)  # folder, seen from the specification, or URL
+    set: str = Field(pattern=r"^[^\x00]+$")  # folder, seen from the specification, or URL
     source: str | None = None  # what that dataset calls it, None: all of it
     tokens: _Tokens = None  # without a phase
 
@@ -56,7 +57,7 @@ def _read_spec(path: Path) -> MixSpec:
     try:
         # every scalar as it is written: a source may be called 1, null, yes or 2024-01-01
         return MixSpec.model_validate(yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} must be YAML: {' '.join(str(error).split()):.200}") from None
     except ValidationError as error:
         first = error.errors()[0]
@@ -102,6 +103,9 @@ class _Member:
         """Takes passes, shards and chunks until a budget of tokens is met to the nearest chunk."""
         tokens, self.wanted = self.data.tokens[self.shards], wanted
         passes, rest = divmod(wanted, int(tokens.sum()))
+        if passes > _MAX_PASSES:
+            raise ValueError(f"sets.{self.name}: its budget must be at most {_MAX_PASSES} times its {tokens.sum():,} "
+                             f"tokens, got {wanted:,}")
         self.runs += [(number, self.shards) for number in range(passes)]
         order = np.argsort(raw_draws(len(tokens), _SHARDS, seed, name_word(self.name)), kind="stable")
         if whole := int(np.searchsorted(np.cumsum(tokens[order]), rest, side="right")):

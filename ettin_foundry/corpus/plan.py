@@ -13,22 +13,23 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import xxhash
+from pydantic import BaseModel, Field
 
 from ettin_foundry.corpus.sources import Part, Source, find_source, plan_parts
 from ettin_foundry.data import MANIFEST
+from ettin_foundry.data.manifest import Count, ShardEntry, bad_file, check_record
 from ettin_foundry.data.storage import Storage, is_url
 
 if TYPE_CHECKING:
     from ettin_foundry.corpus.convert import ConvertOptions
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 PLAN = "plan.json"
 SPLITS = ("train", "validation")
@@ -85,16 +86,54 @@ class Plan:
         return (json.dumps(head, indent=1)[:-2] + f',\n "units": [\n{units}\n ]\n}}\n').encode()
 
 
+class _Unit(BaseModel, strict=True):
+    source: str
+    parts: list[Part] = Field(min_length=1)
+
+
+class _Plan(BaseModel, strict=True):
+    format: Literal["ettin-plan"]
+    version: Literal[1]
+    options: dict[str, Any]
+    tokenizer: dict[str, Any]  # it and the options count for the keys of records
+    sources: dict[str, dict[str, str | None]]
+    units: list[_Unit]
+
+
+class _Written(ShardEntry):
+    lengths: list[Annotated[int, Field(ge=0, lt=2**32)]]
+
+
+class _Split(BaseModel, strict=True):
+    documents: Count
+    chunks: Count
+    tokens: Count
+    bytes: Count
+    dropped: dict[str, Count]
+    unknown: Count = 0
+    shards: list[_Written]
+
+
+class _Record(BaseModel, strict=True):
+    key: str
+    source: str
+    splits: dict[Literal["train", "validation"], _Split]
+
+
+class _Published(BaseModel, strict=True):
+    shards: list[ShardEntry]
+
+
 def read_plan(storage: Storage) -> Plan | None:
     """The plan of a dataset, or None where no conversion was started. Raises ValueError for what is not a plan."""
-    def parse(stored: Any) -> Plan:
-        if (stored["format"], stored["version"]) != ("ettin-plan", 1):
-            raise ValueError(f"format {stored['format']!r}, version {stored['version']!r}")
-        units = [Unit(number, str(unit["source"]), tuple(Part(*part) for part in unit["parts"]))
-                 for number, unit in enumerate(stored["units"])]
-        return Plan(dict(stored["options"]), dict(stored["tokenizer"]), dict(stored["sources"]), tuple(units))
-
-    return _read(storage, PLAN, parse) if storage.exists(PLAN) else None
+    if not storage.exists(PLAN):
+        return None
+    stored = _read(storage, PLAN, _Plan)
+    if unknown := {unit["source"] for unit in stored["units"]}.difference(stored["sources"]):
+        raise bad_file(storage.where(PLAN), f"has units of {min(unknown)!r}", "it must be one of its sources")
+    units = [Unit(number, unit["source"], tuple(Part(*part) for part in unit["parts"]))
+             for number, unit in enumerate(stored["units"])]
+    return Plan(stored["options"], stored["tokenizer"], stored["sources"], tuple(units))
 
 
 def record_name(unit: int) -> str:
@@ -110,19 +149,23 @@ def record_key(base_key: str, unit: Unit) -> str:
 
 def read_record(storage: Storage, plan: Plan, unit: int) -> dict[str, Any]:
     """A unit's completion record. Raises ValueError if it is not one, or is of another unit."""
-    record = _read(storage, name := record_name(unit), dict)
-    if record.get("key") != record_key(plan.base_key, plan.units[unit]):
-        raise ValueError(f"{storage.where(name)}: must be of {plan.units[unit].label} and these options, got another "
+    record, planned = _read(storage, name := record_name(unit), _Record), plan.units[unit]
+    shards = [shard for counts in record["splits"].values() for shard in counts["shards"]]
+    if (record["key"], record["source"]) != (record_key(plan.base_key, planned), planned.source) or any(
+            len(shard["lengths"]) > plan.options["chunk_length"] + 1 for shard in shards):
+        raise ValueError(f"{storage.where(name)}: must be of {planned.label} and these options, got another "
                          "unit's record; remove it and convert again")
     return record
 
 
-def _read(storage: Storage, name: str, parse: Callable[[Any], T]) -> T:
+def _read(storage: Storage, name: str, model: type[BaseModel]) -> Any:
+    where = storage.where(name)
     try:
-        return parse(json.loads(storage.read_bytes(name)))
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"{storage.where(name)}: must be as a conversion wrote it, got {type(error).__name__}: "
-                         f"{str(error)[:200]}; remove it and convert again") from None
+        stored = json.loads(storage.read_bytes(name))  # names of files may hold what orjson refuses
+    except (ValueError, RecursionError) as error:
+        raise bad_file(where, f"is not JSON ({error!s:.200})", "it must be as a conversion wrote it") from None
+    check_record(model, stored, where)
+    return stored
 
 
 def finished_units(storage: Storage) -> set[int]:
@@ -196,8 +239,9 @@ def plan_conversion(options: ConvertOptions, before: Plan | None, sources: Seque
 
 def published_units(storage: Storage) -> set[int]:
     """Numbers of the units whose shards a finished dataset holds."""
-    manifests = [_read(storage, name, dict) for split in SPLITS if storage.exists(name := f"{split}/{MANIFEST}")]
-    return {int(shard["raw"]["basename"].split(".")[1]) for manifest in manifests for shard in manifest["shards"]}
+    names = [name for split in SPLITS if storage.exists(name := f"{split}/{MANIFEST}")]
+    return {int(shard["raw"]["basename"].split(".")[1]) for name in names
+            for shard in _read(storage, name, _Published)["shards"]}
 
 
 def check_append(todo: Sequence[Unit], plan: Plan, sources: Sequence[Source]) -> None:

@@ -135,7 +135,7 @@ class _File(BaseModel, strict=True):
     xxh64: str = Field(pattern=r"^[0-9a-f]{16}$")
 
 
-class _Shard(BaseModel, strict=True):
+class ShardEntry(BaseModel, strict=True):
     raw: _File
     zip: _File | None
     samples: int = Field(ge=1, le=2**32)
@@ -169,7 +169,7 @@ def read_manifest(local: Path) -> dict[str, Any]:
     check_record(_Manifest, manifest, where)
     shards, wrong = manifest["shards"], None
     for number, shard in enumerate(shards):  # one by one, so that 70,000 models need not be kept
-        check_record(_Shard, shard, where, f"shards.{number}")
+        check_record(ShardEntry, shard, where, f"shards.{number}")
     files = [(shard["raw"]["basename"], (shard["zip"] or {"basename": None})["basename"]) for shard in shards]
     if manifest["columns"] != COLUMNS:
         wrong = f"columns must be {COLUMNS}, got {manifest['columns']}"

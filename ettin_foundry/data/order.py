@@ -310,7 +310,8 @@ class Order:
             lengths = np.repeat(np.arange(counts.size)[::-1], counts[::-1])
             offsets = np.arange(lengths.size + 1)
         if (found := offsets.size - 1) != self._rows[shard]:
-            raise ValueError(f"shard {shard} must fill the {self._rows[shard]} rows of {self.max_seq_len} tokens that "
+            where, stated = getattr(self.table, "local", "dataset"), self._rows[shard]
+            raise ValueError(f"{where}: shard {shard} must fill the {stated} rows of {self.max_seq_len} tokens that "
                              f"its manifest states, got {found} by its lengths; copy or convert the dataset again")
         return _Layout(shard, lengths, offsets)
 

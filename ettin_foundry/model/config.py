@@ -89,12 +89,12 @@ class EttinConfig:
                  "max_position_embeddings", "global_attn_every_n_layers", "local_attention")
         rules = [
             *((name, type(value := getattr(self, name)) is int and value >= 1, "an integer >= 1") for name in whole),
-            *((name, getattr(self, name) > 0, "above 0") for name in (
+            *((name, isinstance(value := getattr(self, name), (int, float)) and value > 0, "above 0") for name in (
                 "global_rope_theta", "local_rope_theta", "norm_eps", "initializer_range", "initializer_cutoff_factor")),
             ("hidden_size", self.hidden_size == 64 * self.num_attention_heads, "64 for each of num_attention_heads"),
             ("local_attention", self.local_attention == 2 * side, "even, half of it on each side"),
-            ("attn_out_dropout", 0.0 <= self.attn_out_dropout < 1.0, "in [0, 1)"),
-            ("window_left", self.window_left >= 0 and (self.causal or self.window_left == side),
+            ("attn_out_dropout", isinstance(p := self.attn_out_dropout, (int, float)) and 0 <= p < 1, "in [0, 1)"),
+            ("window_left", type(left := self.window_left) is int and left >= 0 and (self.causal or left == side),
              "at least 0" if self.causal else f"{side} (half of local_attention) for an encoder"),
         ]
         for name, holds, needed in rules:
@@ -104,7 +104,7 @@ class EttinConfig:
     @classmethod
     def for_size(cls, size: str, *, causal: bool, **overrides: Any) -> EttinConfig:
         """The config of a published size, with single fields overridden by name."""
-        if size not in SIZES:
+        if size not in list(SIZES):  # which a block may be compared with
             raise ValueError(f"model.size must be one of {', '.join(SIZES)}, got {size!r}{did_you_mean(size, SIZES)}")
         fields = [f.name for f in dataclasses.fields(cls) if f.name != "causal"]
         if unknown := sorted(set(overrides) - set(fields)):

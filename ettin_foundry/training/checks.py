@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def _is_ours(cfg: dict[str, Any]) -> bool:
 def check_settings(cfg: dict[str, Any]) -> None:
     """Refuses a config (plain containers, resolved) that no machine could run as written; reads no file, no device."""
     if _is_ours(cfg):
-        for check in (_check_leaves, _check_presence, _check_blocks, _check_keys, _check_objectives,
+        for check in (_check_presence, _check_leaves, _check_blocks, _check_keys, _check_objectives,
                       _check_times, _check_effect, check_start):
             check(cfg)
 
@@ -56,8 +57,7 @@ def _check_presence(cfg: dict[str, Any]) -> None:
             "set variables.label or run_name")
     require(str(cfg.get("precision")).lower() != "amp_fp16", "precision", "amp_bf16 or fp32", cfg.get("precision"),
             "in fp16 the loss underflows")
-    rows, packed = cfg["global_train_batch_size"], cfg["train_loader"].get("packing", True)
-    require(type(rows) is int and rows > 0, "global_train_batch_size", "an integer of at least 1", rows, "fix it")
+    packed = cfg["train_loader"].get("packing", True)
     require(not packed or cfg.get("accumulate_train_batch_on_tokens", True) is not False,
             "accumulate_train_batch_on_tokens", "true with packing, whose rows hold unequal numbers of targets", False,
             "remove it, or unpack as well (yamls/phases/original.yaml)")
@@ -155,10 +155,12 @@ _INERT: dict[str, dict[str, tuple[Any, ...]]] = {
 
 
 def _check_leaves(cfg: Mapping[str, Any]) -> None:
-    """Refuses names and paths that YAML took for numbers."""
+    """Refuses names and paths that YAML took for numbers or blocks, and values of other kinds."""
     for key, value in walk({name: block for name, block in cfg.items() if name != "variables"}):
-        named = key.rpartition(".")[2] in run_config.TEXT_KEYS
-        require(not named or value is None or isinstance(value, str), key, "text", value, "put it in quotes")
+        *above, last = re.split(r"[.\[]", key)
+        fits = last not in run_config.TEXT_KEYS or value is None or isinstance(value, str)
+        require(fits and run_config.TEXT_KEYS.isdisjoint(above), key, "text", value, "put it in quotes")
+    run_config.check_kinds(cfg)
 
 
 def _check_keys(cfg: Mapping[str, Any]) -> None:

@@ -53,17 +53,18 @@ def read(path: str) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such file. Arguments are YAML files and key=value; recipes here: {known}")
     try:
         config = om.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raw = yaml.load(Path(path).read_bytes(), yaml.BaseLoader)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeError, RecursionError, AssertionError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, DictConfig):
         raise ValueError(f"{path}: holds {type(config).__name__}, not keys and values; see yamls/ for examples")
-    return _with_texts(om.to_container(config), yaml.load(Path(path).read_bytes(), yaml.BaseLoader))
+    return _with_texts(om.to_container(config), raw)
 
 
 def _with_texts(value: Any, raw: Any, key: str = "") -> Any:
     """A YAML value in which names and paths are as written; `raw` has every scalar as text."""
     if isinstance(value, dict) and isinstance(raw, dict):
-        return {name: _with_texts(item, raw.get(str(name)), str(name)) for name, item in value.items()}
+        return {str(name): _with_texts(item, raw.get(str(name)), str(name)) for name, item in value.items()}
     return raw if key in TEXT_KEYS and isinstance(value, (bool, int, float)) and isinstance(raw, str) else value
 
 
@@ -85,6 +86,7 @@ def configure(args: Sequence[str]) -> DictConfig:
     merged: dict[str, Any] = functools.reduce(merge, map(read, files), {})
     command_line: Any = om.to_container(om.from_cli([_quoted(each) for each in overrides]))
     known = merged.get("variables") or {}
+    require(isinstance(known, dict), "variables", "a block of keys", known, "see yamls/ for examples")
     if unknown := [k for k in command_line.get("variables") or {} if k not in known]:
         raise ValueError(f"variables.{unknown[0]}: {', '.join(files)} has no such variable, so nothing would change"
                          + did_you_mean(unknown[0], known))
@@ -93,6 +95,7 @@ def configure(args: Sequence[str]) -> DictConfig:
         missing = sorted(om.missing_keys(config), key=lambda key: (not key.startswith("variables."), key))
         if not missing:
             plain: Any = om.to_container(config, resolve=True)
+            check_kinds(plain)
             config.update(rows_from_tokens(plain))
     except OmegaConfBaseException as error:
         raise ValueError(f"{', '.join(files)}: {' '.join(str(error).split())}") from error
@@ -143,6 +146,33 @@ def require(fits: Any, key: str, allowed: str, given: Any, advice: str) -> None:
         raise ValueError(f"{key} must be {allowed}, got {given!r}; {advice}")
 
 
+def check_kinds(cfg: Mapping[str, Any]) -> None:
+    """Refuses a value of another kind than every reader of a config takes for granted: blocks, counts, numbers."""
+    for key, value in _blocks(cfg):
+        require(isinstance(value or {}, dict), key, "a block of keys", value, "see yamls/ for examples")
+    for key in ("max_seq_len", "global_train_batch_size", "train_loader.batch_size_warmup.min_size"):
+        value = value_at(cfg, key)
+        require(value is None or type(value) is int and value > 0, key, "an integer of at least 1", value, "correct it")
+    for key, block in _blocks(cfg):
+        defaults = DEFAULTS.get(str((block or {}).get("name")), {}) | {"lr": 0.0} if block else {}
+        for name, default in defaults.items():
+            value, is_switch = block.get(name), type(default) is bool
+            if value is not None and isinstance(default, (bool, int, float)) and name != "mask_rate":
+                fits = type(value) is bool if is_switch else type(value) in (int, float) and math.isfinite(value)
+                require(fits, f"{key}.{name}", "true or false" if is_switch else "a number", value, "correct it")
+
+
+def _blocks(cfg: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(key, block) of what must be one, each before those in it."""
+    for key in ("model", "tokenizer", "optimizer", "scheduler", "callbacks", "loggers", "fsdp_config"):
+        yield key, cfg.get(key)
+    for key in ("callbacks", "loggers"):
+        yield from ((f"{key}.{name}", block) for name, block in (cfg.get(key) or {}).items())
+    for key, block in loaders(cfg):
+        yield key, block
+        yield f"{key}.dataset", block.get("dataset")
+
+
 def parse_time(key: str, value: Any) -> tuple[float, str]:
     """A time of the host such as `3_000_000_000tok` as (number, unit); a ValueError that names `key` if it is none."""
     match = _TIME.fullmatch(value) if isinstance(value, str) else None
@@ -178,6 +208,7 @@ def loaders(cfg: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(evals, Mapping):
         yield "eval_loader", evals  # type: ignore[misc]
     else:
+        evals = evals if isinstance(evals, list) else [evals]
         yield from ((f"eval_loader[{i}]", block) for i, block in enumerate(evals))
 
 
@@ -292,7 +323,7 @@ def settings(cfg: Mapping[str, Any], run: tuple[float, str] | None = None) -> di
     model = {**filled(cfg["model"]), **fields, "objective": open_ended(objective_schedule(cfg).plain())}
     full["model"] = {key: value for key, value in model.items()
                      if key not in ("size", "causal", "max_position_embeddings")}
-    full["optimizer"].setdefault("max_lr", full["optimizer"]["lr"])
+    full["optimizer"].setdefault("max_lr", full["optimizer"].get("lr"))
     full["callbacks"] = {key: filled(block or {}, key) for key, block in (cfg.get("callbacks") or {}).items()}
     if Path(cfg["tokenizer"].get("name", ".")) == Path(cfg["train_loader"]["dataset"]["local"], "tokenizer"):
         full["tokenizer"] = {**cfg["tokenizer"], "name": "that of the data"}  # whose fingerprint tells what it does

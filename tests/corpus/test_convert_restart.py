@@ -261,7 +261,7 @@ def test_lost_shards_are_made_again_and_a_foreign_record_is_refused(tmp_path, te
     with pytest.raises(ValueError, match=r"00000\.json: .*another unit"):
         run(out, [texts], tokenizer_dir, **SETTINGS)
     records[0].write_bytes(b'{"unit": 0')
-    with pytest.raises(ValueError, match=r"00000\.json: must be as a conversion wrote it, .* remove it"):
+    with pytest.raises(ValueError, match=r"00000\.json: .* must be as a conversion wrote it; remove it"):
         finalize(out)
     records[0].unlink()
     assert run(out, [texts], tokenizer_dir, **SETTINGS).units[0] == 1 and files_of(out) == whole
