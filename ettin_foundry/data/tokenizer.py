@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ettin_foundry.model.hf_config import check_folder
+
 if TYPE_CHECKING:  # importing transformers takes seconds, which readers of a manifest need not wait for
     from transformers import PreTrainedTokenizerFast
 
@@ -51,7 +53,11 @@ def load(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     options: dict[str, Any] = {"local_files_only": Path(name).is_dir()}
     try:
         path = cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **options)
+        if (folder := Path(path).parent if path else Path(name)).is_dir():
+            check_folder(folder)
         config = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+        if config.get("tokenizer_file"):  # which would be read instead
+            raise ValueError("tokenizer_config.json names another tokenizer_file")
         if isinstance(further := config.get("extra_special_tokens"), list):  # transformers 4 reads a dictionary
             options |= {"extra_special_tokens": {}, "additional_special_tokens": further}
         # what transformers 5 saved, or names neither a class nor a model, is all in tokenizer.json

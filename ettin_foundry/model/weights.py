@@ -135,7 +135,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             raise FileNotFoundError(f"{folder}: has no {WEIGHTS}{hint}")
         try:
             files = sorted({str(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index}: is not an index of safetensors shards ({error})") from error
     out: dict[str, Tensor] = {}
     for file in files:

@@ -27,7 +27,7 @@ from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.weights import weights_checkpoint
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
 from ettin_foundry.training.checkpoints import decode_record, newest_complete
-from ettin_foundry.training.loading import install_validation
+from ettin_foundry.training.loading import make_safe
 from ettin_foundry.training.run_config import config_text
 from ettin_foundry.training.saving import CheckpointSaver, wait_for_write, write_whole
 from ettin_foundry.training.sources import Finished, check_resume, describe, is_finished
@@ -79,7 +79,7 @@ class Clock(CallbackWithConfig):
                 destination.download_file = _holds_no_checkpoint  # autoresume asks it, which fails offline
 
     def before_load(self, state: State, logger: Logger) -> None:
-        install_validation()
+        make_safe(checkpoint)
         checkpoint._write_checkpoint_file = write_whole
         for saver in (each for each in state.callbacks if type(each) is callbacks.CheckpointSaver):
             saver.__class__ = CheckpointSaver  # the host has made it

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import functools
 import importlib.util
+import io
 import json
 import math
 import os
@@ -52,9 +53,9 @@ def read(path: str) -> dict[str, Any]:
         known = ", ".join(sorted(p.relative_to(here).as_posix() for p in (here / "yamls").rglob("*.yaml")))
         raise FileNotFoundError(f"{path}: no such file. Arguments are YAML files and key=value; recipes here: {known}")
     try:
-        config = om.load(path)
-        raw = yaml.load(Path(path).read_bytes(), yaml.BaseLoader)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeError, RecursionError, AssertionError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+        config, raw = om.load(io.StringIO(text)), yaml.load(text, yaml.BaseLoader)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, AssertionError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, DictConfig):
         raise ValueError(f"{path}: holds {type(config).__name__}, not keys and values; see yamls/ for examples")

@@ -162,9 +162,7 @@ def prepare_start(cfg: Mapping[str, Any]) -> dict[str, Any]:
     Returns the keys to set in the config, by which the host loads what is meant.
     """
     from ettin_foundry.training import checkpoints, saving
-    from ettin_foundry.training.loading import install_validation
 
-    install_validation()  # also for files that the host downloads
     saving.wait_for_write()  # of a run before in this process
     accept = value_at(cfg, "callbacks.ettin_clock.accept") or []
     folder = (cfg.get("save_folder") or "").replace("{run_name}", _run_name(cfg))
@@ -181,8 +179,6 @@ def prepare_start(cfg: Mapping[str, Any]) -> dict[str, Any]:
         if name in (cfg.get("callbacks") or {}):
             return _prepare_source(cfg, f"callbacks.{name}.source", cfg["callbacks"][name])
     path, weights_only = cfg.get("load_path") or "", cfg.get("load_weights_only")
-    require(not path.endswith((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.lzma")), "load_path", "a .pt file", path,
-            "the host unpacks archives without any check")
     if not path or "{" in path or "://" in path and not weights_only:  # of this rank, or compared by the clock
         return {}
     if not weights_only:
