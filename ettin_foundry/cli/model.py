@@ -141,7 +141,7 @@ def evaluate(
     objective: Annotated[list[str] | None, typer.Option(
         help="clm, mlm or mntp; may be repeated. All three if left out.")] = None,
     mask_rate: Annotated[float, typer.Option(help="Of mlm and mntp.")] = 0.15,
-    max_batches: Annotated[int | None, typer.Option(help="Of 16,384 positions; the whole split if left out.")] = None,
+    max_batches: Annotated[int | None, typer.Option(min=1, help="Of 16,384 positions; all if left out.")] = None,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "validation",
     max_seq_len: Annotated[int | None, typer.Option(help="Length of a row; the model's own if left out.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where it runs.")] = "auto",

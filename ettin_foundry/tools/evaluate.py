@@ -37,10 +37,6 @@ def evaluate(source: str | Path, data: str | Path, objectives: Sequence[str] = D
     """
     if unknown := [name for name in objectives if name not in OBJECTIVES] or not objectives:
         raise ValueError(f"--objective must be one of {', '.join(OBJECTIVES)}, got {unknown or objectives!r}")
-    if not 0 < mask_rate <= 1:
-        raise ValueError(f"--mask-rate must be above 0 and at most 1, got {mask_rate}")
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"--max-batches must be at least 1, got {max_batches}; leave it out for the whole split")
     if not Path(source).exists():
         raise FileNotFoundError(f"{source}: no such path; give a checkpoint, a save folder or a Hugging Face folder")
     splits = sorted(path.parent.name for path in Path(data).glob("*/manifest.json"))

@@ -92,7 +92,6 @@ class Plan(NamedTuple):
     microbatch: int  # rows on a device
     memory_bytes: dict[str, int]  # at the peak of a step on a device, by what they belong to
     largest_microbatch: int | None  # rows that fit with MARGIN to spare; None on a CPU
-    largest_on_h200: int | None
     fits: bool
     mfu: float | None  # assumed share of the peak, 6 operations per parameter and token
     hours: float | None
@@ -258,9 +257,8 @@ def plan_run(cfg: dict[str, Any], *, name: str = "", gpus: str | None = None, mf
     memory = functools.partial(memory_bytes, config, targets_per_token=most_targets, half=half, ranks=num_gpus,
                                fsdp=bool(sharding), recompute=bool(sharding.get("activation_checkpointing")))
     share, micro = ramp.max_size // num_gpus, cfg["device_train_microbatch_size"]
-    largest, on_h200 = (None if gpu not in GPUS else bisect.bisect_right(
-        range(1, share + 1), GPUS[kind][1] * (1 - MARGIN) * 2**30, key=lambda rows: sum(memory(rows * length).values()))
-        for kind in (gpu, "h200"))
+    largest = None if gpu not in GPUS else bisect.bisect_right(
+        range(1, share + 1), GPUS[gpu][1] * (1 - MARGIN) * 2**30, key=lambda rows: sum(memory(rows * length).values()))
     if gpu in GPUS and mfu is None and half and config.size in ORIGINAL_HOURS:
         original = ORIGINAL_HOURS[config.size] * 3600 * ORIGINAL_GPUS * GPUS["h100"][0]
         mfu = 6 * config.num_parameters * ORIGINAL_TOKENS / original
@@ -283,7 +281,7 @@ def plan_run(cfg: dict[str, Any], *, name: str = "", gpus: str | None = None, mf
         epochs=tokens / data.num_tokens if facts else None, shares=shares, targets_per_token=targets,
         flops_per_token=flops, flops=flops * tokens, num_gpus=num_gpus, gpu=gpu,
         machine="one CPU process" if gpu == "cpu" else f"{num_gpus}x {gpu.upper()}", microbatch=micro, hours=hours,
-        memory_bytes=memory(micro * length), largest_microbatch=largest, largest_on_h200=on_h200, mfu=mfu,
+        memory_bytes=memory(micro * length), largest_microbatch=largest, mfu=mfu,
         fits=largest is None or micro <= largest, sent_bytes=sent, efficiency=efficiency, checkpoints=checkpoints,
         storage_bytes=checkpoints * 4 * config.num_parameters * (1 if cfg.get("save_weights_only") else 3))
 
@@ -352,8 +350,8 @@ def text(plans: Sequence[Plan]) -> str:
     parts = ", ".join(f"{part} {number / 2**30:.2f}" for part, number in plan.memory_bytes.items())
     where = f"of {GPUS[plan.gpu][1]:g} on each GPU" if plan.gpu in GPUS else "in the process"
     lines["memory"] = f"{plan.memory_gib:.1f} GiB {where}: {parts}"
-    most, h200 = plan.largest_microbatch, plan.largest_on_h200
-    fit = "" if most is None else f"; {most:,} rows would fit with {MARGIN:.0%} to spare, {h200:,} on an H200"
+    most = plan.largest_microbatch
+    fit = "" if most is None else f"; {most:,} rows would fit with {MARGIN:.0%} to spare"
     lines["microbatch"] = (f"{'' if plan.fits else 'DOES NOT FIT: '}{plan.microbatch:,} rows, "
                            f"{plan.microbatch * plan.max_seq_len:,} tokens{fit}")
     lines["hours"] = "not known for this size and precision; give --gpus and --mfu"

@@ -124,8 +124,6 @@ def test_the_chunks_are_the_same_whatever_tokenizes_and_compresses(tmp_path, tok
 
 
 BAD_CALLS: dict[str, tuple[list[str], str]] = {
-    "invalid UTF-8": (["{tmp}/latin.txt"], r"a document for training, got 0 .*'unreadable': 1"),
-    "truncated gz": (["{tmp}/cut.jsonl.gz"], r"cut\.jsonl\.gz"),
     "bad record": (["{tmp}/two", "--max-bad-records", "0"], r"b\.jsonl line 1 .*'text'.*--max-bad-records \(0\)"),
     "missing": (["{tmp}/nowhere.jsonl"], r"nowhere\.jsonl"),
     "empty file": (["{tmp}/empty.jsonl"], "sources must hold a document for training"),
@@ -146,9 +144,7 @@ def test_a_bad_call_is_one_clear_error_and_leaves_no_dataset(tmp_path, tokenizer
     write_jsonl(tmp_path / "two" / "a.jsonl", ["kalo mi ter " * 50])
     (tmp_path / "two" / "b.jsonl").write_text('{"text": 3}\n')
     (tmp_path / "good.txt").write_text("kalo")
-    (tmp_path / "latin.txt").write_bytes(b"ok \xff")
     (tmp_path / "empty.jsonl").write_text("\n\n")
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "kalo"}\n' * 50)[:-20])
     arguments, message = BAD_CALLS[case]
     defaults = ["--out", str(tmp_path / "out"), "--validation", "0", "--tokenizer", str(tokenizer_dir)]
     code, _, error = ettin("convert", *defaults, *(a.format(tmp=tmp_path) for a in arguments))

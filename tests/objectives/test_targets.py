@@ -1,4 +1,4 @@
-"""Labels and masks against loops written from their definitions."""
+"""Labels and masks against loops written from their definitions; those of clm: tests/data/test_loader.py."""
 
 from types import SimpleNamespace
 
@@ -43,21 +43,6 @@ def test_text_ids_are_the_real_entries_that_are_no_specials(vocab):
     assert [number for number in range(VOCAB_SIZE - 1) if vocab.is_special[number]] == [CLS, SEP, PAD, MASK]
     with pytest.raises(ValueError, match="some-gpt.*mask_token"):
         TextVocab.from_tokenizer(SimpleNamespace(name_or_path="some-gpt", cls_token_id=1, sep_token_id=2))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_clm_labels_are_the_next_token_of_the_same_document(seed, vocab):
-    ids, sequence_id, ends_document = make_row(seed)
-    inputs = make_inputs("clm", ids, sequence_id, ends_document, mask_rate=0, vocab=vocab, rng=row_generator(0, 0, 0))
-    for t in range(T):
-        expected = -100
-        if t + 1 < T and sequence_id[t] == sequence_id[t + 1] != -1:
-            expected = ids[t + 1]
-            if ids[t + 1] == SEP and not ends_document[sequence_id[t]]:
-                expected = -100  # the document goes on in another chunk: its end is not here
-        assert inputs.labels[t] == expected
-    np.testing.assert_array_equal(inputs.input_ids, make_row(seed)[0])
-    assert (inputs.weight, inputs.loss_tokens) == (1.0, (inputs.labels != -100).sum())
 
 
 @pytest.mark.parametrize("seed", range(5))

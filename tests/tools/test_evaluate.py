@@ -114,9 +114,9 @@ def test_a_decoder_under_mlm_sees_both_sides(encoder, data_set, tokenizer_dir, t
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"objectives": ["mlm", "nsp"]}, "--objective"), ({"max_batches": 0}, "--max-batches"),
-    ({"max_seq_len": 128}, "--max-seq-len"), ({"split": "test"}, "train, validation"),
-    ({"mask_rate": 1.5}, "--mask-rate"), ({"data": "nowhere"}, "which holds none"), ({"source": "gone.pt"}, "gone.pt")])
+    ({"objectives": ["mlm", "nsp"]}, "--objective"), ({"max_seq_len": 128}, "--max-seq-len"),
+    ({"mask_rate": 1.5}, "mask_rate must be above 0"), ({"split": "test"}, "train, validation"),
+    ({"data": "nowhere"}, "which holds none"), ({"source": "gone.pt"}, "gone.pt")])
 def test_bad_input_is_refused(encoder, data_set, change, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         evaluate(**{"source": encoder[0], "data": data_set, "objectives": ["mlm"], **change})

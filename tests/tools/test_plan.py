@@ -168,7 +168,7 @@ def test_the_microbatch_that_is_called_largest_is_the_last_that_fits():
                         for rows in (largest, largest + 1, "auto"))
     assert most.fits and most.memory_gib <= 0.9 * 79.1 < more.memory_gib and not more.fits
     assert auto.microbatch == largest
-    assert plan.plan_run(cfg, gpus="4xH200").largest_microbatch == most.largest_on_h200 > largest
+    assert plan.plan_run(cfg, gpus="4xH200").largest_microbatch > largest
 
 
 @pytest.mark.parametrize("interval, step_tokens, steps", [("1000tok", 300, 20), ("100tok", 300, 7), ("7ba", 300, 20)])
