@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run_property(name: str, *, seed: int, examples: int | None, end: float) -> tuple[Counter[str], set[str]]:
     """Rounds of examples, each round from another seed, until the time has come or the number is reached."""
-    tally, number = Counter[str](), min(examples or 200, 200)
+    tally, number = Counter[str](), min(examples or 50, 50)
 
     @hypothesis.settings(max_examples=number, deadline=None, database=None, print_blob=True,
                          suppress_health_check=list(hypothesis.HealthCheck))

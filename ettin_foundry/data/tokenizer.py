@@ -70,7 +70,7 @@ def load(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     except Exception as error:  # the hub client raises many kinds, also for a malformed tokenizer.json
         raise (ValueError if options["local_files_only"] else FileNotFoundError)(
             f"tokenizer {name} must be a folder of a fast tokenizer, or a Hugging Face id that can be loaded here, got "
-            f"one that cannot be read ({str(error).strip() or type(error).__name__:.200})") from error
+            f"one that cannot be read ({' '.join(str(error).split()) or type(error).__name__:.200})") from error
     if not isinstance(tok, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer {name} must be a fast one (tokenizer.json), got {type(tok).__name__}; convert it")
     for key, token in _SPECIALS.items():
@@ -171,7 +171,10 @@ def fingerprint(tok: PreTrainedTokenizerFast) -> dict[str, Any]:
     vocab_sha256 covers every (token, id); probe_sha256 the ids of a fixed text, hence merges, normalizer and
     pre-tokenizer. Neither depends on template, truncation or padding: an encoder's and a decoder's are equal.
     """
-    backend: Any = type(tok.backend_tokenizer).from_str(tok.backend_tokenizer.to_str())
+    try:
+        backend: Any = type(tok.backend_tokenizer).from_str(tok.backend_tokenizer.to_str())
+    except Exception as error:  # that of the tokenizers library is a plain one
+        raise ValueError(f"tokenizer {tok.name_or_path} contradicts itself ({error!s:.200}); fetch it again") from error
     backend.encode_special_tokens = True  # a literal "[MASK]" in a text is ordinary text
     backend.no_truncation()
     backend.no_padding()

@@ -15,7 +15,7 @@ from ettin_foundry.model.config import MASKED_OBJECTIVES, EttinConfig
 from ettin_foundry.model.hf_config import read_record
 from ettin_foundry.model.inference import Predictor
 from ettin_foundry.model.transformer import Ettin
-from ettin_foundry.model.weights import import_folder
+from ettin_foundry.model.weights import check_state, import_folder
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
 from ettin_foundry.training import checkpoints
 
@@ -86,13 +86,17 @@ def load_model(source: str | Path, objective: str | None = None, *,
     if not record.get("config"):
         raise ValueError(f"{source}: holds no record of its config; give a checkpoint of ettin_foundry's runs")
     chosen, config, other = chosen_objective(source, record, objective)
+    check_state(state, config, str(source))
     return LoadedModel(source, state, config, chosen, record, other)
 
 
 def chosen_objective(path: Path, record: Mapping[str, Any], asked: str | None) -> tuple[str, EttinConfig, EttinConfig]:
     """(objective, config, config with the other attention) that a checkpoint is read as: what its run ends with, or the
     one asked for, if it has been trained on that."""
-    config, chosen = EttinConfig(**record["config"]), asked or record["objective"]
+    try:
+        config, chosen = EttinConfig(**record["config"]), asked or record["objective"]
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: its config cannot be read ({error}); give another checkpoint") from error
     schedule = ObjectiveSchedule.parse(record.get("objective_schedule") or record["objective"])
     if chosen not in schedule.objectives:
         raise ValueError(f"--objective must be {' or '.join(schedule.objectives)} for {path}, got {asked!r}; it was "

@@ -6,6 +6,7 @@ checkpoint is an archive an entry, and `.metadata`, written last, says where the
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -14,12 +15,13 @@ import re
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from ettin_foundry.objectives.schedule import ObjectiveSchedule
 from ettin_foundry.training.loading import is_archive, load_checkpoint, load_sharded, read_metadata
 
 log = logging.getLogger(__name__)
@@ -75,9 +77,10 @@ def locate(path: str | Path) -> Path:
 def read_head(path: str | Path) -> Head:
     """What a checkpoint (as for `load_model_state`) says of itself, in a moment whatever its size."""
     path = locate(path)
-    state, has_moments = _read_state(path, "dataset_state")
-    data = (state.get("dataset_state") or {}).get("train") or {}
-    return Head(path, decode_record(state.get("callbacks", {}).get("Clock", {})), dict(data), has_moments)
+    with _named(path):
+        state, has_moments = _read_state(path, "dataset_state")
+        data = (state.get("dataset_state") or {}).get("train") or {}
+        return Head(path, decode_record(state.get("callbacks", {}).get("Clock", {})), dict(data), has_moments)
 
 
 def load_model_state(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -86,18 +89,42 @@ def load_model_state(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
     path: a `.pt` file, a sharded checkpoint (every rank must call this), or a save folder (its newest complete one).
     """
     path = locate(path)
-    state, _ = _read_state(path, "model")
-    weights = {name.removeprefix("model."): value for name, value in state.get("model", {}).items()
-               if name.startswith("model.")}
-    if not weights:
-        raise ValueError(f"{path}: no tensor named model.* in it; give a checkpoint that Composer's Trainer saved")
-    return weights, decode_record(state.get("callbacks", {}).get("Clock", {}))
+    with _named(path):
+        state, _ = _read_state(path, "model")
+        weights = {name.removeprefix("model."): value for name, value in state.get("model", {}).items()
+                   if name.startswith("model.") and isinstance(value, torch.Tensor)}
+        if not weights:
+            raise ValueError("no tensor named model.* in it")
+        return weights, decode_record(state.get("callbacks", {}).get("Clock", {}))
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A checkpoint read inside that is not laid out as ours are gives a ValueError that names it."""
+    try:
+        yield
+    except Exception as error:  # dictionaries of a damaged or foreign file may lack anything
+        if isinstance(error, (ValueError, OSError)) and str(path) in str(error):
+            raise
+        what = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        raise ValueError(f"{path}: does not hold what a run saves ({what}); give a checkpoint that Composer's Trainer "
+                         "saved") from error
 
 
 def decode_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Clock's entry, with what stands in it as JSON text read."""
+    """Clock's entry, with what stands in it as JSON text read; a ValueError for values of other types."""
     texts = [key for key in ("objective_schedule", "tokenizer_fingerprint") if key in record]
-    return {**record, **{key: json.loads(record[key]) for key in texts}}
+    record = {**record, **{key: json.loads(record[key]) for key in texts}}
+    kinds: dict[type, tuple[Any, ...]] = {
+        dict: (record.get("config"), record.get("tokenizer_fingerprint"), *(record.get("lineage") or ()),
+               json.loads(record.get("run_config") or "{}")),
+        int: tuple(map(record.get, ("tokens", "batch"))),
+        str: tuple(map(record.get, ("objective", "run_name", "phase", "tokenizer")))}
+    if not all(value is None or isinstance(value, kind) for kind, values in kinds.items() for value in values):
+        raise ValueError("what it says of its run is not a record")
+    if record.get("config") and (schedule := record.get("objective_schedule") or record.get("objective")):
+        ObjectiveSchedule.parse(schedule)
+    return record
 
 
 def is_complete(path: Path) -> bool:
