@@ -66,7 +66,6 @@ def plan(
 def lint(
     words: Annotated[list[str], typer.Argument(
         metavar="RUN|KEY=VALUE", help="Two runs, each YAML files and key=value joined by +; then key=value for both.")],
-    chain: Annotated[bool, typer.Option("--chain", help="The runs are one model's phases, in order.")] = False,
 ) -> None:
     """Say whether two runs are a fair pair, and why.
 
@@ -74,14 +73,14 @@ def lint(
 
     Example: ettin lint yamls/ettin-enc-150m.yaml yamls/ettin-dec-150m.yaml
     """
-    from ettin_foundry.tools.pair import lint_chain, lint_pair
+    from ettin_foundry.tools.pair import lint_pair
 
     runs = [word for word in words if "=" not in word.split("+")[0]]
-    if len(runs) != 2 and not (chain and len(runs) > 2):
-        raise typer.BadParameter(f"two runs are compared, --chain takes two or more phases; {len(runs)} given: {runs}")
+    if len(runs) != 2:
+        raise typer.BadParameter(f"two runs are compared; {len(runs)} given: {runs}")
     configs = [_config(run, [word for word in words if word not in runs]) for run in runs]
-    names = [str(config.get("run_name") or run) for run, config in zip(runs, configs)]
-    report = lint_chain([*zip(names, configs)]) if chain else lint_pair(*configs, names=(names[0], names[1]))
+    first, second = (str(config.get("run_name") or run) for run, config in zip(runs, configs))
+    report = lint_pair(*configs, names=(first, second))
     print(report)
     if not report.fair:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""Whether two runs are a fair pair, and whether the phases of one model continue each other.
+"""Whether two runs are a fair pair, and whether a phase may follow another.
 
 A fair pair reads the same rows in the same order at the same sizes and schedule, and differs only where the objectives
 demand it. What a difference in a key means stands in `RULES`; a key that no rule names must be equal.
@@ -7,16 +7,13 @@ demand it. What a difference in a key means stands in `RULES`; a key that no rul
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ettin_foundry.data.mixture import open_split
 from ettin_foundry.model.config import MASKED_OBJECTIVES, EttinConfig
-from ettin_foundry.tools.plan import learning_rates
 from ettin_foundry.training.run_config import NO_EFFECT, model_config, settings
 from ettin_foundry.training.sources import STARTS, compare, record_of
 from ettin_foundry.training.steps import read_steps
@@ -27,14 +24,13 @@ _WIDEST = 48
 
 
 class Difference(NamedTuple):
-    """One key in which two runs, or two phases of one model, differ."""
+    """One key in which two runs differ."""
 
     key: str
     a: Any
     b: Any
     verdict: str
     reason: str
-    where: str = ""  # the phase, when the report is about a chain
 
 
 class Report(NamedTuple):
@@ -43,7 +39,6 @@ class Report(NamedTuple):
     names: tuple[str, str]
     differences: list[Difference]
     notes: list[str]
-    what: str = "pair"
 
     @property
     def fair(self) -> bool:
@@ -53,17 +48,16 @@ class Report(NamedTuple):
         """A table, unfair differences first, then the notes, then one line with the verdict."""
         found = sorted(self.differences, key=lambda d: (VERDICTS.index(d.verdict), d.key))
         rows = [("verdict", "key", *self.names, "why")]
-        rows += [(d.verdict, d.key, str(d.a)[:_WIDEST], str(d.b)[:_WIDEST], f"{d.where}: {d.reason}".removeprefix(": "))
-                 for d in found]
+        rows += [(d.verdict, d.key, str(d.a)[:_WIDEST], str(d.b)[:_WIDEST], d.reason) for d in found]
         widths = [*(max(map(len, column)) for column in list(zip(*rows))[:4]), 0]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows if found]
         lines += [f"note: {note}" for note in self.notes]
         if not self.fair:
             keys = dict.fromkeys(d.key for d in found if d.verdict == UNFAIR)
-            return "\n".join([*lines, f"unfair {self.what}, because of {', '.join(keys)}"])
+            return "\n".join([*lines, f"unfair pair, because of {', '.join(keys)}"])
         counts = [(sum(d.verdict == verdict for d in found), verdict) for verdict in VERDICTS]
         summary = ", ".join(f"{number} {verdict}" for number, verdict in counts if number)
-        return "\n".join([*lines, f"fair {self.what}: {summary or 'no difference'}"])
+        return "\n".join([*lines, f"fair pair: {summary or 'no difference'}"])
 
 
 # ------------------------------------------------------------------ settings, read
@@ -72,10 +66,12 @@ class Report(NamedTuple):
 class Settings(NamedTuple):
     """A run's settings, of a resolved config that `checks.check_settings` accepts; `values`: `run_config.settings`."""
 
-    name: str
-    cfg: Mapping[str, Any]
     values: Mapping[str, Any]
     config: EttinConfig
+
+    @classmethod
+    def of(cls, cfg: Mapping[str, Any]) -> Settings:
+        return cls(settings(cfg), model_config(cfg))
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.values.get(key, default)
@@ -83,10 +79,6 @@ class Settings(NamedTuple):
     def has(self, key: str) -> bool:
         """Whether the key, or one below it, is set."""
         return any(k == key or k.startswith((f"{key}.", f"{key}[")) for k in self.values)
-
-
-def read_settings(name: str, cfg: Mapping[str, Any]) -> Settings:
-    return Settings(name, cfg, settings(cfg), model_config(cfg))
 
 
 def _data_of(run: Settings, key: str) -> tuple[str, str | None, dict[str, Any] | None]:
@@ -141,20 +133,14 @@ RULES = (
     Rule("device_eval_batch_size", HARMLESS, "metrics are sums over targets, whatever the batch",
          _both("eval_subset_num_batches", -1)),
     *(Rule(keys, HARMLESS, reason) for keys, reason in NO_EFFECT.items()),
-    Rule(rf"{_LOADER}\.mask_rate", UNFAIR, "both members mask, so they must mask alike"),
     Rule(rf"{_LOADER}\.(shuffle|shuffle_seed|shuffle_window|packing)|global_train_batch_size|max_duration|"
          r"train_loader\.batch_size_warmup.*|(.*\.)?max_seq_len", UNFAIR,
          "the members would not read the same rows in the same steps"),
-    Rule("device_train_microbatch_size", UNFAIR, "microbatches are weighted by rows, so their size changes what a "
-         "target weighs"),
     Rule("eval_loader.*|eval_subset_num_batches|device_eval_batch_size", UNFAIR,
          "the members' validation losses could not be compared"),
-    Rule(r"model\.window_left", UNFAIR, "the members would not see equally far"),
     Rule(r"model\..*", UNFAIR, "the members would differ in more than their attention mask"),
     Rule(r"load_.*|callbacks\.ettin_(phase|cross).*|seed", UNFAIR, "the members would not begin alike"),
-    Rule(r"(optimizer|scheduler|algorithms|precision|tokenizer|fsdp_config)\b.*", UNFAIR,
-         "the members would be trained another way"),
-    Rule(".*", UNFAIR, "not known to be without effect on what is learnt"),
+    Rule(".*", UNFAIR, "the members would be trained another way, for all that is known of it"),
 )
 """The first rule whose pattern matches the whole key, and whose condition holds, gives the verdict."""
 
@@ -165,7 +151,7 @@ def lint_pair(a: Mapping[str, Any], b: Mapping[str, Any], *, names: tuple[str, s
     Datasets are compared by their fingerprints where their manifests are on this machine, else by their paths, which a
     note says; a ValueError for a broken manifest.
     """
-    first, second = read_settings(names[0], a), read_settings(names[1], b)
+    first, second = Settings.of(a), Settings.of(b)
     found, notes = _compare_data(first, second)
     compared = re.compile("|".join([rf"{_LOADER}\.dataset\.(local|split|remote)", *(re.escape(d.key) for d in found)]))
     blocks: dict[str, list[str]] = {}  # the keys of a block that one side lacks are one difference
@@ -216,25 +202,7 @@ def compare_steps(first: Path, second: Path) -> int | None:
     return rest[0]["step"] if rest else None
 
 
-# ------------------------------------------------------------------ chains of phases
-
-_Found = Iterator[tuple[str, Any, Any, str]]  # key, before, now, reason
-
-
-def lint_chain(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> Report:
-    """Compares each phase of a model, (name, config as for `lint_pair`), with the one before it.
-
-    A phase takes the weights of the one before as it does at its start (`sources.compare`), and goes on with learning
-    rate and optimizer; data, budget, batch and mask rate may change. A cross run follows the run that it crosses from.
-    """
-    chain, found, notes = [read_settings(name, cfg) for name, cfg in runs], [], []
-    for before, now in itertools.pairwise(chain):
-        for check in (_check_weights, _check_optimizer):
-            found += [Difference(key, a, b, UNFAIR, reason, now.name) for key, a, b, reason in check(before, now)]
-        notes += [f"{now.name}: learning rates were not compared, since they cannot be computed for the scheduler "
-                  f"{run.get('scheduler.name')} of {run.name}"
-                  for run in (before, now) if learning_rates(dict(run.cfg)) is None]
-    return Report(("before", "now"), found, notes, "chain")
+# ------------------------------------------------------------------ phases
 
 
 class _Record(NamedTuple):
@@ -243,37 +211,16 @@ class _Record(NamedTuple):
     path: str
     record: dict[str, Any]
 
-    @classmethod
-    def of(cls, run: Settings) -> Any:
-        tokens = _data_of(run, "train_loader.dataset")[2]  # None without the data
-        return cls(run.name, {**record_of(run.cfg, read_tokenizer=False), "tokenizer_fingerprint": tokens})
 
-
-def _check_weights(before: Settings, now: Settings) -> _Found:
-    starts = [name for name in STARTS if now.has(f"callbacks.{name}")]
-    key = f"callbacks.{starts[0]}.source" if starts else "load_path"
-    if now.get(key) is None:
-        yield key, ABSENT, ABSENT, "nothing is loaded: the phase would train a new model"
-    elif not starts and not now.get("load_weights_only"):
-        yield (key, before.get(key, ABSENT), now.get(key), "the checkpoint's clock is not set back, so the phase begins"
-               " past its end or in the middle of its schedule; use callbacks.ettin_phase")
-    else:
-        accept = (now.cfg.get("callbacks") or {}).get(starts[0] if starts else "ettin_clock") or {}
-        try:
-            compare(key, _Record.of(before), _Record.of(now).record, accept.get("accept") or [])
-        except ValueError as error:
-            yield key, before.name, now.name, str(error)
-
-
-def _check_optimizer(before: Settings, now: Settings) -> _Found:
-    kept = now.get("callbacks.ettin_phase.keep") == "all"
-    for key in ("optimizer.name", "optimizer.weight_decay", "optimizer.max_lr") if kept else ():
-        if before.get(key) != now.get(key):  # weight decay is relative to max_lr
-            yield key, before.get(key, ABSENT), now.get(key, ABSENT), "the optimizer is kept, and would do otherwise"
-    ours, last = learning_rates(dict(now.cfg)), learning_rates(dict(before.cfg))
-    if ours and last and (now.get("load_path") is None or now.get("load_weights_only")):
-        begin, end, given = ours[0], last[1], now.values["optimizer.lr"]
-        if begin > end and not math.isclose(begin, end, rel_tol=1e-6):
-            yield "optimizer.lr", end, begin, "the learning rate jumps up from where the phase before ended"
-        elif kept and 1e-6 * given <= begin < end * (1 - 1e-6):  # below that it warms up
-            yield "optimizer.lr", end, begin, "the learning rate falls from where the phase before ended"
+def check_phase(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses a phase that will refuse at its start what the run `name` before it leaves; neither has run."""
+    starts = [start for start in STARTS if start in (now.get("callbacks") or {})]
+    if not starts:
+        raise ValueError(f"callbacks must have one of {', '.join(STARTS)} after {name}, got none; use an overlay of "
+                         "yamls/phases")
+    records = []
+    for cfg in (before, now):  # the tokenizer is that of the data, where this is here
+        tokens = _data_of(Settings.of(cfg), "train_loader.dataset")[2]
+        records.append({**record_of(cfg, read_tokenizer=False), "tokenizer_fingerprint": tokens})
+    source: Any = _Record(name, records[0])
+    compare(f"callbacks.{starts[0]}.source", source, records[1], now["callbacks"][starts[0]].get("accept") or [])

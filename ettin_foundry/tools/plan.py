@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich import filesize
 
-from ettin_foundry import REGISTRY
 from ettin_foundry.data.inspect import format_count
 from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.stream import BatchRamp, check_warmup
@@ -158,18 +157,6 @@ def objective_means(objective: ObjectiveSchedule, rate: MaskRate, num_tokens: in
         for name, share in mixture.items():
             shares[name] += share / number
     return shares, math.fsum(targets) / number, max(targets)
-
-
-def learning_rates(cfg: dict[str, Any]) -> tuple[float, float] | None:
-    """First and last learning rate of a run; None for a scheduler of the host, or times in other units than the run."""
-    block, run = run_config.filled(cfg["scheduler"]), parse_time("max_duration", cfg["max_duration"])
-    if block["name"] not in REGISTRY["schedulers"]:
-        return None
-    times = [parse_time(f"scheduler.{key}", value) for key, value in block.items() if key.startswith("t_")]
-    if any(value and unit not in ("dur", run[1]) for value, unit in times):
-        return None
-    first, last = (run_config.lr_factor(block, run, lambda _, at=at: at) for at in (0, round(run[0])))
-    return cfg["optimizer"]["lr"] * first, cfg["optimizer"]["lr"] * last
 
 
 def _ramp(cfg: dict[str, Any], tokens_per_row: float, num_gpus: int) -> BatchRamp:

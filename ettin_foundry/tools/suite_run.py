@@ -22,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ettin_foundry.tools.pair import compare_steps, lint_chain, lint_pair
+from ettin_foundry.tools.pair import check_phase, compare_steps, lint_pair
 from ettin_foundry.tools.suite import Stage, Suite
 from ettin_foundry.training import checkpoints, checks, sources
 from ettin_foundry.training.run_config import parse_time
@@ -64,23 +64,21 @@ def stage_state(stage: Stage) -> State:
 
 
 def check_suite(suite: Suite, *, allow_unfair: bool = False) -> dict[str, dict[str, Any]]:
-    """Refuses a suite of which some stage could not run as written, or whose pairs or chains are unfair.
+    """Refuses a suite of which some stage could not run as written, or whose pairs are unfair.
 
-    Returns {pair or chain: {fair, findings}} for the report; findings is the linter's text. Errors name stage and key.
+    Returns {pair: {fair, findings}} for the report; findings is the linter's text. Errors name stage and key.
     """
     for stage in suite.stages:
         config = stage.config
         with stage.named():
             checks.check_settings(config)
+            if stage.source is not None:
+                check_phase(stage.source, suite.stage(stage.source).config, config)
     reports = {}
     for pair, (first, *others) in suite.pairs().items():
         for other in others:
             reports[f"pair {pair}: {first.name}, {other.name}"] = lint_pair(first.config, other.config,
                                                                             names=(first.name, other.name))
-    followed = {stage.source for stage in suite.stages}
-    for chain in (suite.chain(stage) for stage in suite.stages if stage.name not in followed and stage.source):
-        name = f"chain {' -> '.join(stage.name for stage in chain)}"
-        reports[name] = lint_chain([(stage.name, stage.config) for stage in chain])
     unfair = [f"{key}\n{report}" for key, report in reports.items() if not report.fair]
     if unfair and not allow_unfair:
         raise ValueError("\n".join([f"{suite.path}: its models could not be compared:", *unfair, "Make the settings "
