@@ -150,7 +150,11 @@ def kill(ranks: Iterable[Any], number: int = signal.SIGKILL) -> None:
     """Sends a signal to each rank and to what it has started."""
     for process in ranks:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+            try:
+                os.killpg(process.pid, number)
+            except ProcessLookupError:  # it has ended, or leads no group yet
+                if process.is_alive():
+                    os.kill(process.pid, number)
 
 
 def ended(ranks: Sequence[Any], *, seconds: float = 300) -> list[int | None]:
