@@ -53,8 +53,7 @@ def load(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     options: dict[str, Any] = {"local_files_only": Path(name).is_dir()}
     try:
         path = cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **options)
-        if (folder := Path(path).parent if path else Path(name)).is_dir():
-            check_folder(folder)
+        check_folder(Path(path).parent if path else Path(name))
         config = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
         if config.get("tokenizer_file"):  # which would be read instead
             raise ValueError("tokenizer_config.json names another tokenizer_file")

@@ -90,18 +90,14 @@ def config_json(config: EttinConfig, *, objective: str, special_ids: Mapping[str
 
 def check_folder(folder: Path) -> None:
     """Refuses a model folder in which a file is a pipe, a link that leads out of it and of the hub's cache that it is
-    part of, or larger than 64 MiB (of safetensors: the header)."""
-    home = folder.resolve()
-    homes = (home, *(parent / "blobs" for parent in home.parents[1:3]))  # models--a--b/snapshots/<commit>/
-    for path in folder.iterdir():
-        if path.suffix not in (".json", ".txt", ".model", ".jinja", ".safetensors"):
-            continue
-        if not path.is_file() or path.resolve().parent not in homes:
-            raise ValueError(f"{path}: must be a file in this folder, got a link out of it or a pipe; copy the file")
-        with path.open("rb") as file:
-            start = int.from_bytes(file.read(8), "little")
-        if (size := start if path.suffix == ".safetensors" else path.stat().st_size) > 2**26:
-            raise ValueError(f"{path}: must have at most {2**26:,} bytes of JSON or text, got {size:,}")
+    part of, or text larger than 64 MiB."""
+    homes = (home := folder.resolve(), *(parent / "blobs" for parent in home.parents[1:3]))
+    for path in folder.glob("*.*"):
+        if path.suffix in (".json", ".txt", ".model", ".jinja", ".safetensors"):
+            if not path.is_file() or path.resolve().parent not in homes:
+                raise ValueError(f"{path}: must be a file in this folder, got a link out or a pipe; copy the file")
+            if path.suffix != ".safetensors" and (size := path.stat().st_size) > 2**26:
+                raise ValueError(f"{path}: must have at most {2**26:,} bytes of text, got {size:,}")
 
 
 def read_config(path: Path) -> tuple[EttinConfig, str | None]:

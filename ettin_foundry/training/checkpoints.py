@@ -21,8 +21,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
-from ettin_foundry.training.loading import is_archive, load_checkpoint, load_sharded, read_metadata
+from ettin_foundry.training.loading import is_archive, load_checkpoint, load_sharded, opened, read_metadata
+from ettin_foundry.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +115,9 @@ def _named(path: Path) -> Iterator[None]:
 
 def decode_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """Clock's entry, with what stands in it as JSON text read; a ValueError for values of other types."""
+    if newer := set(record.get("config") or ()) - set(EttinConfig.__dataclass_fields__):
+        raise ValueError(f"its record holds model.{', model.'.join(sorted(newer))}, unknown to this version "
+                         f"({__version__}); install the newer ettin_foundry that wrote it")
     texts = [key for key in ("objective_schedule", "tokenizer_fingerprint") if key in record]
     record = {**record, **{key: json.loads(record[key]) for key in texts}}
     kinds: dict[type, tuple[Any, ...]] = {
@@ -153,7 +158,7 @@ def damage(path: Path) -> str | None:
     try:
         infos = read_metadata(path / ".metadata").storage_data.values() if path.is_dir() else ()
         for part, *entry in [(Path(path, info.relative_path), info.offset, info.length) for info in infos] or [(path,)]:
-            with part.open("rb") as file:
+            with opened(part) as file:
                 file.seek(entry[0] if entry else 0)
                 with zipfile.ZipFile(io.BytesIO(file.read(entry[1])) if entry else file) as archive:
                     if bad := archive.testzip():

@@ -26,16 +26,12 @@ import numpy as np
 import torch
 from torch.torch_version import TorchVersion
 
-_LARGEST_PICKLE = 2**28  # bytes; numbers of tensors lie outside
-_DCP = "torch.distributed.checkpoint"
-# what torch 2.7 writes into .metadata; every entry is a plain data type or its constructor
-_METADATA_TYPES = frozenset({
-    *(f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
-    "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.Path", "torch.Size", "torch.serialization._get_layout",
-    f"{_DCP}.filesystem._StorageInfo", f"{_DCP}.filesystem._StoragePrefix",
-    *(f"{_DCP}.metadata.{name}" for name in (
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"))})
+_LARGEST_METADATA = 2**28  # bytes
+# what torch 2.7 writes into .metadata: plain data types and their constructors
+_METADATA_TYPES = re.compile(
+    r"torch\.(Size|serialization\._get_layout|bool|(bfloat|float|int|uint|complex)\d+(_e\dm\d\w*)?)|pathlib\.\w*Path|"
+    r"torch\.distributed\.checkpoint\.(filesystem\._Storage(Info|Prefix)|metadata\.((Bytes|Chunk|Tensor)StorageMetadata|"
+    r"Metadata|MetadataIndex|StorageMeta|TensorProperties|_MEM_FORMAT_ENCODING))")
 
 
 class _Numbers(np.ndarray):
@@ -59,7 +55,7 @@ _DATA_TYPES: list[Any] = [
 
 
 @contextlib.contextmanager
-def _opened(path: Path, _mode: str = "rb") -> Iterator[IO[bytes]]:
+def opened(path: Path, _mode: str = "rb") -> Iterator[IO[bytes]]:
     """A file to check and then to read; a ValueError names it and what its pickle asks for beside data types."""
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file, \
@@ -70,33 +66,33 @@ def _opened(path: Path, _mode: str = "rb") -> Iterator[IO[bytes]]:
     except FileNotFoundError:
         raise
     except Exception as error:  # unpicklers fail in any way
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(f"{path}: its pickle asks for {found[1]}, which could run code; only tensors and plain "
-                             "data are read: if you trust its origin, write its weights as safetensors") from error
         why = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path}: not a whole archive of plain data as torch.save writes it ({why:.99}); give another "
-                         "checkpoint") from error
+        what = f"not a whole archive of plain data as torch.save writes it ({why:.99})"
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            what = f"its pickle asks for {found[1]}, which could run code"
+        raise ValueError(f"{path}: {what}; give another checkpoint, or, if you trust its origin, its weights as "
+                         "safetensors") from error
 
 
 def _load(file: IO[bytes]) -> Any:
     """An archive of torch.save, its tensors mapped; what it holds is not longer than itself."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-    if any(entry.compress_type or entry.filename.endswith(".pkl") and entry.file_size > _LARGEST_PICKLE
-           for entry in entries) or sum(entry.file_size for entry in entries) > file.seek(0, os.SEEK_END):
+    if any(entry.compress_type for entry in entries) or \
+            sum(entry.file_size for entry in entries) > file.seek(0, os.SEEK_END):
         raise ValueError("entries that are compressed or too large")
     return torch.load(f"/dev/fd/{file.fileno()}", map_location="cpu", weights_only=True, mmap=True)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """A Composer `.pt` file as a dict (`state`, `rng`), on the CPU, its tensors mapped from the file."""
-    with _opened(Path(path).resolve()) as file:
+    with opened(Path(path).resolve()) as file:
         return _load(file)
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if f"{module}.{name}" not in _METADATA_TYPES:
+        if not _METADATA_TYPES.fullmatch(f"{module}.{name}"):
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
         found = super().find_class(module, name)
         # a pickle can set attributes of what it is given: of these, which live as long as it is read
@@ -107,8 +103,8 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 def read_metadata(path: Path) -> Any:
     """torch.distributed.checkpoint's Metadata, whose file names stay in the folder."""
-    with _opened(path) as file:
-        metadata = _MetadataUnpickler(io.BytesIO(file.read(_LARGEST_PICKLE))).load()
+    with opened(path) as file:
+        metadata = _MetadataUnpickler(io.BytesIO(file.read(_LARGEST_METADATA))).load()
         names = {str(info.relative_path) for info in metadata.storage_data.values()}
     if outside := [name for name in names if Path(name).name != name]:
         raise ValueError(f"{path}: it points to {outside[0]!r}, outside its folder; give another checkpoint")
@@ -120,11 +116,9 @@ def _sharded_reader() -> Any:
     import torch.distributed.checkpoint as dcp  # here: it imports torch's compiler, which takes longer than torch
 
     class Reader(dcp.FileSystemReader):
-        """torch's, which gets metadata and entries as the functions here read them."""
-
         def __init__(self, path: Any):
             super().__init__(path)
-            self.fs.create_stream = _opened  # type: ignore[method-assign]
+            self.fs.create_stream = opened  # type: ignore[method-assign]
 
         def read_metadata(self) -> Any:
             return read_metadata(Path(self.path, ".metadata"))
