@@ -46,9 +46,6 @@ def convert(
     deduplicate: Annotated[bool, _help("Keep the first of equal documents.", "--deduplicate")] = False,
     min_characters: Annotated[int | None, _help("Drop shorter documents.")] = None,
     max_characters: Annotated[int | None, _help("Drop longer documents.")] = None,
-    predicates: Annotated[list[str] | None, typer.Option(
-        "--filter", metavar="MODULE:FUNCTION", help="Keep documents for which FUNCTION(text, id) is true. May be "
-        "repeated.")] = None,
 ) -> None:
     """Turn text into a dataset.
 
@@ -64,8 +61,8 @@ def convert(
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        filters = FilterOptions(predicates=given.pop("predicates") or (), **{
-            name: given.pop(name) for name in ("deduplicate", "min_characters", "max_characters")})
+        filters = FilterOptions(**{name: given.pop(name)
+                                   for name in ("deduplicate", "min_characters", "max_characters")})
         print(make_dataset(ConvertOptions(**given, filters=filters)))
     except KeyboardInterrupt:
         print("interrupted: finished units are kept; the same command goes on", file=sys.stderr)

@@ -1,8 +1,7 @@
-"""Which documents are kept: length, predicates of the user's own, exact duplicates. Each is off by default.
+"""Which documents are kept: by length, and of exact duplicates the first. Both are off by default.
 
-A predicate is any function f(text, id) -> bool, written as `package.module:function`. It must answer by its arguments
-alone, or two conversions will differ. Near-duplicates, language and quality filters and decontamination are datatrove's
-work: run it first and convert what it writes (.jsonl.gz).
+Near-duplicates, language, quality and any rules of one's own, and decontamination are datatrove's work: run it first
+and convert what it writes (.jsonl.gz).
 
 For exact duplicates workers hash the documents of their units; `find_duplicates` then finds which have the xxh3_128 of
 an earlier one in the order of (unit, ordinal). The chance that any two of 1e9 different documents do is 1.5e-21.
@@ -10,13 +9,9 @@ an earlier one in the order of (unit, ordinal). The chance that any two of 1e9 d
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import importlib
-import inspect
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -28,71 +23,33 @@ log = logging.getLogger(__name__)
 _BLOCK = 16 << 20  # documents sorted at a time: about 100 bytes of memory each
 
 SHORT, LONG, DUPLICATE, OVERSIZED, UNREADABLE = "short", "long", "duplicate", "oversized", "unreadable"
-"""Reasons to drop a document; a predicate's is `predicate package.module:function`."""
+"""Reasons to drop a document."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilterOptions:
-    """Which filters are on. Picklable, as predicates are known by their names."""
+    """Which filters are on."""
 
     min_characters: int | None = None  # Unicode code points; empty documents are dropped anyway
     max_characters: int | None = None
-    predicates: Sequence[str] = ()  # `package.module:function` each; True keeps the document
     deduplicate: bool = False  # drop documents that equal an earlier one
 
     def __post_init__(self) -> None:
         least, most = self.min_characters, self.max_characters
         if (least is not None and least < 2) or (most is not None and most < max(least or 0, 1)):
             raise ValueError(f"--min-characters must be 2 or more and at most --max-characters, got {least} and {most}")
-        for function, file, source in map(_load_predicate, self.predicates):
-            if file.read_bytes() != source:  # edited since another conversion of this process
-                importlib.reload(sys.modules[function.__module__])
-                _load_predicate.cache_clear()
 
-    def reason(self, text: str, id: str) -> str | None:
-        """Why a document is dropped, None keeps it; ValueError where a predicate fails or gives no truth value."""
+    def reason(self, text: str) -> str | None:
+        """Why a document is dropped by its length; None keeps it."""
         if len(text) < (self.min_characters or 0):
             return SHORT
-        if len(text) > (self.max_characters or sys.maxsize):
-            return LONG
-        for name in self.predicates:
-            try:
-                keep = _load_predicate(name)[0](text, id)
-                if not isinstance(keep, (bool, np.bool_)):
-                    raise TypeError(f"{keep!r:.100}")
-            except Exception as error:
-                raise ValueError(f"--filter {name} must give True or False, got {type(error).__name__} "
-                                 f"({error!s:.300}) for the document {id!r:.200}") from error
-            if not keep:
-                return f"predicate {name}"
-        return None
+        return LONG if len(text) > (self.max_characters or sys.maxsize) else None
 
     def record(self) -> dict[str, Any]:
-        """All that shapes the data, as JSON, without places on this machine; of a predicate the hash of its file.
-
-        The keys of decontamination stay, so that datasets made with them can be appended to.
-        """
-        hashes = {name: hashlib.sha256(_load_predicate(name)[2]).hexdigest() for name in self.predicates}
-        return {"min_characters": self.min_characters, "max_characters": self.max_characters,
-                "predicates": [{"name": name, "sha256": value} for name, value in hashes.items()],
+        """All that shapes the data, as JSON; keys of filters that are gone stay, for datasets that are appended to."""
+        return {"min_characters": self.min_characters, "max_characters": self.max_characters, "predicates": [],
                 "decontaminate": [], "decontaminate_field": "text", "decontaminate_drop": False,
                 "ngrams": None, "deduplicate": self.deduplicate}
-
-
-@functools.cache
-def _load_predicate(name: str) -> tuple[Callable[[str, str], bool], Path, bytes]:
-    """The function of a dotted path, the file that defines it, and what the file holds."""
-    try:
-        module, _, attribute = name.partition(":")
-        function = getattr(importlib.import_module(module), attribute)
-        inspect.signature(function).bind("text", "id")
-        file = Path(inspect.getsourcefile(inspect.unwrap(function)) or "")
-        if not file.is_file():
-            raise TypeError("it has no source file")
-    except Exception as error:  # a module of the user's: whatever it raises
-        raise ValueError("--filter must be package.module:function of a function f(text, id) -> bool on PYTHONPATH, "
-                         f"got {name!r} ({type(error).__name__}: {error!s:.300})") from error
-    return function, file, file.read_bytes()
 
 
 def write_hashes(path: Path | IO[bytes], hashes: bytes | bytearray) -> None:

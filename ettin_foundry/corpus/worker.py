@@ -123,7 +123,7 @@ class _Conversion:
             digest = xxhash.xxh64_intdigest(encoded, seed=self.options["seed"])
             split = "validation" if digest < self.options["validation"] * 2**64 else "train"
             reason = "empty" if not text or text.isspace() else DUPLICATE if ordinal in copies else \
-                self.job.filters.reason(text, name)
+                self.job.filters.reason(text)
             if reason:
                 self.dropped[split][reason] += 1
                 continue

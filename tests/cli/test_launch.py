@@ -115,7 +115,7 @@ def test_scripts_are_clean_for_shellcheck(path):
 def test_every_task_gets_its_index_and_all_arguments_as_they_were_given(cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("SUBMIT_OPTIONS", "--partition=cpu --cpus-per-task=8")
     (cluster / "starts").touch()
-    arguments = ["web=a b/*.txt", "--out", "my set", "--tokenizer", "tok", "--filter", "my.module:keep$x"]
+    arguments = ["web=a b/*.txt", "--out", "my set", "--tokenizer", "tok", "--text-field", "my text$x"]
     done = script(CONVERT, 3, *arguments, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("array 100: 3 tasks; then job 101: ettin finalize my set\n")

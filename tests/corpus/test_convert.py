@@ -60,22 +60,18 @@ def test_a_tokenizer_is_trained_on_the_training_documents_only_and_names_no_plac
 
 
 def test_each_source_has_shards_and_counts_of_its_own_also_of_what_is_dropped(
-        tmp_path, tokenizer_dir, corpus, monkeypatch, caplog):
+        tmp_path, tokenizer_dir, corpus, caplog):
     (tmp_path / "a.txt").write_text("kalo " * 100)
     with write_jsonl(tmp_path / "b.jsonl", [" ", "mi", "kalo", "", "x" * 9999, "y" * 700]).open("a") as file:
         file.write('{"text": 3}\n' * 9)
-    (tmp_path / "keeping.py").write_text("def even(text, id):\n    return id[:3] != 'doc' or int(id[4:]) % 2 == 0\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
     run(tmp_path / "out", ["one=" + str(tmp_path / "a.txt"), tmp_path / "b.jsonl", corpus], tokenizer_dir,
-        licence="CC0-1.0", max_document_bytes=9000, filters=FilterOptions(
-            min_characters=3, max_characters=600, predicates=("keeping:even",)))
+        licence="CC0-1.0", max_document_bytes=9000, filters=FilterOptions(min_characters=3, max_characters=600))
     data = MDSSplit(tmp_path / "out" / "train")
     tokens = {name: data.tokens[np.array(data.sources) == name].sum() for name in dict.fromkeys(data.sources)}
     counts = data.manifest["sources"]
     assert list(tokens) == ["one", "b", "corpus"] and {name: counts[name]["tokens"] for name in tokens} == tokens
     assert counts["one"]["bytes"] == 500 and counts["one"]["licence"] == "CC0-1.0"
-    reasons = Counter("long" if len(text) > 600 else "predicate keeping:even" if i % 2 else ""
-                      for i, text in enumerate(DOCUMENTS))
+    reasons = Counter("long" if len(text) > 600 else "" for text in DOCUMENTS)
     assert [counts[name]["documents"] for name in tokens] == [1, 1, reasons.pop("")]
     assert [counts[name]["dropped"] for name in tokens] == [
         {}, {"empty": 2, "long": 1, "oversized": 1, "short": 1, "unreadable": 9}, reasons]
