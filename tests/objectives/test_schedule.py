@@ -1,6 +1,5 @@
-"""Schedules of objective and mask rate against formulas written out here, and what is refused."""
+"""Schedules of objectives against formulas written out here; what is refused. Rates: benchmarks/fuzz, `schedules`."""
 
-import bisect
 import random
 from fractions import Fraction
 
@@ -32,19 +31,6 @@ def test_segments_and_cycles_hold_where_their_formula_says():
     assert (biphasic.objectives, biphasic.final, alternating.final) == (("clm", "mlm"), "mlm", "clm")
     mixture = ObjectiveSchedule.parse({"mntp": 0.9375, "clm": 0.0625})
     assert mixture.at(0) == mixture.at(10**13) == {"mntp": 0.9375, "clm": 0.0625}
-
-
-def test_rates_are_their_formula_at_every_breakpoint_and_at_random_tokens():
-    segments = [{"until": "0.5dur", "rate": 0.3}, {"until": 800_000, "rate": 0.15}, {"rate": 0.05}]
-    steps = MaskRate.parse(segments, total=TOTAL)
-    ends = [round(Fraction(TOTAL, 2)), 800_000, TOTAL]
-    linear = MaskRate.parse([{"until": 300_000, "from": 0.3, "to": 0.15}, {"from": 0.15, "to": 0.05}], total=TOTAL)
-    for t in tokens_to_try(*ends, 300_000):
-        assert steps.at(t) == (0.3, 0.15, 0.05)[bisect.bisect_right(ends, t)]
-        x = Fraction(t, 300_000) if t < 300_000 else Fraction(t - 300_000, TOTAL - 300_000)
-        first, last = (Fraction("0.3"), Fraction("0.15")) if t < 300_000 else (Fraction("0.15"), Fraction("0.05"))
-        assert linear.at(t) == pytest.approx(float(first + (last - first) * x), rel=1e-14)  # a few roundings of float64
-    assert MaskRate.parse(0.3).at(7) == 0.3
 
 
 @pytest.mark.parametrize("value", [
