@@ -26,7 +26,7 @@ from ettin_foundry.data.tokenizer import fingerprint, save
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.weights import weights_checkpoint
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
-from ettin_foundry.training.checkpoints import decode_record, newest_complete
+from ettin_foundry.training.checkpoints import check_folder, decode_record, newest_complete
 from ettin_foundry.training.loading import make_safe
 from ettin_foundry.training.run_config import config_text
 from ettin_foundry.training.saving import CheckpointSaver, wait_for_write, write_whole
@@ -72,6 +72,8 @@ class Clock(CallbackWithConfig):
 
     def init(self, state: State, logger: Logger) -> None:
         self._state, self._model = state, state.model  # the model before DDP wraps it
+        if (folder := self._run.get("save_folder")) and "://" not in folder:
+            check_folder(Path(format_name_with_dist(folder, state.run_name)))
         if (tokenizer := getattr(state.model, "tokenizer", None)) is not None:
             self._fingerprint = json.dumps(fingerprint(tokenizer))
         for destination in logger.destinations:

@@ -63,6 +63,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):  # in checkpoints its state st
     def fit_start(self, state: State, logger: Logger) -> None:
         """Counts the files of earlier processes of this run too, so that the oldest of all is removed first."""
         super().fit_start(state, logger)
+        if self.num_checkpoints_to_keep == 0 and self.remote_uploader is None:
+            self.num_checkpoints_to_keep = 1  # the newest is all that this folder has
         folder, sharded = format_name_with_dist(self.folder, state.run_name), state.fsdp_sharded_state_dict_enabled
         depth = 2 if sharded else 1  # ba4/__0_0.distcp, or ba4.pt
         paths = [Path(folder, *Path(name).parts[-depth:]) for name in self.all_saved_checkpoints_to_timestamp]
@@ -98,8 +100,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):  # in checkpoints its state st
             self._rotate_checkpoints()
 
     def _rotate_checkpoints(self, sharding_enabled: bool = False) -> None:
-        least = 0 if self.remote_uploader else 1  # of a folder of this machine, the newest stays
-        while 0 <= self.num_checkpoints_to_keep < len(self.saved_checkpoints) > least:
+        while 0 <= self.num_checkpoints_to_keep < len(self.saved_checkpoints):
             oldest = Path(self.saved_checkpoints.pop(0))
             if not sharding_enabled:
                 oldest.unlink(missing_ok=True)

@@ -166,8 +166,8 @@ def prepare_start(cfg: Mapping[str, Any]) -> dict[str, Any]:
     saving.wait_for_write()  # of a run before in this process
     accept = value_at(cfg, "callbacks.ettin_clock.accept") or []
     folder = (cfg.get("save_folder") or "").replace("{run_name}", _run_name(cfg))
-    if folder and "://" not in folder:
-        checkpoints.check_folder(Path(folder))
+    if cfg.get("autoresume") and "://" in folder:
+        Path(folder, "latest-rank0.pt").unlink(missing_ok=True)  # the host would take its last download again
     if cfg.get("autoresume") and "://" not in folder and (own := checkpoints.repair_latest(folder)):
         record, now = checkpoints.read_head(own).record, record_of(cfg, read_tokenizer=False)
         check_resume(record, now, place=str(own), own=True, accept=accept)
