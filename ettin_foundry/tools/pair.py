@@ -10,6 +10,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from ettin_foundry.data.mixture import open_split
@@ -205,13 +206,6 @@ def compare_steps(first: Path, second: Path) -> int | None:
 # ------------------------------------------------------------------ phases
 
 
-class _Record(NamedTuple):
-    """What a run's checkpoints will say, as `sources.compare` reads a checkpoint."""
-
-    path: str
-    record: dict[str, Any]
-
-
 def check_phase(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuses a phase that will refuse at its start what the run `name` before it leaves; neither has run."""
     starts = [start for start in STARTS if start in (now.get("callbacks") or {})]
@@ -222,5 +216,5 @@ def check_phase(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) ->
     for cfg in (before, now):  # the tokenizer is that of the data, where this is here
         tokens = _data_of(Settings.of(cfg), "train_loader.dataset")[2]
         records.append({**record_of(cfg, read_tokenizer=False), "tokenizer_fingerprint": tokens})
-    source: Any = _Record(name, records[0])
+    source: Any = SimpleNamespace(path=name, record=records[0])  # as of a checkpoint
     compare(f"callbacks.{starts[0]}.source", source, records[1], now["callbacks"][starts[0]].get("accept") or [])
