@@ -42,7 +42,7 @@ def run_property(name: str, *, seed: int, examples: int | None, end: float) -> t
     tally, number = Counter[str](), min(examples or 50, 50)
 
     @hypothesis.settings(max_examples=number, deadline=None, database=None, print_blob=True,
-                         suppress_health_check=list(hypothesis.HealthCheck))
+                         suppress_health_check=list(hypothesis.HealthCheck))  # type: ignore[arg-type]
     @hypothesis.given(data=st.data())
     def test(data: Any) -> None:
         tally["drawn"] += 1
@@ -52,7 +52,7 @@ def run_property(name: str, *, seed: int, examples: int | None, end: float) -> t
         try:
             hypothesis.seed(seed)(test)()
         except Exception as error:
-            hypothesis.reporting.report(f"--- {name}, seed {seed}: {type(error).__name__}: {error!s:.2000}")
+            print(f"--- {name}, seed {seed}: {type(error).__name__}: {error!s:.2000}")
             for line in getattr(error, "__notes__", []):
                 print(line)
             return tally, {type(error).__name__}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import xxhash
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from ettin_foundry.corpus.sources import Part, Source, find_source, plan_parts
 from ettin_foundry.data import MANIFEST
@@ -86,9 +86,7 @@ class Plan:
         return (json.dumps(head, indent=1)[:-2] + f',\n "units": [\n{units}\n ]\n}}\n').encode()
 
 
-class _Unit(BaseModel, strict=True):
-    source: str
-    parts: list[Part] = Field(min_length=1)
+_Unit = create_model("_Unit", source=str, parts=Annotated[list[Part], Field(min_length=1)])
 
 
 class _Plan(BaseModel, strict=True):
@@ -97,31 +95,22 @@ class _Plan(BaseModel, strict=True):
     options: dict[str, Any]
     tokenizer: dict[str, Any]  # it and the options count for the keys of records
     sources: dict[str, dict[str, str | None]]
-    units: list[_Unit]
+    units: list[_Unit]  # type: ignore[valid-type]
 
 
 class _Written(ShardEntry):
     lengths: list[Annotated[int, Field(ge=0, lt=2**32)]]
 
 
-class _Split(BaseModel, strict=True):
-    documents: Count
-    chunks: Count
-    tokens: Count
-    bytes: Count
-    dropped: dict[str, Count]
-    unknown: Count = 0
-    shards: list[_Written]
+_COUNTS: dict[str, Any] = {**dict.fromkeys(COUNTS, Count), "unknown": (Count, 0), "dropped": dict[str, Count]}
+_Split = create_model("_Split", __config__=ConfigDict(strict=True), **_COUNTS, shards=list[_Written])
+_Published = create_model("_Published", shards=list[ShardEntry])
 
 
 class _Record(BaseModel, strict=True):
     key: str
     source: str
-    splits: dict[Literal["train", "validation"], _Split]
-
-
-class _Published(BaseModel, strict=True):
-    shards: list[ShardEntry]
+    splits: dict[Literal["train", "validation"], _Split]  # type: ignore[valid-type]
 
 
 def read_plan(storage: Storage) -> Plan | None:

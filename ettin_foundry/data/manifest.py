@@ -142,7 +142,7 @@ class ShardEntry(BaseModel, strict=True):
     tokens: Count
     documents: Count
     source: str
-    rows: dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")], Annotated[int, Field(ge=1)]]
+    rows: dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")], Annotated[int, Field(ge=1, le=2**32)]]
 
 
 class _Tokenizer(BaseModel, strict=True):

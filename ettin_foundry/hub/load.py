@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ettin_foundry.data import tokenizer as tokenizers
@@ -15,7 +16,7 @@ from ettin_foundry.model.config import MASKED_OBJECTIVES, EttinConfig
 from ettin_foundry.model.hf_config import read_record
 from ettin_foundry.model.inference import Predictor
 from ettin_foundry.model.transformer import Ettin
-from ettin_foundry.model.weights import check_state, import_folder
+from ettin_foundry.model.weights import import_folder
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
 from ettin_foundry.training import checkpoints
 
@@ -71,32 +72,33 @@ def load_model(source: str | Path, objective: str | None = None, *,
         objective: of an encoder's folder that does not say; of a checkpoint, another objective that it was trained on.
         default_objective: of an encoder's folder that does not say, where none is given.
     """
-    source = Path(source)
-    if (source / "config.json").is_file():
-        state, config, stated = import_folder(source)
-        chosen = stated or objective or default_objective
-        if (stated and objective not in (None, stated)) or (stated is None and chosen not in MASKED_OBJECTIVES):
-            possible = stated or "mlm (official encoders) or mntp (those made from decoders)"
-            raise ValueError(f"--objective must be {possible} for {source}, got {objective!r}")
-        tokenizer = tokenizers.fingerprint(tokenizers.load(source)) if (source / "tokenizer.json").is_file() else None
-        record = {**read_record(source), "tokenizer": str(source.resolve()), "tokenizer_fingerprint": tokenizer}
-        return LoadedModel(source, state, config, str(chosen), record, config.with_causal(not config.causal))
-    source = checkpoints.locate(source)
-    state, record = checkpoints.load_model_state(source)
-    if not record.get("config"):
-        raise ValueError(f"{source}: holds no record of its config; give a checkpoint of ettin_foundry's runs")
-    chosen, config, other = chosen_objective(source, record, objective)
-    check_state(state, config, str(source))
-    return LoadedModel(source, state, config, chosen, record, other)
+    with checkpoints.naming(Path(source)):
+        source = Path(source)
+        if (source / "config.json").is_file():
+            state, config, stated = import_folder(source)
+            chosen = stated or objective or default_objective
+            if (stated and objective not in (None, stated)) or (stated is None and chosen not in MASKED_OBJECTIVES):
+                possible = stated or "mlm (official encoders) or mntp (those made from decoders)"
+                raise ValueError(f"--objective must be {possible} for {source}, got {objective!r}")
+            has_tokenizer = (source / "tokenizer.json").is_file()
+            record = {**read_record(source), "tokenizer": str(source.resolve()), "tokenizer_fingerprint":
+                      tokenizers.fingerprint(tokenizers.load(source)) if has_tokenizer else None}
+            return LoadedModel(source, state, config, str(chosen), record, config.with_causal(not config.causal))
+        source = checkpoints.locate(source)
+        state, record = checkpoints.load_model_state(source)
+        if not record.get("config"):
+            raise ValueError(f"{source}: holds no record of its config; give a checkpoint of ettin_foundry's runs")
+        chosen, config, other = chosen_objective(source, record, objective)
+        facts_of(record)
+        with torch.device("meta"):
+            Ettin(config).load_state_dict(state, assign=True)  # names and shapes
+        return LoadedModel(source, state, config, chosen, record, other)
 
 
 def chosen_objective(path: Path, record: Mapping[str, Any], asked: str | None) -> tuple[str, EttinConfig, EttinConfig]:
     """(objective, config, config with the other attention) that a checkpoint is read as: what its run ends with, or the
     one asked for, if it has been trained on that."""
-    try:
-        config, chosen = EttinConfig(**record["config"]), asked or record["objective"]
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: its config cannot be read ({error}); give another checkpoint") from error
+    config, chosen = EttinConfig(**record["config"]), asked or record["objective"]
     schedule = ObjectiveSchedule.parse(record.get("objective_schedule") or record["objective"])
     if chosen not in schedule.objectives:
         raise ValueError(f"--objective must be {' or '.join(schedule.objectives)} for {path}, got {asked!r}; it was "

@@ -114,13 +114,10 @@ def read_config(path: Path) -> tuple[EttinConfig, str | None]:
 def read_record(folder: Path) -> dict[str, Any]:
     """What an exported folder says of its training, as `clock.Clock.state_dict`; little of a folder of others."""
     ours = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("ettin_foundry") or {}
-    try:
-        tokens, lineage = ours.get("tokens"), tuple(map(dict, ours.get("lineage") or ()))
-        if tokens is not None:  # counted from initialisation there, from the last start in a record
-            tokens -= sum(entry.get("tokens") or 0 for entry in lineage)
-        return {**(ours.get("checkpoint") or {}), "tokens": tokens, "lineage": lineage}
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'}: ettin_foundry is not as an export writes it ({error})") from error
+    tokens, lineage = ours.get("tokens"), tuple(ours.get("lineage") or ())
+    if tokens is not None:  # counted from initialisation there, from the last start in a record
+        tokens -= sum(entry.get("tokens") or 0 for entry in lineage)
+    return {**(ours.get("checkpoint") or {}), "tokens": tokens, "lineage": lineage}
 
 
 def _read(raw: dict[str, Any], path: Path) -> tuple[EttinConfig, str | None]:

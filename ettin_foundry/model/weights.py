@@ -74,21 +74,13 @@ def to_hf(state: Mapping[str, Tensor], config: EttinConfig, dtype: torch.dtype =
 
     A missing or unknown name, a wrong shape or a value that is not finite is an error.
     """
-    out = {}
-    for row in check_state(state, config, "the model's state"):
+    rows, out = tensor_table(config), {}
+    _check_names(state, (row.name for row in rows), "the model's state")
+    for row in rows:
         check_tensor(row.name, state[row.name], row.shape)
         for name, part in zip(row.hf_names, state[row.name].detach().chunk(len(row.hf_names))):
             out[name] = part.to(device="cpu", dtype=dtype).contiguous()
     return out
-
-
-def check_state(state: Mapping[str, Tensor], config: EttinConfig, where: str) -> list[TensorRow]:
-    """The table of a config, once a state has its tensors of their shapes and no others; else a ValueError."""
-    rows = tensor_table(config)
-    _check_names(state, (row.name for row in rows), where)
-    for row in rows:
-        _check_shape(f"{row.name} of {where}", state[row.name], row.shape)
-    return rows
 
 
 def from_hf(hf_state: Mapping[str, Tensor], config: EttinConfig) -> dict[str, Tensor]:
@@ -115,14 +107,10 @@ def _check_names(given: Iterable[str], expected: Iterable[str], where: str) -> N
         raise ValueError(f"{where} must be the {len(expected)} tensors of its config, got {'; '.join(problems)}")
 
 
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: shape must be {shape} as the config says, got {tuple(tensor.shape)}")
-
-
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Refuses a tensor of another shape, or with a value that is not finite."""
-    _check_shape(name, tensor, shape)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: shape must be {shape} as the config says, got {tuple(tensor.shape)}")
     if not all(math.isfinite(bound) for bound in tensor.aminmax()):  # NaN is passed on; needs no memory of its own
         raise ValueError(f"{name}: has NaN or infinite values, so the run has diverged; use an earlier checkpoint")
 
@@ -131,11 +119,7 @@ def import_folder(folder: str | Path) -> tuple[dict[str, Tensor], EttinConfig, s
     """(parameters under our names in fp32, config, objective: None for an encoder that does not say) of a Hugging Face
     folder: ours, official Ettin ones, and those that transformers 4.48 to 5.x saved."""
     config, objective = read_config(Path(folder, "config.json"))
-    weights = _read_weights(Path(folder))
-    try:
-        return from_hf(weights, config), config, objective
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+    return from_hf(_read_weights(Path(folder)), config), config, objective
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 
 from ettin_foundry.model.config import EttinConfig
-from ettin_foundry.objectives.schedule import ObjectiveSchedule
 from ettin_foundry.training.loading import is_archive, load_checkpoint, load_sharded, opened, read_metadata
 from ettin_foundry.version import __version__
 
@@ -79,7 +78,7 @@ def locate(path: str | Path) -> Path:
 def read_head(path: str | Path) -> Head:
     """What a checkpoint (as for `load_model_state`) says of itself, in a moment whatever its size."""
     path = locate(path)
-    with _named(path):
+    with naming(path):
         state, has_moments = _read_state(path, "dataset_state")
         data = (state.get("dataset_state") or {}).get("train") or {}
         return Head(path, decode_record(state.get("callbacks", {}).get("Clock", {})), dict(data), has_moments)
@@ -91,7 +90,7 @@ def load_model_state(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
     path: a `.pt` file, a sharded checkpoint (every rank must call this), or a save folder (its newest complete one).
     """
     path = locate(path)
-    with _named(path):
+    with naming(path):
         state, _ = _read_state(path, "model")
         weights = {name.removeprefix("model."): value for name, value in state.get("model", {}).items()
                    if name.startswith("model.") and isinstance(value, torch.Tensor)}
@@ -101,35 +100,24 @@ def load_model_state(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """A checkpoint read inside that is not laid out as ours are gives a ValueError that names it."""
+def naming(path: Path) -> Iterator[None]:
+    """What is read of a model inside: whatever a damaged or foreign one lacks is a ValueError that names it."""
     try:
         yield
-    except Exception as error:  # dictionaries of a damaged or foreign file may lack anything
+    except Exception as error:
         if isinstance(error, (ValueError, OSError)) and str(path) in str(error):
             raise
-        what = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
-        raise ValueError(f"{path}: does not hold what a run saves ({what}); give a checkpoint that Composer's Trainer "
-                         "saved") from error
+        what = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+        raise ValueError(f"{path}: cannot be read as a model and its record ({what}); give another") from error
 
 
 def decode_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Clock's entry, with what stands in it as JSON text read; a ValueError for values of other types."""
+    """Clock's entry, with what stands in it as JSON text read; a ValueError where a newer version wrote it."""
     if newer := set(record.get("config") or ()) - set(EttinConfig.__dataclass_fields__):
         raise ValueError(f"its record holds model.{', model.'.join(sorted(newer))}, unknown to this version "
                          f"({__version__}); install the newer ettin_foundry that wrote it")
     texts = [key for key in ("objective_schedule", "tokenizer_fingerprint") if key in record]
-    record = {**record, **{key: json.loads(record[key]) for key in texts}}
-    kinds: dict[type, tuple[Any, ...]] = {
-        dict: (record.get("config"), record.get("tokenizer_fingerprint"), *(record.get("lineage") or ()),
-               json.loads(record.get("run_config") or "{}")),
-        int: tuple(map(record.get, ("tokens", "batch"))),
-        str: tuple(map(record.get, ("objective", "run_name", "phase", "tokenizer")))}
-    if not all(value is None or isinstance(value, kind) for kind, values in kinds.items() for value in values):
-        raise ValueError("what it says of its run is not a record")
-    if record.get("config") and (schedule := record.get("objective_schedule") or record.get("objective")):
-        ObjectiveSchedule.parse(schedule)
-    return record
+    return {**record, **{key: json.loads(record[key]) for key in texts}}
 
 
 def is_complete(path: Path) -> bool:

@@ -127,7 +127,8 @@ def rows_from_tokens(cfg: dict[str, Any], ranks: int | None = None) -> dict[str,
             raise ValueError(f"variables.{name} must be an integer >= {length} (max_seq_len), got {tokens!r}")
         found[key] = tokens // length
     if most := found.get("device_train_microbatch_size"):
-        rows = math.gcd(cfg["global_train_batch_size"], value_at(cfg, "train_loader.batch_size_warmup.min_size") or 0)
+        smallest = value_at(cfg, "train_loader.batch_size_warmup.min_size") or 0
+        rows = math.gcd(cfg.get("global_train_batch_size") or 1, smallest)
         share = max(1, rows // (ranks or int(os.environ.get("WORLD_SIZE", "1"))))
         found["device_train_microbatch_size"] = next(n for n in range(min(most, share), 0, -1) if share % n == 0)
     return found
@@ -148,30 +149,21 @@ def require(fits: Any, key: str, allowed: str, given: Any, advice: str) -> None:
 
 
 def check_kinds(cfg: Mapping[str, Any]) -> None:
-    """Refuses a value of another kind than every reader of a config takes for granted: blocks, counts, numbers."""
-    for key, value in _blocks(cfg):
+    """Refuses a value of another kind than every reader of a config takes for granted: blocks, and counts."""
+    def block(key: str, value: Any) -> dict[str, Any]:
         require(isinstance(value or {}, dict), key, "a block of keys", value, "see yamls/ for examples")
+        return value or {}
+
+    for key in ("model", "tokenizer", "optimizer", "scheduler", "fsdp_config"):
+        block(key, cfg.get(key))
+    for name, value in [(f"{key}.{name}", value) for key in ("callbacks", "loggers")
+                        for name, value in block(key, cfg.get(key)).items()]:
+        block(name, value)
+    for key, value in loaders(cfg):
+        block(f"{key}.dataset", block(key, value).get("dataset"))
     for key in ("max_seq_len", "global_train_batch_size", "train_loader.batch_size_warmup.min_size"):
         value = value_at(cfg, key)
         require(value is None or type(value) is int and value > 0, key, "an integer of at least 1", value, "correct it")
-    for key, block in _blocks(cfg):
-        defaults = DEFAULTS.get(str((block or {}).get("name")), {}) | {"lr": 0.0} if block else {}
-        for name, default in defaults.items():
-            value, is_switch = block.get(name), type(default) is bool
-            if value is not None and isinstance(default, (bool, int, float)) and name != "mask_rate":
-                fits = type(value) is bool if is_switch else type(value) in (int, float) and math.isfinite(value)
-                require(fits, f"{key}.{name}", "true or false" if is_switch else "a number", value, "correct it")
-
-
-def _blocks(cfg: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(key, block) of what must be one, each before those in it."""
-    for key in ("model", "tokenizer", "optimizer", "scheduler", "callbacks", "loggers", "fsdp_config"):
-        yield key, cfg.get(key)
-    for key in ("callbacks", "loggers"):
-        yield from ((f"{key}.{name}", block) for name, block in (cfg.get(key) or {}).items())
-    for key, block in loaders(cfg):
-        yield key, block
-        yield f"{key}.dataset", block.get("dataset")
 
 
 def parse_time(key: str, value: Any) -> tuple[float, str]:

@@ -64,13 +64,14 @@ def record_of(cfg: Mapping[str, Any], *, read_tokenizer: bool = True) -> dict[st
 def read_source(key: str, given: str) -> Head:
     """What a checkpoint (as for `checkpoints.locate`) or a Hugging Face folder says of itself; errors name the key."""
     from ettin_foundry.model.hf_config import read_config, read_record
-    from ettin_foundry.training.checkpoints import Head, read_head
+    from ettin_foundry.training.checkpoints import Head, naming, read_head
 
     try:
         if "ettin_cross" in key and (path := Path(given, "config.json")).is_file():
             config, objective = read_config(path)
             said = {"config": dataclasses.asdict(config), "size": config.size, "objective": objective}
-            return Head(path.parent, {**read_record(path.parent), **said, "tokenizer": given}, {}, False)
+            with naming(path.parent):
+                return Head(path.parent, {**read_record(path.parent), **said, "tokenizer": given}, {}, False)
         head = read_head(given)
         if not head.record.get("config"):
             raise ValueError(f"{head.path.name} does not say what model it holds; make one with `ettin import`")
