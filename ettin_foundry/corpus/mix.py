@@ -1,7 +1,7 @@
 """Builds a mixture: a manifest that points at shards of datasets by token budgets, without copying text.
 
-A budget is filled with whole passes over the source, then whole shards in a seeded order, then chunks of the next
-shard, to the nearest chunk. Tokens are counted without BOS and EOS. The specification is YAML: a phase of
+A budget is filled with whole passes over the source, then whole shards in a seeded order, to the nearest shard. Tokens
+are counted without BOS and EOS. The specification is YAML: a phase of
 data_prep/sources.yaml (docs/data.md shows one), or, without `phase`, one's own
 `sets: {wiki: {set: ../sets/wiki, tokens: 3000000000}}`.
 """
@@ -16,20 +16,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import xxhash
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from ettin_foundry import program_folder
 from ettin_foundry.data import MANIFEST
 from ettin_foundry.data.manifest import open_plain
-from ettin_foundry.data.mixture import MIX_FORMAT, MIX_VERSION, chunk_permutation, name_word, shared_identity
+from ettin_foundry.data.mixture import MIX_FORMAT, MIX_VERSION, shared_identity
 from ettin_foundry.data.order import raw_draws
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import is_url, join, open_storage
 from ettin_foundry.version import __version__
 
 _MAX_PASSES = 1000  # an entry each, for every shard
-_SHARDS = 5  # first word of the seed: no two uses share a stream; the choice of chunks has 6
+_SHARDS = 5  # first word of the seed: no two uses share a stream
 _Tokens = Annotated[float, Field(gt=0, le=1e15)] | None
 
 
@@ -96,40 +97,32 @@ class _Member:
     data: MDSSplit
     shards: np.ndarray  # (S,) int64
     runs: list[tuple[int, np.ndarray]] = field(default_factory=list)  # pass, whole shards
-    part: dict[str, Any] | None = None
     wanted: int | None = None
 
     def fill(self, wanted: int, seed: int) -> None:
-        """Takes passes, shards and chunks until a budget of tokens is met to the nearest chunk."""
+        """Takes passes and shards until a budget of tokens is met to the nearest shard."""
         tokens, self.wanted = self.data.tokens[self.shards], wanted
         passes, rest = divmod(wanted, int(tokens.sum()))
         if passes > _MAX_PASSES:
             raise ValueError(f"sets.{self.name}: its budget must be at most {_MAX_PASSES} times its {tokens.sum():,} "
                              f"tokens, got {wanted:,}")
         self.runs += [(number, self.shards) for number in range(passes)]
-        order = np.argsort(raw_draws(len(tokens), _SHARDS, seed, name_word(self.name)), kind="stable")
-        if whole := int(np.searchsorted(np.cumsum(tokens[order]), rest, side="right")):
+        # by its name, so that a source's choice does not depend on which others there are
+        words = _SHARDS, seed, xxhash.xxh32(self.name.encode()).intdigest()
+        order = np.argsort(raw_draws(len(tokens), *words), kind="stable")
+        if whole := int(np.argmin(np.abs(np.append(0, np.cumsum(tokens[order])) - rest))):
             self.runs.append((passes, np.sort(self.shards[order[:whole]])))
-        if left := rest - int(tokens[order[:whole]].sum()):
-            shard = int(self.shards[order[whole]])
-            lengths = np.asarray(self.data.sample_lengths(shard), np.int64)
-            lengths = lengths[chunk_permutation(seed, self.name, shard, len(lengths))]
-            if first := int(np.argmin(np.abs(np.append(0, np.cumsum(lengths)) - left))):
-                counts = np.bincount(lengths[:first])
-                self.part = {"pass": passes, "shard": shard, "first": first, "extra": [],
-                             "lengths": {str(n): int(counts[n]) for n in np.flatnonzero(counts)}}
-        if not self.runs and not self.part:
-            raise ValueError(f"sets.{self.name}: its budget must be half a chunk at least, got {wanted}")
+        if not self.runs:
+            raise ValueError(f"sets.{self.name}: its budget must be half of a shard ({tokens[order[0]]:,} tokens) at "
+                             f"least, got {wanted:,}; raise it, or convert the source with a smaller --shard-size")
 
     def facts(self) -> dict[str, Any]:
         """The source as the manifest states it; tokens without BOS and EOS."""
-        data, of_part = self.data, self.part or {"first": 0, "lengths": {}}
+        data = self.data
         tokens, chunks = (sum(int(of[shards].sum()) for _, shards in self.runs) for of in (data.tokens, data.samples))
-        tokens += sum(int(length) * count for length, count in of_part["lengths"].items())
         stated = data.manifest.get("sources") or {}
         licences = {stated.get(data.sources[shard], {}).get("licence") for shard in self.shards} - {None, ""}
-        facts = {"chunks": chunks + of_part["first"], "tokens": tokens,
-                 "licence": ", ".join(sorted(map(str, licences))) or None}
+        facts = {"chunks": chunks, "tokens": tokens, "licence": ", ".join(sorted(map(str, licences))) or None}
         if self.wanted is not None:
             available = int(data.tokens[self.shards].sum())
             facts |= {"wanted": self.wanted, "available": available, "repeats": round(tokens / available, 6)}
@@ -141,7 +134,7 @@ def build_mix(spec: str | os.PathLike[str], out: str | os.PathLike[str], *, seed
 
     Args:
         spec: a YAML file, see above. out: local folder to be made; must not exist, or be empty.
-        seed: of the choice of shards and chunks where a source is not taken whole.
+        seed: of the choice of shards where a source is not taken whole.
     """
     target, path = Path(os.path.realpath(out)), Path(spec)
     if is_url(out):
@@ -224,7 +217,7 @@ def _write_split(folder: Path, target: Path, members: list[_Member], head: dict[
         "sources": sources,
         "runs": [{"source": member.name, "set": at[member.place], "pass": passed, "shards": shards.tolist()}
                  for member in members for passed, shards in member.runs],
-        "parts": [{"source": member.name, "set": at[member.place], **member.part} for member in members if member.part],
+        "parts": [],  # a key of the format: chunks that were taken of a shard alone
         "totals": {"samples": sum(facts["chunks"] for facts in sources.values()),
                    "tokens": sum(facts["tokens"] for facts in sources.values())}}
     folder.mkdir(parents=True)

@@ -115,12 +115,10 @@ class _Check:
             self.tick(num_bytes)
             return num_bytes
 
-        shards, partial = list(range(data.num_shards)), list[int]()
-        if isinstance(data, MixtureSplit):  # each shard that it takes from once; partial ones need one thread
-            once = np.unique(data.stored, axis=1, return_index=True)[1]
-            part = data.stored[2, once]
-            shards, partial = once[part < 0].tolist(), once[part >= 0].tolist()
-        sizes = [*pool.map(check, shards), *map(check, partial)]
+        shards = list(range(data.num_shards))
+        if isinstance(data, MixtureSplit):  # each shard that it takes from once
+            shards = np.unique(data.stored, axis=1, return_index=True)[1].tolist()
+        sizes = [*pool.map(check, shards)]
         self.report.shards += len(sizes)
         self.report.num_bytes += sum(sizes)
 

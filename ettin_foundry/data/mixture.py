@@ -1,8 +1,8 @@
 """One split of a mixture, which points at shards of converted datasets and holds no text itself.
 
-It says which shards of which datasets belong to which source, how often (a repeat is an entry of its own, in the next
-pass), and of which shards only some chunks are taken. Every dataset is pinned by its fingerprint. Where it lies is a
-path relative to the mixture, or a URL; what is fetched is kept in MIX/SPLIT/sets/. corpus/mix.py makes mixtures.
+It says which shards of which datasets belong to which source, and how often: a repeat is an entry of its own, in the
+next pass. Every dataset is pinned by its fingerprint. Where it lies is a path relative to the mixture, or a URL; what
+is fetched is kept in MIX/SPLIT/sets/. corpus/mix.py makes mixtures.
 """
 
 from __future__ import annotations
@@ -13,34 +13,20 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-import xxhash
 from pydantic import BaseModel, Field, model_validator
 
 from ettin_foundry.data import MANIFEST, MAX_CHUNK_LENGTH
 from ettin_foundry.data.cache import Room, fetch_manifest
 from ettin_foundry.data.manifest import Count, bad_file, check_record, read_json
-from ettin_foundry.data.order import raw_draws
-from ettin_foundry.data.packing import pack_lengths, piece_counts
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import is_url, join, open_storage
 
 MIX_FORMAT = "ettin-mix"
 MIX_VERSION = 1
 _REBUILD = "build the mixture again"
-_CHUNKS = 6  # first word of the seed: what the numbers are for, so that no two uses share a stream; mix.py has 5
-
-
-def name_word(source: str) -> int:
-    """A source's number in seeds: its choice of shards does not depend on which other sources there are."""
-    return xxhash.xxh32(source.encode()).intdigest()
-
-
-def chunk_permutation(seed: int, source: str, shard: int, samples: int) -> np.ndarray:
-    """(samples,) int64: the order in which a source takes chunks from a shard of which it takes only some."""
-    return np.argsort(raw_draws(samples, _CHUNKS, seed, name_word(source), shard), kind="stable")
 
 
 def shared_identity(data: MDSSplit | MixtureSplit) -> tuple[Any, ...]:
@@ -53,27 +39,11 @@ class _Set(BaseModel, strict=True):
     fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class _Choice(BaseModel, strict=True):
+class _Run(BaseModel, strict=True):
     source: str
     set: Count
     passed: Count = Field(alias="pass")
-
-
-class _Run(_Choice):
     shards: list[Count]
-
-
-class _Part(_Choice):
-    shard: Count
-    first: Count
-    extra: list[Count]
-    lengths: dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}$")], Annotated[int, Field(ge=1, lt=2**32)]]
-
-    @model_validator(mode="after")
-    def _agree(self) -> _Part:
-        if not sum(self.lengths.values()) == self.first + len(self.extra) > 0:
-            raise ValueError("lengths must count as many chunks as it takes, and at least one")
-        return self
 
 
 class _Mixture(BaseModel, strict=True):
@@ -87,20 +57,17 @@ class _Mixture(BaseModel, strict=True):
     sets: list[_Set] = Field(min_length=1)
     sources: dict[str, dict[str, Any]]
     runs: list[_Run]
-    parts: list[_Part]
+    parts: list[Any] = Field(max_length=0)  # of shards: earlier versions took some chunks alone
 
     @model_validator(mode="after")
     def _agree(self) -> _Mixture:
         taken = [(c.source, c.set, c.passed, shard) for c in self.runs for shard in c.shards]
-        taken += [(c.source, c.set, c.passed, c.shard) for c in self.parts]
         if len(set(taken)) != len(taken) or not taken:
             raise ValueError("a pass of a source must take a shard once, and the mixture at least one")
         if not {choice[0] for choice in taken} <= set(self.sources):
-            raise ValueError("source of runs and parts must be one of sources")
+            raise ValueError("source of runs must be one of sources")
         if max(choice[1] for choice in taken) >= len(self.sets):
-            raise ValueError(f"set of runs and parts must be below {len(self.sets)}")
-        if any(int(length) > self.chunk_length for part in self.parts for length in part.lengths):
-            raise ValueError(f"lengths of parts must be at most {self.chunk_length}")
+            raise ValueError(f"set of runs must be below {len(self.sets)}")
         return self
 
 
@@ -128,17 +95,12 @@ class MixtureSplit:
         check_record(_Mixture, manifest, where)
         self.split, self.tokenizer = manifest["split"], manifest["tokenizer"]
         self.chunk_length: int = manifest["chunk_length"]
-        runs, parts = manifest["runs"], manifest["parts"]  # whole shards are counted first, then partial ones
-        rows = [(run["set"], shard, -1, run["pass"], run["source"]) for run in runs for shard in run["shards"]]
-        rows += [(part["set"], part["shard"], at, part["pass"], part["source"]) for at, part in enumerate(parts)]
+        rows = [(run["set"], shard, run["pass"], run["source"]) for run in manifest["runs"] for shard in run["shards"]]
         *columns, self.sources = map(list, zip(*rows))
         self.num_shards = len(self.sources)
-        self.stored = np.array(columns[:3], np.int64)  # (3, S): dataset, its shard, and the partial shard or -1
-        self._set, self._shard, self._part = self.stored
-        self.passes = np.array(columns[3], np.int64)  # (S,): how often the shard's source was gone through before it
-        self._histograms = np.zeros((len(parts), self.chunk_length + 1), np.uint32)  # chunks taken of partial shards
-        for histogram, part in zip(self._histograms, parts):
-            histogram[[int(length) for length in part["lengths"]]] = list(part["lengths"].values())
+        self.stored = np.array(columns[:2], np.int64)  # (2, S): dataset, its shard
+        self._set, self._shard = self.stored
+        self.passes = np.array(columns[2], np.int64)  # (S,): how often the shard's source was gone through before it
         self._sets = [self._open_set(number, remote) for number in range(len(manifest["sets"]))]
         known = np.array([data.num_shards for data in self._sets])[self._set]
         if (beyond := np.flatnonzero(self._shard >= known)).size:
@@ -146,41 +108,37 @@ class MixtureSplit:
             raise bad_file(where, f"it names shard {self._shard[at]} of a dataset", f"that has {known[at]}", _REBUILD)
         self.fetches = any(data.fetches for data in self._sets)
         self._room = None if cache_limit is None else Room(cache_limit, self.local, [data.files for data in self._sets])
-        counts = self._histograms.astype(np.int64)
-        self.samples = self._gather([data.samples for data in self._sets], counts.sum(1))
-        self.tokens = self._gather([data.tokens for data in self._sets], counts @ np.arange(self.chunk_length + 1))
-        self._chosen: dict[int, np.ndarray] = {}
+        self.samples = self._gather([data.samples for data in self._sets])
+        self.tokens = self._gather([data.tokens for data in self._sets])
         for key, values in (("samples", self.samples), ("tokens", self.tokens)):
             if int(values.sum()) != (stated := manifest["totals"].get(key)):
                 raise bad_file(where, f"totals.{key} is {stated}", f"its shards sum to {values.sum()}", _REBUILD)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 over what determines the data: the datasets' fingerprints, and which of their chunks are taken."""
+        """sha256 over what determines the data: the datasets' fingerprints, and which of their shards are taken."""
         parts = [self.manifest[key] for key in ("format", "version", "split", "seed", "runs", "parts")]
         sets = [entry["fingerprint"] for entry in self.manifest["sets"]]
         return hashlib.sha256(json.dumps([parts, sets], sort_keys=True).encode()).hexdigest()
 
     def rows(self, max_seq_len: int) -> np.ndarray | None:
         of_sets = [data.rows(max_seq_len) for data in self._sets]
-        of_parts = [pack_lengths(piece_counts(lengths), max_seq_len).num_rows for lengths in self._histograms]
-        return None if any(rows is None for rows in of_sets) else self._gather(of_sets, of_parts)
+        return None if any(rows is None for rows in of_sets) else self._gather(of_sets)
 
     def lengths(self, shard: int) -> np.ndarray:
-        part = self._part[shard]
-        return self._histograms[part] if part >= 0 else self._of(shard).lengths(int(self._shard[shard]))
+        return self._of(shard).lengths(int(self._shard[shard]))
 
     def sample_lengths(self, shard: int) -> np.ndarray:
-        return self._of(shard).sample_lengths(int(self._shard[shard]))[self._chunks(shard)]
+        return self._of(shard).sample_lengths(int(self._shard[shard]))
 
     def last(self, shard: int) -> np.ndarray:
-        return self._of(shard).last(int(self._shard[shard]))[self._chunks(shard)]
+        return self._of(shard).last(int(self._shard[shard]))
 
     def chunk(self, shard: int, index: int) -> np.ndarray:
-        return self._of(shard).chunk(int(self._shard[shard]), self._stored(shard, index))
+        return self._of(shard).chunk(int(self._shard[shard]), index)
 
     def sample(self, shard: int, index: int) -> dict[str, Any]:
-        return self._of(shard).sample(int(self._shard[shard]), self._stored(shard, index))
+        return self._of(shard).sample(int(self._shard[shard]), index)
 
     def prefetch(self, shards: Sequence[int]) -> None:
         for data, stored in self._by_set(shards):
@@ -191,7 +149,6 @@ class MixtureSplit:
             self._room.check((data.files, len(stored)) for data, stored in self._by_set(shards))
 
     def check_shard(self, shard: int) -> int:
-        self._chunks(shard)
         return self._of(shard).check_shard(int(self._shard[shard]))
 
     def _open_set(self, number: int, remote: str | None) -> MDSSplit:
@@ -224,31 +181,7 @@ class MixtureSplit:
     def _of(self, shard: int) -> MDSSplit:
         return self._sets[self._set[shard]]
 
-    def _gather(self, of_sets: Sequence[Any], of_parts: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """(S,) int64 from (shards of the dataset,) per dataset, and one number per partial shard."""
+    def _gather(self, of_sets: Sequence[Any]) -> np.ndarray:
+        """(S,) int64 from (shards of the dataset,) per dataset."""
         starts = np.cumsum([0, *(len(values) for values in of_sets)])
-        values = np.concatenate(of_sets).astype(np.int64)[starts[self._set] + self._shard]
-        parts = np.flatnonzero(self._part >= 0)
-        values[parts] = np.array(of_parts, np.int64)[self._part[parts]]
-        return values
-
-    def _stored(self, shard: int, index: int) -> int:
-        if self._part[shard] >= 0 and not 0 <= index < self.samples[shard]:
-            raise IndexError(f"chunk {index} of shard {shard} must be below {self.samples[shard]}")
-        return index if self._part[shard] < 0 else int(self._chunks(shard)[index])  # type: ignore[reportIndexIssue]
-
-    def _chunks(self, shard: int) -> np.ndarray | slice:
-        """(samples,) int64: the chunks taken of a shard, in stored order; all of a whole one."""
-        number = int(self._part[shard])
-        if number < 0:
-            return slice(None)
-        if number not in self._chosen:
-            part, stored = self.manifest["parts"][number], self._of(shard).sample_lengths(int(self._shard[shard]))
-            order = chunk_permutation(self.manifest["seed"], self.sources[shard], int(self._shard[shard]), len(stored))
-            chosen = np.unique(np.append(order[:part["first"]], part["extra"]).astype(np.int64))
-            lengths = stored[chosen[chosen < len(stored)]]
-            if not np.array_equal(np.bincount(lengths, minlength=self.chunk_length + 1), self._histograms[number]):
-                what = f"its chunks of shard {self._shard[shard]} of dataset {self._set[shard]} have other lengths"
-                raise bad_file(self.local / MANIFEST, what, "they must be those that it states", _REBUILD)
-            self._chosen[number] = chosen
-        return self._chosen[number]
+        return np.concatenate(of_sets).astype(np.int64)[starts[self._set] + self._shard]
