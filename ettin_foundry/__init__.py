@@ -37,6 +37,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "ettin_export": "ettin_foundry.hub.export:ExportHF",
         "ettin_samples": "ettin_foundry.training.callbacks:LogSamples",
         "ettin_monitor": "ettin_foundry.training.callbacks:DataMonitor",
+        "ettin_watch": "ettin_foundry.training.watch:Watch",
     },
     "callbacks_with_config": {
         "ettin_clock": "ettin_foundry.training.clock:Clock",

@@ -25,9 +25,9 @@
 #   PYTHON              environment: interpreter; else .venv/bin/python of this repository, else python3
 #
 # Repository, data and root must lie where every node sees them. Encoder and decoder have no job in common, so they train
-# side by side. A job that reaches its time limit is put back into the queue and goes on from its newest checkpoint, as it
-# does after a preemption or the loss of a node; one that made no checkpoint in all its time fails, for it would do so
-# again. After a failure, give the same command again: finished stages end at once.
+# side by side. Shortly before its time limit or a preemption (USR1 or TERM to this script), a job finishes its step, saves,
+# and is put back into the queue; one that is told before its first step fails, for it would get nowhere again. After the
+# loss of a node Slurm does so. After a failure, give the same command again: finished stages end at once.
 
 set -euo pipefail
 
@@ -48,20 +48,19 @@ submit() {
     local -a options dependency all=()
     local -A jobs=()
     read -ra options <<< "${SUBMIT_OPTIONS:-}"
-    # one line a stage: name, what it starts from or -, folder; every setting is checked before anything is submitted
+    # one line a stage: name, and what it starts from or -; every setting is checked before anything is submitted
     local listed
     listed="$(cd "$root" && "$python" -m ettin_foundry.cli.main suite "$@" --list --json | "$python" -c '
 import json, sys
 for stage in json.load(sys.stdin)["stages"]:
-    print(stage["name"], stage["from"] or "-", stage["folder"], sep="\t")')"
-    local folder
-    while IFS=$'\t' read -r name source folder; do
+    print(stage["name"], stage["from"] or "-", sep="\t")')"
+    while IFS=$'\t' read -r name source; do
         dependency=()
         if [[ "$source" != - ]]; then
             dependency=("--dependency=afterok:${jobs[$source]}" --kill-on-invalid-dep=yes)
         fi
         job="$(sbatch --parsable "${dependency[@]}" --job-name="ettin-$name" "${options[@]}" \
-            "$root/launch/suite.slurm.sh" stage "$root" "$python" "$name" "$folder" "$@")"
+            "$root/launch/suite.slurm.sh" stage "$root" "$python" "$name" "$@")"
         jobs[$name]="${job%%;*}" # a cluster's name may follow
         all+=("${jobs[$name]}")
         printf 'job %s: %s%s\n' "${jobs[$name]}" "$name" "${dependency[*]:+, after job ${jobs[$source]-} ($source)}"
@@ -74,8 +73,8 @@ for stage in json.load(sys.stdin)["stages"]:
 
 # The job of a stage. This script is a copy in Slurm's spool by now, so where the repository is comes as an argument.
 stage() {
-    local root="$1" python="$2" name="$3" folder="$4" hosts started child
-    shift 4
+    local root="$1" python="$2" name="$3" hosts child code=0
+    shift 3
     cd "$root"
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
     hosts="$(scontrol show hostnames "${SLURM_JOB_NODELIST:?not a job of Slurm}")"
@@ -83,27 +82,20 @@ stage() {
     # a port of its own for each job, so that two on one node do not meet
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 40000))
     export MASTER_ADDR MASTER_PORT
-    started="$(mktemp)"
     "$python" -m ettin_foundry.cli.main suite "$@" --stage "$name" \
         "command=srun --ntasks-per-node=1 --cpus-per-task=${SLURM_CPUS_PER_TASK:-1} bash launch/suite.slurm.sh node $python" &
     child=$!
-    # shellcheck disable=SC2064 # the values of now
-    trap "requeue $child '$folder' '$started'" USR1
-    wait "$child"
-}
-
-# Shortly before the time limit: ends the stage, and puts the job back into the queue if it made a checkpoint at all.
-requeue() {
-    local child="$1" folder="$2" started="$3"
-    kill -TERM "$child"
-    wait "$child" || true
-    if [[ -z "$(find "$folder" \( -name '*.pt' -o -name .metadata \) -newer "$started" -print -quit)" ]]; then
-        printf 'error: no checkpoint in %s since this job began; it would end the same way again. Raise --time, or lower %s\n' \
-            "$folder" "save_interval" >&2
-        exit 1
+    trap 'kill -USR1 "$child"' USR1 TERM
+    wait "$child" || code=$?
+    while kill -0 "$child" 2> /dev/null; do # a signal has ended the wait
+        code=0
+        wait "$child" || code=$?
+    done
+    if ((code == 75)); then # it was told to end, and has saved
+        scontrol requeue "$SLURM_JOB_ID"
+        code=0
     fi
-    scontrol requeue "$SLURM_JOB_ID"
-    exit 0
+    exit "$code"
 }
 
 # One of these runs on each node of a stage's job: Composer's launcher, which starts a process for each GPU.
@@ -111,6 +103,7 @@ node() {
     local python="$1" gpus
     shift
     gpus="${SLURM_GPUS_ON_NODE:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+    trap '' USR1 # is for the ranks; the launcher outlives it
     exec "$python" -m composer.cli -n "$gpus" --world_size $((gpus * ${SLURM_NNODES:?})) --node_rank "${SLURM_NODEID:?}" \
         --master_addr "${MASTER_ADDR:?}" --master_port "${MASTER_PORT:?}" train.py "$@"
 }

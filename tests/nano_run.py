@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import multiprocessing
 import os
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -99,10 +101,11 @@ def register_capture() -> type:
 
     class Capture(Callback):
         """Of each step losses, learning rates, tokens, batches, optimizer groups; of the first weights, moments,
-        gradients, seed. Dies before the step `die_at`; `averages` gradients that FSDP2 sums under gloo (torch 2.7)."""
+        gradients, seed. Dies before the step `die_at`; before `tell_at` the last rank and its workers get the signal
+        `tell`; `averages` gradients that FSDP2 sums under gloo (torch 2.7)."""
 
-        def __init__(self, die_at: int = -1, averages: bool = False) -> None:
-            self.die_at, self.averages = die_at, averages
+        def __init__(self, die_at: int = -1, averages: bool = False, tell_at: int = -1, tell: str = "SIGUSR1") -> None:
+            self.die_at, self.averages, self.tell_at, self.tell = die_at, averages, tell_at, signal.Signals[tell]
             Capture.losses, Capture.lrs, Capture.tokens, Capture.batches, Capture.groups = [], [], [], [], []
             Capture.weights, Capture.moments, Capture.gradients, Capture.seed = {}, {}, {}, None
             Capture.profile = torch.autograd.profiler.profile()
@@ -110,6 +113,9 @@ def register_capture() -> type:
         def before_train_batch(self, state: Any, logger: Any) -> None:
             if state.timestamp.batch == self.die_at:
                 raise RuntimeError("killed")
+            if state.timestamp.batch == self.tell_at and os.environ.get("RANK", "0") == os.environ.get("TOLD", "0"):
+                for pid in (*(worker.pid for worker in multiprocessing.active_children()), os.getpid()):
+                    os.kill(pid, self.tell)
             groups, parameters = state.optimizers[0].param_groups, dict(state.model.named_parameters())
             if not Capture.batches:
                 Capture.seed, optimized = state.rank_zero_seed, state.optimizers[0].state
@@ -175,6 +181,9 @@ def main(argv: list[str]) -> None:
                         "collectives": collectives(capture.profile)},
                        out / f"{name}-{objective}-rank{rank}.pt")
             trainer.close()
+    # one rank is told to end a run that saves: both exit with the code of that
+    run(data, out / "told", *(o for o in overrides if not o.startswith("~")), "callbacks.capture.tell_at=1",
+        "max_duration=100000ba", "save_interval=100000ba", "eval_interval=100000ba", evaluate=True)
 
 
 if __name__ == "__main__":

@@ -58,12 +58,14 @@ def convert(
     from ettin_foundry.corpus.convert import ConvertOptions
     from ettin_foundry.corpus.convert import convert as make_dataset
     from ettin_foundry.corpus.filters import FilterOptions
+    from ettin_foundry.corpus.finalize import sole_writer
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         filters = FilterOptions(**{name: given.pop(name)
-                                   for name in ("deduplicate", "min_characters", "max_characters")})
-        print(make_dataset(ConvertOptions(**given, filters=filters)))
+                                    for name in ("deduplicate", "min_characters", "max_characters")})
+        with sole_writer(out, shared=task_index is not None):
+            print(make_dataset(ConvertOptions(**given, filters=filters)))
     except KeyboardInterrupt:
         print("interrupted: finished units are kept; the same command goes on", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -126,8 +128,11 @@ def finalize(out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or U
     Example: ettin finalize data/mine
     """
     from ettin_foundry.corpus.finalize import finalize as make_dataset
+    from ettin_foundry.corpus.finalize import sole_writer
 
-    for split, manifest in make_dataset(out).items():
+    with sole_writer(out):
+        manifests = make_dataset(out)
+    for split, manifest in manifests.items():
         totals = manifest["totals"]
         print(f"{split}: {totals['documents']:,} documents, {totals['samples']:,} chunks, {totals['tokens']:,} tokens, "
               f"{len(manifest['shards']):,} shards")

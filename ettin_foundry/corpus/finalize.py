@@ -6,14 +6,16 @@ it does not matter who did which unit when. manifest.json is written last: a spl
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +27,9 @@ from ettin_foundry.corpus.filters import UNREADABLE
 from ettin_foundry.corpus.plan import COUNTS, PLAN, SPLITS, Plan
 from ettin_foundry.corpus.writer import shard_config
 from ettin_foundry.data import COLUMNS, FORMAT, INDEX, LENGTHS, MANIFEST, VERSION
+from ettin_foundry.data.cache import locked
 from ettin_foundry.data.shards import index_entry
-from ettin_foundry.data.storage import Storage, open_storage
+from ettin_foundry.data.storage import Storage, is_url, join, open_storage
 from ettin_foundry.version import __version__
 
 log = logging.getLogger(__name__)
@@ -55,6 +58,29 @@ def done_units(storage: Storage, plan: Plan, made_with: str | None = None) -> di
         else:
             done[number] = record
     return done
+
+
+@contextlib.contextmanager
+def sole_writer(out: str, *, shared: bool = False) -> Iterator[None]:
+    """Refuses a folder that another conversion writes to; tasks of an array share it.
+
+    Where there are no locks (object stores, some NFS), two of the same options write the same bytes; of others one
+    fails, by the plan or a unit's record, or a reader finds another hash than the manifest's.
+    """
+    if is_url(out):
+        yield
+        return
+    (folder := Path(join(out)).resolve()).mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            if not stack.enter_context(locked(folder, wait=False, shared=shared)):
+                raise ValueError(f"--out must be used by one conversion at a time, got {out}, which another one writes "
+                                 "to; wait for it, or name another folder")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if nothing came of it
 
 
 def finalize(out: str | os.PathLike[str], *, max_bad_records: int | None = None) -> dict[str, dict[str, Any]]:

@@ -34,16 +34,21 @@ _POLL, _IDLE, _PAUSE = 0.1, 0.5, 30.0  # seconds between looks: for room, ahead 
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds a lock file of all processes of the node; yields False when another holds it and `wait` is False."""
-    descriptor, is_held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), False
+def locked(path: Path, *, wait: bool = True, shared: bool = False) -> Iterator[bool]:
+    """Holds a lock file, which it makes, or a folder, against all processes; `shared` with others that share it.
+
+    Yields False when another holds it and `wait` is False; an OSError where the storage has no locks.
+    """
+    flags, is_held = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, False
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         with contextlib.suppress(BlockingIOError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
             is_held = True
         yield is_held
     finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may have inherited the descriptor
+        if is_held:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may have inherited the descriptor
         os.close(descriptor)
 
 

@@ -8,6 +8,7 @@ ranks or workers gives the same global batches. Streaming's own iteration is not
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -53,6 +54,13 @@ class Microbatch(dict):
 
     def __deepcopy__(self, memo: Any) -> Microbatch:
         return self
+
+
+def _outlive_signals(_: int) -> None:
+    """In a worker: a signal to the whole process group is for the main process, which still wants its batches."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # the main process ends a worker that hangs by two of them, from the loader and at its exit
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _collator_of(objective: str | None) -> Callable[..., tuple[Collator, int]]:
@@ -122,7 +130,7 @@ def build_ettin_loader(
     loader = DataLoader(
         RowDataset(stream), batch_size=None, collate_fn=collate, num_workers=num_workers,
         prefetch_factor=prefetch_factor, persistent_workers=persistent_workers, timeout=timeout,
-        pin_memory=pin and microbatch_size is not None,
+        worker_init_fn=_outlive_signals, pin_memory=pin and microbatch_size is not None,
         # it draws a seed for its workers at each start; from the default generator that would shift dropout
         generator=torch.Generator().manual_seed(shuffle_seed))
     # the dataset makes the batches; Composer still asks the loader for their size

@@ -8,7 +8,6 @@ so a stage may as well be started alone, on another machine, or by a scheduler.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -25,11 +24,12 @@ from typing import Any, NamedTuple
 from ettin_foundry.tools.pair import check_phase, compare_steps, lint_pair
 from ettin_foundry.tools.suite import Stage, Suite
 from ettin_foundry.training import checkpoints, checks, sources
-from ettin_foundry.training.run_config import parse_time
+from ettin_foundry.training.run_config import PREEMPTED, parse_time
 from ettin_foundry.training.steps import STEPS, read_steps
 
 _SAY_SECONDS = 10.0, 600.0  # between lines, where a percent is done and where none is
 _STOP_SECONDS = 40.0  # Composer's launcher gives its processes 30 s to end
+_TELL_SECONDS = 10.0  # between tellings that a stage is to end; while it starts it takes no notice
 
 
 class StageFailed(RuntimeError):
@@ -92,7 +92,8 @@ def check_suite(suite: Suite, *, allow_unfair: bool = False) -> dict[str, dict[s
 def run_suite(suite: Suite, stages: Sequence[Stage] = ()) -> None:
     """Trains what is not finished of the stages (all, if none are given) of a checked suite, and compares pairs.
 
-    Raises a StageFailed with the reason if a stage fails, and a ValueError if a pair has read different rows.
+    Raises a StageFailed with the reason if a stage fails, a ValueError if a pair has read different rows, and
+    SystemExit(PREEMPTED) when a stage was told to end and has saved.
     """
     stages = stages or suite.stages
     unfinished = [stage for stage in stages if not stage_state(stage).finished]
@@ -142,11 +143,11 @@ def compare_pair(members: Sequence[Stage]) -> int | str:
 
 @contextlib.contextmanager
 def signals() -> Iterator[None]:
-    """Within it, Ctrl-C and SIGTERM, which schedulers send, raise KeyboardInterrupt with the signal's number."""
+    """Within it, Ctrl-C, SIGTERM and SIGUSR1 (from schedulers) raise KeyboardInterrupt with the signal's number."""
     def stop(signum: int, _: Any) -> None:
         raise KeyboardInterrupt(signum)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         yield
     finally:
@@ -157,31 +158,34 @@ def signals() -> Iterator[None]:
 def _run_process(stage: Stage, title: str) -> str | None:
     """Trains a stage in a process of its own; None if that ended with 0, else how it ended and the lines that say why.
 
-    A ValueError where another process trains in the stage's folder, or the command cannot be started.
+    A ValueError where the command cannot be started. A run refuses a folder in which another one trains.
     """
     stage.folder.mkdir(parents=True, exist_ok=True)
     path, words = stage.folder / "suite.log", stage.words
     # the environment of this interpreter comes first, whether or not it is activated
     places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    with (stage.folder / ".suite.lock").open("a") as lock, path.open("ab") as output:
-        try:  # the process inherits the lock, which holds as long as it lives, even after this one is killed
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"stages.{stage.name}: another process trains in {stage.folder}; wait or end it") from None
+    with path.open("ab") as output:
         begin = output.tell()
         output.write(f"$ {shlex.join(words)}\n".encode())
         output.flush()
+        heeded = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited: it is for the ranks, not their launcher
         try:
             process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                                       env={**os.environ, "PATH": places}, start_new_session=True,
-                                       pass_fds=[lock.fileno()])
+                                       env={**os.environ, "PATH": places}, start_new_session=True)
         except OSError as error:
             raise ValueError(f"command must be a program that starts a run, got {words[0]!r} ({error})") from error
+        finally:
+            signal.signal(signal.SIGUSR1, heeded)
         try:
-            _watch(process, stage, title)
+            told = _watch(process, stage, title)
         finally:
             _end(process)
     code = process.returncode
+    if code == PREEMPTED or told and code == 0:
+        say(f"{title}: told to end; {_last_error(path, begin).strip()}\nstopped. The same command continues.")
+        raise SystemExit(PREEMPTED)
+    if told:
+        raise KeyboardInterrupt(told)
     how = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}" if code else ""
     return f"{how}; {path}:\n{_last_error(path, begin)}" if how else None
 
@@ -206,16 +210,26 @@ def _last_error(path: Path, begin: int) -> str:
     return "\n".join("  " + line[:2000] for line in chosen) or "  it is empty"
 
 
-def _watch(process: subprocess.Popen[bytes], stage: Stage, title: str) -> None:
-    """Says how far the stage is until its process ends."""
+def _watch(process: subprocess.Popen[bytes], stage: Stage, title: str) -> int:
+    """Says how far the stage is until its process ends; returns the signal on which it had it save and end, if any."""
     begin, last, said = time.time(), 0.0, ""
-    while process.poll() is None:
-        time.sleep(0.25)
-        if (since := time.monotonic() - last) >= _SAY_SECONDS[0]:
-            line = _progress(stage, begin)
-            if line[:4] != said[:4] or since >= _SAY_SECONDS[1]:
-                last, said = time.monotonic(), line
-                say(f"{title}: {line}")
+    try:
+        while process.poll() is None:
+            time.sleep(0.25)
+            if (since := time.monotonic() - last) >= _SAY_SECONDS[0]:
+                line = _progress(stage, begin)
+                if line[:4] != said[:4] or since >= _SAY_SECONDS[1]:
+                    last, said = time.monotonic(), line
+                    say(f"{title}: {line}")
+    except KeyboardInterrupt as stop:
+        if stop.args not in ((signal.SIGTERM,), (signal.SIGUSR1,)):
+            raise
+        while process.poll() is None:
+            os.killpg(process.pid, signal.SIGUSR1)  # srun passes it on, while SIGTERM ends its job
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_TELL_SECONDS)
+        return stop.args[0]
+    return 0
 
 
 def _progress(stage: Stage, begin: float) -> str:

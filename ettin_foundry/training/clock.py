@@ -31,6 +31,7 @@ from ettin_foundry.training.loading import make_safe
 from ettin_foundry.training.run_config import config_text
 from ettin_foundry.training.saving import CheckpointSaver, wait_for_write, write_whole
 from ettin_foundry.training.sources import Finished, check_resume, describe, is_finished
+from ettin_foundry.training.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,9 @@ class Clock(CallbackWithConfig):
         self._state, self._model = state, state.model  # the model before DDP wraps it
         if (folder := self._run.get("save_folder")) and "://" not in folder:
             check_folder(Path(format_name_with_dist(folder, state.run_name)))
+        if not any(isinstance(each, Watch) for each in state.callbacks):
+            state.callbacks.append(watch := Watch())
+            watch.init(state, logger)  # this event goes to those that were there
         if (tokenizer := getattr(state.model, "tokenizer", None)) is not None:
             self._fingerprint = json.dumps(fingerprint(tokenizer))
         for destination in logger.destinations:

@@ -29,6 +29,7 @@ from ettin_foundry.data.stream import DEFAULT_WINDOW, check_warmup
 from ettin_foundry.model.config import EttinConfig, did_you_mean
 from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule
 
+PREEMPTED = 75  # exit code of a run that was told to end and has saved: EX_TEMPFAIL, the same command goes on
 # last words of keys whose values are names or paths: `run_name: 1e3` is the text 1e3
 TEXT_KEYS = frozenset("run_name name label size phase data extend_data decay_data source save_root save_folder "
                       "load_path local remote split folder project entity group".split())
@@ -292,7 +293,8 @@ NO_EFFECT = {
         "what is kept on disk; a run that resumes continues exactly",
     r"eval_interval|eval_first": "evaluating changes no weight",
     r"callbacks\.(speed_monitor|lr_monitor|runtime_estimator|scheduled_gc|memory_monitor|memory_snapshot|oom_observer|"
-    r"optimizer_monitor|system_metrics_monitor|ettin_(clock|monitor|samples|export|steps))(\..*)?":
+    r"optimizer_monitor|system_metrics_monitor|ettin_(clock|monitor|samples|export|steps))(\..*)?|"
+    r"callbacks\.ettin_watch\.stall_seconds":
         "it observes or writes, and changes no weight",
     r"callbacks\.ettin_(phase|cross)\.accept(\[.*)?": "it lets a run begin, and has no further effect",
     r"fsdp_config\.(state_dict_type|activation_checkpointing|activation_cpu_offload|reshard_after_forward|verbose|"

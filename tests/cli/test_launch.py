@@ -22,6 +22,7 @@ from converting import files_of, run, write_corpus
 
 from ettin_foundry import __version__
 from ettin_foundry.tools.suite import load
+from ettin_foundry.training import run_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE, CONVERT = (ROOT / "launch" / f"{name}.slurm.sh" for name in ("suite", "convert"))
@@ -51,7 +52,7 @@ while [[ $1 == --* ]]; do shift; done
 exec "$@"
 """
 # Lists the stages as `ettin suite --list --json` does, runs the script's own little programs, and else says what it was
-# asked for; as a stage it leaves a checkpoint if told to, and ends when it is told to end.
+# asked for; as a stage it waits if told to, and ends with a code of the test's when it is told to end.
 PYTHON = """#!/bin/bash
 here=$(dirname "$0")
 case " $* " in
@@ -62,8 +63,7 @@ case " $* " in
 esac
 printf '%s\\n' "$@" "PYTHONPATH=$PYTHONPATH" "MASTER=$MASTER_ADDR:$MASTER_PORT" "in $PWD" | tee "$here/ran"
 if [[ -e $here/wait ]]; then
-    trap 'echo ended > "$here/ended"; exit 143' TERM
-    if [[ -e $here/checkpoint ]]; then touch "$(cat "$here/checkpoint")/ep0-ba9-rank0.pt"; fi
+    trap 'sleep 0.3; echo ended > "$here/ended"; exit "$(cat "$here/wait")"' USR1
     touch "$here/up"
     while :; do sleep 0.02; done
 fi
@@ -170,16 +170,16 @@ def test_every_stage_waits_for_the_one_it_starts_from_and_the_report_for_all(clu
         return ["--parsable", *held, f"--job-name=ettin-{name}", "--partition=gpu", "--nodes=2", *nodes, str(SUITE),
                 what[0], str(ROOT), "python-stand-in", *what[1:], *given]
 
-    assert said(cluster / "sbatch.100") == job("encoder", "stage", "encoder", "runs/s/encoder")
-    assert said(cluster / "sbatch.101") == job("decoder", "stage", "decoder", "runs/s/decoder")
-    assert said(cluster / "sbatch.102") == job("crossed", "stage", "crossed", "runs/s/crossed", after="100")
+    assert said(cluster / "sbatch.100") == job("encoder", "stage", "encoder")
+    assert said(cluster / "sbatch.101") == job("decoder", "stage", "decoder")
+    assert said(cluster / "sbatch.102") == job("crossed", "stage", "crossed", after="100")
     assert said(cluster / "sbatch.103") == job("report", "report", nodes=("--nodes=1",), after="100:101:102")
     assert "job 102: crossed, after job 100 (encoder)" in done.stdout
 
 
 def test_a_stage_s_job_runs_that_stage_on_all_its_nodes_and_ends_as_it_ends(cluster):
     (cluster / "rc").write_text("3")
-    done = script(SUITE, "stage", ROOT, "python-stand-in", "crossed", "runs/s/crossed", "my suite.yaml", "root=a b",
+    done = script(SUITE, "stage", ROOT, "python-stand-in", "crossed", "my suite.yaml", "root=a b",
                   **JOB)
     assert done.returncode == 3
     command = "command=srun --ntasks-per-node=1 --cpus-per-task=16 bash launch/suite.slurm.sh node python-stand-in"
@@ -188,26 +188,20 @@ def test_a_stage_s_job_runs_that_stage_on_all_its_nodes_and_ends_as_it_ends(clus
                                      f"in {ROOT}"]
 
 
-@pytest.mark.parametrize("progress", [True, False])
-def test_at_its_time_limit_a_job_is_requeued_only_if_it_got_anywhere(cluster, tmp_path, progress):
-    folder = tmp_path / "runs of mine" / "encoder"
-    folder.mkdir(parents=True)
-    (folder / "ep0-ba1-rank0.pt").touch()  # of an earlier job
-    os.utime(folder / "ep0-ba1-rank0.pt", (1, 1))
-    (cluster / "wait").touch()
-    if progress:
-        (cluster / "checkpoint").write_text(str(folder))
-    job = subprocess.Popen(["bash", SUITE, "stage", ROOT, "python-stand-in", "encoder", folder, "suite.yaml"],
-                           env={**os.environ, **JOB}, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("code", [75, 143])
+def test_told_to_end_a_job_is_requeued_only_if_its_stage_has_saved(cluster, code, signum):
+    (cluster / "wait").write_text(str(code))
+    job = subprocess.Popen(["bash", SUITE, "stage", ROOT, "python-stand-in", "encoder", "suite.yaml"],
+                           env={**os.environ, **JOB})
     while not (cluster / "up").exists():
-        assert job.poll() is None, job.communicate()[1]
+        assert job.poll() is None
         time.sleep(0.02)
     time.sleep(0.1)  # the job's shell is in its wait by now
-    job.send_signal(signal.SIGUSR1)
-    error = job.communicate(timeout=20)[1]
+    job.send_signal(signum)
+    assert job.wait(timeout=20) == (0 if code == 75 else code)
     assert (cluster / "ended").exists()  # the stage was told, and waited for
-    assert ("requeue 123" in said(cluster / "scontrol.said")) is progress
-    assert job.returncode == (0 if progress else 1) and ("no checkpoint in" in error) is not progress
+    assert ("requeue 123" in said(cluster / "scontrol.said")) is (code == 75)
 
 
 def test_the_manifest_is_valid_its_parts_fit_together_and_its_command_is_a_suite(monkeypatch):
@@ -222,7 +216,9 @@ def test_the_manifest_is_valid_its_parts_fit_together_and_its_command_is_a_suite
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
     assert volumes["work"]["persistentVolumeClaim"]["claimName"] == claim
-    assert manifest["Job"]["spec"]["podFailurePolicy"]["rules"][1]["onExitCodes"]["containerName"] == container["name"]
+    evicted, saved, refused = manifest["Job"]["spec"]["podFailurePolicy"]["rules"]
+    assert {rule["onExitCodes"]["containerName"] for rule in (saved, refused)} == {container["name"]}
+    assert (saved["action"], saved["onExitCodes"]["values"]) == ("Ignore", [run_config.PREEMPTED])
     assert pod["restartPolicy"] == "Never"  # what a podFailurePolicy demands
     assert container["image"].endswith(f":{__version__}")
     monkeypatch.chdir(ROOT)

@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 
 from ettin_foundry.model.config import SIZES
 from ettin_foundry.model.weights import import_folder, weights_checkpoint
+from ettin_foundry.tools import suite_run
 from ettin_foundry.tools.evaluate import evaluate
 from ettin_foundry.tools.report import write_report
 from ettin_foundry.tools.suite import Stage, Suite, load
@@ -37,7 +38,7 @@ STEPS = 8  # of each stage, of 500 tokens
 
 # Leaves a checkpoint prepared beside it and a log of steps in save_folder, or does what a file named as the stage says.
 PROGRAM = """
-import json, pathlib, shutil, subprocess, sys, time
+import json, pathlib, shutil, signal, subprocess, sys, time
 here = pathlib.Path(__file__).resolve().parent
 folder = pathlib.Path(next(a for a in sys.argv if a.startswith("save_folder=")).split("=", 1)[1])
 plan = here / f"{folder.name}.plan"
@@ -55,6 +56,11 @@ if plan == "fail":
     print("RuntimeError: the disk is full\\ntrain  17%|# | 1/6\\n  really")
     print("ERROR:composer.cli.launcher:Rank 0 crashed with exit code 7.")
     sys.exit(7)
+if plan == "save":
+    (here / "hanging").write_text("1")
+    time.sleep(0.5)
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+    time.sleep(600)
 if plan == "hang":
     child = subprocess.Popen(["sleep", "600"])
     (here / "hanging").write_text(str(child.pid))
@@ -190,35 +196,36 @@ def test_one_stage_runs_alone_after_the_one_it_starts_from(small, ettin):
         assert said in told and "decoder-extend: " not in told
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_told_to_end_it_has_the_stage_save_and_exits_as_that_does(small, ettin, monkeypatch, signum):
+    """The first telling is lost: the stage is still starting."""
+    monkeypatch.setattr(suite_run, "_TELL_SECONDS", 0.2)
+    small.suite()
+    small.plan("encoder-pretrain", "save")
+    threading.Thread(target=lambda: (small.wait_until_it_hangs(), os.kill(os.getpid(), signum)), daemon=True).start()
+    ended, _, error = ettin("suite", small.file)
+    assert ended == 75 and "The same command continues." in error
+    assert small.trained == ALL[:1]
+
+
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_told_to_end_it_ends_the_stage_and_all_that_it_started(small, ettin, signum, code):
+def test_told_twice_or_by_ctrl_c_it_ends_the_stage_and_all_that_it_started(small, ettin, signum, code):
+    def tell():
+        small.wait_until_it_hangs()
+        os.kill(os.getpid(), signum)
+        if signum == signal.SIGTERM:
+            time.sleep(0.5)
+            os.kill(os.getpid(), signum)
+
     small.suite()
     small.plan("encoder-pretrain", "hang")
-    threading.Thread(target=lambda: (small.wait_until_it_hangs(), os.kill(os.getpid(), signum)), daemon=True).start()
+    threading.Thread(target=tell, daemon=True).start()
     ended, _, error = ettin("suite", small.file)
     assert ended == code and "stopped. The same command continues." in error
     # state, not stat: its one letter is the same whatever the priority and the terminal
     told = subprocess.run(["ps", "-o", "state=", "-p", small.hanging.read_text()], capture_output=True, text=True)
     assert told.stdout.strip() in ("", "Z")  # gone, or waiting only for its parent's parent to notice
     assert small.trained == ALL[:1]
-
-
-def test_the_stage_holds_the_lock_itself_so_that_it_outlives_us(small):
-    """Killed without a chance to end its stage, the suite leaves it training; a second one must see that."""
-    suite = small.suite()
-    small.plan("encoder-pretrain", "hang")
-    code = "import sys; from ettin_foundry.cli.main import main; main(['suite', sys.argv[1]])"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    parent = subprocess.Popen([sys.executable, "-c", code, str(small.file)], env=environment)
-    child = small.wait_until_it_hangs()
-    parent.kill()
-    parent.wait()
-    small.plan("encoder-pretrain", "finish")  # of a second process, if one were started
-    try:
-        with pytest.raises(ValueError, match="encoder-pretrain: another process trains in "):
-            run_suite(suite)
-    finally:
-        os.killpg(os.getpgid(child), signal.SIGKILL)
 
 
 # ------------------------------------------------------------------ refused before anything starts
