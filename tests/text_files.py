@@ -35,6 +35,7 @@ def table_bytes(table: pyarrow.Table) -> bytes:
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress,
                                                 ".zst": lambda data: zstandard.ZstdCompressor().compress(data)}
+FORMATS = [*((kind, packing) for kind in (".jsonl", ".json", ".txt") for packing in PACKERS), (".parquet", "")]
 
 
 def read_all(source: Source, meter: Meter | None = None, **options: Any) -> list[Document]:

@@ -18,7 +18,7 @@ def _help(text: str, *names: str) -> Any:
 
 def convert(
     sources: Annotated[list[str], typer.Argument(
-        metavar="SOURCE", help="A .jsonl, .json, .txt or .parquet file (plain, .gz, .zst), a folder or URL of them, a "
+        metavar="SOURCE", help="A .jsonl, .json, .txt (plain, .gz, .zst) or .parquet file, a folder or URL of them, a "
         "Hugging Face dataset id (owner/name[:config]), or python-stdlib. NAME=SOURCE names it in the manifest.")],
     out: Annotated[str, _help("Folder or URL of the dataset: new, or one where this was begun.")],
     tokenizer: Annotated[str | None, _help("Folder or Hugging Face id.")] = None,

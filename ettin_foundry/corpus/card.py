@@ -1,7 +1,7 @@
 """The data card of a dataset: README.md as the Hugging Face Hub reads it.
 
 It is a pure function of the dataset's small files: the same dataset gives the same bytes anywhere. Its table of their
-sha256 is what `ettin verify` compares them with.
+sha256 is what `ettin verify` compares them with. dataset_card.md beside this file is its template.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, StrictUndefined
 
 from ettin_foundry.data import MANIFEST
 from ettin_foundry.data.inspect import length_cells
@@ -25,6 +27,7 @@ Manifests = Mapping[str, Mapping[str, Any]]
 Lengths = Mapping[str, np.ndarray]
 
 CARD = "README.md"
+_TEMPLATE = Path(__file__).with_name("dataset_card.md")
 _MARK = "<!-- ettin-set "  # a card without it was written by hand, and is never replaced
 _HASH = re.compile(r"^\| `(.*)` \| `(.*)` \|$", re.MULTILINE)
 # of https://huggingface.co/docs/hub/repositories-licenses those that text has; the Hub refuses words out of its list
@@ -49,26 +52,12 @@ def card_text(storage: Storage, manifests: Manifests, lengths: Lengths) -> str:
     names = list(dict.fromkeys(name for manifest in manifests.values() for name in manifest["sources"]))
     name = ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
     small = sorted([file for file, _ in storage.list("tokenizer/")] + [f"{split}/{MANIFEST}" for split in manifests])
-    hashes = [(file, hashlib.sha256(storage.read_bytes(file)).hexdigest()) for file in small]
-    first = next(iter(manifests.values()))
-    made_with = [("ettin_foundry", first["code_version"]),
-                 ("tokenizer", f"{first['tokenizer'].get('name')}, {first['tokenizer']['vocab_size']:,} entries"),
-                 *((key.replace("_", " "), json.dumps(value)) for key, value in first["options"].items()
-                   if value not in (None, False, [], {}, ""))]
-    splits = [(split, *(f"{manifest['totals'][key]:,}" for key in ("documents", "samples", "tokens")),
-               f"{len(manifest['shards']):,}", *length_cells(lengths[split])) for split, manifest in manifests.items()]
-    return "\n".join([
-        _front_matter(name, manifests), f"# {_clean(name)}\n",
-        f"Text, tokenized and cut into chunks of at most {first['chunk_length']:,} tokens, as MDS shards that are read "
-        "without being trusted. No special tokens inside; a document's last chunk is marked.\n",
-        _table(("split", "documents", "chunks", "tokens", "shards", "length", "10%", "median", "90%", "full"), splits),
-        "## Sources\n", *(_source_table(split, manifest) for split, manifest in manifests.items()),
-        "## Made with\n", _table(("", ""), made_with),
-        "`ettin_foundry.data.shards.MDSSplit` and stock `streaming.StreamingDataset` read these folders. "
-        "`ettin verify` checks every byte, `ettin show` prints statistics and samples.\n",
-        "## Identity\n", "A manifest holds the hash of every shard, so its own hash stands for the whole split.\n",
-        _table(("file", "sha256"), ()) + "".join(f"| `{file}` | `{digest}` |\n" for file, digest in hashes),
-        f"{_MARK}written by ettin finalize, which replaces no card without this line -->\n"])
+    hashes = {file: hashlib.sha256(storage.read_bytes(file)).hexdigest() for file in small}
+    jinja = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
+    jinja.filters.update(clean=_clean, commas="{:,}".format, json=json.dumps)
+    return jinja.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        head=_front_matter(name, manifests), name=name, manifests=manifests, first=next(iter(manifests.values())),
+        lengths={split: length_cells(lengths[split]) for split in manifests}, hashes=hashes, mark=_MARK)
 
 
 def read_hashes(storage: Storage) -> dict[str, str]:
@@ -80,7 +69,7 @@ def read_hashes(storage: Storage) -> dict[str, str]:
     return {check_name(name): digest for name, digest in _HASH.findall(text)} if _MARK in text else {}
 
 
-def _front_matter(name: str, manifests: Manifests) -> str:
+def _front_matter(name: str, manifests: Manifests) -> dict[str, Any]:
     licences = sorted({str(source.get("licence") or "unknown") for manifest in manifests.values()
                        for source in manifest["sources"].values()})
     others = [licence for licence in licences if not _LICENCES.fullmatch(licence.lower())]
@@ -88,27 +77,12 @@ def _front_matter(name: str, manifests: Manifests) -> str:
     entries: dict[str, Any] = {"pretty_name": name, "license": known if len(known) > 1 else known[0]}
     if others:
         entries["license_name"] = re.sub(r"[^a-z0-9.]+", "-", " ".join(others).lower()).strip("-.")[:96] or "other"
-    entries |= {"task_categories": ["text-generation", "fill-mask"], "tags": ["ettin", "mds", "pretraining"],
-                "viewer": False}  # it reads no MDS, and would take the JSON files beside the shards for the data
-    # JSON is YAML: quoting is safe whatever a name holds
-    return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in entries.items()) + "---\n"
-
-
-def _source_table(split: str, manifest: Mapping[str, Any]) -> str:
-    total = max(1, manifest["totals"]["tokens"])
-    header = "documents", "chunks", "tokens", "share", "bytes of text", "dropped", "licence", "revision"
-    return _table((f"{split}: source", *header), [
-        (name, *(f"{source[key]:,}" for key in header[:3]), f"{source['tokens'] / total:.1%}", f"{source['bytes']:,}",
-         ", ".join(f"{number:,} {reason}" for reason, number in source["dropped"].items()) or "none",
-         source.get("licence") or "unknown", source.get("revision") or "not recorded")
-        for name, source in manifest["sources"].items()])
+    # the viewer reads no MDS, and would take the JSON files beside the shards for the data
+    return entries | {"task_categories": ["text-generation", "fill-mask"], "tags": ["ettin", "mds", "pretraining"],
+                      "viewer": False}
 
 
 def _clean(text: str) -> str:
     """Foreign text as one line of Markdown: no markup of its own, no control characters."""
     text = "".join(character if character.isprintable() else " " for character in text)
     return re.sub(r"([\\|`*_<>\[\]#!])", r"\\\1", text)
-
-
-def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    return "".join(f"| {' | '.join(map(_clean, row))} |\n" for row in (header, ("---",) * len(header), *rows))

@@ -13,6 +13,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -31,16 +32,7 @@ _THREADS = {"FASTOKENS_BPE_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_
 _NOT_OF_THE_LIBRARY = (MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit)
 
 # What libraries differ on: white space, what normalization composes, scripts, digits, contractions, special tokens
-FRAGMENTS = (
-    " ", "  ", "\t", "\n", "\r\n", "\n\n", "\x0b", "\x1c", "\x85", "\xa0", "\u2003", "\u3000", "\u200b", "\ufeff",
-    "\0", "\x7f", " " * 7, " " * 24, " " * 31, "a", "b", "Word", " the", " of", "1234567890", "0x1F", "'s", "'LL",
-    "'\u017f", "\u2019s", "don't", "'", "...", "://", "\"", "$x^{2}$", "e\u0301", "\xe9", "\u0301", "A\u030a",
-    "\u212b", "\u1e9b\u0323", "q\u0307\u0323", "\u0344", "\u1100\u1161\u11a8", "\uac00\u11a8", "\u2126", "\U0002f800",
-    "\u0300" * 9, "\U0001f600", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f3f3\ufe0f\u200d\U0001f308",
-    "\U0001f1e9\U0001f1ea", "\ud7ff", "\ue000", "\ufffd", "\uffff", "\U00010000", "\U0010ffff", "\u4f60\u597d",
-    "\u3002", "\u65e5\u672c\u8a9e\u30c6", "\ud55c\uad6d", "\u041f\u0440\u0438", "\u0645\u0631\u062d",
-    "\u0939\u093f\u0928\u094d", "\u05e9\u05c1", "\u0e20\u0e32", "\u1f00\u0345", "\u0130", "\xdf", "\xb2", "\u0663",
-    "\u2460", "\U0001d400", "[MASK]", " [MASK]", "[CLS]", "[SEP", "<|endoftext|>", "<|endof")
+FRAGMENTS: list[str] = orjson.loads(Path(__file__).with_name("probe_fragments.json").read_bytes())
 
 
 class TextEncoder:

@@ -1,9 +1,8 @@
 """Tasks done by worker processes that may die, and how far they are: a death costs one try of its task, no result.
 
 An exception in a task ends the run and is raised here. A task must write its result so that doing it again is harmless.
-Workers are processes of this machine with a pipe each, so that a death is seen at once and it is known whose, or they
-are a Ray cluster's, whose machines can import the package in the same version. Ray's own retries are off, since they
-would be neither counted nor logged.
+Workers are processes of this machine with a pipe each, so that a death is seen at once and it is known whose, or those
+of a Ray cluster, whose own retries are off, since they would be neither counted nor logged.
 """
 
 from __future__ import annotations

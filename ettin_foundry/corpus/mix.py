@@ -1,9 +1,8 @@
 """Builds a mixture: a manifest that points at shards of datasets by token budgets, without copying text.
 
 A budget is filled with whole passes over the source, then whole shards in a seeded order, to the nearest shard. Tokens
-are counted without BOS and EOS. The specification is YAML: a phase of
-data_prep/sources.yaml (docs/data.md shows one), or, without `phase`, one's own
-`sets: {wiki: {set: ../sets/wiki, tokens: 3000000000}}`.
+are counted without BOS and EOS. The specification is YAML: a phase of data_prep/sources.yaml (docs/data.md shows one),
+or, without `phase`, one's own `sets: {wiki: {set: ../sets/wiki, tokens: 3000000000}}`.
 """
 
 from __future__ import annotations
@@ -132,9 +131,7 @@ class _Member:
 def build_mix(spec: str | os.PathLike[str], out: str | os.PathLike[str], *, seed: int = 21) -> list[str]:
     """Builds a mixture into OUT/tokenizer, OUT/train and OUT/validation; what is in it, in lines for people.
 
-    Args:
-        spec: a YAML file, see above. out: local folder to be made; must not exist, or be empty.
-        seed: of the choice of shards where a source is not taken whole.
+    `spec` is a YAML file, see above, `out` a new or empty local folder; `seed` chooses shards of sources in part.
     """
     target, path = Path(os.path.realpath(out)), Path(spec)
     if is_url(out):

@@ -1,4 +1,4 @@
-"""Reads the parts of a source as documents, in a fixed order: .jsonl, .json, .txt, .parquet, plain, .gz or .zst.
+"""Reads the parts of a source as documents, in a fixed order: .jsonl, .json, .txt, plain, .gz or .zst, and .parquet.
 
 Two runs over the same corpus give the same documents, however it is cut into parts. Memory is bounded by the largest
 document; a .json file that is not JSON Lines is read whole. A record that cannot be read is left out and counted, the
@@ -14,9 +14,7 @@ import itertools
 import json
 import logging
 import re
-import shutil
 import sys
-import tempfile
 import tokenize
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,9 +33,7 @@ log = logging.getLogger(__name__)
 _BLOCK_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _PARQUET_ROWS, _PARQUET_BYTES = 1024, 16 << 20  # most of a batch
-_ADVICE = {b"\xff\xfe": "convert it with `iconv -f UTF-16 -t UTF-8`", b"\x1f\x8b": "add .gz to the file's name",
-           b"\xfe\xff": "convert it with `iconv -f UTF-16 -t UTF-8`", b"\x28\xb5": "add .zst to the file's name",
-           b"": "convert Latin-1 with `iconv -f LATIN1 -t UTF-8`"}  # by how it begins
+_ADVICE = "convert it with `iconv -f LATIN1 -t UTF-8` or `iconv -f UTF-16 -t UTF-8`, or add .gz or .zst to a packed one"
 
 
 class Document(NamedTuple):
@@ -168,7 +164,7 @@ def _document(record: Any, where: str, default_id: str, meter: Meter, options: R
     except (ValueError, RecursionError) as error:
         meter.unreadable, problem = meter.unreadable + 1, f"{where}: {error}"
         if isinstance(error, UnicodeDecodeError):
-            problem += "; " + next(advice for begin, advice in _ADVICE.items() if error.object.startswith(begin))
+            problem += f"; {_ADVICE}"
         if meter.unreadable > options.max_bad_records:
             raise ValueError(f"{problem}; --max-bad-records ({options.max_bad_records}) must allow for it, or repair "
                              "it") from None
@@ -265,37 +261,32 @@ def _read_parquet(file: _File) -> Iterator[Document]:
     from pyarrow.parquet import ParquetFile
 
     (_, begin, end, _), text_field = file.part, file.options.text_field
-    with tempfile.TemporaryFile() as unpacked:  # Parquet is read from its end
-        if file.content is not file.raw:
-            shutil.copyfileobj(file.content, unpacked, _BLOCK_BYTES)
-        stream = file.raw if file.content is file.raw else unpacked
-        if not stream.seek(0, io.SEEK_END):
-            return  # a part that nothing was written to
-        try:
-            # from a network a column is fetched in one go: going back and forth would fetch blocks repeatedly
-            table = ParquetFile(file.path or stream, buffer_size=_BLOCK_BYTES if file.path else 0,
-                                page_checksum_verification=True)
-            names, row = table.schema_arrow.names, 0
-            if text_field not in names and table.metadata.num_rows:
-                raise ValueError(f"{file.shown} must have a column {text_field!r}, got {names}; see --text-field")
-            columns = [name for name in names if name in (text_field, file.options.id_field or "id")]
-            for number in range(table.num_row_groups):
-                group = table.metadata.row_group(number)
-                chunks = [group.column(index) for index in range(group.num_columns)]
-                starts = [at for c in chunks for at in (c.dictionary_page_offset, c.data_page_offset) if at]
-                start = min(starts, default=0)
-                if start < begin or (end is not None and start >= end):
-                    row += group.num_rows
-                    continue
-                text_bytes = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == text_field)
-                rows = min(max(1, _PARQUET_BYTES * group.num_rows // max(1, text_bytes)), _PARQUET_ROWS)
-                for batch in table.iter_batches(rows, [number], columns, use_threads=False):
-                    yield from _rows(batch, row, file)
-                    row += len(batch)
-                file.tick(start + sum(c.total_compressed_size for c in chunks))
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{file.shown} must be a whole .parquet file, got {error!r:.300}; fetch or write it "
-                             "again") from error
+    if not file.raw.seek(0, io.SEEK_END):
+        return  # a part that nothing was written to
+    try:
+        # from a network a column is fetched in one go: going back and forth would fetch blocks repeatedly
+        table = ParquetFile(file.path or file.raw, buffer_size=_BLOCK_BYTES if file.path else 0,
+                            page_checksum_verification=True)
+        names, row = table.schema_arrow.names, 0
+        if text_field not in names and table.metadata.num_rows:
+            raise ValueError(f"{file.shown} must have a column {text_field!r}, got {names}; see --text-field")
+        columns = [name for name in names if name in (text_field, file.options.id_field or "id")]
+        for number in range(table.num_row_groups):
+            group = table.metadata.row_group(number)
+            chunks = [group.column(index) for index in range(group.num_columns)]
+            start = min((at for c in chunks for at in (c.dictionary_page_offset, c.data_page_offset) if at), default=0)
+            if start < begin or (end is not None and start >= end):
+                row += group.num_rows
+                continue
+            text_bytes = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == text_field)
+            rows = min(max(1, _PARQUET_BYTES * group.num_rows // max(1, text_bytes)), _PARQUET_ROWS)
+            for batch in table.iter_batches(rows, [number], columns, use_threads=False):
+                yield from _rows(batch, row, file)
+                row += len(batch)
+            file.tick(start + sum(c.total_compressed_size for c in chunks))
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{file.shown} must be a whole .parquet file, got {error!r:.300}; fetch or write it "
+                         "again") from error
 
 
 def _rows(batch: Any, row: int, file: _File) -> Iterator[Document]:

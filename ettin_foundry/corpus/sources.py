@@ -20,9 +20,9 @@ from ettin_foundry.data.storage import check_name, is_url, join, open_storage
 
 log = logging.getLogger(__name__)
 
-_FILE = re.compile(r"(?s)(.+?)(?i:(\.jsonl|\.json|\.txt|\.parquet)(\.gz|\.zst)?)\Z")
+_FILE = re.compile(r"(?s)(.+?)(?i:(\.jsonl|\.json|\.txt|\.parquet\Z)(\.gz|\.zst)?)\Z")
 STDLIB = "python-stdlib"  # the running Python's standard library: real English and code on every machine
-_READABLE = ".jsonl, .json, .txt, .parquet (plain, .gz or .zst)"
+_READABLE = ".jsonl, .json, .txt (plain, .gz or .zst), .parquet"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.DOTALL)
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

@@ -125,20 +125,16 @@ class MixtureSplit:
         of_sets = [data.rows(max_seq_len) for data in self._sets]
         return None if any(rows is None for rows in of_sets) else self._gather(of_sets)
 
-    def lengths(self, shard: int) -> np.ndarray:
-        return self._of(shard).lengths(int(self._shard[shard]))
+    def _ask(self, method: str, shard: int, *index: int) -> Any:
+        """What the shard's dataset answers."""
+        return getattr(self._sets[self._set[shard]], method)(int(self._shard[shard]), *index)
 
-    def sample_lengths(self, shard: int) -> np.ndarray:
-        return self._of(shard).sample_lengths(int(self._shard[shard]))
-
-    def last(self, shard: int) -> np.ndarray:
-        return self._of(shard).last(int(self._shard[shard]))
-
-    def chunk(self, shard: int, index: int) -> np.ndarray:
-        return self._of(shard).chunk(int(self._shard[shard]), index)
-
-    def sample(self, shard: int, index: int) -> dict[str, Any]:
-        return self._of(shard).sample(int(self._shard[shard]), index)
+    lengths = functools.partialmethod(_ask, "lengths")
+    sample_lengths = functools.partialmethod(_ask, "sample_lengths")
+    last = functools.partialmethod(_ask, "last")
+    chunk = functools.partialmethod(_ask, "chunk")
+    sample = functools.partialmethod(_ask, "sample")
+    check_shard = functools.partialmethod(_ask, "check_shard")
 
     def prefetch(self, shards: Sequence[int]) -> None:
         for data, stored in self._by_set(shards):
@@ -147,9 +143,6 @@ class MixtureSplit:
     def check_room(self, shards: Sequence[int]) -> None:
         if self._room:
             self._room.check((data.files, len(stored)) for data, stored in self._by_set(shards))
-
-    def check_shard(self, shard: int) -> int:
-        return self._of(shard).check_shard(int(self._shard[shard]))
 
     def _open_set(self, number: int, remote: str | None) -> MDSSplit:
         entry = self.manifest["sets"][number]
@@ -177,9 +170,6 @@ class MixtureSplit:
         """The datasets that shards belong to, each with their numbers there in order of need, none twice."""
         for number in dict.fromkeys(self._set[list(shards)].tolist()):
             yield self._sets[number], list(dict.fromkeys(int(self._shard[s]) for s in shards if self._set[s] == number))
-
-    def _of(self, shard: int) -> MDSSplit:
-        return self._sets[self._set[shard]]
 
     def _gather(self, of_sets: Sequence[Any]) -> np.ndarray:
         """(S,) int64 from (shards of the dataset,) per dataset."""
