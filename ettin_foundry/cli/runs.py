@@ -60,7 +60,8 @@ def plan(
         config = files.resolved([recipe, *(more or [])])
         stages = [(config.get("run_name") or recipe, config)]
     runs = planning.plan_runs(stages, gpus=gpus, mfu=mfu)
-    print(json.dumps(planning.as_json(runs), indent=1) if as_json else planning.text(runs))
+    facts = {"stages": [run._asdict() for run in runs], "totals": planning.totals(runs)}
+    print(json.dumps(facts, indent=1) if as_json else planning.text(runs))
 
 
 def lint(

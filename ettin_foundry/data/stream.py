@@ -47,7 +47,7 @@ class BatchRamp:
         """The ramp that a block of `check_warmup` asks for; of None, max_size rows in every step."""
         if warmup is None:
             return cls(max_size, max_size)
-        tokens, smallest = check_warmup(warmup, max_size), warmup["min_size"]
+        smallest, tokens = check_warmup(warmup, max_size).values()
         sizes = max_size // smallest
         rows_of_each_size_once = smallest * sizes * (sizes - 1) // 2  # sizes below the last
         return cls(smallest, max_size, max(1, round(tokens / (rows_of_each_size_once * tokens_per_row))))
@@ -85,8 +85,8 @@ class BatchRamp:
 
 
 def check_warmup(warmup: Any, max_size: int, *, world_size: int = 1, microbatch: Any = 1,
-                 total: int | None = None) -> int:
-    """The tokens of a batch-size warm-up; ValueError for one that cannot be carried out as written.
+                 total: int | None = None) -> dict[str, Any]:
+    """A batch-size warm-up with its tokens as a number; ValueError for one that cannot be carried out as written.
 
     It is {min_size: rows of the first step, tokens: a number or a time such as 50_000_000tok}; one in dur is a share of
     `total`, the run's tokens. max_size is global_train_batch_size, microbatch device_train_microbatch_size.
@@ -106,7 +106,7 @@ def check_warmup(warmup: Any, max_size: int, *, world_size: int = 1, microbatch:
     if (smallest // world_size) % microbatch:
         raise ValueError(f"device_train_microbatch_size must divide the {smallest // world_size} rows that each of "
                          f"{world_size} process(es) has of {key}, {smallest}, got {microbatch}")
-    return tokens
+    return {"min_size": smallest, "tokens": tokens}
 
 
 class Row(NamedTuple):

@@ -28,8 +28,7 @@ def stream_of(cfg: Mapping[str, Any], location: str | None = None) -> RowStream:
     asked = inspect.signature(open_stream).parameters
     keys = {key: loader[key] for key in asked if loader.get(key) is not None}
     if "batch_size_warmup" in keys:
-        tokens = check_warmup(keys["batch_size_warmup"], rows, total=total_tokens(dict(cfg)))
-        keys["batch_size_warmup"] = {**keys["batch_size_warmup"], "tokens": tokens}
+        keys["batch_size_warmup"] = check_warmup(keys["batch_size_warmup"], rows, total=total_tokens(cfg))
     if location is not None and is_url(location):
         keys["dataset"] = {**keys["dataset"], "remote": location}
     elif location is not None:

@@ -7,6 +7,7 @@ demand it. What a difference in a key means stands in `RULES`; a key that no rul
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from ettin_foundry.data.mixture import open_split
-from ettin_foundry.model.config import MASKED_OBJECTIVES, EttinConfig
+from ettin_foundry.model.config import MASKED_OBJECTIVES
 from ettin_foundry.training.run_config import NO_EFFECT, model_config, settings
 from ettin_foundry.training.sources import STARTS, compare, record_of
 from ettin_foundry.training.steps import read_steps
@@ -61,25 +62,16 @@ class Report(NamedTuple):
         return "\n".join([*lines, f"fair pair: {summary or 'no difference'}"])
 
 
-# ------------------------------------------------------------------ settings, read
+class Settings(dict[str, Any]):
+    """`run_config.settings` of a resolved config that `checks.check_settings` accepts."""
 
-
-class Settings(NamedTuple):
-    """A run's settings, of a resolved config that `checks.check_settings` accepts; `values`: `run_config.settings`."""
-
-    values: Mapping[str, Any]
-    config: EttinConfig
-
-    @classmethod
-    def of(cls, cfg: Mapping[str, Any]) -> Settings:
-        return cls(settings(cfg), model_config(cfg))
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.values.get(key, default)
+    def __init__(self, cfg: Mapping[str, Any]) -> None:
+        super().__init__(settings(cfg))
+        self.config = model_config(cfg)
 
     def has(self, key: str) -> bool:
         """Whether the key, or one below it, is set."""
-        return any(k == key or k.startswith((f"{key}.", f"{key}[")) for k in self.values)
+        return any(k == key or k.startswith((f"{key}.", f"{key}[")) for k in self)
 
 
 def _data_of(run: Settings, key: str) -> tuple[str, str | None, dict[str, Any] | None]:
@@ -91,9 +83,6 @@ def _data_of(run: Settings, key: str) -> tuple[str, str | None, dict[str, Any] |
     except OSError:
         return place, None, None
     return place, facts.fingerprint, {name: value for name, value in facts.tokenizer.items() if name != "name"}
-
-
-# ------------------------------------------------------------------ pairs
 
 
 class Rule(NamedTuple):
@@ -128,7 +117,7 @@ RULES = (
          "decoder one token less", _usual_windows),
     Rule("run_name|save_folder", HARMLESS, "names the run"),
     Rule(r"load_path|callbacks\.ettin_(phase|cross)\.source", HARMLESS, "each run continues its own checkpoint",
-         lambda a, b, key: key in a.values and key in b.values),
+         lambda a, b, key: key in a and key in b),
     Rule("device_train_microbatch_size", HARMLESS, "every target of a step weighs the same, whatever the microbatch",
          _both("accumulate_train_batch_on_tokens", True)),
     Rule("device_eval_batch_size", HARMLESS, "metrics are sums over targets, whatever the batch",
@@ -152,11 +141,11 @@ def lint_pair(a: Mapping[str, Any], b: Mapping[str, Any], *, names: tuple[str, s
     Datasets are compared by their fingerprints where their manifests are on this machine, else by their paths, which a
     note says; a ValueError for a broken manifest.
     """
-    first, second = Settings.of(a), Settings.of(b)
+    first, second = Settings(a), Settings(b)
     found, notes = _compare_data(first, second)
     compared = re.compile("|".join([rf"{_LOADER}\.dataset\.(local|split|remote)", *(re.escape(d.key) for d in found)]))
     blocks: dict[str, list[str]] = {}  # the keys of a block that one side lacks are one difference
-    for key in dict.fromkeys([*first.values, *second.values]):
+    for key in dict.fromkeys([*first, *second]):
         one, other = first.get(key, ABSENT), second.get(key, ABSENT)
         if (one != other or isinstance(one, bool) != isinstance(other, bool)) and not compared.fullmatch(key):
             parts = key.split(".")
@@ -177,7 +166,7 @@ def lint_pair(a: Mapping[str, Any], b: Mapping[str, Any], *, names: tuple[str, s
 def _compare_data(a: Settings, b: Settings) -> tuple[list[Difference], list[str]]:
     """Differences of the datasets that the loaders read, and notes on how they were compared."""
     found, notes = [], []
-    for key in dict.fromkeys(key.removesuffix(".local") for key in a.values if key.endswith(".dataset.local")):
+    for key in dict.fromkeys(key.removesuffix(".local") for key in a if key.endswith(".dataset.local")):
         if not b.has(key):
             continue  # the loader itself is a difference
         (place, mark, _), (other, other_mark, _) = _data_of(a, key), _data_of(b, key)
@@ -195,15 +184,10 @@ def _compare_data(a: Settings, b: Settings) -> tuple[list[Difference], list[str]
 
 def compare_steps(first: Path, second: Path) -> int | None:
     """The first step at which two runs, by their logs, did not read the same rows (or only one did); None without."""
-    mine, other = read_steps(first), read_steps(second)
-    for one, two in zip(mine, other):
-        if any(one.get(key) != two.get(key) for key in ("step", "tokens", "rows", "ids_hash")):
-            return min(one["step"], two["step"])
-    rest = max(mine, other, key=len)[min(len(mine), len(other)):]
-    return rest[0]["step"] if rest else None
-
-
-# ------------------------------------------------------------------ phases
+    for pair in itertools.zip_longest(read_steps(first), read_steps(second), fillvalue={}):
+        if any(pair[0].get(key) != pair[1].get(key) for key in ("step", "tokens", "rows", "ids_hash")):
+            return min(step["step"] for step in pair if step)
+    return None
 
 
 def check_phase(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -214,7 +198,7 @@ def check_phase(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) ->
                          "yamls/phases")
     records = []
     for cfg in (before, now):  # the tokenizer is that of the data, where this is here
-        tokens = _data_of(Settings.of(cfg), "train_loader.dataset")[2]
+        tokens = _data_of(Settings(cfg), "train_loader.dataset")[2]
         records.append({**record_of(cfg, read_tokenizer=False), "tokenizer_fingerprint": tokens})
     source: Any = SimpleNamespace(path=name, record=records[0])  # as of a checkpoint
     compare(f"callbacks.{starts[0]}.source", source, records[1], now["callbacks"][starts[0]].get("accept") or [])

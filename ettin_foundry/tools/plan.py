@@ -159,16 +159,6 @@ def objective_means(objective: ObjectiveSchedule, rate: MaskRate, num_tokens: in
     return shares, math.fsum(targets) / number, max(targets)
 
 
-def _ramp(cfg: dict[str, Any], tokens_per_row: float, num_gpus: int) -> BatchRamp:
-    """Rows of each step: a config's batch-size warm-up, or the same batch from the start."""
-    rows, warmup = cfg["global_train_batch_size"], cfg["train_loader"].get("batch_size_warmup")
-    if warmup is not None:
-        tokens = check_warmup(warmup, rows, world_size=num_gpus, microbatch=cfg["device_train_microbatch_size"],
-                              total=total_tokens(cfg))
-        warmup = {**warmup, "tokens": tokens}
-    return BatchRamp.build(warmup, max_size=rows, tokens_per_row=tokens_per_row)
-
-
 def _flops_per_token(cfg: dict[str, Any], data: DataFacts, causal: float, targets: float) -> int:
     """Layers, head at the targets, and attention of either kind by its share of the run."""
     config = run_config.model_config(cfg)
@@ -228,22 +218,24 @@ def _machine(cfg: dict[str, Any], gpus: str | None) -> tuple[int, str]:
 def plan_run(cfg: dict[str, Any], *, name: str = "", gpus: str | None = None, mfu: float | None = None) -> Plan:
     """The plan of a config that `check_settings` accepts; `mfu` is a share of the peak, None the original's."""
     num_gpus, gpu = _machine(cfg, gpus)
-    cfg = {**cfg, "device_train_microbatch_size": _microbatch(cfg, num_gpus)}
     if mfu is not None and not (gpu in GPUS and 0 < mfu <= 1):
         raise ValueError(f"--mfu must be above 0, at most 1, and used with GPUs, got {mfu} on {gpu}; add --gpus")
     facts, config, length = data_facts(cfg), run_config.model_config(cfg), cfg["max_seq_len"]
     data = facts or DataFacts(length, 1, 1, ((length, 1),))
     per_row = data.num_tokens / data.num_rows
-    ramp = _ramp(cfg, per_row, num_gpus)
+    rows, budget, micro = cfg["global_train_batch_size"], total_tokens(cfg), _microbatch(cfg, num_gpus)
+    if (warmup := cfg["train_loader"].get("batch_size_warmup")) is not None:
+        warmup = check_warmup(warmup, rows, world_size=num_gpus, microbatch=micro, total=budget)
+    ramp = BatchRamp.build(warmup, max_size=rows, tokens_per_row=per_row)
     steps = _num_steps(cfg, ramp, per_row)
     tokens, per_step = round(ramp.first_row(steps) * per_row), round(per_row * ramp.max_size)
-    objective, budget = run_config.objective_schedule(cfg), total_tokens(cfg)
+    objective = run_config.objective_schedule(cfg)
     rate = MaskRate.parse(cfg["train_loader"].get("mask_rate", 0.0), total=budget)
     shares, targets, most_targets = objective_means(objective, rate, max(1, tokens), data.num_chunks / data.num_tokens)
     half, sharding = cfg.get("precision", "amp_bf16").startswith("amp_"), cfg.get("fsdp_config") or {}
     memory = functools.partial(memory_bytes, config, targets_per_token=most_targets, half=half, ranks=num_gpus,
                                fsdp=bool(sharding), recompute=bool(sharding.get("activation_checkpointing")))
-    share, micro = ramp.max_size // num_gpus, cfg["device_train_microbatch_size"]
+    share = ramp.max_size // num_gpus
     largest = None if gpu not in GPUS else bisect.bisect_right(
         range(1, share + 1), GPUS[gpu][1] * (1 - MARGIN) * 2**30, key=lambda rows: sum(memory(rows * length).values()))
     if gpu in GPUS and mfu is None and half and config.size in ORIGINAL_HOURS:
@@ -291,8 +283,11 @@ def plan_runs(stages: Sequence[tuple[str, dict[str, Any]]], *, gpus: str | None 
 # ------------------------------------------------------------------ text
 
 
+def _joined(lines: dict[str, str]) -> str:
+    return "\n".join(f"{name:10} {line}" for name, line in lines.items())
+
+
 def _lines(plan: Plan) -> dict[str, str]:
-    """What every report begins with."""
     epochs = "" if plan.epochs is None else f", {plan.epochs:.3g} passes over the data"
     ramp = f", after {plan.warmup_steps:,} steps that grow from {plan.first_rows:,} rows" if plan.warmup_steps else ""
     return {
@@ -303,10 +298,6 @@ def _lines(plan: Plan) -> dict[str, str]:
         "length": f"{plan.num_steps:,} steps, {plan.num_tokens:,} tokens{epochs}",
         "work": f"{plan.flops_per_token:.4g} FLOPs per token, {plan.flops:.4g} in all",
     }
-
-
-def _joined(lines: dict[str, str]) -> str:
-    return "\n".join(f"{name:10} {line}" for name, line in lines.items())
 
 
 def report(cfg: dict[str, Any]) -> str:
@@ -379,8 +370,3 @@ def _table(plans: Sequence[Plan]) -> str:
     if missing := [plan.name for plan in plans if plan.epochs is None]:
         notes.append(f"{'all stages' if len(missing) == len(plans) else ', '.join(missing)}: {_NO_DATA}.")
     return "\n".join([*lines, *notes])
-
-
-def as_json(plans: Sequence[Plan]) -> dict[str, Any]:
-    """Everything that `text` shows as plain data, in bytes, hours, operations and tokens."""
-    return {"stages": [plan._asdict() for plan in plans], "totals": totals(plans)}

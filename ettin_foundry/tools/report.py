@@ -142,9 +142,6 @@ def _samples(loaded: LoadedModel, wanted: Samples) -> list[str]:
             for text, best in zip(texts, predictor.fill_mask(texts))]
 
 
-# ------------------------------------------------------------------ text
-
-
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     header, *rest = [f"| {' | '.join(row)} |" for row in rows]
     return [header, "|" + "---|" * len(rows[0]), *rest, ""]

@@ -10,7 +10,6 @@ from typing import Any, TextIO
 
 import torch
 from composer.core import Callback, Event, State, Time, TimeUnit
-from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist, format_name_with_dist
 from llmfoundry.interfaces import CallbackWithConfig
@@ -168,15 +167,12 @@ class LogSamples(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         if not self._due(state, Event.BATCH_CHECKPOINT) or dist.get_global_rank() != 0:
             return
-        was_training, predictor = self._model.training, self._model.predictor
-        self._model.eval()
-        with torch.random.fork_rng(), torch.no_grad(), get_precision_context(state.precision):
-            if self._model.objective == "clm":
-                texts = [repr(text) for text in predictor.generate(self.prompts, max_new_tokens=self.max_new_tokens)]
-            else:
-                texts = [", ".join(f"{token!r} {share:.3f}" for token, share in candidates)
-                         for candidates in predictor.fill_mask(self.prompts, top_k=self.top_k)]
-        self._model.train(was_training)
+        predictor = self._model.predictor
+        if self._model.objective == "clm":
+            texts = [repr(text) for text in predictor.generate(self.prompts, max_new_tokens=self.max_new_tokens)]
+        else:
+            texts = [", ".join(f"{token!r} {share:.3f}" for token, share in candidates)
+                     for candidates in predictor.fill_mask(self.prompts, top_k=self.top_k)]
         for prompt, text in zip(self.prompts, texts):
             log.info("batch %d: %r -> %s", state.timestamp.batch.value, prompt, text)
         logger.log_table(["prompt", "output"], [list(row) for row in zip(self.prompts, texts)], name="samples")

@@ -303,8 +303,7 @@ def resolve_schedules(cfg: dict[str, Any]) -> None:
     if "mask_rate" in train:
         train["mask_rate"] = _mask_rate(cfg).plain()
     if warmup := train.get("batch_size_warmup"):
-        tokens = check_warmup(warmup, cfg["global_train_batch_size"], total=total_tokens(cfg))
-        train["batch_size_warmup"] = {**warmup, "tokens": tokens}
+        train["batch_size_warmup"] = check_warmup(warmup, cfg["global_train_batch_size"], total=total_tokens(cfg))
     evals = [block for _, block in _evaluations(cfg)]
     if len(evals) == 1 and "label" not in evals[0]:
         cfg["eval_loader"] = evals[0]

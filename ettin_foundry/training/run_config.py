@@ -324,8 +324,7 @@ def settings(cfg: Mapping[str, Any], run: tuple[float, str] | None = None) -> di
         full["tokenizer"] = {**cfg["tokenizer"], "name": "that of the data"}  # whose fingerprint tells what it does
     train, *evals = [_filled_loader(block, total) for _, block in loaders(cfg)]
     if warmup := train.get("batch_size_warmup"):
-        tokens = check_warmup(warmup, cfg["global_train_batch_size"], total=total)
-        train["batch_size_warmup"] = {**warmup, "tokens": tokens}
+        train["batch_size_warmup"] = check_warmup(warmup, cfg["global_train_batch_size"], total=total)
     names = ["eval_loader"] if len(evals) == 1 else [f"eval_loader[{b.get('label', i)}]" for i, b in enumerate(evals)]
     full |= {"train_loader": train, **dict(zip(names, evals))}
     run = run or parse_time("max_duration", cfg["max_duration"])

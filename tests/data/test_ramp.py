@@ -43,4 +43,5 @@ def test_sizes_share_the_tokens_asked_for_in_proportion_to_themselves(warmup, la
 def test_a_warm_up_that_cannot_be_carried_out_is_refused_naming_the_key(change, machine, message):
     with pytest.raises(ValueError, match=message):
         check_warmup({**RECIPE, **change}, 2816, **machine)
-    assert check_warmup(RECIPE, 2816, world_size=8, microbatch=44, total=10**11) == 50_000_000_000
+    found = check_warmup(RECIPE, 2816, world_size=8, microbatch=44, total=10**11)
+    assert found == {**RECIPE, "tokens": 50_000_000_000}

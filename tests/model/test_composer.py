@@ -151,5 +151,7 @@ def test_greedy_generation_equals_a_loop_over_argmax(tokenizer):
     expected = [continued(model, ids, eos) for ids in starts]
     assert [why for _, why in expected] == ["EOS", "number", "context full"]  # all three ways to stop
     model.train()
+    state = torch.get_rng_state()
     assert model.predictor.generate(prompts, max_new_tokens=12) == [tokenizer.decode(new) for new, _ in expected]
-    assert model.training  # samples leave the model in its mode
+    model.predictor.generate(prompts, max_new_tokens=2, temperature=1.0)
+    assert model.training and torch.equal(torch.get_rng_state(), state)  # samples leave the run as it was
