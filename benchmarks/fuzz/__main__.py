@@ -10,6 +10,7 @@ A line a target says what was found; exit status 1 where something was. `--examp
 from __future__ import annotations
 
 import argparse
+import builtins
 import json
 import logging
 import os
@@ -41,7 +42,7 @@ WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.li
           "shutil.rmtree", "shutil.move")
 FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "socket.connect",
              "socket.getaddrinfo")
-OWN = {ValueError, *(kind for kind in vars(__builtins__).values()
+OWN = {ValueError, *(kind for kind in vars(builtins).values()
                      if isinstance(kind, type) and issubclass(kind, OSError))}
 
 

@@ -66,7 +66,10 @@ def load(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
             from transformers import AutoTokenizer as make  # here: it imports a good part of transformers
 
         tok = make.from_pretrained(name, trust_remote_code=False, **options)
-    except Exception as error:  # the hub client raises many kinds, also for a malformed tokenizer.json
+        tok("a")  # settings of other types than transformers writes are met here
+    except BaseException as error:  # the hub client raises many kinds; the tokenizers library panics, which is none
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         raise (ValueError if options["local_files_only"] else FileNotFoundError)(
             f"tokenizer {name} must be a folder of a fast tokenizer, or a Hugging Face id that can be loaded here, got "
             f"one that cannot be read ({' '.join(str(error).split()) or type(error).__name__:.200})") from error

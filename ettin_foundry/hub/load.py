@@ -51,7 +51,9 @@ class LoadedModel:
         others = []
         for place in [given] if given else places:
             tokenizer = tokenizers.load(place)
-            if not (differing := wanted and tokenizers.difference(tokenizers.fingerprint(tokenizer), wanted)):
+            with checkpoints.naming(Path(place)):
+                found = tokenizers.fingerprint(tokenizer)
+            if not (differing := wanted and tokenizers.difference(found, wanted)):
                 return tokenizer
             others.append(f"{place}, whose {differing}")
         raise ValueError(f"the tokenizer must be the one that {self.source} was trained with, got "
@@ -83,6 +85,7 @@ def load_model(source: str | Path, objective: str | None = None, *,
             has_tokenizer = (source / "tokenizer.json").is_file()
             record = {**read_record(source), "tokenizer": str(source.resolve()), "tokenizer_fingerprint":
                       tokenizers.fingerprint(tokenizers.load(source)) if has_tokenizer else None}
+            facts_of(record)
             return LoadedModel(source, state, config, str(chosen), record, config.with_causal(not config.causal))
         source = checkpoints.locate(source)
         state, record = checkpoints.load_model_state(source)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 OBJECTIVES = ("mlm", "clm", "mntp")  # clm trains a decoder (causal attention), the others an encoder
+_MAX_LAYERS = 1024  # each is listed: a number that a file only states must not take hours
 MASKED_OBJECTIVES = ("mlm", "mntp")  # those that choose tokens at a given mask rate
 
 
@@ -89,6 +90,7 @@ class EttinConfig:
                  "max_position_embeddings", "global_attn_every_n_layers", "local_attention")
         rules = [
             *((name, type(value := getattr(self, name)) is int and value >= 1, "an integer >= 1") for name in whole),
+            ("num_hidden_layers", self.num_hidden_layers in range(_MAX_LAYERS + 1), f"at most {_MAX_LAYERS}"),
             *((name, isinstance(value := getattr(self, name), (int, float)) and value > 0, "above 0") for name in (
                 "global_rope_theta", "local_rope_theta", "norm_eps", "initializer_range", "initializer_cutoff_factor")),
             ("hidden_size", self.hidden_size == 64 * self.num_attention_heads, "64 for each of num_attention_heads"),
