@@ -11,8 +11,7 @@ A document of at most `chunk_length` tokens is one chunk. A longer one is cut fr
 
 Paragraph end: after a blank line. Sentence end: after a terminator and its closing quotes or brackets, if a space
 follows (none need follow a Chinese or Japanese one), or after that space. A full stop after a digit or a capital
-ends no sentence ("J. Smith"). The rule is tables with one entry per id, and a state machine over the tokens around
-the limit.
+ends no sentence ("J. Smith"). The rule is tables with one entry per id, and a state machine over tokens.
 """
 
 from __future__ import annotations

@@ -38,9 +38,8 @@ FRAGMENTS: list[str] = orjson.loads(Path(__file__).with_name("probe_fragments.js
 class TextEncoder:
     """Encodes texts with one tokenizer, on one core; torch and transformers are not imported.
 
-    A literal "[MASK]" in a text stays ordinary text: as the special token it would teach the model that masks occur in
-    prose, and any page could inject document ends. `engine` names the library and its version; `unknown` is the id of
-    what the vocabulary lacks, or -1.
+    A literal "[MASK]" in a text stays ordinary text: else any page could inject masks and document ends. `engine` names
+    the library and its version; `unknown` is the id of what the vocabulary lacks, or -1.
 
     Args:
         tokenizer_json: content of tokenizer.json. forbidden: ids that no text may give.

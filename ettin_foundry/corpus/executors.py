@@ -110,9 +110,8 @@ def run_tasks(work: Callable[[T, Report], R], tasks: Sequence[T], *, workers: in
                     continue
                 deaths[number] += 1
                 if deaths[number] == tries:
-                    raise ChildProcessError(
-                        f"{tasks[number].label}: {tries} workers died in it, the last of {outcome.death}; SIGKILL "
-                        "mostly means that memory ran out: use fewer workers")
+                    raise ChildProcessError(f"{tasks[number].label}: {tries} workers died in it, the last of "
+                                            f"{outcome.death}; after SIGKILL use fewer workers: memory ran out")
                 log.warning("a worker died (%s) in %s, which begins again", outcome.death, tasks[number].label)
                 pending.append(number)  # last: memory that ran out is likely to be free by then
     finally:

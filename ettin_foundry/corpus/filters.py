@@ -1,7 +1,6 @@
 """Which documents are kept: by length, and of exact duplicates the first. Both are off by default.
 
-Near-duplicates, language, quality and any rules of one's own, and decontamination are datatrove's work: run it first
-and convert what it writes (.jsonl.gz).
+Near-duplicates, language, quality, rules of one's own and decontamination are datatrove's work, done before this.
 
 For exact duplicates workers hash the documents of their units; `find_duplicates` then finds which have the xxh3_128 of
 an earlier one in the order of (unit, ordinal). The chance that any two of 1e9 different documents do is 1.5e-21.
@@ -22,8 +21,7 @@ log = logging.getLogger(__name__)
 
 _BLOCK = 16 << 20  # documents sorted at a time: about 100 bytes of memory each
 
-SHORT, LONG, DUPLICATE, OVERSIZED, UNREADABLE = "short", "long", "duplicate", "oversized", "unreadable"
-"""Reasons to drop a document."""
+SHORT, LONG, DUPLICATE, OVERSIZED, UNREADABLE = "short", "long", "duplicate", "oversized", "unreadable"  # why dropped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +59,7 @@ def find_duplicates(hash_files: Sequence[Path], out_folder: Path) -> int:
     """Finds the documents that repeat an earlier one; how many there are.
 
     Writes `out_folder/NAME` for the hash file NAME of every unit: (K,) uint64, increasing ordinals of the documents to
-    drop. Copies inside a unit are put aside first, then the files are gone through once for each `_BLOCK` documents,
-    for the hashes that begin alike.
+    drop. Copies inside a unit are put aside first; then each pass takes about `_BLOCK` hashes that begin alike.
     """
     units = [np.load(path, mmap_mode="r", allow_pickle=False) for path in hash_files]
     begins = np.cumsum([0, *map(len, units)]).tolist()

@@ -41,11 +41,14 @@ class Entry(BaseModel, extra="forbid"):
     tokens: _Tokens = None  # without a phase
 
 
+def _entry(text: Any) -> Any:
+    return {"set": text} if type(text) is str else text
+
+
 class MixSpec(BaseModel, extra="forbid"):
     """A specification as it is written."""
 
-    sets: dict[str, Annotated[Entry, BeforeValidator(lambda x: {"set": x} if type(x) is str else x)]] = Field(
-        min_length=1)
+    sets: Annotated[dict[str, Annotated[Entry, BeforeValidator(_entry)]], Field(min_length=1)]
     phase: str | None = None
     scale: Annotated[float, Field(gt=0, le=1000)] | None = None  # of the phase's tokens
     tokens: _Tokens = None  # in all, instead of a scale
@@ -70,8 +73,7 @@ def _budgets_of(spec: MixSpec, path: Path) -> tuple[dict[str, int], float | None
     own = {name: entry.tokens for name, entry in spec.sets.items()}
     if spec.phase is None:
         if spec.scale or spec.tokens or spec.leave_out or None in own.values():
-            raise ValueError(f"{path}: without phase, sets must be {{NAME: {{set: ..., tokens: ...}}}}, and no other "
-                             "key")
+            raise ValueError(f"{path}: without phase, sets must be {{NAME: {{set: ..., tokens: ...}}}}, alone")
         return {name: max(1, round(tokens or 0)) for name, tokens in own.items()}, None
     phases = yaml.safe_load((program_folder() / "data_prep" / "sources.yaml").read_text(encoding="utf-8"))["phases"]
     if (wanted := phases.get(spec.phase)) is None:
@@ -103,8 +105,7 @@ class _Member:
         tokens, self.wanted = self.data.tokens[self.shards], wanted
         passes, rest = divmod(wanted, int(tokens.sum()))
         if passes > _MAX_PASSES:
-            raise ValueError(f"sets.{self.name}: its budget must be at most {_MAX_PASSES} times its {tokens.sum():,} "
-                             f"tokens, got {wanted:,}")
+            raise ValueError(f"sets.{self.name}: must be at most {_MAX_PASSES} times {tokens.sum():,}, got {wanted:,}")
         self.runs += [(number, self.shards) for number in range(passes)]
         # by its name, so that a source's choice does not depend on which others there are
         words = _SHARDS, seed, xxhash.xxh32(self.name.encode()).intdigest()
@@ -193,8 +194,7 @@ def _open_members(entries: dict[str, Entry], split: str, scratch: Path) -> list[
             for member in members:
                 own = np.setdiff1d(own, member.shards) if member.place == place else own
         elif not own.size:
-            raise ValueError(f"sets.{name}.source must be one of {', '.join(sorted(set(data.sources)))}, got "
-                             f"{entry.source!r}")
+            raise ValueError(f"sets.{name}.source must be one of {sorted({*data.sources})}, got {entry.source!r}")
         if own.size:
             members.append(_Member(name, place, data, own))
     return members

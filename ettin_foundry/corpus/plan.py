@@ -205,8 +205,7 @@ def plan_conversion(options: ConvertOptions, before: Plan | None, sources: Seque
         begun = {unit.source for unit in before.units if unit.number in finished}
         kept = [name for name in earlier if name in begun.difference(names)]
         if kept != earlier[:len(kept)]:
-            raise ValueError(f"--append must name new sources, or the last of {', '.join(earlier)}, got "
-                             f"{', '.join(names)}")
+            raise ValueError(f"--append must name new sources or the last of {', '.join(earlier)}, got {names}")
     elif names != earlier:
         raise ValueError(f"sources must be those that --out was begun with, {', '.join(earlier)}, got "
                          f"{', '.join(names)}; use --append with new sources alone, or another --out")
@@ -218,8 +217,7 @@ def plan_conversion(options: ConvertOptions, before: Plan | None, sources: Seque
         changed |= {number for number in finished if number > min(changed)}
     again = [unit for unit in before.units if unit.number in finished & changed]
     if held := [unit for unit in again if unit.number in published_units(storage)]:
-        raise ValueError(f"{held[0].label}: the files of a finished dataset must stay as they were, got other names or "
-                         "sizes; restore them, or convert into another --out")
+        raise ValueError(f"{held[0].label}: files of a finished dataset must stay as they were, got others; undo it")
     for unit in again:
         log.warning("%s is done again: its input has changed", unit.label)
         storage.delete(record_name(unit.number))
@@ -229,8 +227,8 @@ def plan_conversion(options: ConvertOptions, before: Plan | None, sources: Seque
 def published_units(storage: Storage) -> set[int]:
     """Numbers of the units whose shards a finished dataset holds."""
     names = [name for split in SPLITS if storage.exists(name := f"{split}/{MANIFEST}")]
-    return {int(shard["raw"]["basename"].split(".")[1]) for name in names
-            for shard in _read(storage, name, _Published)["shards"]}
+    shards = (shard for name in names for shard in _read(storage, name, _Published)["shards"])
+    return {int(shard["raw"]["basename"].split(".")[1]) for shard in shards}
 
 
 def check_append(todo: Sequence[Unit], plan: Plan, sources: Sequence[Source]) -> None:
@@ -252,5 +250,4 @@ def _check_options(before: Plan, wanted: Plan, sources: Sequence[Source], *, app
     differing = [f"{key} ({then.get(key)!r} then, {now.get(key)!r} now)" for key in then | now
                  if then.get(key) != now.get(key) and not (append and key == "train_tokenizer")]
     if differing:
-        raise ValueError(f"--out was begun with other options: {'; '.join(differing)}; options of a dataset never "
-                         "change: give the same ones, or another --out")
+        raise ValueError(f"--out was begun with other options: {'; '.join(differing)}; they never change: give those")

@@ -166,8 +166,7 @@ def _document(record: Any, where: str, default_id: str, meter: Meter, options: R
         if isinstance(error, UnicodeDecodeError):
             problem += f"; {_ADVICE}"
         if meter.unreadable > options.max_bad_records:
-            raise ValueError(f"{problem}; --max-bad-records ({options.max_bad_records}) must allow for it, or repair "
-                             "it") from None
+            raise ValueError(f"{problem}; --max-bad-records ({options.max_bad_records}) must allow for it") from None
         if meter.unreadable == 1:  # of a wrong field there would be a thousand lines
             log.warning("unreadable, left out: %s", problem)
         return
@@ -285,8 +284,7 @@ def _read_parquet(file: _File) -> Iterator[Document]:
                 row += len(batch)
             file.tick(start + sum(c.total_compressed_size for c in chunks))
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{file.shown} must be a whole .parquet file, got {error!r:.300}; fetch or write it "
-                         "again") from error
+        raise ValueError(f"{file.shown} must be a whole .parquet file, got {error!r:.300}; fetch it again") from error
 
 
 def _rows(batch: Any, row: int, file: _File) -> Iterator[Document]:

@@ -155,8 +155,7 @@ def _readable_files(root: str, found: list[tuple[str, int]]) -> dict[str, int]:
         raise ValueError(f"{table} must be a Parquet file, got an Arrow one; write it anew: datasets.load_from_disk"
                          f"({os.path.dirname(table)!r}).to_parquet('texts.parquet')")
     if not files:
-        raise ValueError(f"{root} must hold files named {_READABLE}, got {', '.join(others[:3]) or 'none'}; rename or "
-                         "convert them")
+        raise ValueError(f"{root} must hold files named {_READABLE}, got {', '.join(others[:3]) or 'none'}")
     if odd := [name for name in files if re.search("[\ud800-\udfff]", name)]:  # names become parts of document ids
         raise ValueError(f"{root}: names must be UTF-8, got {os.fsencode(odd[0])!r}; rename it")
     if others:

@@ -1,8 +1,7 @@
 """Compares every byte of a dataset with what the dataset states of itself, and lists all that is wrong.
 
 Checked are every shard's hash, layout, counts, lengths, packed rows and token range; index.json; files that nothing
-names; the tokenizer; the small files against the data card. Plan and records are read by the conversion alone. Nothing
-is written there: what has to be fetched or expanded is, a shard at a time for each thread, in a temporary folder.
+names; the tokenizer; the small files against the data card. What is fetched or expanded lies in a temporary folder.
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ def verify_dataset(location: str | os.PathLike[str], *, threads: int | None = No
                    tick: Callable[[int], None] = lambda num_bytes: None) -> Report:
     """Checks a dataset, one split of it, or a mixture and all shards that it takes from, in a folder or behind a URL.
 
-    `threads` shards are checked at a time, as many as there are cores if None; `tick` gets the bytes of each when it is
-    done, from any thread.
+    `threads` shards at a time, as many as cores if None; `tick` gets the bytes of each that is done, from any thread.
     """
     found = find_dataset(location)
     check = _Check(found, tick)
@@ -100,9 +98,9 @@ class _Check:
             self.report.counts[split] = totals.get("documents"), totals["samples"], totals["tokens"]
             if isinstance(data, MDSSplit):
                 self.attempt(data.check_index)
-                files = [file["basename"] for shard in data.manifest["shards"] for file in (shard["raw"], shard["zip"])
-                         if file]
-                known = {f"{split}/{name}" for name in (MANIFEST, INDEX, LENGTHS, *files)}
+                files = [shard[key] for shard in data.manifest["shards"] for key in ("raw", "zip") if shard[key]]
+                names = MANIFEST, INDEX, LENGTHS, *(file["basename"] for file in files)
+                known = {f"{split}/{name}" for name in names}
                 for name in sorted({name for name, _ in self.storage.list(f"{split}/")} - known):
                     self.wrong(name, f"is not named by {MANIFEST}; move it away")
             self._check_shards(data, pool)
@@ -137,8 +135,8 @@ class _Check:
     def check_card(self) -> set[str]:
         """Every small file against the sha256 in the data card; the splits that the card states."""
         if not (hashes := self.attempt(read_hashes, self.storage)):
-            self.report.notes.append(f"{self.storage.where(CARD)}: is no data card of ettin finalize; not every change "
-                                     "of a small file is found")
+            self.report.notes.append(f"{self.storage.where(CARD)}: is no data card of ettin finalize; changes of small "
+                                     "files may go unseen")
             return set()
         for name, stated in hashes.items():
             data = self.attempt(self.storage.read_bytes, name)

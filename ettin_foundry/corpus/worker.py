@@ -1,8 +1,7 @@
 """Does one unit of a conversion: read, filter, split, tokenize, cut, write, and a completion record at the end.
 
-Runs in worker processes, on one machine or many, and depends on nothing but the unit and the options: the same unit
-gives the same shards and the same record. The record is written last, so a unit is done or it is not. Reading goes on
-in one thread while another tokenizes and a third one writes shards.
+It depends on unit and options alone: the same unit gives the same shards and record. The record is written
+last. Reading goes on in one thread while another tokenizes and a third one writes shards.
 """
 
 from __future__ import annotations
@@ -122,8 +121,7 @@ class _Conversion:
             # by the text alone, so that copies of a document are on one side, wherever they come from
             digest = xxhash.xxh64_intdigest(encoded, seed=self.options["seed"])
             split = "validation" if digest < self.options["validation"] * 2**64 else "train"
-            reason = "empty" if not text or text.isspace() else DUPLICATE if ordinal in copies else \
-                self.job.filters.reason(text)
+            reason = "empty" if not text.strip() else DUPLICATE if ordinal in copies else self.job.filters.reason(text)
             if reason:
                 self.dropped[split][reason] += 1
                 continue

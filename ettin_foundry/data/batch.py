@@ -1,8 +1,6 @@
 """A batch: rows to (B, T) tensors, and those to the flat microbatches that the model reads.
 
-Torch and numpy only, so that anything that feeds the model can use it without LLM-Foundry.
-
-Letters: B rows, T row length, N tokens of a microbatch, D documents, n targets.
+Without LLM-Foundry. Letters: B rows, T row length, N tokens of a microbatch, D documents, n targets.
 """
 
 from __future__ import annotations
@@ -53,8 +51,7 @@ class Packed:
 class Collator:
     """Rows to one device batch.
 
-    A row is, for each piece, BOS + chunk + EOS, then padding. The EOS of a chunk whose document goes on in another
-    chunk is no target of clm.
+    A row is BOS + chunk + EOS for each piece, then padding. EOS of a chunk whose document goes on is no target of clm.
 
     Args:
         objective, mask_rate: as in YAML, see objectives/schedule.py.

@@ -1,10 +1,9 @@
 """Which chunks form row n of the endless global stream: a pure function of (manifest, seed, epoch, row).
 
-Nothing here is saved: a run resumes, on any number of ranks, by naming the row to go on from. A chunk is used exactly
-once per epoch. Rows are packed inside one shard, so that a shard's rows and tokens follow from its histogram of
-lengths; prefix sums over shards lead to any row and to the real tokens before it. What is built at start is O(shards),
-later one window of shards per source. Random numbers are the raw output of numpy's bit generators, whose streams numpy
-keeps fixed between versions.
+A run resumes, on any number of ranks, by naming the row to go on from. A chunk is used exactly once per epoch. Rows are
+packed inside one shard, so that a shard's rows and tokens follow from its histogram of lengths; prefix sums over shards
+lead to any row and to the real tokens before it. Random numbers are the raw output of numpy's bit generators, whose
+streams numpy keeps fixed between versions.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ class Interleave:
 
     Row j of a stream of R rows gets the key (j + phase) / R, and all rows are put in order of (key, stream): in any
     run of rows the count of a stream with share p is off by less than (1 - p) + p * (S - 1). A phase per stream keeps
-    a stream of few rows from always being in the same place. The rows around a place are merged in blocks, each found
-    in time that grows with S. Keys are float64, of one addition and one division, which IEEE 754 rounds alike.
+    a stream of few rows from always being in the same place. Rows are merged in blocks, each found in time that grows
+    with S. Keys are float64, of one addition and one division, which IEEE 754 rounds alike.
     """
 
     def __init__(self, rows: npt.ArrayLike, phases: npt.ArrayLike) -> None:
@@ -175,8 +174,7 @@ class Order:
         window: shards whose rows are mixed at a time; a source has its share, at least one. Without shuffle: 1.
     """
 
-    def __init__(self, table: Any, max_seq_len: int, *, packing: bool, shuffle: bool, seed: int,
-                 window: int) -> None:
+    def __init__(self, table: Any, max_seq_len: int, *, packing: bool, shuffle: bool, seed: int, window: int) -> None:
         self.table, self.max_seq_len, self.packing = table, max_seq_len, packing
         self.shuffle, self.seed, self.window = shuffle, seed, window if shuffle else 1
         self._samples = np.asarray(table.samples, np.int64)
@@ -224,8 +222,7 @@ class Order:
     def shards_ahead(self, number: int, /) -> list[int]:
         """Shards that a reader at row `number` of the stream needs soon, for fetching them ahead; none twice.
 
-        First the window that each source is in (or that it begins next), then each source's window after that; both in
-        the order in which the stream comes to them.
+        First the window that each source is in (or begins next), then the one after that; both in the stream's order.
         """
         epoch, row = divmod(number, self.rows_per_epoch)
         now, later = list[tuple[float, list[int]]](), list[tuple[float, list[int]]]()

@@ -2,8 +2,7 @@
 
 A piece is a chunk with its BOS and EOS: chunk length + `SPECIALS_PER_PIECE` tokens. Which lengths share a row follows
 from the histogram of lengths alone, so a shard's row count is known from its manifest entry, and equal rows are
-handled as one group: the work grows with the number of distinct lengths, not of chunks. Which chunk takes which place
-of its length is decided in `order.py`. Numpy only; no randomness, no state.
+handled as one group: the work grows with the number of distinct lengths. `order.py` says which chunk takes which place.
 """
 
 from __future__ import annotations

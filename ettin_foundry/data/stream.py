@@ -1,8 +1,7 @@
 """Which rows a step reads, and a row before it is masked: its chunks, its ids, its hash.
 
 `order.py` says which chunks form row n of the stream, `BatchRamp` which rows form a step; here both meet the data.
-Every step is a pure function of (data, seed, batch sizes), so the only state is the number of rows consumed. Ranks and
-workers come in loader.py, masks and tensors in batch.py. Numpy only: `ettin order` waits for no torch.
+Every step is a pure function of (data, seed, batch sizes): the only state is the rows consumed. No torch.
 """
 
 from __future__ import annotations
@@ -33,9 +32,8 @@ _WARMUP = "train_loader.batch_size_warmup"
 class BatchRamp:
     """Batch-size warm-up: how many rows each step has, and with which row of the stream it begins.
 
-    Sizes go up by equal steps, min_size, 2 * min_size, ... to the global batch, and each holds for the same number of
-    steps, hence for tokens in proportion to it, as in ModernBERT's sequence packer. Without warm-up, min_size is
-    max_size.
+    Sizes go up by equal steps, min_size, 2 * min_size, ... to the global batch, each for as many steps, hence
+    for tokens in proportion to it, as in ModernBERT's sequence packer. Without warm-up, min_size is max_size.
     """
 
     min_size: int  # rows of the first step; divides max_size
@@ -74,8 +72,7 @@ class BatchRamp:
         """The step that begins with a row; ValueError where none does."""
         step = self.step_at(row)
         if self.first_row(step) != row:
-            raise ValueError("global_train_batch_size must be what the checkpoint was trained with, got "
-                             f"{self}: no step begins with its row {row}")
+            raise ValueError(f"global_train_batch_size must be the checkpoint's, got {self}: row {row} begins no step")
         return step
 
     def __str__(self) -> str:
@@ -220,9 +217,8 @@ def open_stream(*, dataset: Mapping[str, Any], max_seq_len: int, global_batch_si
     data = _open(dataset)
     if data.chunk_length + SPECIALS_PER_PIECE > max_seq_len:  # an upper bound only; the histograms tell
         longest = max((int(np.flatnonzero(data.lengths(shard))[-1]) for shard in range(data.num_shards)), default=0)
-        if longest + SPECIALS_PER_PIECE > max_seq_len:
-            raise ValueError(f"max_seq_len must be at least {longest + SPECIALS_PER_PIECE}, the longest chunk with BOS "
-                             f"and EOS, got {max_seq_len}")
+        if (least := longest + SPECIALS_PER_PIECE) > max_seq_len:
+            raise ValueError(f"max_seq_len must be at least {least}, the longest chunk, BOS and EOS, got {max_seq_len}")
     order = Order(data, max_seq_len, packing=packing, shuffle=shuffle, seed=shuffle_seed, window=window)
     data.check_room(order.shards_ahead(0))  # nowhere are they more
     ramp = BatchRamp.build(batch_size_warmup, max_size=global_batch_size,

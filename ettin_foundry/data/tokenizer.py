@@ -28,16 +28,7 @@ _PLAIN = {"PreTrainedTokenizerFast", "TokenizersBackend", "tokenizers"}
 _SPECIALS = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
 
 # What a fingerprint tokenizes. Never change it: every manifest on disk holds its hash.
-_PROBE = (
-    "The quick brown fox jumps over the lazy dog; it didn't stop at 3,141.59 or \"quotes\" -- isn't that odd?\n"
-    "def f(x: int, *, y=None) -> dict[str, float]:\n    if x >= 10 and not y:\n\t\treturn {'a': x ** 2, \"b\": 1e-5}\n"
-    "\n\n    for i in range(100):  # comment\n        total += a[i] @ b[i:-1]\n"
-    "caf\u00e9 cafe\u0301 \u00c5ngstr\u00f6m \u2126 \ufb01n stra\u00dfe \u0130stanbul \u4f60\u597d\u4e16\u754c "
-    "\u043f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 \u0939\u093f\u0928\u094d\u0926\u0940 "
-    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \u00a0\u2003\u200b "
-    "end   of  \t tabs \r\n lines                         wide\n"
-    "[MASK] [CLS] [SEP] [PAD] [UNK] <|endoftext|> http://example.org/a?b=c&d=%20 user@example.org $x_1^{2}$ \\alpha"
-)
+_PROBE = "".join(json.loads(Path(__file__).with_name("fingerprint_probe.json").read_text(encoding="utf-8")))
 
 
 def load(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
@@ -141,8 +132,7 @@ def with_template(tok: PreTrainedTokenizerFast, kind: str) -> PreTrainedTokenize
     """A copy that puts the template of an "encoder" or of a "decoder" around a text.
 
     encoder: [CLS] A [SEP], pairs [CLS] A [SEP] B [SEP], padding on the right.
-    decoder: [CLS] A: BOS always, EOS never, since a prompt must not say that it is over; padding on the left, so that
-    generation continues every prompt of a batch at its end.
+    decoder: [CLS] A: BOS, never EOS, since a prompt must not say that it is over; padding on the left, to generate.
     """
     from tokenizers.processors import TemplateProcessing
 

@@ -117,7 +117,7 @@ WRONG = [
     ({"sets": WEB, "scale": 2}, "without phase"),
     ({"sets": {"web": {"set": "sets/even", "tokens": 30}}}, "its budget must be half of a shard .*--shard-size"),
     ({"sets": {"web": {**WEB["web"], "tokens": -1}}}, "sets.web.tokens: .*greater than 0, got '-1'"),
-    ({"sets": {"web": {**WEB["web"], "source": "wbe"}}}, "sets.web.source must be one of web, got 'wbe'"),
+    ({"sets": {"web": {**WEB["web"], "source": "wbe"}}}, r"sets.web.source must be one of \['web'\], got 'wbe'"),
     ({"sets": {"web": {**WEB["web"], "set": "sets"}}}, "sets.web: .* holds no manifest"),
     ({"phase": "deccay"}, "phase must be one of pretrain, extend, decay, got 'deccay'"),
     ({**ARXIV, "leave_out": []}, "each source of phase decay .* see .*dclm_dolmino"),

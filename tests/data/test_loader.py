@@ -177,7 +177,7 @@ def test_a_state_of_another_order_or_place_or_of_another_loader_is_refused(build
                           ({**state, "rows": -1}, "written by ettin_text"), (None, "written by ettin_text")):
         with pytest.raises(ValueError, match=words):
             build().dataloader.dataset.load_state_dict(broken)
-    with pytest.raises(ValueError, match="global_train_batch_size .* got 8 rows: no step begins with its row 12"):
+    with pytest.raises(ValueError, match="global_train_batch_size .* got 8 rows: row 12 begins no step"):
         build(8).dataloader.dataset.load_state_dict(state)
 
 
