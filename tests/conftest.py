@@ -10,6 +10,7 @@ import json
 import os
 import random
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,13 @@ def make_documents(number: int, *, seed: int = SEED, longest: int = 400) -> list
                 words[min(int(rng.expovariate(0.02)), len(words) - 1)] for _ in range(length)]
         documents.append(" ".join(text).capitalize() + rng.choice([".", "!", "?\n", " (end)"]))
     return documents
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
 
 
 @pytest.fixture(autouse=True)

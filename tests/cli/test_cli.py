@@ -7,6 +7,7 @@ import sys
 import parity
 import pytest
 import torch
+from test_revisions import equal_states
 
 from ettin_foundry import __version__
 from ettin_foundry.cli import data
@@ -40,10 +41,6 @@ def save(model, path, objective, tokenizer=None, **clock):
     content["state"]["callbacks"]["Clock"].update(clock)
     torch.save(content, path)
     return path
-
-
-def equal_states(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 HEAVY = """

@@ -72,6 +72,7 @@ def test_killed_again_and_again_it_is_never_half_a_dataset_and_ends_the_same(tmp
     """Each start gets one write further than the one before. What has a manifest is whole, be it the old or the new."""
     out, more = tmp_path / "set", tmp_path / "more"
     write_corpus(more, files=1, documents=20, seed=5, first=6)
+    (more / "again.jsonl").write_bytes((texts / "0.jsonl").read_bytes())  # duplicates of the first
     if append:
         run(out, [texts], tokenizer_dir, **SETTINGS)
     states, starts = set(), 0
@@ -80,6 +81,8 @@ def test_killed_again_and_again_it_is_never_half_a_dataset_and_ends_the_same(tmp
         manifests = list(out.rglob("manifest.json"))
         states.add(len(manifests))
         assert all(stored(manifest.parent) for manifest in manifests)
+    if append:  # appending twice is appending once
+        run(out, [more], None, append=True, **SETTINGS)
     run(tmp_path / "new", [texts, more] if append else [texts], tokenizer_dir, **SETTINGS)
     assert starts > 8 and states >= ({0, 2} if append else {0}) and files_of(out) == files_of(tmp_path / "new")
 
@@ -103,17 +106,6 @@ def test_tasks_of_an_array_and_finalize_give_the_bytes_of_one_run(tmp_path, text
     assert sum(done) + summary.units[0] == summary.units[1]
     finalize(tmp_path / "many")
     assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
-
-
-def test_appending_gives_the_bytes_of_converting_both_at_once(tmp_path, texts, tokenizer_dir):
-    more = write_corpus(tmp_path / "more", files=2, documents=30, seed=5)
-    (tmp_path / "more" / "again.jsonl").write_bytes((texts / "0.jsonl").read_bytes())  # duplicates of the first
-    run(tmp_path / "both", [texts, tmp_path / "more"], tokenizer_dir, **SETTINGS)
-    run(tmp_path / "set", [texts], tokenizer_dir, **SETTINGS)
-    for _ in range(2):  # appending twice is appending once
-        summary = run(tmp_path / "set", [tmp_path / "more"], None, append=True, **SETTINGS)
-    assert files_of(tmp_path / "set") == files_of(tmp_path / "both")
-    assert summary.sources["more"]["documents"] + summary.sources["more"]["dropped (duplicate)"] == len(more) + 25
 
 
 def test_an_unfinished_append_is_finished_before_another(tmp_path, texts, tokenizer_dir):

@@ -12,11 +12,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pool_jobs
 import pytest
+from conftest import wait_until
 from pool_jobs import jobs
 
 from benchmarks.killing import running
@@ -25,13 +26,6 @@ from ettin_foundry.corpus.executors import Board, Tick, run_tasks
 
 pytestmark = pytest.mark.timeout(60)
 HEAVY = {"torch", "transformers", "streaming", "boto3", "ray", "matplotlib", "pyarrow", "tokenizers"}
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,12 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from test_packing import place_one_by_one
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ettin_foundry.corpus.chunking import Chunker
 from ettin_foundry.corpus.writer import ShardGroupWriter
 from ettin_foundry.data import COLUMNS
+from ettin_foundry.data.packing import pack_lengths, piece_counts
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 BYTES: Any = Tokenizer(models.BPE(vocab={character: n for n, character in enumerate(ALPHABET)}, merges=[]))
@@ -114,7 +114,7 @@ def test_entries_state_what_the_shards_hold():
         counts = [len(sample["tokens"]) for sample in held]
         assert entry["tokens"] == sum(counts) and entry["documents"] == sum(sample["last"] for sample in held)
         assert entry["lengths"] == [counts.count(length) for length in range(301)]
-        assert entry["rows"] == {"302": len(place_one_by_one([count + 2 for count in counts], 302))}
+        assert entry["rows"] == {"302": pack_lengths(piece_counts(np.bincount(counts)), 302).num_rows}
         assert entry["source"] == "caf\u00e9"
         assert json.loads(json.dumps(entry)) == entry
     assert not expected and len(entries) > 2

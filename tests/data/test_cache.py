@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import wait_until
 from hand_made import CHUNK_LENGTH, flip, random_documents, samples_of, shard_file, write_split
 
 from ettin_foundry.data import cache
@@ -77,13 +78,6 @@ def used(folder):
         with contextlib.suppress(FileNotFoundError):
             total += path.stat().st_size
     return total
-
-
-def wait_until(true):
-    end = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.005)
 
 
 def limit_for(folder, number):

@@ -81,11 +81,6 @@ def test_one_limit_holds_for_all_datasets_of_a_mixture_together(sets, mix, cloud
         open_split(mix / "train", cache_limit=100_000)
 
 
-def test_a_mixture_can_be_pickled(mix):
-    data = open_split(mix / "train")
-    assert chunks_of(pickle.loads(pickle.dumps(data))) == chunks_of(data)
-
-
 def test_any_wrong_value_in_a_manifest_is_refused_or_changes_nothing_of_the_data(mix):
     expected, refusals = chunks_of(open_split(mix / "train")), 0
     for place, value in spoil(mix / "train" / MANIFEST, values=2):

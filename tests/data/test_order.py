@@ -159,18 +159,6 @@ def test_shards_ahead_are_in_order_of_need():
         assert needed[0] == number
 
 
-def test_each_source_has_its_share_of_any_10_000_rows():
-    # billions of tokens per source in the suite's first phase; the smallest is 0.3% of all
-    pretrain = [837.2, 356.6, 263.9, 80.3, 57.3, 28.0, 19.6, 16.6, 12.7, 12.6, 7.3, 7.3, 5.3]
-    rows = np.round(300_000 * np.array(pretrain) / np.sum(pretrain)).astype(int)
-    epochs = [Interleave(rows, phases) for phases in np.random.default_rng(3).random((2, len(rows)))]
-    streams = np.array([merged.at(row)[0] for merged in epochs for row in range(merged.num_rows)])
-    for stream, share in enumerate(rows / rows.sum()):
-        running = np.concatenate([[0], np.cumsum(streams == stream)])
-        bound = 2 * ((1 - share) + share * (len(rows) - 1))  # twice that of the docstring: runs cross an epoch's end
-        assert np.abs((running[10_000:] - running[:-10_000]) - 10_000 * share).max() < bound
-
-
 @pytest.mark.parametrize("rows", [[0, 5], [3, 0, 70_000, 1], [20_000, 20_000], [1] * 40, [999_983, 17, 8192]], ids=str)
 @pytest.mark.parametrize("spread", [0, 1], ids=["no phases", "phases"])
 def test_merged_streams_are_sorted_by_exact_keys_and_any_place_is_found_alone(rows, spread):

@@ -1,4 +1,4 @@
-"""Claims about the model: isolation of documents, parameter counts, initialisation, no read-back."""
+"""Claims about the model: isolation of documents, initialisation, no read-back. Parameters: test_recipes.py."""
 
 import pytest
 import torch
@@ -6,8 +6,6 @@ import torch
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.transformer import Ettin
 
-PARAMETERS = {"17m": 16_913_600, "32m": 32_081_344, "68m": 68_457_664, "150m": 149_655_232, "400m": 395_881_664,
-              "1b": 1_031_314_112}  # paper Table 1 with the reference's head and output bias
 LENGTHS = [1, 200, 17, 64, 150]
 
 
@@ -35,15 +33,6 @@ def targets(lengths, causal, seed=1):
         return places, ids[places + 1]
     places = torch.arange(0, len(ids), 3)
     return places, torch.randint(0, 320, (len(places),), generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("size", PARAMETERS)
-@pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])
-def test_parameter_counts_are_the_published_ones(size, causal):
-    with torch.device("meta"):
-        model = Ettin(EttinConfig.for_size(size, causal=causal))
-    assert sum(p.numel() for p in model.parameters()) == model.config.num_parameters == PARAMETERS[size]
-    assert model.config.layer_types[0] == model.config.layer_types[-1] == "full_attention" and model.config.size == size
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["mlm", "clm"])
@@ -76,17 +65,6 @@ def test_a_stream_of_either_kind_equals_a_model_of_that_kind():
         for model in pair.values():
             out = model(*tensors, longest, causal=causal)
             torch.testing.assert_close(out, alone(*tensors, longest), rtol=1e-5, atol=1e-5)  # sums in other threads
-
-
-def test_weights_of_targets_weigh_their_losses():
-    model = build()
-    *tensors, longest = stream(LENGTHS)
-    places, labels = targets(LENGTHS, causal=False)
-    weights = torch.rand(len(places), generator=torch.Generator().manual_seed(4))
-    logits = model.predict(model(*tensors, longest))[places].double()
-    nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    out = model(*tensors, longest, places, labels, target_weights=weights)
-    assert out.nll.item() == pytest.approx((nll * weights).sum().item(), rel=1e-5)  # fp32 against float64
 
 
 def test_initialisation_follows_the_role_of_each_matrix():

@@ -1,7 +1,4 @@
-"""Schedules of objectives against formulas written out here; what is refused. Rates: benchmarks/fuzz, `schedules`."""
-
-import random
-from fractions import Fraction
+"""Schedules: in plain data, and what is refused. What holds at each token: benchmarks/fuzz, `schedules`."""
 
 import pytest
 
@@ -13,24 +10,6 @@ BIPHASIC = [{"until": "0.25dur", "objective": "clm"}, {"until": "1dur", "objecti
 # the last turn is cut short
 ALTERNATING = [{"until": "390_000tok", "cycle": [{"tokens": "4_000tok", "objective": "clm"},
                                                  {"tokens": "16_000tok", "objective": "mlm"}]}, {"objective": "clm"}]
-
-
-def tokens_to_try(*breakpoints):
-    """Every breakpoint, its neighbours, both ends, and 1,000 random tokens."""
-    rng = random.Random(5)
-    near = {max(0, b + d) for b in breakpoints for d in (-1, 0, 1)}
-    return sorted({t for t in near if t < TOTAL} | {0, TOTAL - 1} | {rng.randrange(TOTAL) for _ in range(1000)})
-
-
-def test_segments_and_cycles_hold_where_their_formula_says():
-    switch, turns = round(Fraction(TOTAL, 4)), [20_000 * turn + part for turn in range(20) for part in (0, 4_000)]
-    biphasic, alternating = (ObjectiveSchedule.parse(value, total=TOTAL) for value in (BIPHASIC, ALTERNATING))
-    for t in tokens_to_try(switch, *turns, 390_000):
-        assert biphasic.at(t) == {"clm" if t < switch else "mlm": 1.0}
-        assert alternating.at(t) == {"clm" if t >= 390_000 or t % 20_000 < 4_000 else "mlm": 1.0}, t
-    assert (biphasic.objectives, biphasic.final, alternating.final) == (("clm", "mlm"), "mlm", "clm")
-    mixture = ObjectiveSchedule.parse({"mntp": 0.9375, "clm": 0.0625})
-    assert mixture.at(0) == mixture.at(10**13) == {"mntp": 0.9375, "clm": 0.0625}
 
 
 @pytest.mark.parametrize("value", [

@@ -1,4 +1,4 @@
-"""StableAdamW and the schedules, held to formulas in float64, to torch-optimi and to hand-computed values."""
+"""StableAdamW held to its formula in float64 and to torch-optimi; the clocks of schedules (values: benchmarks/fuzz)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import pytest
 import torch
 from composer.core import Time, Timestamp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from ettin_foundry.training.optimizer import OneMinusSqrt, StableAdamW, WarmupStableDecay
-from ettin_foundry.training.run_config import one_minus_sqrt, warmup_stable_decay
 
 BETAS, EPS = (0.9, 0.98), 1e-6
 
@@ -90,13 +89,6 @@ def test_a_step_reads_no_value_back():
     StableAdamW([own], 0.01, weight_decay=1e-5).step()
 
 
-def test_norms_and_biases_are_never_decayed():
-    own = params()
-    optimizer = StableAdamW(iter(own), 0.01, weight_decay=1e-5)
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert [decay[id(p)] for p in own] == [1e-5, 0.0, 1e-5]
-
-
 def test_impossible_settings_are_refused():
     for kwargs, says in (({"lr": 0.0}, "optimizer.lr"), ({"max_lr": 0}, "max_lr"), ({"betas": (0.9, 1.0)}, "betas")):
         with pytest.raises(ValueError, match=says):
@@ -106,20 +98,6 @@ def test_impossible_settings_are_refused():
             WarmupStableDecay(warmup, "0tok", alpha_f=alpha_f)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="t_decay"):
         OneMinusSqrt("0tok")
-
-
-def test_resumed_steps_equal_uninterrupted_steps_bitwise(tmp_path):
-    whole, halves = nn.ParameterList(params()), nn.ParameterList(params())
-    run(StableAdamW(whole, 0.01, weight_decay=1e-4), whole, range(6))
-    first, second = (StableAdamW(halves, 0.01, weight_decay=1e-4) for _ in range(2))
-    run(first, halves, range(3))
-    torch.save(get_optimizer_state_dict(halves, first), tmp_path / "state")
-    halves.zero_grad()
-    # what Composer calls; it first makes a fake step with zero gradients
-    set_optimizer_state_dict(halves, second, torch.load(tmp_path / "state", weights_only=True))
-    run(second, halves, range(3, 6))
-    for a, b in zip(whole, halves):
-        assert torch.equal(a, b)
 
 
 def test_reading_the_state_of_a_fresh_optimizer_changes_nothing():
@@ -133,15 +111,6 @@ def test_reading_the_state_of_a_fresh_optimizer_changes_nothing():
 
 
 # ------------------------------------------------------------------ schedules
-
-
-def test_schedules_at_hand_computed_times():
-    for t, factor in ((0, 1e-10), (50, 0.5), (100, 1.0), (600, 1.0), (700, 0.55), (800, 0.1), (900, 0.1)):
-        value = warmup_stable_decay(t, warmup=100, decay=200, total=800, alpha_f=0.1)
-        assert value == pytest.approx(factor, rel=1e-9)  # 0.5 is 0.5 + 0.5e-10
-        assert warmup_stable_decay(t, warmup=0, decay=0, total=800, alpha_f=0.0) == 1.0  # without a decay it stays flat
-    for t, factor in ((0, 1.0), (600, 1.0), (650, 0.55), (800, 0.1), (900, 0.1)):
-        assert one_minus_sqrt(t, decay=200, total=800, alpha_f=0.1) == pytest.approx(factor, rel=1e-12)
 
 
 @pytest.mark.parametrize(("schedule", "run_length", "tokens", "batch", "factor"), [

@@ -105,9 +105,9 @@ def test_it_resolves_passes_the_checks_and_builds_on_meta(path, phase, overlay):
     checks.check_settings(resolved(path, *phase, args=("max_duration=8ba",)))  # a try of eight steps is one key
     with torch.device("meta"):
         model = EttinModel(**{k: v for k, v in cfg["model"].items() if k != "name"})
+    config, size = model.config, cfg["model"]["size"]
     count = sum(p.numel() for p in model.parameters())
-    config = model.config
-    assert count == ORIGINAL["parameters"].get(cfg["model"]["size"], config.num_parameters)
+    assert count == config.num_parameters == ORIGINAL["parameters"][size] and config.size == size
     assert config.max_position_embeddings == cfg["max_seq_len"]
     assert {"attn_out_dropout_prob": config.attn_out_dropout, "norm_eps": config.norm_eps,
             "global_attn_every_n_layers": config.global_attn_every_n_layers, "sliding_window": config.local_attention,

@@ -14,15 +14,6 @@ NANO = str(nano_run.ROOT / "yamls/nano.yaml")
 EXTEND = str(nano_run.ROOT / "yamls/phases/extend.yaml")
 
 
-def test_a_block_that_changes_its_name_keeps_nothing_of_the_old_one():
-    base = {"scheduler": {"name": "warmup_stable_decay", "t_warmup": "1tok"}, "optimizer": {"name": "a", "lr": 1}}
-    over = {"scheduler": {"name": "one_minus_sqrt", "alpha_f": 0.5}, "optimizer": {"lr": 2}}
-    assert TRAIN.merge(base, over) == {"scheduler": {"name": "one_minus_sqrt", "alpha_f": 0.5},
-                                       "optimizer": {"name": "a", "lr": 2}}
-    assert "t_warmup" not in TRAIN.configure([NANO, EXTEND, "variables.source=x"])["scheduler"]
-    assert TRAIN.merge({"load_path": "x"}, {"load_path": "???"}) == {"load_path": "x"}  # a missing value hides none
-
-
 def test_later_files_win_and_the_command_line_wins_over_files(tmp_path):
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("variables: {n: 1}\na: ${variables.n}\nb: 1\nc: 1\n")
