@@ -64,23 +64,17 @@ def done_units(storage: Storage, plan: Plan, made_with: str | None = None) -> di
 def sole_writer(out: str, *, shared: bool = False) -> Iterator[None]:
     """Refuses a folder that another conversion writes to; tasks of an array share it.
 
-    Where there are no locks (object stores, some NFS), two of the same options write the same bytes; of others one
-    fails, by the plan or a unit's record, or a reader finds another hash than the manifest's.
+    Without locks (object stores, some NFS) equal conversions write equal bytes; of others one fails, or a reader does.
     """
-    if is_url(out):
-        yield
-        return
-    (folder := Path(join(out)).resolve()).mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            if not stack.enter_context(locked(folder, wait=False, shared=shared)):
-                raise ValueError(f"--out must be used by one conversion at a time, got {out}, which another one writes "
-                                 "to; wait for it, or name another folder")
-        try:
-            yield
-        finally:
+    with contextlib.ExitStack() as stack, contextlib.ExitStack() as tidy:
+        if not is_url(out):
+            (folder := Path(join(out)).resolve()).mkdir(parents=True, exist_ok=True)
+            tidy.callback(lambda: folder.is_dir() and not any(folder.iterdir()) and folder.rmdir())  # it made nothing
             with contextlib.suppress(OSError):
-                folder.rmdir()  # if nothing came of it
+                if not stack.enter_context(locked(folder, wait=False, shared=shared)):
+                    raise ValueError(f"--out must be used by one conversion at a time, got {out}, which another one "
+                                     "writes to; wait for it, or name another folder")
+        yield
 
 
 def finalize(out: str | os.PathLike[str], *, max_bad_records: int | None = None) -> dict[str, dict[str, Any]]:

@@ -1,8 +1,4 @@
-"""The callback `ettin_watch`, of every run: its end on a signal, its folder, and what goes wrong in weeks of training.
-
-Of the host's, KillLossSpike knows one rank's last microbatch and no objectives, and forgets all at a resume;
-MemoryMonitor and SystemMetricsMonitor log figures that somebody must look at.
-"""
+"""The callback `ettin_watch`, of every run: its end on a signal, its folder, and what goes wrong in its weeks."""
 
 from __future__ import annotations
 
@@ -42,7 +38,8 @@ class Watch(Callback):
     """Ends a run in order when told to, keeps its save folder for it alone, and warns: what is seen, and what to do.
 
     The first SIGTERM or SIGUSR1 to any rank has all finish the step, save, and exit with `PREEMPTED`; Composer's
-    handler ends within the step. A SIGTERM 5 s after it ends a process at once.
+    handler ends within the step. A SIGTERM 5 s after it ends a process at once. The host's KillLossSpike knows one
+    rank's last microbatch and no objectives, and forgets all at a resume; its MemoryMonitor logs figures.
 
     policy: `warn` of a loss spike; or `skip_rows`, where such a step changes neither weights nor moments. Statistics
     are in the checkpoint, so a resumed run decides alike. stall_seconds: that a batch may take to come.
@@ -55,8 +52,7 @@ class Watch(Callback):
         self._said, self._memory, self._handlers = dict[str, int](), dict[str, int](), dict[int, Any]()
         self._objective, self._skips, self._told_at, self._waits_since = "", False, 0.0, float("inf")
         self._ended, self._held, self._lock = threading.Event(), contextlib.ExitStack(), Path("/dev/null")
-        self._saver: Any = None
-        self._beside: threading.Thread | None = None
+        self._saver = self._beside = None  # type: Any
 
     def init(self, state: State, logger: Logger) -> None:
         self._saver = next((each for each in state.callbacks if isinstance(each, CheckpointSaver)), None)
@@ -110,8 +106,7 @@ class Watch(Callback):
         if loss > highest:
             what = "the step is passed over" if self._skips else "see its rows by ettin order --step"
             self._warn("loss", step, f"{self._objective} loss {loss:.3f} at step {step}, usual are {usual:.3f} to "
-                       f"{highest:.3f}; {what}. If it stays up, go on from an earlier checkpoint with a lower lr, or "
-                       "with callbacks.ettin_watch.policy=skip_rows")
+                       f"{highest:.3f}; {what}. If it stays up, go on from an earlier checkpoint with a lower lr")
         if self._skips:
             self.skipped.append(step)
             if self.skipped[-_MOST:] == [*range(step - _MOST + 1, step + 1)]:
@@ -136,14 +131,13 @@ class Watch(Callback):
             log.warning("%s", text)
 
     def _look_at_memory(self, step: int) -> None:
-        used = {"GPU's reserved memory": torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0,
-                "memory": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")}
-        for what, now in used.items():
+        gpu = torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        for what, now in ("memory", pages * os.sysconf("SC_PAGE_SIZE")), ("GPU's reserved memory", gpu):
             if now > 1.25 * (before := self._memory.setdefault(what, now)) + 2**30:
                 self._memory[what] = now
                 self._warn(what, step, f"rank {dist.get_global_rank()}'s {what} grew from {before / 1e9:.1f} to "
-                           f"{now / 1e9:.1f} GB by step {step}; before it runs out, see what grows with "
-                           "callbacks.memory_snapshot, or start again by the same command")
+                           f"{now / 1e9:.1f} GB by step {step}; see what grows with callbacks.memory_snapshot")
 
     def _look_at_disk(self, state: State) -> None:
         """Whether the next checkpoints fit, with weights and two moments in fp32."""
@@ -151,9 +145,8 @@ class Watch(Callback):
             kept, folder = self._saver.num_checkpoints_to_keep, self._lock.parent
             size, free = 12 * sum(p.numel() for p in state.model.parameters()), shutil.disk_usage(folder).free
             if free < size * (3 if kept < 0 else 1 + max(0, kept - len(self._saver.saved_checkpoints))):
-                self._warn("disk", state.timestamp.batch.value, f"save_folder: {free / 1e9:.1f} GB free in {folder}, "
-                           f"room for {free // size} more checkpoints of {size / 1e9:.1f} GB; make room, or set "
-                           "save_num_checkpoints_to_keep=2")
+                self._warn("disk", state.timestamp.batch.value, f"save_folder: room in {folder} for {free // size} "
+                           f"more checkpoints of {size / 1e9:.1f} GB; make room, or set save_num_checkpoints_to_keep=2")
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         self._waits_since = time.monotonic()
@@ -190,13 +183,13 @@ class Watch(Callback):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         """Ends the run if a rank was told to: saves unless that was just done, waits for uploads and all ranks."""
         told, now, before = self._told_at > 0, state.timestamp, state.previous_timestamp
+        assert before is not None and state.max_duration is not None
         if dist.get_world_size() > 1:  # they ask each other once a second, by the host's clock, which they share
-            assert before is not None
             if now.total_wct // timedelta(seconds=1) == before.total_wct // timedelta(seconds=1):
                 return
             dist.all_reduce(any_told := state.device.tensor_to_device(torch.tensor([int(told)])), "MAX")
             told = bool(any_told.item())
-        if not told or not self._saver or state.max_duration is None or now >= state.max_duration:
+        if not told or not self._saver or now >= state.max_duration:
             return
         if self._saver.last_checkpoint_batch != state.timestamp.batch:
             self._saver._save_checkpoint(state, logger)

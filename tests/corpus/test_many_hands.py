@@ -13,25 +13,16 @@ from ettin_foundry.corpus.verify import verify_dataset
 from ettin_foundry.data.stream import open_stream
 
 
-@pytest.fixture(params=["flock", "no flock"])
-def locks(request, monkeypatch):
-    def flock(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    if request.param == "no flock":
-        monkeypatch.setattr(fcntl, "flock", flock)
-    return request.param == "flock"
-
-
 def test_a_second_conversion_into_a_folder_is_refused_and_tasks_of_an_array_are_not(tmp_path, tokenizer_dir, ettin):
     write_corpus(tmp_path / "texts", files=2, documents=20)
-    command = ["convert", tmp_path / "texts", "--out", tmp_path / "set", "--tokenizer", tokenizer_dir, "--workers", 1]
-    with sole_writer(str(tmp_path / "set")):
+    out = tmp_path / "set"
+    command = ["convert", tmp_path / "texts", "--out", out, "--tokenizer", tokenizer_dir, "--workers", 1]
+    with sole_writer(str(out)):
         code, _, error = ettin(*command)
-        assert code == 1 and "--out must be used by one conversion at a time" in error and "another one writes" in error
-        assert ettin("finalize", tmp_path / "set")[0] == 1
-    assert not (tmp_path / "set").exists()  # nothing came of either
-    with sole_writer(str(tmp_path / "set"), shared=True):
+        assert code == 1 and "--out must be used by one conversion at a time" in error
+        assert ettin("finalize", out)[0] == 1
+    assert not out.exists()  # nothing came of either
+    with sole_writer(str(out), shared=True):
         assert ettin(*command, "--task-index", 0, "--num-tasks", 2)[0] == 0 and ettin(*command)[0] == 1
 
 
@@ -39,8 +30,7 @@ def test_a_second_conversion_into_a_folder_is_refused_and_tasks_of_an_array_are_
 def test_without_locks_two_at_once_give_one_dataset_or_an_error(tmp_path, tokenizer_dir, monkeypatch, cut_window):
     """The second runs from beginning to end while the first has read its plan and written nothing."""
     write_corpus(tmp_path / "texts", files=3, documents=25)
-    for name, window in (("first", 0.1), ("second", cut_window)):
-        run(tmp_path / name, [tmp_path / "texts"], tokenizer_dir, cut_window=window)
+    run(tmp_path / "alone", [tmp_path / "texts"], tokenizer_dir)
     execute, waiting = converting._execute, [True]
 
     def late(*args):
@@ -49,20 +39,25 @@ def test_without_locks_two_at_once_give_one_dataset_or_an_error(tmp_path, tokeni
         execute(*args)
 
     monkeypatch.setattr(converting, "_execute", late)
-    if cut_window == 0.1:
+    if cut_window == 0.1:  # equal options
         run(tmp_path / "set", [tmp_path / "texts"], tokenizer_dir)
-        assert files_of(tmp_path / "set") == files_of(tmp_path / "first") == files_of(tmp_path / "second")
+        assert files_of(tmp_path / "set") == files_of(tmp_path / "alone")
     else:
         with pytest.raises(ValueError, match="must be of unit 0 .* and these options, got another unit's record"):
             run(tmp_path / "set", [tmp_path / "texts"], tokenizer_dir)
-        assert files_of(tmp_path / "first") != files_of(tmp_path / "second")
         assert not verify_dataset(tmp_path / "set").ok  # no reader takes the one's shards for the other's
 
 
-def test_a_run_reads_the_same_rows_while_its_dataset_grows(tmp_path, tokenizer_dir, locks):
-    write_corpus(tmp_path / "texts", files=2, documents=25)
-    write_corpus(tmp_path / "more", files=2, documents=25, seed=1)
-    run(tmp_path / "set", [tmp_path / "texts"], tokenizer_dir)
+@pytest.mark.parametrize("flock", [True, False])
+def test_a_run_reads_the_same_rows_while_its_dataset_grows(tmp_path, tokenizer_dir, monkeypatch, flock):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    if not flock:
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    for seed in (0, 1):
+        write_corpus(tmp_path / f"{seed}", files=2, documents=25, seed=seed)
+    run(tmp_path / "set", [tmp_path / "0"], tokenizer_dir)
 
     def rows(stream):
         return [[chunk.tolist() for chunk in row.chunks] for step in range(20) for row in stream.rows_of(step)]
@@ -74,5 +69,5 @@ def test_a_run_reads_the_same_rows_while_its_dataset_grows(tmp_path, tokenizer_d
 
     expected, running = rows(opened()), opened()
     running.rows_of(0)
-    run(tmp_path / "set", [tmp_path / "more"], tokenizer_dir, append=True)
+    run(tmp_path / "set", [tmp_path / "1"], tokenizer_dir, append=True)
     assert rows(running) == expected and rows(opened()) != expected
