@@ -16,18 +16,6 @@ _Masked = Annotated[Literal["mlm", "mntp"] | None, typer.Option(help="Of the enc
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of this name.")]
 
 
-def _check(*sources: Path, causal: bool | None = None) -> None:
-    """Refuses what can be told of sources before torch is imported, which takes seconds."""
-    from ettin_foundry.model.hf_config import read_config
-
-    for source in sources:
-        if not source.exists():
-            raise FileNotFoundError(f"{source}: no such path; give a checkpoint, save folder or Hugging Face folder")
-        config = source / "config.json"
-        if causal is not None and config.is_file() and read_config(config)[0].causal != causal:
-            raise ValueError(f"{source} must be {'a decoder; use fill-mask' if causal else 'an encoder; use generate'}")
-
-
 def export(
     sources: Annotated[list[Path], typer.Argument(
         metavar="CHECKPOINT", help="Composer .pt file, or folder of checkpoints. With --every, save folders.")],
@@ -49,7 +37,6 @@ def export(
     if len(sources) > 1 and not every:
         raise typer.BadParameter("one checkpoint and the folder to write are needed; several save folders take --every",
                                  param_hint="CHECKPOINT")
-    _check(*sources)
     from ettin_foundry.hub.folder import export_checkpoint, export_every
 
     options: Any = {"objective": objective, "tokenizer": tokenizer, "licence": licence, "dtype": dtype,
@@ -71,7 +58,6 @@ def import_(
 
     Example: ettin import models/nano-encoder nano-encoder.pt
     """
-    _check(folder)
     from ettin_foundry.hub.average import import_weights
 
     config, stated = import_weights(folder, out, objective=objective, overwrite=overwrite)
@@ -91,7 +77,6 @@ def average(
     """
     if last is not None and len(sources) != 1:
         raise ValueError(f"--last takes one save folder, got {len(sources)} sources")
-    _check(*sources)
     from ettin_foundry.hub.average import average_checkpoints
 
     config, found = average_checkpoints(sources, out, last=last, overwrite=overwrite)
@@ -108,7 +93,7 @@ def generate(source: _Source, prompts: Annotated[list[str], typer.Argument(metav
 
     Example: ettin generate models/nano-decoder "def main("
     """
-    model = _build(source, tokenizer, None, causal=True)
+    model = _build(source, tokenizer)
     for prompt, rest in zip(prompts, model.generate(prompts, max_new_tokens, temperature=temperature, seed=seed)):
         print(prompt + rest)
 
@@ -120,15 +105,14 @@ def fill_mask(source: _Source, texts: Annotated[list[str], typer.Argument(metava
 
     Example: ettin fill-mask models/nano-encoder "import [MASK]"
     """
-    model = _build(source, tokenizer, objective, causal=False)
+    model = _build(source, tokenizer, objective)
     for text, best in zip(texts, model.fill_mask(texts, top_k)):
         print(text)
         for token, probability in best:
             print(f"  {probability:7.2%}  {token!r}")
 
 
-def _build(source: Path, tokenizer: str | None, objective: str | None, *, causal: bool) -> Any:
-    _check(source, causal=causal)
+def _build(source: Path, tokenizer: str | None, objective: str | None = None) -> Any:
     from ettin_foundry.hub.load import load_model
 
     loaded = load_model(source, objective)

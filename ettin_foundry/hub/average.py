@@ -31,9 +31,8 @@ def average_checkpoints(sources: Sequence[str | Path], out: str | Path, *, last:
                         overwrite: bool = False) -> tuple[EttinConfig, list[Path]]:
     """Writes the mean of checkpoints of one kind, with a lineage that names each; returns (config, sources).
 
-    Args:
-        sources: as for `load_model`; tokens and phase of the mean are the newest's. out: a .pt file.
-        last: take this many of the newest complete checkpoints of the one save folder in `sources`.
+    sources: as for `load_model`; tokens and phase of the mean are the newest's. out: a .pt file.
+    last: take this many of the newest complete checkpoints of the one save folder in `sources`.
     """
     _check_target(out, overwrite)
     if last is not None:

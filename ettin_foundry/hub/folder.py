@@ -36,10 +36,9 @@ def export_model(model: Any, config: EttinConfig, tokenizer: Any, folder: str | 
 
     Everything is written beside the target, then renamed into place.
 
-    Args:
-        model: an `EttinModel`, an `Ettin`, or a state dict of either. tokenizer: a fast one of transformers.
-        objective: what the head was last trained on. facts: as of `card.card`; some also go into config.json.
-        dtype: of the weights, a key of `DTYPES`. overwrite: replace an earlier export of this name.
+    model: an `EttinModel`, an `Ettin`, or a state dict of either. tokenizer: a fast one of transformers.
+    objective: what the head was last trained on. facts: as of `card.card`; some also go into config.json.
+    dtype: of the weights, a key of `DTYPES`. overwrite: replace an earlier export of this name.
     """
     folder, facts = Path(folder), dict(facts or {})
     if objective not in OBJECTIVES or (objective == "clm") != config.causal:

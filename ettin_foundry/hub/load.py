@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ettin_foundry.data import tokenizer as tokenizers
@@ -16,7 +15,7 @@ from ettin_foundry.model.config import MASKED_OBJECTIVES, EttinConfig
 from ettin_foundry.model.hf_config import read_record
 from ettin_foundry.model.inference import Predictor
 from ettin_foundry.model.transformer import Ettin
-from ettin_foundry.model.weights import import_folder
+from ettin_foundry.model.weights import import_folder, tensor_table
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
 from ettin_foundry.training import checkpoints
 
@@ -39,8 +38,7 @@ class LoadedModel:
 
         A run leaves a copy in its save folder. The recorded place counts where it is a folder that exists.
 
-        Args:
-            given: by the user: this one or none. otherwise: where to look after what the source itself says.
+        given: by the user: this one or none. otherwise: where to look after what the source itself says.
         """
         wanted = self.record.get("tokenizer_fingerprint") or {}
         beside = [folder / "tokenizer" for folder in self.source.resolve().parents[:2]]  # 2: of initial/step0.pt
@@ -70,9 +68,8 @@ def load_model(source: str | Path, objective: str | None = None, *,
                default_objective: str | None = None) -> LoadedModel:
     """Reads a model from a Hugging Face folder, or from what `checkpoints.load_model_state` reads.
 
-    Args:
-        objective: of an encoder's folder that does not say; of a checkpoint, another objective that it was trained on.
-        default_objective: of an encoder's folder that does not say, where none is given.
+    objective: of an encoder's folder that does not say; of a checkpoint, another objective that it was trained on.
+    default_objective: of an encoder's folder that does not say, where none is given.
     """
     with checkpoints.naming(Path(source)):
         source = Path(source)
@@ -93,8 +90,9 @@ def load_model(source: str | Path, objective: str | None = None, *,
             raise ValueError(f"{source}: holds no record of its config; give a checkpoint of ettin_foundry's runs")
         chosen, config, other = chosen_objective(source, record, objective)
         facts_of(record)
-        with torch.device("meta"):
-            Ettin(config).load_state_dict(state, assign=True)  # names and shapes
+        shapes = {row.name: row.shape for row in tensor_table(config)}
+        if {name: value.shape for name, value in state.items()} != shapes:
+            raise ValueError(f"{source}: its tensors are not those of its config; give another checkpoint")
         return LoadedModel(source, state, config, chosen, record, other)
 
 

@@ -59,15 +59,14 @@ class TargetAccuracy(_TargetMetric):
 class EttinModel(ComposerModel):
     """An Ettin encoder or decoder under Composer.
 
-    Args:
-        tokenizer: the host's, for samples, export and a check of the vocabulary. size: a name in `config.SIZES`.
-        objective: `mlm` or `mntp` (encoder), `clm` (decoder), or a schedule of them (objectives/schedule.py), whose
-            last one, kept as `.objective`, decides what the model is. Rows of `clm` are causal whatever the model is.
-        max_seq_len: longest document in tokens; becomes `max_position_embeddings`.
-        attn_impl: `auto`, `flash`, `flex` or `reference`. init_device: the host's, which builds this under it.
-        compile: `blocks`, `none`, or `auto`, which compiles blocks where there is a GPU.
-        deterministic: torch's deterministic algorithms, in the whole process.
-        overrides: fields of `EttinConfig` by name (`vocab_size`, `global_rope_theta`, `window_left`, ...).
+    tokenizer: the host's, for samples, export and a check of the vocabulary. size: a name in `config.SIZES`.
+    objective: `mlm` or `mntp` (encoder), `clm` (decoder), or a schedule of them (objectives/schedule.py), whose
+        last one, kept as `.objective`, decides what the model is. Rows of `clm` are causal whatever the model is.
+    max_seq_len: longest document in tokens; becomes `max_position_embeddings`.
+    attn_impl: `auto`, `flash`, `flex` or `reference`. init_device: the host's, which builds this under it.
+    compile: `blocks`, `none`, or `auto`, which compiles blocks where there is a GPU.
+    deterministic: torch's deterministic algorithms, in the whole process.
+    overrides: fields of `EttinConfig` by name (`vocab_size`, `global_rope_theta`, `window_left`, ...).
     """
 
     def __init__(self, tokenizer: Any = None, *, size: str, objective: Any, max_seq_len: int, attn_impl: str = "auto",

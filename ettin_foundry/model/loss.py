@@ -27,8 +27,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: T
     Softmax and sums are in fp32 or wider, products in autocast's dtype if it is on. The second value, under no_grad
     only, is how many labels are the most probable entry: scalar int64.
 
-    Args:
-        hidden: (n, C), n may be 0. weight: (V, C). bias: (V,). labels: (n,) int64. target_weights: (n,) fp32.
+    hidden: (n, C), n may be 0. weight: (V, C). bias: (V,). labels: (n,) int64. target_weights: (n,) fp32.
     """
     if torch.is_grad_enabled():
         return _LinearCrossEntropy.apply(hidden, weight, bias, labels, target_weights), None  # type: ignore

@@ -157,10 +157,9 @@ class Head(nn.Module):
 class Ettin(nn.Module):
     """An Ettin encoder or decoder with its prediction head, the embedding matrix as its output.
 
-    Args:
-        config: the shape. On `torch.device("meta")` nothing is drawn; call `init_parameters` on materialised modules.
-        attn_impl: `auto`, `flash`, `flex` or `reference`.
-        other: the same shape with the other attention, for streams of that kind; `config.with_causal` unless given.
+    config: the shape. On `torch.device("meta")` nothing is drawn; call `init_parameters` on materialised modules.
+    attn_impl: `auto`, `flash`, `flex` or `reference`.
+    other: the same shape with the other attention, for streams of that kind; `config.with_causal` unless given.
     """
 
     def __init__(self, config: EttinConfig, attn_impl: str = "auto", other: EttinConfig | None = None) -> None:
@@ -178,11 +177,10 @@ class Ettin(nn.Module):
                 causal: bool | None = None, target_weights: Tensor | None = None) -> Tensor | TargetLoss:
         """(N, C) hidden states, or with targets a `TargetLoss`, made in here because FSDP unshards weights inside only.
 
-        Args:
-            input_ids: (N,) int64. position_ids: (N,) int64, restarting at 0 in each document.
-            cu_seqlens, max_seqlen: as of `Documents`. target_weights: (n,) fp32, in the sum; 1 unless given.
-            target_positions: (n,) int64 places in the stream. target_labels: (n,) int64 what they must predict.
-            causal: whether tokens see the past only; as the config says if None.
+        input_ids: (N,) int64. position_ids: (N,) int64, restarting at 0 in each document.
+        cu_seqlens, max_seqlen: as of `Documents`. target_weights: (n,) fp32, in the sum; 1 unless given.
+        target_positions: (n,) int64 places in the stream. target_labels: (n,) int64 what they must predict.
+        causal: whether tokens see the past only; as the config says if None.
         """
         device = input_ids.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device)

@@ -80,12 +80,11 @@ def make_inputs(objective: str, ids: Ints, sequence_id: Ints, ends_document: npt
     several times its share of the rows: there each target of mlm and mntp weighs 1 / mask_rate and a row counts by the
     tokens that could be targets, so that in expectation the loss is the objectives' means, weighted by their shares.
 
-    Args:
-        ids: (T,) int64; each piece is BOS, chunk, EOS; padding at the end. Not changed.
-        sequence_id: (T,) int64, number of the piece in the row, -1 on padding.
-        ends_document: (P,) bool, False when the piece's chunk is continued in another chunk of its document.
-        mask_rate: share of text tokens chosen by mlm and mntp. rng: what they draw from; None for clm.
-        mixed: rows of the batch have different objectives.
+    ids: (T,) int64; each piece is BOS, chunk, EOS; padding at the end. Not changed.
+    sequence_id: (T,) int64, number of the piece in the row, -1 on padding.
+    ends_document: (P,) bool, False when the piece's chunk is continued in another chunk of its document.
+    mask_rate: share of text tokens chosen by mlm and mntp. rng: what they draw from; None for clm.
+    mixed: rows of the batch have different objectives.
     """
     labels = np.full_like(ids, IGNORED)
     if objective == "clm":

@@ -24,21 +24,18 @@ def evaluate(source: str | Path, data: str | Path, objectives: Sequence[str] = D
              max_seq_len: int | None = None, device: str = "auto") -> dict[str, dict[str, float]]:
     """Evaluates a model under each objective.
 
-    Args:
-        source: a Composer checkpoint (.pt file, sharded folder, save folder), or a Hugging Face folder.
-        data: folder of a dataset tokenized with the model's tokenizer.
-        mask_rate: of mlm and mntp, in (0, 1].
-        max_batches: of 16,384 token positions (one row at least), from the split's begin; all of it if not given.
-        max_seq_len: length of a row; the model's own if not given.
-        device: auto, cpu or cuda; auto takes a GPU if there is one, and bf16 on it.
+    source: a Composer checkpoint (.pt file, sharded folder, save folder), or a Hugging Face folder.
+    data: folder of a dataset tokenized with the model's tokenizer.
+    mask_rate: of mlm and mntp, in (0, 1].
+    max_batches: of 16,384 token positions (one row at least), from the split's begin; all of it if not given.
+    max_seq_len: length of a row; the model's own if not given.
+    device: auto, cpu or cuda; auto takes a GPU if there is one, and bf16 on it.
 
     Returns {objective: {loss: nats per target, accuracy: share of targets, perplexity, targets: how many}}, all finite.
     A ValueError or FileNotFoundError names an argument, data that does not fit the model, or damaged weights.
     """
     if unknown := [name for name in objectives if name not in OBJECTIVES] or not objectives:
         raise ValueError(f"--objective must be one of {', '.join(OBJECTIVES)}, got {unknown or objectives!r}")
-    if not Path(source).exists():
-        raise FileNotFoundError(f"{source}: no such path; give a checkpoint, a save folder or a Hugging Face folder")
     splits = sorted(path.parent.name for path in Path(data).glob("*/manifest.json"))
     if split not in splits:
         raise FileNotFoundError(f"--split must be one of {data} ({', '.join(splits) or 'which holds none'}), got "

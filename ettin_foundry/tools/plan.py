@@ -104,8 +104,6 @@ class Plan(NamedTuple):
         return sum(self.memory_bytes.values()) / 2**30
 
 
-# ------------------------------------------------------------------ arithmetic
-
 NETWORK_BYTES = 50e9  # a second, that a GPU sends to other machines: one link of 400 Gb/s each
 
 
@@ -278,9 +276,6 @@ def plan_runs(stages: Sequence[tuple[str, dict[str, Any]]], *, gpus: str | None 
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return found
-
-
-# ------------------------------------------------------------------ text
 
 
 def _joined(lines: dict[str, str]) -> str:

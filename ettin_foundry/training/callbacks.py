@@ -90,8 +90,7 @@ class StepLog(CallbackWithConfig):
 
     Metric: data/mask_rate.
 
-    Args:
-        folder: a local folder; save_folder if not given. `{run_name}` is filled in.
+    folder: a local folder; save_folder if not given. `{run_name}` is filled in.
     """
 
     def __init__(self, train_config: Mapping[str, Any], folder: str | None = None):

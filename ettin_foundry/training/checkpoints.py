@@ -64,7 +64,8 @@ def locate(path: str | Path) -> Path:
     """The checkpoint that a path means: itself, or, of a save folder, the newest complete one in it."""
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint; give a .pt file, a sharded checkpoint or a save folder")
+        raise FileNotFoundError(f"{path}: no such path; give a .pt file, a sharded checkpoint, a save folder or a "
+                                "Hugging Face folder")
     if (path / "config.json").exists():
         raise ValueError(f"{path}: a Hugging Face folder, no checkpoint, without optimizer moments; run `ettin import "
                          f"{path} FILE.pt` and give load_path=FILE.pt load_weights_only=true, or use "

@@ -131,9 +131,6 @@ def _compare_models(then: Mapping[str, Any], now: Mapping[str, Any], place: Any)
     return found
 
 
-# ------------------------------------------------------------------ before work
-
-
 def check_start(cfg: Mapping[str, Any]) -> None:
     """Refuses settings of the start that contradict each other; reads no file."""
     for name in (*STARTS, "ettin_clock"):
@@ -217,9 +214,6 @@ def _prepare_source(cfg: Mapping[str, Any], key: str, block: Mapping[str, Any]) 
         kind, other = ("a sharded checkpoint", "sharded") if path.is_dir() else ("one file", "full")
         raise ValueError(f"{key}: {path} is {kind}; set fsdp_config.state_dict_type={other}, as its run had it")
     return {**loading, "load_path": str(path)}
-
-
-# ------------------------------------------------------------------ going on
 
 
 def check_resume(then: Mapping[str, Any], now: Mapping[str, Any], *, place: str, own: bool,

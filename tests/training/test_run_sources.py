@@ -115,7 +115,7 @@ def test_a_missing_or_partial_source_is_refused_by_its_key(configs, decoder, tmp
     for half in (tmp_path / "half.pt", tmp_path / "runs" / "ep0-ba5-rank0.pt"):
         half.write_bytes(decoder.read_bytes()[:5000])
     torch.save({"state": {"model": {"model.x": torch.ones(1)}}}, tmp_path / "foreign.pt")
-    for name, says in (("none.pt", "none.pt.*no such checkpoint"), ("half.pt", "not a whole archive"),
+    for name, says in (("none.pt", "none.pt.*no such path"), ("half.pt", "not a whole archive"),
                        ("runs", "no complete checkpoint"),
                         ("foreign.pt", "foreign.pt does not say what model it holds")):
         with pytest.raises((ValueError, FileNotFoundError), match=rf"callbacks.ettin_cross.source: '.*{says}"):
@@ -295,7 +295,7 @@ def test_a_load_path_is_compared_as_a_source_is(cfg, encoder, decoder, tokenizer
 
 
 def test_a_load_path_that_is_no_checkpoint_is_refused(cfg, folder):
-    for path, says in (("nowhere.pt", "no such checkpoint"),
+    for path, says in (("nowhere.pt", "no such path"),
                        (folder, r"ettin import .*out FILE.pt.*load_weights_only")):
         with pytest.raises((ValueError, FileNotFoundError), match=says):
             loaded(cfg, path)
