@@ -22,6 +22,7 @@ def test_later_files_win_and_the_command_line_wins_over_files(tmp_path):
     assert dict(TRAIN.configure([str(first), "c=3", str(second)])) == {"variables": {"n": 2}, "a": 2, "b": 2, "c": 3}
     assert TRAIN.configure([str(second), str(first)])["b"] == 1
     assert TRAIN.configure([str(first), "variables.n=7"])["a"] == 7
+    assert TRAIN.merge({"load_path": "x"}, {"load_path": "???"}) == {"load_path": "x"}  # a missing value hides none
 
 
 @pytest.mark.parametrize("text", ["1", "on", "2024-01-01", "1e3", "007", "0x1f", "1_000", "1.50", "a: b", "-3"])
