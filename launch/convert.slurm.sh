@@ -17,7 +17,7 @@
 #   TASKS               number of tasks; each gets every TASKS-th unit. More tasks than units leave some without work
 #   SOURCE, OPTION      as of data_prep/convert.py (--help lists them), except those of the array itself. OUT and the sources
 #                       are folders that every node sees, or URLs. --train-tokenizer and --deduplicate need one process that
-#                       sees all documents: train the tokenizer before, deduplicate with --executor ray or on one machine
+#                       sees all documents: train the tokenizer before, deduplicate on one machine
 #
 #   SUBMIT_OPTIONS      environment: further words for sbatch, such as SUBMIT_OPTIONS="--partition=cpu --cpus-per-task=32".
 #                       They take precedence over the #SBATCH lines above, which are 16 cores and 48 GB a task
@@ -55,7 +55,7 @@ submit() {
     out="$(out_of "$@")"
     for argument in "$@"; do
         case "$argument" in
-            --task-index* | --num-tasks* | --executor* | --train-tokenizer* | --deduplicate)
+            --task-index* | --num-tasks* | --train-tokenizer* | --deduplicate)
                 fail "$argument: given; not possible in an array of tasks, see the head of this script" ;;
         esac
     done

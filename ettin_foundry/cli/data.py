@@ -39,8 +39,6 @@ def convert(
     workers: Annotated[int | None, _help("Processes; all cores if left out.")] = None,
     engine: Annotated[Literal["auto", "fast", "tokenizers"], _help(
         "What tokenizes; auto: fast where its ids are the same.")] = "auto",
-    executor: Annotated[Literal["local", "ray"], _help("Where the workers are.")] = "local",
-    ray_address: Annotated[str | None, _help("A running Ray cluster; one is started here if left out.")] = None,
     task_index: Annotated[int | None, _help("Number of this task in a job array, from 0.")] = None,
     num_tasks: Annotated[int | None, _help("Tasks of the job array.")] = None,
     deduplicate: Annotated[bool, _help("Keep the first of equal documents.", "--deduplicate")] = False,

@@ -34,6 +34,13 @@ class _Group(TyperGroup):
             with formatter.section(title):
                 formatter.write_dl([(name.ljust(width), each.get_short_help_str(80)) for name, each in commands])
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
+
 
 app = typer.Typer(name="ettin", cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 

@@ -63,8 +63,6 @@ class ConvertOptions:
     append: bool = False
     workers: int | None = None
     engine: Engine = "auto"
-    executor: Literal["local", "ray"] = "local"
-    ray_address: str | None = None
     task_index: int | None = None
     num_tasks: int | None = None
 
@@ -85,10 +83,9 @@ class ConvertOptions:
             ("shard_size", f"at most {most} bytes", int(self.shard_size) <= most),
             ("seed", "0 to 2**63 - 1", 0 <= self.seed < 2**63),
             ("workers", "at least 1, or left out for all cores", self.workers is None or self.workers >= 1),
-            ("ray_address", "left out without --executor ray", self.executor == "ray" or not self.ray_address),
             ("task_index", f"0 to --num-tasks - 1, with --num-tasks {tasks}",
              task == tasks if task is None or tasks is None else 0 <= task < tasks),
-            ("task_index", "left out with --deduplicate, which compares all documents: use --executor ray",
+            ("task_index", "left out with --deduplicate, which compares all documents: use one machine",
              task is None or not self.filters.deduplicate),
         ]
         for key, allowed, fits in rules:
@@ -182,7 +179,7 @@ def _execute(job: HashUnit, units: Sequence[plans.Unit], title: str, options: Co
     workers = min(options.workers or len(os.sched_getaffinity(0)), len(units))
     num_bytes = sum(part_bytes(job.sources[unit.source], part) for unit in units for part in unit.parts)
     board = Board(title, num_bytes)
-    run_tasks(job, units, workers=workers, board=board, ray=options.executor == "ray", ray_address=options.ray_address)
+    run_tasks(job, units, workers=workers, board=board)
     log.info("%s: %s", title, board)
 
 

@@ -1,22 +1,20 @@
 """Tasks done by worker processes that may die, and how far they are: a death costs one try of its task, no result.
 
 An exception in a task ends the run and is raised here. A task must write its result so that doing it again is harmless.
-Workers are processes of this machine with a pipe each, so that a death is seen at once and it is known whose, or those
-of a Ray cluster, whose own retries are off, since they would be neither counted nor logged.
+Workers are processes of this machine with a pipe each, so that a death is seen at once and it is known whose. Many
+machines share a conversion as tasks of a job array (launch/convert.slurm.sh).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import logging
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
 import signal
-import socket
 import sys
 import threading
 import time
@@ -86,16 +84,16 @@ class _Outcome(NamedTuple):
 
 
 def run_tasks(work: Callable[[T, Report], R], tasks: Sequence[T], *, workers: int, board: Board,
-              tries: int = 3, ray: bool = False, ray_address: str | None = None) -> list[R]:
+              tries: int = 3) -> list[R]:
     """Does every task in `workers` processes, a single one in this process; the results in the order of the tasks.
 
     `work(task, report)` returns the result, `report(Tick(...))` says how far it is; all must be picklable, and tasks
     have a `label` for messages. A task that kills `tries` workers raises ChildProcessError.
     """
-    if workers == 1 and not ray:
+    if workers == 1:
         return [work(task, functools.partial(board.tick, number)) for number, task in enumerate(tasks)]
     pending, running, results, deaths = deque(range(len(tasks))), 0, dict[int, R](), Counter[int]()
-    pool = _RayPool(work, workers, ray_address) if ray else _LocalPool(work)
+    pool = _Pool(work)
     try:
         while pending or running:
             while pending and running < workers:
@@ -119,8 +117,8 @@ def run_tasks(work: Callable[[T, Report], R], tasks: Sequence[T], *, workers: in
     return [results[number] for number in range(len(tasks))]
 
 
-class _LocalPool:
-    """Worker processes of this machine that do one task at a time each. _RayPool has the same methods."""
+class _Pool:
+    """Worker processes of this machine that do one task at a time each."""
 
     def __init__(self, work: Any) -> None:
         self.work = pickle.dumps(work)
@@ -172,62 +170,6 @@ class _LocalPool:
             link.close()
 
 
-class _RayPool:
-    """Workers of one CPU each on a Ray cluster, which report when they end; the methods are those of _LocalPool.
-
-    Takes the Ray of this process, the cluster at `address` (as of `ray.init`) or RAY_ADDRESS, or starts one with
-    `workers` CPUs here and stops it at the end. Raises ValueError without Ray, ConnectionError without a cluster.
-    """
-
-    def __init__(self, work: Any, workers: int, address: str | None) -> None:
-        try:
-            self.ray: Any = importlib.import_module("ray")
-        except ImportError as error:
-            raise ValueError(f"--executor must be local, got ray ({error}); pip install ray") from None
-        self.begun_here = not self.ray.is_initialized()
-        if self.begun_here:
-            self._connect(workers, address or os.environ.get("RAY_ADDRESS"))
-        self.work = self.ray.put(pickle.dumps(work))
-        self.attempt = self.ray.remote(num_cpus=1, max_retries=0)(_ray_attempt)
-        self.running = dict[Any, int]()  # reference -> number of the task
-
-    def _connect(self, workers: int, address: str | None) -> None:
-        own = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": 80 << 20}  # about the least
-        try:
-            host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-            if host and port.isdecimal():  # else Ray would try for minutes
-                socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-            self.ray.init(address=address or "local", logging_level=logging.WARNING, **({} if address else own))
-        except Exception as error:  # a bare Exception where starting takes too long
-            raise ConnectionError("--ray-address must be HOST:PORT of a running cluster's head, auto on one of its "
-                                  f"machines or left out to start Ray, got {address}: {error}") from error
-
-    def submit(self, number: int, task: bytes) -> None:
-        self.running[self.attempt.remote(self.work, task)] = number
-
-    def ended(self, tick: Callable[[int, Tick], None]) -> Iterator[tuple[int, _Outcome]]:
-        for reference in self.ray.wait([*self.running])[0]:
-            number = self.running.pop(reference)
-            try:
-                data, last = self.ray.get(reference)
-                tick(number, Tick(*last))
-                yield number, pickle.loads(data)
-            except self.ray.exceptions.RayError as error:
-                yield number, _Outcome(death=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
-
-    def stop(self) -> None:
-        try:
-            references = list(self.running)
-            for force in (False, True):  # first without force, so that half-written files go
-                for reference in references:
-                    self.ray.cancel(reference, force=force)
-                if references and not force:  # Ray 2.60 ends this process if a task is cancelled that has just ended
-                    _, references = self.ray.wait(references, num_returns=len(references), timeout=_GRACE_SECONDS)
-        finally:
-            if self.begun_here:
-                self.ray.shutdown()
-
-
 # In the worker process:
 
 def _serve(link: Connection, work: bytes) -> None:
@@ -246,12 +188,6 @@ def _end_with_parent() -> None:
     while os.getppid() == parent.pid:
         parent.join(0.5)
     os._exit(1)
-
-
-def _ray_attempt(work: bytes, task: bytes) -> tuple[bytes, Sequence[int]]:
-    """Does a task; its outcome, and how far it was."""
-    ticks = deque([Tick()], maxlen=1)
-    return _attempt(work, task, ticks.append), tuple(ticks[0])
 
 
 def _attempt(work: bytes, task: bytes, report: Report) -> bytes:

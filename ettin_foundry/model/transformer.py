@@ -245,7 +245,7 @@ def init_parameters(module: nn.Module) -> None:
     A normal, cut at `initializer_cutoff_factor` deviations: 0.02, for both Wo 0.02 / sqrt(2 * layers). Norm weights 1,
     output bias 0, where the reference keeps torch's random default.
     """
-    if hasattr(module, "init_std"):
+    if hasattr(module, "init_std") and not module.weight.is_meta:
         nn.init.trunc_normal_(module.weight, std=module.init_std, a=-module.init_cut, b=module.init_cut)  # type: ignore
     elif isinstance(module, nn.LayerNorm):
         module.weight.fill_(1.0)

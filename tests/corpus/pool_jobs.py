@@ -72,7 +72,7 @@ def raising(job: Job, report: Report) -> int:
         raise FileNotFoundError(2, "no such corpus", "/data/corpus.jsonl")
     try:
         job.trace("begun")
-        for _ in range(400):  # Ray cannot interrupt one long sleep
+        for _ in range(400):
             time.sleep(0.05)
         return 0
     finally:

@@ -130,7 +130,6 @@ BAD_CALLS: dict[str, tuple[list[str], str]] = {
     "two tokenizers": (["{tmp}/good.txt", "--train-tokenizer", "300"], "exactly one of the two"),
     "half an array": (["{tmp}/good.txt", "--task-index", "0"], "--task-index must be .*, got 0"),
     "array": (["{tmp}/good.txt", "--task-index", "0", "--num-tasks", "2", "--deduplicate"], "--deduplicate"),
-    "address": (["{tmp}/good.txt", "--ray-address", "auto"], "--ray-address must be .*, got 'auto'"),
     "compression": (["{tmp}/good.txt", "--compression", "gzip"], "'--compression': 'gzip' is not one of 'zstd'"),
 }
 

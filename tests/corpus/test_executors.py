@@ -25,7 +25,7 @@ from ettin_foundry.corpus import executors
 from ettin_foundry.corpus.executors import Board, Tick, run_tasks
 
 pytestmark = pytest.mark.timeout(60)
-HEAVY = {"torch", "transformers", "streaming", "boto3", "ray", "matplotlib", "pyarrow", "tokenizers"}
+HEAVY = {"torch", "transformers", "streaming", "boto3", "matplotlib", "pyarrow", "tokenizers"}
 
 
 @pytest.fixture(autouse=True)
