@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import multiprocessing
 import os
-import signal
+import subprocess
 import sys
 import warnings
 from collections import Counter
@@ -105,7 +105,7 @@ def register_capture() -> type:
         `tell`; `averages` gradients that FSDP2 sums under gloo (torch 2.7)."""
 
         def __init__(self, die_at: int = -1, averages: bool = False, tell_at: int = -1, tell: str = "SIGUSR1") -> None:
-            self.die_at, self.averages, self.tell_at, self.tell = die_at, averages, tell_at, signal.Signals[tell]
+            self.die_at, self.averages, self.tell_at, self.tell = die_at, averages, tell_at, tell.removeprefix("SIG")
             Capture.losses, Capture.lrs, Capture.tokens, Capture.batches, Capture.groups = [], [], [], [], []
             Capture.weights, Capture.moments, Capture.gradients, Capture.seed = {}, {}, {}, None
             Capture.profile = torch.autograd.profiler.profile()
@@ -114,8 +114,8 @@ def register_capture() -> type:
             if state.timestamp.batch == self.die_at:
                 raise RuntimeError("killed")
             if state.timestamp.batch == self.tell_at and os.environ.get("RANK", "0") == os.environ.get("TOLD", "0"):
-                for pid in (*(worker.pid for worker in multiprocessing.active_children()), os.getpid()):
-                    os.kill(pid, self.tell)
+                pids = [str(worker.pid) for worker in multiprocessing.active_children()]
+                subprocess.run(["kill", "-s", self.tell, *pids, str(os.getpid())], check=True)  # from another process
             groups, parameters = state.optimizers[0].param_groups, dict(state.model.named_parameters())
             if not Capture.batches:
                 Capture.seed, optimized = state.rank_zero_seed, state.optimizers[0].state

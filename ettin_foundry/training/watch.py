@@ -52,7 +52,8 @@ class Watch(Callback):
         self._said, self._memory, self._handlers = dict[str, int](), dict[str, int](), dict[int, Any]()
         self._objective, self._skips, self._told_at, self._waits_since = "", False, 0.0, float("inf")
         self._ended, self._held, self._lock = threading.Event(), contextlib.ExitStack(), Path("/dev/null")
-        self._saver = self._beside = None  # type: Any
+        self._saver: Any = None
+        self._beside: Any = None
 
     def init(self, state: State, logger: Logger) -> None:
         self._saver = next((each for each in state.callbacks if isinstance(each, CheckpointSaver)), None)
