@@ -1,8 +1,7 @@
 """Tasks done by worker processes that may die, and how far they are: a death costs one try of its task, no result.
 
 An exception in a task ends the run and is raised here. A task must write its result so that doing it again is harmless.
-Workers are processes of this machine with a pipe each, so that a death is seen at once and it is known whose. Many
-machines share a conversion as tasks of a job array (launch/convert.slurm.sh).
+Workers are processes of this machine with a pipe each, so that a death is seen at once and it is known whose.
 """
 
 from __future__ import annotations

@@ -68,6 +68,7 @@ OBJECTIVE = ("model.objective", "train_loader.objective", "eval_loader.objective
     (dict.fromkeys(OBJECTIVE, "clm"), ["train_loader.mask_rate", "clm", "variables.mask_rate"]),
     ({"eval_loader.shuffle": ...}, ["eval_loader.shuffle must be false", "True"]),
     ({"train_loader.dataset": {"split": "train"}}, ["train_loader.dataset", "local"]),
+    ({"train_loader.dataset": {"local": [], "split": "train"}}, ["train_loader.dataset must be texts", "[]"]),
     # times and amounts
     ({"max_duration": "1ep"}, ["max_duration must be", "'1ep'", "tok"]),
     ({"eval_interval": ...}, ["eval_interval", "got 1", "epoch"]),  # the host's default
