@@ -108,7 +108,7 @@ class _Member:
             raise ValueError(f"sets.{self.name}: must be at most {_MAX_PASSES} times {tokens.sum():,}, got {wanted:,}")
         self.runs += [(number, self.shards) for number in range(passes)]
         # by its name, so that a source's choice does not depend on which others there are
-        words = _SHARDS, seed, xxhash.xxh32(self.name.encode()).intdigest()
+        words = _SHARDS, seed, xxhash.xxh32(self.name.encode(errors="surrogatepass")).intdigest()
         order = np.argsort(raw_draws(len(tokens), *words), kind="stable")
         if whole := int(np.argmin(np.abs(np.append(0, np.cumsum(tokens[order])) - rest))):
             self.runs.append((passes, np.sort(self.shards[order[:whole]])))

@@ -162,7 +162,7 @@ def check_kinds(cfg: Mapping[str, Any]) -> None:
         block(name, value)
     for key, value in loaders(cfg):
         dataset = block(f"{key}.dataset", block(key, value).get("dataset"))
-        require([] not in dataset.values(), f"{key}.dataset", "texts", dataset, "name a folder and a split")
+        require(list not in map(type, dataset.values()), f"{key}.dataset", "texts", dataset, "name a folder and split")
     for key in ("max_seq_len", "global_train_batch_size", "train_loader.batch_size_warmup.min_size"):
         value = value_at(cfg, key)
         require(value is None or type(value) is int and value > 0, key, "an integer of at least 1", value, "correct it")
