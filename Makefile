@@ -50,12 +50,10 @@ bench: $(VENV)/.installed .parity/4.57.6/.installed
 	$(BIN)/python benchmarks/cpu_vs_transformers.py --decoder-path .parity/4.57.6 $(BENCH_ARGS)
 
 # Is a run that dies and goes on the run that nothing disturbs? First cell by cell, about 6 minutes, then under faults
-# at random for MINUTES; SEED says which.
-MINUTES := 30
-SEED := 0
+# at random for MINUTES (30); SEED (0) says which.
 soak: $(VENV)/.installed
 	$(BIN)/python benchmarks/resume_matrix.py
-	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES) --seed $(SEED)
+	$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),30) --seed $(or $(SEED),0)
 
 # Eight minutes on a machine with a GPU, the most wanted first in each part; what a part has written stays where it is
 # stopped, and what fails does not keep the rest from being measured. Seconds, 480 in all:
