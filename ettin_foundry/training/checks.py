@@ -158,6 +158,10 @@ def _check_keys(cfg: Mapping[str, Any]) -> None:
     for name, block in callbacks.items():
         if name in PARAMETERS:
             _check_known(f"callbacks.{name}", block or {}, PARAMETERS[name])
+    names = {f"{key}.name": cfg[key]["name"] for key in ("model", "optimizer", "scheduler", "train_loader")}
+    for key, name in (*names.items(), *((f"callbacks.{name}", name) for name in callbacks)):
+        if name not in PARAMETERS and (near := did_you_mean(name, PARAMETERS, 0.85)):  # the host's are less alike
+            raise ValueError(f"{key}: {name!r} given{near}")
 
 def _check_known(key: str, block: Mapping[str, Any], allowed: Any) -> None:
     if unknown := sorted(set(block) - set(allowed), key=str):
