@@ -1,7 +1,7 @@
 """Prints what CI runs of README and docs: `python tests/readme_commands.py | bash -e`.
 
-Blocks in bash and Python run once each, README first and then the pages in the order of the site, so that a page can use
-what an earlier one made. A block with a title, such as ```bash title="needs GPUs", is not run.
+Blocks in bash and Python run once each, README first and then the pages in the order of the site, so that a page can
+use what an earlier one made. A block with a title, such as ```bash title="needs GPUs", is not run.
 """
 
 import re
