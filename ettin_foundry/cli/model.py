@@ -56,7 +56,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Of a repository that is made.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would go where; needs no network.")] = False,
 ) -> None:
-    """Upload an exported folder, or each checkpoint of a run, to the Hub.
+    """Upload an exported model, or a run, to the Hugging Face Hub.
 
     Example: ettin push models/nano-encoder --repo me/nano-encoder
     """
