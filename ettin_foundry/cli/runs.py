@@ -1,4 +1,4 @@
-"""The commands of `ettin` for training runs seen as a whole: recipes, plan, lint, suite, order."""
+"""The commands of `ettin` for training runs seen as a whole: recipes, plan, lint, suite, report, order."""
 
 from __future__ import annotations
 
@@ -160,6 +160,17 @@ def _list(found: Any, stages: Any, as_json: bool) -> None:
         pair = f", pair {stage['pair']}" if stage["pair"] else ""
         print(f"{stage['name']}: {stage['max_duration']} from {stage['from'] or 'initialisation'}{pair}\n"
               f"    {shlex.join(stage['command'])}")
+
+
+def report(folder: Annotated[Path, typer.Argument(
+        metavar="FOLDER", help="Save folder of a run, root of a suite, folder of a study or sweep.")]) -> None:
+    """Write an HTML report of a run, a suite or a study.
+
+    Example: ettin report runs/nano-mlm-pretrain
+    """
+    from ettin_foundry.tools.report import write_page
+
+    print(f"wrote {write_page(folder)}")
 
 
 def order(
