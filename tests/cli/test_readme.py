@@ -1,5 +1,6 @@
-"""What README, docs and the help of each command tell people to type is accepted."""
+"""What README, docs and the help of each command tell people to type is accepted, and CI runs what can run there."""
 
+import contextlib
 import re
 import shlex
 
@@ -8,15 +9,18 @@ import pytest
 import readme_commands
 import typer
 
+from ettin_foundry import REGISTRY
 from ettin_foundry.cli.main import app
 
-PAGES = [nano_run.ROOT / "README.md", *sorted((nano_run.ROOT / "docs").glob("*.md"))]
-LINES = sorted({line for page in PAGES for line in readme_commands.commands(page.read_text()) if "RECIPE" not in line})
+BLOCKS = [(title, readme_commands.commands(text)) for _, language, title, text in readme_commands.BLOCKS
+          if language == "bash"]
+LINES = sorted({line for _, lines in BLOCKS for line in lines if "RECIPE" not in line})
 COMMANDS = typer.main.get_command(app).commands
 EXAMPLES = {name: re.findall(r"^Example: (ettin .*)", command.help, re.M) for name, command in COMMANDS.items()}
+CI = (nano_run.ROOT / ".ci/run").read_text()
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("composer train.py")]
+@pytest.mark.parametrize("line", [line for line in LINES if re.match("(composer|python) train.py", line)]
                          + re.findall("^Example: (composer .*)", (nano_run.ROOT / "train.py").read_text(), re.M))
 def test_every_training_command_is_a_valid_run(line, monkeypatch):
     from ettin_foundry.training import checks, run_config
@@ -26,10 +30,35 @@ def test_every_training_command_is_a_valid_run(line, monkeypatch):
 
 
 @pytest.mark.parametrize("line", [line for line in [*LINES, *sum(EXAMPLES.values(), [])]
-                                  if line.startswith(("ettin ", "python data_prep/convert.py"))])
+                                  if re.match("ettin [a-z]|python data_prep/convert.py", line)])
 def test_every_command_and_option_exists(line):
     name, *words = shlex.split(line.replace("python data_prep/convert.py", "ettin convert"))[1:]
-    COMMANDS[name].make_context(name, words)
+    with contextlib.suppress(typer.Exit):  # of --help
+        COMMANDS[name].make_context(name, words)
+
+
+def test_commands_without_a_title_are_run_by_ci_and_the_others_say_what_they_need():
+    assert "tests/readme_commands.py >" in CI and len(BLOCKS) == len(re.findall(
+        r"^ *```\s*(?:sh|shell|console|bash)\b", "".join(readme_commands.PAGES.values()), re.M))
+    run = {*readme_commands.script(), *(f"make {target}" for line in re.findall("^make (.*)", CI, re.M)
+                                        for target in line.split())}
+    assert not {line for title, lines in BLOCKS if not title for line in lines} - run
+    assert all(re.match("$|needs |installs", title) for *_, title, _ in readme_commands.BLOCKS)
+    assert sorted(readme_commands.NAV) == sorted(path.name for path in (nano_run.ROOT / "docs").glob("*.md"))
+
+
+def test_every_program_and_target_that_a_page_names_exists():
+    rules = " ".join(re.findall(r"^([^.\t#][\w ./-]*):(?!=)", (nano_run.ROOT / "Makefile").read_text(), re.M)).split()
+    for name, *words in map(shlex.split, LINES):
+        assert name != "make" or words[0] in (*rules, ".venv/.installed"), words
+        assert all((nano_run.ROOT / word).is_file() for word in words if re.fullmatch(r"[\w/]+\.(py|sh)", word)), words
+
+
+def test_the_page_of_the_api_has_every_registered_name():
+    page = readme_commands.PAGES["api.md"]
+    for name, target in [pair for names in REGISTRY.values() for pair in names.items()]:
+        shown = target in REGISTRY["collators"].values() or f"::: {target.replace(':', '.')}\n" in page
+        assert shown and re.search(rf"heading: {name},|`{name}`", page), name
 
 
 def test_the_help_of_train_py_says_how_it_is_called(capsys):
