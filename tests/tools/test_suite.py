@@ -388,7 +388,7 @@ def test_a_sweep_trains_each_point_once_and_gives_the_losses_of_its_checkpoints(
         small.prepare(point.stage)
     code, out, error = ettin("sweep", file)
     assert code == 0 and out.splitlines()[-1].startswith("finished: 4 points in root/sweep.json")
-    assert error.index("total ") < error.index("encoder-0.001: starting")  # what it takes is said first
+    assert error.index("total ") < error.index("encoder-0.001: done")  # what it takes is said first
     content = json.loads(Path("root/sweep.json").read_text())
     assert content["axes"] == {"x": "peak", "lines": "model"} and len(content["points"]) == 4
     last = content["points"][-1]
