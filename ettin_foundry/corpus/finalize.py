@@ -23,7 +23,6 @@ import xxhash
 
 from ettin_foundry.corpus import plan as plans
 from ettin_foundry.corpus.card import write_card
-from ettin_foundry.corpus.filters import UNREADABLE
 from ettin_foundry.corpus.plan import COUNTS, PLAN, SPLITS, Plan
 from ettin_foundry.corpus.writer import shard_config
 from ettin_foundry.data import COLUMNS, FORMAT, INDEX, LENGTHS, MANIFEST, VERSION
@@ -120,8 +119,8 @@ def _check_content(plan: Plan, manifests: Mapping[str, Any], storage: Storage, m
             storage.delete(plans.record_name(unit.number))
         raise ValueError(f"sources must hold a document for training, got {documents.total()} for validation and "
                          f"{dict(dropped) or 'none'} dropped; give other text, --text-field, filters or --validation")
-    if max_bad_records is not None and dropped[UNREADABLE] > max_bad_records:
-        raise ValueError(f"--max-bad-records must be at least the {dropped[UNREADABLE]} records that could not be "
+    if max_bad_records is not None and dropped["unreadable"] > max_bad_records:
+        raise ValueError(f"--max-bad-records must be at least the {dropped['unreadable']} records that could not be "
                          f"read, got {max_bad_records}; with more the same command reads nothing again")
     for name in plan.sources:
         if not documents[name]:

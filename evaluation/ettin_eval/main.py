@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -111,6 +112,20 @@ def _print(model: str, results: Any, names: Sequence[str]) -> None:
             table.add_row(score.task, score.metric, f"{score.value:.4f}",
                           "" if score.stderr is None else f"{score.stderr:.4f}", str(score.n))
     Console().print(table)
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Study file, such as study/nano.yaml.")],
+    quick: Annotated[bool, typer.Option("--quick", help="With the file's quick settings.")] = False,
+) -> None:
+    """Train suites of several seeds, evaluate every model, and say which claims hold. The same command goes on.
+
+    Example: ettin-eval study study/nano.yaml --quick
+    """
+    from ettin_eval.study import read_study, run_study
+
+    run_study(read_study(file, quick), shlex.join(["ettin-eval", "study", str(file), *(["--quick"] if quick else [])]))
 
 
 @app.command("tasks")
