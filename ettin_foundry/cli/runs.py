@@ -226,5 +226,4 @@ def order(
     else:
         cfg, following = resolved([*(yaml or []), *(words or [])]), 0
         stream = stream_of(cfg)
-    for line in text(cfg, stream, following if step is None else step, rows=rows, decode=decode):
-        print(line)
+    print(text(cfg, stream, following if step is None else step, rows=rows, decode=decode))
