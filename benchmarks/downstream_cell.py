@@ -76,21 +76,19 @@ def sentence_transformers(models: Path, kind: str) -> Iterator[Found]:
         SentenceTransformer,
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
-        losses,
     )
-    from sentence_transformers import (
-        models as parts,
-    )
+    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+    from sentence_transformers.models import Pooling, Transformer
 
     last = kind in DECODERS
     size = json.loads((models / kind / "config.json").read_text(encoding="utf-8"))["hidden_size"]
     model = SentenceTransformer(device="cpu", modules=[
-        parts.Transformer(str(models / kind)), parts.Pooling(size, pooling_mode="lasttoken" if last else "mean")])
+        Transformer(str(models / kind)), Pooling(size, pooling_mode="lasttoken" if last else "mean")])
     yield "encode", worst(model.encode(TEXTS), vectors(models / kind, last=last)), 1e-4, "against transformers alone"
     with tempfile.TemporaryDirectory() as out:
         pairs = Dataset.from_dict({"anchor": [f"a {i}" for i in range(10)], "positive": [f"b {i}" for i in range(10)]})
         SentenceTransformerTrainer(
-            model=model, train_dataset=pairs, loss=losses.CachedMultipleNegativesRankingLoss(model),
+            model=model, train_dataset=pairs, loss=CachedMultipleNegativesRankingLoss(model),
             args=SentenceTransformerTrainingArguments(out, max_steps=5, per_device_train_batch_size=2, report_to="none",
                                                       use_cpu=True, save_strategy="no", disable_tqdm=True)).train()
         before = model.encode(TEXTS)
