@@ -9,10 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NAV = re.findall(r"\S+\.md", (ROOT / "mkdocs.yml").read_text())
-PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs" / name for name in NAV))}
-BLOCKS = [(page, *block) for page, text in PAGES.items() for block in re.findall(
-    r'^```(bash|python)(?: title="([^"]*)")?\n(.*?)^```', text, re.M | re.S)]
-"""(page, language, title or "", text) of each block, in order."""
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", *(f"docs/{page}" for page in NAV))}
+# (language, title or "", text) of each block, in order
+BLOCKS = re.findall(r'^```(bash|python)(?: title="([^"]*)")?\n(.*?)^```', "".join(PAGES.values()), re.M | re.S)
 
 
 def commands(text: str) -> list[str]:
@@ -23,10 +22,10 @@ def commands(text: str) -> list[str]:
 
 def script() -> list[str]:
     """What runs, in order; CI itself runs the targets of make."""
-    parts = [part for _, language, title, text in BLOCKS if not title
+    parts = [part for language, title, text in BLOCKS if not title
              for part in ([f"python - <<'END'\n{text}END"] if language == "python" else commands(text))]
     return [part for part in dict.fromkeys(parts) if not part.startswith("make ")]
 
 
 if __name__ == "__main__":
-    print("\n".join(script()))
+    print(*script(), sep="\n")

@@ -73,6 +73,7 @@ OBJECTIVE = ("model.objective", "train_loader.objective", "eval_loader.objective
     # times and amounts
     ({"max_duration": "1ep"}, ["max_duration must be", "'1ep'", "tok"]),
     ({"eval_interval": ...}, ["eval_interval", "got 1", "epoch"]),  # the host's default
+    *(({key: "0.1dur"}, [f"{key} must be in tok or ba", "0.1dur"]) for key in ("save_interval", "eval_interval")),
     ({"scheduler.t_warmup": "5ba"}, ["scheduler.t_warmup must be in tok or dur", "'5ba'"]),
     ({"scheduler.t_warmup": "3_000_000tok", "scheduler.t_decay": "1_000_001tok"}, ["scheduler", "4_000_000tok"]),
     ({"scheduler.alpha_f": 0.02}, ["scheduler.alpha_f", "0.02", "t_decay"]),
