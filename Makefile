@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 PARITY_VERSIONS := 4.57.6 5.23.0
 
-.PHONY: demo suite test lint parity fuzz bench soak constraints gpu wheels-gpu eval-env eval-data eval-test eval-constraints \
-	clean
+.PHONY: demo suite test lint parity fuzz bench soak docs docs-serve constraints gpu wheels-gpu eval-env eval-data eval-test \
+	eval-constraints study clean
 
 demo: $(VENV)/.installed data/demo/train/manifest.json
 	$(BIN)/ettin suite yamls/suite/demo.yaml $(DEMO_ARGS)
@@ -16,7 +16,7 @@ suite: $(VENV)/.installed data/nano/train/manifest.json
 	$(BIN)/ettin suite yamls/suite/nano.yaml $(SUITE_ARGS)
 
 data/nano/train/manifest.json data/demo/train/manifest.json: data/%/train/manifest.json: | $(VENV)/.installed
-	$(BIN)/python data_prep/convert.py python-stdlib --out data/$* --train-tokenizer 8192 --chunk-length 254 --validation 0.03
+	$(BIN)/python data_prep/convert.py python-stdlib --out data/$* --train-tokenizer 2048 --chunk-length 254 --validation 0.03
 
 # One process a core; a file's tests stay together, for they share fixtures. A process that dies ends the run at once:
 # pytest-xdist waits for ever where it begins another one under loadfile.
@@ -66,6 +66,10 @@ evaluation/data/.unpacked: | $(VENV)/.installed
 eval-test: $(EVAL)/.installed evaluation/data/.unpacked
 	$(BIN)/pyright --pythonpath $(EVAL)/bin/python -p evaluation
 	$(EVAL)/bin/python -m pytest evaluation
+
+# the paper's comparison in miniature, on a CPU: within 3 hours; QUICK=1 within 15 minutes
+study: $(EVAL)/.installed evaluation/data/.unpacked data/nano/train/manifest.json
+	$(EVAL)/bin/ettin-eval study study/nano.yaml $(if $(QUICK),--quick)
 
 eval-constraints: $(VENV)/.installed
 	cd evaluation && ../$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade --quiet \
@@ -132,6 +136,19 @@ gpu:
 $(GPU_SITE):
 	$(PYTHON) benchmarks/wheels_gpu.py --unpack $(GPU_SITE)
 
+# The site, in an environment of its own: docstrings are read as text, so it needs nothing of the training stack.
+DOCS := .docs-env
+$(DOCS)/.installed: pyproject.toml constraints.txt | $(VENV)/.installed
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(DOCS)
+	$(BIN)/uv pip install --quiet --python $(DOCS)/bin/python -c constraints.txt --group docs
+	touch $@
+
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
+docs-serve: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs serve
+
 # Also lays out the revision COMPARE in build/compare, for a machine without this repository's history.
 wheels-gpu:
 	$(PYTHON) benchmarks/wheels_gpu.py
@@ -149,8 +166,8 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 
 # pins the newest versions that agree, for Python 3.10 to 3.12; run the tests, then commit the file
 constraints: $(VENV)/.installed
-	$(BIN)/uv pip compile setup.cfg --extra dev --universal --python-version 3.10 --upgrade --quiet \
+	$(BIN)/uv pip compile setup.cfg --extra dev --group docs --universal --python-version 3.10 --upgrade --quiet \
 		--no-annotate --custom-compile-command "make constraints" -o constraints.txt
 
 clean:
-	rm -rf $(VENV) $(EVAL) .parity .wheels runs evaluation/data
+	rm -rf $(VENV) $(DOCS) $(EVAL) .parity .wheels runs evaluation/data

@@ -1,4 +1,4 @@
-"""The commands of `ettin` for training runs seen as a whole: recipes, plan, lint, suite, order."""
+"""The commands of `ettin` for training runs seen as a whole: recipes, plan, lint, suite, report, order."""
 
 from __future__ import annotations
 
@@ -150,6 +150,32 @@ def suite(
         raise typer.Exit(128 + (error.args[0] if error.args else signal.SIGINT)) from None
 
 
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Sweep file, such as study/sweep-lr.yaml.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys of the file.")] = None,
+) -> None:
+    """Train a run for each value of a setting, and draw the losses.
+
+    The cost is said first. What is trained and measured already is left as it is: the same command continues.
+
+    Example: ettin sweep study/sweep-lr.yaml scale=0.05
+    """
+    from ettin_foundry.tools import sweep as sweeps
+    from ettin_foundry.tools.suite_run import StageFailed, signals
+
+    found = sweeps.load(file, settings or [])
+    try:
+        with signals():
+            folder = sweeps.run(found, shlex.join(["ettin", "sweep", str(file), *(settings or [])]))
+    except StageFailed as error:
+        print(f"error: {error}\nThe same command continues.", file=sys.stderr)
+        raise typer.Exit(3) from None
+    except KeyboardInterrupt as error:
+        print("stopped. The same command continues.", file=sys.stderr)
+        raise typer.Exit(128 + (error.args[0] if error.args else signal.SIGINT)) from None
+    print(f"finished: {len(found.points)} points in {folder / 'sweep.json'}; `ettin report {folder}` draws them")
+
+
 def _list(found: Any, stages: Any, as_json: bool) -> None:
     listed = [{"name": stage.name, "from": stage.source, "pair": stage.pair, "folder": str(stage.folder),
                "max_duration": stage.config["max_duration"], "command": stage.words} for stage in stages]
@@ -162,9 +188,19 @@ def _list(found: Any, stages: Any, as_json: bool) -> None:
               f"    {shlex.join(stage['command'])}")
 
 
+def report(folder: Annotated[Path, typer.Argument(
+        metavar="FOLDER", help="Save folder of a run, root of a suite, folder of a study or sweep.")]) -> None:
+    """Write an HTML report of a run, a suite or a study.
+
+    Example: ettin report runs/nano-mlm-pretrain
+    """
+    from ettin_foundry.tools.report import write_page
+
+    print(f"wrote {write_page(folder)}")
+
+
 def order(
-    words: Annotated[list[str] | None, typer.Argument(
-        metavar="DATASET|KEY=VALUE", help="A dataset in place of the recipe's, and keys as for train.py.")] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As for train.py.")] = None,
     yaml: Annotated[list[str] | None, typer.Option(help="The recipe; again for each overlay.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(
         help="In place of a recipe: a checkpoint or save folder, and the step that follows it.")] = None,
@@ -179,19 +215,15 @@ def order(
     from ettin_foundry.tools.order import next_step, stream_of, text
     from ettin_foundry.training.run_config import resolved
 
-    places, overrides = ([word for word in words or [] if ("=" in word) is key] for key in (False, True))
     for wrong, message in (
             ((yaml is None) == (checkpoint is None), "either --yaml or --checkpoint must be given"),
-            (checkpoint and overrides, f"--checkpoint must come without keys, got {' '.join(overrides)}"),
-            (len(places) > 1, f"DATASET must be one place, got {' '.join(places)}"),
+            (checkpoint and words, f"--checkpoint must come without keys, got {' '.join(words or [])}"),
             (yaml and step is None, "--step must be given with --yaml")):
         if wrong:
             raise ValueError(message)
-    location = places[0] if places else None
     if checkpoint is not None:
-        cfg, stream, following = next_step(checkpoint, location)
+        cfg, stream, following = next_step(checkpoint)
     else:
-        cfg, following = resolved([*(yaml or []), *overrides]), 0
-        stream = stream_of(cfg, location)
-    for line in text(cfg, stream, following if step is None else step, rows=rows, decode=decode):
-        print(line)
+        cfg, following = resolved([*(yaml or []), *(words or [])]), 0
+        stream = stream_of(cfg)
+    print(text(cfg, stream, following if step is None else step, rows=rows, decode=decode))

@@ -299,17 +299,7 @@ def report(cfg: dict[str, Any]) -> str:
     """What train.py prints before a run, one fact a line; empty for a run without our model."""
     if cfg.get("model", {}).get("name") != "ettin":
         return ""
-    import torch  # here, since the arithmetic does without
-
-    from ettin_foundry.model.backends import candidates
-    from ettin_foundry.model.transformer import compiles
-
-    dtype = {"fp32": torch.float32, "amp_fp16": torch.float16}.get(cfg.get("precision", ""), torch.bfloat16)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = cfg["model"]
-    found, reason = candidates(model.get("attn_impl", "auto"), device, dtype, compiles(model.get("compile", "auto")))
-    return _joined({**_lines(plan_run(cfg)), "attention": f"{' or '.join(found)}: {reason}",
-                    "folder": cfg.get("save_folder") or "nothing is saved"})
+    return _joined({**_lines(plan_run(cfg)), "folder": cfg.get("save_folder") or "nothing is saved"})
 
 
 def text(plans: Sequence[Plan]) -> str:

@@ -5,6 +5,10 @@
 
 step is the host's batch number before the step, tokens are those before it, rows and ids_hash are the global batch's:
 two runs whose lines agree in both read the same documents in the same order. Neither torch nor the host is imported.
+
+evals.jsonl beside it has a line for each evaluation of a dataset: the last step done, tokens after it, metrics by name.
+
+    {"step": 121, "tokens": 1000448, "data": "eval", "TargetCrossEntropy": 4.87, "TargetAccuracy": 0.21, ...}
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-STEPS = "steps.jsonl"
+STEPS, EVALS = "steps.jsonl", "evals.jsonl"
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

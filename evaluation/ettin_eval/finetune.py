@@ -127,9 +127,10 @@ class Classifier(nn.Module):
         super().__init__()
         width = trunk.config.hidden_size
         self.trunk, self.pooling = trunk, pooling
-        self.head = nn.Sequential(nn.Linear(width, width, bias=False), nn.GELU(), nn.LayerNorm(width))
+        dense = nn.Linear(width, width, bias=False)
+        self.head = nn.Sequential(dense, nn.GELU(), nn.LayerNorm(width))
         self.classifier = nn.Linear(width, classes)
-        nn.init.normal_(self.head[0].weight, std=0.02)  # ModernBERT's, as is the classifier's
+        nn.init.normal_(dense.weight, std=0.02)  # ModernBERT's, as is the classifier's
         nn.init.normal_(self.classifier.weight, std=width ** -0.5)
         nn.init.zeros_(self.classifier.bias)
 

@@ -73,10 +73,10 @@ def scores_of(task: str, metrics: Sequence[str], true: np.ndarray, said: np.ndar
               **settings: Any) -> list[Score]:
     """GLUE's metrics of the predictions. true, said: (n,), classes or values of a regression.
 
-    The standard error of an accuracy is that of a mean; the others' is the standard deviation over 500 resamples of the
+    The standard error of an accuracy is that of a mean; the others' is the standard deviation over 200 resamples of the
     items. suffix: of the metric's name.
     """
-    scores, draws = [], np.random.default_rng(0).integers(0, len(true), (500, len(true)))
+    scores, draws = [], np.random.default_rng(0).integers(0, len(true), (200, len(true)))
     for metric in metrics:
         name = metric + suffix
         if metric == "accuracy":
@@ -123,6 +123,15 @@ def train_and_score(name: str, subject: Subject, settings: Settings) -> list[Sco
         scores += scores_of(f"glue_{name}", task.metrics, true, said, suffix, **recipe.facts(), **searched,
                             trained_on=len(rows), head=HEAD, pooling=subject.pooling)
     return scores
+
+
+def missing(name: str, splits: Sequence[str], settings: Settings) -> str | None:
+    """Why the task cannot be run; None where it can."""
+    there = sets.splits(settings.data, SET, name) if settings.data else splits
+    if lacking := [split for split in splits if split not in there]:
+        return (f"it needs glue/{name}/{' and '.join(lacking)}, got {settings.data} with {', '.join(there) or 'none'} "
+                "of it; leave --data out to read the hub")
+    return None
 
 
 def _said(task: Glue, logits: np.ndarray) -> np.ndarray:
@@ -207,9 +216,11 @@ def fold_scores(name: str, tuned: bool, subject: Subject, settings: Settings) ->
 
 
 TASKS: list[Task] = [
-    Task(f"glue_{name}", partial(train_and_score, name), f"fine-tuning, {' and '.join(task.metrics)}")
+    Task(f"glue_{name}", partial(train_and_score, name), f"fine-tuning, {' and '.join(task.metrics)}",
+         missing=partial(missing, name, ("train", *task.splits)))
     for name, task in GLUE.items()]
 QUICK: list[Task] = [
     Task(f"{name}_{'finetune' if tuned else 'probe'}", partial(fold_scores, name, tuned),
-         f"{'fine-tuning' if tuned else 'logistic regression on frozen states'}, {FOLDS[tuned]} folds of validation")
+         f"{'fine-tuning' if tuned else 'logistic regression on frozen states'}, {FOLDS[tuned]} folds of validation",
+         missing=partial(missing, name, ("validation",)))
     for name in ("sst2", "rte", "mrpc") for tuned in (False, True)]

@@ -32,7 +32,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 from transformers import PrinterCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from ettin_eval import data as sets
 from ettin_eval.finetune import quiet
@@ -60,7 +60,7 @@ def embedder(subject: Subject, settings: Settings) -> SentenceTransformer:
         trunk = Transformer(subject.name, model_kwargs={"revision": subject.revision},
                             config_kwargs={"revision": subject.revision},
                             processor_kwargs={"revision": subject.revision}, max_seq_length=subject.max_length)
-    trunk.tokenizer.pad_token = subject.tokenizer.pad_token
+    trunk.tokenizer.pad_token = subject.tokenizer.pad_token  # type: ignore[union-attr]
     pooling = Pooling(trunk.get_embedding_dimension(), subject.pooling)  # type: ignore[arg-type]
     return SentenceTransformer(modules=[trunk, pooling], device=settings.device)
 
@@ -88,12 +88,16 @@ def train(model: SentenceTransformer, rows: Any, folder: Path, settings: Setting
         batch_sampler=BatchSamplers.NO_DUPLICATES, seed=settings.seed, report_to=[], disable_tqdm=True,
         logging_strategy="no", dataloader_pin_memory=False, save_strategy="steps", save_steps=EVERY, save_total_limit=1,
         eval_strategy="no" if held_out is None else "steps", eval_steps=EVERY)
-    evaluator = None if held_out is None else TripletEvaluator(*(list(held_out[each]) for each in COLUMNS))
+    evaluator = None if held_out is None else _triplets(held_out)
     loss = CachedMultipleNegativesRankingLoss(model, scale=SCALE, mini_batch_size=mini_batch)
     trainer = SentenceTransformerTrainer(model, arguments, train_dataset=rows, loss=loss, evaluator=evaluator)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
     model.eval()
+
+
+def _triplets(rows: Any) -> TripletEvaluator:
+    return TripletEvaluator(list(rows["query"]), list(rows["positive"]), list(rows["negative"]), name="held-out")
 
 
 def tuned(subject: Subject, settings: Settings) -> tuple[SentenceTransformer, dict[str, Any]]:
@@ -129,7 +133,7 @@ def _train_on_msmarco(subject: Subject, settings: Settings, folder: Path, made: 
     made.mkdir(parents=True, exist_ok=True)
     (made / "training.json").write_text(json.dumps(facts))
     model = embedder(subject, settings)
-    measure = TripletEvaluator(*(list(split["test"][each]) for each in COLUMNS), name="held-out")
+    measure = _triplets(split["test"])
     before = measure(model)["held-out_cosine_accuracy"]
     train(model, chosen, made, settings, lr=facts["lr"], batch=BATCH, mini_batch=_mini_batch(settings),
           held_out=split["test"])
@@ -211,8 +215,25 @@ def score_with_mteb(name: str, subject: Subject, settings: Settings,
     return scores
 
 
+def missing(name: str, settings: Settings) -> str | None:
+    """Why the task cannot be run; None where it can."""
+    if settings.data and not (settings.work / "msmarco").is_dir() and (
+            "train" not in sets.splits(settings.data, SET, "triplet-hard")):
+        return (f"it needs {SET}/triplet-hard/train, got {settings.data} with {sets.held(settings.data)}; "
+                "leave --data out to read the hub")
+    for repository in [str(task.metadata.dataset["path"]) for task in mteb_tasks(name)] if settings.data else []:
+        if not Path(settings.data or "", repository).is_dir():
+            return (f"it needs {repository}, a copy of the hub's repository, in {settings.data}; "
+                    "leave --data out to read the hub")
+    return None
+
+
+def _task(name: str, about: str) -> Task:
+    return Task(name, partial(score_with_mteb, name), f"{about}, after MS MARCO", missing=partial(missing, name))
+
+
 TASKS: list[Task] = [
-    Task("mteb_eng_v2", partial(score_with_mteb, "mteb_eng_v2"), "MTEB(eng, v2) after MS MARCO"),
-    Task("codesearchnet", partial(score_with_mteb, "codesearchnet"), "CodeSearchNet, nDCG@10, after MS MARCO"),
-    Task("mldr", partial(score_with_mteb, "mldr"), "MLDR, English, nDCG@10, after MS MARCO"),
+    _task("mteb_eng_v2", "MTEB(eng, v2)"),
+    _task("codesearchnet", "CodeSearchNet, nDCG@10"),
+    _task("mldr", "MLDR, English, nDCG@10"),
 ]

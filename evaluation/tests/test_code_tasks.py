@@ -27,9 +27,8 @@ def test_ndcg_is_scikit_learns() -> None:
 
 
 def test_snippets_hide_their_module_and_keep_train_and_test_apart() -> None:
-    train, test = code_tasks.snippets(0)
+    train, test = code_tasks.snippets()
     assert len(train) == 24 * 20 and len(test) == 14 * 20
-    assert (train, test) != code_tasks.snippets(1)
     origin: dict[tuple[str, int], set[tuple[str, str]]] = {}
     for each in code_tasks.library():
         if each.module in code_tasks.MODULES:
@@ -50,7 +49,7 @@ def test_snippets_hide_their_module_and_keep_train_and_test_apart() -> None:
 
 
 def test_pairs_come_from_different_modules_and_hold_no_docstring() -> None:
-    train, test = code_tasks.pairs(0)
+    train, test = code_tasks.pairs()
     assert len(train) == 600 and len(test) == 300
     home = {}
     for each in code_tasks.library():
@@ -68,8 +67,8 @@ def test_the_tasks_run_on_both_kinds_and_repeat(folders: dict[str, Path], name: 
     monkeypatch.setattr(code_tasks, "SNIPPETS", (4, 3))
     monkeypatch.setattr(code_tasks, "PAIRS", (40, 20, 15))
     monkeypatch.setattr(code_tasks, "EPOCHS", 1)
-    for made in (code_tasks.snippets, code_tasks.pairs):
-        made.cache_clear()
+    for made in ("snippets", "pairs"):
+        monkeypatch.setattr(code_tasks, made, getattr(code_tasks, made).__wrapped__)
     subject, settings = read_subject(str(folders[name])), Settings(seed=5)
     for task in code_tasks.TASKS:
         score, = task.run(subject, settings)
@@ -78,8 +77,6 @@ def test_the_tasks_run_on_both_kinds_and_repeat(folders: dict[str, Path], name: 
         assert len(score.settings["data"]) == 16
         assert score.settings["pooling"] == (subject.pooling if "tune" in task.name else "mean")
         assert task.run(subject, settings) == [score]
-    for made in (code_tasks.snippets, code_tasks.pairs):
-        made.cache_clear()
 
 
 def test_a_python_without_sources_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

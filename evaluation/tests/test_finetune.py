@@ -67,7 +67,7 @@ def test_fine_tuning_learns_and_repeats(folders: dict[str, Path], name: str) -> 
     rows = token_rows(subject, [(f"{'good' if each % 2 else 'bad'} number {each}",) for each in range(40)])
     labels = [each % 2 for each in range(40)]
     runs = [predict(fit(subject, Settings(), rows, labels, 2, Recipe(3e-3, 3e-4, 8)), rows, 512) for _ in range(2)]
-    assert (runs[0].argmax(1) == labels).all() and np.array_equal(*runs)
+    assert (runs[0].argmax(1) == labels).all() and np.array_equal(runs[0], runs[1])
 
 
 def test_both_kinds_begin_from_heads_of_one_shape_that_no_checkpoint_gives(folders: dict[str, Path]) -> None:

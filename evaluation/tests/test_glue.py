@@ -56,7 +56,7 @@ def test_the_error_of_f1_is_that_of_resampled_items() -> None:
     true = rng.integers(0, 2, 400)
     said = np.where(rng.random(400) < 0.8, true, 1 - true)
     score = glue.scores_of("t", ("f1",), true, said)[0]
-    # many sets of 400 drawn from the same distribution; 500 resamples know a deviation to about 3%, the set to 10%
+    # many sets of 400 drawn from the same distribution; 200 resamples know a deviation to about 5%, the set to 10%
     drawn = []
     for _ in range(150):
         other = rng.integers(0, 2, 400)

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import nano_run
+import pages
 import parity
 import pytest
 import torch
@@ -26,7 +28,7 @@ from omegaconf import OmegaConf
 
 from ettin_foundry.model.config import SIZES
 from ettin_foundry.model.weights import import_folder, weights_checkpoint
-from ettin_foundry.tools import suite_run
+from ettin_foundry.tools import suite_run, sweep
 from ettin_foundry.tools.evaluate import evaluate
 from ettin_foundry.tools.report import write_report
 from ettin_foundry.tools.suite import Stage, Suite, load
@@ -237,7 +239,7 @@ def test_a_finished_stage_of_other_settings_is_refused_with_both_values(small):
     overrides = [*small.plain["overrides"], "variables.peak_lr=1.0e-3", "seed=5", "progress_bar=true"]
     with pytest.raises(ValueError) as error:
         run_suite(small.suite(prepare=False, overrides=overrides))
-    for text in ("stages.encoder-pretrain: ", "optimizer.lr must be 0.003, got 0.001", "seed must be 21, got 5"):
+    for text in ("stages.encoder-pretrain: ", "optimizer.lr must be 0.002, got 0.001", "seed must be 21, got 5"):
         assert text in str(error.value)
     assert "progress_bar" not in str(error.value) and small.trained == ALL[:1]
 
@@ -251,7 +253,7 @@ def test_an_unfair_pair_is_refused_and_allowed_by_hand(small):
     write_report(suite, check_suite(suite, allow_unfair=True))
     report = json.loads((small.folder / "root" / "report.json").read_text())
     assert report["allowed_unfair"] == ["pair pretrain: encoder-pretrain, decoder-pretrain"]
-    assert "Not a fair comparison" in (small.folder / "root" / "report.md").read_text()
+    assert "Not a fair comparison" in (small.folder / "root" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("setting", ["optimizer.momentum=0.9", "variables.typo=1"])
@@ -325,7 +327,7 @@ def test_the_report_says_what_the_exported_folders_are(small, data_set, capfd):
     first = report["stages"][0]
     assert [first[key] for key in ("tokens", "steps", "tokens_per_second", "first_loss")] == [4000, STEPS, 1000, 6.0]
     assert first["last_loss"] == pytest.approx(sum(6 - step / 8 for step in range(STEPS)) / STEPS, rel=1e-12)
-    text = (root / "report.md").read_text()
+    text, printed = pages.read_page(root / "report.html"), capfd.readouterr().out
     for name, objective in (("encoder", "mlm"), ("decoder", "clm")):
         weights, config, stated = import_folder(root / "models" / name)
         assert stated == objective and config.causal == (objective == "clm")
@@ -335,9 +337,8 @@ def test_the_report_says_what_the_exported_folders_are(small, data_set, capfd):
         found = evaluate(root / "models" / name, data_set, ["clm", "mlm"], mask_rate=0.15, max_batches=1)
         assert next(model for model in report["models"] if model["model"] == name)["evaluation"] == found
         cells = [f"{value['loss']:.3f} ({value['accuracy']:.1%})" for value in found.values()]
-        assert f"| {name} | {objective} | 4k + 4k | {' | '.join(cells)} |" in text
-    assert "| model | trained with | tokens | clm: loss (accuracy) | mlm 15%: loss (accuracy) |" in text
-    assert (root / "losses.png").read_bytes()[:4] == b"\x89PNG" and "4k + 4k" in capfd.readouterr().out
+        assert f"{name} {objective} {' '.join(cells)} 4k + 4k" in text
+        assert re.search(rf"{name} +{objective} +4k \+ 4k +{re.escape(cells[0])} ", printed), printed
 
 
 def test_the_report_says_why_a_number_is_missing(small):
@@ -352,10 +353,62 @@ def test_the_report_says_why_a_number_is_missing(small):
         logs[name].write_text("".join(json.dumps({**line, "loss": None if line["step"] % 4 == 0 else 5.0}) + "\n"
                                       for line in lines))
     write_report(suite, {})
-    text = (small.folder / "root" / "report.md").read_text()
+    text = pages.read_page(small.folder / "root" / "report.html")
     for words in ("encoder-extend: no losses and times", "decoder-extend: no losses and times",
-                  "encoder: not evaluated: ", "a [MASK] -> ",
+                  "encoder: not evaluated: ", "a [MASK] ",
                   "encoder-pretrain: the loss is not finite at 2 of 8 steps, first at step 0",
-                  "| encoder-extend | encoder-pretrain | mlm | 4,000 | - | - | - | - |",
-                  "| encoder-pretrain | - | mlm | 4,000 | 8 | 1,000 | - | 5.000 |"):
+                  "encoder-extend mlm from encoder-pretrain 4,000 – – – – – –",
+                  "encoder-pretrain mlm 4,000 8 – 5.000 – 1,000 "):
         assert words in text
+
+
+# ------------------------------------------------------------------ sweeps
+
+
+def _sweep(small, **changes) -> Path:
+    nano = small.plain["stages"]["encoder-pretrain"]["yaml"][0]
+    decoder = small.plain["stages"]["decoder-pretrain"]["yaml"][1]
+    plain = {key: small.plain[key] for key in ("name", "root", "command", "overrides")}
+    small.file.write_text(OmegaConf.to_yaml(OmegaConf.create({
+        **plain, "x": {"name": "peak", "keys": ["variables.peak_lr={x}"], "values": [0.001, 0.003]},
+        "lines": {"encoder": {"yaml": [nano], "objective": "mlm"},
+                  "decoder": {"yaml": [nano, decoder], "objective": "clm"}},
+        "evaluation": {"data": small.plain["overrides"][0].split("=")[1], "max_batches": 1}, **changes})))
+    return small.file
+
+
+def test_a_sweep_trains_each_point_once_and_gives_the_losses_of_its_checkpoints(small, ettin, data_set):
+    small.plain["exports"] = {}  # whole models
+    file = _sweep(small)
+    found = sweep.load(file)
+    assert [(point.line, point.x) for point in found.points] == [
+        ("encoder", 0.001), ("encoder", 0.003), ("decoder", 0.001), ("decoder", 0.003)]
+    assert [point.stage.config["optimizer"]["lr"] for point in found.points] == [0.001, 0.003] * 2
+    for point in found.points:
+        small.prepare(point.stage)
+    code, out, error = ettin("sweep", file)
+    assert code == 0 and out.splitlines()[-1].startswith("finished: 4 points in root/sweep.json")
+    assert error.index("total ") < error.index("encoder-0.001: done")  # what it takes is said first
+    content = json.loads(Path("root/sweep.json").read_text())
+    assert content["axes"] == {"x": "peak", "lines": "model"} and len(content["points"]) == 4
+    last = content["points"][-1]
+    assert (last["x"], last["line"], last["metric"], last["seconds"]) == (0.003, "decoder", "clm loss", 4.0)
+    direct = evaluate(found.points[-1].stage.folder, data_set, ["clm"], max_batches=1)["clm"]
+    assert last["value"] == pytest.approx(direct["loss"], rel=1e-6)  # the same numbers, in another process or not
+    before = small.called
+    content["points"][0]["value"] = 1.5  # a mark: what is measured already is left
+    Path("root/sweep.json").write_text(json.dumps(content))
+    assert ettin("sweep", file)[0] == 0
+    assert small.called == before
+    assert json.loads(Path("root/sweep.json").read_text())["points"][0]["value"] == 1.5
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"x": {"name": "peak", "keys": ["a={x}"], "values": [1]}}, "x.values: .* at least 2"),
+    ({"lines": {}}, "lines must be given in a sweep"),
+    ({"lines": {"a": {"yaml": ["a.yaml"], "objective": "rtd"}}}, "line.objective: .*'mlm', 'clm' or 'mntp', got 'rtd'"),
+    ({"evaluation": None}, "evaluation: "),
+])
+def test_a_sweep_that_cannot_be_drawn_is_refused_by_key(small, changes, message):
+    with pytest.raises(ValueError, match=message):
+        sweep.load(_sweep(small, **changes))
