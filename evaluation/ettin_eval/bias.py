@@ -125,7 +125,7 @@ def _masked(model: MaskedLikelihood, sentence: str) -> Iterator[tuple[list[int],
 
 
 def decoder_scores(model: Any, chosen: Sequence[Frame]) -> tuple[list[list[float]], list[list[float]]]:
-    """Log-likelihoods of the variants, (frames, 3), and the same a token, whose order is that of perplexity reversed."""
+    """Log-likelihoods of the variants, (frames, 3), and the same a token: the highest has the lowest perplexity."""
     requests = [SimpleNamespace(args=("", each)) for frame in chosen for each in frame.variants]
     totals = [total for total, _ in model.loglikelihood(requests, disable_tqdm=True)]
     means = [total / len(model.tok_encode(request.args[1], add_special_tokens=False))
