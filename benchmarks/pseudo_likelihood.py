@@ -1,7 +1,8 @@
 """Encoders by masks, batched, beside one row at a time: `python benchmarks/pseudo_likelihood.py ENCODER --data DIR`.
 
 In the environment of `make eval-env`. The same requests of lm-evaluation-harness's tasks go through `ettin_eval`'s
-model class and through a plain loop that runs each masked row alone, whole model and all logits. Rows asked and rows run differ by the equal rows that choices of an item share.
+model class and through a plain loop that runs each masked row alone, whole model and all logits. Rows asked and rows
+run differ by the equal rows that choices of an item share.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ def main() -> None:
             expected, asked = one_by_one(model, requests)
             alone = time.perf_counter() - started
             apart = max(abs(value - other) for (value, _), other in zip(found, expected, strict=True))
-            print(f"| {name} | {protocol} | {asked:,} | {ran:,} | {alone:.1f} | {batched:.1f} | {alone / batched:.1f} | "
-                  f"{apart:.1e} |", flush=True)
+            print(f"| {name} | {protocol} | {asked:,} | {ran:,} | {alone:.1f} | {batched:.1f} | "
+                  f"{alone / batched:.1f} | {apart:.1e} |", flush=True)
 
 
 if __name__ == "__main__":
