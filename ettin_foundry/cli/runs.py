@@ -1,4 +1,4 @@
-"""The commands of `ettin` for training runs seen as a whole: recipes, plan, lint, suite, order."""
+"""The commands of `ettin` for training runs seen as a whole: recipes, plan, lint, suite, watch, order."""
 
 from __future__ import annotations
 
@@ -160,6 +160,22 @@ def _list(found: Any, stages: Any, as_json: bool) -> None:
         pair = f", pair {stage['pair']}" if stage["pair"] else ""
         print(f"{stage['name']}: {stage['max_duration']} from {stage['from'] or 'initialisation'}{pair}\n"
               f"    {shlex.join(stage['command'])}")
+
+
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Save folder of a run, its steps.jsonl, or a suite's root.")],
+    follow: Annotated[bool, typer.Option("--follow", help="Go on showing it until all its runs have ended.")] = False,
+) -> None:
+    """Show how far a run or suite is: loss over tokens, speed, time left.
+
+    Example: ettin watch runs/nano-mlm-pretrain --follow
+    """
+    from ettin_foundry.tools import progress
+
+    try:
+        progress.watch(run, follow)
+    except KeyboardInterrupt:  # the way to leave it
+        pass
 
 
 def order(

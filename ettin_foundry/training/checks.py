@@ -23,7 +23,9 @@ from ettin_foundry.training.run_config import PARAMETERS, loaders, parse_time, r
 from ettin_foundry.training.sources import check_start, prepare_start
 
 _BLOCKS = ("model", "tokenizer", "optimizer", "scheduler", "train_loader")
-_LOGGERS = ("wandb", "tensorboard", "mlflow", "inmemory", "in_memory_logger", "mosaicml")  # of LLM-Foundry
+_LOGGERS = ("wandb", "tensorboard", "mlflow", "inmemory", "in_memory_logger", "mosaicml", "ettin_console")
+# what the host prints unless told otherwise; the clock gives the config, which it would print, to the other loggers
+_BESIDE_CONSOLE = {"progress_bar": False, "log_to_console": False, "log_config": False}
 _NEEDED = (*_BLOCKS, "max_duration", "max_seq_len", "global_train_batch_size", "device_train_microbatch_size")
 
 
@@ -168,10 +170,11 @@ def _check_keys(cfg: Mapping[str, Any]) -> None:
     for key in ("model", "optimizer", "scheduler"):
         if (name := cfg[key]["name"]) in PARAMETERS:
             _check_known(key, cfg[key], ["name", *PARAMETERS[name]])
-    callbacks = cfg.get("callbacks") or {}
-    for name, block in callbacks.items():
+    callbacks, loggers = cfg.get("callbacks") or {}, cfg.get("loggers") or {}
+    for key, name, block in [*(("callbacks", *item) for item in callbacks.items()),
+                             *(("loggers", *item) for item in loggers.items())]:
         if name in PARAMETERS:
-            _check_known(f"callbacks.{name}", block or {}, PARAMETERS[name])
+            _check_known(f"{key}.{name}", block or {}, PARAMETERS[name])
     names = {f"{key}.name": cfg[key]["name"] for key in ("model", "optimizer", "scheduler", "train_loader")}
     for key, name in (*names.items(), *((f"callbacks.{name}", name) for name in callbacks)):
         if name not in PARAMETERS and (near := did_you_mean(name, PARAMETERS, 0.85)):  # the host's are less alike
@@ -250,6 +253,8 @@ def check_loggers(cfg: dict[str, Any]) -> None:
     for name, block in (cfg.get("loggers") or {}).items():
         require(name in _LOGGERS, f"loggers.{name}", f"one of {', '.join(_LOGGERS)}", block,
                 "correct the name" + did_you_mean(name, _LOGGERS))
+        if name == "ettin_console" and isinstance(interval := (block or {}).get("interval"), str):
+            parse_time("loggers.ettin_console.interval", interval)
         if name == "wandb" and importlib.util.find_spec(name):
             import wandb
 
@@ -270,6 +275,9 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     text = run_config.config_text(cfg)
     check_settings(cfg)
     check_machine(cfg)
+    cfg["loggers"] = {name: block for name, block in (cfg.get("loggers") or {}).items() if block is not None}
+    if "ettin_console" in cfg["loggers"]:
+        cfg = {**_BESIDE_CONSOLE, **cfg}
     cfg |= prepare_start(cfg)
     resolve_schedules(cfg)
     split_in_workers(cfg)
