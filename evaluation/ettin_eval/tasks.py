@@ -1,0 +1,55 @@
+"""What a task is, and the one table of suites."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ettin_eval.results import Score
+from ettin_eval.subject import KINDS, Subject
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for all tasks of one call.
+
+    data: folder with the evaluation sets on disk (`ettin_eval.data`); None reads them from the hub.
+    limit: the most items of a task. seed: of fine-tuning, subsets and shots. batch_tokens: most positions in one pass.
+    protocol: how an encoder scores a continuation (`ettin_eval.pseudo_likelihood`).
+    """
+
+    data: Path | None = None
+    limit: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    batch_tokens: int = 8192
+    protocol: str = "pseudo"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task. run: gives its scores. kinds: the kinds of models that can do it. about: one line for the list."""
+
+    name: str
+    run: Callable[[Subject, Settings], Sequence[Score]]
+    about: str
+    kinds: tuple[str, ...] = KINDS
+
+
+def chosen(tables: Mapping[str, Sequence[Task]], suite: str | None, names: Sequence[str]) -> list[Task]:
+    """The tasks of a suite, or those named.
+
+    Raises:
+        ValueError: an unknown suite or task, with the known ones.
+    """
+    if suite is not None and suite not in tables:
+        raise ValueError(f"--suite must be one of {', '.join(tables)}, got {suite}")
+    known = {task.name: task for tasks in tables.values() for task in tasks}
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+            raise ValueError(f"--tasks must name known tasks, got {name}; {hint}")
+    return [known[name] for name in names] if names else list(tables[suite or "quick"])

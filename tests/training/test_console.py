@@ -1,0 +1,131 @@
+"""What a person sees of a run: in a log file, on a terminal, and from another shell by `ettin watch`."""
+
+import fcntl
+import json
+import logging
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import nano_run
+import pytest
+
+from ettin_foundry.training.checkpoints import newest_complete
+from ettin_foundry.training.steps import STEPS, read_steps
+
+EVALUATES = ["model.vocab_size=512", "variables.label=seen", "eval_interval=4ba"]
+# another library's logger, and a print, in each step
+CHATTY = """
+import logging
+from composer import Callback
+from llmfoundry.registry import callbacks
+
+class Chatty(Callback):
+    def batch_end(self, state, logger):
+        logging.getLogger("other").warning("words " * 25 + "of step %d", state.timestamp.batch)
+        print("printed", state.timestamp.batch.value)
+
+callbacks.register("chatty", func=Chatty)
+"""
+
+
+@pytest.fixture(scope="module")
+def logged(data_set, tmp_path_factory):
+    """A run of eight steps whose standard error is a file: its lines, its trainer, its folder."""
+    folder, root, ours = tmp_path_factory.mktemp("logged"), logging.getLogger(), logging.getLogger("ettin_foundry")
+    before, sys.stderr = (sys.stderr, root.handlers, ours.level), (folder / "err").open("w")
+    try:
+        trainer = nano_run.run(data_set, folder, *EVALUATES, "loggers.ettin_console={interval: 2ba}",
+                               "loggers.inmemory={}", evaluate=True)
+    finally:
+        written, (sys.stderr, root.handlers, level) = sys.stderr, before
+        ours.setLevel(level)
+        written.close()
+    trainer.close()
+    return (folder / "err").read_text(), trainer, folder / "nano-seen-pretrain"
+
+
+def test_a_log_has_a_line_an_interval_an_evaluation_and_a_checkpoint_and_nothing_else(logged):
+    text, trainer, folder = logged
+    assert not re.search("\r|\x1b| object at 0x|Warning", text)
+    lines = [line[20:] for line in text.splitlines()]  # after date and time
+    kinds = ["blocks", "start", "attention", "train", "train", "train", "eval", "saved", "train", "train", "eval",
+             "saved", "finished"]
+    assert [line.split()[0] for line in lines] == kinds
+    told = [dict(word.split("=", 1) for word in line.split()[1:] if "=" in word) for line in lines]
+    steps, [loss] = read_steps(folder), [float(m.compute()) for k, m in trainer.state.eval_metrics["eval"].items()
+                                         if k == "TargetCrossEntropy"]
+    for entry in (entry for kind, entry in zip(kinds, told) if kind == "train"):
+        step = steps[int(entry["step"]) - 1]
+        assert (entry["loss"], entry["lr"]) == (f"{step['loss']:.4f}", f"{step['lr']:.3e}")
+        assert entry["objective"] == "mlm" and int(entry["tokens"]) > step["tokens"]
+    assert float(told[-3]["loss"]) == pytest.approx(loss, abs=5e-5)  # as printed
+    newest = newest_complete(folder)
+    assert told[-2]["path"] == str(newest) and told[-2]["MB"] == f"{newest.stat().st_size / 1e6:.1f}"
+    assert told[-1]["folder"] == told[1]["folder"] == str(folder) and told[-1]["step"] == "8"
+
+
+def test_loggers_beside_it_are_given_config_and_metrics_as_by_the_host(logged):
+    beside = logged[1].logger.destinations[-1]
+    assert {"n_params", "train_loader", "n_gpus"} <= beside.hyperparameters.keys()
+    assert len(beside.data["loss/train/total"]) == 8
+
+
+def test_a_terminal_shows_a_bar_below_whole_lines_and_no_warning(data_set, tmp_path):
+    (tmp_path / "chatty.py").write_text(CHATTY)
+    recipe = [each for each in nano_run.SMALL if each[0] != "~" and "console" not in each]
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 250, 0, 0))
+    run = subprocess.Popen([sys.executable, nano_run.ROOT / "train.py", nano_run.ROOT / "yamls/nano.yaml", *recipe,
+                            *EVALUATES, f"variables.data={data_set}", f"variables.save_root={tmp_path}",
+                            f"code_paths=[{tmp_path}/chatty.py]", "callbacks.chatty={}"],
+                           stdout=slave, stderr=slave, env={**os.environ, "TERM": "xterm"})
+    os.close(slave)
+    output = b""
+    try:
+        while chunk := os.read(master, 65536):
+            output += chunk
+    except OSError:  # its end
+        pass
+    assert run.wait() == 0, output.decode()
+    raw = output.decode().split("\n")
+    assert any(re.search(r"━.*%.*tokens.*loss [0-9.]+ .*lr", line) for line in raw)
+    # what is left of a line once its bar was wiped out
+    seen = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", line.rpartition("\x1b[2K")[2]).strip() for line in raw]
+    assert not [line for line in seen if "━" in line or " object at 0x" in line or "UserWarning" in line]
+    for step in range(1, 9):
+        assert sum(line.endswith(f"warning other: {'words ' * 25}of step {step}") for line in seen) == 1
+        assert f"printed {step}" in seen
+    assert sum("eval " in line for line in seen) == sum("saved path" in line for line in seen) == 2
+    assert re.search("finished run=nano-seen-pretrain tokens=[0-9]+ step=8 loss=", [line for line in seen if line][-1])
+
+
+def test_watch_reads_on_and_says_whether_a_run_lives(logged, ettin, tmp_path):
+    pytest.importorskip("plotext")
+    from ettin_foundry.tools.progress import Progress
+
+    _, _, folder = logged
+    code, shown, _ = ettin("watch", folder / STEPS)
+    steps = read_steps(folder)
+    assert code == 0 and re.search("seen-pretrain +finished.* 100% .* mlm ", shown) and "loss of nano-seen" in shown
+    lines = (folder / STEPS).read_text().splitlines(keepends=True)
+    growing = tmp_path / "a" / STEPS
+    growing.parent.mkdir()
+    (tmp_path / "a" / "run.json").write_text(json.dumps({"max_duration": "16ba", "finished": False}))
+    growing.write_text("".join(lines[:4]) + lines[4][:20])
+    run = Progress(growing.parent)
+    run.read()
+    assert len(run.curves["mlm"]) == 4 and run.row()["done"] == "25%" and run.state() == "running"
+    speed = (steps[3]["tokens"] - steps[0]["tokens"]) / sum(step["seconds"] for step in steps[:3])
+    assert run.row()["tokens/s"] == f"{speed:,.0f}"
+    for text, number in (("".join(lines), 8), ("".join(lines[:6]), 6)):  # it grew, and a resume has cut it
+        growing.write_text(text)
+        run.read()
+        assert run.curves["mlm"] == [(step["tokens"], step["loss"]) for step in steps[:number]]
+    os.utime(growing, (0, 0))
+    assert ettin("watch", tmp_path)[1].splitlines()[1].split()[:2] == ["a", "stopped"]  # as a suite's root
+    assert "no steps.jsonl there" in ettin("watch", tmp_path / "none")[2]
