@@ -1,4 +1,6 @@
-"""Draws console.svg: what a terminal shows of a short nano run, with the bar past PERCENT. Needs pyte (`pip install pyte`).
+"""Draws console.svg: what a terminal shows of a short nano run, once its bar is past a percentage.
+
+Needs pyte (`pip install pyte`).
 
     python docs/pictures/console.py 70 python train.py yamls/nano.yaml max_duration=400_000tok eval_interval=200_000tok
 """

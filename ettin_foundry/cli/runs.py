@@ -163,10 +163,11 @@ def _list(found: Any, stages: Any, as_json: bool) -> None:
 
 
 def watch(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Save folder of a run, its steps.jsonl, or a suite's root.")],
+    run: Annotated[Path, typer.Argument(
+        metavar="RUN", help="Save folder of a run, its steps.jsonl, or the root of a suite.")],
     follow: Annotated[bool, typer.Option("--follow", help="Go on showing it until all its runs have ended.")] = False,
 ) -> None:
-    """Show how far a run or suite is: loss over tokens, speed, time left.
+    """Show how far a run is: loss over tokens, speed, time left.
 
     Example: ettin watch runs/nano-mlm-pretrain --follow
     """

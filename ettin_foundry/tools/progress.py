@@ -84,7 +84,7 @@ class Progress:
         return "running" if quiet < _QUIET else f"stopped {timedelta(seconds=round(quiet))} ago"
 
     def row(self) -> dict[str, str]:
-        """{head: cell} of the table."""
+        """{head: cell} of the table; loss and speed are means of the last steps."""
         last = self.last[-1] if self.last else {"tokens": 0, "step": -1}
         losses, speed = [step["loss"] for step in self.last if step["loss"] is not None], self.speed
         until = self.facts.get("max_duration")
@@ -94,7 +94,7 @@ class Progress:
         share = 1.0 if self.facts.get("finished") else done / amount if amount else None
         return {"run": self.folder.name, "state": self.state(), "tokens": format_count(last["tokens"]),
                 "done": "" if share is None else f"{share:.0%}",
-                f"loss of {_STEPS}": f"{statistics.fmean(losses):.4f} {last['objective']}" if losses else "",
+                "loss": f"{statistics.fmean(losses):.4f} {last['objective']}" if losses else "",
                 "lr": f"{last['lr']:.2e}" if "lr" in last else "", "tokens/s": f"{speed:,.0f}" if speed else "",
                 "left": "" if left is None or share == 1 else str(timedelta(seconds=round(max(0.0, left))))}
 
@@ -129,7 +129,8 @@ def _view(runs: Sequence[Progress], console: Console) -> RenderableType:
     for run in runs:
         run.read()
     rows = [run.row() for run in runs]
-    table = Table(*rows[0], box=None)
+    table = Table(*rows[0], box=None, pad_edge=False)
+    table.columns[0].overflow = "fold"
     for row in rows:
         table.add_row(*row.values())
     if not runs[-1].curves:
@@ -138,7 +139,7 @@ def _view(runs: Sequence[Progress], console: Console) -> RenderableType:
 
 
 def watch(run: Path, follow: bool) -> None:
-    """Prints the runs of a folder as a table, and the losses of the one that wrote last; with `follow` until all end."""
+    """Prints runs as a table, and the losses of the one that wrote last; with `follow`, again until all have ended."""
     console, runs = Console(), find(run)
     if not follow:
         console.print(_view(runs, console))

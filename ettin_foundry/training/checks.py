@@ -24,8 +24,7 @@ from ettin_foundry.training.sources import check_start, prepare_start
 
 _BLOCKS = ("model", "tokenizer", "optimizer", "scheduler", "train_loader")
 _LOGGERS = ("wandb", "tensorboard", "mlflow", "inmemory", "in_memory_logger", "mosaicml", "ettin_console")
-# what the host prints unless told otherwise; the clock gives the config, which it would print, to the other loggers
-_BESIDE_CONSOLE = {"progress_bar": False, "log_to_console": False, "log_config": False}
+_BESIDE_CONSOLE = {"progress_bar": False, "log_to_console": False}  # the second is the host's default
 _NEEDED = (*_BLOCKS, "max_duration", "max_seq_len", "global_train_batch_size", "device_train_microbatch_size")
 
 

@@ -115,8 +115,6 @@ class Clock(CallbackWithConfig):
         self.lineage = (*record.get("lineage", ()), entry)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        if self._run.get("log_config") is False and "log_config" not in json.loads(self._run_config):
-            logger.log_hyperparameters(dict(self._run))  # ettin_console keeps the host from it, which prints it as well
         folder, config = self._run.get("save_folder"), getattr(self._model, "config", None)
         if not folder or "://" in folder or not isinstance(config, EttinConfig):
             return

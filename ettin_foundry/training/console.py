@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import shlex
 import socket
@@ -71,6 +72,9 @@ class RunConsole(LoggerDestination):
         self._recent = deque[tuple[float, int, int]](maxlen=_STEPS)  # seconds, tokens, units of max_duration
         self._steps, self._tokens, self._seconds = 0, 0, 0.0  # of this process
         self._begun = self._told = self._drawn = self._eval_begun = 0.0
+        # every rank's would print the whole config as well; the package's attribute `train` is a function
+        host: Any = importlib.import_module("llmfoundry.command_utils.train")
+        host.log_config = Logger.log_hyperparameters
         if dist.get_global_rank() == 0:
             self._take_records()
 

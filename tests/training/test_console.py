@@ -14,6 +14,7 @@ import termios
 import nano_run
 import pytest
 
+import ettin_foundry
 from ettin_foundry.training.checkpoints import newest_complete
 from ettin_foundry.training.steps import STEPS, read_steps
 
@@ -38,6 +39,7 @@ def logged(data_set, tmp_path_factory):
     """A run of eight steps whose standard error is a file: its lines, its trainer, its folder."""
     folder, root, ours = tmp_path_factory.mktemp("logged"), logging.getLogger(), logging.getLogger("ettin_foundry")
     before, sys.stderr = (sys.stderr, root.handlers, ours.level), (folder / "err").open("w")
+    ettin_foundry.register()
     try:
         trainer = nano_run.run(data_set, folder, *EVALUATES, "loggers.ettin_console={interval: 2ba}",
                                "loggers.inmemory={}", evaluate=True)
@@ -75,6 +77,16 @@ def test_loggers_beside_it_are_given_config_and_metrics_as_by_the_host(logged):
     assert len(beside.data["loss/train/total"]) == 8
 
 
+def at_the_end(output):
+    """The lines on a terminal of unlimited height, where a line is wiped out before it is written again."""
+    lines, row = [""], 0
+    for part in re.findall(r"\x1b\[[0-9;?]*[a-zA-Z]|[^\x1b\n]+|\n", output):
+        row += {"\n": 1, "\x1b[1A": -1}.get(part, 0)
+        lines += [""] * (row + 1 - len(lines))
+        lines[row] = "" if part == "\x1b[2K" else lines[row] + part.strip("\r\n") * (part[0] != "\x1b")
+    return [line.strip() for line in lines if line.strip()]
+
+
 def test_a_terminal_shows_a_bar_below_whole_lines_and_no_warning(data_set, tmp_path):
     (tmp_path / "chatty.py").write_text(CHATTY)
     recipe = [each for each in nano_run.SMALL if each[0] != "~" and "console" not in each]
@@ -92,16 +104,14 @@ def test_a_terminal_shows_a_bar_below_whole_lines_and_no_warning(data_set, tmp_p
     except OSError:  # its end
         pass
     assert run.wait() == 0, output.decode()
-    raw = output.decode().split("\n")
-    assert any(re.search(r"━.*%.*tokens.*loss [0-9.]+ .*lr", line) for line in raw)
-    # what is left of a line once its bar was wiped out
-    seen = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", line.rpartition("\x1b[2K")[2]).strip() for line in raw]
-    assert not [line for line in seen if "━" in line or " object at 0x" in line or "UserWarning" in line]
+    assert re.search(r"━.*%.*tokens.*loss [0-9.]+ .*lr", output.decode())
+    seen = at_the_end(output.decode())
+    assert not [line for line in seen if re.search("━| object at 0x|UserWarning", line)]
     for step in range(1, 9):
         assert sum(line.endswith(f"warning other: {'words ' * 25}of step {step}") for line in seen) == 1
         assert f"printed {step}" in seen
     assert sum("eval " in line for line in seen) == sum("saved path" in line for line in seen) == 2
-    assert re.search("finished run=nano-seen-pretrain tokens=[0-9]+ step=8 loss=", [line for line in seen if line][-1])
+    assert re.search("finished run=nano-seen-pretrain tokens=[0-9]+ step=8 loss=", seen[-1])
 
 
 def test_watch_reads_on_and_says_whether_a_run_lives(logged, ettin, tmp_path):
