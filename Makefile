@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 PARITY_VERSIONS := 4.57.6 5.23.0
 
-.PHONY: demo suite test lint parity fuzz bench soak constraints gpu wheels-gpu eval-env eval-data eval-test eval-constraints \
-	clean
+.PHONY: demo suite test lint parity fuzz bench soak docs docs-serve constraints gpu wheels-gpu eval-env eval-data eval-test \
+	eval-constraints clean
 
 demo: $(VENV)/.installed data/demo/train/manifest.json
 	$(BIN)/ettin suite yamls/suite/demo.yaml $(DEMO_ARGS)
@@ -132,6 +132,19 @@ gpu:
 $(GPU_SITE):
 	$(PYTHON) benchmarks/wheels_gpu.py --unpack $(GPU_SITE)
 
+# The site, in an environment of its own: docstrings are read as text, so it needs nothing of the training stack.
+DOCS := .docs-env
+$(DOCS)/.installed: pyproject.toml constraints.txt | $(VENV)/.installed
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(DOCS)
+	$(BIN)/uv pip install --quiet --python $(DOCS)/bin/python -c constraints.txt --group docs
+	touch $@
+
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
+docs-serve: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs serve
+
 # Also lays out the revision COMPARE in build/compare, for a machine without this repository's history.
 wheels-gpu:
 	$(PYTHON) benchmarks/wheels_gpu.py
@@ -149,8 +162,8 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 
 # pins the newest versions that agree, for Python 3.10 to 3.12; run the tests, then commit the file
 constraints: $(VENV)/.installed
-	$(BIN)/uv pip compile setup.cfg --extra dev --universal --python-version 3.10 --upgrade --quiet \
+	$(BIN)/uv pip compile setup.cfg --extra dev --group docs --universal --python-version 3.10 --upgrade --quiet \
 		--no-annotate --custom-compile-command "make constraints" -o constraints.txt
 
 clean:
-	rm -rf $(VENV) $(EVAL) .parity .wheels runs evaluation/data
+	rm -rf $(VENV) $(DOCS) $(EVAL) .parity .wheels runs evaluation/data

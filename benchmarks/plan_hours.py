@@ -36,14 +36,17 @@ def main() -> None:
     parser.add_argument("--out", help="folder for the result; benchmarks/results without it")
     args = parser.parse_args()
     lines = ["| size | tokens | original's hours for 2T | plan's hours | plan's for 2T | "
-             "MFU, 6 per parameter and token |", "|---|---|---|---|---|---|"]
+             "MFU, 6 per parameter and token | MFU, useful work: encoder / decoder |", "|---|---|---|---|---|---|---|"]
     for size, original in ORIGINAL_HOURS.items():
-        runs = chain(size, "enc")
-        tokens, hours = (totals(runs)[key] for key in ("num_tokens", "hours"))
-        assert tokens and hours and runs[0].mfu
+        runs = {member: chain(size, member) for member in ("enc", "dec")}
+        sums = {member: totals(runs[member]) for member in runs}
+        tokens, hours = sums["enc"]["num_tokens"], sums["enc"]["hours"]
+        assert tokens and hours and runs["enc"][0].mfu
+        useful = {member: runs[member][0].mfu * sums[member]["flops"]
+                  / sum(6 * run.parameters * run.num_tokens for run in runs[member]) for member in runs}
         whole = hours * ORIGINAL_TOKENS / tokens
         lines.append(f"| {size} | {tokens / 1e12:.3f}T | {original:,} | {hours:,.1f} | {whole:,.1f} | "
-                     f"{runs[0].mfu:.1%} |")
+                     f"{runs['enc'][0].mfu:.1%} | {useful['enc']:.1%} / {useful['dec']:.1%} |")
     path = results_path("plan-hours", args.out).with_suffix(".md")
     path.write_text("`python benchmarks/plan_hours.py`\n\n" + "\n".join(lines) + "\n")
     print(*lines, f"written to {path}", sep="\n")

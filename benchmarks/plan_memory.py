@@ -56,7 +56,7 @@ def measure(size: str, objective: str, tokens: int) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
     targets = max(b["num_targets"] for b in batches)
-    memory = memory_bytes(config, tokens, half=False)
+    memory = memory_bytes(config, tokens, targets / tokens, half=False)
     return {"measured": _status("VmHWM") - before, "planned": sum(memory.values()), **memory, "targets": targets}
 
 

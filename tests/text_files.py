@@ -20,10 +20,8 @@ TEXTS = ["One text.", "Zwei \u00dc\u00dfe \U0001f600\nlines\r\n", "  three  ", "
 
 def content(kind: str, texts: list[str]) -> bytes:
     records = [{"id": f"id-{i}", "text": text, "other": i} for i, text in enumerate(texts)]
-    if kind == ".jsonl":
+    if kind in (".jsonl", ".json"):
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-    if kind == ".json":
-        return json.dumps(records, ensure_ascii=False).encode()
     return table_bytes(pyarrow.Table.from_pylist(records))
 
 

@@ -55,15 +55,12 @@ def convert(
     given = locals()
     from ettin_foundry.corpus.convert import ConvertOptions
     from ettin_foundry.corpus.convert import convert as make_dataset
-    from ettin_foundry.corpus.filters import FilterOptions
     from ettin_foundry.corpus.finalize import sole_writer
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        filters = FilterOptions(**{name: given.pop(name)
-                                    for name in ("deduplicate", "min_characters", "max_characters")})
         with sole_writer(out, shared=task_index is not None):
-            print(make_dataset(ConvertOptions(**given, filters=filters)))
+            print(make_dataset(ConvertOptions(**given)))
     except KeyboardInterrupt:
         print("interrupted: finished units are kept; the same command goes on", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -1,4 +1,4 @@
-"""The commands of `ettin` for one model: export, import, average, generate, fill-mask, evaluate."""
+"""The commands of `ettin` for one model: export, push, import, average, generate, fill-mask, evaluate."""
 
 from __future__ import annotations
 
@@ -46,6 +46,25 @@ def export(
     else:
         model = export_checkpoint(sources[0], out, **options)
         print(f"wrote {out}: {model.config.num_parameters:,} parameters, {model.objective}")
+
+
+def push(
+    sources: Annotated[list[Path], typer.Argument(
+        metavar="FOLDER", help="Exported folder. With --every, save folders, or the folder of an export --every.")],
+    repo: Annotated[str, typer.Option(help="OWNER/NAME on the Hub; made where there is none.")],
+    every: Annotated[bool, typer.Option("--every", help="Every checkpoint, under tags; main is the newest.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Of a repository that is made.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would go where; needs no network.")] = False,
+) -> None:
+    """Upload an exported model, or a run, to the Hugging Face Hub.
+
+    Example: ettin push models/nano-encoder --repo me/nano-encoder
+    """
+    if len(sources) > 1 and not every:
+        raise typer.BadParameter("one folder is needed; several save folders take --every", param_hint="FOLDER")
+    from ettin_foundry.hub.push import push as upload
+
+    print(upload(sources, repo, every=every, private=private, dry_run=dry_run))
 
 
 def import_(

@@ -1,4 +1,4 @@
-"""The commands of `ettin` for training runs seen as a whole: recipes, plan, lint, suite, watch, order."""
+"""The commands of `ettin` for training runs seen as a whole: recipes, plan, lint, suite, watch, report, order."""
 
 from __future__ import annotations
 
@@ -173,15 +173,22 @@ def watch(
     """
     from ettin_foundry.tools import progress
 
-    try:
-        progress.watch(run, follow)
-    except KeyboardInterrupt:  # the way to leave it
-        pass
+    progress.watch(run, follow)
+
+
+def report(folder: Annotated[Path, typer.Argument(
+        metavar="FOLDER", help="Save folder of a run, root of a suite, folder of a study or sweep.")]) -> None:
+    """Write an HTML report of a run, a suite or a study.
+
+    Example: ettin report runs/nano-mlm-pretrain
+    """
+    from ettin_foundry.tools.report import write_page
+
+    print(f"wrote {write_page(folder)}")
 
 
 def order(
-    words: Annotated[list[str] | None, typer.Argument(
-        metavar="DATASET|KEY=VALUE", help="A dataset in place of the recipe's, and keys as for train.py.")] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As for train.py.")] = None,
     yaml: Annotated[list[str] | None, typer.Option(help="The recipe; again for each overlay.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(
         help="In place of a recipe: a checkpoint or save folder, and the step that follows it.")] = None,
@@ -196,19 +203,16 @@ def order(
     from ettin_foundry.tools.order import next_step, stream_of, text
     from ettin_foundry.training.run_config import resolved
 
-    places, overrides = ([word for word in words or [] if ("=" in word) is key] for key in (False, True))
     for wrong, message in (
             ((yaml is None) == (checkpoint is None), "either --yaml or --checkpoint must be given"),
-            (checkpoint and overrides, f"--checkpoint must come without keys, got {' '.join(overrides)}"),
-            (len(places) > 1, f"DATASET must be one place, got {' '.join(places)}"),
+            (checkpoint and words, f"--checkpoint must come without keys, got {' '.join(words or [])}"),
             (yaml and step is None, "--step must be given with --yaml")):
         if wrong:
             raise ValueError(message)
-    location = places[0] if places else None
     if checkpoint is not None:
-        cfg, stream, following = next_step(checkpoint, location)
+        cfg, stream, following = next_step(checkpoint)
     else:
-        cfg, following = resolved([*(yaml or []), *overrides]), 0
-        stream = stream_of(cfg, location)
+        cfg, following = resolved([*(yaml or []), *(words or [])]), 0
+        stream = stream_of(cfg)
     for line in text(cfg, stream, following if step is None else step, rows=rows, decode=decode):
         print(line)

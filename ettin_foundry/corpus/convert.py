@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,11 +22,10 @@ from rich import filesize
 from ettin_foundry.corpus import plan as plans
 from ettin_foundry.corpus.encoder import Engine
 from ettin_foundry.corpus.executors import Board, Tick, run_tasks
-from ettin_foundry.corpus.filters import FilterOptions, find_duplicates
 from ettin_foundry.corpus.finalize import done_units, finalize
 from ettin_foundry.corpus.readers import ReadOptions, read_parts
 from ettin_foundry.corpus.sources import Meter, Source, part_bytes, plan_parts
-from ettin_foundry.corpus.worker import ConvertUnit, HashUnit, work_name
+from ettin_foundry.corpus.worker import ConvertUnit
 from ettin_foundry.data import MAX_CHUNK_LENGTH
 from ettin_foundry.data import tokenizer as tokenizers
 from ettin_foundry.data.cache import fetch_tokenizer
@@ -59,7 +58,9 @@ class ConvertOptions:
     compression: Literal["zstd"] | None = None
     seed: int = 0
     licence: str | None = None
-    filters: FilterOptions = field(default_factory=FilterOptions)
+    deduplicate: bool = False
+    min_characters: int | None = None  # Unicode code points; empty documents are dropped anyway
+    max_characters: int | None = None
     append: bool = False
     workers: int | None = None
     engine: Engine = "auto"
@@ -85,20 +86,31 @@ class ConvertOptions:
             ("workers", "at least 1, or left out for all cores", self.workers is None or self.workers >= 1),
             ("task_index", f"0 to --num-tasks - 1, with --num-tasks {tasks}",
              task == tasks if task is None or tasks is None else 0 <= task < tasks),
-            ("task_index", "left out with --deduplicate, which compares all documents: use one machine",
-             task is None or not self.filters.deduplicate),
+            ("deduplicate", "left out with --task-index and --append, where not all texts are read: use datatrove",
+             not self.deduplicate or (task is None and not self.append)),
+            ("min_characters", "2 or more, and at most --max-characters",
+             2 <= (self.min_characters or 2) <= (self.max_characters or 2**62)),
+            ("max_characters", "1 or more", self.max_characters is None or self.max_characters >= 1),
         ]
         for key, allowed, fits in rules:
             if not fits:
                 raise ValueError(f"--{key.replace('_', '-')} must be {allowed}, got {getattr(self, key)!r}")
 
+    @property
+    def reading(self) -> ReadOptions:
+        return ReadOptions.of({**self.record(), "max_bad_records": self.max_bad_records})
+
     def record(self) -> dict[str, Any]:
         """The options that shape the data, without places on this machine."""
         keys = ["train_tokenizer", "chunk_length", "cut_window", "validation", "text_field", "id_field", "compression",
                 "limit_bytes", "seed", "shard_size", "unit_size"]  # limit_bytes is null: no option, but in every plan
+        # keys of filters that are gone stay, for datasets that are appended to
+        filters = {"min_characters": self.min_characters, "max_characters": self.max_characters, "predicates": [],
+                   "decontaminate": [], "decontaminate_field": "text", "decontaminate_drop": False, "ngrams": None,
+                   "deduplicate": self.deduplicate}
         if self.max_document_bytes != ReadOptions.max_document_bytes:
             keys.append("max_document_bytes")
-        return {**{key: getattr(self, key, None) for key in keys}, "filters": self.filters.record()}
+        return {**{key: getattr(self, key, None) for key in keys}, "filters": filters}
 
 
 @dataclass(frozen=True)
@@ -147,7 +159,7 @@ def convert(options: ConvertOptions) -> Summary:
     plan = plans.plan_conversion(options, before, sources, tokenizer=facts, storage=storage)
     libraries = ["tokenizers", "zstd"] if options.compression else ["tokenizers"]
     made_with = ", ".join(f"{name} {version(name)}" for name in libraries)
-    done = done_units(storage, plan, made_with)
+    done = done_units(storage, plan)
     todo = [unit for unit in plan.units if unit.number not in done]
     plans.check_append(todo, plan, sources)
     if plan != before:
@@ -165,37 +177,32 @@ def convert(options: ConvertOptions) -> Summary:
                       {**plan.options, "max_bad_records": options.max_bad_records},
                       {source.name: source for source in sources}, plan.base_key, facts["name"],
                       tok.backend_tokenizer.to_str(), tuple(sorted(tokenizers.forbidden_ids(tok))), options.engine,
-                      options.filters, made_with)
-    if todo and options.filters.deduplicate:
-        _find_duplicates(job, plan, options, storage)
-    _execute(job, todo, "documents", options)
-    manifests = finalize(options.out, max_bad_records=options.max_bad_records) if options.task_index is None else {}
+                      _find_copies(plan, sources, options) if todo and options.deduplicate else {}, made_with)
+    if todo:
+        workers = min(options.workers or len(os.sched_getaffinity(0)), len(todo))
+        num_bytes = sum(part_bytes(job.sources[unit.source], part) for unit in todo for part in unit.parts)
+        board = Board("documents", num_bytes)
+        run_tasks(job, todo, workers=workers, board=board)
+        log.info("%s", board)
+    manifests = finalize(options.out) if options.task_index is None else {}
     return Summary(storage.url, manifests, (len(todo), len(plan.units)))
 
 
-def _execute(job: HashUnit, units: Sequence[plans.Unit], title: str, options: ConvertOptions) -> None:
-    if not units:
-        return
-    workers = min(options.workers or len(os.sched_getaffinity(0)), len(units))
-    num_bytes = sum(part_bytes(job.sources[unit.source], part) for unit in units for part in unit.parts)
-    board = Board(title, num_bytes)
-    run_tasks(job, units, workers=workers, board=board)
-    log.info("%s: %s", title, board)
+def _find_copies(plan: plans.Plan, sources: Sequence[Source], options: ConvertOptions) -> dict[int, set[int]]:
+    """Unit number -> ordinals of its documents that repeat an earlier one. All texts are read, in this process.
 
-
-def _find_duplicates(job: ConvertUnit, plan: plans.Plan, options: ConvertOptions, storage: Storage) -> None:
-    """Writes for each unit which of its documents repeat earlier ones, by the hashes of all documents."""
-    known = dict(storage.list("work/hashes/"))
-    unhashed = [unit for unit in plan.units if work_name("hashes", unit, plan.base_key) not in known]
-    plans.check_append(unhashed, plan, list(job.sources.values()))
-    _execute(HashUnit(job.out, job.options, job.sources, plan.base_key), unhashed, "hashes", options)
-    with tempfile.TemporaryDirectory(dir=storage.scratch()) as folder:
-        files = [Path(folder, "hashes", f"{unit.number:05d}.npy") for unit in plan.units]
-        for unit, path in zip(plan.units, files):
-            storage.get_file(work_name("hashes", unit, plan.base_key), path)
-        find_duplicates(files, Path(folder, "drops"))
-        for unit, path in zip(plan.units, files):
-            storage.put_file(Path(folder, "drops", path.name), work_name("drops", unit, plan.base_key))
+    They are told apart by xxh3_128: the chance that any two of 1e9 different ones have the same is 1.5e-21.
+    """
+    of_name, reading = {source.name: source for source in sources}, options.reading
+    seen, copies = set[bytes](), {unit.number: set[int]() for unit in plan.units}
+    for unit in plan.units:
+        for ordinal, document in enumerate(read_parts(of_name[unit.source], unit.parts, Meter(), reading)):
+            digest = xxhash.xxh3_128_digest(document.text.encode())
+            if digest in seen:
+                copies[unit.number].add(ordinal)
+            seen.add(digest)
+    log.info("duplicates: %d of %d documents", total := sum(map(len, copies.values())), total + len(seen))
+    return copies
 
 
 def _tokenizer(options: ConvertOptions, storage: Storage, plan: plans.Plan | None,
@@ -215,7 +222,7 @@ def _tokenizer(options: ConvertOptions, storage: Storage, plan: plans.Plan | Non
 
 def _train(sources: Sequence[Source], options: ConvertOptions) -> PreTrainedTokenizerFast:
     """Trains on the training split only: validation text must be as new to the tokenizer as to the model."""
-    meter, reading = Meter(), ReadOptions.of({**options.record(), "max_bad_records": options.max_bad_records})
+    meter, reading = Meter(), options.reading
 
     def texts() -> Iterator[str]:
         documents, num_bytes = 0, 0

@@ -1,7 +1,6 @@
-"""Tasks done by worker processes that may die, and how far they are: a death costs one try of its task, no result.
+"""Tasks done by worker processes that may die, and how far they are: a death costs tries of what was under way.
 
 An exception in a task ends the run and is raised here. A task must write its result so that doing it again is harmless.
-Workers are processes of this machine with a pipe each, so that a death is seen at once and it is known whose.
 """
 
 from __future__ import annotations
@@ -10,23 +9,21 @@ import contextlib
 import functools
 import logging
 import multiprocessing
-import multiprocessing.connection
 import os
 import pickle
 import signal
-import sys
 import threading
 import time
-import traceback
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
-from multiprocessing.connection import Connection
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 log = logging.getLogger(__name__)
 
-_GRACE_SECONDS = 3.0
+_LOOK_SECONDS = 0.5
 _LOG_SECONDS = 10.0
 
 
@@ -73,112 +70,68 @@ T = TypeVar("T", bound=Any)
 R = TypeVar("R")
 
 
-class _Outcome(NamedTuple):
-    """How a task ended: with a result, an error and its traceback, or the death of its worker."""
-
-    result: Any = None
-    error: Exception | None = None
-    trace: str = ""
-    death: str = ""
-
-
 def run_tasks(work: Callable[[T, Report], R], tasks: Sequence[T], *, workers: int, board: Board,
               tries: int = 3) -> list[R]:
     """Does every task in `workers` processes, a single one in this process; the results in the order of the tasks.
 
     `work(task, report)` returns the result, `report(Tick(...))` says how far it is; all must be picklable, and tasks
-    have a `label` for messages. A task that kills `tries` workers raises ChildProcessError.
+    have a `label` for messages. After a death there are half as many workers, for memory that ran out; a
+    ChildProcessError names the tasks that were under way at `tries` deaths.
     """
     if workers == 1:
         return [work(task, functools.partial(board.tick, number)) for number, task in enumerate(tasks)]
-    pending, running, results, deaths = deque(range(len(tasks))), 0, dict[int, R](), Counter[int]()
-    pool = _Pool(work)
-    try:
-        while pending or running:
-            while pending and running < workers:
-                number, running = pending.popleft(), running + 1
-                pool.submit(number, pickle.dumps(tasks[number]))
-            for number, outcome in pool.ended(board.tick):
-                running -= 1
-                if outcome.error:
-                    raise outcome.error from ChildProcessError(outcome.trace)
-                if not outcome.death:
-                    results[number] = outcome.result
-                    continue
-                deaths[number] += 1
-                if deaths[number] == tries:
-                    raise ChildProcessError(f"{tasks[number].label}: {tries} workers died in it, the last of "
-                                            f"{outcome.death}; after SIGKILL use fewer workers: memory ran out")
-                log.warning("a worker died (%s) in %s, which begins again", outcome.death, tasks[number].label)
-                pending.append(number)  # last: memory that ran out is likely to be free by then
-    finally:
-        pool.stop()
+    results, deaths = dict[int, R](), Counter[str]()
+    while len(results) < len(tasks):
+        deaths.update(under_way := _run_pool(work, tasks, results, workers, board))
+        if given_up := [label for label in under_way if deaths[label] >= tries]:
+            raise ChildProcessError(f"{', '.join(given_up[:4])}: {tries} workers died while this was under way; see "
+                                    "whether memory runs out (dmesg), and give fewer --workers")
+        if under_way:
+            workers = max(1, workers // 2)
+            log.warning("a worker died (under way: %s); it goes on with %d workers", ", ".join(under_way), workers)
     return [results[number] for number in range(len(tasks))]
 
 
-class _Pool:
-    """Worker processes of this machine that do one task at a time each."""
-
-    def __init__(self, work: Any) -> None:
-        self.work = pickle.dumps(work)
-        self.workers = dict[Connection, Any]()  # processes, by the pipe to each
-        self.busy = dict[Connection, int]()  # numbers of their tasks
-
-    def submit(self, number: int, task: bytes) -> None:
-        link = next((link for link in self.workers if link not in self.busy), None) or self._start()
-        self.busy[link] = number
-        with contextlib.suppress(OSError):  # it has just died, which `ended` finds out
-            link.send_bytes(task)
-
-    def _start(self) -> Connection:
-        near, far = multiprocessing.Pipe()
-        process = multiprocessing.get_context("spawn").Process(target=_serve, args=(far, self.work))
+def _run_pool(work: Any, tasks: Sequence[Any], results: dict[int, Any], workers: int, board: Board) -> list[str]:
+    """Does the tasks without results; the labels of those that were under way when a worker died."""
+    context, width = multiprocessing.get_context("spawn"), 1 + len(Tick._fields)
+    counts = context.RawArray("q", width * len(tasks))  # of each task whether it has begun, and its Tick; no lock
+    pool, numbers, broken = ProcessPoolExecutor(workers, context, _begin, (pickle.dumps(work), counts)), {}, False
+    begun: list[int] = []
+    try:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C, which all of a terminal get, is not for it
-        try:
-            process.start()
-            self.workers[near] = process
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            far.close()
-        return near
-
-    def ended(self, tick: Callable[[int, Tick], None]) -> Iterator[tuple[int, _Outcome]]:
-        """Waits for news; passes on what running tasks report, and says which have ended."""
-        for link in cast(list[Connection], multiprocessing.connection.wait([*self.busy])):
-            try:
-                news = link.recv()
-            except (EOFError, OSError):
-                link.close()
-                process = self.workers.pop(link)
-                process.join()
-                status = process.exitcode or 0
-                news = _Outcome(death=signal.Signals(-status).name if status < 0 else f"exit status {status}")
-            if isinstance(news, Tick):
-                tick(self.busy[link], news)
-            else:
-                yield self.busy.pop(link), news
-
-    def stop(self) -> None:
-        for process in self.workers.values():
-            process.terminate()  # leaves through `finally` blocks, so that half-written files go
-        end = time.monotonic() + _GRACE_SECONDS
-        for link, process in self.workers.items():
-            process.join(max(0.0, end - time.monotonic()))
-            process.kill()
-            process.join()
-            link.close()
+        with contextlib.suppress(BrokenProcessPool):
+            for number in (number for number in range(len(tasks)) if number not in results):
+                numbers[pool.submit(_do, number, tasks[number])] = number
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        left = {*numbers}
+        while left and not broken:
+            done, left = wait(left, _LOOK_SECONDS, FIRST_EXCEPTION)
+            for future in done:
+                if isinstance(future.exception(), BrokenProcessPool):
+                    broken = True
+                else:
+                    results[numbers[future]] = future.result()
+            begun = [number for number in numbers.values() if counts[width * number]]
+            for number in begun:
+                board.tick(number, Tick(*counts[width * number + 1:width * (number + 1)]))
+        under_way = [tasks[number].label for number in begun if number not in results]
+        return under_way or ["nothing"] if broken or not numbers else []
+    finally:
+        for process in multiprocessing.active_children():
+            process.terminate()  # what it has half written lies in a scratch folder
+        pool.shutdown(cancel_futures=True)
 
 
 # In the worker process:
 
-def _serve(link: Connection, work: bytes) -> None:
-    """The life of a worker of this machine."""
+_here: dict[str, Any] = {}  # the work, and the counts of all tasks
+
+
+def _begin(work: bytes, counts: Any) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()  # first: what the work imports takes seconds
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with contextlib.suppress(EOFError, OSError):  # the main process is gone
-        while True:
-            link.send_bytes(_attempt(work, link.recv_bytes(), link.send))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what is imported now; each worker has one core
+    _here.update(work=pickle.loads(work), counts=counts)
 
 
 def _end_with_parent() -> None:
@@ -189,16 +142,16 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _attempt(work: bytes, task: bytes, report: Report) -> bytes:
-    """Does a task; its outcome."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what filters import; each worker has one core
+def _do(number: int, task: Any) -> Any:
+    """Does a task; what cannot be pickled of an error is told in words."""
+    def report(tick: Tick) -> None:
+        counts[begin:begin + 1 + len(tick)] = 1, *tick
+
+    counts, begin = _here["counts"], number * (1 + len(Tick._fields))
+    report(Tick())
     try:
-        return pickle.dumps(_Outcome(pickle.loads(work)(pickle.loads(task), report)))
+        return _here["work"](task, report)
+    except (ValueError, OSError):
+        raise
     except Exception as error:
-        trace = traceback.format_exc()
-        try:
-            outcome = pickle.dumps(_Outcome(error=error, trace=trace))
-            pickle.loads(outcome)
-            return outcome
-        except Exception:  # it does not survive pickling
-            return pickle.dumps(_Outcome(error=RuntimeError(f"{type(error).__name__}: {error}"), trace=trace))
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error

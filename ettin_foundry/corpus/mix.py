@@ -52,7 +52,6 @@ class MixSpec(BaseModel, extra="forbid"):
     phase: str | None = None
     scale: Annotated[float, Field(gt=0, le=1000)] | None = None  # of the phase's tokens
     tokens: _Tokens = None  # in all, instead of a scale
-    leave_out: list[str] = []  # sources that one does without; the others keep their budgets
 
 
 def _read_spec(path: Path) -> MixSpec:
@@ -72,16 +71,15 @@ def _budgets_of(spec: MixSpec, path: Path) -> tuple[dict[str, int], float | None
     """Source -> tokens of a specification at `path`, and the scale of its phase."""
     own = {name: entry.tokens for name, entry in spec.sets.items()}
     if spec.phase is None:
-        if spec.scale or spec.tokens or spec.leave_out or None in own.values():
+        if spec.scale or spec.tokens or None in own.values():
             raise ValueError(f"{path}: without phase, sets must be {{NAME: {{set: ..., tokens: ...}}}}, alone")
         return {name: max(1, round(tokens or 0)) for name, tokens in own.items()}, None
     phases = yaml.safe_load((program_folder() / "data_prep" / "sources.yaml").read_text(encoding="utf-8"))["phases"]
     if (wanted := phases.get(spec.phase)) is None:
         raise ValueError(f"{path}: phase must be one of {', '.join(phases)}, got {spec.phase!r}")
-    names = [*spec.sets, *spec.leave_out]
-    if wrong := {*names, *wanted} - {name for name in wanted if names.count(name) == 1}:
-        raise ValueError(f"{path}: sets and leave_out must name each source of phase {spec.phase} once, and no others "
-                         f"({', '.join(wanted)}); see {', '.join(sorted(wrong))}")
+    if wrong := spec.sets.keys() - wanted.keys():
+        raise ValueError(f"{path}: sets must name sources of phase {spec.phase} ({', '.join(wanted)}), got "
+                         f"{', '.join(sorted(wrong))}")
     if (spec.scale and spec.tokens) or any(own.values()):
         raise ValueError(f"{path}: with phase, scale or tokens may be given, not both, and no tokens in sets")
     kept = {name: billions * 1e9 for name, billions in wanted.items() if name in spec.sets}

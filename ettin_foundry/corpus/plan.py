@@ -164,8 +164,7 @@ def finished_units(storage: Storage) -> set[int]:
 
 def check_place(storage: Storage, append: bool) -> None:
     """Refuses a place without a plan that holds something, or that `append` finds empty."""
-    ours = ("tokenizer/", "work/", PLAN)  # the first two are written before the plan
-    if found := [name for name, _ in storage.list() if not name.startswith(ours)]:
+    if found := [name for name, _ in storage.list() if not name.startswith("tokenizer/")]:  # written before the plan
         raise FileExistsError(f"--out must be new, or where a conversion was begun, got {storage.url}, which holds "
                               f"{found[0]} and no {PLAN}; name another folder")
     if append:
@@ -213,7 +212,7 @@ def plan_conversion(options: ConvertOptions, before: Plan | None, sources: Seque
                      units=[unit for unit in before.units if unit.source in kept]).with_sources(sources)
     pairs = enumerate(itertools.zip_longest(before.units, wanted.units))
     changed = {number for number, (then, now) in pairs if then != now}
-    if options.filters.deduplicate and changed:  # which copy stays depends on every document before it
+    if options.deduplicate and changed:  # which copy stays depends on every document before it
         changed |= {number for number in finished if number > min(changed)}
     again = [unit for unit in before.units if unit.number in finished & changed]
     if held := [unit for unit in again if unit.number in published_units(storage)]:

@@ -1,8 +1,8 @@
 """Reads the parts of a source as documents, in a fixed order: .jsonl, .json, .txt, plain, .gz or .zst, and .parquet.
 
-Two runs over the same corpus give the same documents, however it is cut into parts. Memory is bounded by the largest
-document; a .json file that is not JSON Lines is read whole. A record that cannot be read is left out and counted, the
-first named in the log; what is wrong with a whole file (cut off, another column) is an error.
+Two runs over the same corpus give the same documents, however it is cut into parts. JSON is one record a line.
+Memory is bounded by the largest document. A record that cannot be read is left out and counted, the first named in the
+log; what is wrong with a whole file (cut off, another column) is an error.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ReadOptions:
     text_field: str = "text"  # the key or column that holds the text
     id_field: str | None = None
     """The key or column of the id. None takes `id` where a record has one, else the place of the record: `file:byte`
-    for JSON Lines, `file:record` for other .json and .parquet, `file` for .txt."""
+    for .jsonl and .json, `file:record` for .parquet, `file` for .txt."""
     max_document_bytes: int = 256 << 20
     """A larger text (UTF-8) or line of JSON is left out and counted in `Meter.oversized`."""
     max_bad_records: int = 1000  # more than so many unreadable records of a unit are an error
@@ -112,8 +112,6 @@ def _read_file(source: Source, storage: Storage, part: Part, meter: Meter, optio
         if (size := raw.seek(0, io.SEEK_END)) != listed:
             raise ValueError(f"{shown} must have the {listed} bytes that were listed, got {size}; restore it")
         try:
-            if kind == ".json" and _holds_lines(storage, part.file, options.max_document_bytes):
-                kind = ".jsonl"
             content = _decompressed(raw, part.file)
             path = Path(storage.where(part.file)) if storage.is_local and content is raw else None
             yield from _READERS[str(kind)](_File(part, shown, path, raw, content, meter, options))
@@ -133,15 +131,6 @@ def _decompressed(raw: Any, name: str) -> io.BufferedReader:
 
         return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), _BLOCK_BYTES)
     return raw
-
-
-def _holds_lines(storage: Storage, name: str, limit: int) -> bool:
-    """Whether a .json file holds one object a line: two lines begin with one, and the first is not open behind it."""
-    with storage.open(name) as raw:
-        content = _decompressed(raw, name)
-        lines = filter(None, (line.strip() for line in iter(lambda: content.readline(limit + 1), b"")))
-        first, second = next(lines, b"").removeprefix(_BOM), next(lines, b"")
-        return first[:1] == second[:1] == b"{" and first[-1:] not in b"{[:,"
 
 
 def _document(record: Any, where: str, default_id: str, meter: Meter, options: ReadOptions) -> Iterator[Document]:
@@ -176,47 +165,24 @@ def _document(record: Any, where: str, default_id: str, meter: Meter, options: R
         yield Document(text, identity)
 
 
-def _read_whole(file: _File) -> bytes | None:
-    """The file without its byte order mark; None where it has more than `max_document_bytes`."""
+def _read_txt(file: _File) -> Iterator[Document]:
     data = bytearray()
     while block := file.content.read(_BLOCK_BYTES):
         data += block
         file.tick()
         if len(data) > file.options.max_document_bytes:
-            return None
-    return bytes(data.removeprefix(_BOM))
-
-
-def _read_txt(file: _File) -> Iterator[Document]:
-    if (data := _read_whole(file)) is None:
-        file.meter.oversized += 1
-        return
-    record = {file.options.id_field or "id": file.part.file, file.options.text_field: data}
+            file.meter.oversized += 1
+            return
+    record = {file.options.id_field or "id": file.part.file, file.options.text_field: bytes(data.removeprefix(_BOM))}
     yield from _document(record, file.shown, file.part.file, file.meter, file.options)
-
-
-def _read_json(file: _File) -> Iterator[Document]:
-    """The documents of a list of records, or of a single one; the file is read whole."""
-    if (data := _read_whole(file)) is None:
-        raise ValueError(f"{file.shown} must have at most --max-document-bytes ({file.options.max_document_bytes}), as "
-                         "JSON that is not one record a line is read whole, got more; raise it, or write lines")
-    records: Sequence[Any] = [data] if data.strip() else []
-    if data.lstrip().startswith(b"["):
-        try:
-            records = json.loads(data.decode("utf-8", "surrogateescape"))  # what is not UTF-8 spoils its record alone
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file.shown} must be a whole JSON list, got {error!s:.300}; write it again") from None
-    for number, record in enumerate(records, 1):
-        where, name = f"{file.shown} record {number}", f"{file.part.file}:{number}"
-        yield from _document(record, where, name, file.meter, file.options)
 
 
 def _read_jsonl(file: _File) -> Iterator[Document]:
     """The documents of the lines whose first byte is in the part; default ids end with that byte's offset."""
     (name, begin, end, _), stream, options = file.part, file.content, file.options
-    if end is None and re.match(rb"(\xef\xbb\xbf)?\s*\[\s*{", stream.peek(64)):  # a list of records
-        yield from _read_json(file)
-        return
+    if not begin and re.match(rb"(\xef\xbb\xbf)?\s*(\[\s*{|[\[{]\s*\n)", stream.peek(64)):
+        raise ValueError(f"{file.shown} must have one record a line, got JSON over several lines, or a list; write it "
+                         "anew by `jq -c '.[]?' FILE > FILE.jsonl`, or `jq -c .` for a single record")
     text_field, key, limit = options.text_field, options.id_field or "id", options.max_document_bytes
     end, number = sys.maxsize if end is None else end, 0
     position = stream.seek(begin - 1) + _skip_line(stream, end - begin + 1) if begin else 0
@@ -305,4 +271,4 @@ def _rows(batch: Any, row: int, file: _File) -> Iterator[Document]:
                                  f"{file.part.file}:{number}", file.meter, file.options)
 
 
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".txt": _read_txt, ".parquet": _read_parquet}
+_READERS = {".jsonl": _read_jsonl, ".json": _read_jsonl, ".txt": _read_txt, ".parquet": _read_parquet}

@@ -7,12 +7,11 @@ last. Reading goes on in one thread while another tokenizes and a third one writ
 from __future__ import annotations
 
 import functools
-import io
 import itertools
 import json
 import logging
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,7 +22,6 @@ import xxhash
 from ettin_foundry.corpus.chunking import Chunker
 from ettin_foundry.corpus.encoder import Engine, TextEncoder
 from ettin_foundry.corpus.executors import Report, Tick
-from ettin_foundry.corpus.filters import DUPLICATE, OVERSIZED, UNREADABLE, FilterOptions, write_hashes
 from ettin_foundry.corpus.plan import SPLITS, Unit, record_key, record_name
 from ettin_foundry.corpus.readers import ReadOptions, read_parts
 from ettin_foundry.corpus.sources import Meter, Source
@@ -39,40 +37,19 @@ _BATCH_DOCUMENTS = 4096
 _READ_AHEAD = 2  # batches
 
 
-def work_name(kind: str, unit: Unit, base_key: str) -> str:
-    """Where `hashes` of a unit's documents are, or `drops`, ordinals of those that repeat earlier ones."""
-    return f"work/{kind}/{unit.number:05d}.{record_key(base_key, unit)}.npy"
-
-
 @dataclass(frozen=True)
-class HashUnit:
-    """Writes a hash of every document of a unit, in reading order, from which `find_duplicates` finds the copies."""
+class ConvertUnit:
+    """Converts a unit and writes its record."""
 
     out: str  # the dataset's folder or URL
     options: Mapping[str, Any]  # the plan's
     sources: Mapping[str, Source]  # as found on this machine
     base_key: str  # the plan's
-
-    def __call__(self, unit: Unit, report: Report) -> None:
-        storage, meter, hashes = open_storage(self.out), Meter(), bytearray()
-        documents = read_parts(self.sources[unit.source], unit.parts, meter, ReadOptions.of(self.options))
-        for number, document in enumerate(documents, 1):
-            hashes += xxhash.xxh3_128_digest(document.text.encode())
-            if number % 256 == 0:
-                report(Tick(number, file_bytes=meter.position()))
-        write_hashes(file := io.BytesIO(), hashes)
-        storage.write_bytes(work_name("hashes", unit, self.base_key), file.getvalue())
-
-
-@dataclass(frozen=True)
-class ConvertUnit(HashUnit):
-    """Converts a unit and writes its record."""
-
     tokenizer: str  # its name; it is made from its JSON, without transformers, whose import takes seconds
     tokenizer_json: str
     forbidden: tuple[int, ...]  # ids that no text may give: the special tokens
     engine: Engine
-    filters: FilterOptions
+    copies: Mapping[int, Collection[int]]  # by unit, ordinals of documents that repeat an earlier one
     made_with: str  # the versions of the libraries that shape the bytes
 
     def __call__(self, unit: Unit, report: Report) -> None:
@@ -113,7 +90,8 @@ class _Conversion:
 
     def _batches(self) -> Iterator[tuple[str, list[tuple[str, str, int]]]]:
         """Text, id and UTF-8 bytes of documents to keep, of one split at a time; runs in the reading thread."""
-        batches, held, copies = {split: [] for split in self.counts}, Counter[str](), self._copies()
+        batches, held = {split: [] for split in self.counts}, Counter[str]()
+        copies = self.job.copies.get(self.unit.number, ())
         source, options = self.job.sources[self.unit.source], ReadOptions.of(self.options)
         for ordinal, (text, name) in enumerate(read_parts(source, self.unit.parts, self.meter, options)):
             self.read += 1
@@ -121,8 +99,7 @@ class _Conversion:
             # by the text alone, so that copies of a document are on one side, wherever they come from
             digest = xxhash.xxh64_intdigest(encoded, seed=self.options["seed"])
             split = "validation" if digest < self.options["validation"] * 2**64 else "train"
-            reason = "empty" if not text.strip() else DUPLICATE if ordinal in copies else self.job.filters.reason(text)
-            if reason:
+            if reason := "duplicate" if ordinal in copies and text.strip() else self._why_dropped(text):
                 self.dropped[split][reason] += 1
                 continue
             batches[split].append((text, name, len(encoded)))
@@ -132,12 +109,11 @@ class _Conversion:
                 batches[split], held[split] = [], 0
         yield from ((split, batch) for split, batch in batches.items() if batch)
 
-    def _copies(self) -> frozenset[int]:
-        """Ordinals of the unit's documents that repeat earlier ones."""
-        if not self.job.filters.deduplicate:
-            return frozenset()
-        data = self.storage.read_bytes(work_name("drops", self.unit, self.job.base_key))
-        return frozenset(np.load(io.BytesIO(data)).tolist())
+    def _why_dropped(self, text: str) -> str | None:
+        least, most = (self.options["filters"][key] for key in ("min_characters", "max_characters"))
+        if not text.strip():
+            return "empty"
+        return "short" if len(text) < (least or 0) else "long" if most and len(text) > most else None
 
     def _write(self, split: str, batch: list[tuple[str, str, int]]) -> None:
         texts, ids, sizes = zip(*batch)
@@ -153,7 +129,7 @@ class _Conversion:
 
     def _record(self, shards: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         """The completion record; a RuntimeError where documents or tokens were lost or doubled, which is a bug."""
-        left_out = {OVERSIZED: self.meter.oversized, UNREADABLE: self.meter.unreadable}
+        left_out = {"oversized": self.meter.oversized, "unreadable": self.meter.unreadable}
         self.dropped["train"].update(left_out)
         splits, read = {}, self.read + sum(left_out.values())
         unknown, tokens = (sum(counts[key] for counts in self.counts.values()) for key in ("unknown", "tokens"))

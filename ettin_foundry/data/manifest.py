@@ -21,7 +21,6 @@ import xxhash
 from pydantic import BaseModel, Field, ValidationError
 
 from ettin_foundry.data import COLUMNS, MANIFEST, MAX_CHUNK_LENGTH
-from ettin_foundry.data.storage import refuse_pointer
 
 MAX_JSON_BYTES = 1 << 30  # the manifest of 70,000 shards, two trillion tokens, takes about 30 MB
 
@@ -43,11 +42,9 @@ def open_plain(path: Path) -> int:
     except (OSError, ValueError) as error:
         raise bad_file(path, f"cannot be opened as a plain file ({error})", "links are not followed",
                        "copy the dataset with cp -rL, or name this folder as dataset.remote") from None
-    if not stat.S_ISREG((status := os.fstat(descriptor)).st_mode):
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise bad_file(path, "is not a plain file", "no folder, pipe or device is read")
-    if status.st_size < 1024:
-        refuse_pointer(os.pread(descriptor, 64, 0), path, lambda: os.close(descriptor))
     return descriptor
 
 

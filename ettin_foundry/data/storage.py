@@ -66,12 +66,13 @@ def check_name(name: str) -> str:
     return name
 
 
-def refuse_pointer(head: bytes, where: str | os.PathLike[str], close: Callable[[], None]) -> None:
-    """Closes the file and raises ValueError where a small file, by its first bytes, only stands for the real one."""
-    if head.startswith(_POINTERS):
-        close()
+def _no_pointer(stream: io.BufferedReader, where: str) -> io.BufferedReader:
+    """The stream; closes it and raises ValueError where the file, by its first bytes, only stands for the real one."""
+    if stream.peek(64).startswith(_POINTERS):
+        stream.close()
         raise ValueError(f"{where} must be the file itself, got a pointer of git-lfs or git-annex to it; run git lfs "
                          "pull (git annex get) in the clone that it comes from")
+    return stream
 
 
 @contextlib.contextmanager
@@ -175,9 +176,7 @@ class Storage:
 
     def open(self, name: str) -> BinaryIO:
         """A seekable stream of a file's bytes, to be closed; ValueError where it holds a pointer of git-lfs instead."""
-        stream = io.BufferedReader(io.FileIO(self._path(name, existing=True)), 1 << 20)
-        refuse_pointer(stream.peek(64), self.where(name), stream.close)
-        return stream
+        return _no_pointer(io.BufferedReader(io.FileIO(self._path(name, existing=True)), 1 << 20), self.where(name))
 
     def read_bytes(self, name: str, *, at_most: int | None = None) -> bytes:
         """A whole file; ValueError when it is larger than `at_most` bytes."""
@@ -195,7 +194,6 @@ class Storage:
     def _check_size(self, name: str, num_bytes: int | None, at_most: int | None) -> int:
         found = self.size(name)
         if num_bytes not in (None, found) or found > (at_most or found):
-            self.open(name).close()
             wanted = f"at most {at_most}" if num_bytes is None else num_bytes
             raise ValueError(f"{self.where(name)} must have {wanted} bytes, got {found}; upload or convert it again")
         return found
@@ -269,9 +267,7 @@ class RemoteStorage(Storage):
         info = self._info(name)
         raw: Any = _RemoteFile(self, name, cache_type="none", size=info["size"], pinned=info.get("pinned", {}))
         stream = io.BufferedReader(raw, _BLOCK_BYTES)
-        if info["size"] < 1024:
-            refuse_pointer(stream.peek(64), self.where(name), stream.close)
-        return stream
+        return _no_pointer(stream, self.where(name)) if info["size"] < 1024 else stream
 
     def list(self, folder: str = "") -> list[tuple[str, int]]:
         found, folder = [], check_name(folder.removesuffix("/")) if folder else ""

@@ -118,34 +118,41 @@ def revision_name(phase: str | None, batch: int) -> str:
     return f"{prefix if re.fullmatch('[a-z][a-z_]*', prefix) else 'ba'}{batch}"
 
 
-def export_every(folders: Sequence[str | Path], out: str | Path, *, dtype: str = "fp32", overwrite: bool = False,
-                 objective: str | None = None, **options: Any) -> str:
-    """Writes one folder in `out` for each complete checkpoint of save folders; returns a line that says what was done.
-
-    Folders of the same checkpoint are left. Every refusal is made before the first weight is read. Options are
-    those of `export_checkpoint`.
-    """
-    out, wanted = Path(out), []
-    revisions: dict[str, Path] = {}
+def revisions(folders: Sequence[str | Path]) -> dict[str, checkpoints.Head]:
+    """{name: what it says of itself} of the complete checkpoints of save folders, in order, those of each by batch."""
+    found: dict[str, checkpoints.Head] = {}
     for folder in map(Path, folders):
         initial = folder / "initial" / "step0.pt"
         paths = [*([initial] if checkpoints.is_complete(initial) else []), *checkpoints.complete_checkpoints(folder)]
         if not paths:
             raise FileNotFoundError(f"{folder}: is no folder of complete checkpoints; --every takes save folders")
         for path in paths:
-            record = checkpoints.read_head(path).record
+            record = (head := checkpoints.read_head(path)).record
             if not record.get("config") or record.get("batch") is None:
                 raise ValueError(f"{path}: holds no record of its phase and batch; export it alone, without --every")
             name = revision_name(record.get("phase"), record["batch"])
-            if (other := revisions.setdefault(name, path)) is not path:
-                raise ValueError(f"{path}: would be called {name}, as would {other}; use two folders")
-            identity = {**{key: record.get(key) for key in ("run_name", "phase", "batch", "run_hash")},
-                        "objective": chosen_objective(path, record, objective)[0], "dtype": DTYPES[dtype]}
-            if overwrite or not _is_there(out / name, path, identity):
-                wanted.append(name)
+            if (other := found.setdefault(name, head)) is not head:
+                raise ValueError(f"{path}: would be called {name}, as would {other.path}; use two folders")
+    return found
+
+
+def export_every(folders: Sequence[str | Path], out: str | Path, *, dtype: str = "fp32", overwrite: bool = False,
+                 objective: str | None = None, **options: Any) -> str:
+    """Writes one folder in `out` for each of the `revisions` of save folders; returns a line that says what was done.
+
+    Folders of the same checkpoint are left. Every refusal is made before the first weight is read. Options are
+    those of `export_checkpoint`.
+    """
+    out, wanted, found = Path(out), [], revisions(folders)
+    for name, (path, record, *_) in found.items():
+        identity = {**{key: record.get(key) for key in ("run_name", "phase", "batch", "run_hash")},
+                    "objective": chosen_objective(path, record, objective)[0], "dtype": DTYPES[dtype]}
+        if overwrite or not _is_there(out / name, path, identity):
+            wanted.append(name)
     for name in track(wanted, "export", console=Console(stderr=True)):
-        export_checkpoint(revisions[name], out / name, objective=objective, dtype=dtype, overwrite=overwrite, **options)
-    return f"{len(revisions)} revisions in {out}: {len(wanted)} written, {len(revisions) - len(wanted)} were there"
+        export_checkpoint(found[name].path, out / name, objective=objective, dtype=dtype, overwrite=overwrite,
+                          **options)
+    return f"{len(found)} revisions in {out}: {len(wanted)} written, {len(found) - len(wanted)} were there"
 
 
 def _is_there(folder: Path, path: Path, identity: Mapping[str, Any]) -> bool:

@@ -123,29 +123,20 @@ def import_folder(folder: str | Path) -> tuple[dict[str, Tensor], EttinConfig, s
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
+    """All tensors of model.safetensors."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    index, files = folder / f"{WEIGHTS}.index.json", [WEIGHTS]
-    if not (folder / WEIGHTS).is_file():
-        if not index.is_file():
-            pickled = ", ".join(sorted(p.name for p in folder.glob("*.bin")))
-            hint = f"; {pickled} is a pickle, which can run code and is never read" if pickled else ""
-            raise FileNotFoundError(f"{folder}: has no {WEIGHTS}{hint}")
-        try:
-            files = sorted({str(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{index}: is not an index of safetensors shards ({error})") from error
-    out: dict[str, Tensor] = {}
-    for file in files:
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{index}: names the shard {file!r}; only safetensors files in the same folder are read")
-        try:
-            out.update(load_file(folder / file))
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{folder / file}: is not a whole safetensors file ({error})") from error
-    return out
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickled = ", ".join(sorted(p.name for p in folder.glob("*.bin")))
+        hint = f"; {pickled} is a pickle, which can run code and is never read" if pickled else ""
+        raise FileNotFoundError(f"{folder}: has no {WEIGHTS}{hint}; save it as one file of safetensors "
+                                "(save_pretrained with max_shard_size='10GB')")
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: is not a whole safetensors file ({error})") from error
 
 
 def weights_checkpoint(state: Mapping[str, Tensor], config: EttinConfig, *, objective: str,

@@ -10,16 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ettin_foundry.data import MANIFEST
 from ettin_foundry.data.inspect import load_decoder, plain
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
-from ettin_foundry.data.storage import is_url, open_storage
+from ettin_foundry.data.storage import open_storage
 from ettin_foundry.data.stream import HASH_MODULUS, Row, RowStream, check_warmup, fill_row, hash_row, open_stream
 from ettin_foundry.training.run_config import parse_time, total_tokens
 
 
-def stream_of(cfg: Mapping[str, Any], location: str | None = None) -> RowStream:
-    """The rows that a run with this config reads; `location`: another folder or URL of its dataset or split."""
+def stream_of(cfg: Mapping[str, Any]) -> RowStream:
+    """The rows that a run with this config reads."""
     loader, rows = cfg.get("train_loader") or {}, cfg.get("global_train_batch_size")
     if loader.get("name") != "ettin_text":
         raise ValueError(f"train_loader.name must be ettin_text, got {loader.get('name')!r}")
@@ -29,16 +28,10 @@ def stream_of(cfg: Mapping[str, Any], location: str | None = None) -> RowStream:
     keys = {key: loader[key] for key in asked if loader.get(key) is not None}
     if "batch_size_warmup" in keys:
         keys["batch_size_warmup"] = check_warmup(keys["batch_size_warmup"], rows, total=total_tokens(cfg))
-    if location is not None and is_url(location):
-        keys["dataset"] = {**keys["dataset"], "remote": location}
-    elif location is not None:
-        folder, is_split = Path(location), (Path(location) / MANIFEST).is_file()
-        split = folder.name if is_split else keys["dataset"]["split"]
-        keys["dataset"] = {"local": str(folder.parent if is_split else folder), "split": split}
     return open_stream(**keys, global_batch_size=rows)
 
 
-def next_step(checkpoint: Path, location: str | None = None) -> tuple[dict[str, Any], RowStream, int]:
+def next_step(checkpoint: Path) -> tuple[dict[str, Any], RowStream, int]:
     """Config, rows and next step of the run that saved a checkpoint: a .pt file, or the newest of a save folder."""
     from ettin_foundry.training.checkpoints import read_head  # torch
 
@@ -46,7 +39,7 @@ def next_step(checkpoint: Path, location: str | None = None) -> tuple[dict[str, 
     if not head.record.get("run_config") or not head.data:
         raise ValueError(f"{head.path} must be of a run with ettin_text, got one without config or place in the data")
     cfg = json.loads(head.record["run_config"])
-    stream = stream_of(cfg, location)
+    stream = stream_of(cfg)
     stream.load_state_dict(head.data)
     return cfg, stream, stream.start_step
 

@@ -1,6 +1,6 @@
-"""What a run will take, from its config and its data's manifest: steps, tokens, memory, hours, disk space.
+"""What a run will take, from its config and its data's manifest: steps, tokens, operations, memory, hours, disk space.
 
-Nothing is built, loaded or written. Without the data, rows are taken to be full.
+Nothing is built, loaded or written. Without the data, rows are taken to be full and documents to be as long as a row.
 Hours assume a share of the GPU's peak, counting 6 operations per parameter and token: the one that the original reached
 at a published size, or `--mfu`. Evaluations, checkpoint writing and start-up are not counted.
 """
@@ -8,6 +8,7 @@ at a published size, or `--mfu`. Evaluations, checkpoint writing and start-up ar
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
 import math
 import re
@@ -15,13 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich import filesize
 
 from ettin_foundry.data.inspect import format_count
 from ettin_foundry.data.mixture import open_split
-from ettin_foundry.data.packing import SPECIALS_PER_PIECE
 from ettin_foundry.data.stream import BatchRamp, check_warmup
 from ettin_foundry.model.config import EttinConfig
+from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule
 from ettin_foundry.training import run_config
 from ettin_foundry.training.checks import check_settings
 from ettin_foundry.training.run_config import parse_time, total_tokens
@@ -34,19 +36,32 @@ GPUS = {"h100": (1.979e15 / 2, 79.1), "h100-pcie": (1.513e15 / 2, 79.1), "h200":
 # Ettin's repository, pretraining/README.md: hours for 2T tokens, all phases, on 4x H100
 ORIGINAL_HOURS = {"17m": 141, "32m": 212, "68m": 300, "150m": 470, "400m": 950, "1b": 2170}
 ORIGINAL_TOKENS, ORIGINAL_GPUS = 2_000_000_000_000, 4
-_NO_DATA = "no rows of this length are counted on this machine: taken as full"
+_NO_DATA = "no rows of this length are counted on this machine: taken as full, documents as long as a row"
 
 
-def data_facts(cfg: dict[str, Any]) -> tuple[int, int] | None:
-    """Tokens (BOS and EOS included, padding not) and rows of a config's training split; None if not on this machine."""
+class DataFacts(NamedTuple):
+    """What a split holds at one row length; tokens count BOS and EOS and leave padding out."""
+
+    num_tokens: int
+    num_chunks: int
+    num_rows: int
+    documents: Sequence[tuple[int, int]]  # (length with BOS and EOS, number) of the chunks
+
+
+def data_facts(cfg: dict[str, Any]) -> DataFacts | None:
+    """What a config's training split holds; None where it, or its count of packed rows, is not on this machine."""
     loader, dataset = cfg["train_loader"], cfg["train_loader"]["dataset"]
     try:
         split = open_split(Path(dataset["local"], dataset.get("split", "train")))
+        rows = split.rows(cfg["max_seq_len"]) if loader.get("packing", True) else split.samples
+        if rows is None:
+            return None
+        counts = np.sum([split.lengths(shard).astype(np.int64) for shard in range(split.num_shards)], axis=0)
     except OSError:  # of a remote dataset, some files may be here and others not yet
         return None
-    rows = split.rows(cfg["max_seq_len"]) if loader.get("packing", True) else split.samples
-    tokens = int(split.tokens.sum() + SPECIALS_PER_PIECE * split.samples.sum())
-    return None if rows is None else (tokens, int(rows.sum()))
+    num_chunks = int(split.samples.sum())
+    return DataFacts(int(split.tokens.sum()) + 2 * num_chunks, num_chunks, int(rows.sum()),
+                     [(int(n) + 2, int(counts[n])) for n in np.flatnonzero(counts)])
 
 
 class Plan(NamedTuple):
@@ -55,7 +70,7 @@ class Plan(NamedTuple):
     name: str
     model: str  # size and kind: 150m encoder
     objective: str  # over the run, as text
-    objectives: tuple[str, ...]  # those that occur
+    mask_rate: str | None  # None where no objective masks
     parameters: int
     max_seq_len: int
     rows_per_step: int  # of the full batch
@@ -66,6 +81,10 @@ class Plan(NamedTuple):
     num_steps: int
     num_tokens: int  # real tokens of the whole run
     epochs: float | None  # passes over the data; None when the data is not here
+    shares: dict[str, float]  # {objective: share of the run's tokens}
+    targets_per_token: float
+    flops_per_token: int  # useful work of forward and backward (`EttinConfig.flops`), mean over the run
+    flops: int  # of the whole run
     num_gpus: int
     gpu: str  # a key of GPUS, or cpu
     machine: str  # both as text
@@ -75,6 +94,8 @@ class Plan(NamedTuple):
     fits: bool
     mfu: float | None  # assumed share of the peak, 6 operations per parameter and token
     hours: float | None
+    sent_bytes: int  # by each GPU a step
+    efficiency: tuple[float, float] | None  # of GPUs beside one: least, and where passes hide what is sent
     checkpoints: int  # those that exist after the run
     storage_bytes: int
 
@@ -83,12 +104,21 @@ class Plan(NamedTuple):
         return sum(self.memory_bytes.values()) / 2**30
 
 
+NETWORK_BYTES = 50e9  # a second, that a GPU sends to other machines: one link of 400 Gb/s each
+
+
+def sent_bytes(parameters: int, ranks: int, passes: int = 1) -> int:
+    """What each GPU sends a step: a ring's sum of fp32 gradients under DDP, whatever the microbatches. FSDP2 sends as
+    much in each of `passes` microbatches: bf16 weights for forward and backward, and fp32 gradients."""
+    return passes * 2 * 4 * parameters * (ranks - 1) // ranks
+
+
 # bytes that autograd keeps of a token in a layer, for each unit of (hidden_size, intermediate_size), in 16 bits or fp32
 _ACTIVATIONS = {True: (24, 6), False: (48, 16)}
 
 
-def memory_bytes(config: EttinConfig, num_tokens: int, *, half: bool = True, ranks: int = 1, fsdp: bool = False,
-                 recompute: bool = False) -> dict[str, int]:
+def memory_bytes(config: EttinConfig, num_tokens: int, targets_per_token: float, *, half: bool = True, ranks: int = 1,
+                 fsdp: bool = False, recompute: bool = False) -> dict[str, int]:
     """Peak memory of a training step on one device, by what it belongs to.
 
     A closed form within 5% of measured peaks: amp_bf16 with compiled blocks, flash attention, an fp32 residual stream
@@ -103,10 +133,40 @@ def memory_bytes(config: EttinConfig, num_tokens: int, *, half: bool = True, ran
     layer = num_tokens * (per_width * config.hidden_size + per_glu * config.intermediate_size)
     kept = 4 * num_tokens * config.hidden_size * config.num_hidden_layers
     # a slice of logits with its gradient, and the output matrix twice (its gradient, and that of the embedding)
-    logits = min(num_tokens * config.vocab_size, 2**28 if half else 2**25)
+    logits = min(num_tokens * targets_per_token * config.vocab_size, 2**28 if half else 2**25)
     loss = logits * (8 if half else 4) + 8 * config.vocab_size * config.hidden_size
     activations = kept + layer if recompute else config.num_hidden_layers * layer
     return {"model": round(model), "activations": round(activations), "loss": round(loss)}
+
+
+_PLACES = 10_000  # of a run, at which a schedule is looked at
+
+
+def objective_means(objective: ObjectiveSchedule, rate: MaskRate, num_tokens: int,
+                    first_share: float) -> tuple[dict[str, float], float, float]:
+    """({objective: its share}, mean of the targets of a token, most of them at any time) of a run of `num_tokens`.
+
+    clm predicts all but the `first_share` of the tokens, which begin a piece; masks spare these and those that end one.
+    """
+    shares, targets, number = dict.fromkeys(objective.objectives, 0.0), list[float](), min(num_tokens, _PLACES)
+    for place in ((2 * n + 1) * num_tokens // (2 * number) for n in range(number)):
+        mixture, masked = objective.at(place), rate.at(place) * (1 - 2 * first_share)
+        targets.append(sum(share * (1 - first_share if name == "clm" else masked) for name, share in mixture.items()))
+        for name, share in mixture.items():
+            shares[name] += share / number
+    return shares, math.fsum(targets) / number, max(targets)
+
+
+def _flops_per_token(cfg: dict[str, Any], data: DataFacts, causal: float, targets: float) -> int:
+    """Layers, head at the targets, and attention of either kind by its share of the run."""
+    config = run_config.model_config(cfg)
+    window = -1 if config.causal else cfg["model"].get("window_left", -1)
+    other = dataclasses.replace(config, causal=not config.causal, window_left=window)
+    own = causal if config.causal else 1 - causal
+    pairs = sum(share * number * shape.attended_pairs(length) for length, number in data.documents
+                for shape, share in ((config, own), (other, 1 - own)) if share)
+    per_token = (config.flops(data.num_tokens, 0, 0) + config.flops(0, 0, 1) * pairs) / data.num_tokens
+    return round(per_token + config.flops(0, 1, 0) * targets)
 
 
 def _num_steps(cfg: dict[str, Any], ramp: BatchRamp, per_row: float) -> int:
@@ -155,21 +215,24 @@ def _machine(cfg: dict[str, Any], gpus: str | None) -> tuple[int, str]:
 
 def plan_run(cfg: dict[str, Any], *, name: str = "", gpus: str | None = None, mfu: float | None = None) -> Plan:
     """The plan of a config that `check_settings` accepts; `mfu` is a share of the peak, None the original's."""
-    (num_gpus, gpu), objective = _machine(cfg, gpus), run_config.objective_schedule(cfg)
+    num_gpus, gpu = _machine(cfg, gpus)
     if mfu is not None and not (gpu in GPUS and 0 < mfu <= 1):
         raise ValueError(f"--mfu must be above 0, at most 1, and used with GPUs, got {mfu} on {gpu}; add --gpus")
     facts, config, length = data_facts(cfg), run_config.model_config(cfg), cfg["max_seq_len"]
-    data_tokens, data_rows = facts or (length, 1)
-    per_row = data_tokens / data_rows
+    data = facts or DataFacts(length, 1, 1, ((length, 1),))
+    per_row = data.num_tokens / data.num_rows
     rows, budget, micro = cfg["global_train_batch_size"], total_tokens(cfg), _microbatch(cfg, num_gpus)
     if (warmup := cfg["train_loader"].get("batch_size_warmup")) is not None:
         warmup = check_warmup(warmup, rows, world_size=num_gpus, microbatch=micro, total=budget)
     ramp = BatchRamp.build(warmup, max_size=rows, tokens_per_row=per_row)
     steps = _num_steps(cfg, ramp, per_row)
     tokens, per_step = round(ramp.first_row(steps) * per_row), round(per_row * ramp.max_size)
+    objective = run_config.objective_schedule(cfg)
+    rate = MaskRate.parse(cfg["train_loader"].get("mask_rate", 0.0), total=budget)
+    shares, targets, most_targets = objective_means(objective, rate, max(1, tokens), data.num_chunks / data.num_tokens)
     half, sharding = cfg.get("precision", "amp_bf16").startswith("amp_"), cfg.get("fsdp_config") or {}
-    memory = functools.partial(memory_bytes, config, half=half, ranks=num_gpus, fsdp=bool(sharding),
-                               recompute=bool(sharding.get("activation_checkpointing")))
+    memory = functools.partial(memory_bytes, config, targets_per_token=most_targets, half=half, ranks=num_gpus,
+                               fsdp=bool(sharding), recompute=bool(sharding.get("activation_checkpointing")))
     share = ramp.max_size // num_gpus
     largest = None if gpu not in GPUS else bisect.bisect_right(
         range(1, share + 1), GPUS[gpu][1] * (1 - MARGIN) * 2**30, key=lambda rows: sum(memory(rows * length).values()))
@@ -178,17 +241,25 @@ def plan_run(cfg: dict[str, Any], *, name: str = "", gpus: str | None = None, mf
         mfu = 6 * config.num_parameters * ORIGINAL_TOKENS / original
     micro = max(1, largest or 0) if micro == "auto" else micro
     hours = mfu and 6 * config.num_parameters * tokens / (num_gpus * GPUS[gpu][0] * mfu) / 3600
+    efficiency, sent = None, sent_bytes(config.num_parameters, num_gpus, math.ceil(share / micro) if sharding else 1)
+    if hours and num_gpus > 1:
+        seconds, sums = hours * 3600 / max(1, steps), sent / NETWORK_BYTES
+        hidden = seconds * (1 if sharding else 2 / 3 * min(micro, share) / share)  # DDP: by the last backward
+        efficiency = seconds / (seconds + sums), seconds / (seconds + max(0.0, sums - hidden))
     checkpoints = num_checkpoints(cfg, steps, tokens, per_step)
+    flops = _flops_per_token(cfg, data, shares.get("clm", 0.0), targets)
     return Plan(
         name=name or cfg.get("run_name") or "without a name",
         model=f"{config.size or 'custom'} {'decoder' if config.causal else 'encoder'}",
-        objective=str(objective), objectives=objective.objectives, parameters=config.num_parameters, max_seq_len=length,
-        rows_per_step=ramp.max_size, first_rows=ramp.min_size, warmup_steps=min(steps, ramp.num_steps),
+        objective=str(objective), mask_rate=str(rate) if objective.masks else None, parameters=config.num_parameters,
+        max_seq_len=length, rows_per_step=ramp.max_size, first_rows=ramp.min_size,
+        warmup_steps=min(steps, ramp.num_steps),
         tokens_per_step=per_step, fill=per_step / (ramp.max_size * length), num_steps=steps, num_tokens=tokens,
-        epochs=tokens / data_tokens if facts else None, num_gpus=num_gpus, gpu=gpu,
+        epochs=tokens / data.num_tokens if facts else None, shares=shares, targets_per_token=targets,
+        flops_per_token=flops, flops=flops * tokens, num_gpus=num_gpus, gpu=gpu,
         machine="one CPU process" if gpu == "cpu" else f"{num_gpus}x {gpu.upper()}", microbatch=micro, hours=hours,
         memory_bytes=memory(micro * length), largest_microbatch=largest, mfu=mfu,
-        fits=largest is None or micro <= largest, checkpoints=checkpoints,
+        fits=largest is None or micro <= largest, sent_bytes=sent, efficiency=efficiency, checkpoints=checkpoints,
         storage_bytes=checkpoints * 4 * config.num_parameters * (1 if cfg.get("save_weights_only") else 3))
 
 
@@ -220,6 +291,7 @@ def _lines(plan: Plan) -> dict[str, str]:
         "step": f"{plan.rows_per_step:,} rows of {plan.max_seq_len:,}: {plan.tokens_per_step:,} real tokens, "
                 f"{plan.fill:.1%} full ({_NO_DATA if plan.epochs is None else 'as counted in the data'}){ramp}",
         "length": f"{plan.num_steps:,} steps, {plan.num_tokens:,} tokens{epochs}",
+        "work": f"{plan.flops_per_token:.4g} FLOPs per token, {plan.flops:.4g} in all",
     }
 
 
@@ -235,19 +307,9 @@ def report(cfg: dict[str, Any]) -> str:
     """What train.py prints before a run, one fact a line; empty for a run without our model."""
     if cfg.get("model", {}).get("name") != "ettin":
         return ""
-    import torch  # here, since the arithmetic does without
-
-    from ettin_foundry.model.backends import candidates
-    from ettin_foundry.model.transformer import compiles
-
-    dtype = {"fp32": torch.float32, "amp_fp16": torch.float16}.get(cfg.get("precision", ""), torch.bfloat16)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = cfg["model"]
-    found, reason = candidates(model.get("attn_impl", "auto"), device, dtype, compiles(model.get("compile", "auto")))
     plan = plan_run(cfg)
     hours = {} if plan.hours is None else {"hours": _hours(plan)}  # how fast it should be
-    return _joined({**_lines(plan), **hours, "attention": f"{' or '.join(found)}: {reason}",
-                    "folder": cfg.get("save_folder") or "nothing is saved"})
+    return _joined({**_lines(plan), **hours, "folder": cfg.get("save_folder") or "nothing is saved"})
 
 
 def text(plans: Sequence[Plan]) -> str:
@@ -256,6 +318,8 @@ def text(plans: Sequence[Plan]) -> str:
         return _table(plans)
     [plan] = plans
     lines = _lines(plan)
+    rate = f", mask rate {plan.mask_rate}" if plan.mask_rate else ""
+    lines["targets"] = f"{plan.targets_per_token:.4f} per token{rate}"
     parts = ", ".join(f"{part} {number / 2**30:.2f}" for part, number in plan.memory_bytes.items())
     where = f"of {GPUS[plan.gpu][1]:g} on each GPU" if plan.gpu in GPUS else "in the process"
     lines["memory"] = f"{plan.memory_gib:.1f} GiB {where}: {parts}"
@@ -264,13 +328,16 @@ def text(plans: Sequence[Plan]) -> str:
     lines["microbatch"] = (f"{'' if plan.fits else 'DOES NOT FIT: '}{plan.microbatch:,} rows, "
                            f"{plan.microbatch * plan.max_seq_len:,} tokens{fit}")
     lines["hours"] = _hours(plan)
+    if plan.efficiency is not None:
+        lines["network"] = (f"{filesize.decimal(plan.sent_bytes)} sent by each GPU a step; at {NETWORK_BYTES / 1e9:g} "
+                            f"GB/s {plan.efficiency[0]:.1%} to {plan.efficiency[1]:.1%} of one GPU's speed")
     lines["storage"] = f"{plan.checkpoints:,} checkpoints, {filesize.decimal(plan.storage_bytes)} in all"
     return _joined(lines)
 
 
 def totals(plans: Sequence[Plan]) -> dict[str, Any]:
     """Sums over runs; hours are None where a run has none."""
-    keys = ("num_tokens", "num_steps", "checkpoints", "storage_bytes")
+    keys = ("num_tokens", "num_steps", "flops", "checkpoints", "storage_bytes")
     hours = [plan.hours for plan in plans]
     return {**{key: sum(getattr(plan, key) for plan in plans) for key in keys},
             "hours": None if None in hours else sum(hours)}  # type: ignore[arg-type]
@@ -279,7 +346,7 @@ def totals(plans: Sequence[Plan]) -> dict[str, Any]:
 def _table(plans: Sequence[Plan]) -> str:
     rows = [["stage", "model", "objective", "rows/step", "row length", "GiB", "tokens", "steps", "hours", "checkpoints",
              "storage"]]
-    shapes = [[plan.name, plan.model, " and ".join(plan.objectives), f"{plan.rows_per_step:,}", f"{plan.max_seq_len:,}",
+    shapes = [[plan.name, plan.model, " and ".join(plan.shares), f"{plan.rows_per_step:,}", f"{plan.max_seq_len:,}",
                f"{plan.memory_gib:.1f}{'' if plan.fits else '!'}"] for plan in plans]
     for shape, some in [*zip(shapes, ([plan] for plan in plans)), (["total", *[""] * 5], plans)]:
         sums = totals(some)

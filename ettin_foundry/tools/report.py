@@ -1,122 +1,212 @@
-"""What a finished suite has made: Hugging Face folders, losses under every objective, samples, a table, a picture.
+"""One HTML page about a run, a suite or a study, for any browser and without anything from elsewhere: report.html.
 
-Everything is read from the stages' newest checkpoints and from what their runs logged (steps.jsonl), so the report may
-be made again at any time. Written into the suite's root: models/NAME, report.json, report.md, losses.png. What is
-missing (the log of a run, a loss, an evaluation that is refused) is replaced by the reason.
+Everything is read from what lies in the folder: of runs their steps.jsonl, evals.jsonl and newest checkpoint; of a
+finished suite report.json, which `write_report` makes; of a study study.json and sweep.json, which ettin-eval writes.
+So a page may be made again at any time. Its template lies beside this file.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import statistics
+import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import numpy as np
 import pandas
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.markdown import Markdown
+import yaml
+from jinja2 import ChainableUndefined, Environment, FileSystemLoader, Template
+from markupsafe import Markup
 
 from ettin_foundry.data.inspect import format_count
+from ettin_foundry.data.storage import atomic_file
 from ettin_foundry.hub.folder import export_checkpoint
 from ettin_foundry.hub.load import LoadedModel
-from ettin_foundry.model.config import MASKED_OBJECTIVES
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
 from ettin_foundry.tools.evaluate import evaluate
+from ettin_foundry.tools.pictures import COLORS, Line, binned, draw_lines, standalone
 from ettin_foundry.tools.suite import Samples, Stage, Suite
 from ettin_foundry.tools.suite_run import compare_pair, say, stage_state
-from ettin_foundry.training.steps import read_steps
+from ettin_foundry.training import checkpoints
+from ettin_foundry.training.steps import EVALS, STEPS, read_steps
+from ettin_foundry.version import __version__
+
+PAGE, FACTS = "report.html", "report.json"
+_EVALS = ["step", "tokens", "data", "TargetCrossEntropy", "TargetAccuracy"]
+_OWN = ("log", "evals", "record", "data", "files")  # of a stage, what a page shows and report.json leaves where it is
+
+
+def write_page(folder: str | Path) -> Path:
+    """Writes report.html into a run's save folder, a suite's root or a study's folder, and returns its path.
+
+    A sweep's pictures also become files of their own: sweep.svg and, of further metrics, sweep-METRIC.svg.
+    """
+    folder = Path(folder)
+    study, sweep = _read(folder / "study.json"), _read(folder / "sweep.json")
+    if study or sweep:
+        facts = {"name": folder.resolve().name, **sweep, **study, "study": study, "sweep": sweep}
+        facts["pictures"] = _sweep_pictures(sweep)
+        for number, (metric, svg) in enumerate(facts["pictures"].items()):
+            name = f"sweep-{metric.replace('/', '-')}.svg" if number else "sweep.svg"
+            (folder / name).write_text(standalone(svg), encoding="utf-8")
+    else:
+        facts = _read_runs(folder)
+        facts["pictures"] = _curves(facts["stages"])
+    with atomic_file(folder / PAGE) as file:
+        file.write(_jinja("report.html.jinja").render(facts, folder=folder, version=__version__, colors=COLORS,
+                                                      now=time.strftime("%Y-%m-%d %H:%M")).encode())
+    return folder / PAGE
+
+
+def _jinja(name: str) -> Template:
+    jinja = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=name == "report.html.jinja",
+                        undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True)
+    jinja.filters.update(count=format_count, svg=Markup, took=lambda seconds: timedelta(seconds=round(seconds)),
+                         yaml=lambda text: yaml.safe_dump(json.loads(text), width=96, allow_unicode=True))
+    return jinja.get_template(name)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON, got {error}; write it again") from error
+
+
+def _read_runs(folder: Path) -> dict[str, Any]:
+    """What report.json says and the stages' folders hold, or, without it, what the runs in the folder have come to."""
+    if facts := _read(folder / FACTS):
+        facts["stages"] = [read_stage(folder / stage["stage"], stage) for stage in facts["stages"]]
+        return facts
+    places = [folder, *sorted(folder.iterdir())] if folder.is_dir() else []
+    runs = [path for path in places if (path / STEPS).is_file() or checkpoints.newest_complete(path)]
+    if not runs:
+        raise ValueError(f"FOLDER must be a run's save folder, a suite's root, or a folder with study.json or "
+                         f"sweep.json, got {folder}")
+    stages = [read_stage(path) for path in (runs if runs[0] != folder else runs[:1])]
+    stages.sort(key=lambda stage: len(stage["record"].get("lineage", ())))
+    for stage in stages:
+        source = next(reversed(stage["record"].get("lineage", ())), {"source": ""})["source"].split("/")[0]
+        stage["from"] = source if source in (each["stage"] for each in stages) else None
+    return {"name": folder.resolve().name, "stages": stages, "run": runs[0] == folder}
+
+
+def read_stage(folder: Path, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A run's row of the report by its newest checkpoint and its log, with the log itself; `known` is of its suite."""
+    if known and not folder.is_dir():
+        return {**known, "log": None}
+    newest = checkpoints.newest_complete(folder)
+    record, data = checkpoints.read_head(newest)[1:3] if newest else ({}, {})
+    schedule = record.get("objective_schedule") or record.get("objective")
+    facts = {"stage": folder.resolve().name, "from": None, "pair": None, **(known or {}),
+             "objective": " and ".join(ObjectiveSchedule.parse(schedule).objectives) if schedule else None,
+             "tokens": int(record.get("tokens") or 0), "folder": str(folder), "checkpoint": str(newest),
+             "run_hash": record.get("run_hash"), "record": record, "data": data, "log": None, "evals": None,
+             "files": sorted(path for path in folder.glob("[!.]*") if not path.is_symlink() and path.name != PAGE),
+             **dict.fromkeys(("steps", "seconds", "tokens_per_second", "first_loss", "last_loss", "validation",
+                              "missing"))}
+    try:
+        if not (steps := read_steps(folder)):
+            raise ValueError(f"the log in {folder} is empty")
+        log = pandas.DataFrame(steps).astype({"tokens": int, "loss": float, "seconds": float, "lr": float})
+        evaluated = read_steps(folder / EVALS) if (folder / EVALS).is_file() else []
+    except (OSError, ValueError, LookupError, TypeError) as error:  # no log, or one of something else
+        return {**facts, "missing": f"no losses and times: {error}"}
+    evals = pandas.DataFrame(evaluated).reindex(columns=_EVALS)
+    if len(lost := log.step[~np.isfinite(log.loss)]):
+        facts["missing"] = (f"the loss is not finite at {len(lost):,} of {len(log):,} steps, first at step "
+                            f"{lost.iloc[0]:,}")
+    tokens, seconds = facts["tokens"] or int(log.tokens.iloc[-1]), log.seconds.sum()
+    first, last = (float(part[np.isfinite(part)].mean()) for part in (log.loss[:1], log.loss[-20:]))
+    return facts | {"steps": len(log), "seconds": round(seconds, 1), "tokens": tokens, "log": log, "evals": evals,
+                    "tokens_per_second": round(tokens / seconds) if seconds else None,
+                    "objective": facts["objective"] or " and ".join(log.objective.unique()),
+                    "first_loss": first if np.isfinite(first) else None,
+                    "last_loss": last if np.isfinite(last) else None,
+                    "validation": evals.loc[evals.step == evals.step.max()].to_dict("records")}
+
+
+# ------------------------------------------------------------------ pictures
+
+
+def _curves(stages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Training and validation loss, learning rate and speed over tokens since initialisation, a colour a stage."""
+    units = {"training loss": "nats a target", "validation loss": "nats a target", "learning rate": "",
+             "speed": "tokens a second"}
+    drawn, ends = {name: list[Line]() for name in units}, dict[str | None, int]()
+    for stage, color in zip(stages, itertools.cycle(COLORS)):
+        begin, log = ends.get(stage["from"], 0), stage["log"]
+        name, ends[stage["stage"]] = stage["stage"], begin + stage["tokens"]
+        if log is None:
+            continue
+        for _, part in log.groupby((log.objective != log.objective.shift()).cumsum()):
+            drawn["training loss"].append(Line(name, color, *binned(begin + part.tokens, part.loss)))
+        drawn["learning rate"].append(Line(name, color, *binned(begin + log.tokens, log.lr)))
+        x, *pace = binned(begin + log.tokens, log.seconds / log.tokens.diff().shift(-1))
+        drawn["speed"].append(Line(name, color, x, *(1 / each for each in pace)))
+        for data, part in stage["evals"].groupby("data"):
+            losses = binned(begin + part.tokens, part.TargetCrossEntropy)
+            drawn["validation loss"].append(Line(f"{name}, {data}", color, *losses))
+    starts = sorted({ends[stage["from"]] for stage in stages if stage["from"] in ends})
+    return {name: draw_lines(lines, name, x="tokens since initialisation", y=units[name], starts=starts)
+            for name, lines in drawn.items() if lines}
+
+
+def _sweep_pictures(sweep: Mapping[str, Any]) -> dict[str, str]:
+    """A picture a metric, a line of each value of the second axis; bars are the standard errors."""
+    points = pandas.DataFrame(sweep.get("points", [])).reindex(columns=["x", "line", "metric", "value", "stderr"])
+    pictures, color = {}, dict(zip(points.line.unique(), itertools.cycle(COLORS)))
+    for metric, found in points.sort_values("x").groupby("metric", sort=False):
+        lines = []
+        for line, own in found.groupby("line", sort=False):
+            error = own.stderr.astype(float).fillna(0)
+            lines.append(Line(str(line), color[line], own.x, own.value, own.value - error, own.value + error))
+        axis = sweep.get("axes", {}).get("x", "")
+        pictures[str(metric)] = draw_lines(lines, f"sweep {metric}", x=axis, y=str(metric), points=True)
+    return pictures
+
+
+# ------------------------------------------------------------------ the end of a suite
 
 
 def write_report(suite: Suite, fairness: Mapping[str, Mapping[str, Any]]) -> None:
-    """Exports, evaluates, draws and writes; `fairness` is what `suite_run.check_suite` found."""
+    """Exports, evaluates and writes report.json and report.html; `fairness` is what `suite_run.check_suite` found."""
     if unfinished := [stage.name for stage in suite.stages if not stage_state(stage).finished]:
         raise ValueError(f"--report: {', '.join(unfinished)} not finished; run the suite without it")
     suite.root.mkdir(parents=True, exist_ok=True)
-    logs: dict[str, list[dict[str, Any]]] = {}
-    stages = [_read_stage(stage, logs) for stage in suite.stages]
+    stages = [read_stage(stage.folder, {"stage": stage.name, "from": stage.source, "pair": stage.pair})
+              for stage in suite.stages]
     pairs: dict[str, dict[str, Any]] = {}
     for pair, members in suite.pairs().items():
         found = compare_pair(members)
         pairs[pair] = {"members": [member.name for member in members],
                        "missing" if isinstance(found, str) else "steps_with_equal_rows": found}
-    models = [_make_model(suite, name, suite.stage(stage)) for name, stage in suite.exports.items()]
-    if logs:
-        _draw_losses(stages, logs, suite.root / "losses.png")
+    models = [_make_model(suite, name, suite.stage(stage), stages) for name, stage in suite.exports.items()]
     trained = sum(facts["seconds"] or 0 for facts in stages)
-    report = {"name": suite.name, "suite": suite.path, "stages": stages, "pairs": pairs, "fairness": fairness,
-              "allowed_unfair": [key for key, entry in fairness.items() if not entry["fair"]], "models": models,
-              "pictures": ["losses.png"] if logs else [], "training_seconds": trained}
-    (suite.root / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    (suite.root / "report.md").write_text("\n".join(_markdown(suite, report)) + "\n", encoding="utf-8")
-    Console(width=None if Console().is_terminal else 160).print(Markdown("\n".join(_models(suite, report))))
+    wanted = suite.evaluation
+    report = {"name": suite.name, "suite": suite.path, "pairs": pairs, "fairness": fairness, "models": models,
+              "stages": [{key: value for key, value in facts.items() if key not in _OWN} for facts in stages],
+              "allowed_unfair": [key for key, entry in fairness.items() if not entry["fair"]],
+              "evaluation": wanted and wanted.model_dump(), "training_seconds": trained}
+    (suite.root / FACTS).write_text(json.dumps(report, indent=1), encoding="utf-8")
+    page = write_page(suite.root)
+    print(_jinja("report.txt.jinja").render(report))
     say(f"{suite.name}: {len(stages)} stages, {sum(facts['tokens'] for facts in stages):,} tokens in "
         f"{timedelta(seconds=round(trained))} of training; {len(models)} models in {suite.root / 'models'}, report in "
-        f"{suite.root / 'report.md'}")
+        f"{page}")
 
 
-def _read_stage(stage: Stage, logs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """A finished stage's row of the report; the steps that it logged are added to `logs`."""
-    state = stage_state(stage)
-    facts = {"stage": stage.name, "from": stage.source, "pair": stage.pair, "objective": _objective(state.record),
-             "tokens": state.tokens, "folder": str(stage.folder), "checkpoint": str(state.checkpoint),
-             "run_hash": state.record.get("run_hash"),
-             **dict.fromkeys(("steps", "seconds", "tokens_per_second", "first_loss", "last_loss"))}
-    try:
-        if not (steps := read_steps(stage.folder)):
-            raise ValueError(f"the log in {stage.folder} is empty")
-        seconds, losses = sum(step["seconds"] for step in steps), [step["loss"] for step in steps]
-    except (OSError, ValueError, LookupError, TypeError) as error:  # no log, or one of something else
-        return {**facts, "missing": f"no losses and times: {error}"}
-    logs[stage.name] = steps
-    if lost := [step["step"] for step in steps if step["loss"] is None]:
-        facts["missing"] = f"the loss is not finite at {len(lost):,} of {len(steps):,} steps, first at step {lost[0]:,}"
-    last = [loss for loss in losses[-20:] if loss is not None]
-    return facts | {"steps": len(steps), "seconds": round(seconds, 1), "first_loss": losses[0],
-                    "tokens_per_second": round(state.tokens / seconds) if seconds else None,
-                    "last_loss": statistics.fmean(last) if last else None}
-
-
-def _draw_losses(stages: Sequence[Mapping[str, Any]], logs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
-    """Training losses over tokens since initialisation, a colour a stage; losses that are not finite leave a gap."""
-    ends: dict[str | None, int] = {}
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg", "axes.grid": True}):
-        figure = Figure(figsize=(8.5, 4.8), layout="constrained")
-        axes = figure.subplots()
-        for i, facts in enumerate(stages):
-            begin = ends.get(facts["from"], 0)
-            ends[facts["stage"]] = begin + facts["tokens"]
-            axes.axvline(begin, color="grey", linewidth=0.8, linestyle="--")
-            label: str | None = facts["stage"]
-            for _, group in itertools.groupby(logs.get(facts["stage"], ()), key=lambda step: step["objective"]):
-                part = list(group)
-                x = [begin + step["tokens"] for step in part]
-                losses = pandas.Series([step["loss"] for step in part], dtype=float)
-                axes.plot(x, losses, color=f"C{i}", linewidth=0.5, alpha=0.22)
-                smooth = losses.rolling(1 + 2 * min(12, len(part) // 16), center=True, min_periods=1).mean()
-                axes.plot(x, smooth, color=f"C{i}", label=label)
-                label = None
-        axes.set(xlabel="tokens since initialisation", ylabel="training loss (nats per target)")
-        axes.xaxis.set_major_formatter(lambda number, _: format_count(number) if number > 0 else "0")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=3, fontsize=8.5)
-        figure.savefig(path, dpi=150)
-
-
-def _objective(record: Mapping[str, Any]) -> str:
-    return " and ".join(ObjectiveSchedule.parse(record.get("objective_schedule") or record["objective"]).objectives)
-
-
-def _make_model(suite: Suite, name: str, stage: Stage) -> dict[str, Any]:
+def _make_model(suite: Suite, name: str, stage: Stage, stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One export with its evaluation and samples."""
     folder = suite.root / "models" / name
     loaded = export_checkpoint(stage.folder, folder, overwrite=True)
     say(f"{name}: wrote {folder}")
-    states = [(each.name, stage_state(each)) for each in suite.chain(stage)]
-    chain = [{"stage": each, "objective": _objective(state.record), "tokens": state.tokens} for each, state in states]
+    names = [each.name for each in suite.chain(stage)]
+    chain = [{key: facts[key] for key in ("stage", "objective", "tokens")}
+             for facts in stages if facts["stage"] in names]
     found = {"model": name, "stage": stage.name, "objective": chain[-1]["objective"], "chain": chain,
              "tokens": loaded.facts["tokens"], "parameters": loaded.config.num_parameters, "folder": str(folder),
              "evaluation": {}, "samples": []}
@@ -131,60 +221,12 @@ def _make_model(suite: Suite, name: str, stage: Stage) -> dict[str, Any]:
     return found
 
 
-def _samples(loaded: LoadedModel, wanted: Samples) -> list[str]:
-    """Prompts continued by a decoder, masks filled by an encoder."""
+def _samples(loaded: LoadedModel, wanted: Samples) -> list[dict[str, Any]]:
+    """Prompts continued by a decoder, masks filled by an encoder: {prompt, text} or {prompt, tokens: with shares}."""
     if not (texts := list(wanted.prompts if loaded.config.causal else wanted.masked)):
         return []
     predictor = loaded.predictor(loaded.tokenizer())
     if loaded.config.causal:
-        return [prompt + rest for prompt, rest in zip(texts, predictor.generate(texts, max_new_tokens=24))]
-    return [f"{text} -> {', '.join(repr(token) for token, _ in best[:4])}"
-            for text, best in zip(texts, predictor.fill_mask(texts))]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    header, *rest = [f"| {' | '.join(row)} |" for row in rows]
-    return [header, "|" + "---|" * len(rows[0]), *rest, ""]
-
-
-def _models(suite: Suite, report: Mapping[str, Any]) -> list[str]:
-    """Markdown: a row a model and a column an objective, then samples, and what is missing with its reason."""
-    wanted, lines = suite.evaluation, []
-    names = [] if wanted is None else list(wanted.objectives)
-    titles = [f"{name} {wanted.mask_rate:.0%}" if wanted and name in MASKED_OBJECTIVES else name for name in names]
-    rows = [["model", "trained with", "tokens", *(f"{title}: loss (accuracy)" for title in titles)]]
-    for model in report["models"]:
-        objectives = [name for name, _ in itertools.groupby(part["objective"] for part in model["chain"])]
-        losses = [f"{value['loss']:.3f} ({value['accuracy']:.1%})" for value in model["evaluation"].values()]
-        tokens = " + ".join(format_count(part["tokens"]) for part in model["chain"])
-        rows.append([model["model"], ", then ".join(objectives), tokens, *(losses or ["-"] * len(names))])
-        if model["samples"]:
-            lines += [f"**{model['model']}**", "", *(f"- `{sample!r}`" for sample in model["samples"]), ""]
-    entries = [(entry["stage"], entry) for entry in report["stages"]] + [(m["model"], m) for m in report["models"]]
-    entries += [(f"pair {name}", entry) for name, entry in report["pairs"].items()]
-    missing = [f"- {name}: {entry['missing']}" for name, entry in entries if "missing" in entry]
-    return [*(_table(rows) if report["models"] else []), *lines, *missing]
-
-
-def _markdown(suite: Suite, report: Mapping[str, Any]) -> list[str]:
-    lines = [f"# {suite.name}", ""]
-    if report["allowed_unfair"]:
-        lines += ["**Not a fair comparison**, allowed by --allow-unfair; what differs is at the end.", ""]
-    lines += _models(suite, report)
-    if (wanted := suite.evaluation) is not None:
-        part = "whole" if wanted.max_batches is None else f"its first {wanted.max_batches} batches"
-        lines += ["", f"Losses in nats per target on the validation split of {wanted.data} ({part}), the same targets "
-                  "for every model. Under clm a model sees the past only, under the others both sides.", ""]
-    lines += [f"![{name}]({name})" for name in report["pictures"]] + [""]
-    columns = {"stage": "", "from": "", "objective": "", "tokens": ",", "steps": ",", "tokens_per_second": ",",
-               "first_loss": ".3f", "last_loss": ".3f"}
-    lines += _table([[key.replace("_", " ") for key in columns], *(
-        ["-" if facts[key] is None else format(facts[key], form) for key, form in columns.items()]
-        for facts in report["stages"])])
-    lines += ["Last loss: the mean of the last 20 steps.", ""]
-    lines += [f"- pair {pair}: {', '.join(entry['members'])} read the same rows at each of "
-              f"{entry['steps_with_equal_rows']:,} steps."
-              for pair, entry in report["pairs"].items() if "steps_with_equal_rows" in entry]
-    for key, entry in report["fairness"].items():
-        lines += ["", f"{key}:", "```", entry["findings"], "```"]
-    return [*lines, "", f"{timedelta(seconds=round(report['training_seconds']))} of training."]
+        return [{"prompt": text, "text": rest}
+                for text, rest in zip(texts, predictor.generate(texts, max_new_tokens=24))]
+    return [{"prompt": text, "tokens": best[:4]} for text, best in zip(texts, predictor.fill_mask(texts))]

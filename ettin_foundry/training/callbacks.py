@@ -21,7 +21,7 @@ from ettin_foundry.training.checkpoints import Head, decode_record
 from ettin_foundry.training.clock import Clock
 from ettin_foundry.training.run_config import require
 from ettin_foundry.training.sources import compare, compare_configs, describe, read_source
-from ettin_foundry.training.steps import RUN, STEPS, cut_steps
+from ettin_foundry.training.steps import EVALS, RUN, STEPS, cut_steps
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,8 @@ class CrossObjective(EnterPhase):
 class StepLog(CallbackWithConfig):
     """Appends one line a step to `<folder>/steps.jsonl`, on rank 0; a resumed run cuts off those that it does again.
 
+    One line an evaluated dataset goes to evals.jsonl beside it: the last step done, its metrics.
+
     Metric: data/mask_rate.
 
     folder: a local folder; save_folder if not given. `{run_name}` is filled in.
@@ -107,7 +109,8 @@ class StepLog(CallbackWithConfig):
         if dist.get_global_rank() == 0:
             folder = Path(format_name_with_dist(self.folder, state.run_name))
             folder.mkdir(parents=True, exist_ok=True)
-            cut_steps(folder / STEPS, state.timestamp.batch.value)
+            for name in (STEPS, EVALS):
+                cut_steps(folder / name, state.timestamp.batch.value)
             self._write_facts(state, finished=False)
             self._file = (folder / STEPS).open("a", buffering=1, encoding="utf-8")  # each line reaches the disk's cache
 
@@ -138,6 +141,14 @@ class StepLog(CallbackWithConfig):
     def fit_end(self, state: State, logger: Logger) -> None:
         if self._file is not None:
             self._write_facts(state, finished=True)
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        if self._file is not None:
+            time, label = state.timestamp, str(state.dataloader_label)
+            found = {name: float(state.eval_metric_values[name]) for name in state.eval_metrics[label]}
+            line = {"step": time.batch.value - 1, "tokens": time.token.value, "data": label, **found}
+            with Path(self._file.name).with_name(EVALS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     def close(self, state: State, logger: Logger) -> None:
         if self._file is not None:

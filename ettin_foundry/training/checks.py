@@ -46,7 +46,7 @@ def _check_presence(cfg: dict[str, Any]) -> None:
         require(cfg.get(key) is not None, key, "given", None, "start from a complete recipe in yamls/")
     for key in _BLOCKS:
         require(isinstance(value_at(cfg, f"{key}.name"), str), key, "a block with a name", cfg[key], "see yamls/")
-    for key in sorted(set(cfg) - run_config.HOST_KEYS):
+    for key in sorted(set(cfg) - run_config.HOST_KEYS, key=str):
         near = did_you_mean(key, run_config.HOST_KEYS) or "; your own values belong under variables"
         raise ValueError(f"{key}: unknown key{near}")
     require(not set(str(cfg.get("run_name"))) & set("{}[]"), "run_name", "a name without brackets", cfg.get("run_name"),
@@ -135,20 +135,6 @@ def _check_times(cfg: dict[str, Any]) -> None:
 
 
 _FILLED = ("microbatch_size", "fixed_shapes")  # keys of loaders that the transform sets
-# features of the host that act on a HuggingFaceModel, or load what was not checked -> what we have
-_HOST_ONLY = {"icl_tasks": "eval_loader", "eval_gauntlet": "eval_loader", "only_hf_checkpoint": "`ettin export`",
-              "callbacks.hf_checkpointer": "callbacks.ettin_export", "callbacks.load_checkpoint": "load_path",
-              "callbacks.generate_callback": "callbacks.ettin_samples", "compile_config": "model.compile",
-              "save_latest_filename": "latest-rank0.pt, which autoresume finds and repairs"}
-# a key -> the keys that do nothing without it -> their values that ask for nothing
-_INERT: dict[str, dict[str, tuple[Any, ...]]] = {
-    "eval_loader": {"eval_interval": (0, "0ba", "0tok"), "eval_subset_num_batches": (-1,), "eval_first": (False,)},
-    "save_folder": {"save_interval": (), "save_filename": (), "save_overwrite": (False,), "save_weights_only": (False,),
-                    "save_num_checkpoints_to_keep": (-1,), "save_ignore_keys": ()},
-    "load_path": {"load_weights_only": (False,), "load_strict_model_weights": (True,)},
-}
-
-
 def _check_leaves(cfg: Mapping[str, Any]) -> None:
     """Refuses names and paths that YAML took for numbers or blocks, and values of other kinds."""
     for key, value in walk({name: block for name, block in cfg.items() if name != "variables"}):
@@ -169,31 +155,29 @@ def _check_keys(cfg: Mapping[str, Any]) -> None:
     for key in ("model", "optimizer", "scheduler"):
         if (name := cfg[key]["name"]) in PARAMETERS:
             _check_known(key, cfg[key], ["name", *PARAMETERS[name]])
-    callbacks, loggers = cfg.get("callbacks") or {}, cfg.get("loggers") or {}
-    for key, name, block in [*(("callbacks", *item) for item in callbacks.items()),
-                             *(("loggers", *item) for item in loggers.items())]:
+    callbacks = cfg.get("callbacks") or {}
+    for name, block in (*callbacks.items(), *(cfg.get("loggers") or {}).items()):
         if name in PARAMETERS:
-            _check_known(f"{key}.{name}", block or {}, PARAMETERS[name])
+            _check_known(f"{'callbacks' if name in callbacks else 'loggers'}.{name}", block or {}, PARAMETERS[name])
     names = {f"{key}.name": cfg[key]["name"] for key in ("model", "optimizer", "scheduler", "train_loader")}
     for key, name in (*names.items(), *((f"callbacks.{name}", name) for name in callbacks)):
         if name not in PARAMETERS and (near := did_you_mean(name, PARAMETERS, 0.85)):  # the host's are less alike
             raise ValueError(f"{key}: {name!r} given{near}")
 
-
 def _check_known(key: str, block: Mapping[str, Any], allowed: Any) -> None:
-    if unknown := sorted(set(block) - set(allowed)):
+    if unknown := sorted(set(block) - set(allowed), key=str):
         known = did_you_mean(unknown[0], allowed) or f"; it takes {', '.join(allowed) or 'no key'}"
         raise ValueError(f"{key}.{unknown[0]}: unknown key{known}")
 
 
 def _check_effect(cfg: Mapping[str, Any]) -> None:
     """Refuses features of the host that need another kind of model or data, and settings that would do nothing."""
-    for key, instead in _HOST_ONLY.items():
+    for key, instead in run_config.KEYS["host_only"].items():
         if value_at(cfg, key) is not None:
             raise ValueError(f"{key}: given; it does not work with model.name: {cfg['model']['name']}. Use {instead}")
     name = cfg.get("save_filename") or ".pt"
     require(name.endswith(".pt"), "save_filename", "a name that ends in .pt", name, "autoresume finds no other")
-    for cause, nothing in _INERT.items():
+    for cause, nothing in run_config.KEYS["inert"].items():
         keys = [key for key, values in nothing.items() if cfg.get(key) is not None and cfg[key] not in values]
         # eval_loader: null says that nothing is evaluated
         given = cfg.get(cause) or cause == "eval_loader" and ("eval_loaders" in cfg or cause in cfg)

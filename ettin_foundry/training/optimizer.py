@@ -58,12 +58,15 @@ class StableAdamW(torch.optim.Optimizer):
         super().__init__([group for group in groups if group["params"]], {
             "lr": lr, "beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay,
             "max_lr": max_lr, "step": torch.tensor(0, dtype=torch.int32)})
+        self.accepts: Callable[[float], bool] | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step on every parameter that has a gradient."""
+        """One step on every parameter that has a gradient, unless `accepts` is set and refuses the closure's loss."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
+        if loss is not None and self.accepts is not None and not self.accepts(loss):
+            return loss
         # torch.distributed.checkpoint makes an empty optimizer's state by a step at lr 0 with zero gradients; if it
         # counted, the first real step of a run that then loads no optimizer would be biased
         counts = any(group["lr"] != 0 for group in self.param_groups)

@@ -30,9 +30,9 @@ from ettin_foundry.model.config import EttinConfig, did_you_mean
 from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule
 
 PREEMPTED = 75  # exit code of a run that was told to end and has saved: EX_TEMPFAIL, the same command goes on
-# last words of keys whose values are names or paths: `run_name: 1e3` is the text 1e3
-TEXT_KEYS = frozenset("run_name name label size phase data extend_data decay_data source save_root save_folder "
-                      "load_path local remote split folder project entity group".split())
+# last words of keys whose values are names or paths
+TEXT_KEYS = frozenset("run_name name label size source save_folder load_path local remote split folder project entity "
+                      "group".split())
 
 
 def merge(base: Any, over: Any) -> Any:
@@ -54,27 +54,12 @@ def read(path: str) -> dict[str, Any]:
         known = ", ".join(sorted(p.relative_to(here).as_posix() for p in (here / "yamls").rglob("*.yaml")))
         raise FileNotFoundError(f"{path}: no such file. Arguments are YAML files and key=value; recipes here: {known}")
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        config, raw = om.load(io.StringIO(text)), yaml.load(text, yaml.BaseLoader)
+        config = om.load(io.StringIO(Path(path).read_text(encoding="utf-8")))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, AssertionError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, DictConfig):
         raise ValueError(f"{path}: holds {type(config).__name__}, not keys and values; see yamls/ for examples")
-    return _with_texts(om.to_container(config), raw)
-
-
-def _with_texts(value: Any, raw: Any, key: str = "") -> Any:
-    """A YAML value in which names and paths are as written; `raw` has every scalar as text."""
-    if isinstance(value, dict) and isinstance(raw, dict):
-        return {str(name): _with_texts(item, raw.get(str(name)), str(name)) for name, item in value.items()}
-    return raw if key in TEXT_KEYS and isinstance(value, (bool, int, float)) and isinstance(raw, str) else value
-
-
-def _quoted(override: str) -> str:
-    """key=value with a name or path in quotes, so that YAML takes it as text."""
-    key, _, value = override.partition("=")
-    plain = key.rpartition(".")[2] in TEXT_KEYS and value not in ("", "null", "~", "???") and value[0] not in "[{'\""
-    return f"{key}={json.dumps(value)}" if plain else override
+    return om.to_container(config)  # type: ignore[return-value]
 
 
 def configure(args: Sequence[str]) -> DictConfig:
@@ -86,7 +71,7 @@ def configure(args: Sequence[str]) -> DictConfig:
     if not files:
         raise ValueError("no recipe given; usage: composer train.py recipe.yaml [overlay.yaml ...] [key=value ...]")
     merged: dict[str, Any] = functools.reduce(merge, map(read, files), {})
-    command_line: Any = om.to_container(om.from_cli([_quoted(each) for each in overrides]))
+    command_line: Any = om.to_container(om.from_cli(overrides))
     known = merged.get("variables") or {}
     require(isinstance(known, dict), "variables", "a block of keys", known, "see yamls/ for examples")
     if unknown := [k for k in command_line.get("variables") or {} if k not in known]:
@@ -284,25 +269,8 @@ _HOST = read_parameters("llmfoundry.utils.config_utils:TrainConfig")
 HOST_KEYS = frozenset(_HOST)
 HOST_DEFAULTS = {key: value for key, value in _HOST.items() if value is not None}
 
-NO_EFFECT = {
-    r"(train_loader|eval_loader(\[.*?\])?)\.(num_workers|prefetch_factor|pin_memory|persistent_workers|timeout|"
-    r"dataset\.cache_limit)": "how rows are fetched; which ones follows from data and seed alone",
-    r"model\.(attn_impl|compile|deterministic)": "the same function, up to rounding",
-    r"(loggers|metadata|profiler)(\..*)?|progress_bar|log_to_console|console_log_interval|python_log_level|log_config|"
-    r"flatten_metadata|dist_timeout|max_split_size_mb|expandable_segments|cuda_load_lazy":
-        "logging, memory and time only",
-    r"save_(interval|filename|overwrite|num_checkpoints_to_keep)|only_composer_checkpoint|autoresume":
-        "what is kept on disk; a run that resumes continues exactly",
-    r"eval_interval|eval_first": "evaluating changes no weight",
-    r"callbacks\.(speed_monitor|lr_monitor|runtime_estimator|scheduled_gc|memory_monitor|memory_snapshot|oom_observer|"
-    r"optimizer_monitor|system_metrics_monitor|ettin_(clock|monitor|samples|export|steps))(\..*)?|"
-    r"callbacks\.ettin_watch\.stall_seconds":
-        "it observes or writes, and changes no weight",
-    r"callbacks\.ettin_(phase|cross)\.accept(\[.*)?": "it lets a run begin, and has no further effect",
-    r"fsdp_config\.(state_dict_type|activation_checkpointing|activation_cpu_offload|reshard_after_forward|verbose|"
-    r"load_monolith_rank0_only)": "where tensors lie, not what they hold",
-}
-"""{pattern of a whole dotted key: why a difference in it cannot change what a run learns}."""
+KEYS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("keys.yaml").read_text(encoding="utf-8"))
+NO_EFFECT = KEYS["no_effect"]
 
 
 def settings(cfg: Mapping[str, Any], run: tuple[float, str] | None = None) -> dict[str, Any]:

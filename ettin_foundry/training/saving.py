@@ -50,10 +50,8 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _tell(path: Path, begun: float) -> None:
-    """Logs on rank 0 what was saved; a sharded checkpoint is a folder."""
     if dist.get_global_rank() == 0:
-        files = [file for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()]
-        size = sum(file.stat().st_size for file in files)
+        size = sum(file.stat().st_size for file in (path, *path.rglob("*")))  # a sharded checkpoint is a folder
         log.info("saved path=%s MB=%.1f seconds=%.1f", path, size / 1e6, time.monotonic() - begun)
 
 

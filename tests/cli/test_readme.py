@@ -1,22 +1,30 @@
-"""What README, docs and the help of each command tell people to type is accepted."""
+"""What README, docs and the help of each command tell people to type is accepted, and CI runs what can run there."""
 
+import importlib
 import re
 import shlex
+import sys
 
 import nano_run
 import pytest
 import readme_commands
 import typer
 
+from ettin_foundry import REGISTRY
 from ettin_foundry.cli.main import app
 
-PAGES = [nano_run.ROOT / "README.md", *sorted((nano_run.ROOT / "docs").glob("*.md"))]
-LINES = sorted({line for page in PAGES for line in readme_commands.commands(page.read_text()) if "RECIPE" not in line})
-COMMANDS = typer.main.get_command(app).commands
+sys.path.append(str(nano_run.ROOT / "evaluation"))  # its command line needs typer and rich alone
+evaluation = importlib.import_module("ettin_eval.main").app
+BLOCKS = [(title, readme_commands.commands(text)) for language, title, text in readme_commands.BLOCKS
+          if language == "bash"]
+LINES = sorted({line for _, lines in BLOCKS for line in lines if "RECIPE" not in line})
+GROUPS = {name: typer.main.get_command(each) for name, each in (("ettin", app), ("ettin-eval", evaluation))}
+COMMANDS = GROUPS["ettin"].commands
 EXAMPLES = {name: re.findall(r"^Example: (ettin .*)", command.help, re.M) for name, command in COMMANDS.items()}
+CI = (nano_run.ROOT / ".ci/run").read_text()
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("composer train.py")]
+@pytest.mark.parametrize("line", [line for line in LINES if re.match("(composer|python) train.py", line)]
                          + re.findall("^Example: (composer .*)", (nano_run.ROOT / "train.py").read_text(), re.M))
 def test_every_training_command_is_a_valid_run(line, monkeypatch):
     from ettin_foundry.training import checks, run_config
@@ -26,10 +34,31 @@ def test_every_training_command_is_a_valid_run(line, monkeypatch):
 
 
 @pytest.mark.parametrize("line", [line for line in [*LINES, *sum(EXAMPLES.values(), [])]
-                                  if line.startswith(("ettin ", "python data_prep/convert.py"))])
+                                  if re.match(r"\S*ettin(-eval)? [a-z]|python data_prep/convert.py", line)])
 def test_every_command_and_option_exists(line):
-    name, *words = shlex.split(line.replace("python data_prep/convert.py", "ettin convert"))[1:]
-    COMMANDS[name].make_context(name, words)
+    program, *words = shlex.split(line.replace("python data_prep/convert.py", "ettin convert"))
+    group = GROUPS[program.rpartition("/")[2]]
+    name, command, words = group.resolve_command(typer.Context(group), words)
+    command.make_context(name, words)
+
+
+def test_commands_without_a_title_are_run_by_ci_and_the_others_name_what_exists():
+    fences = re.findall(r"^ *```\s*(?:sh|shell|console|bash)\b", "".join(readme_commands.PAGES.values()), re.M)
+    assert "tests/readme_commands.py >" in CI and len(BLOCKS) == len(fences)
+    made = {f"make {target}" for line in re.findall("^make (.*)", CI, re.M) for target in line.split()}
+    assert {line for title, lines in BLOCKS if not title for line in lines} <= {*readme_commands.script(), *made}
+    assert all(re.match("$|needs |installs", title) for _, title, _ in readme_commands.BLOCKS)
+    assert sorted(readme_commands.NAV) == sorted(path.name for path in (nano_run.ROOT / "docs").glob("*.md"))
+    rules, text = (nano_run.ROOT / "Makefile").read_text(), "\n".join(LINES)
+    assert all(f"\n{target}:" in rules for target in re.findall(r"^make ([\w-]+)", text, re.M))
+    assert all((nano_run.ROOT / file).is_file() for file in re.findall(r"(?<=\s)[\w/.]+\.(?:py|sh)\b", text))
+
+
+def test_the_page_of_the_api_has_every_registered_name():
+    for names in REGISTRY.values():
+        for name, target in names.items():
+            shown = rf"::: {target.replace(':', '.')}\n.*heading: {name},|`{name}`"  # the latter: collators
+            assert re.search(shown, readme_commands.PAGES["docs/api.md"]), name
 
 
 def test_the_help_of_train_py_says_how_it_is_called(capsys):

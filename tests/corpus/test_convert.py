@@ -15,7 +15,6 @@ from conftest import make_documents
 from converting import files_of, run, stored, write_corpus, write_jsonl
 from transformers import AutoTokenizer
 
-from ettin_foundry.corpus.filters import FilterOptions
 from ettin_foundry.data import tokenizer as tokenizers
 from ettin_foundry.data.shards import MDSSplit
 
@@ -65,7 +64,7 @@ def test_each_source_has_shards_and_counts_of_its_own_also_of_what_is_dropped(
     with write_jsonl(tmp_path / "b.jsonl", [" ", "mi", "kalo", "", "x" * 9999, "y" * 700]).open("a") as file:
         file.write('{"text": 3}\n' * 9)
     run(tmp_path / "out", ["one=" + str(tmp_path / "a.txt"), tmp_path / "b.jsonl", corpus], tokenizer_dir,
-        licence="CC0-1.0", max_document_bytes=9000, filters=FilterOptions(min_characters=3, max_characters=600))
+        licence="CC0-1.0", max_document_bytes=9000, min_characters=3, max_characters=600)
     data = MDSSplit(tmp_path / "out" / "train")
     tokens = {name: data.tokens[np.array(data.sources) == name].sum() for name in dict.fromkeys(data.sources)}
     counts = data.manifest["sources"]
@@ -86,7 +85,7 @@ def test_duplicates_are_dropped_after_the_first_across_files_and_sources(tmp_pat
     for name, found in lists.items():
         write_jsonl(tmp_path / f"{name}.jsonl", found)
     run(tmp_path / "out", [tmp_path / "one", tmp_path / "two.jsonl"], tokenizer_dir,
-        filters=FilterOptions(deduplicate=True))
+        deduplicate=True)
     first: dict[str, str] = {}  # the reference: one pass over everything in order
     for name, found in lists.items():
         for i, text in enumerate(found):
@@ -130,6 +129,7 @@ BAD_CALLS: dict[str, tuple[list[str], str]] = {
     "two tokenizers": (["{tmp}/good.txt", "--train-tokenizer", "300"], "exactly one of the two"),
     "half an array": (["{tmp}/good.txt", "--task-index", "0"], "--task-index must be .*, got 0"),
     "array": (["{tmp}/good.txt", "--task-index", "0", "--num-tasks", "2", "--deduplicate"], "--deduplicate"),
+    "lengths": (["{tmp}/good.txt", "--min-characters", "9", "--max-characters", "8"], "--min-characters must.* 9"),
     "compression": (["{tmp}/good.txt", "--compression", "gzip"], "'--compression': 'gzip' is not one of 'zstd'"),
 }
 

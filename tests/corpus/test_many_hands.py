@@ -31,14 +31,14 @@ def test_without_locks_two_at_once_give_one_dataset_or_an_error(tmp_path, tokeni
     """The second runs from beginning to end while the first has read its plan and written nothing."""
     write_corpus(tmp_path / "texts", files=3, documents=25)
     run(tmp_path / "alone", [tmp_path / "texts"], tokenizer_dir)
-    execute, waiting = converting._execute, [True]
+    execute, waiting = converting.run_tasks, [True]
 
-    def late(*args):
+    def late(*args, **options):
         if waiting and waiting.pop():
             run(tmp_path / "set", [tmp_path / "texts"], tokenizer_dir, cut_window=cut_window)
-        execute(*args)
+        execute(*args, **options)
 
-    monkeypatch.setattr(converting, "_execute", late)
+    monkeypatch.setattr(converting, "run_tasks", late)
     if cut_window == 0.1:  # equal options
         run(tmp_path / "set", [tmp_path / "texts"], tokenizer_dir)
         assert files_of(tmp_path / "set") == files_of(tmp_path / "alone")

@@ -109,8 +109,7 @@ def test_validation_is_that_of_all_datasets_each_once(sets):
 
 
 WEB = {"web": {"set": "sets/web", "tokens": 3000}}
-ARXIV = {"phase": "decay", "sets": {"arxiv": "sets/web"},
-         "leave_out": [name for name in PHASES["decay"] if name != "arxiv"]}
+ARXIV = {"phase": "decay", "sets": {"arxiv": "sets/web"}}
 WRONG = [
     ({"sets": {}}, "sets: "), ({"stes": 1}, "stes: .*keys are sets, phase"),
     ({"sets": {"web": "sets/web"}}, "without phase, sets must be .*tokens"),
@@ -120,8 +119,8 @@ WRONG = [
     ({"sets": {"web": {**WEB["web"], "source": "wbe"}}}, r"sets.web.source must be one of \['web'\], got 'wbe'"),
     ({"sets": {"web": {**WEB["web"], "set": "sets"}}}, "sets.web: .* holds no manifest"),
     ({"phase": "deccay"}, "phase must be one of pretrain, extend, decay, got 'deccay'"),
-    ({**ARXIV, "leave_out": []}, "each source of phase decay .* see .*dclm_dolmino"),
-    ({**ARXIV, "leave_out": [*PHASES["decay"]]}, "see arxiv"), ({**ARXIV, "scale": 1, "tokens": 3}, "not both"),
+    ({**ARXIV, "sets": {"arxive": "sets/web"}}, "sources of phase decay .* got arxive"),
+    ({**ARXIV, "scale": 1, "tokens": 3}, "not both"),
     *[({"sets": {**WEB, "odd": {"set": f"sets/{name}", "tokens": 100}}},
        "sets.odd: .* must have the chunk length and tokenizer of .*sets/web") for name in ("short", "other")]]
 
@@ -154,7 +153,7 @@ def test_unreadable_specification_used_folder_and_link_are_refused(sets):
 def test_phase_of_the_catalogue_is_scaled_or_given_a_total(sets):
     budgets, books = PHASES["decay"], {"set": "sets/both", "source": "books"}
     kept = {"dclm_dolmino": "sets/web", "code_repos": "sets/code", "books": books}
-    changes = {"phase": "decay", "sets": kept, "leave_out": [name for name in budgets if name not in kept]}
+    changes = {"phase": "decay", "sets": kept}
     build(sets, "scaled", scale=2e-7, **changes)
     build(sets, "total", tokens="1e4", **changes)  # YAML reads 1e4 as text
     scaled, total = ({name: facts["wanted"] for name, facts in opened(sets, out).manifest["sources"].items()}

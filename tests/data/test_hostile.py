@@ -180,7 +180,7 @@ def test_lies_and_forged_bytes_are_refused(split, packed, read, attack, message)
 
 
 @pytest.mark.parametrize("name", [SHARD, "lengths.npy", "manifest.json", ZIP])
-@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "large", "pointer"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "large"])
 def test_only_plain_files_are_read(split, tmp_path, name, kind):
     folder = split(name == ZIP)
     path = folder / name
@@ -188,10 +188,6 @@ def test_only_plain_files_are_read(split, tmp_path, name, kind):
         os.truncate(path, (1 << 30) + 1)
         return refused(folder, rf"{name}: has \d+ bytes")
     path.rename(tmp_path / name)
-    if kind == "pointer":
-        path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 8123456\n")
-        refused(folder, f"{name} must be the file itself.*git lfs pull")
-        return refused(tmp_path / "copy", f"{name} must be.*lfs pull", read=lambda to: read_all(to, remote=str(folder)))
     if kind == "link":
         path.symlink_to(tmp_path / name)
     elif kind == "pipe":

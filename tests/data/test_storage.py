@@ -103,12 +103,11 @@ def test_a_name_that_leaves_the_folder_is_refused(storage, tmp_path):
     assert (tmp_path / "x").read_bytes() == b"secret"
 
 
-def test_a_pointer_in_place_of_a_file_is_never_read(storage, tmp_path):
+def test_a_pointer_in_place_of_a_file_is_never_read(storage):
     for pointer in (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", b"/annex/objects/SHA256E-4d7a\n"):
         storage.write_bytes("train/x.mds", pointer)
-        for ask in (storage.open, lambda name: storage.get_file(name, tmp_path / "x", num_bytes=812345678)):
-            with pytest.raises(ValueError, match="train/x.mds must be the file itself.*run git lfs pull"):
-                ask("train/x.mds")
+        with pytest.raises(ValueError, match="train/x.mds must be the file itself.*run git lfs pull"):
+            storage.open("train/x.mds")
     storage.write_bytes("y", b"a text on " + pointer)
     assert storage.read_bytes("y") == b"a text on " + pointer
 

@@ -6,7 +6,6 @@ The installed transformers has no decoder class: `make parity` (tests/parity.py)
 import dataclasses
 import json
 import re
-import shutil
 
 import parity
 import pytest
@@ -112,23 +111,13 @@ def test_unsupported_or_ambiguous_settings_are_refused_by_name(kind, changes, wo
     assert str(path) in str(error.value)
 
 
-def test_sharded_weights_are_read_and_broken_files_refused(edited, models):
-    folder, weights = edited("encoder").parent, to_hf(models["encoder"].state_dict(), CONFIGS["encoder"])
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    weight_map = {name: f"{'ab'[i % 2]}.safetensors" for i, name in enumerate(sorted(weights))}
-    for file in ("a.safetensors", "b.safetensors"):  # as transformers writes large models
-        save_file({name: t for name, t in weights.items() if weight_map[name] == file}, folder / file)
-    stored = (folder / "a.safetensors").read_bytes()
-    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    state, _, _ = import_folder(folder)
-    assert all(torch.equal(state[name], t) for name, t in models["encoder"].state_dict().items())
-    outside = json.dumps({"weight_map": {**weight_map, "decoder.bias": "../b.safetensors"}})
+def test_broken_files_are_refused(edited, models):
+    folder = edited("encoder").parent
+    whole = folder / "model.safetensors"
+    save_file(to_hf(models["encoder"].state_dict(), CONFIGS["encoder"]), whole)
     for damage, words in (
-            (lambda: shutil.copy(folder / "a.safetensors", folder / "b.safetensors"), "missing"),
-            (lambda: (folder / "b.safetensors").unlink(), "b.safetensors"),
-            (lambda: index.write_text(outside), "names the shard '../b.safetensors'"),
-            (lambda: whole.write_bytes(stored[:-100]), "not a whole safetensors file"),
-            (lambda: (index.unlink(), whole.rename(folder / "pytorch_model.bin")), "bin is a pickle"),
+            (lambda: whole.write_bytes(whole.read_bytes()[:-100]), "not a whole safetensors file"),
+            (lambda: whole.rename(folder / "pytorch_model.bin"), "bin is a pickle.*max_shard_size"),
             (lambda: (folder / "config.json").unlink(), "config.json: not found")):
         damage()
         with pytest.raises((ValueError, FileNotFoundError), match=words):

@@ -46,16 +46,9 @@ def test_the_view_of_a_step_is_what_the_run_read(rising_run, cfg, data_set):
     assert str(stream_of(cfg).ramp) == str(stream.ramp)
 
 
-def test_the_dataset_may_lie_elsewhere_and_a_checkpoint_alone_names_the_next_step(rising_run, cfg, data_set, tmp_path):
-    moved = shutil.copytree(data_set, tmp_path / "moved")
-    expected = view_step(stream_of(cfg), 4).ids_hash
-    cfg["train_loader"]["dataset"]["local"] = "nowhere"
-    for place in (moved, moved / "train"):
-        assert view_step(stream_of(cfg, str(place)), 4).ids_hash == expected
+def test_a_checkpoint_alone_names_the_next_step(rising_run, tmp_path):
     alone = shutil.copy(next(rising_run[0].glob("*ba6-*.pt")), tmp_path / "alone.pt")
-    assert next_step(alone)[2] == next_step(alone, str(moved))[2] == 6
-    with pytest.raises(ValueError, match="dataset .its fingerprint. must be what the checkpoint was trained with"):
-        next_step(alone, str(moved / "validation"))
+    assert next_step(alone)[2] == 6
     state = torch.load(alone, weights_only=False)
     for key in ("dataset_state", "callbacks"):  # the latter hold the config
         torch.save({**state, "state": {k: v for k, v in state["state"].items() if k != key}}, tmp_path / "part.pt")
@@ -64,7 +57,7 @@ def test_the_dataset_may_lie_elsewhere_and_a_checkpoint_alone_names_the_next_ste
 
 
 def test_the_command_prints_a_step_from_a_recipe_and_the_next_one_of_a_checkpoint(rising_run, data_set, ettin):
-    words = data_set, *YAML, "--step", "6", "--rows", "3", "--decode", *SMALL, *RISING
+    words = f"variables.data={data_set}", *YAML, "--step", "6", "--rows", "3", "--decode", *SMALL, *RISING
     first, _, *lines, more = ettin("order", *words)[1].splitlines()
     step, after = read_steps(rising_run[0])[6:8]
     assert first == (f"step 6 of nano-mlm-pretrain: 8 rows, {after['tokens'] - step['tokens']:,} tokens, "
@@ -77,10 +70,10 @@ def test_the_command_prints_a_step_from_a_recipe_and_the_next_one_of_a_checkpoin
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--step", "3"], "either --yaml or --checkpoint"), ([*YAML, "--checkpoint", "x.pt"], "either --yaml or"),
-    (YAML, "--step must be given"), (["a", "b", *YAML, "--step", "3"], "one place, got a b"),
+    (YAML, "--step must be given"),
     (["--checkpoint", "x.pt", "seed=3"], "got seed=3"), (["--checkpoint", "x.pt"], "x.pt"),
-    (["nowhere", *YAML, "--step", "3"], "'nowhere'"), ([*YAML, "--step", "3", "train_loader.name=text"], "got 'text'")],
-    ids=str)
+    ([*YAML, "--step", "3", "variables.data=nowhere"], "'nowhere'"),
+    ([*YAML, "--step", "3", "train_loader.name=text"], "got 'text'")], ids=str)
 def test_a_wrong_command_line_ends_with_one_line_that_says_so(arguments, words, ettin):
     code, _, err = ettin("order", *arguments)
     assert code == 1 and words in err and err.count("\n") == 1

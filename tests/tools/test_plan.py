@@ -13,19 +13,35 @@ import pytest
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.tools import plan
 from ettin_foundry.training import run_config
+from ettin_foundry.training.run_config import model_config
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = run_config.resolved([str(ROOT / "yamls/nano.yaml")])
 ENC = str(ROOT / "yamls/ettin-enc-150m.yaml")
+CHUNKS = (1, 2, 3, 1, 2, 2, 3)
 
 
 class Data:
-    """Two shards of 7 chunks, in the shape of a split; rows counted for length 8 only."""
+    """Two shards with CHUNKS, in the shape of a split; rows counted for length 8 only."""
 
+    chunk_length, num_shards = 3, 2
     samples, tokens = np.array([3, 4]), np.array([6, 8])
 
     def rows(self, length):
         return np.array([2, 3]) if length == 8 else None
+
+    def lengths(self, shard):
+        return np.array([[0, 1, 1, 1], [0, 1, 2, 1]], dtype=np.uint32)[shard]
+
+
+def pairs_by_mask(config, length):
+    """Every layer's attention mask written out, and its ones counted."""
+    i, j = np.mgrid[:length, :length]
+    total = 0
+    for layer in range(config.num_hidden_layers):
+        left, right = (length, 0 if config.causal else length) if config.is_global(layer) else config.local_window
+        total += int(((i - j <= left) & (j - i <= right)).sum())
+    return total
 
 
 @pytest.fixture
@@ -37,15 +53,48 @@ def small(monkeypatch):
     return cfg
 
 
-def test_a_plan_counts_real_tokens_and_steps(small):
+def work_per_token(cfg, targets, pairs):
+    """Operations by hand: 6 for each weight of the layers, 6 for each of the head at a target, 12 C a pair."""
+    c, layers = 128, 4 * (4 * 128 * 128 + 3 * 128 * 192)
+    return 6 * layers + 6 * (c * c + c * cfg["model"]["vocab_size"]) * targets + 12 * c * pairs
+
+
+@pytest.mark.parametrize("objective, rate, targets", [("mlm", 0.5, 7), ("clm", 0.0, 21)])
+def test_a_plan_counts_real_tokens_steps_and_operations(small, monkeypatch, objective, rate, targets):
+    small["model"].update(objective=objective)
+    small["train_loader"].update(mask_rate=rate)
     result = plan.plan_run(small)
     assert result.tokens_per_step == 56 and result.fill == 56 / 80  # 28 tokens in 5 rows, 10 rows a step
     assert result.num_steps == 18 and result.num_tokens == 18 * 56  # 17 steps are 952 tokens
     assert result.epochs == 18 * 56 / 28
+    pairs = sum(pairs_by_mask(model_config(small), n + 2) for n in CHUNKS)
+    assert result.flops_per_token == round(work_per_token(small, targets / 28, pairs / 28))
+    assert result.targets_per_token == pytest.approx(targets / 28, rel=1e-12)
     assert plan.plan_run({**small, "max_duration": "7ba"}).num_steps == 7
     assert plan.plan_run({**small, "max_seq_len": 16}).epochs is None  # rows are not counted for this length
     unpacked = {**small, "train_loader": {**small["train_loader"], "packing": False}}
     assert plan.plan_run(unpacked).tokens_per_step == 40  # 28 tokens in 7 rows
+    monkeypatch.setattr(Data, "lengths", lambda *_: (_ for _ in ()).throw(FileNotFoundError))  # not fetched yet
+    assert plan.plan_run(small).epochs is None
+
+
+def test_a_schedule_is_weighed_by_its_tokens(small):
+    """Turns, then rows of mntp and clm, and a rate from 0.4 to 0.2: token by token, each kind with its own mask."""
+    objective = [{"until": 500, "cycle": [{"tokens": 60, "objective": "mntp"}, {"tokens": 40, "objective": "clm"}]},
+                 {"objective": {"mntp": 0.75, "clm": 0.25}}]
+    small["model"].update(objective=objective, local_attention=4)
+    small["train_loader"].update(objective=objective, mask_rate=[{"from": 0.4, "to": 0.2}])
+    result = plan.plan_run(small)
+    tokens = result.num_tokens
+    masked = [float(t % 100 < 60) for t in range(500)] + [0.75] * (tokens - 500)
+    causal = math.fsum(1 - share for share in masked) / tokens
+    assert result.shares == pytest.approx({"clm": causal, "mntp": 1 - causal}, rel=1e-12)
+    rates = [0.4 - 0.2 * min(1.0, t / 1000) for t in range(tokens)]
+    targets = causal * 21 / 28 + math.fsum(share * rate * 14 / 28 for share, rate in zip(masked, rates)) / tokens
+    assert result.targets_per_token == pytest.approx(targets, rel=1e-12)
+    kinds = [EttinConfig.for_size("nano", causal=kind, local_attention=4, vocab_size=8192) for kind in (True, False)]
+    decoder, encoder = (sum(pairs_by_mask(config, n + 2) for n in CHUNKS) / 28 for config in kinds)
+    assert result.flops_per_token == round(work_per_token(small, targets, causal * decoder + (1 - causal) * encoder))
 
 
 @pytest.mark.parametrize("warmup_tokens, max_tokens", [(20_000, 100_000), (300, 50_000)])
@@ -85,13 +134,30 @@ def test_the_phases_of_each_size_take_the_originals_hours_and_microbatches_fill_
         assert runs[0].microbatch == 704 or runs[0].largest_microbatch < 2 * runs[0].microbatch
 
 
+@pytest.mark.parametrize(("gpus", "microbatches", "network"), [(8, 8, 50e9), (8, 8, 2e9), (128, 1, 50e9)])
+def test_sums_over_gpus_cost_what_a_ring_sends_less_what_a_backward_hides(gpus, microbatches, network, monkeypatch):
+    """400m under DDP, by hand: 395,881,664 fp32 gradients, each sent almost twice; 44 rows a pass, 22 on 128 GPUs."""
+    monkeypatch.setattr(plan, "NETWORK_BYTES", network)
+    recipe = run_config.resolved([ENC.replace("150m", "400m")])
+    [run] = plan.plan_runs([("run", recipe)], gpus=f"{gpus}xH100")
+    step = run.hours * 3600 / run.num_steps
+    sums = 2 * (gpus - 1) / gpus * 4 * 395_881_664 / network
+    expected = [step / (step + max(0, sums - hidden)) for hidden in (0, step / microbatches * 2 / 3)]
+    assert run.efficiency == pytest.approx(expected, rel=1e-6)
+    assert run.efficiency[0] < run.efficiency[1] and (run.efficiency[1] == 1.0) == (network == 50e9)
+    assert plan.plan_runs([("run", NANO)], gpus="1xH100", mfu=0.1)[0].efficiency is None
+    [sharded] = plan.plan_runs([("run", {**recipe, "fsdp_config": {"state_dict_type": "full"}})], gpus=f"{gpus}xH100")
+    weights = 395_881_664 * (gpus - 1) / gpus  # a ring: of each microbatch gathers in bf16, twice, sums in fp32
+    assert sharded.sent_bytes == pytest.approx(microbatches * (2 * 2 + 4) * weights, rel=1e-9)
+
+
 @pytest.mark.parametrize("size, objective, tokens, half, gib", [
     ("150m", "mlm", 65_536, True, 39), ("1b", "clm", 16_384, True, 48.6),  # H200, 2026-11-26, compiled blocks
     ("17m", "mlm", 8192, False, 1.505), ("32m", "mlm", 2048, False, 1.255),  # a CPU: benchmarks/plan_memory.py
 ])
 def test_memory_is_what_was_measured(size, objective, tokens, half, gib):
     config = EttinConfig.for_size(size, causal=objective == "clm")
-    found = plan.memory_bytes(config, tokens, half=half)
+    found = plan.memory_bytes(config, tokens, 1.0 if objective == "clm" else 0.3, half=half)
     assert sum(found.values()) / 2**30 == pytest.approx(gib, rel=0.05)
 
 

@@ -24,6 +24,7 @@ from ettin_foundry.training.callbacks import CrossObjective, EnterPhase
 from ettin_foundry.training.clock import Clock
 from ettin_foundry.training.optimizer import StableAdamW
 from ettin_foundry.training.run_config import config_text
+from ettin_foundry.training.steps import EVALS, read_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -161,6 +162,9 @@ def test_a_cross_run_logs_the_losses_of_both_objectives_at_its_interval(chain, d
     for objective in ("clm", "mlm"):
         logged = values[f"metrics/eval/{objective}/TargetCrossEntropy"]
         assert len(logged) >= 3 and all(0 < value < 8 for _, value in logged)
+        assert [(line["step"] + 1, line["tokens"], line["TargetCrossEntropy"])
+                for line in read_steps(tmp_path / "nano-clm-cross" / EVALS) if line["data"] == f"eval/{objective}"
+                ] == [(time.batch.value, time.token.value, value) for time, value in logged]
     assert CAPTURE.tokens[0] == 0 and CAPTURE.moments == {}
     state = saved_state(chain["decay"])["model"]
     assert all(torch.equal(value, state[name]) for name, value in CAPTURE.weights.items())

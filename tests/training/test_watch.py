@@ -1,13 +1,14 @@
 """A run that is told to end, that has company in its folder, and that meets trouble."""
 
+import collections
 import errno
 import fcntl
+import os
 import random
 import signal
 import threading
 import time
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import nano_run
 import pytest
@@ -78,19 +79,33 @@ def test_of_two_runs_in_a_folder_the_second_is_refused_and_says_who_is_there(dat
     assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
-def test_without_flock_a_run_begins(monkeypatch, tmp_path):
-    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "no locks")))
-    watch.Watch()._hold(tmp_path / "run" / ".lock")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_without_flock_a_fresh_lease_is_heeded_and_an_old_one_taken_over(number, monkeypatch, tmp_path):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    path = tmp_path / "run" / ".lock"
+    watch.Watch()._hold(path)
+    watch.Watch()._hold(path)  # the same process goes on
+    path.write_text("process 7 on node3")
+    with pytest.raises(ValueError, match="process 7 on node3 trains; end it and wait 120 s"):
+        watch.Watch()._hold(path)
+    os.utime(path, (0, time.time() - 121))
+    watch.Watch()._hold(path)
+    assert path.read_text().startswith(f"process {os.getpid()} on ")
 
 
 def test_a_spike_is_told_once_in_a_hundred_steps_and_each_objective_has_its_own_usual_loss(said, monkeypatch):
     rng, mine, count = random.Random(5), watch.Watch(), iter(range(1, 10_000))
-    monkeypatch.setattr(mine, "_look_at_disk", lambda _: None)
+    for look in ("_look_at_disk", "_look_at_memory"):
+        monkeypatch.setattr(mine, look, lambda _: None)
 
     def end_steps(objective, losses):
         for loss in losses:
             state = SimpleNamespace(batch={"objective": objective}, total_loss_dict={"loss/train/total": loss},
                                     timestamp=SimpleNamespace(batch=SimpleNamespace(value=next(count))))
+            mine.batch_start(state, None)  # type: ignore[arg-type]
             mine.batch_end(state, None)  # type: ignore[arg-type]
 
     # noise on a curve that falls, and on a flat one: 8 deviations above is one in 10^15
@@ -101,6 +116,25 @@ def test_a_spike_is_told_once_in_a_hundred_steps_and_each_objective_has_its_own_
     end_steps("mlm", [5.5])
     [line] = said()
     assert line.startswith("clm loss 5.500 at step 3200, usual are 2.0") and "ettin order --step" in line
+
+
+def test_skipped_rows_change_nothing_and_a_resumed_run_skips_the_same(data_set, capture, monkeypatch, tmp_path):
+    monkeypatch.setattr(watch, "_FEWEST", 2)
+    monkeypatch.setattr(watch, "_SPREADS", -1.0)  # what is not far below the median is unusual: about half
+    command = [SMALL, "max_duration=12ba", "save_interval=1ba", "callbacks.ettin_watch.policy=skip_rows"]
+
+    def skipped(trainer):
+        trainer.close()
+        return next(each for each in trainer.state.callbacks if isinstance(each, watch.Watch)).skipped
+
+    steps = skipped(nano_run.run(data_set, tmp_path / "whole", *command, "callbacks.capture={}"))
+    losses, saved = capture.losses, tensors(tmp_path / "whole")
+    assert 2 <= len(steps) <= 9
+    assert [step for step in range(1, 12) if all(same(saved[step], saved[step - 1]))] == steps
+    with pytest.raises(RuntimeError, match="killed"):
+        nano_run.run(data_set, tmp_path / "parts", *command, "callbacks.capture.die_at=6")
+    assert skipped(nano_run.run(data_set, tmp_path / "parts", *command, "callbacks.capture={}")) == steps
+    assert capture.losses == losses[6:]
 
 
 def test_a_batch_that_does_not_come_and_a_full_disk_are_told_with_what_to_do(
@@ -117,6 +151,15 @@ def test_a_batch_that_does_not_come_and_a_full_disk_are_told_with_what_to_do(
     disk, *stalls = [line.split("watch: ")[1] for line in capfd.readouterr().err.splitlines() if "watch: " in line]
     assert "for 2 more checkpoints of 0.0 GB; make room" in disk  # of 640,768 parameters, 12 bytes each
     assert 1 <= len(stalls) <= 2 and "train_loader: rank 0 waits for a batch since " in stalls[0]
+
+
+def test_growing_memory_is_told(monkeypatch, said):
+    pages, mine = collections.deque([4096, 4096 * 64, 4096 * 65]), watch.Watch()
+    monkeypatch.setattr(watch.os, "sysconf", lambda _: pages.popleft())
+    for step in (99, 199, 299):
+        mine._look_at_memory(step)
+    [line] = said()
+    assert line.startswith("rank 0's memory grew from ") and "GB by step 199; see what grows" in line
 
 
 def test_a_rank_that_gives_no_sign_of_life_is_named(monkeypatch, said):
