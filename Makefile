@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 PARITY_VERSIONS := 4.57.6 5.23.0
 
 .PHONY: demo suite test lint parity fuzz bench soak docs docs-serve constraints gpu wheels-gpu eval-env eval-data eval-test \
-	eval-constraints clean
+	eval-constraints study clean
 
 demo: $(VENV)/.installed data/demo/train/manifest.json
 	$(BIN)/ettin suite yamls/suite/demo.yaml $(DEMO_ARGS)
@@ -66,6 +66,10 @@ evaluation/data/.unpacked: | $(VENV)/.installed
 eval-test: $(EVAL)/.installed evaluation/data/.unpacked
 	$(BIN)/pyright --pythonpath $(EVAL)/bin/python -p evaluation
 	$(EVAL)/bin/python -m pytest evaluation
+
+# the paper's comparison in miniature, on a CPU: within 3 hours; QUICK=1 within 15 minutes
+study: $(EVAL)/.installed evaluation/data/.unpacked data/nano/train/manifest.json
+	$(EVAL)/bin/ettin-eval study study/nano.yaml $(if $(QUICK),--quick)
 
 eval-constraints: $(VENV)/.installed
 	cd evaluation && ../$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade --quiet \

@@ -150,6 +150,32 @@ def suite(
         raise typer.Exit(128 + (error.args[0] if error.args else signal.SIGINT)) from None
 
 
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Sweep file, such as study/sweep-lr.yaml.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys of the file.")] = None,
+) -> None:
+    """Train a run for each value of a setting and each line of a picture; the cost is said first.
+
+    What is trained and measured already is left as it is: the same command continues.
+
+    Example: ettin sweep study/sweep-lr.yaml scale=0.05
+    """
+    from ettin_foundry.tools import sweep as sweeps
+    from ettin_foundry.tools.suite_run import StageFailed, signals
+
+    found = sweeps.load(file, settings or [])
+    try:
+        with signals():
+            folder = sweeps.run(found, shlex.join(["ettin", "sweep", str(file), *(settings or [])]))
+    except StageFailed as error:
+        print(f"error: {error}\nThe same command continues.", file=sys.stderr)
+        raise typer.Exit(3) from None
+    except KeyboardInterrupt as error:
+        print("stopped. The same command continues.", file=sys.stderr)
+        raise typer.Exit(128 + (error.args[0] if error.args else signal.SIGINT)) from None
+    print(f"finished: {len(found.points)} points in {folder / 'sweep.json'}; `ettin report {folder}` draws them")
+
+
 def _list(found: Any, stages: Any, as_json: bool) -> None:
     listed = [{"name": stage.name, "from": stage.source, "pair": stage.pair, "folder": str(stage.folder),
                "max_duration": stage.config["max_duration"], "command": stage.words} for stage in stages]

@@ -159,7 +159,7 @@ def convert(options: ConvertOptions) -> Summary:
     plan = plans.plan_conversion(options, before, sources, tokenizer=facts, storage=storage)
     libraries = ["tokenizers", "zstd"] if options.compression else ["tokenizers"]
     made_with = ", ".join(f"{name} {version(name)}" for name in libraries)
-    done = done_units(storage, plan)
+    done = done_units(storage, plan, made_with)
     todo = [unit for unit in plan.units if unit.number not in done]
     plans.check_append(todo, plan, sources)
     if plan != before:
@@ -184,7 +184,7 @@ def convert(options: ConvertOptions) -> Summary:
         board = Board("documents", num_bytes)
         run_tasks(job, todo, workers=workers, board=board)
         log.info("%s", board)
-    manifests = finalize(options.out) if options.task_index is None else {}
+    manifests = finalize(options.out, max_bad_records=options.max_bad_records) if options.task_index is None else {}
     return Summary(storage.url, manifests, (len(todo), len(plan.units)))
 
 

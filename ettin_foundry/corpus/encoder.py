@@ -11,7 +11,6 @@ import importlib.metadata
 import logging
 import os
 import random
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +25,6 @@ log = logging.getLogger(__name__)
 Engine = Literal["auto", "fast", "tokenizers"]
 Flat = tuple[np.ndarray, np.ndarray]  # ids (N,) of all texts, one after another; lengths (texts,) int64
 
-_STRETCH = 1 << 20  # characters that `tokenizers` is given at a time: it needs 120 bytes of memory for each
-_LINE_BREAK = re.compile(r"(?<=\S\n)(?=\w)")  # where no token of a usual vocabulary reaches across
 _THREADS = {"FASTOKENS_BPE_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 _NOT_OF_THE_LIBRARY = (MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit)
 
@@ -63,13 +60,9 @@ class TextEncoder:
         self._is_special = np.zeros(1 << 16, dtype=bool)  # by id
         self._is_special[sorted({*forbidden} - {self.unknown})] = True
         added = [token["content"] for token in content.get("added_tokens") or ()]
-        probe, self._can_cut = _probe_texts(added), False
-        lines = "\n".join([*probe, *added])
-        whole, parts = (self._reference_ids(texts)[0] for texts in ([lines], _LINE_BREAK.split(lines)))
-        self._can_cut = np.array_equal(whole, parts)
         self._fast: Callable[[Sequence[str]], Flat] | None = None
         if engine != "tokenizers":
-            self._choose(engine, tokenizer_json, probe)
+            self._choose(engine, tokenizer_json, _probe_texts(added))
 
     def encode(self, texts: Sequence[str]) -> Flat:
         """Tokens (N,) uint16 of all texts, one after another; lengths (len(texts),) int64.
@@ -100,23 +93,11 @@ class TextEncoder:
         return ids.astype(np.uint16), lengths
 
     def _reference_ids(self, texts: Sequence[str]) -> Flat:
-        """Ids as `tokenizers` gives them; special tokens in a text are read as text."""
-        arrays, lengths = [np.zeros(0, np.uint32)], np.zeros(len(texts), np.int64)
+        """Ids as `tokenizers` gives them, with 120 bytes of memory a character; special tokens are read as text."""
         with _one_thread():
-            for number, text in enumerate(texts):
-                for stretch in self._stretches(text):
-                    [found] = self._reference.encode_batch_fast([stretch], add_special_tokens=False)
-                    arrays.append(np.array(found.ids, np.uint32))
-                    lengths[number] += len(arrays[-1])
-        return np.concatenate(arrays), lengths
-
-    def _stretches(self, text: str) -> Iterator[str]:
-        """A text in parts of at least `_STRETCH` characters that end at line breaks, if its tokens stay."""
-        begin = 0
-        while self._can_cut and (match := _LINE_BREAK.search(text, begin + _STRETCH)):
-            yield text[begin:match.start()]
-            begin = match.start()
-        yield text[begin:]
+            arrays = [np.array(self._reference.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.uint32)
+                      for text in texts]
+        return np.concatenate([np.zeros(0, np.uint32), *arrays]), np.array([len(ids) for ids in arrays], np.int64)
 
     def _choose(self, engine: Engine, tokenizer_json: str, probe: Sequence[str]) -> None:
         """Takes fastokens if it gives the ids of `tokenizers` on the probe; logs which library encodes, and why."""

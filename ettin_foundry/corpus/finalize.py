@@ -36,18 +36,24 @@ log = logging.getLogger(__name__)
 Record = Mapping[str, Any]
 
 
-def done_units(storage: Storage, plan: Plan) -> dict[int, Record]:
-    """Unit number -> completion record, of every finished unit whose shards are all there, of the right size."""
+def done_units(storage: Storage, plan: Plan, made_with: str | None = None) -> dict[int, Record]:
+    """Unit number -> completion record, of every finished unit whose shards are all there, of the right size.
+
+    Until they are in a finished dataset, units that other libraries than `made_with` made lose their records.
+    """
     numbers = sorted(plans.finished_units(storage).intersection(range(len(plan.units))))
     with ThreadPoolExecutor(16) as pool:  # a remote dataset answers slowly
         records = dict(zip(numbers, pool.map(lambda number: plans.read_record(storage, plan, number), numbers)))
     sizes = {name: size for split in SPLITS for name, size in storage.list(f"{split}/")}
-    done = {}
+    kept, done = plans.published_units(storage) if made_with else records, {}
     for number, record in records.items():
         files = [(f"{split}/{file['basename']}", file["bytes"]) for split, counts in record["splits"].items()
                  for entry in counts["shards"] for file in [entry["zip"] or entry["raw"]]]
         if lost := [(name, size) for name, size in files if sizes.get(name) != size]:
             log.warning("unit %d is done again: %s is missing or not of %d bytes", number, *lost[0])
+        elif number not in kept and record.get("made_with", made_with) != made_with:
+            log.warning("unit %d is done again: made with %s, here is %s", number, record["made_with"], made_with)
+            storage.delete(plans.record_name(number))
         else:
             done[number] = record
     return done
@@ -70,10 +76,11 @@ def sole_writer(out: str, *, shared: bool = False) -> Iterator[None]:
         yield
 
 
-def finalize(out: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+def finalize(out: str | os.PathLike[str], *, max_bad_records: int | None = None) -> dict[str, dict[str, Any]]:
     """Makes a readable dataset of the finished units of OUT; split -> manifest. Again gives the same bytes.
 
-    Raises FileNotFoundError where units are missing, ValueError where no document is there to train on.
+    Raises FileNotFoundError where units are missing, ValueError where no document is there to train on, or more than
+    `max_bad_records` were unreadable.
     """
     storage = open_storage(out)
     if (plan := plans.read_plan(storage)) is None:
@@ -83,7 +90,7 @@ def finalize(out: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         raise FileNotFoundError(f"{storage.url}: {len(missing)} of {len(plan.units)} units are not finished, the first "
                                 f"is {missing[0].label}; run the same conversion (or tasks of the job array) again")
     manifests, files, lengths = _describe_splits(plan, [found[unit.number] for unit in plan.units])
-    _check_content(plan, manifests, storage)
+    _check_content(plan, manifests, storage, max_bad_records)
     old = [name for name in files if name.endswith(MANIFEST) and storage.exists(name)]
     if any(storage.read_bytes(name) != files[name] for name in old):
         for name in old:  # between old and new tables a dataset that grows is unfinished
@@ -100,7 +107,7 @@ def finalize(out: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     return manifests
 
 
-def _check_content(plan: Plan, manifests: Mapping[str, Any], storage: Storage) -> None:
+def _check_content(plan: Plan, manifests: Mapping[str, Any], storage: Storage, max_bad_records: int | None) -> None:
     """Warns of sources and splits without a document; ValueError where there is none to train on."""
     documents, dropped = Counter[str](), Counter[str]()
     for manifest in manifests.values():
@@ -112,6 +119,9 @@ def _check_content(plan: Plan, manifests: Mapping[str, Any], storage: Storage) -
             storage.delete(plans.record_name(unit.number))
         raise ValueError(f"sources must hold a document for training, got {documents.total()} for validation and "
                          f"{dict(dropped) or 'none'} dropped; give other text, --text-field, filters or --validation")
+    if max_bad_records is not None and dropped["unreadable"] > max_bad_records:
+        raise ValueError(f"--max-bad-records must be at least the {dropped['unreadable']} records that could not be "
+                         f"read, got {max_bad_records}; with more the same command reads nothing again")
     for name in plan.sources:
         if not documents[name]:
             log.warning("%s: no document of it is in the dataset", name)

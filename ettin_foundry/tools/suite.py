@@ -146,8 +146,13 @@ class Suite:
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
     """Reads a suite file, then key=value of the file itself, such as `scale=0.01`; errors name the key."""
+    return build(str(path), read(str(path), overrides))
+
+
+def build(path: str, content: Mapping[str, Any]) -> Suite:
+    """The suite of a file's content; `path` is for messages."""
     try:
-        file = _File.model_validate(_read(str(path), overrides))
+        file = _File.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
@@ -155,17 +160,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
                          f"{', '.join(_File.model_fields)}") from None
     if "://" in file.root:
         raise ValueError(f"{path}: root must be a local folder, got {file.root!r}")
-    stages = _stages(str(path), file)
+    stages = _stages(path, file)
     names = [stage.name for stage in stages]
     for model, stage in file.exports.items():
         if stage not in names:
             raise ValueError(f"{path}: exports.{model} must be one of {', '.join(names)}, got {stage!r}")
     if (file.evaluation or file.samples != Samples()) and not file.exports:
         raise ValueError(f"{path}: evaluation and samples need exports, which are what is evaluated; add exports")
-    return Suite(str(path), file.name, Path(file.root), stages, file.exports, file.evaluation, file.samples)
+    return Suite(path, file.name, Path(file.root), stages, file.exports, file.evaluation, file.samples)
 
 
-def _read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
+def read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The file, merged onto those that it extends, then the overrides; interpolations resolved."""
     layers = {path: run_config.read(path)}
     while (parent := layers[path].get("extends")) is not None:

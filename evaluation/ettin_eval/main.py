@@ -6,7 +6,9 @@ Exit codes: 0; 1 for bad input, with one line on standard error; 2 for a wrong c
 from __future__ import annotations
 
 import logging
+import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -59,6 +61,8 @@ def run(
 
     Example: ettin-eval models/nano-encoder --suite quick --data evaluation/data
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: no bars of the libraries in log files
     import torch
 
     from ettin_eval.results import Results
@@ -78,11 +82,17 @@ def run(
     wanted = [task for task in wanted if subject.kind in task.kinds]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = Settings(data, limit, seed, device, batch_tokens, protocol)
+    console, missing = Console(stderr=True), {task: reason for task in wanted if (reason := task.missing(settings))}
+    for task, reason in missing.items():
+        if tasks:
+            raise ValueError(reason)
+        console.print(f"{task.name} left out: {reason}", highlight=False, markup=False, soft_wrap=True)
+    wanted = [task for task in wanted if task not in missing]
     facts = {"model": model, "revision": revision, "kind": subject.kind, "objective": subject.objective,
              "settings": {"limit": limit, "seed": seed, "protocol": protocol}}
     name = Path(model).name + (f"-{revision}" if revision else "")
     out = out or Path("eval", re.sub(r"[^\w.-]+", "-", name) + ".json")
-    results, console = Results(out, facts), Console(stderr=True)
+    results = Results(out, facts)
     started = time.monotonic()
     for number, task in enumerate(wanted, 1):
         if results.has(task.name):
@@ -99,9 +109,23 @@ def _print(model: str, results: Any, names: Sequence[str]) -> None:
     table = Table("task", "metric", "value", "standard error", "n", title=model, box=None, title_justify="left")
     for name in names:
         for score in results.scores(name):
-            table.add_row(name, score.metric, f"{score.value:.4f}",
+            table.add_row(score.task, score.metric, f"{score.value:.4f}",
                           "" if score.stderr is None else f"{score.stderr:.4f}", str(score.n))
     Console().print(table)
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Study file, such as study/nano.yaml.")],
+    quick: Annotated[bool, typer.Option("--quick", help="With the file's quick settings.")] = False,
+) -> None:
+    """Train suites of several seeds, evaluate every model, and say which claims hold. The same command goes on.
+
+    Example: ettin-eval study study/nano.yaml --quick
+    """
+    from ettin_eval.study import read_study, run_study
+
+    run_study(read_study(file, quick), shlex.join(["ettin-eval", "study", str(file), *(["--quick"] if quick else [])]))
 
 
 @app.command("tasks")

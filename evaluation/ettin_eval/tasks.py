@@ -30,12 +30,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Task:
-    """One task. run: gives its scores. kinds: the kinds of models that can do it. about: one line for the list."""
+    """One task. run: gives its scores. kinds: the kinds of models that can do it. about: one line for the list.
+
+    missing: why it cannot be run with these settings (data that the folder does not hold), None where it can.
+    """
 
     name: str
     run: Callable[[Subject, Settings], Sequence[Score]]
     about: str
     kinds: tuple[str, ...] = KINDS
+    missing: Callable[[Settings], str | None] = lambda settings: None
 
 
 def chosen(tables: Mapping[str, Sequence[Task]], suite: str | None, names: Sequence[str]) -> list[Task]:

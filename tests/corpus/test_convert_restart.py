@@ -12,6 +12,7 @@ from converting import UNIT, files_of, run, stored, write_corpus, write_jsonl
 from hand_made import flip
 from s3_server import S3Server
 
+from ettin_foundry.corpus import convert as converting
 from ettin_foundry.corpus.finalize import finalize
 from ettin_foundry.corpus.verify import verify_dataset
 from ettin_foundry.corpus.worker import ConvertUnit
@@ -234,6 +235,23 @@ def test_lost_shards_are_made_again_and_a_foreign_record_is_refused(tmp_path, te
         finalize(out)
     records[0].unlink()
     assert run(out, [texts], tokenizer_dir, **SETTINGS).units[0] == 1 and files_of(out) == whole
+
+
+def test_units_of_another_tokenizers_version_are_done_again_in_an_unfinished_dataset(
+        tmp_path, texts, tokenizer_dir, monkeypatch, caplog):
+    out = tmp_path / "set"
+    write_corpus(tmp_path / "more", files=2, first=6)
+    run(tmp_path / "new", [texts], tokenizer_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(converting, "version", lambda name: "0.2")
+        assert killed(12, out, [texts], tokenizer_dir)
+    units = run(out, [texts], tokenizer_dir).units
+    assert files_of(out) == files_of(tmp_path / "new") and "made with tokenizers 0.2, here is" in caplog.text
+    monkeypatch.setattr(converting, "version", lambda name: "0.3")  # what is finished stays, also when it grows
+    (out / "train" / "shard.00001.000.mds").unlink()
+    assert run(out, [texts], tokenizer_dir).units[0] == 1
+    summary = run(out, [tmp_path / "more"], None, append=True)
+    assert units[0] == units[1] == summary.units[1] - summary.units[0]
 
 
 def test_datasets_on_s3_are_the_local_ones_also_when_requests_fail(texts, tokenizer_dir, whole, monkeypatch):

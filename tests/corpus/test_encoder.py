@@ -123,28 +123,6 @@ def test_what_the_fast_library_does_wrong_stops_the_run_or_is_left_to_tokenizers
     assert "PanicException('index out of bounds')" in caplog.text
 
 
-LONG = {  # what is changed in the tokenizer, whether texts can be cut then
-    "plain": ({}, {}, True), "prepends a space": ({"normalizer": {"type": "Prepend", "prepend": " "}}, {}, False),
-    "token over a line end": ({}, {"content": "kalo\nmiter"}, False),
-    "token that takes it": ({}, {"content": "volq", "lstrip": True}, False)}
-
-
-@pytest.mark.parametrize("case", LONG)
-def test_a_long_text_is_cut_only_where_its_tokens_stay(tok_json, monkeypatch, case):
-    monkeypatch.setattr(encoders, "_STRETCH", 300)
-    changes, token, is_cut = LONG[case]
-    content = {**json.loads(tok_json), **changes}
-    if token:
-        content["added_tokens"] += [{**content["added_tokens"][0], "id": 512, "special": False, **token}]
-    content = json.dumps(content)
-    encoder = make(content, engine="tokenizers")
-    texts = ["\n".join(make_documents(40, seed=9)), "".join(odd_texts(300, seed=4)), "kalo\nmiter\nge quo\n" * 300,
-             "ka\nvolq ka volq ka mi\nter\n" * 300, "a\n" * 1500 + "\u0301" + "\nb" * 800, "", "kalo"]
-    assert as_lists(encoder.encode(texts)) == reference(content, texts)
-    stretches = list(encoder._stretches(texts[0]))
-    assert (len(stretches) > 10) == is_cut and "".join(stretches) == texts[0]
-
-
 def test_one_core_is_used_and_the_environment_left_alone(tok_json):
     """Threads of fastokens carry its name; on a machine with one core there would be none anyhow."""
     program = """if True:

@@ -1,0 +1,262 @@
+"""A study: suites of several seeds are trained, every model is evaluated, each claim gets an interval and a verdict.
+
+    name: nano
+    root: runs/study                # seed-N/ (a suite), seed-N/eval/MODEL.json, study.json
+    suite: study/suite.yaml         # trained once a seed, with variables.seed=N and root=ROOT/seed-N
+    ettin: .venv/bin/ettin          # of the environment that trains
+    settings: [scale=0.4]           # key=value of the suite file
+    seeds: [21, 22, 23]
+    workers: 2                      # suites, later models, at a time; each has its share of the cores
+    models: [encoder, decoder]      # exports of the suite
+    data: evaluation/data           # as `ettin-eval --data`
+    limit: 500                      # items of a task
+    tasks: {classification: [module-of-snippet], generation: [sciq]}   # the first metric with items counts
+    claims: [{claim: ..., source: ..., better: encoder, worse: decoder, on: classification}]
+    draws: 10000                    # of the bootstrap
+    quick: {limit: 50}              # replaces keys with --quick; its folder is ROOT-quick
+
+Finished suites, models and tasks are skipped, so that the same command goes on.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import datetime
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from ettin_eval.bootstrap import Bootstrap, Interval
+from ettin_eval.results import Score, versions
+
+_TOKENS_A_SECOND = 3000.0  # of nano on one core: what the first estimate goes by, before a run has been measured
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Claim(_Block):
+    """That model `better` is above model `worse` in the mean over the tasks of kind `on`."""
+
+    claim: str
+    source: str
+    better: str
+    worse: str
+    on: str
+
+
+class Study(_Block):
+    """A study file, checked for itself."""
+
+    name: str = Field(min_length=1)
+    root: Path
+    suite: Path
+    ettin: str = "ettin"
+    settings: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = Field(min_length=1)
+    workers: int = Field(1, ge=1)
+    models: tuple[str, ...] = Field(min_length=2)
+    data: Path | None = None
+    limit: int | None = Field(None, ge=1)
+    tasks: dict[str, tuple[str, ...]] = Field(min_length=1)
+    claims: tuple[Claim, ...] = ()
+    draws: int = Field(10_000, ge=100)
+
+
+def read_study(path: Path, quick: bool = False) -> Study:
+    """Reads a study file.
+
+    Raises:
+        ValueError: no such file, an unknown or wrong key, a claim about a model or kind that the study does not have.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        small = content.pop("quick", None)
+        if quick:
+            content = {**content, "root": content["root"] + "-quick", **(small or {})}
+        study = Study.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}; keys "
+                         f"are {', '.join(Study.model_fields)}") from None
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must be a study file, such as study/nano.yaml: {error}") from error
+    for claim in study.claims:
+        for model in {claim.better, claim.worse} - {*study.models}:
+            raise ValueError(f"{path}: claims must be about {', '.join(study.models)}, got {model}")
+        if claim.on not in study.tasks:
+            raise ValueError(f"{path}: claims.on must be one of {', '.join(study.tasks)}, got {claim.on}")
+    if len({*study.seeds}) < len(study.seeds):
+        raise ValueError(f"{path}: seeds must differ, got {list(study.seeds)}")
+    return study
+
+
+def run_study(study: Study, command: str) -> Path:
+    """Trains, evaluates, compares; returns the study's folder, which holds study.json.
+
+    Raises:
+        ValueError: a suite or an evaluation failed; its last lines are above.
+    """
+    stages = _stages(study)
+    tokens = sum(stages.values()) * len(study.seeds)
+    names = [task for tasks in study.tasks.values() for task in tasks]
+    evaluations = len(study.seeds) * len(study.models) * len(names)
+    hours = tokens / _TOKENS_A_SECOND / study.workers / 3600
+    say(f"{study.name}: {len(study.seeds)} suites of {len(stages)} runs, {tokens / 1e6:.1f}M tokens in all "
+        f"(about {hours * 60:.0f} minutes at {_TOKENS_A_SECOND:,.0f} tokens/s a worker), "
+        f"then {evaluations} evaluations")
+    begun = time.monotonic()
+    _each(study, [(f"seed {seed}", _suite_words(study, seed)) for seed in study.seeds])
+    trained = time.monotonic()
+    _each(study, [(f"seed {seed} {model}", _eval_words(study, seed, model, names))
+                  for seed in study.seeds for model in study.models])
+    found = compare(study, _read_scores(study, names))
+    ended = time.monotonic()
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    content = {"name": study.name, "created": now, "command": command,
+               "suites": [{"seed": seed, "root": str(_root(study, seed))} for seed in study.seeds],
+               "tokens": stages, "seconds": {"training": round(trained - begun), "evaluation": round(ended - trained)},
+               "models": list(study.models), **found, "versions": versions()}
+    path = study.root / "study.json"
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    show(content)
+    say(f"finished: {study.name} in {(ended - begun) / 60:.1f} minutes, {path}; `ettin report {study.root}` draws it")
+    return study.root
+
+
+def say(text: str) -> None:
+    """One line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------ training and evaluation, as processes
+
+
+def _root(study: Study, seed: int) -> Path:
+    return study.root / f"seed-{seed}"
+
+
+def _suite_words(study: Study, seed: int) -> list[str]:
+    return [study.ettin, "suite", str(study.suite), *study.settings, f"variables.seed={seed}",
+            f"root={_root(study, seed)}"]
+
+
+def _eval_words(study: Study, seed: int, model: str, names: Sequence[str]) -> list[str]:
+    root = _root(study, seed)
+    words = [sys.executable, "-m", "ettin_eval.main", str(root / "models" / model), "--tasks", ",".join(names),
+             "--out", str(root / "eval" / f"{model}.json"), "--seed", str(seed)]
+    words += ["--data", str(study.data)] if study.data else []
+    return words + (["--limit", str(study.limit)] if study.limit else [])
+
+
+def _stages(study: Study) -> dict[str, int]:
+    """{run of a suite: its tokens}, as the training environment reads the suite file."""
+    words = [*_suite_words(study, study.seeds[0]), "--json"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ValueError(f"ettin must be the program of the training environment, got {study.ettin} ({error}); "
+                         "`make .venv/.installed` makes .venv/bin/ettin") from error
+    if done.returncode:
+        raise ValueError(f"{study.suite}: {done.stderr.strip().splitlines()[-1].removeprefix('error: ')}")
+    stages = json.loads(done.stdout)["stages"]
+    return {stage["name"]: int(stage["max_duration"].removesuffix("tok")) for stage in stages}
+
+
+def _each(study: Study, jobs: Sequence[tuple[str, list[str]]]) -> None:
+    """Runs the commands, `workers` at a time, each line of theirs with the job's name before it."""
+    threads = max(1, (os.cpu_count() or 1) // study.workers)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    stopped = threading.Event()
+
+    def run(name: str, words: list[str]) -> None:
+        if stopped.is_set():
+            return
+        process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        for line in process.stderr:
+            say(f"{name}: {line.rstrip()}")
+        if process.wait():
+            stopped.set()
+            raise ValueError(f"{name} failed with exit code {process.returncode}: {shlex.join(words)}")
+
+    with concurrent.futures.ThreadPoolExecutor(study.workers) as pool:
+        for future in [pool.submit(run, *job) for job in jobs]:
+            future.result()
+
+
+# ------------------------------------------------------------------ comparison
+
+
+def _read_scores(study: Study, names: Sequence[str]) -> dict[str, dict[str, list[Score]]]:
+    """{model: {task: its first score with items, a seed each}}."""
+    found: dict[str, dict[str, list[Score]]] = {model: {name: [] for name in names} for model in study.models}
+    for seed in study.seeds:
+        for model in study.models:
+            content = json.loads((_root(study, seed) / "eval" / f"{model}.json").read_text(encoding="utf-8"))
+            for name in names:
+                scores = [Score.model_validate(each) for each in content["tasks"][name]["scores"]]
+                if not (counted := [score for score in scores if score.items is not None]):
+                    raise ValueError(f"tasks must give a figure for each item, got {name} without; leave it out")
+                found[model][name].append(counted[0])
+    return found
+
+
+def compare(study: Study, scores: Mapping[str, Mapping[str, Sequence[Score]]]) -> dict[str, Any]:
+    """The tables of study.json: `tasks` with each model's scores and interval, `claims` with their verdicts."""
+    kinds = {task: kind for kind, tasks in study.tasks.items() for task in tasks}
+    first = scores[study.models[0]]
+    bootstrap = Bootstrap({task: first[task][0].n for task in kinds}, len(study.seeds), draws=study.draws)
+    items = {model: {task: np.array([score.items for score in found]) for task, found in tasks.items()}
+             for model, tasks in scores.items()}
+    tables = []
+    for task, kind in kinds.items():
+        tables.append({
+            "task": task, "kind": kind, "metric": first[task][0].metric, "n": first[task][0].n,
+            "scores": {model: [{"seed": seed, "value": score.value, "stderr": score.stderr}
+                               for seed, score in zip(study.seeds, scores[model][task], strict=True)]
+                       for model in study.models},
+            "mean": {model: _plain(bootstrap.mean(items[model], [task])) for model in study.models}})
+    claims = []
+    for claim in study.claims:
+        tasks = study.tasks[claim.on]
+        found = bootstrap.difference(items[claim.better], items[claim.worse], tasks)
+        claims.append({"claim": claim.claim, "source": claim.source, "better": claim.better, "worse": claim.worse,
+                       "on": claim.on, "tasks": list(tasks), "n": sum(first[task][0].n for task in tasks),
+                       "difference": found.value, "low": found.low, "high": found.high, "verdict": found.verdict})
+    return {"tasks": tables, "claims": claims}
+
+
+def _plain(interval: Interval) -> dict[str, float]:
+    return interval._asdict()
+
+
+def show(content: Mapping[str, Any], write: Callable[[Any], None] | None = None) -> None:
+    """Prints a study's two tables: means with their intervals, and verdicts."""
+    write = write or Console(width=None if Console().is_terminal else 160).print
+    table = Table("task", "metric", "n", *content["models"], box=None, title_justify="left",
+                  title="mean over seeds [95% interval], in percent")
+    for task in content["tasks"]:
+        cells = [f"{100 * each['value']:.1f} [{100 * each['low']:.1f}, {100 * each['high']:.1f}]"
+                 for each in (task["mean"][model] for model in content["models"])]
+        table.add_row(task["task"], task["metric"], str(task["n"]), *cells)
+    write(table)
+    table = Table("claim", "difference [95% interval], points", "verdict", box=None, title_justify="left")
+    for claim in content["claims"]:
+        figures = f"{100 * claim['difference']:+.1f} [{100 * claim['low']:+.1f}, {100 * claim['high']:+.1f}]"
+        table.add_row(claim["claim"], figures, claim["verdict"])
+    write(table)
