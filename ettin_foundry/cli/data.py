@@ -97,10 +97,9 @@ def show(dataset: _Dataset,
 
     Example: ettin show data/mine --samples 3
     """
-    from ettin_foundry.data.inspect import show_lines
+    from ettin_foundry.data.inspect import show_text
 
-    for line in show_lines(dataset, samples=samples, seed=seed):
-        print(line)
+    print(show_text(dataset, samples=samples, seed=seed))
 
 
 def mix(spec: Annotated[Path, typer.Argument(metavar="SPEC", help="YAML: a phase of sources.yaml, or own budgets.")],

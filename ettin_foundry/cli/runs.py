@@ -154,9 +154,9 @@ def sweep(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Sweep file, such as study/sweep-lr.yaml.")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys of the file.")] = None,
 ) -> None:
-    """Train a run for each value of a setting and each line of a picture; the cost is said first.
+    """Train a run for each value of a setting, and draw the losses.
 
-    What is trained and measured already is left as it is: the same command continues.
+    The cost is said first. What is trained and measured already is left as it is: the same command continues.
 
     Example: ettin sweep study/sweep-lr.yaml scale=0.05
     """
@@ -240,5 +240,4 @@ def order(
     else:
         cfg, following = resolved([*(yaml or []), *(words or [])]), 0
         stream = stream_of(cfg)
-    for line in text(cfg, stream, following if step is None else step, rows=rows, decode=decode):
-        print(line)
+    print(text(cfg, stream, following if step is None else step, rows=rows, decode=decode))

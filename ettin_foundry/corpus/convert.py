@@ -9,15 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import xxhash
-from rich import filesize
 
 from ettin_foundry.corpus import plan as plans
 from ettin_foundry.corpus.encoder import Engine
@@ -113,30 +112,19 @@ class ConvertOptions:
         return {**{key: getattr(self, key, None) for key in keys}, "filters": filters}
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
     """What a conversion did."""
 
     out: str
     manifests: Mapping[str, Mapping[str, Any]]  # split -> manifest; empty for one task of an array
     units: tuple[int, int]  # done by this call, of all
 
-    @property
-    def sources(self) -> dict[str, Counter[str]]:
-        """Name -> documents, tokens and bytes of both splits, and what was dropped, as `dropped (REASON)`."""
-        found: dict[str, Counter[str]] = defaultdict(Counter)
-        for name, counts in (pair for manifest in self.manifests.values() for pair in manifest["sources"].items()):
-            found[name].update({key: counts[key] for key in ("documents", "tokens", "bytes")})
-            found[name].update({"unknown tokens": counts["unknown"]} if "unknown" in counts else {})
-            found[name].update({f"dropped ({reason})": number for reason, number in counts["dropped"].items()})
-        return found
-
     def __str__(self) -> str:
         done, of = self.units
-        texts = [f"{name}: " + ", ".join(filesize.decimal(number) if key == "bytes" else f"{number:,} {key}"
-                                         for key, number in counts.items()) for name, counts in self.sources.items()]
-        if "validation" in self.manifests:
-            texts.append(f"{self.manifests['validation']['totals']['documents']:,} documents for validation")
+        texts = [f"{split}: {each['totals']['documents']:,} documents, {each['totals']['tokens']:,} tokens"
+                 for split, each in self.manifests.items()]
+        dropped = [each["dropped"] for manifest in self.manifests.values() for each in manifest["sources"].values()]
+        texts += [f"{number:,} dropped ({reason})" for reason, number in sum(map(Counter, dropped), Counter()).items()]
         if not self.manifests:
             texts.append(f"{done} of {of} units done by this task; after all tasks: ettin finalize {self.out}")
         elif done < of:

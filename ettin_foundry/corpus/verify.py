@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from rich import filesize
 
-from ettin_foundry.corpus.card import CARD, read_hashes
+from ettin_foundry.corpus.finalize import CARD, read_hashes
 from ettin_foundry.data import INDEX, LENGTHS, MANIFEST
 from ettin_foundry.data import tokenizer as tokenizers
 from ettin_foundry.data.cache import fetch_tokenizer

@@ -5,13 +5,14 @@ Counts come from small files alone; only samples open shards. What must be fetch
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jinja2 import Environment, StrictUndefined
 
 from ettin_foundry.data import INDEX, MANIFEST
 from ettin_foundry.data.mixture import open_split
@@ -124,30 +125,25 @@ def draw_samples(data: Any, *, per_source: int, seed: int = 0) -> list[dict[str,
     return samples
 
 
-def show_lines(location: str | os.PathLike[str], *, samples: int = 1, seed: int = 0) -> Iterator[str]:
-    """Lines that describe what lies at a folder or URL, with `samples` decoded chunks of each source."""
+def show_text(location: str | os.PathLike[str], *, samples: int = 1, seed: int = 0) -> str:
+    """What lies at a folder or URL, with `samples` decoded chunks of each source, as show.txt.jinja lays it out."""
+    def table(data: Any) -> list[str]:
+        rows = source_rows(data)
+        cells = [list(rows[0]), *(list(row.values()) for row in rows)]
+        first, *others = [max(map(len, column)) for column in zip(*cells)]
+        return ["  ".join([name.ljust(first), *map(str.rjust, middle, others), last]).rstrip()
+                for name, *middle, last in cells]
+
     found = find_dataset(location)
-    decoder = load_decoder(found.storage) if samples else None
     with tempfile.TemporaryDirectory(prefix="ettin-") as scratch:
-        for split in found.splits:
-            data = found.open(split, Path(scratch))
-            name, tokenizer = (plain(str(text)) for text in (split, data.tokenizer.get("name", "unnamed")))
-            yield (f"{name}: {int(data.samples.sum()):,} chunks of at most {data.chunk_length:,} tokens, "
-                   f"{int(data.tokens.sum()):,} tokens, {data.num_shards:,} shards; tokenizer {tokenizer} "
-                   f"({data.tokenizer['vocab_size']:,} entries)")
-            rows = source_rows(data)
-            table = [list(rows[0]), *(list(row.values()) for row in rows)]
-            widths = [max(map(len, column)) for column in zip(*table)]
-            for first, *middle, last in table:
-                cells = [text.rjust(width) for text, width in zip(middle, widths[1:])]
-                yield "  " + "  ".join([first.ljust(widths[0]), *cells, last]).rstrip()
-            for source, stated in data.manifest.get("sources", {}).items():
-                if reasons := [f"{number:,} {plain(why)}" for why, number in (stated.get("dropped") or {}).items()]:
-                    yield f"  {plain(source)}: dropped {', '.join(reasons)}"
-            for sample in draw_samples(data, per_source=samples, seed=seed):
-                tokens, end = sample["tokens"].tolist(), ", ends its document" if sample["last"] else ""
-                yield (f"  [{plain(sample['source'])}] {plain(sample['doc'], 100)}, part {sample['part']}, "
-                       f"{len(tokens):,} tokens{end}")
-                yield "    " + (plain(decoder.decode(tokens, skip_special_tokens=False), 400) if decoder else
-                                f"no tokenizer/ beside the dataset; ids {tokens[:32]}")
-            yield ""
+        return render(Path(__file__).with_name("show.txt.jinja"), table=table,
+                      splits=[found.open(split, Path(scratch)) for split in found.splits],
+                      draw=functools.partial(draw_samples, per_source=samples, seed=seed),
+                      decoder=load_decoder(found.storage) if samples else None)
+
+
+def render(template: Path, **facts: Any) -> str:
+    """The text of a template for a terminal; its filters are `plain`, and `commas` for numbers."""
+    jinja = Environment(undefined=StrictUndefined, trim_blocks=True)
+    jinja.filters.update(plain=plain, commas="{:,}".format)
+    return jinja.from_string(template.read_text(encoding="utf-8")).render(facts).rstrip("\n")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ettin_foundry.data.inspect import load_decoder, plain
+from ettin_foundry.data.inspect import load_decoder, render
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
 from ettin_foundry.data.storage import open_storage
 from ettin_foundry.data.stream import HASH_MODULUS, Row, RowStream, check_warmup, fill_row, hash_row, open_stream
@@ -67,27 +67,13 @@ def view_step(stream: RowStream, step: int, *, rows: int | None = None) -> StepV
     return StepView(read, num_tokens, ids_hash % HASH_MODULUS, samples)
 
 
-def text(cfg: Mapping[str, Any], stream: RowStream, step: int, *, rows: int, decode: bool) -> Iterator[str]:
-    """Lines that say what a step reads: of its first `rows` rows each chunk, and how it begins if `decode`."""
+def text(cfg: Mapping[str, Any], stream: RowStream, step: int, *, rows: int, decode: bool) -> str:
+    """What a step reads: of its first `rows` rows each chunk, and how it begins if `decode`."""
     folder = stream.data.local.parent
     decoder = load_decoder(open_storage(str(folder))) if decode else None
     if decode and decoder is None:
         raise ValueError(f"--decode needs the tokenizer/ of the dataset, got {folder} without one")
-    view = view_step(stream, step, rows=rows)
-    head = view.rows[0]
-    yield (f"step {step:,} of {cfg.get('run_name') or 'the run'}: {len(view.rows):,} rows, {view.num_tokens:,} tokens, "
-           f"{head.tokens_before:,} before it, in epoch {head.epoch}; ids_hash {view.ids_hash:012x}")
-    amount, unit = parse_time("max_duration", cfg["max_duration"])
-    if (head.tokens_before if unit == "tok" else step) >= amount:
-        yield f"the run ends before it: max_duration is {cfg['max_duration']}"
-    if rows:
-        yield f"{'row':>6} {'tokens':>7}  source, document (part)"
-    for row, stored in zip(view.rows, view.samples):
-        for chunk, sample in zip(row.chunks, stored):
-            part = f"part {sample['part']}" + (", the last" if sample["last"] else "")
-            source, doc = plain(sample["source"], 60), plain(sample["doc"], 200)
-            yield f"{row.place:>6,} {len(chunk) + SPECIALS_PER_PIECE:>7,}  {source}  {doc} ({part})"
-            if decoder is not None:
-                yield " " * 16 + plain(decoder.decode(chunk[:60].tolist()), 60)
-    if len(view.samples) < len(view.rows):
-        yield f"and {len(view.rows) - len(view.samples):,} rows more (--rows)"
+    view, (amount, unit) = view_step(stream, step, rows=rows), parse_time("max_duration", cfg["max_duration"])
+    is_over = (view.rows[0].tokens_before if unit == "tok" else step) >= amount
+    return render(Path(__file__).with_name("order.txt.jinja"), cfg=cfg, step=step, view=view, decoder=decoder,
+                  is_over=is_over, specials=SPECIALS_PER_PIECE)

@@ -117,10 +117,12 @@ def _check_times(cfg: dict[str, Any]) -> None:
     duration, scheduler, spent = cfg["max_duration"], cfg["scheduler"], 0.0
     total, unit = parse_time("max_duration", duration)
     require(unit in ("tok", "ba"), "max_duration", "in tok or ba", duration, "give it in tokens")
-    if cfg.get("save_folder") and cfg.get("save_interval") is not None:
-        parse_time("save_interval", cfg["save_interval"])
+    intervals = {"save_interval": cfg.get("save_interval")} if cfg.get("save_folder") else {}
     if len(list(loaders(cfg))) > 1 and (interval := cfg.get("eval_interval", 1)) != 0:  # 1, an epoch: the default
-        parse_time("eval_interval", interval)
+        intervals["eval_interval"] = interval
+    for key, value in intervals.items():
+        require(value is None or parse_time(key, value)[1] != "dur", key, "in tok or ba", value,
+                "the host takes shares of a run only where the loader ends, and this one never does")
     for name in ("t_warmup", "t_decay"):
         value, its_unit = parse_time(f"scheduler.{name}", scheduler.get(name, "0tok"))
         # tokens are counted in a run of batches too; whether they fit into it is not known before

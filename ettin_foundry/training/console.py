@@ -68,7 +68,7 @@ class RunConsole(LoggerDestination):
         self._speaks = dist.get_global_rank() == 0
         self._terminal = Console(stderr=True) if self._speaks and sys.stderr.isatty() else None
         self._bar: Progress | None = None
-        self._drawn = 0.0
+        self._drawn, self._finished = 0.0, False
         self._metrics, self._step = dict[str, float](), dict[str, Any]()
         self._recent = deque[Timestamp](maxlen=_STEPS + 1)  # from after the first step of this process, which compiles
         # every rank's would print the whole config as well; the package's attribute `train` is a function
@@ -157,16 +157,16 @@ class RunConsole(LoggerDestination):
                           "seconds": f"{state.eval_timestamp.total_wct.total_seconds():.1f}"})
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """The last line: loggers hear of the end after the callbacks, so the last checkpoint is on the disk."""
-        self.close(state, logger)
-        now, seconds = state.timestamp, state.timestamp.total_wct.total_seconds()
-        if self._speaks and self._recent:
-            _say("finished", {"run": state.run_name, "tokens": now.token.value, "step": now.batch.value,
-                              "loss": f"{state.total_loss_dict['loss/train/total']:.4f}",
-                              "tokens/s": round(now.token.value / seconds),
-                              "training": timedelta(seconds=round(seconds)), "folder": _folder(state)})
+        self._finished = True  # an evaluation may follow
 
     def close(self, state: State, logger: Logger) -> None:
         if self._bar:
             self._bar.stop()
             self._bar = None
+        now, seconds = state.timestamp, state.timestamp.total_wct.total_seconds()
+        if self._speaks and self._finished:
+            self._finished = False
+            _say("finished", {"run": state.run_name, "tokens": now.token.value, "step": now.batch.value,
+                              "loss": f"{state.total_loss_dict['loss/train/total']:.4f}",
+                              "tokens/s": round(now.token.value / seconds),
+                              "training": timedelta(seconds=round(seconds)), "folder": _folder(state)})

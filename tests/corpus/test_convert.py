@@ -103,7 +103,7 @@ def test_a_text_that_lies_twice_in_a_folder_is_read_once(tmp_path, tokenizer_dir
         (folder / name).write_bytes(gzip.compress(data) if name.endswith("gz") else b"not read")
     (folder / "b.jsonl").symlink_to(folder / "a.jsonl")
     write_jsonl(folder / "deeper" / "a.jsonl", ["kalo mi ter"])
-    assert run(tmp_path / "out", [folder], tokenizer_dir).sources["in"]["documents"] == 61
+    assert run(tmp_path / "out", [folder], tokenizer_dir).manifests["train"]["totals"]["documents"] == 61
     for name, first in (("a.jsonl.gz", "a.jsonl"), ("b.jsonl", "a.jsonl"), ("c.jsonl.zst", "c.jsonl.gz")):
         assert f"{name} is not read, as it is the text of {first};" in caplog.text
 
@@ -156,5 +156,6 @@ def test_the_program_converts_and_says_what_it_did(tmp_path, corpus, monkeypatch
     line = capsys.readouterr().out
     assert status.value.code == 0 and line.count("\n") == 1
     manifests = [MDSSplit(tmp_path / "out" / split).manifest for split in ("train", "validation")]
-    assert f"corpus: 200 documents, {sum(m['totals']['tokens'] for m in manifests):,} tokens" in line
-    assert f"{manifests[1]['totals']['documents']} documents for validation" in line
+    assert sum(m["totals"]["documents"] for m in manifests) == 200
+    for split, totals in (("train", manifests[0]["totals"]), ("validation", manifests[1]["totals"])):
+        assert f"{split}: {totals['documents']:,} documents, {totals['tokens']:,} tokens" in line

@@ -86,7 +86,7 @@ def test_workers_and_a_second_start_change_no_byte(tmp_path, texts, tokenizer_di
     first = run(tmp_path / "set", [texts], tokenizer_dir, workers=2, **SETTINGS)
     assert files_of(tmp_path / "set") == whole
     again = run(tmp_path / "set", [texts], tokenizer_dir, **SETTINGS)
-    assert again.units == (0, first.units[1]) and again.sources == first.sources
+    assert again.units == (0, first.units[1]) and again.manifests == first.manifests
     assert files_of(tmp_path / "set") == whole and f"{first.units[1]} of {first.units[1]} units were done" in str(again)
 
 

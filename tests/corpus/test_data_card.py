@@ -14,7 +14,7 @@ import yaml
 from converting import SOURCES, copy_set, samples_of, whole_set
 from huggingface_hub import DatasetCard
 
-from ettin_foundry.corpus.card import card_text, read_hashes, write_card
+from ettin_foundry.corpus.finalize import card_text, read_hashes, write_card
 from ettin_foundry.data.storage import open_storage
 
 SPLITS = ("train", "validation")

@@ -145,6 +145,6 @@ def test_a_conversion_counts_unknown_tokens_and_refuses_another_script(tmp_path)
     texts = [text + " \u0e20\u0e32\u0e29\u0e32 [MASK]" for text in make_documents(40)]
     expected = sum(ids.count(0) for ids in reference(backend.to_str(), texts))
     summary = run(tmp_path / "set", [write_jsonl(tmp_path / "a.jsonl", texts)], tmp_path)
-    assert expected >= 40 and summary.sources["a"]["unknown tokens"] == expected
+    assert expected >= 40 and summary.manifests["train"]["sources"]["a"]["unknown"] == expected
     with pytest.raises(ValueError, match=r"unit \d+ .* must know its characters, got \d+ unknown of \d+ tokens"):
         run(tmp_path / "other", [write_jsonl(tmp_path / "b.jsonl", ["\u0e20\u0e32 " * 999 + "kalo"])], tmp_path)

@@ -7,7 +7,7 @@ import pytest
 from converting import SOURCES, copy_set, files_of, samples_of, whole_set
 from tokenizers import Tokenizer
 
-from ettin_foundry.data.inspect import draw_samples, find_dataset, plain, show_lines, source_rows
+from ettin_foundry.data.inspect import draw_samples, find_dataset, plain, show_text, source_rows
 from ettin_foundry.data.shards import MDSSplit
 from ettin_foundry.data.storage import open_storage
 
@@ -42,7 +42,7 @@ def test_samples_are_chunks_of_the_dataset_decoded(tokenizer_dir, tmp_path, comp
     reference = Tokenizer.from_file(str(whole / "tokenizer" / "tokenizer.json"))
     stored = {key(sample): sample for sample in samples_of(whole / "train")}
     assert len(set(map(key, draw_samples(data, per_source=10**6)))) == int(data.samples.sum())
-    found, lines = draw_samples(data, per_source=3, seed=5), "\n".join(show_lines(whole, samples=3, seed=5))
+    found, lines = draw_samples(data, per_source=3, seed=5), show_text(whole, samples=3, seed=5)
     assert [sample["source"] for sample in found] == ["code"] * 3 + ["wiki"] * 3 and len(set(map(key, found))) == 6
     for sample in found:
         tokens = stored[key(sample)]["tokens"].tolist()
@@ -57,7 +57,7 @@ def test_foreign_text_cannot_drive_the_terminal(tokenizer_dir, tmp_path):
     path = copy_set(tokenizer_dir, tmp_path) / "train" / "manifest.json"
     text = path.read_text().replace('"wiki"', '"w\\u001b[2Jki\\u202e"')
     path.write_text(text.replace('"cc-by-4.0"', '"\\u0007"'))
-    assert all(character.isprintable() for line in show_lines(tmp_path / "set", samples=0) for character in line)
+    assert all(character.isprintable() for character in show_text(tmp_path / "set", samples=0) if character != "\n")
 
 
 def test_command_shows_dataset_split_and_url(tokenizer_dir, tmp_path, ettin):

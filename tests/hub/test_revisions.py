@@ -1,19 +1,23 @@
-"""Checkpoints as revisions: names, chains of phases, restarts, tokenizers, exports in the course of a run."""
+"""Checkpoints as revisions: names, chains of phases, restarts, tokenizers, exports in a run, uploads."""
 
 import json
+import re
 import shutil
 
+import huggingface_hub
 import nano_run
 import parity
 import pytest
+import safetensors.torch
 import torch
+from hub_server import HubServer
 
 from ettin_foundry.data import tokenizer
 from ettin_foundry.data.tokenizer import fingerprint, train_bpe
 from ettin_foundry.hub.folder import export_every, revision_name
 from ettin_foundry.hub.load import load_model
 from ettin_foundry.model.config import EttinConfig
-from ettin_foundry.model.weights import import_folder, weights_checkpoint
+from ettin_foundry.model.weights import import_folder, to_hf, weights_checkpoint
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
 
 FINGERPRINT = fingerprint(parity.tiny_tokenizer())
@@ -160,3 +164,54 @@ def test_folders_are_written_in_the_course_of_a_run(data_set, tmp_path):
         assert equal_states(import_folder(folder / names[-1])[0], trainer.state.model.model.state_dict())
         assert not tokenizer.difference(fingerprint(tokenizer.load(tmp_path / name / "tokenizer")), own)
         trainer.close()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with HubServer() as server:
+        for name, value in ("ENDPOINT", server.url), ("HF_HUB_OFFLINE", False), ("HF_TOKEN_PATH", str(tmp_path / "no")):
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", "hf_x")
+        huggingface_hub.configure_http_backend()  # ends sessions that were made offline
+        yield server
+    huggingface_hub.configure_http_backend()
+
+
+def test_every_checkpoint_is_uploaded_under_its_tag_and_an_interrupted_upload_goes_on(chain, hub, ettin):
+    root, models = chain
+    words = ["push", "--every", *(root / name for name in ("pretrain", "extend", "decay")), "--repo", "it", "--private"]
+    code, said, _ = ettin(*words, "--dry-run")
+    names = re.findall(r"-> it@(\S+)", said)
+    assert code == 0 and names == ["step0", "step9", "step10", "ext3", "decay2"] and not hub.asked
+    hub.refused = 2
+    code, _, error = ettin(*words)
+    assert code == 1 and re.search("error: me/it: 403 .*; the same command goes on\n$", error)
+    assert [*hub.tags] == names[:2]
+    hub.refused = -1
+    assert "3 of 5 revisions, the others were there; main is decay2\n" in ettin(*words)[1]
+    assert [*hub.tags.items()] == list(zip(names, range(5))) and len(hub.commits) == 5
+    for name, at in hub.tags.items():
+        sent = safetensors.torch.load(hub.commits[at]["model.safetensors"])
+        assert equal_states(sent, to_hf(models[name].state_dict(), models[name].config, torch.float32))
+    assert hub.commits[-1]["README.md"].startswith(b"---\n") and b"# it\n" in hub.commits[-1]["README.md"]
+    del hub.tags["step9"]
+    assert "1 of 5" in ettin(*words)[1] and hub.commits[-1] == hub.commits[4] != hub.commits[5]  # as main was before
+    assert "0 of 5" in ettin(*words)[1] and len(hub.commits) == 7
+
+
+def test_a_folder_is_uploaded_as_it_is_or_refused_before_anything_is_sent(chain, hub, ettin, tmp_path, monkeypatch):
+    root, out = chain[0], tmp_path / "out"
+    export_every([root / "decay"], out)
+    assert ettin("push", out / "decay2", "--repo", "me/it")[:2] == (0, f"pushed to {hub.url}/me/it: {out / 'decay2'}\n")
+    assert hub.commits == [{path.name: path.read_bytes() for path in (out / "decay2").iterdir()}] and not hub.tags
+    assert f"{out / 'decay2'} -> me/it@decay2" in ettin("push", "--every", out, "--repo", "me/it", "--dry-run")[1]
+    hub.asked.clear()
+    hub.orgs.append("lab")
+    for folder, repo, token, words in (
+            (root / "decay", "me/it", "hf_x", "FOLDER must be an exported model"),
+            (out / "decay2", "a/b/c", "hf_x", "a/b/c"), (out / "decay2", "it", "", "HF_TOKEN"),
+            (out / "decay2", "it", "hf_x", "--repo must be OWNER/NAME, with one of me, lab")):
+        monkeypatch.setenv("HF_TOKEN", token)
+        code, _, error = ettin("push", folder, "--repo", repo)
+        assert code == 1 and words in error and error.count("\n") == 1
+    assert hub.asked == ["/api/whoami-v2"]

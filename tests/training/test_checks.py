@@ -16,7 +16,8 @@ from ettin_foundry.training import checks, run_config
 from ettin_foundry.training.run_config import resolved
 
 ROOT = Path(__file__).resolve().parents[2]
-NANO = resolved([str(ROOT / "yamls/nano.yaml"), "device_train_microbatch_size=16", "device_eval_batch_size=16"])
+NANO = resolved([str(ROOT / "yamls/nano.yaml"), "variables.global_batch=32", "device_train_microbatch_size=16",
+                 "device_eval_batch_size=16"])
 
 
 @pytest.fixture
@@ -72,6 +73,7 @@ OBJECTIVE = ("model.objective", "train_loader.objective", "eval_loader.objective
     # times and amounts
     ({"max_duration": "1ep"}, ["max_duration must be", "'1ep'", "tok"]),
     ({"eval_interval": ...}, ["eval_interval", "got 1", "epoch"]),  # the host's default
+    *(({key: "0.1dur"}, [f"{key} must be in tok or ba", "0.1dur"]) for key in ("save_interval", "eval_interval")),
     ({"scheduler.t_warmup": "5ba"}, ["scheduler.t_warmup must be in tok or dur", "'5ba'"]),
     ({"scheduler.t_warmup": "3_000_000tok", "scheduler.t_decay": "1_000_001tok"}, ["scheduler", "4_000_000tok"]),
     ({"scheduler.alpha_f": 0.02}, ["scheduler.alpha_f", "0.02", "t_decay"]),

@@ -39,11 +39,11 @@ def logged(data_set, tmp_path_factory):
     try:
         trainer = nano_run.run(data_set, folder, *EVALUATES, "loggers.ettin_console={interval: 2ba}",
                                "loggers.inmemory={}", evaluate=True)
+        trainer.close()
     finally:
         written, (sys.stderr, root.handlers, level) = sys.stderr, before
         ours.setLevel(level)
         written.close()
-    trainer.close()
     return (folder / "err").read_text(), trainer, folder / "nano-seen-pretrain"
 
 
