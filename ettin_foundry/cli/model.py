@@ -1,4 +1,4 @@
-"""The commands of `ettin` for one model: export, push, import, average, generate, fill-mask, evaluate."""
+"""The commands of `ettin` for one model: export, push, parity, import, average, generate, fill-mask, evaluate."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ def export(
         help="Another objective that the run was trained on.")] = None,
     licence: Annotated[str | None, typer.Option("--license", "--licence", help="Of the weights, for the card.")] = None,
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights.")] = "fp32",
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also model.onnx, checked with onnxruntime.")] = False,
+    trunk: Annotated[bool, typer.Option("--trunk", help="An encoder without its head, to make embeddings.")] = False,
     overwrite: _Overwrite = False,
 ) -> None:
     """Write a Composer checkpoint as a Hugging Face folder.
 
     With --every, one folder for each checkpoint of save folders, named step1000, ext1000, decay1000.
+    vLLM (embeddings), text-embeddings-inference and llama.cpp take the folder that --trunk writes.
 
     Example: ettin export runs/nano-mlm-pretrain models/nano-encoder
     """
@@ -40,12 +43,32 @@ def export(
     from ettin_foundry.hub.folder import export_checkpoint, export_every
 
     options: Any = {"objective": objective, "tokenizer": tokenizer, "licence": licence, "dtype": dtype,
-                    "overwrite": overwrite}
+                    "onnx": onnx, "trunk": trunk, "overwrite": overwrite}
     if every:
         print(export_every(sources, out, **options))
     else:
         model = export_checkpoint(sources[0], out, **options)
         print(f"wrote {out}: {model.config.num_parameters:,} parameters, {model.objective}")
+
+
+def parity(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Exported folder, with its head.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each check.")] = False,
+) -> None:
+    """Compare an exported folder with the transformers of this environment.
+
+    Prints the largest difference of each check; exit code 1 when one fails.
+
+    Example: ettin parity models/nano-encoder
+    """
+    from ettin_foundry.hub.parity import Parity
+
+    failed = False
+    for check in Parity(folder).run():
+        failed |= not check.ok
+        line = f"{'ok' if check.ok else 'FAILED':7}{check.name:20}{check.worst:8.1e} of {check.limit:.1e}  {check.note}"
+        print(json.dumps({**check._asdict(), "ok": check.ok}) if as_json else line, flush=True)
+    raise typer.Exit(int(failed))
 
 
 def push(

@@ -26,8 +26,8 @@ _TRAINED_BY = {
 
 
 def card(config: EttinConfig, *, objective: str, name: str, facts: Mapping[str, Any] | None = None,
-         mask_token: str = "[MASK]") -> str:
-    """The text of README.md, titled `name`.
+         mask_token: str = "[MASK]", trunk: bool = False) -> str:
+    """The text of README.md, titled `name`; trunk: the folder has no head.
 
     facts, all optional: phase (the last), tokens (real ones, of all phases), objective_schedule (text, where objectives
     change), license (as the Hub spells it), checkpoint (a mapping with run_name, phase, batch and run_hash), lineage
@@ -37,12 +37,14 @@ def card(config: EttinConfig, *, objective: str, name: str, facts: Mapping[str, 
     kind = "decoder" if config.causal else "encoder"
     one_base = config.local_rope_theta == config.global_rope_theta
     data = ModelCardData(license=facts.get("license", "unknown"), library_name="transformers",
-                         pipeline_tag="text-generation" if config.causal else "fill-mask",
+                         pipeline_tag="text-generation" if config.causal else
+                         "feature-extraction" if trunk else "fill-mask",
                          tags=["ettin", "modernbert", kind])
     text = ModelCard.from_template(
-        data, template_path=str(_TEMPLATE), name=name, kind=kind, causal=config.causal, version=__version__,
-        size=f"{config.size} " if config.size else "", parameters=f"{config.num_parameters:,}",
-        shift=" - 1" if objective == "mntp" else "", mntp_note=MNTP_NOTE, mask_token=mask_token,
+        data, template_path=str(_TEMPLATE), name=name, kind=kind, causal=config.causal, trunk=trunk,
+        version=__version__, size=f"{config.size} " if config.size else "",
+        parameters=f"{config.num_parameters:,}",
+        shift=" - 1" if objective == "mntp" and not trunk else "", mntp_note=MNTP_NOTE, mask_token=mask_token,
         transformers="4.48" if not config.causal else "4.56" if one_base else "5.0",
         training=_training(objective, facts).items(), longest=f"{config.max_position_embeddings:,}",
         notes=export_notes(config))

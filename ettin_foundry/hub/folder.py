@@ -20,8 +20,10 @@ from ettin_foundry.data import tokenizer as tokenizers
 from ettin_foundry.data.storage import atomic_folder
 from ettin_foundry.hub.card import MNTP_NOTE, card
 from ettin_foundry.hub.load import LoadedModel, chosen_objective, load_model
+from ettin_foundry.hub.onnx import ONNX, check_packages, write_onnx
 from ettin_foundry.model.config import OBJECTIVES, EttinConfig
 from ettin_foundry.model.hf_config import config_json
+from ettin_foundry.model.transformer import Ettin
 from ettin_foundry.model.weights import WEIGHTS, plain_state, to_hf
 from ettin_foundry.training import checkpoints
 
@@ -31,30 +33,48 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # torch's names
 
 
 def export_model(model: Any, config: EttinConfig, tokenizer: Any, folder: str | Path, *, objective: str,
-                 facts: Mapping[str, Any] | None = None, dtype: str = "fp32", overwrite: bool = False) -> Path:
+                 facts: Mapping[str, Any] | None = None, dtype: str = "fp32", onnx: bool = False, trunk: bool = False,
+                 overwrite: bool = False) -> Path:
     """Writes a Hugging Face folder: config, safetensors, tokenizer, generation config (decoders), card.
 
     Everything is written beside the target, then renamed into place.
 
     model: an `EttinModel`, an `Ettin`, or a state dict of either. tokenizer: a fast one of transformers.
     objective: what the head was last trained on. facts: as of `card.card`; some also go into config.json.
-    dtype: of the weights, a key of `DTYPES`. overwrite: replace an earlier export of this name.
+    dtype: of the weights, a key of `DTYPES`. onnx: also model.onnx, as of `onnx.write_onnx`. trunk: an encoder without
+    its head, with the mean as pooling, for programs that make embeddings. overwrite: replace an earlier export of this
+    name.
     """
     folder, facts = Path(folder), dict(facts or {})
     if objective not in OBJECTIVES or (objective == "clm") != config.causal:
         raise ValueError(f"objective must be {'clm' if config.causal else 'mlm or mntp'} here, got {objective!r}")
+    if (onnx and (trunk or dtype != "fp32")) or (trunk and config.causal):
+        raise ValueError("--onnx takes whole models in fp32; export it by itself" if onnx else
+                         "--trunk must be of an encoder, got a decoder: no program takes its trunk alone")
+    if onnx:
+        check_packages()
     _check_target(folder, overwrite)
     exported = _tokenizer_of_kind(tokenizer, config)
     weights = to_hf(plain_state(model), config, getattr(torch, DTYPES[dtype]))
     content = config_json(config, objective=objective, special_ids=tokenizers.special_ids(exported), facts=facts,
                           dtype=DTYPES[dtype])
-    if objective == "mntp":
+    if trunk:
+        weights = {name.removeprefix("model."): t for name, t in weights.items() if name.startswith("model.")}
+        content["architectures"] = ["ModernBertModel"]
+    elif objective == "mntp":
         log.warning("%s: %s", folder, MNTP_NOTE)
     with atomic_folder(folder) as partial:
         _write_files(partial, content, weights, exported)
-        text = card(config, objective=objective, name=folder.name, facts=facts, mask_token=exported.mask_token)
+        if trunk:
+            _write_pooling(partial, config.hidden_size)
+        if onnx:
+            built = Ettin(config, "reference")
+            built.load_state_dict(plain_state(model))
+            log.info("%s: logits as the model's within %.1e", folder / ONNX, write_onnx(built, partial))
+        text = card(config, objective=objective, name=folder.name, facts=facts, mask_token=exported.mask_token,
+                    trunk=trunk)
         (partial / "README.md").write_text(text, encoding="utf-8")
-        for path in partial.iterdir():  # as the umask says: safetensors makes a file that nobody else can read
+        for path in partial.glob("*.*"):  # as the umask says: safetensors makes a file that nobody else can read
             path.chmod((partial / "README.md").stat().st_mode)
     return folder
 
@@ -85,7 +105,17 @@ def _write_files(folder: Path, config: dict[str, Any], weights: dict[str, Tensor
         _write_json(folder / "generation_config.json", {name: config[name] for name in ids})
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def _write_pooling(folder: Path, hidden_size: int) -> None:
+    """What sentence-transformers, TEI, vLLM and llama.cpp's converter read the pooling from."""
+    parts = enumerate((("", "Transformer"), ("1_Pooling", "Pooling")))
+    _write_json(folder / "modules.json", [{"idx": i, "name": str(i), "path": path, "type":
+                                           f"sentence_transformers.models.{kind}"} for i, (path, kind) in parts])
+    (folder / "1_Pooling").mkdir()
+    _write_json(folder / "1_Pooling" / "config.json",
+                {"word_embedding_dimension": hidden_size, "pooling_mode_mean_tokens": True})
+
+
+def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -95,20 +125,20 @@ def _check_target(folder: Path, overwrite: bool) -> None:
     if folder.exists() and any(folder.iterdir()):
         if not overwrite:
             raise ValueError(f"{folder}: exists and is not empty; give another name, or pass --overwrite to replace it")
-        if not (folder / "config.json").is_file() or any(entry.is_dir() for entry in folder.iterdir()):
+        if not (folder / "config.json").is_file() or any(
+                entry.is_dir() and entry.name != "1_Pooling" for entry in folder.iterdir()):
             raise ValueError(f"{folder}: is not an exported model, so it is not overwritten; give another name")
 
 
 def export_checkpoint(source: str | Path, folder: str | Path, *, objective: str | None = None,
-                      tokenizer: str | None = None, licence: str | None = None, dtype: str = "fp32",
-                      overwrite: bool = False) -> LoadedModel:
+                      tokenizer: str | None = None, licence: str | None = None, **options: Any) -> LoadedModel:
     """Writes a checkpoint, or the newest of a save folder, as `export_model` does, with all that it says of itself.
 
-    `objective` and `tokenizer` are as for `load.load_model` and `LoadedModel.tokenizer`.
+    `objective` and `tokenizer` are as for `load.load_model` and `LoadedModel.tokenizer`; options as of `export_model`.
     """
     model = load_model(source, objective)
-    export_model(model.state, model.config, model.tokenizer(tokenizer), folder, objective=model.objective, dtype=dtype,
-                 facts={**model.facts, "license": licence}, overwrite=overwrite)
+    export_model(model.state, model.config, model.tokenizer(tokenizer), folder, objective=model.objective,
+                 facts={**model.facts, "license": licence}, **options)
     return model
 
 
@@ -146,7 +176,8 @@ def export_every(folders: Sequence[str | Path], out: str | Path, *, dtype: str =
     out, wanted, found = Path(out), [], revisions(folders)
     for name, (path, record, *_) in found.items():
         identity = {**{key: record.get(key) for key in ("run_name", "phase", "batch", "run_hash")},
-                    "objective": chosen_objective(path, record, objective)[0], "dtype": DTYPES[dtype]}
+                    "objective": chosen_objective(path, record, objective)[0], "dtype": DTYPES[dtype],
+                    "trunk": options.get("trunk", False)}
         if overwrite or not _is_there(out / name, path, identity):
             wanted.append(name)
     for name in track(wanted, "export", console=Console(stderr=True)):
@@ -163,7 +194,8 @@ def _is_there(folder: Path, path: Path, identity: Mapping[str, Any]) -> bool:
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         block = content["ettin_foundry"]
-        there = {**block["checkpoint"], "objective": block["objective"], "dtype": content["dtype"]}
+        there = {**block["checkpoint"], "objective": block["objective"], "dtype": content["dtype"],
+                 "trunk": content["architectures"] == ["ModernBertModel"]}
     for key, value in identity.items():
         if there.get(key) != value:
             raise ValueError(f"{folder}: {key} must be {value!r} for {path}, got {there.get(key)!r}; give another "

@@ -40,10 +40,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window_size
     """(N, H, K) softmax attention inside each document, scale K ** -0.5.
 
     q, k, v: (N, H, K), of one dtype, bf16 or fp16 for the flash backends. backend: `flash_attn_3`, `flash_attn_2`,
-    `varlen_attn`, `flex_attention` or `reference`.
+    `varlen_attn`, `flex_attention`, `reference`, or `padded`, for documents that attend by themselves (hub/onnx.py).
     """
     if q.shape[0] == 0:  # flash kernels refuse it; returned as it is, so that every rank has gradients to reduce
         return q
+    if backend == "padded":
+        return documents.attend(q, k, v, window_size)  # type: ignore
     if backend == "reference":
         return (_reference_global if window_size[0] < 0 else _reference_local)(q, k, v, documents, window_size)
     if backend == "flex_attention":  # for compiled code: as it is, and in a backward on a CPU, it makes (N, N) scores

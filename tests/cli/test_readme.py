@@ -55,10 +55,9 @@ def test_commands_without_a_title_are_run_by_ci_and_the_others_name_what_exists(
 
 
 def test_the_page_of_the_api_has_every_registered_name():
-    for names in REGISTRY.values():
-        for name, target in names.items():
-            shown = rf"::: {target.replace(':', '.')}\n.*heading: {name},|`{name}`"  # the latter: collators
-            assert re.search(shown, readme_commands.PAGES["docs/api.md"]), name
+    for name, target in [pair for names in REGISTRY.values() for pair in names.items()]:
+        shown = rf"::: {target.replace(':', '.')}\n.*heading: {name},|`{name}`"  # the latter: collators
+        assert re.search(shown, readme_commands.PAGES["docs/api.md"]), name
 
 
 def test_the_help_of_train_py_says_how_it_is_called(capsys):

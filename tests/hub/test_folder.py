@@ -170,15 +170,23 @@ def test_weights_in_bf16_are_rounded_once_and_come_back_as_that(encoder, tokeniz
     assert AutoModelForMaskedLM.from_pretrained(folder, torch_dtype="auto").dtype == torch.bfloat16
 
 
-def test_the_card_s_way_to_a_trunk_for_llama_cpp_works(exported, tmp_path):
+def test_a_trunk_is_what_automodel_saves_and_is_pooled_by_its_mean(exported, encoder, tokenizer, tmp_path):
+    from sentence_transformers import SentenceTransformer
     from transformers import AutoModel
 
-    [line] = re.findall(r'`(AutoModel[^`]*)`', (exported["encoder"] / "README.md").read_text())
-    eval(line.replace('"encoder"', "folder").replace('"trunk"', "trunk"),
-         {"AutoModel": AutoModel, "folder": exported["encoder"], "trunk": tmp_path / "trunk"})
-    content = json.loads((tmp_path / "trunk" / "config.json").read_text())
-    assert content["architectures"] == ["ModernBertModel"] and content["layer_norm_eps"] == 1e-5
-    assert not any(name.startswith(("decoder", "head")) for name in load_file(tmp_path / "trunk" / "model.safetensors"))
+    trunk = export_model(encoder, encoder.config, tokenizer, tmp_path / "trunk", objective="mntp", trunk=True)
+    [line] = re.findall(r'`(AutoModel[^`]*)`', (exported["encoder"] / "README.md").read_text())  # the other way
+    eval(line.replace('"encoder"', "folder").replace('"trunk"', "saved"),
+         {"AutoModel": AutoModel, "folder": exported["encoder"], "saved": tmp_path / "saved"})
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("trunk", "saved"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    contents = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("trunk", "saved")]
+    assert [(c["architectures"], c["layer_norm_eps"]) for c in contents] == [(["ModernBertModel"], 1e-5)] * 2
+    with torch.no_grad():
+        tokens = AutoModel.from_pretrained(trunk).eval()(**tokenizer("a + b", return_tensors="pt")).last_hidden_state
+    assert torch.allclose(tokens.mean(1)[0], torch.tensor(SentenceTransformer(str(trunk)).encode("a + b")), atol=1e-5)
+    assert "tensor" in parity.run_card(trunk)
+    assert export_model(encoder, encoder.config, tokenizer, trunk, objective="mlm", overwrite=True)
 
 
 def test_card_says_where_weights_come_from():

@@ -239,7 +239,7 @@ def test_a_finished_stage_of_other_settings_is_refused_with_both_values(small):
     overrides = [*small.plain["overrides"], "variables.peak_lr=1.0e-3", "seed=5", "progress_bar=true"]
     with pytest.raises(ValueError) as error:
         run_suite(small.suite(prepare=False, overrides=overrides))
-    for text in ("stages.encoder-pretrain: ", "optimizer.lr must be 0.003, got 0.001", "seed must be 21, got 5"):
+    for text in ("stages.encoder-pretrain: ", "optimizer.lr must be 0.002, got 0.001", "seed must be 21, got 5"):
         assert text in str(error.value)
     assert "progress_bar" not in str(error.value) and small.trained == ALL[:1]
 
