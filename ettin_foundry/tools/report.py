@@ -64,7 +64,8 @@ def write_page(folder: str | Path) -> Path:
 def _jinja(name: str) -> Template:
     jinja = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=name == "report.html.jinja",
                         undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True)
-    jinja.filters.update(count=format_count, svg=Markup, took=lambda seconds: timedelta(seconds=round(seconds)),
+    jinja.filters.update(count=format_count, repr=repr, svg=Markup,
+                         took=lambda seconds: timedelta(seconds=round(seconds)),
                          yaml=lambda text: yaml.safe_dump(json.loads(text), width=96, allow_unicode=True))
     return jinja.get_template(name)
 
