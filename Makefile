@@ -16,7 +16,7 @@ suite: $(VENV)/.installed data/nano/train/manifest.json
 	$(BIN)/ettin suite yamls/suite/nano.yaml $(SUITE_ARGS)
 
 data/nano/train/manifest.json data/demo/train/manifest.json: data/%/train/manifest.json: | $(VENV)/.installed
-	$(BIN)/python data_prep/convert.py python-stdlib --out data/$* --train-tokenizer 8192 --chunk-length 254 --validation 0.03
+	$(BIN)/python data_prep/convert.py python-stdlib --out data/$* --train-tokenizer 2048 --chunk-length 254 --validation 0.03
 
 # One process a core; a file's tests stay together, for they share fixtures. A process that dies ends the run at once:
 # pytest-xdist waits for ever where it begins another one under loadfile.

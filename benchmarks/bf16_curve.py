@@ -42,7 +42,7 @@ def curve(objective: str, seed: int, bf16: bool, args: argparse.Namespace) -> li
     collate = Collator(objective, TextVocab.from_tokenizer(tokenizer), max_seq_len=T, seed=21,
                        mask_rate=0.0 if objective == "clm" else 0.3)
     torch.manual_seed(seed)
-    model = Ettin(EttinConfig.for_size("nano", causal=objective == "clm", vocab_size=8192)).train()
+    model = Ettin(EttinConfig.for_size("nano", causal=objective == "clm", vocab_size=len(tokenizer))).train()
     optimizer = StableAdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), eps=1e-6, weight_decay=3e-4)
     losses = []
     for step in range(args.steps):

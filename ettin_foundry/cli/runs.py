@@ -1,4 +1,4 @@
-"""The commands of `ettin` for training runs seen as a whole: recipes, plan, lint, suite, report, order."""
+"""The commands of `ettin` for training runs seen as a whole: recipes, plan, lint, suite, watch, report, order."""
 
 from __future__ import annotations
 
@@ -154,9 +154,9 @@ def sweep(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Sweep file, such as study/sweep-lr.yaml.")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys of the file.")] = None,
 ) -> None:
-    """Train a run for each value of a setting and each line of a picture; the cost is said first.
+    """Train a run for each value of a setting, and draw the losses.
 
-    What is trained and measured already is left as it is: the same command continues.
+    The cost is said first. What is trained and measured already is left as it is: the same command continues.
 
     Example: ettin sweep study/sweep-lr.yaml scale=0.05
     """
@@ -186,6 +186,20 @@ def _list(found: Any, stages: Any, as_json: bool) -> None:
         pair = f", pair {stage['pair']}" if stage["pair"] else ""
         print(f"{stage['name']}: {stage['max_duration']} from {stage['from'] or 'initialisation'}{pair}\n"
               f"    {shlex.join(stage['command'])}")
+
+
+def watch(
+    run: Annotated[Path, typer.Argument(
+        metavar="RUN", help="Save folder of a run, its steps.jsonl, or the root of a suite.")],
+    follow: Annotated[bool, typer.Option("--follow", help="Go on showing it until all its runs have ended.")] = False,
+) -> None:
+    """Show how far a run is: loss over tokens, speed, time left.
+
+    Example: ettin watch runs/nano-mlm-pretrain --follow
+    """
+    from ettin_foundry.tools import progress
+
+    progress.watch(run, follow)
 
 
 def report(folder: Annotated[Path, typer.Argument(

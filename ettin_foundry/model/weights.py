@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from torch import Tensor
 
 from ettin_foundry.model.config import EttinConfig
@@ -28,23 +29,7 @@ class TensorRow(NamedTuple):
     shape: tuple[int, ...]
 
 
-# ours | shape | encoder | decoder, where it differs. C hidden, I GLU width, V vocabulary, {i} layer. Layer 0 has no
-# attn_norm. `decoder.weight` is tied to the embedding and never written: transformers 5.0 leaves a stored one untied.
-_TABLE: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
-    ("trunk.embeddings.tok_embeddings.weight", "V C", "model.embeddings.tok_embeddings.weight", ()),
-    ("trunk.embeddings.norm.weight", "C", "model.embeddings.norm.weight", ()),
-    ("trunk.layers.{i}.attn_norm.weight", "C", "model.layers.{i}.attn_norm.weight", ()),
-    ("trunk.layers.{i}.attn.Wqkv.weight", "3C C", "model.layers.{i}.attn.Wqkv.weight",
-     tuple(f"model.layers.{{i}}.attn.{x}_proj.weight" for x in "qkv")),
-    ("trunk.layers.{i}.attn.Wo.weight", "C C", "model.layers.{i}.attn.Wo.weight", ()),
-    ("trunk.layers.{i}.mlp_norm.weight", "C", "model.layers.{i}.mlp_norm.weight", ()),
-    ("trunk.layers.{i}.mlp.Wi.weight", "2I C", "model.layers.{i}.mlp.Wi.weight", ()),
-    ("trunk.layers.{i}.mlp.Wo.weight", "C I", "model.layers.{i}.mlp.Wo.weight", ()),
-    ("trunk.final_norm.weight", "C", "model.final_norm.weight", ()),
-    ("head.dense.weight", "C C", "head.dense.weight", ("lm_head.dense.weight",)),
-    ("head.norm.weight", "C", "head.norm.weight", ("lm_head.norm.weight",)),
-    ("output_bias", "V", "decoder.bias", ()),
-)
+_TABLE: dict[str, list[Any]] = yaml.safe_load(Path(__file__).with_name("tensors.yaml").read_text(encoding="utf-8"))
 _TIED, _EMBEDDING = "decoder.weight", "model.embeddings.tok_embeddings.weight"
 
 
@@ -53,8 +38,8 @@ def tensor_table(config: EttinConfig) -> list[TensorRow]:
     c, i = config.hidden_size, config.intermediate_size
     sizes = {"C": c, "3C": 3 * c, "I": i, "2I": 2 * i, "V": config.vocab_size}
     rows = []
-    for name, shape, encoder, decoder in _TABLE:
-        hf_names = decoder if config.causal and decoder else (encoder,)
+    for name, (shape, encoder, *decoder) in _TABLE.items():
+        hf_names = decoder[0] if config.causal and decoder else (encoder,)
         for layer in range(config.num_hidden_layers if "{i}" in name else 1):
             if layer or "attn_norm" not in name:
                 rows.append(TensorRow(name.format(i=layer), tuple(n.format(i=layer) for n in hf_names),

@@ -92,7 +92,7 @@ SAME = [
     ({"scheduler.t_decay": "1_000_000tok"},
      {"scheduler.t_decay": "0.25dur", "scheduler.alpha_f": 0, "scheduler.t_max": "1dur"}),
     ({"model.window_left": 64}, {"model.local_attention": 128}),
-    ({"optimizer.max_lr": 3e-3}, {"optimizer.betas": ..., "optimizer.eps": ...}),
+    ({"optimizer.max_lr": 2e-3}, {"optimizer.betas": ..., "optimizer.eps": ...}),
     ({"train_loader.shuffle_window": 16, "train_loader.shuffle_seed": 21}, {"train_loader.shuffle_seed": ...}),
     ({"train_loader.mask_rate": [{"until": "2_000_000tok", "rate": 0.3}, {"rate": 0.1}]},
      {"train_loader.mask_rate": [{"until": "0.5dur", "rate": 0.3}, {"until": "1dur", "rate": 0.1}]}),

@@ -200,7 +200,7 @@ def test_a_suite_file_is_planned_stage_by_stage_as_text_and_json(ettin, tmp_path
     found = json.loads(out)
     stages = ["encoder", "decoder", "decoder-from-encoder", "encoder-from-decoder"]
     assert code == 0 and [stage["name"] for stage in found["stages"]] == stages
-    assert found["stages"][0]["num_steps"] == math.ceil(1e6 / 8192)  # a quarter of nano's 4M tokens
+    assert found["stages"][0]["num_steps"] == math.ceil(1e6 / 1024)  # a quarter of nano's 4M tokens
     for key in ("num_tokens", "num_steps", "hours", "checkpoints", "storage_bytes"):
         assert found["totals"][key] == pytest.approx(sum(stage[key] for stage in found["stages"]), rel=1e-12)
     lines = ettin("plan", *options)[1].splitlines()

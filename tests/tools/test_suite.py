@@ -239,7 +239,7 @@ def test_a_finished_stage_of_other_settings_is_refused_with_both_values(small):
     overrides = [*small.plain["overrides"], "variables.peak_lr=1.0e-3", "seed=5", "progress_bar=true"]
     with pytest.raises(ValueError) as error:
         run_suite(small.suite(prepare=False, overrides=overrides))
-    for text in ("stages.encoder-pretrain: ", "optimizer.lr must be 0.003, got 0.001", "seed must be 21, got 5"):
+    for text in ("stages.encoder-pretrain: ", "optimizer.lr must be 0.002, got 0.001", "seed must be 21, got 5"):
         assert text in str(error.value)
     assert "progress_bar" not in str(error.value) and small.trained == ALL[:1]
 
@@ -338,7 +338,7 @@ def test_the_report_says_what_the_exported_folders_are(small, data_set, capfd):
         assert next(model for model in report["models"] if model["model"] == name)["evaluation"] == found
         cells = [f"{value['loss']:.3f} ({value['accuracy']:.1%})" for value in found.values()]
         assert f"{name} {objective} {' '.join(cells)} 4k + 4k" in text
-        assert re.search(rf"{name} +{objective} +4k \+ 4k +{re.escape(cells[0])} ", printed), printed
+        assert re.search(rf"{name} +{objective} +{re.escape(cells[0])} .* 4k \+ 4k\n", printed), printed
 
 
 def test_the_report_says_why_a_number_is_missing(small):

@@ -16,7 +16,8 @@ from ettin_foundry.training import checks, run_config
 from ettin_foundry.training.run_config import resolved
 
 ROOT = Path(__file__).resolve().parents[2]
-NANO = resolved([str(ROOT / "yamls/nano.yaml"), "device_train_microbatch_size=16", "device_eval_batch_size=16"])
+NANO = resolved([str(ROOT / "yamls/nano.yaml"), "variables.global_batch=32", "device_train_microbatch_size=16",
+                 "device_eval_batch_size=16"])
 
 
 @pytest.fixture
