@@ -1,20 +1,17 @@
 """What README, docs and the help of each command tell people to type is accepted, and CI runs what can run there."""
 
-import importlib
 import re
 import shlex
-import sys
 
 import nano_run
 import pytest
 import readme_commands
 import typer
+from ettin_eval.main import app as evaluation
 
 from ettin_foundry import REGISTRY
 from ettin_foundry.cli.main import app
 
-sys.path.append(str(nano_run.ROOT / "evaluation"))  # its command line needs typer and rich alone
-evaluation = importlib.import_module("ettin_eval.main").app
 BLOCKS = [(title, readme_commands.commands(text)) for language, title, text in readme_commands.BLOCKS
           if language == "bash"]
 LINES = sorted({line for _, lines in BLOCKS for line in lines if "RECIPE" not in line})
