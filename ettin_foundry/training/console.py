@@ -164,7 +164,7 @@ class RunConsole(LoggerDestination):
             self._bar.stop()
             self._bar = None
         now, seconds = state.timestamp, state.timestamp.total_wct.total_seconds()
-        if self._speaks and self._finished:
+        if self._speaks and self._finished and self._recent:
             self._finished = False
             _say("finished", {"run": state.run_name, "tokens": now.token.value, "step": now.batch.value,
                               "loss": f"{state.total_loss_dict['loss/train/total']:.4f}",
