@@ -31,7 +31,7 @@ def scenarios(corpus: Path, more: Path, tokenizer: Path) -> dict[str, Steps]:
     two = [f"more={more}", "--tokenizer", str(tokenizer), "--out", "{out}", *FLAGS, "--append"]
     return {"one process": [[[*one, "--workers", "1"]]],
             "two workers": [[[*one, "--workers", "2"]]],
-            "unique": [[[*one, "--workers", "2", "--deduplicate", "--compression", "zstd"]]],
+            "compressed": [[[*one, "--workers", "2", "--compression", "zstd"]]],
             "array": [[[*one, "--workers", "1", "--task-index", task, "--num-tasks", "2"] for task in "01"],
                       [["finalize", "{out}"]]],
             "append": [[[*one, "--workers", "2"]], [[*two, "--workers", "2"]]]}

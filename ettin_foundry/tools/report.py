@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -50,7 +51,7 @@ def write_page(folder: str | Path) -> Path:
         facts = {"name": folder.resolve().name, **sweep, **study, "study": study, "sweep": sweep}
         facts["pictures"] = _sweep_pictures(sweep)
         for number, (metric, svg) in enumerate(facts["pictures"].items()):
-            name = f"sweep-{metric.replace('/', '-')}.svg" if number else "sweep.svg"
+            name = f"sweep-{re.sub('[^a-z0-9]+', '-', metric.lower())}.svg" if number else "sweep.svg"
             (folder / name).write_text(standalone(svg), encoding="utf-8")
     else:
         facts = _read_runs(folder)
@@ -64,7 +65,8 @@ def write_page(folder: str | Path) -> Path:
 def _jinja(name: str) -> Template:
     jinja = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=name == "report.html.jinja",
                         undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True)
-    jinja.filters.update(count=format_count, svg=Markup, took=lambda seconds: timedelta(seconds=round(seconds)),
+    jinja.filters.update(count=format_count, repr=repr, svg=Markup,
+                         took=lambda seconds: timedelta(seconds=round(seconds)),
                          yaml=lambda text: yaml.safe_dump(json.loads(text), width=96, allow_unicode=True))
     return jinja.get_template(name)
 

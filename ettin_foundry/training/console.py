@@ -89,8 +89,8 @@ class RunConsole(LoggerDestination):
         root = logging.getLogger()
         root.handlers = [handler, *(each for each in root.handlers if getattr(each, "stream", None) is not sys.stderr)]
         logging.getLogger("ettin_foundry").setLevel(logging.INFO)
-        # a recipe says how many batches are evaluated at most, and small data has fewer
-        warnings.filterwarnings("ignore", "DataloaderNumBatchesWarning")
+        # a recipe says how many batches are evaluated at most, and small data has fewer; there is no state to restore
+        warnings.filterwarnings("ignore", "DataloaderNumBatchesWarning|RunConsole is not in the state_dict")
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self._metrics.update(metrics)
