@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     if not dry_run:
+        warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)  # LLM-Foundry imports it
         from llmfoundry.command_utils import train
 
         ettin_foundry.register()

@@ -113,8 +113,8 @@ def measure(data: str, rows: int, length: int, microbatch: int) -> dict[str, flo
             "yamls/nano.yaml", f"variables.data={data}", f"variables.max_seq_len={length}",
             f"global_train_batch_size={rows}", f"variables.microbatch_tokens={microbatch * length}",
             f"variables.eval_tokens={length}", f"max_duration={STEPS}ba", f"variables.save_root={folder}",
-            f"train_loader.num_workers={WORKERS}", "eval_loader=null", "save_interval=1000ba", "progress_bar=false",
-            "log_to_console=false", "python_log_level=warning"])).close()
+            f"train_loader.num_workers={WORKERS}", "eval_loader=null", "save_interval=1000ba",
+            "loggers.ettin_console=null"])).close()
     return spent.medians()
 
 

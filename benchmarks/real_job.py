@@ -102,7 +102,7 @@ def run(size: str, objective: str, args: argparse.Namespace, seconds: float) -> 
     with tempfile.TemporaryDirectory() as folder:
         overrides = [f"variables.data={args.data.resolve()}", f"max_duration={number}ba", "eval_loader=null",
                      "save_folder=null", "save_interval=null", "save_overwrite=null", "autoresume=null",
-                     f"callbacks.ettin_steps.folder={folder}", "progress_bar=false", f"model.compile={args.compile}"]
+                     f"callbacks.ettin_steps.folder={folder}", f"model.compile={args.compile}"]
         if size != "nano":
             overrides.append(f"global_train_batch_size={rows}")
         begun, log = time.time(), Path(folder, "log")

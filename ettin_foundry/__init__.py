@@ -31,6 +31,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "warmup_stable_decay": "ettin_foundry.training.optimizer:WarmupStableDecay",
         "one_minus_sqrt": "ettin_foundry.training.optimizer:OneMinusSqrt",
     },
+    "loggers": {"ettin_console": "ettin_foundry.training.console:RunConsole"},
     "callbacks": {
         "ettin_phase": "ettin_foundry.training.callbacks:EnterPhase",
         "ettin_cross": "ettin_foundry.training.callbacks:CrossObjective",

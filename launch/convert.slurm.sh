@@ -16,8 +16,8 @@
 #
 #   TASKS               number of tasks; each gets every TASKS-th unit. More tasks than units leave some without work
 #   SOURCE, OPTION      as of data_prep/convert.py (--help lists them), except those of the array itself. OUT and the sources
-#                       are folders that every node sees, or URLs. --train-tokenizer and --deduplicate need one process that
-#                       sees all documents: train the tokenizer before, deduplicate on one machine
+#                       are folders that every node sees, or URLs. --train-tokenizer needs one process that sees
+#                       all documents: train the tokenizer before
 #
 #   SUBMIT_OPTIONS      environment: further words for sbatch, such as SUBMIT_OPTIONS="--partition=cpu --cpus-per-task=32".
 #                       They take precedence over the #SBATCH lines above, which are 16 cores and 48 GB a task
@@ -55,7 +55,7 @@ submit() {
     out="$(out_of "$@")"
     for argument in "$@"; do
         case "$argument" in
-            --task-index* | --num-tasks* | --train-tokenizer* | --deduplicate)
+            --task-index* | --num-tasks* | --train-tokenizer*)
                 fail "$argument: given; not possible in an array of tasks, see the head of this script" ;;
         esac
     done

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # nano with the small vocabulary of the fixtures; batches of 8 rows of 64 tokens
 SMALL = ["variables.max_seq_len=64", "variables.global_batch=8",
          "device_train_microbatch_size=4", "variables.warmup=1ba", "max_duration=8ba", "save_interval=4ba",
-         "eval_interval=1000ba", "progress_bar=false", "log_to_console=false", "python_log_level=warning",
+         "eval_interval=1000ba", "loggers.ettin_console=null",
          "~callbacks.speed_monitor", "~callbacks.runtime_estimator", "~callbacks.scheduled_gc"]
 # sizes of batches go up: 2, 4, 6, 8 rows, two steps of each but the last
 RISING = ["train_loader.batch_size_warmup={min_size: 2, tokens: 1400}", "device_train_microbatch_size=2",

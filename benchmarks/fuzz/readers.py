@@ -153,7 +153,7 @@ def read_conversion(folder: Path) -> None:
     quietly(plans.published_units, storage)
     plan = plans.read_plan(storage)
     if plan is not None:
-        options: Any = SimpleNamespace(record=lambda: plan.options, append=False, deduplicate=True)
+        options: Any = SimpleNamespace(record=lambda: plan.options, append=False)
         quietly(functools.partial(plans.plan_conversion, tokenizer=plan.tokenizer, storage=storage), options, plan, [])
     finalize(folder)
     read_rows(folder)  # "makes a readable dataset"

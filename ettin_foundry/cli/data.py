@@ -41,7 +41,6 @@ def convert(
         "What tokenizes; auto: fast where its ids are the same.")] = "auto",
     task_index: Annotated[int | None, _help("Number of this task in a job array, from 0.")] = None,
     num_tasks: Annotated[int | None, _help("Tasks of the job array.")] = None,
-    deduplicate: Annotated[bool, _help("Keep the first of equal documents.", "--deduplicate")] = False,
     min_characters: Annotated[int | None, _help("Drop shorter documents.")] = None,
     max_characters: Annotated[int | None, _help("Drop longer documents.")] = None,
 ) -> None:

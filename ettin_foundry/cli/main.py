@@ -20,7 +20,7 @@ from ettin_foundry.cli import data, model, runs
 
 _GROUPS = {
     "Data": (data.convert, data.verify, data.show, data.mix, data.finalize),
-    "Runs": (runs.recipes, runs.plan, runs.lint, runs.suite, runs.sweep, runs.report, runs.order),
+    "Runs": (runs.recipes, runs.plan, runs.lint, runs.suite, runs.sweep, runs.watch, runs.report, runs.order),
     "Models": (model.export, model.push, model.parity, model.import_, model.average, model.generate, model.fill_mask,
                model.evaluate),
 }

@@ -55,7 +55,7 @@ def parity(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Exported folder, with its head.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each check.")] = False,
 ) -> None:
-    """Compare an exported folder with the transformers of this environment.
+    """Compare an exported folder with the transformers installed here.
 
     Prints the largest difference of each check; exit code 1 when one fails.
 

@@ -1,4 +1,4 @@
-"""The commands of `ettin` for training runs seen as a whole: recipes, plan, lint, suite, report, order."""
+"""The commands of `ettin` for training runs seen as a whole: recipes, plan, lint, suite, watch, report, order."""
 
 from __future__ import annotations
 
@@ -186,6 +186,20 @@ def _list(found: Any, stages: Any, as_json: bool) -> None:
         pair = f", pair {stage['pair']}" if stage["pair"] else ""
         print(f"{stage['name']}: {stage['max_duration']} from {stage['from'] or 'initialisation'}{pair}\n"
               f"    {shlex.join(stage['command'])}")
+
+
+def watch(
+    run: Annotated[Path, typer.Argument(
+        metavar="RUN", help="Save folder of a run, its steps.jsonl, or the root of a suite.")],
+    follow: Annotated[bool, typer.Option("--follow", help="Go on showing it until all its runs have ended.")] = False,
+) -> None:
+    """Show how far a run is: loss over tokens, speed, time left.
+
+    Example: ettin watch runs/nano-mlm-pretrain --follow
+    """
+    from ettin_foundry.tools import progress
+
+    progress.watch(run, follow)
 
 
 def report(folder: Annotated[Path, typer.Argument(

@@ -57,7 +57,6 @@ class ConvertOptions:
     compression: Literal["zstd"] | None = None
     seed: int = 0
     licence: str | None = None
-    deduplicate: bool = False
     min_characters: int | None = None  # Unicode code points; empty documents are dropped anyway
     max_characters: int | None = None
     append: bool = False
@@ -85,8 +84,6 @@ class ConvertOptions:
             ("workers", "at least 1, or left out for all cores", self.workers is None or self.workers >= 1),
             ("task_index", f"0 to --num-tasks - 1, with --num-tasks {tasks}",
              task == tasks if task is None or tasks is None else 0 <= task < tasks),
-            ("deduplicate", "left out with --task-index and --append, where not all texts are read: use datatrove",
-             not self.deduplicate or (task is None and not self.append)),
             ("min_characters", "2 or more, and at most --max-characters",
              2 <= (self.min_characters or 2) <= (self.max_characters or 2**62)),
             ("max_characters", "1 or more", self.max_characters is None or self.max_characters >= 1),
@@ -95,10 +92,6 @@ class ConvertOptions:
             if not fits:
                 raise ValueError(f"--{key.replace('_', '-')} must be {allowed}, got {getattr(self, key)!r}")
 
-    @property
-    def reading(self) -> ReadOptions:
-        return ReadOptions.of({**self.record(), "max_bad_records": self.max_bad_records})
-
     def record(self) -> dict[str, Any]:
         """The options that shape the data, without places on this machine."""
         keys = ["train_tokenizer", "chunk_length", "cut_window", "validation", "text_field", "id_field", "compression",
@@ -106,7 +99,7 @@ class ConvertOptions:
         # keys of filters that are gone stay, for datasets that are appended to
         filters = {"min_characters": self.min_characters, "max_characters": self.max_characters, "predicates": [],
                    "decontaminate": [], "decontaminate_field": "text", "decontaminate_drop": False, "ngrams": None,
-                   "deduplicate": self.deduplicate}
+                   "deduplicate": False}
         if self.max_document_bytes != ReadOptions.max_document_bytes:
             keys.append("max_document_bytes")
         return {**{key: getattr(self, key, None) for key in keys}, "filters": filters}
@@ -165,7 +158,7 @@ def convert(options: ConvertOptions) -> Summary:
                       {**plan.options, "max_bad_records": options.max_bad_records},
                       {source.name: source for source in sources}, plan.base_key, facts["name"],
                       tok.backend_tokenizer.to_str(), tuple(sorted(tokenizers.forbidden_ids(tok))), options.engine,
-                      _find_copies(plan, sources, options) if todo and options.deduplicate else {}, made_with)
+                      made_with)
     if todo:
         workers = min(options.workers or len(os.sched_getaffinity(0)), len(todo))
         num_bytes = sum(part_bytes(job.sources[unit.source], part) for unit in todo for part in unit.parts)
@@ -174,23 +167,6 @@ def convert(options: ConvertOptions) -> Summary:
         log.info("%s", board)
     manifests = finalize(options.out, max_bad_records=options.max_bad_records) if options.task_index is None else {}
     return Summary(storage.url, manifests, (len(todo), len(plan.units)))
-
-
-def _find_copies(plan: plans.Plan, sources: Sequence[Source], options: ConvertOptions) -> dict[int, set[int]]:
-    """Unit number -> ordinals of its documents that repeat an earlier one. All texts are read, in this process.
-
-    They are told apart by xxh3_128: the chance that any two of 1e9 different ones have the same is 1.5e-21.
-    """
-    of_name, reading = {source.name: source for source in sources}, options.reading
-    seen, copies = set[bytes](), {unit.number: set[int]() for unit in plan.units}
-    for unit in plan.units:
-        for ordinal, document in enumerate(read_parts(of_name[unit.source], unit.parts, Meter(), reading)):
-            digest = xxhash.xxh3_128_digest(document.text.encode())
-            if digest in seen:
-                copies[unit.number].add(ordinal)
-            seen.add(digest)
-    log.info("duplicates: %d of %d documents", total := sum(map(len, copies.values())), total + len(seen))
-    return copies
 
 
 def _tokenizer(options: ConvertOptions, storage: Storage, plan: plans.Plan | None,
@@ -210,7 +186,7 @@ def _tokenizer(options: ConvertOptions, storage: Storage, plan: plans.Plan | Non
 
 def _train(sources: Sequence[Source], options: ConvertOptions) -> PreTrainedTokenizerFast:
     """Trains on the training split only: validation text must be as new to the tokenizer as to the model."""
-    meter, reading = Meter(), options.reading
+    meter, reading = Meter(), ReadOptions.of({**options.record(), "max_bad_records": options.max_bad_records})
 
     def texts() -> Iterator[str]:
         documents, num_bytes = 0, 0

@@ -1,11 +1,7 @@
-"""Tasks done by worker processes that may die, and how far they are: a death costs tries of what was under way.
-
-An exception in a task ends the run and is raised here. A task must write its result so that doing it again is harmless.
-"""
+"""Tasks done by worker processes, and how far they are. An exception in a task, or a worker's death, is raised here."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import multiprocessing
@@ -14,9 +10,8 @@ import pickle
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -70,53 +65,37 @@ T = TypeVar("T", bound=Any)
 R = TypeVar("R")
 
 
-def run_tasks(work: Callable[[T, Report], R], tasks: Sequence[T], *, workers: int, board: Board,
-              tries: int = 3) -> list[R]:
+def run_tasks(work: Callable[[T, Report], R], tasks: Sequence[T], *, workers: int, board: Board) -> list[R]:
     """Does every task in `workers` processes, a single one in this process; the results in the order of the tasks.
 
     `work(task, report)` returns the result, `report(Tick(...))` says how far it is; all must be picklable, and tasks
-    have a `label` for messages. After a death there are half as many workers, for memory that ran out; a
-    ChildProcessError names the tasks that were under way at `tries` deaths.
+    have a `label`: a ChildProcessError names those that were under way when a worker died.
     """
     if workers == 1:
         return [work(task, functools.partial(board.tick, number)) for number, task in enumerate(tasks)]
-    results, deaths = dict[int, R](), Counter[str]()
-    while len(results) < len(tasks):
-        deaths.update(under_way := _run_pool(work, tasks, results, workers, board))
-        if given_up := [label for label in under_way if deaths[label] >= tries]:
-            raise ChildProcessError(f"{', '.join(given_up[:4])}: {tries} workers died while this was under way; see "
-                                    "whether memory runs out (dmesg), and give fewer --workers")
-        if under_way:
-            workers = max(1, workers // 2)
-            log.warning("a worker died (under way: %s); it goes on with %d workers", ", ".join(under_way), workers)
-    return [results[number] for number in range(len(tasks))]
-
-
-def _run_pool(work: Any, tasks: Sequence[Any], results: dict[int, Any], workers: int, board: Board) -> list[str]:
-    """Does the tasks without results; the labels of those that were under way when a worker died."""
     context, width = multiprocessing.get_context("spawn"), 1 + len(Tick._fields)
     counts = context.RawArray("q", width * len(tasks))  # of each task whether it has begun, and its Tick; no lock
-    pool, numbers, broken = ProcessPoolExecutor(workers, context, _begin, (pickle.dumps(work), counts)), {}, False
-    begun: list[int] = []
+    pool, futures = ProcessPoolExecutor(workers, context, _begin, (pickle.dumps(work), counts)), list[Future[R]]()
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C, which all of a terminal get, is not for it
-        with contextlib.suppress(BrokenProcessPool):
-            for number in (number for number in range(len(tasks)) if number not in results):
-                numbers[pool.submit(_do, number, tasks[number])] = number
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        left = {*numbers}
-        while left and not broken:
+        try:
+            futures += [pool.submit(_do, number, task) for number, task in enumerate(tasks)]
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        left = {*futures}
+        while left:
             done, left = wait(left, _LOOK_SECONDS, FIRST_EXCEPTION)
             for future in done:
-                if isinstance(future.exception(), BrokenProcessPool):
-                    broken = True
-                else:
-                    results[numbers[future]] = future.result()
-            begun = [number for number in numbers.values() if counts[width * number]]
-            for number in begun:
-                board.tick(number, Tick(*counts[width * number + 1:width * (number + 1)]))
-        under_way = [tasks[number].label for number in begun if number not in results]
-        return under_way or ["nothing"] if broken or not numbers else []
+                future.result()  # raises what was raised
+            for number in range(len(tasks)):
+                if counts[width * number]:
+                    board.tick(number, Tick(*counts[width * number + 1:width * (number + 1)]))
+        return [future.result() for future in futures]
+    except BrokenProcessPool as error:
+        begun = [tasks[number].label for number, future in enumerate(futures)
+                 if counts[width * number] and future.exception()]
+        raise ChildProcessError(f"a worker died (under way: {', '.join(begun) or 'nothing'}); the same command goes "
+                                "on; if memory ran out (dmesg), give fewer --workers") from error
     finally:
         for process in multiprocessing.active_children():
             process.terminate()  # what it has half written lies in a scratch folder

@@ -212,8 +212,6 @@ def plan_conversion(options: ConvertOptions, before: Plan | None, sources: Seque
                      units=[unit for unit in before.units if unit.source in kept]).with_sources(sources)
     pairs = enumerate(itertools.zip_longest(before.units, wanted.units))
     changed = {number for number, (then, now) in pairs if then != now}
-    if options.deduplicate and changed:  # which copy stays depends on every document before it
-        changed |= {number for number in finished if number > min(changed)}
     again = [unit for unit in before.units if unit.number in finished & changed]
     if held := [unit for unit in again if unit.number in published_units(storage)]:
         raise ValueError(f"{held[0].label}: files of a finished dataset must stay as they were, got others; undo it")

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from rich import filesize
@@ -88,8 +88,8 @@ def _check_split(report: Report, found: Found, split: str, scratch: Path, pool: 
         tick(num_bytes)
         return num_bytes
 
-    first = len(report.problems)
-    if (data := report.attempt(found.open, split, scratch)) is not None:
+    first, data = len(report.problems), cast(Any, report.attempt(found.open, split, scratch))
+    if data is not None:
         totals, shards = data.manifest["totals"], list(range(data.num_shards))
         report.counts[split] = totals.get("documents"), totals["samples"], totals["tokens"]
         if isinstance(data, MixtureSplit):  # each shard that it takes from once

@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -49,7 +49,6 @@ class ConvertUnit:
     tokenizer_json: str
     forbidden: tuple[int, ...]  # ids that no text may give: the special tokens
     engine: Engine
-    copies: Mapping[int, Collection[int]]  # by unit, ordinals of documents that repeat an earlier one
     made_with: str  # the versions of the libraries that shape the bytes
 
     def __call__(self, unit: Unit, report: Report) -> None:
@@ -91,15 +90,14 @@ class _Conversion:
     def _batches(self) -> Iterator[tuple[str, list[tuple[str, str, int]]]]:
         """Text, id and UTF-8 bytes of documents to keep, of one split at a time; runs in the reading thread."""
         batches, held = {split: [] for split in self.counts}, Counter[str]()
-        copies = self.job.copies.get(self.unit.number, ())
         source, options = self.job.sources[self.unit.source], ReadOptions.of(self.options)
-        for ordinal, (text, name) in enumerate(read_parts(source, self.unit.parts, self.meter, options)):
+        for text, name in read_parts(source, self.unit.parts, self.meter, options):
             self.read += 1
             encoded = text.encode()
             # by the text alone, so that copies of a document are on one side, wherever they come from
             digest = xxhash.xxh64_intdigest(encoded, seed=self.options["seed"])
             split = "validation" if digest < self.options["validation"] * 2**64 else "train"
-            if reason := "duplicate" if ordinal in copies and text.strip() else self._why_dropped(text):
+            if reason := self._why_dropped(text):
                 self.dropped[split][reason] += 1
                 continue
             batches[split].append((text, name, len(encoded)))

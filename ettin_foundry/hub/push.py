@@ -45,7 +45,8 @@ def push(sources: Sequence[Path], repo: str, *, every: bool = False, private: bo
                 if not _is_export(folder := found[name]):
                     folder = Path(scratch, repo.split("/")[1])  # which becomes the card's title
                     export_checkpoint(found[name], folder)
-                commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=name)
+                message = name if every else folder.name
+                commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
             if every and name not in tags:
                 api.create_tag(repo, tag=name, revision=commit.oid)
     except HfHubHTTPError as error:

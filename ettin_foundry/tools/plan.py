@@ -295,11 +295,21 @@ def _lines(plan: Plan) -> dict[str, str]:
     }
 
 
+def _hours(plan: Plan) -> str:
+    if plan.hours is None:
+        return "not known for this size and precision; give --gpus and --mfu"
+    gpu_hours = plan.hours * plan.num_gpus
+    return (f"{plan.hours:,.2f} on {plan.machine}, {gpu_hours:,.1f} GPU hours: "
+            f"{plan.num_tokens / gpu_hours / 3600:,.0f} tokens/s per GPU, assuming {plan.mfu:.1%} MFU")
+
+
 def report(cfg: dict[str, Any]) -> str:
     """What train.py prints before a run, one fact a line; empty for a run without our model."""
     if cfg.get("model", {}).get("name") != "ettin":
         return ""
-    return _joined({**_lines(plan_run(cfg)), "folder": cfg.get("save_folder") or "nothing is saved"})
+    plan = plan_run(cfg)
+    hours = {} if plan.hours is None else {"hours": _hours(plan)}  # how fast it should be
+    return _joined({**_lines(plan), **hours, "folder": cfg.get("save_folder") or "nothing is saved"})
 
 
 def text(plans: Sequence[Plan]) -> str:
@@ -317,11 +327,7 @@ def text(plans: Sequence[Plan]) -> str:
     fit = "" if most is None else f"; {most:,} rows would fit with {MARGIN:.0%} to spare"
     lines["microbatch"] = (f"{'' if plan.fits else 'DOES NOT FIT: '}{plan.microbatch:,} rows, "
                            f"{plan.microbatch * plan.max_seq_len:,} tokens{fit}")
-    lines["hours"] = "not known for this size and precision; give --gpus and --mfu"
-    if plan.hours is not None:
-        gpu_hours = plan.hours * plan.num_gpus
-        lines["hours"] = (f"{plan.hours:,.2f} on {plan.machine}, {gpu_hours:,.1f} GPU hours: "
-                          f"{plan.num_tokens / gpu_hours / 3600:,.0f} tokens/s per GPU, assuming {plan.mfu:.1%} MFU")
+    lines["hours"] = _hours(plan)
     if plan.efficiency is not None:
         lines["network"] = (f"{filesize.decimal(plan.sent_bytes)} sent by each GPU a step; at {NETWORK_BYTES / 1e9:g} "
                             f"GB/s {plan.efficiency[0]:.1%} to {plan.efficiency[1]:.1%} of one GPU's speed")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -35,6 +36,7 @@ from ettin_foundry.training.steps import EVALS, STEPS, read_steps
 from ettin_foundry.version import __version__
 
 PAGE, FACTS = "report.html", "report.json"
+_LOGGED = ["step", "tokens", "objective", "lr", "loss", "seconds"]
 _EVALS = ["step", "tokens", "data", "TargetCrossEntropy", "TargetAccuracy"]
 _OWN = ("log", "evals", "record", "data", "files")  # of a stage, what a page shows and report.json leaves where it is
 
@@ -50,7 +52,7 @@ def write_page(folder: str | Path) -> Path:
         facts = {"name": folder.resolve().name, **sweep, **study, "study": study, "sweep": sweep}
         facts["pictures"] = _sweep_pictures(sweep)
         for number, (metric, svg) in enumerate(facts["pictures"].items()):
-            name = f"sweep-{metric.replace('/', '-')}.svg" if number else "sweep.svg"
+            name = f"sweep-{re.sub('[^a-z0-9]+', '-', metric.lower())}.svg" if number else "sweep.svg"
             (folder / name).write_text(standalone(svg), encoding="utf-8")
     else:
         facts = _read_runs(folder)
@@ -64,7 +66,8 @@ def write_page(folder: str | Path) -> Path:
 def _jinja(name: str) -> Template:
     jinja = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=name == "report.html.jinja",
                         undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True)
-    jinja.filters.update(count=format_count, svg=Markup, took=lambda seconds: timedelta(seconds=round(seconds)),
+    jinja.filters.update(count=format_count, repr=repr, svg=Markup,
+                         took=lambda seconds: timedelta(seconds=round(seconds)),
                          yaml=lambda text: yaml.safe_dump(json.loads(text), width=96, allow_unicode=True))
     return jinja.get_template(name)
 
@@ -102,7 +105,7 @@ def read_stage(folder: Path, known: Mapping[str, Any] | None = None) -> dict[str
     record, data = checkpoints.read_head(newest)[1:3] if newest else ({}, {})
     schedule = record.get("objective_schedule") or record.get("objective")
     facts = {"stage": folder.resolve().name, "from": None, "pair": None, **(known or {}),
-             "objective": " and ".join(ObjectiveSchedule.parse(schedule).objectives) if schedule else None,
+             "objective": " and ".join(ObjectiveSchedule.parse(schedule).objectives) if schedule else "",
              "tokens": int(record.get("tokens") or 0), "folder": str(folder), "checkpoint": str(newest),
              "run_hash": record.get("run_hash"), "record": record, "data": data, "log": None, "evals": None,
              "files": sorted(path for path in folder.glob("[!.]*") if not path.is_symlink() and path.name != PAGE),
@@ -111,7 +114,7 @@ def read_stage(folder: Path, known: Mapping[str, Any] | None = None) -> dict[str
     try:
         if not (steps := read_steps(folder)):
             raise ValueError(f"the log in {folder} is empty")
-        log = pandas.DataFrame(steps).astype({"tokens": int, "loss": float, "seconds": float, "lr": float})
+        log = pandas.DataFrame(steps)[_LOGGED].astype({"loss": float})
         evaluated = read_steps(folder / EVALS) if (folder / EVALS).is_file() else []
     except (OSError, ValueError, LookupError, TypeError) as error:  # no log, or one of something else
         return {**facts, "missing": f"no losses and times: {error}"}

@@ -8,7 +8,6 @@ so a stage may as well be started alone, on another machine, or by a scheduler.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -21,10 +20,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ettin_foundry.tools import progress
 from ettin_foundry.tools.pair import check_phase, compare_steps, lint_pair
 from ettin_foundry.tools.suite import Stage, Suite
 from ettin_foundry.training import checkpoints, checks, sources
-from ettin_foundry.training.run_config import PREEMPTED, parse_time
+from ettin_foundry.training.run_config import PREEMPTED
 from ettin_foundry.training.steps import STEPS, read_steps
 
 _SAY_SECONDS = 10.0, 600.0  # between lines, where a percent is done and where none is
@@ -233,20 +233,9 @@ def _watch(process: subprocess.Popen[bytes], stage: Stage, title: str) -> int:
 
 
 def _progress(stage: Stage, begin: float) -> str:
-    """How far a stage is, how fast, and what is left, from the end of a steps.jsonl that is newer than `begin`."""
-    path, steps = stage.folder / STEPS, []
-    if path.is_file() and path.stat().st_mtime >= begin:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 8000))
-            steps = [json.loads(line) for line in file.read().split(b"\n")[1:-1]]  # both ends may be cut
-    if not steps:
+    """How far a stage is, how fast, and what is left, by a steps.jsonl that is newer than `begin`."""
+    path = stage.folder / STEPS
+    if not path.is_file() or path.stat().st_mtime < begin or not (steps := progress.read(stage.folder)):
         return "starting"
-    now, (amount, unit) = steps[-1], parse_time("max_duration", stage.config["max_duration"])
-    seconds = sum(step["seconds"] for step in steps[:-1])
-    share, rate = (now["tokens"] if unit == "tok" else now["step"]) / amount, ""
-    if seconds and share:
-        speed = (now["tokens"] - steps[0]["tokens"]) / seconds
-        left = timedelta(seconds=round((1 - share) / share * now["tokens"] / speed))
-        rate = f", {speed:,.0f} tokens/s, {left} left"
-    loss = "not finite" if now["loss"] is None else f"{now['loss']:.3f}"
-    return f"{share:4.0%}, {now['tokens']:,} tokens, loss {loss} ({now['objective']}){rate}"
+    found = {"done": "", "left": "unknown", **progress.row(stage.folder, steps)}
+    return "{done:>4}, {tokens} tokens, loss {loss}, {tokens/s} tokens/s, {left} left".format_map(found)

@@ -21,7 +21,7 @@ from ettin_foundry.training.checkpoints import Head, decode_record
 from ettin_foundry.training.clock import Clock
 from ettin_foundry.training.run_config import require
 from ettin_foundry.training.sources import compare, compare_configs, describe, read_source
-from ettin_foundry.training.steps import EVALS, STEPS, cut_steps
+from ettin_foundry.training.steps import EVALS, RUN, STEPS, cut_steps
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class StepLog(CallbackWithConfig):
         key = "callbacks.ettin_steps.folder"
         require(given and "://" not in given, key if folder else "save_folder", f"a local folder, for {STEPS}", given,
                 f"set {key} to one, or remove callbacks.ettin_steps")
-        self.folder = str(given)
+        self.folder, self._until = str(given), train_config.get("max_duration")
         self._file: TextIO | None = None
         self._entry: dict[str, Any] = {}
 
@@ -111,6 +111,7 @@ class StepLog(CallbackWithConfig):
             folder.mkdir(parents=True, exist_ok=True)
             for name in (STEPS, EVALS):
                 cut_steps(folder / name, state.timestamp.batch.value)
+            self._write_facts(state, finished=False)
             self._file = (folder / STEPS).open("a", buffering=1, encoding="utf-8")  # each line reaches the disk's cache
 
     def batch_start(self, state: State, logger: Logger) -> None:
@@ -132,6 +133,14 @@ class StepLog(CallbackWithConfig):
                 "ids_hash": f"{int(ids_hash.item()) % HASH_MODULUS:012x}",
                 "seconds": round(now.batch_wct.total_seconds(), 6)}
         self._file.write(json.dumps(line) + "\n")
+
+    def _write_facts(self, state: State, finished: bool) -> None:
+        facts = {"run_name": state.run_name, "max_duration": self._until, "finished": finished}
+        Path(format_name_with_dist(self.folder, state.run_name), RUN).write_text(json.dumps(facts), encoding="utf-8")
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        if self._file is not None:
+            self._write_facts(state, finished=True)
 
     def eval_end(self, state: State, logger: Logger) -> None:
         if self._file is not None:

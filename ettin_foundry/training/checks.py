@@ -23,7 +23,8 @@ from ettin_foundry.training.run_config import PARAMETERS, loaders, parse_time, r
 from ettin_foundry.training.sources import check_start, prepare_start
 
 _BLOCKS = ("model", "tokenizer", "optimizer", "scheduler", "train_loader")
-_LOGGERS = ("wandb", "tensorboard", "mlflow", "inmemory", "in_memory_logger", "mosaicml")  # of LLM-Foundry
+_LOGGERS = ("wandb", "tensorboard", "mlflow", "inmemory", "in_memory_logger", "mosaicml", "ettin_console")
+_BESIDE_CONSOLE = {"progress_bar": False, "log_to_console": False}  # the second is the host's default
 _NEEDED = (*_BLOCKS, "max_duration", "max_seq_len", "global_train_batch_size", "device_train_microbatch_size")
 
 
@@ -157,9 +158,9 @@ def _check_keys(cfg: Mapping[str, Any]) -> None:
         if (name := cfg[key]["name"]) in PARAMETERS:
             _check_known(key, cfg[key], ["name", *PARAMETERS[name]])
     callbacks = cfg.get("callbacks") or {}
-    for name, block in callbacks.items():
+    for name, block in (*callbacks.items(), *(cfg.get("loggers") or {}).items()):
         if name in PARAMETERS:
-            _check_known(f"callbacks.{name}", block or {}, PARAMETERS[name])
+            _check_known(f"{'callbacks' if name in callbacks else 'loggers'}.{name}", block or {}, PARAMETERS[name])
     names = {f"{key}.name": cfg[key]["name"] for key in ("model", "optimizer", "scheduler", "train_loader")}
     for key, name in (*names.items(), *((f"callbacks.{name}", name) for name in callbacks)):
         if name not in PARAMETERS and (near := did_you_mean(name, PARAMETERS, 0.85)):  # the host's are less alike
@@ -237,6 +238,8 @@ def check_loggers(cfg: dict[str, Any]) -> None:
     for name, block in (cfg.get("loggers") or {}).items():
         require(name in _LOGGERS, f"loggers.{name}", f"one of {', '.join(_LOGGERS)}", block,
                 "correct the name" + did_you_mean(name, _LOGGERS))
+        if name == "ettin_console" and isinstance(interval := (block or {}).get("interval"), str):
+            parse_time("loggers.ettin_console.interval", interval)
         if name == "wandb" and importlib.util.find_spec(name):
             import wandb
 
@@ -257,6 +260,9 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     text = run_config.config_text(cfg)
     check_settings(cfg)
     check_machine(cfg)
+    cfg["loggers"] = {name: block for name, block in (cfg.get("loggers") or {}).items() if block is not None}
+    if "ettin_console" in cfg["loggers"]:
+        cfg = {**_BESIDE_CONSOLE, **cfg}
     cfg |= prepare_start(cfg)
     resolve_schedules(cfg)
     split_in_workers(cfg)

@@ -258,7 +258,8 @@ def read_parameters(target: str) -> dict[str, Any]:
 
 PARAMETERS: dict[str, dict[str, Any]] = {
     name: read_parameters(target)
-    for registry in ("models", "dataloaders", "optimizers", "schedulers", "callbacks", "callbacks_with_config")
+    for registry in ("models", "dataloaders", "optimizers", "schedulers", "loggers", "callbacks",
+                     "callbacks_with_config")
     for name, target in REGISTRY[registry].items()}
 """Of our blocks, by the name of their class: {key: default, or None}."""
 PARAMETERS["ettin"] |= dict.fromkeys(FIELDS)

@@ -7,8 +7,10 @@ thread writes it from a copy in host memory.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +26,8 @@ from torch.utils._pytree import tree_map_only
 
 from ettin_foundry.data.storage import atomic_file, sync_folder
 from ettin_foundry.training.checkpoints import move_link
+
+log = logging.getLogger(__name__)
 
 _under_way: list[Future[None]] = []  # at most one in a process
 
@@ -43,6 +47,12 @@ def _naming(path: Path) -> Iterator[None]:
         what = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         raise OSError(f"{path}: not saved: {what}; the checkpoints before it are whole: make room and give the same "
                       "command again") from error
+
+
+def _tell(path: Path, begun: float) -> None:
+    if dist.get_global_rank() == 0:
+        size = sum(file.stat().st_size for file in (path, *path.rglob("*")))  # a sharded checkpoint is a folder
+        log.info("saved path=%s MB=%.1f seconds=%.1f", path, size / 1e6, time.monotonic() - begun)
 
 
 def write_whole(state_dict: dict[str, Any], filename: str) -> None:
@@ -72,6 +82,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):  # in checkpoints its state st
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
         wait_for_write()
+        begun = time.monotonic()
         path = Path(checkpoint.get_save_filename(state, self.filename.format(state, keep_placeholders=True)))
         sharded, uploads = state.fsdp_sharded_state_dict_enabled, self.remote_uploader or any(
             each.can_upload_files() and getattr(each, "_log_artifacts", True) for each in logger.destinations)
@@ -80,6 +91,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):  # in checkpoints its state st
                 if sharded and dist.get_global_rank() == 0:  # the others write when it has made its plan
                     path.with_name(".metadata").unlink(missing_ok=True)  # of what is written over
                 super()._save_checkpoint(state, logger)
+            _tell(path.parent if sharded else path, begun)
             return
         self.last_checkpoint_batch = state.timestamp.batch
         self.all_saved_checkpoints_to_timestamp[str(path)] = state.timestamp  # it names itself
@@ -88,15 +100,16 @@ class CheckpointSaver(callbacks.CheckpointSaver):  # in checkpoints its state st
             content = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), content)
             writer = ThreadPoolExecutor(1, "checkpoint")  # for this file; Python's exit waits for it
             link = self.latest_filename.format(state) if self.latest_filename else None
-            _under_way.append(writer.submit(self._write, content, path, link))
+            _under_way.append(writer.submit(self._write, content, path, link, begun))
             writer.shutdown(wait=False)
 
-    def _write(self, content: dict[str, Any], path: Path, link: str | None) -> None:
+    def _write(self, content: dict[str, Any], path: Path, link: str | None, begun: float) -> None:
         with _naming(path):
             write_whole(content, str(path))
             if link is not None:
                 move_link(Path(link), os.path.relpath(path, os.path.dirname(link)))
             self.saved_checkpoints.append(str(path))
+            _tell(path, begun)
             self._rotate_checkpoints()
 
     def _rotate_checkpoints(self, sharding_enabled: bool = False) -> None:

@@ -4,7 +4,8 @@
      "ids_hash": "09f1c2aa7730", "seconds": 0.21}
 
 step is the host's batch number before the step, tokens are those before it, rows and ids_hash are the global batch's:
-two runs whose lines agree in both read the same documents in the same order. Neither torch nor the host is imported.
+two runs whose lines agree in both read the same documents in the same order. run.json holds `run_name`,
+`max_duration`, and `finished`: whether the run has come to that. Neither torch nor the host is imported.
 
 evals.jsonl beside it has a line for each evaluation of a dataset: the last step done, tokens after it, metrics by name.
 
@@ -18,7 +19,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-STEPS, EVALS = "steps.jsonl", "evals.jsonl"
+STEPS, EVALS, RUN = "steps.jsonl", "evals.jsonl", "run.json"
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -56,6 +56,8 @@ def run(
     seed: Annotated[int, typer.Option(help="Of fine-tuning, subsets and shots.")] = 0,
     device: Annotated[str | None, typer.Option(help="cuda where there is one, else cpu.")] = None,
     batch_tokens: Annotated[int, typer.Option(help="Most token positions in one pass.")] = 8192,
+    lr: Annotated[float | None, typer.Option(help="Of fine-tuning, in place of a task's own.")] = None,
+    grid: Annotated[str | None, typer.Option(help="glue: modernbert, or a YAML file of lists to search.")] = None,
 ) -> None:
     """Evaluate a model; what the result file holds already is not run again.
 
@@ -65,6 +67,7 @@ def run(
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: no bars of the libraries in log files
     import torch
 
+    from ettin_eval.glue import read_grid
     from ettin_eval.results import Results
     from ettin_eval.subject import read_subject
     from ettin_eval.suites import SUITES
@@ -73,6 +76,8 @@ def run(
     wanted = chosen(SUITES, suite, [name.strip() for name in tasks.split(",")] if tasks else [])
     if limit is not None and limit < 1:
         raise ValueError(f"--limit must be at least 1, got {limit}")
+    if lr is not None and not lr > 0:
+        raise ValueError(f"--lr must be above 0, got {lr}")
     if data is not None and not data.is_dir():
         raise ValueError(f"--data must be a folder of evaluation sets, got {data}; `make eval-data` makes one")
     subject = read_subject(model, revision=revision, objective=objective)
@@ -81,7 +86,9 @@ def run(
             raise ValueError(f"{task.name} is for {task.kinds[0]}s, got {model}, of kind {kind}; leave it out")
     wanted = [task for task in wanted if subject.kind in task.kinds]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    settings = Settings(data, limit, seed, device, batch_tokens, protocol)
+    name = Path(model).name + (f"-{revision}" if revision else "")
+    out = out or Path("eval", re.sub(r"[^\w.-]+", "-", name) + ".json")
+    settings = Settings(data, limit, seed, device, batch_tokens, protocol, lr, read_grid(grid), out.with_suffix(""))
     console, missing = Console(stderr=True), {task: reason for task in wanted if (reason := task.missing(settings))}
     for task, reason in missing.items():
         if tasks:
@@ -89,9 +96,8 @@ def run(
         console.print(f"{task.name} left out: {reason}", highlight=False, markup=False, soft_wrap=True)
     wanted = [task for task in wanted if task not in missing]
     facts = {"model": model, "revision": revision, "kind": subject.kind, "objective": subject.objective,
-             "settings": {"limit": limit, "seed": seed, "protocol": protocol}}
-    name = Path(model).name + (f"-{revision}" if revision else "")
-    out = out or Path("eval", re.sub(r"[^\w.-]+", "-", name) + ".json")
+             "settings": {"limit": limit, "seed": seed, "protocol": protocol, **({"lr": lr} if lr else {}),
+                          **({"grid": settings.grid} if grid else {})}}
     results = Results(out, facts)
     started = time.monotonic()
     for number, task in enumerate(wanted, 1):

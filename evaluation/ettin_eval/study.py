@@ -10,7 +10,7 @@
     models: [encoder, decoder]      # exports of the suite
     data: evaluation/data           # as `ettin-eval --data`
     limit: 500                      # items of a task
-    tasks: {classification: [module-of-snippet], generation: [sciq]}   # the first metric with items counts
+    tasks: {classification: [module_of_snippet_probe], generation: [sciq]}   # the first metric with items counts
     claims: [{claim: ..., source: ..., better: encoder, worse: decoder, on: classification}]
     draws: 10000                    # of the bootstrap
     quick: {limit: 50}              # replaces keys with --quick; its folder is ROOT-quick

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ettin_eval.results import Score
 from ettin_eval.subject import KINDS, Subject
@@ -18,6 +19,8 @@ class Settings:
     data: folder with the evaluation sets on disk (`ettin_eval.data`); None reads them from the hub.
     limit: the most items of a task. seed: of fine-tuning, subsets and shots. batch_tokens: most positions in one pass.
     protocol: how an encoder scores a continuation (`ettin_eval.pseudo_likelihood`).
+    lr: of fine-tuning, in place of the task's own. grid: settings that `glue` searches (`ettin_eval.glue.read_grid`).
+    work: folder beside the result file, for what tasks keep: fine-tuned models, caches.
     """
 
     data: Path | None = None
@@ -26,6 +29,9 @@ class Settings:
     device: str = "cpu"
     batch_tokens: int = 8192
     protocol: str = "pseudo"
+    lr: float | None = None
+    grid: Mapping[str, Sequence[Any]] | None = None
+    work: Path = Path("eval", "work")
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def test_a_study_of_finished_models_is_written_and_printed(tmp_path, capsys, fol
     fake = tmp_path / "ettin"
     fake.write_text(FAKE.format(python=sys.executable, broken="none"))
     fake.chmod(0o755)
-    path = write(tmp_path, ettin=str(fake), tasks={"classification": ["module-of-snippet"]}, seeds=[1, 2],
+    path = write(tmp_path, ettin=str(fake), tasks={"classification": ["module_of_snippet_probe"]}, seeds=[1, 2],
                  claims=BASE["claims"][:1], workers=2)
     for seed in (1, 2):
         for model, objective in (("encoder", "mlm"), ("decoder", "clm")):
@@ -106,11 +106,12 @@ def test_a_study_of_finished_models_is_written_and_printed(tmp_path, capsys, fol
             (root / "models").mkdir(exist_ok=True)
             (root / "models" / model).symlink_to(folders[objective])
             kind = "encoder" if objective == "mlm" else "decoder"
-            score = mean_score("module-of-snippet", "acc", [kind == "encoder", 1.0, 0.0]).model_dump(exclude_none=True)
+            score = mean_score("module_of_snippet_probe", "acc", [kind == "encoder", 1.0, 0.0])
             (root / "eval" / f"{model}.json").write_text(json.dumps({
                 "model": str(root / "models" / model), "revision": None, "kind": kind, "objective": objective,
                 "settings": {"limit": None, "seed": seed, "protocol": "pseudo"}, "created": "2026-01-01",
-                "tasks": {"module-of-snippet": {"seconds": 1.0, "scores": [score]}}}))
+                "tasks": {"module_of_snippet_probe": {
+                    "seconds": 1.0, "scores": [score.model_dump(exclude_none=True)]}}}))
     with pytest.raises(SystemExit) as stopped:
         main(["study", str(path)])
     assert stopped.value.code == 0

@@ -134,7 +134,6 @@ def test_every_task_gets_its_index_and_all_arguments_as_they_were_given(cluster,
     (CONVERT, ["corpus", "--out", "b"], "TASKS: corpus given"),
     (CONVERT, ["2", "corpus"], "--out: not given"),
     (CONVERT, ["2", "corpus", "--out=b", "--num-tasks=4"], "--num-tasks=4: given; not possible in an array"),
-    (CONVERT, ["2", "corpus", "--out", "b", "--deduplicate"], "--deduplicate: given; not possible in an array"),
     (SUITE, ["suite.yaml"], "run this with bash on the login node"),
 ])
 def test_a_wrong_command_line_and_one_in_a_job_submit_nothing(cluster, path, arguments, message):

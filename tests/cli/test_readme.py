@@ -1,20 +1,17 @@
 """What README, docs and the help of each command tell people to type is accepted, and CI runs what can run there."""
 
-import importlib
 import re
 import shlex
-import sys
 
 import nano_run
 import pytest
 import readme_commands
 import typer
+from ettin_eval.main import app as evaluation
 
 from ettin_foundry import REGISTRY
 from ettin_foundry.cli.main import app
 
-sys.path.append(str(nano_run.ROOT / "evaluation"))  # its command line needs typer and rich alone
-evaluation = importlib.import_module("ettin_eval.main").app
 BLOCKS = [(title, readme_commands.commands(text)) for language, title, text in readme_commands.BLOCKS
           if language == "bash"]
 LINES = sorted({line for _, lines in BLOCKS for line in lines if "RECIPE" not in line})
@@ -55,10 +52,9 @@ def test_commands_without_a_title_are_run_by_ci_and_the_others_name_what_exists(
 
 
 def test_the_page_of_the_api_has_every_registered_name():
-    for names in REGISTRY.values():
-        for name, target in names.items():
-            shown = rf"::: {target.replace(':', '.')}\n.*heading: {name},|`{name}`"  # the latter: collators
-            assert re.search(shown, readme_commands.PAGES["docs/api.md"]), name
+    for name, target in [pair for names in REGISTRY.values() for pair in names.items()]:
+        shown = rf"::: {target.replace(':', '.')}\n.*heading: {name},|`{name}`"  # the latter: collators
+        assert re.search(shown, readme_commands.PAGES["docs/api.md"]), name
 
 
 def test_the_help_of_train_py_says_how_it_is_called(capsys):

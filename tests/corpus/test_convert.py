@@ -78,23 +78,6 @@ def test_each_source_has_shards_and_counts_of_its_own_also_of_what_is_dropped(
     assert sum(c["chunks"] for c in counts.values()) == data.samples.sum()
 
 
-def test_duplicates_are_dropped_after_the_first_across_files_and_sources(tmp_path, tokenizer_dir):
-    texts = make_documents(120, longest=20)
-    rng = np.random.default_rng(3)
-    lists = {name: [texts[i] for i in rng.integers(0, len(texts), 150)] for name in ("one/a", "one/b", "two")}
-    for name, found in lists.items():
-        write_jsonl(tmp_path / f"{name}.jsonl", found)
-    run(tmp_path / "out", [tmp_path / "one", tmp_path / "two.jsonl"], tokenizer_dir,
-        deduplicate=True)
-    first: dict[str, str] = {}  # the reference: one pass over everything in order
-    for name, found in lists.items():
-        for i, text in enumerate(found):
-            first.setdefault(text, f"{name[-3:].removeprefix('e/')}-{i}")
-    assert list(stored(tmp_path / "out" / "train")) == list(first.values())
-    counts = MDSSplit(tmp_path / "out" / "train").manifest["sources"]
-    assert sum(c["dropped"].get("duplicate", 0) for c in counts.values()) == 450 - len(first) > 200
-
-
 def test_a_text_that_lies_twice_in_a_folder_is_read_once(tmp_path, tokenizer_dir, caplog):
     """As `gzip -k` and `zstd` leave it, or a link to it; a file of the same name in another folder is another text."""
     folder = tmp_path / "in"
@@ -128,7 +111,6 @@ BAD_CALLS: dict[str, tuple[list[str], str]] = {
     "small shard": (["{tmp}/good.txt", "--shard-size", "300"], "--shard-size must hold any chunk, got 300"),
     "two tokenizers": (["{tmp}/good.txt", "--train-tokenizer", "300"], "exactly one of the two"),
     "half an array": (["{tmp}/good.txt", "--task-index", "0"], "--task-index must be .*, got 0"),
-    "array": (["{tmp}/good.txt", "--task-index", "0", "--num-tasks", "2", "--deduplicate"], "--deduplicate"),
     "lengths": (["{tmp}/good.txt", "--min-characters", "9", "--max-characters", "8"], "--min-characters must.* 9"),
     "compression": (["{tmp}/good.txt", "--compression", "gzip"], "'--compression': 'gzip' is not one of 'zstd'"),
 }

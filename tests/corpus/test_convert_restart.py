@@ -18,8 +18,7 @@ from ettin_foundry.corpus.verify import verify_dataset
 from ettin_foundry.corpus.worker import ConvertUnit
 from ettin_foundry.data.storage import Storage
 
-LENGTHS = {"validation": 0.2, "min_characters": 5}
-SETTINGS = {**LENGTHS, "deduplicate": True}
+SETTINGS = {"validation": 0.2, "min_characters": 5}
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +66,17 @@ def test_killed_again_and_again_it_is_never_half_a_dataset_and_ends_the_same(tmp
     """Each start gets one write further than the one before. What has a manifest is whole, be it the old or the new."""
     out, more = tmp_path / "set", tmp_path / "more"
     write_corpus(more, files=1, documents=20, seed=5, first=6)
-    settings = LENGTHS if append else SETTINGS
     if append:
-        run(out, [texts], tokenizer_dir, **settings)
+        run(out, [texts], tokenizer_dir, **SETTINGS)
     states, starts = set(), 0
-    while killed(3 + starts, out, [more if append else texts], tokenizer_dir, append=append, **settings):
+    while killed(3 + starts, out, [more if append else texts], tokenizer_dir, append=append, **SETTINGS):
         starts += 1
         manifests = list(out.rglob("manifest.json"))
         states.add(len(manifests))
         assert all(stored(manifest.parent) for manifest in manifests)
     if append:  # appending twice is appending once
-        run(out, [more], None, append=True, **settings)
-    run(tmp_path / "new", [texts, more] if append else [texts], tokenizer_dir, **settings)
+        run(out, [more], None, append=True, **SETTINGS)
+    run(tmp_path / "new", [texts, more] if append else [texts], tokenizer_dir, **SETTINGS)
     assert starts > 4 and states >= ({0, 2} if append else {0}) and files_of(out) == files_of(tmp_path / "new")
 
 
@@ -171,25 +169,24 @@ def test_foreign_folders_and_those_inside_a_source_are_refused_and_stay(tmp_path
     assert files_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("deduplicate, operation", [(False, 20), (True, 20)])
-def test_changed_input_is_read_again_in_an_unfinished_dataset(tmp_path, tokenizer_dir, deduplicate, operation, caplog):
+def test_changed_input_is_read_again_in_an_unfinished_dataset(tmp_path, tokenizer_dir, caplog):
     """A record is taken out of a file, another file is removed and one is added; a later file repeats the record."""
-    folder, out, settings = tmp_path / "in", tmp_path / "set", {"deduplicate": deduplicate}
+    folder, out = tmp_path / "in", tmp_path / "set"
     texts = write_corpus(folder, files=5)
     write_jsonl(folder / "2.jsonl", texts[5:45])
-    assert killed(operation, out, [folder], tokenizer_dir, **settings)
+    assert killed(20, out, [folder], tokenizer_dir)
     finished = len(list((out / "units").iterdir()))
     lines = (folder / "1.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "1.jsonl").write_bytes(b"".join(lines[1:]))
     (folder / "4.jsonl").unlink()
     write_jsonl(folder / "5.jsonl", texts[-9:])
-    summary = run(out, [folder], tokenizer_dir, **settings)
-    run(tmp_path / "new", [folder], tokenizer_dir, **settings)
+    summary = run(out, [folder], tokenizer_dir)
+    run(tmp_path / "new", [folder], tokenizer_dir)
     assert summary.units[1] - summary.units[0] < finished and "(in: 1.jsonl) is done again" in caplog.text
     assert (found := files_of(out)) == files_of(tmp_path / "new")
     (folder / "1.jsonl").write_bytes(b"".join(lines))
     with pytest.raises(ValueError, match=r"unit \d+ .*files of a finished dataset must stay as they were"):
-        run(out, [folder], tokenizer_dir, **settings)
+        run(out, [folder], tokenizer_dir)
     assert files_of(out) == found
 
 

@@ -231,15 +231,14 @@ def test_file_that_changed_since_it_was_listed_is_refused(tmp_path):
 
 
 def test_a_conversion_counts_what_it_leaves_out_and_holds_all_its_units_to_the_limit(tmp_path, tokenizer_dir):
-    settings = {"deduplicate": True}
     for number in range(6):
         good = write_jsonl(tmp_path / "clean" / f"{number}.jsonl", make_documents(20, seed=number // 2))
         lines = good.read_text().splitlines()
         write_jsonl(tmp_path / "bad" / good.name, []).write_text("\n".join([*lines[:9], '{"text": null}', *lines[9:]]))
-    run(tmp_path / "expected", [tmp_path / "clean"], tokenizer_dir, **settings)
+    run(tmp_path / "expected", [tmp_path / "clean"], tokenizer_dir)
     with pytest.raises(ValueError, match="--max-bad-records must be at least the 6 records"):
-        run(tmp_path / "set", [tmp_path / "bad"], tokenizer_dir, max_bad_records=5, **settings)
-    summary = run(tmp_path / "set", [tmp_path / "bad"], tokenizer_dir, max_bad_records=6, **settings)
+        run(tmp_path / "set", [tmp_path / "bad"], tokenizer_dir, max_bad_records=5)
+    summary = run(tmp_path / "set", [tmp_path / "bad"], tokenizer_dir, max_bad_records=6)
     assert summary.units[0] == 0 < summary.units[1] and "6 dropped (unreadable)" in str(summary)
     found, expected = stored(tmp_path / "set" / "train"), stored(tmp_path / "expected" / "train")
     assert found.keys() == expected.keys() and all(np.array_equal(found[doc], expected[doc]) for doc in found)

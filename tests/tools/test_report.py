@@ -16,10 +16,10 @@ SCORES = {"encoder": (0.61, 0.58, 0.64), "decoder": (0.52, 0.49, 0.55)}
 TASK = {"task": "module", "metric": "accuracy", "kind": "classification", "n": 1200,
         "mean": {name: dict(zip(("value", "low", "high"), values)) for name, values in SCORES.items()}}
 CLAIM = {"claim": "encoders win", "difference": 0.09, "low": 0.03, "high": 0.15, "n": 1200, "verdict": "holds"}
-STUDY = {"name": "small <b>", "models": [*SCORES], "suites": [{"seed": 1, "root": "a"}], "tasks": [TASK],
+STUDY = {"name": "small <b>", "models": [*SCORES], "suites": [{"seed": 1, "root": "runs/a"}], "tasks": [TASK],
          "claims": [CLAIM]}
 SWEEP = {"name": "rates", "axes": {"x": "learning rate", "lines": "objective"}, "points": [
-    {"x": x, "line": line, "metric": "loss", "value": 5 + 100 * x, "stderr": 0.1}
+    {"x": x, "line": line, "metric": f"{line} loss", "value": 5 + 100 * x, **({"stderr": 0.1} if line == "mlm" else {})}
     for x in (3e-4, 3e-3) for line in ("mlm", "clm")]}
 
 
@@ -33,6 +33,8 @@ def folders(rising_run, tmp_path_factory):
     (root / "b" / "evals.jsonl").write_text("".join(json.dumps({
         "step": step, "tokens": steps[step]["tokens"], "data": "eval", "TargetCrossEntropy": 6.25 - step / 8,
         "TargetAccuracy": 0.125}) + "\n" for step in (1, 5)))
+    (study / "a").mkdir()
+    (study / "a" / "report.html").touch()
     (study / "study.json").write_text(json.dumps(STUDY))
     (study / "sweep.json").write_text(json.dumps(SWEEP))
     return [write_page(folder) for folder in (root / "b", root, study)], steps
@@ -40,13 +42,14 @@ def folders(rising_run, tmp_path_factory):
 
 def test_pages_say_what_the_folders_hold(folders):
     (run, root, study), steps = folders
+    assert '<a href="a/report.html">runs/a</a>' in study.read_text()
     said, both, studied = (pages.read_page(page) for page in (run, root, study))
     last = sum(step["loss"] for step in steps) / len(steps)
     assert f"{len(steps)} {steps[0]['loss']:.3f} {last:.3f} 5.625 (12.5%)" in said and "validation loss" in said
     assert both.count("a run") >= 4 and "model: " in both and "objective: mlm" in both  # its configuration
     assert "holds encoders win difference +0.09, 95% interval +0.03 to +0.15" in studied and "small <b>" in studied
     assert "0.610 0.580 to 0.640 0.520 0.490 to 0.550" in studied
-    assert "0.0003" in (study.parent / "sweep.svg").read_text()
+    assert all(">0.0003<" in (study.parent / name).read_text() for name in ("sweep.svg", "sweep-clm-loss.svg"))
     with pytest.raises(ValueError, match="FOLDER must be a run's save folder, a suite's root"):
         write_page(run.parent / "tokenizer")
 
