@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 PARITY_VERSIONS := 4.57.6 5.23.0
 
-.PHONY: demo suite test lint parity fuzz bench soak docs docs-serve constraints gpu wheels-gpu eval-env eval-data eval-test \
+.PHONY: demo suite test lint parity downstream fuzz bench soak docs docs-serve constraints gpu wheels-gpu eval-env eval-data eval-test \
 	eval-constraints study clean
 
 demo: $(VENV)/.installed data/demo/train/manifest.json
@@ -74,6 +74,11 @@ study: $(EVAL)/.installed evaluation/data/.unpacked data/nano/train/manifest.jso
 eval-constraints: $(VENV)/.installed
 	cd evaluation && ../$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade --quiet \
 		--no-annotate --custom-compile-command "make eval-constraints" -o constraints.txt
+
+# Every program of docs/compatibility.md on four small models, in environments of their own: about an hour, 10 GB while it
+# runs. DOWNSTREAM_ARGS="--only st-6" tries one; UV_FIND_LINKS names a folder with a wheel of torch+cpu, which vLLM pins.
+downstream: $(VENV)/.installed
+	$(BIN)/python benchmarks/downstream.py $(DOWNSTREAM_ARGS)
 
 # damaged files for every reader, and properties by hypothesis: MINUTES each, of all TARGETS (`--help` lists them)
 fuzz: $(VENV)/.installed

@@ -24,7 +24,7 @@ PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(35, 4, -1)] + ["ma
 # of a usual machine-learning image, whatever the version
 IMAGE = """
 torch torchvision torchmetrics triton accelerate einops numpy pandas scikit-learn pyarrow matplotlib sentencepiece
-safetensors requests aiohttp fsspec rich typer click PyYAML jinja2 protobuf psutil tabulate tqdm packaging
+safetensors requests aiohttp fsspec rich typer click PyYAML jinja2 markupsafe protobuf psutil tabulate tqdm packaging
 """.split()
 NAMES = """
 llm-foundry mosaicml mosaicml-cli mosaicml-streaming torch-optimi

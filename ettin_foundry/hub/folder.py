@@ -20,7 +20,7 @@ from ettin_foundry.data import tokenizer as tokenizers
 from ettin_foundry.data.storage import atomic_folder
 from ettin_foundry.hub.card import MNTP_NOTE, card
 from ettin_foundry.hub.load import LoadedModel, chosen_objective, load_model
-from ettin_foundry.hub.onnx import ONNX, check_packages, write_onnx
+from ettin_foundry.hub.onnx import ONNX, write_onnx
 from ettin_foundry.model.config import OBJECTIVES, EttinConfig
 from ettin_foundry.model.hf_config import config_json
 from ettin_foundry.model.transformer import Ettin
@@ -51,8 +51,6 @@ def export_model(model: Any, config: EttinConfig, tokenizer: Any, folder: str | 
     if (onnx and (trunk or dtype != "fp32")) or (trunk and config.causal):
         raise ValueError("--onnx takes whole models in fp32; export it by itself" if onnx else
                          "--trunk must be of an encoder, got a decoder: no program takes its trunk alone")
-    if onnx:
-        check_packages()
     _check_target(folder, overwrite)
     exported = _tokenizer_of_kind(tokenizer, config)
     weights = to_hf(plain_state(model), config, getattr(torch, DTYPES[dtype]))
@@ -71,9 +69,8 @@ def export_model(model: Any, config: EttinConfig, tokenizer: Any, folder: str | 
             built = Ettin(config, "reference")
             built.load_state_dict(plain_state(model))
             log.info("%s: logits as the model's within %.1e", folder / ONNX, write_onnx(built, partial))
-        text = card(config, objective=objective, name=folder.name, facts=facts, mask_token=exported.mask_token,
-                    trunk=trunk)
-        (partial / "README.md").write_text(text, encoding="utf-8")
+        (partial / "README.md").write_text(card(config, objective=objective, name=folder.name, facts=facts, trunk=trunk,
+                                                mask_token=exported.mask_token), encoding="utf-8")
         for path in partial.glob("*.*"):  # as the umask says: safetensors makes a file that nobody else can read
             path.chmod((partial / "README.md").stat().st_mode)
     return folder

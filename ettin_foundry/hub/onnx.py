@@ -51,18 +51,14 @@ class Padded(nn.Module):
         return self.model.predict(self.model.trunk(input_ids.flatten(), stream)).unflatten(0, input_ids.shape)
 
 
-def check_packages() -> None:
-    """Refuses where a package of the extra `onnx` is not installed."""
-    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(name)]:
-        raise ValueError(f"--onnx needs {', '.join(missing)}; do pip install 'ettin-foundry[onnx]'")
-
-
 def write_onnx(model: Ettin, folder: Path) -> float:
     """Writes model.onnx (input_ids, attention_mask -> logits), fp32; returns its largest difference from the model.
 
     Raises:
-        ValueError: a logit differs by more than `TOLERANCE`.
+        ValueError: a package is missing, or a logit differs by more than `TOLERANCE`.
     """
+    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(name)]:
+        raise ValueError(f"--onnx needs {', '.join(missing)}; do pip install 'ettin-foundry[onnx]'")
     ids, names = torch.zeros(2, 4, dtype=torch.int64), ["input_ids", "attention_mask"]
     sizes = {0: torch.export.Dim("batch", max=2**20), 1: torch.export.Dim("length", max=2**20)}
     with warnings.catch_warnings(), contextlib.redirect_stdout(None):  # it prints how many rules it applied

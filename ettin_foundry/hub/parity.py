@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ettin_foundry.hub import onnx
 from ettin_foundry.hub.load import load_model
-from ettin_foundry.hub.onnx import own_logits, padded_batch
+from ettin_foundry.hub.onnx import ONNX, TOLERANCE, compare, onnx_logits, own_logits, padded_batch
 from ettin_foundry.model.transformer import Ettin
 
 # of the largest logit: sums in another order, over dozens of layers; roundings of 8 and of 11 bits, likewise
@@ -24,8 +23,8 @@ _FP32, _HALF = 1e-4, {"bf16": (torch.bfloat16, 0.05), "fp16": (torch.float16, 0.
 class Check(NamedTuple):
     name: str
     note: str
-    worst: float = 0.0  # the largest difference, and what it may be
-    limit: float = 0.0
+    worst: float  # the largest difference, and what it may be
+    limit: float
 
     @property
     def ok(self) -> bool:
@@ -33,15 +32,14 @@ class Check(NamedTuple):
 
 
 class Parity:
-    """The checks of one exported folder."""
+    """An exported folder with its head, our model of it, and transformers' class."""
 
     def __init__(self, folder: str | Path) -> None:
         import transformers
 
         loaded = load_model(folder, default_objective="mlm")
         self.folder, self.causal = loaded.source, loaded.config.causal
-        self.config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        if self.config["model_type"] not in transformers.CONFIG_MAPPING:
+        if self.causal and "modernbert-decoder" not in transformers.CONFIG_MAPPING:
             raise ValueError(f"{folder}: needs transformers 4.56 or later, got {transformers.__version__}; put a "
                              "folder with another version first in PYTHONPATH")
         self.auto = transformers.AutoModelForCausalLM if self.causal else transformers.AutoModelForMaskedLM
@@ -50,44 +48,40 @@ class Parity:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
 
-    def run(self) -> Iterator[Check]:
-        """Yields what each check finds; what another program raises is a check that failed."""
-        has_onnx = (self.folder / onnx.ONNX).is_file()
-        for check in (self.logits, self._saved_again, *[self._generate] * self.causal, *[self._onnx] * has_onnx):
-            try:
-                yield from check()
-            except Exception as error:
-                yield Check(check.__name__.strip('_'), f"{type(error).__name__}: {error}".split("\n")[0], float("nan"))
-
-    def compare(self, name: str, run: Callable[[Tensor, Tensor], Tensor], share: float = _FP32,
-                lengths: tuple[int, ...] = (16, 200)) -> Check:
-        worst, largest, same = onnx.compare(self.model, run, lengths)
-        return Check(name, f"the same first token at {same:.1%}; logits to {largest:.1f}", worst, share * largest)
-
     def theirs(self, folder: str | Path, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
         hf = self.auto.from_pretrained(str(folder), **options).eval()
         return torch.no_grad()(lambda ids, mask: hf(input_ids=ids, attention_mask=mask.long()).logits)
 
     def logits(self) -> Iterator[Check]:
         for attention in ("eager", "sdpa"):
-            yield self.compare(attention, self.theirs(self.folder, attn_implementation=attention),
-                               lengths=(16, 200, 1500))
-        for name, (dtype, share) in _HALF.items():
-            yield self.compare(name, self.theirs(self.folder, torch_dtype=dtype), share)
+            yield self._check(attention, self.theirs(self.folder, attn_implementation=attention), lengths=(200, 1500))
 
-    def _saved_again(self) -> Iterator[Check]:
+    def run(self) -> Iterator[Check]:
+        """Yields what each check finds."""
+        yield from self.logits()
+        for name, (dtype, share) in _HALF.items():
+            yield self._check(name, self.theirs(self.folder, torch_dtype=dtype), share)
         hf, info = self.auto.from_pretrained(str(self.folder), output_loading_info=True)
         wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-        yield Check("keys", f"missing or unexpected: {', '.join(wrong) or 'none'}", len(wrong))
+        yield Check("keys", f"missing or unexpected: {', '.join(wrong) or 'none'}", len(wrong), 0)
         with tempfile.TemporaryDirectory() as again:
             hf.save_pretrained(again)
-            found = self.compare("saved again", self.theirs(again))
-            lost = self.config.keys() - json.loads(Path(again, "config.json").read_text(encoding="utf-8")).keys()
-        yield found._replace(note=f"config.json loses {', '.join(sorted(lost)) or 'nothing'}")
+            before, after = (json.loads(Path(place, "config.json").read_bytes()) for place in (self.folder, again))
+            lost = ", ".join(sorted(before.keys() - after.keys())) or "nothing"
+            yield self._check("saved again", self.theirs(again))._replace(note=f"config.json loses {lost}")
+        if self.causal:
+            yield from self._generate(hf.eval())
+        if (self.folder / ONNX).is_file():
+            yield self._check(ONNX, lambda *batch: onnx_logits(self.folder, *batch))._replace(limit=TOLERANCE)
 
-    def _generate(self) -> Iterator[Check]:
+    def _check(self, name: str, theirs: Callable[[Tensor, Tensor], Tensor], share: float = _FP32,
+               lengths: tuple[int, ...] = (16, 200)) -> Check:
+        worst, largest, same = compare(self.model, theirs, lengths)
+        return Check(name, f"the same first token at {same:.1%}; logits to {largest:.1f}", worst, share * largest)
+
+    def _generate(self, hf: Any) -> Iterator[Check]:
         """The logits of each step beside ours of the text that came out."""
-        hf, (ids, mask) = self.auto.from_pretrained(str(self.folder)).eval(), padded_batch(self.model, (16, 40), True)
+        ids, mask = padded_batch(self.model, (16, 40), True)
         steps = min(160, self.model.config.max_position_embeddings - 40)  # past the window
         whole = F.pad(mask, (0, steps), value=True)
         for name in ("cache", "no cache"):
@@ -98,7 +92,3 @@ class Parity:
             ours[whole] = own_logits(self.model, out.sequences, whole)
             worst = float((ours[:, -steps - 1:-1] - torch.stack(out.logits, dim=1)).abs().max())
             yield Check(f"generate, {name}", f"{steps} new tokens, left padded", worst, _FP32 * float(ours.abs().max()))
-
-    def _onnx(self) -> Iterator[Check]:
-        found = self.compare(onnx.ONNX, lambda *batch: onnx.onnx_logits(self.folder, *batch))
-        yield found._replace(limit=onnx.TOLERANCE)

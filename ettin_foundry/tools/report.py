@@ -36,6 +36,7 @@ from ettin_foundry.training.steps import EVALS, STEPS, read_steps
 from ettin_foundry.version import __version__
 
 PAGE, FACTS = "report.html", "report.json"
+_LOGGED = ["step", "tokens", "objective", "lr", "loss", "seconds"]
 _EVALS = ["step", "tokens", "data", "TargetCrossEntropy", "TargetAccuracy"]
 _OWN = ("log", "evals", "record", "data", "files")  # of a stage, what a page shows and report.json leaves where it is
 
@@ -104,7 +105,7 @@ def read_stage(folder: Path, known: Mapping[str, Any] | None = None) -> dict[str
     record, data = checkpoints.read_head(newest)[1:3] if newest else ({}, {})
     schedule = record.get("objective_schedule") or record.get("objective")
     facts = {"stage": folder.resolve().name, "from": None, "pair": None, **(known or {}),
-             "objective": " and ".join(ObjectiveSchedule.parse(schedule).objectives) if schedule else None,
+             "objective": " and ".join(ObjectiveSchedule.parse(schedule).objectives) if schedule else "",
              "tokens": int(record.get("tokens") or 0), "folder": str(folder), "checkpoint": str(newest),
              "run_hash": record.get("run_hash"), "record": record, "data": data, "log": None, "evals": None,
              "files": sorted(path for path in folder.glob("[!.]*") if not path.is_symlink() and path.name != PAGE),
@@ -113,7 +114,7 @@ def read_stage(folder: Path, known: Mapping[str, Any] | None = None) -> dict[str
     try:
         if not (steps := read_steps(folder)):
             raise ValueError(f"the log in {folder} is empty")
-        log = pandas.DataFrame(steps).astype({"tokens": int, "loss": float, "seconds": float, "lr": float})
+        log = pandas.DataFrame(steps)[_LOGGED].astype({"loss": float})
         evaluated = read_steps(folder / EVALS) if (folder / EVALS).is_file() else []
     except (OSError, ValueError, LookupError, TypeError) as error:  # no log, or one of something else
         return {**facts, "missing": f"no losses and times: {error}"}

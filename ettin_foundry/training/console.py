@@ -89,8 +89,8 @@ class RunConsole(LoggerDestination):
         root = logging.getLogger()
         root.handlers = [handler, *(each for each in root.handlers if getattr(each, "stream", None) is not sys.stderr)]
         logging.getLogger("ettin_foundry").setLevel(logging.INFO)
-        # a recipe says how many batches are evaluated at most, and small data has fewer
-        warnings.filterwarnings("ignore", "DataloaderNumBatchesWarning")
+        # a recipe says how many batches are evaluated at most, and small data has fewer; there is no state to restore
+        warnings.filterwarnings("ignore", "DataloaderNumBatchesWarning|RunConsole is not in the state_dict")
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self._metrics.update(metrics)
@@ -164,7 +164,7 @@ class RunConsole(LoggerDestination):
             self._bar.stop()
             self._bar = None
         now, seconds = state.timestamp, state.timestamp.total_wct.total_seconds()
-        if self._speaks and self._finished:
+        if self._speaks and self._finished and self._recent:
             self._finished = False
             _say("finished", {"run": state.run_name, "tokens": now.token.value, "step": now.batch.value,
                               "loss": f"{state.total_loss_dict['loss/train/total']:.4f}",

@@ -62,7 +62,7 @@ def language_model(subject: Subject, settings: Settings) -> Any:
 
 
 def evaluate(name: str, most: int | None, subject: Subject, settings: Settings) -> list[Score]:
-    """Runs the harness's task `name` on at most `most` items (None: all), drawn by the seed.
+    """Runs the harness's task `name` on at most `most` items (None: all), drawn by the seed, subjects alike.
 
     One Score a metric; where the task has subjects, first the one over all their items, then theirs.
 
@@ -81,6 +81,8 @@ def evaluate(name: str, most: int | None, subject: Subject, settings: Settings) 
             raise ValueError(f"{name} generates {wanted} tokens, got {subject.name} with rows of {subject.max_length}; "
                              "leave it out")
     limit = min((each for each in (most, settings.limit) if each), default=None)
+    if limit:
+        limit = math.ceil(limit / len(tasks))  # of each subject alike
     draw = random.Random(settings.seed)
     samples = {task.config.task: sorted(draw.sample(range(len(task.eval_docs)), min(limit, len(task.eval_docs))))
                for task in tasks} if limit else None

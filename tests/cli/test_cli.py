@@ -59,7 +59,7 @@ def test_no_command_on_models_imports_the_host_and_others_not_even_torch(encoder
     folder = export_model(encoder, encoder.config, tokenizer[0], tmp_path / "hf", objective="mlm")
     source = save(encoder, tmp_path / "ba1.pt", "mlm", str(tokenizer[1]))
     lines = ["--help", "plan yamls/ettin-enc-150m.yaml", "suite yamls/suite/demo.yaml --stage nope --list",
-             f"order {data_set} --yaml yamls/nano.yaml --step 123456 --rows 1 variables.global_batch=8",
+             f"order --yaml yamls/nano.yaml --step 123456 --rows 1 variables.global_batch=8 variables.data={data_set}",
              f"evaluate {folder} --data {tmp_path}", f"fill-mask {folder} [MASK]", f"export {source} {tmp_path}/o"]
     done = subprocess.run([sys.executable, "-c", HEAVY, "\n".join(lines)], capture_output=True, text=True, check=True)
     told = [line for line in done.stdout.splitlines() if line.startswith("HEAVY")]

@@ -92,6 +92,7 @@ def test_a_terminal_shows_a_bar_below_whole_lines_and_no_warning(data_set, tmp_p
     assert re.search(r"━.*%.*tokens.*loss [0-9.]+ .*lr", output)
     seen = at_the_end(output)
     assert not [line for line in seen if re.search("━| object at 0x|UserWarning", line)]
+    assert len(seen) < 40  # 16 of them are made here
     for step in range(1, 9):
         assert sum(line.endswith(f"warning other: {'words ' * 25}of step {step}") for line in seen) == 1
         assert f"printed {step}" in seen
