@@ -56,7 +56,7 @@ def ours(request: dict[str, Any]) -> Callable[[], dict[str, Any]]:
     options = ConvertOptions(sources=[request["jsonl"]], out=request["out"], tokenizer=request["tokenizer"],
                              chunk_length=ROW_LENGTH - 2, workers=CORES.get(request["contender"], 1),
                              unit_size=request["unit_size"])
-    return lambda: {"tokens": sum(counts["tokens"] for counts in convert(options).sources.values())}
+    return lambda: {"tokens": sum(each["totals"]["tokens"] for each in convert(options).manifests.values())}
 
 
 def text_to_mds(request: dict[str, Any]) -> Callable[[], dict[str, Any]]:

@@ -81,7 +81,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
                          "look at study/sweep-lr.yaml") from None
     if not lines:
         raise ValueError(f"{path}: lines must be given in a sweep, got none; look at study/sweep-lr.yaml")
-    stages, names = dict(content.get("stages") or {}), {}
+    stages: dict[str, Any] = dict(content.get("stages") or {})
+    names: dict[str, tuple[str, Any, str]] = {}
     for line, block in lines.items():
         for value in x.values:
             name = f"{line}-{value}"
@@ -89,7 +90,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
             stages[name] = {"yaml": block.yaml, "from": block.source,
                             "overrides": [*block.overrides, *(key.replace("{x}", str(value)) for key in x.keys)]}
     found = suites.build(str(path), {**content, "stages": stages})
-    points = [Point(*names[stage.name], stage) for stage in found.stages if stage.name in names]
+    points = [Point(*what, stage) for stage in found.stages if (what := names.get(stage.name))]
     return Sweep(found.name, x.name, found, evaluation, points)
 
 
@@ -105,7 +106,7 @@ def run(sweep: Sweep, command: str) -> Path:
     run_suite(sweep.suite)
     path = root / "sweep.json"
     known = {(each["line"], each["checkpoint"]): each for each in _read_points(path)}
-    points: list[dict[str, Any]] = []
+    points: list[Mapping[str, Any]] = []
     for point in sweep.points:
         checkpoint = str(stage_state(point.stage).checkpoint)
         if (each := known.get((point.line, checkpoint))) is None:

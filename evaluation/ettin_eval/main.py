@@ -142,7 +142,7 @@ def list_tasks() -> None:
     for suite, tasks in SUITES.items():
         print(suite)
         for task in tasks:
-            print(f"  {task.name:28}{' '.join(task.kinds):18}{task.about}")
+            print(f"  {task.name:32}{' '.join(task.kinds):18}{task.about}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

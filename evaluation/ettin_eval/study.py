@@ -158,7 +158,7 @@ def _suite_words(study: Study, seed: int) -> list[str]:
 def _eval_words(study: Study, seed: int, model: str, names: Sequence[str]) -> list[str]:
     root = _root(study, seed)
     words = [sys.executable, "-m", "ettin_eval.main", str(root / "models" / model), "--tasks", ",".join(names),
-             "--out", str(root / "eval" / f"{model}.json"), "--seed", str(seed)]
+             "--out", str(root / "eval" / f"{model}.json")]  # one seed: the same items for all models
     words += ["--data", str(study.data)] if study.data else []
     return words + (["--limit", str(study.limit)] if study.limit else [])
 

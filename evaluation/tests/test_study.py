@@ -109,7 +109,7 @@ def test_a_study_of_finished_models_is_written_and_printed(tmp_path, capsys, fol
             score = mean_score("module_of_snippet_probe", "acc", [kind == "encoder", 1.0, 0.0])
             (root / "eval" / f"{model}.json").write_text(json.dumps({
                 "model": str(root / "models" / model), "revision": None, "kind": kind, "objective": objective,
-                "settings": {"limit": None, "seed": seed, "protocol": "pseudo"}, "created": "2026-01-01",
+                "settings": {"limit": None, "seed": 0, "protocol": "pseudo"}, "created": "2026-01-01",
                 "tasks": {"module_of_snippet_probe": {
                     "seconds": 1.0, "scores": [score.model_dump(exclude_none=True)]}}}))
     with pytest.raises(SystemExit) as stopped:
