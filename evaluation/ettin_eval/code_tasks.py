@@ -49,7 +49,7 @@ SNIPPETS = (24, 14)        # of a module: for training, for testing
 PAIRS = (600, 300, 15)     # docstrings: for training, for testing, of one module at most
 WORDS = (5, 60)            # of a docstring's first paragraph
 MAX_LENGTH = 128           # tokens of a snippet, docstring or body
-EPOCHS = 4                 # of fine-tuning
+EPOCHS = 3                 # of fine-tuning
 BATCH, MINI_BATCH = 32, 32   # of contrastive fine-tuning: pairs of a loss, of a pass
 
 
@@ -179,9 +179,9 @@ def module_of_snippet(tuned: bool, subject: Subject, settings: Settings) -> list
     labels, true = (np.array([label for _, label in items]) for items in (train_items, test_items))
     if tuned:
         recipe = small_recipe(subject, settings, EPOCHS)
-        model = fit(subject, settings, train_rows, labels.tolist(), len(MODULES), recipe)
+        model = fit(subject, settings, train_rows, labels.tolist(), len(MODULES), recipe, "mean")
         said = predict(model, test_rows, settings.batch_tokens).argmax(1)
-        how = {**recipe.facts(), "head": HEAD, "pooling": subject.pooling}
+        how = {"pooling": "mean", **recipe.facts(), "head": HEAD}
     else:
         said = probe(embed(subject, settings, train_rows), labels, embed(subject, settings, test_rows))
         how = {"pooling": "mean"}
@@ -212,7 +212,7 @@ def docstring_to_function(tuned: bool, subject: Subject, settings: Settings) -> 
     train_pairs, test_pairs = pairs()
     test_pairs = test_pairs[:settings.limit]
     if tuned:
-        recipe, model = small_recipe(subject, settings, EPOCHS), embedder(subject, settings)
+        recipe, model = small_recipe(subject, settings, EPOCHS), embedder(subject, settings, "mean")
         model.max_seq_length = MAX_LENGTH
         rows = datasets.Dataset.from_dict({"query": [query for query, _ in train_pairs],
                                            "positive": [body for _, body in train_pairs]})

@@ -206,11 +206,12 @@ def fold_scores(name: str, tuned: bool, subject: Subject, settings: Settings) ->
     states = None if tuned else embed(subject, settings, rows)
     for train, test in folds:
         if states is None:
-            model = fit(subject, settings, [rows[each] for each in train], labels[train].tolist(), task.classes, recipe)
+            model = fit(subject, settings, [rows[each] for each in train], labels[train].tolist(), task.classes, recipe,
+                        "mean")
             said[test] = predict(model, [rows[each] for each in test], settings.batch_tokens).argmax(1)
         else:
             said[test] = probe(states[train], labels[train], states[test])
-    how = {**recipe.facts(), "head": HEAD, "pooling": subject.pooling} if tuned else {"pooling": "mean"}
+    how = {"pooling": "mean", **({**recipe.facts(), "head": HEAD} if tuned else {})}
     return scores_of(label, task.metrics, labels, said, folds=count,
                      majority=float(np.bincount(labels).max() / len(labels)), **how)
 

@@ -48,8 +48,11 @@ ROWS, HELD_OUT, HELD_OUT_SEED = 1_250_000, 1000, 12
 LR, BATCH, SCALE, WARMUP, EVERY = 3e-4, 1024, 20.0, 0.05, 50
 
 
-def embedder(subject: Subject, settings: Settings) -> SentenceTransformer:
-    """The model as a sentence-transformer: its own modules, where it has them, else its trunk and `subject.pooling`."""
+def embedder(subject: Subject, settings: Settings, pooling: str | None = None) -> SentenceTransformer:
+    """The model as a sentence-transformer: its own modules, where it has them, else its trunk and a pooling.
+
+    pooling: `mean` or `lasttoken`; None takes the kind's.
+    """
     with quiet():
         if cached_file(subject.name, "modules.json", revision=subject.revision, local_files_only=_local(subject),
                        _raise_exceptions_for_missing_entries=False,
@@ -61,8 +64,8 @@ def embedder(subject: Subject, settings: Settings) -> SentenceTransformer:
                             config_kwargs={"revision": subject.revision},
                             processor_kwargs={"revision": subject.revision}, max_seq_length=subject.max_length)
     trunk.tokenizer.pad_token = subject.tokenizer.pad_token  # type: ignore[union-attr]
-    pooling = Pooling(trunk.get_embedding_dimension(), subject.pooling)  # type: ignore[arg-type]
-    return SentenceTransformer(modules=[trunk, pooling], device=settings.device)
+    pool = Pooling(trunk.get_embedding_dimension(), pooling or subject.pooling)  # type: ignore[arg-type]
+    return SentenceTransformer(modules=[trunk, pool], device=settings.device)
 
 
 def _local(subject: Subject) -> bool:

@@ -194,7 +194,7 @@ COUNTS = {"run_name": "other", "seed": 17, "model.global_rope_theta": 160000.0, 
           "callbacks.global_lr_scaling.lr_scale": 2.0}
 FREE = [("model.window_left", 64), ("max_duration", "4ba"), ("device_train_microbatch_size", 8),
         ("save_interval", "3ba"), ("train_loader.num_workers", 3), ("loggers.wandb.project", "p"),
-        ("eval_interval", "3ba"), ("fsdp_config", {}), ("callbacks.lr_monitor", {"a": 1}), ("optimizer.max_lr", 0.003),
+        ("eval_interval", "3ba"), ("fsdp_config", {}), ("callbacks.lr_monitor", {"a": 1}), ("optimizer.max_lr", 0.002),
         ("optimizer.eps", 0.000001), ("scheduler.t_warmup", "1.0ba"), ("variables.x", 1)]
 
 
@@ -210,7 +210,7 @@ def test_a_run_that_learns_otherwise_is_refused_with_both_values_unless_it_is_ac
 
 
 def test_each_difference_is_named_and_what_cannot_change_learning_is_free(cfg, tmp_path):
-    with pytest.raises(ValueError, match="batch_size must be 4, got 8; optimizer.lr must be 0.001, got 0.003: "):
+    with pytest.raises(ValueError, match="batch_size must be 4, got 8; optimizer.lr must be 0.001, got 0.002: "):
         resume(cfg, tmp_path, put(cfg, {"optimizer.lr": 0.001, "global_train_batch_size": 4}))
     for key, old in FREE:
         assert resume(cfg, tmp_path, put(cfg, {key: old})) == {}, key

@@ -28,7 +28,7 @@ from ettin_foundry.training.steps import EVALS, read_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-PEAK, WEIGHT_DECAY, WARMUP = 3e-3, 3e-4, 1500
+PEAK, WEIGHT_DECAY, WARMUP = 2e-3, 3e-4, 1500
 SEEN = ("losses", "lrs", "tokens", "batches", "groups", "weights", "moments", "seed")
 TOKENS = {"pretrain": 3000, "extend": 3000, "decay": 4000, "cross": 3000}
 
@@ -133,7 +133,7 @@ def test_a_phase_killed_before_and_after_its_first_checkpoint_is_entered_once(ch
     logging.getLogger("ettin_foundry.training.callbacks").addHandler(caplog.handler)  # the host takes the root's away
     shutil.copytree(chain["extend"].folder, source)
     for die_at, begins, says in ((3, 0, ("entering decay from", "kept weights, optimizer moments", "seed 21 -> 99",
-                                         "optimizer.lr 0.003 -> 0.0015")),
+                                         "optimizer.lr 0.002 -> 0.001")),
                                  (6, 0, ("entering decay",)), (-1, 4, ("is not entered again",))):
         args = arguments("decay", f"variables.source={source}", "seed=99", "save_interval=4ba",
                          f"callbacks.capture.die_at={die_at}")
@@ -211,7 +211,7 @@ def test_another_lr_is_refused_unless_accepted_or_in_a_branch_and_recorded(chain
     source, before = chain["pretrain"].folder, chain["pretrain"]
     shutil.copytree(source, tmp_path / source.name)
     args = arguments("pretrain", "max_duration=5000tok", "variables.peak_lr=1e-3")
-    with pytest.raises(ValueError, match="optimizer.lr must be 0.003, got 0.001.*ettin_clock.accept=.optimizer.lr."):
+    with pytest.raises(ValueError, match="optimizer.lr must be 0.002, got 0.001.*ettin_clock.accept=.optimizer.lr."):
         nano_run.run(data_set, tmp_path, *args)
     for name, more in (("lower", [f"load_path={source}"]),
                        (source.name, ["callbacks.ettin_clock.accept=[optimizer.lr]"])):
@@ -221,7 +221,7 @@ def test_another_lr_is_refused_unless_accepted_or_in_a_branch_and_recorded(chain
         for group in sum(CAPTURE.groups, []):
             assert {group[key] for key in ("lr", "initial_lr", "max_lr", "base_lr")} == {1e-3}
         [entry] = checkpoints.read_head(tmp_path / name).record["lineage"]
-        assert entry["accepted"] == (f"optimizer.lr 0.003 -> 0.001 from batch {len(before.tokens)} "
+        assert entry["accepted"] == (f"optimizer.lr 0.002 -> 0.001 from batch {len(before.tokens)} "
                                      f"({before.end:,} tokens) on") and entry["tokens"] is None
     nano_run.run(data_set, tmp_path, *args, "max_duration=6500tok").close()  # no difference any more
     assert len(checkpoints.read_head(tmp_path / source.name).record["lineage"]) == 1

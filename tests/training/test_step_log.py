@@ -24,7 +24,7 @@ def test_each_line_says_what_its_step_read_and_gave(rising_run):
     assert all(entry["seconds"] > 0 for entry in steps)
     assert {(entry["objective"], entry["mask_rate"]) for entry in steps} == {("mlm", 0.3)}
     for before, lr in zip(seen["tokens"], seen["lrs"]):  # the clock counts tokens, whatever the batch sizes
-        assert lr == pytest.approx(3e-3 * min(1.0, 1e-10 + (1 - 1e-10) * before / 2000), rel=1e-9)
+        assert lr == pytest.approx(2e-3 * min(1.0, 1e-10 + (1 - 1e-10) * before / 2000), rel=1e-9)
 
 
 def test_the_pair_read_the_same_documents_at_every_step_and_the_log_tells_objectives(rising_run, data_set, tmp_path):
