@@ -39,7 +39,7 @@ class Program(NamedTuple):
     cell: str  # of downstream_cell.py
     packages: tuple[str, ...]
     target: bool = True
-    because: dict[str, str] = {}
+    because: dict[Any, str] = {}
     without: tuple[str, ...] = ()
 
 

@@ -149,7 +149,8 @@ def vllm(models: Path, kind: str) -> Iterator[Found]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from vllm import LLM
 
-    options: dict[str, Any] = {"runner": "pooling", "dtype": "float32", "enforce_eager": True}
+    options: dict[str, Any] = {"runner": "pooling", "dtype": "float32", "enforce_eager": True,
+                               "gpu_memory_utilization": 0.2}  # of the memory, on a CPU too
     trunk = models / f"trunk-{kind}"
     embedded = LLM(str(trunk), **options).embed(TEXTS, use_tqdm=False)
     ours = vectors(trunk, last=False)
