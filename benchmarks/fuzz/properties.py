@@ -406,7 +406,7 @@ def merge(draw: Draw) -> None:
     if key == "name":
         return
     *path, last = key.split(".")
-    override: Any = {last: value if last in ("name", "size") else yaml.safe_load(value.replace("1e3", "1.0e+3"))}
+    override: Any = {last: yaml.safe_load(value.replace("1e3", "1.0e+3"))}
     for part in reversed(path):
         override = {part: override}
     with tempfile.TemporaryDirectory() as folder:
@@ -419,10 +419,9 @@ def merge(draw: Draw) -> None:
 
 
 def _without_missing(tree: Any) -> Any:
-    """Names and sizes as texts, as `read` gives them; no value is missing."""
+    """No value is missing."""
     if isinstance(tree, dict):
-        return {key: str(value) if key in ("name", "size") and type(value) in (bool, int, float) else
-                _without_missing(value) for key, value in tree.items()}
+        return {key: _without_missing(value) for key, value in tree.items()}
     return "here" if tree == "???" else tree
 
 
@@ -441,8 +440,8 @@ _FREE = {
     "model.compile": "none", "train_loader.pin_memory": False, "train_loader.timeout": 5, "metadata": {"a": 1}}
 _DEFAULTS = {  # spelled out, each is what the recipe has anyway
     "optimizer.disable_grad": None, "scheduler.t_max": "1dur", "scheduler.alpha_f": 0.0,
-    "train_loader.shuffle_window": 16, "max_duration": "4000000tok", "scheduler.t_warmup": "0.05dur",
-    "model.local_attention": 128, "eval_first": False, "train_loader.persistent_workers": False, "optimizer.lr": 0.003,
+    "train_loader.shuffle_window": 16, "max_duration": "4000000tok", "scheduler.t_warmup": "0.025dur",
+    "model.local_attention": 128, "eval_first": False, "train_loader.persistent_workers": False, "optimizer.lr": 0.002,
     "model.num_hidden_layers": 4, "load_path": None}
 
 
