@@ -167,20 +167,11 @@ def vllm(models: Path, kind: str) -> Iterator[Found]:
     yield "classify", worst([one.outputs.probs for one in found], torch.stack(theirs)), 1e-4, "probabilities"
 
 
-def vllm_decoder(models: Path, kind: str) -> Iterator[Found]:
-    """The decoder by vLLM's general backend for models of transformers."""
-    from vllm import LLM, SamplingParams
-
-    out = LLM(str(models / kind), dtype="float32", enforce_eager=True).generate(TEXTS[:1], SamplingParams(max_tokens=4))
-    yield "generate", float(not out[0].outputs[0].text), 0.0, "ran"
-
-
 PROGRAMS: dict[str, tuple[Callable[[Path, str], Iterator[Found]], tuple[str, ...]]] = {
     "transformers": (transformers_, (*ENCODERS, *DECODERS)),
     "sentence-transformers": (sentence_transformers, (*ENCODERS, *DECODERS)),
     "pylate": (pylate, ENCODERS), "gguf": (gguf, ENCODERS),
     "llama-cpp": (llama_cpp, ENCODERS), "vllm": (vllm, ENCODERS[:1]),
-    "vllm-decoder": (vllm_decoder, DECODERS[:1]),
 }
 
 
