@@ -11,7 +11,7 @@
     data: evaluation/data           # as `ettin-eval --data`
     limit: 500                      # items of a task
     tasks: {classification: [module_of_snippet_probe], generation: [sciq]}   # the first metric with items counts
-    claims: [{claim: ..., source: ..., better: encoder, worse: decoder, on: classification}]
+    claims: [{claim: ..., source: ..., better: encoder, worse: decoder, kind: classification}]
     draws: 10000                    # of the bootstrap
     quick: {limit: 50}              # replaces keys with --quick; its folder is ROOT-quick
 
@@ -50,13 +50,13 @@ class _Block(BaseModel):
 
 
 class Claim(_Block):
-    """That model `better` is above model `worse` in the mean over the tasks of kind `on`."""
+    """That model `better` is above model `worse` in the mean over the tasks of a kind."""
 
     claim: str
     source: str
     better: str
     worse: str
-    on: str
+    kind: str
 
 
 class Study(_Block):
@@ -98,8 +98,8 @@ def read_study(path: Path, quick: bool = False) -> Study:
     for claim in study.claims:
         for model in {claim.better, claim.worse} - {*study.models}:
             raise ValueError(f"{path}: claims must be about {', '.join(study.models)}, got {model}")
-        if claim.on not in study.tasks:
-            raise ValueError(f"{path}: claims.on must be one of {', '.join(study.tasks)}, got {claim.on}")
+        if claim.kind not in study.tasks:
+            raise ValueError(f"{path}: claims.kind must be one of {', '.join(study.tasks)}, got {claim.kind}")
     if len({*study.seeds}) < len(study.seeds):
         raise ValueError(f"{path}: seeds must differ, got {list(study.seeds)}")
     return study
@@ -233,10 +233,10 @@ def compare(study: Study, scores: Mapping[str, Mapping[str, Sequence[Score]]]) -
             "mean": {model: _plain(bootstrap.mean(items[model], [task])) for model in study.models}})
     claims = []
     for claim in study.claims:
-        tasks = study.tasks[claim.on]
+        tasks = study.tasks[claim.kind]
         found = bootstrap.difference(items[claim.better], items[claim.worse], tasks)
         claims.append({"claim": claim.claim, "source": claim.source, "better": claim.better, "worse": claim.worse,
-                       "on": claim.on, "tasks": list(tasks), "n": sum(first[task][0].n for task in tasks),
+                       "kind": claim.kind, "tasks": list(tasks), "n": sum(first[task][0].n for task in tasks),
                        "difference": found.value, "low": found.low, "high": found.high, "verdict": found.verdict})
     return {"tasks": tables, "claims": claims}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +12,15 @@ import yaml
 from ettin_eval.main import main
 from ettin_eval.results import mean_score
 from ettin_eval.study import compare, read_study, run_study
+from ettin_eval.suites import SUITES
+from ettin_eval.tasks import chosen
 
 BASE = {"name": "made", "suite": "suite.yaml", "seeds": [1, 2, 3], "models": ["encoder", "decoder"],
         "tasks": {"classification": ["a", "b"], "generation": ["c"]},
         "claims": [{"claim": "encoders classify better", "source": "x", "better": "encoder", "worse": "decoder",
-                    "on": "classification"},
+                    "kind": "classification"},
                    {"claim": "encoders generate better", "source": "x", "better": "encoder", "worse": "decoder",
-                    "on": "generation"}]}
+                    "kind": "generation"}]}
 
 
 def write(tmp_path, **changes):
@@ -53,7 +56,7 @@ def test_verdicts_are_those_of_the_differences(tmp_path):
     ({"seeds": [1, 1]}, "seeds must differ"),
     ({"model": 1}, "model: Extra inputs are not permitted"),
     ({"claims": [{**BASE["claims"][0], "better": "coder"}]}, "claims must be about encoder, decoder, got coder"),
-    ({"claims": [{**BASE["claims"][0], "on": "speed"}]}, "claims.on must be one of classification, generation"),
+    ({"claims": [{**BASE["claims"][0], "kind": "speed"}]}, "claims.kind must be one of classification, generation"),
 ])
 def test_bad_files_are_refused_by_key(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
@@ -119,3 +122,12 @@ def test_a_study_of_finished_models_is_written_and_printed(tmp_path, capsys, fol
     assert content["tokens"] == {"one": 1000} and content["models"] == ["encoder", "decoder"]
     assert content["claims"][0]["difference"] == pytest.approx(1 / 3)
     assert "encoders classify better" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_study_of_the_repository_names_tasks_that_there_are(quick):
+    root = Path(__file__).resolve().parents[2]
+    study = read_study(root / "study/nano.yaml", quick)
+    names = [name for tasks in study.tasks.values() for name in tasks]
+    assert [task.name for task in chosen(SUITES, None, names)] == names
+    assert (root / study.suite).is_file() and len(study.seeds) >= 3
