@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -128,20 +130,29 @@ def suite(
         raise ValueError("--report trains nothing; leave out --stage")
     found = load(file, settings or [])
     stages = [found.stage(name) for name in stage or []] or found.stages
-    from ettin_foundry.tools.suite_run import StageFailed, check_suite, run_suite, signals
+    from ettin_foundry.tools.suite_run import check_suite, run_suite
 
     fairness = check_suite(found, allow_unfair=allow_unfair)
     if list_ or json_:
         _list(found, stages, json_)
         return
+    with _exit_codes():
+        if not report:
+            run_suite(found, stages)
+        if not stage:
+            from ettin_foundry.tools.report import write_report
+
+            write_report(found, fairness)
+
+
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Ends the command with the exit code of what ended the stages within it."""
+    from ettin_foundry.tools.suite_run import StageFailed, signals
+
     try:
         with signals():
-            if not report:
-                run_suite(found, stages)
-            if not stage:
-                from ettin_foundry.tools.report import write_report
-
-                write_report(found, fairness)
+            yield
     except StageFailed as error:
         print(f"error: {error}\nNothing after it was started. The same command continues.", file=sys.stderr)
         raise typer.Exit(3) from None
@@ -161,18 +172,10 @@ def sweep(
     Example: ettin sweep study/sweep-lr.yaml scale=0.05
     """
     from ettin_foundry.tools import sweep as sweeps
-    from ettin_foundry.tools.suite_run import StageFailed, signals
 
     found = sweeps.load(file, settings or [])
-    try:
-        with signals():
-            folder = sweeps.run(found, shlex.join(["ettin", "sweep", str(file), *(settings or [])]))
-    except StageFailed as error:
-        print(f"error: {error}\nThe same command continues.", file=sys.stderr)
-        raise typer.Exit(3) from None
-    except KeyboardInterrupt as error:
-        print("stopped. The same command continues.", file=sys.stderr)
-        raise typer.Exit(128 + (error.args[0] if error.args else signal.SIGINT)) from None
+    with _exit_codes():
+        folder = sweeps.run(found, shlex.join(["ettin", "sweep", str(file), *(settings or [])]))
     print(f"finished: {len(found.points)} points in {folder / 'sweep.json'}; `ettin report {folder}` draws them")
 
 

@@ -66,7 +66,7 @@ class Function:
 
 
 @cache
-def library() -> tuple[Function, ...]:
+def stdlib_functions() -> tuple[Function, ...]:
     """The functions of the standard library's modules, in the order of their names and places.
 
     Raises:
@@ -119,7 +119,7 @@ def snippets() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     rng = np.random.default_rng(0)
     train, test = [], []
     for label, module in enumerate(MODULES):
-        functions = [each for each in library() if each.module == module]
+        functions = [each for each in stdlib_functions() if each.module == module]
         several = len({each.file for each in functions}) > 1
         units: dict[str, list[str]] = {}
         seen: set[str] = set()
@@ -150,7 +150,7 @@ def pairs() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     rng = np.random.default_rng(0)
     modules: dict[str, list[tuple[str, str]]] = {}
     seen: set[str] = set()
-    for each in library():
+    for each in stdlib_functions():
         query = " ".join(re.split(r"\n\s*\n", each.doc)[0].split())
         body = "\n".join(each.body.splitlines()[:LINES[1]])
         if (WORDS[0] <= len(query.split()) <= WORDS[1] and body.count("\n") >= 2 and not {query, body} & seen):

@@ -45,7 +45,7 @@ def _eval(version: Annotated[bool, typer.Option("--version", help="Show the vers
 @app.command()
 def run(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face folder, or hub id.")],
-    suite: Annotated[str | None, typer.Option(help="quick if left out; glue, retrieval, generative, bias.")] = None,
+    suite: Annotated[str | None, typer.Option(help="quick if left out; `ettin-eval tasks` lists them.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Only these, joined by commas.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder with the sets on disk; the hub if left out.")] = None,
     out: Annotated[Path | None, typer.Option(help="Result file; eval/NAME.json if left out.")] = None,
@@ -81,19 +81,15 @@ def run(
     if data is not None and not data.is_dir():
         raise ValueError(f"--data must be a folder of evaluation sets, got {data}; `make eval-data` makes one")
     subject = read_subject(model, revision=revision, objective=objective)
-    for task in wanted if tasks else []:
-        for kind in {subject.kind} - set(task.kinds):
-            raise ValueError(f"{task.name} is for {task.kinds[0]}s, got {model}, of kind {kind}; leave it out")
-    wanted = [task for task in wanted if subject.kind in task.kinds]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = Path(model).name + (f"-{revision}" if revision else "")
     out = out or Path("eval", re.sub(r"[^\w.-]+", "-", name) + ".json")
     settings = Settings(data, limit, seed, device, batch_tokens, protocol, lr, read_grid(grid), out.with_suffix(""))
-    console, missing = Console(stderr=True), {task: reason for task in wanted if (reason := task.missing(settings))}
+    missing = {task: reason for task in wanted if (reason := task.missing(settings))}
     for task, reason in missing.items():
         if tasks:
             raise ValueError(reason)
-        console.print(f"{task.name} left out: {reason}", highlight=False, markup=False, soft_wrap=True)
+        print(f"{task.name} left out: {reason}", file=sys.stderr)
     wanted = [task for task in wanted if task not in missing]
     facts = {"model": model, "revision": revision, "kind": subject.kind, "objective": subject.objective,
              "settings": {"limit": limit, "seed": seed, "protocol": protocol, **({"lr": lr} if lr else {}),
@@ -103,7 +99,7 @@ def run(
     for number, task in enumerate(wanted, 1):
         if results.has(task.name):
             continue
-        console.print(f"[{number}/{len(wanted)}] {task.name}: {task.about}", highlight=False, markup=False)
+        print(f"[{number}/{len(wanted)}] {task.name}: {task.about}", file=sys.stderr, flush=True)
         begun = time.monotonic()
         scores = task.run(subject, settings)
         results.add(task.name, scores, time.monotonic() - begun)
@@ -142,7 +138,7 @@ def list_tasks() -> None:
     for suite, tasks in SUITES.items():
         print(suite)
         for task in tasks:
-            print(f"  {task.name:32}{' '.join(task.kinds):18}{task.about}")
+            print(f"  {task.name:32}{task.about}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 log = logging.getLogger(__name__)
 
-KINDS = ("encoder", "decoder")
 OBJECTIVES = {"encoder": ("mlm", "mntp"), "decoder": ("clm",)}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ettin_eval.results import Score
-from ettin_eval.subject import KINDS, Subject
+from ettin_eval.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Task:
-    """One task. run: gives its scores. kinds: the kinds of models that can do it. about: one line for the list.
+    """One task. run: gives its scores. about: one line for the list.
 
     missing: why it cannot be run with these settings (data that the folder does not hold), None where it can.
     """
@@ -44,7 +44,6 @@ class Task:
     name: str
     run: Callable[[Subject, Settings], Sequence[Score]]
     about: str
-    kinds: tuple[str, ...] = KINDS
     missing: Callable[[Settings], str | None] = lambda settings: None
 
 

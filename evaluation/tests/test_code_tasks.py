@@ -30,7 +30,7 @@ def test_snippets_hide_their_module_and_keep_train_and_test_apart() -> None:
     train, test = code_tasks.snippets()
     assert len(train) == 24 * 20 and len(test) == 14 * 20
     origin: dict[tuple[str, int], set[tuple[str, str]]] = {}
-    for each in code_tasks.library():
+    for each in code_tasks.stdlib_functions():
         if each.module in code_tasks.MODULES:
             key = code_tasks.masked(each.source, each.module), code_tasks.MODULES.index(each.module)
             origin.setdefault(key, set()).add((each.file, each.top))
@@ -52,7 +52,7 @@ def test_pairs_come_from_different_modules_and_hold_no_docstring() -> None:
     train, test = code_tasks.pairs()
     assert len(train) == 600 and len(test) == 300
     home = {}
-    for each in code_tasks.library():
+    for each in code_tasks.stdlib_functions():
         home.setdefault("\n".join(each.body.splitlines()[:code_tasks.LINES[1]]), each.module)
     assert not {home[body] for _, body in train} & {home[body] for _, body in test}
     for query, body in train + test:
@@ -82,4 +82,4 @@ def test_the_tasks_run_on_both_kinds_and_repeat(folders: dict[str, Path], name: 
 def test_a_python_without_sources_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(code_tasks.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(ValueError, match="take a Python that has them"):
-        code_tasks.library.__wrapped__()
+        code_tasks.stdlib_functions.__wrapped__()
