@@ -1,7 +1,7 @@
 """Does one unit of a conversion: read, filter, split, tokenize, cut, write, and a completion record at the end.
 
 It depends on unit and options alone: the same unit gives the same shards and record. The record is written
-last. Reading goes on in one thread while another tokenizes and a third one writes shards.
+last. Reading goes on in one thread while another tokenizes, cuts and writes.
 """
 
 from __future__ import annotations
@@ -79,13 +79,9 @@ class _Conversion:
             for split in splits}
 
     def run(self) -> dict[str, Any]:
-        try:
-            for split, batch in _ahead(self._batches()):
-                self._write(split, batch)
-            return self._record({split: writer.finish() for split, writer in self.writers.items()})
-        finally:
-            for writer in self.writers.values():
-                writer.abort()  # of one that has finished nothing is left to stop
+        for split, batch in _ahead(self._batches()):
+            self._write(split, batch)
+        return self._record({split: writer.finish() for split, writer in self.writers.items()})
 
     def _batches(self) -> Iterator[tuple[str, list[tuple[str, str, int]]]]:
         """Text, id and UTF-8 bytes of documents to keep, of one split at a time; runs in the reading thread."""
