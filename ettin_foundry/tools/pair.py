@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from ettin_foundry.data.inspect import table
 from ettin_foundry.data.mixture import open_split
 from ettin_foundry.objectives.schedule import MASKED_OBJECTIVES
 from ettin_foundry.training.run_config import NO_EFFECT, model_config, settings
@@ -51,9 +52,7 @@ class Report(NamedTuple):
         found = sorted(self.differences, key=lambda d: (VERDICTS.index(d.verdict), d.key))
         rows = [("verdict", "key", *self.names, "why")]
         rows += [(d.verdict, d.key, str(d.a)[:_WIDEST], str(d.b)[:_WIDEST], d.reason) for d in found]
-        widths = [*(max(map(len, column)) for column in list(zip(*rows))[:4]), 0]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows if found]
-        lines += [f"note: {note}" for note in self.notes]
+        lines = [*(table(rows, left=5) if found else []), *(f"note: {note}" for note in self.notes)]
         if not self.fair:
             keys = dict.fromkeys(d.key for d in found if d.verdict == UNFAIR)
             return "\n".join([*lines, f"unfair pair, because of {', '.join(keys)}"])
