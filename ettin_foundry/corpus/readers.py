@@ -17,8 +17,8 @@ import re
 import sys
 import tokenize
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -52,11 +52,6 @@ class ReadOptions:
     max_document_bytes: int = 256 << 20
     """A larger text (UTF-8) or line of JSON is left out and counted in `Meter.oversized`."""
     max_bad_records: int = 1000  # more than so many unreadable records of a unit are an error
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> ReadOptions:
-        """Of a plan's options, which name `max_document_bytes` only where it is not the default."""
-        return cls(**{field.name: record[field.name] for field in fields(cls) if field.name in record})
 
 
 class _File(NamedTuple):

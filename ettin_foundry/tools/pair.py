@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ettin_foundry.data.inspect import table
 from ettin_foundry.data.mixture import open_split
-from ettin_foundry.model.config import MASKED_OBJECTIVES
+from ettin_foundry.objectives.schedule import MASKED_OBJECTIVES
 from ettin_foundry.training.run_config import NO_EFFECT, model_config, settings
 from ettin_foundry.training.sources import STARTS, compare, record_of
 from ettin_foundry.training.steps import read_steps
