@@ -25,7 +25,6 @@ from ettin_foundry.data.storage import atomic_file, atomic_folder
 from ettin_foundry.data.tokenizer import fingerprint, save
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.weights import weights_checkpoint
-from ettin_foundry.objectives.schedule import ObjectiveSchedule
 from ettin_foundry.training.checkpoints import check_folder, decode_record, newest_complete
 from ettin_foundry.training.loading import make_safe
 from ettin_foundry.training.run_config import config_text
@@ -187,7 +186,7 @@ class Clock(CallbackWithConfig):
         return {
             "config": plain, "size": getattr(config, "size", None),
             "objective": getattr(self._model, "objective", None),
-            "objective_schedule": json.dumps(None if schedule is None else ObjectiveSchedule.parse(schedule).plain()),
+            "objective_schedule": json.dumps(schedule and schedule.plain()),
             "tokenizer": self._tokenizer or getattr(getattr(self._model, "tokenizer", None), "name_or_path", None),
             "tokenizer_fingerprint": self._fingerprint,
             "tokens": time.token.value, "batch": time.batch.value, "run_name": self._state.run_name,
