@@ -54,7 +54,7 @@ def plan(
     from ettin_foundry.tools import plan as planning
     from ettin_foundry.training import run_config as files
 
-    if recipe.endswith((".yaml", ".yml")) and {"stages", "extends"} & set(files.read(recipe)):
+    if recipe.endswith((".yaml", ".yml")) and {"stages", "lines", "extends"} & set(files.read(recipe)):
         from ettin_foundry.tools.suite import load
 
         stages = [(stage.name, stage.config) for stage in load(recipe, more or []).stages]
@@ -171,12 +171,20 @@ def sweep(
 
     Example: ettin sweep study/sweep-lr.yaml scale=0.05
     """
-    from ettin_foundry.tools import sweep as sweeps
+    from ettin_foundry.tools import plan
+    from ettin_foundry.tools.report import measure
+    from ettin_foundry.tools.suite import load
+    from ettin_foundry.tools.suite_run import check_suite, run_suite, say
 
-    found = sweeps.load(file, settings or [])
+    found = load(file, settings or [])
+    if found.x is None:
+        raise ValueError(f"{file}: x and lines must be given in a sweep, got none; look at study/sweep-lr.yaml")
+    check_suite(found)
+    say(plan.text(plan.plan_runs([(stage.name, stage.config) for stage in found.stages])))
     with _exit_codes():
-        folder = sweeps.run(found, shlex.join(["ettin", "sweep", str(file), *(settings or [])]))
-    print(f"finished: {len(found.points)} points in {folder / 'sweep.json'}; `ettin report {folder}` draws them")
+        run_suite(found)
+        path = measure(found, shlex.join(["ettin", "sweep", str(file), *(settings or [])]))
+    print(f"finished: all points are in {path}; `ettin report {path.parent}` draws them")
 
 
 def _list(found: Any, stages: Any, as_json: bool) -> None:

@@ -17,11 +17,11 @@ from typing import Annotated, Any
 import numpy as np
 import xxhash
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field
 
 from ettin_foundry import program_folder
 from ettin_foundry.data import MANIFEST
-from ettin_foundry.data.manifest import open_plain
+from ettin_foundry.data.manifest import check_record, open_plain
 from ettin_foundry.data.mixture import MIX_FORMAT, MIX_VERSION, shared_identity
 from ettin_foundry.data.order import raw_draws
 from ettin_foundry.data.shards import MDSSplit
@@ -58,13 +58,10 @@ def _read_spec(path: Path) -> MixSpec:
     """The specification in a YAML file; a ValueError names a key that is unknown, missing or out of range."""
     try:
         # every scalar as it is written: a source may be called 1, null, yes or 2024-01-01
-        return MixSpec.model_validate(yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader))
+        written = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} must be YAML: {' '.join(str(error).split()):.200}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r:.80}; "
-                         f"keys are {', '.join(MixSpec.model_fields)}") from None
+    return check_record(MixSpec, written, path, advice=[f"keys are {', '.join(MixSpec.model_fields)}", "correct it"])
 
 
 def _budgets_of(spec: MixSpec, path: Path) -> tuple[dict[str, int], float | None]:

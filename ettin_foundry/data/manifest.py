@@ -12,9 +12,9 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 import xxhash
@@ -26,6 +26,7 @@ MAX_JSON_BYTES = 1 << 30  # the manifest of 70,000 shards, two trillion tokens, 
 
 Buffer = mmap.mmap | bytes | bytearray
 Count = Annotated[int, Field(ge=0, le=2**53)]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def bad_file(path: Path | str, found: str, allowed: str,
@@ -115,15 +116,16 @@ def parse_json(text: bytes, where: Path | str) -> Any:
         raise bad_file(where, f"is not JSON ({error})", "the file that convert.py wrote is needed") from None
 
 
-def check_record(model: type[BaseModel], data: Any, where: Path | str, place: str = "") -> None:
-    """Holds a record from disk, or the part at `place`, to a pydantic model; ValueError names the first wrong field."""
+def check_record(model: type[Model], data: Any, where: Path | str, place: str = "",
+                 advice: Sequence[str] = ("as ettin writes it",)) -> Model:
+    """A record from disk, or the part at `place`, as a pydantic model; ValueError names the first wrong field."""
     try:
-        model.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join([*([place] if place else []), *map(str, first["loc"])]) or "its content"
         must = re.sub("^(Value error, |(Input|String) should)", lambda found: "must" if found[2] else "", first["msg"])
-        raise bad_file(where, f"{key}: {must}, got {first['input']!r:.300}", "as ettin writes it") from None
+        raise bad_file(where, f"{key}: {must}, got {first['input']!r:.300}", *advice) from None
 
 
 class _File(BaseModel, strict=True):

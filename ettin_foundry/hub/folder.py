@@ -21,10 +21,11 @@ from ettin_foundry.data.storage import atomic_folder
 from ettin_foundry.hub.card import MNTP_NOTE, card
 from ettin_foundry.hub.load import LoadedModel, chosen_objective, load_model
 from ettin_foundry.hub.parity import ONNX, write_onnx
-from ettin_foundry.model.config import OBJECTIVES, EttinConfig
+from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.hf_config import config_json
 from ettin_foundry.model.transformer import Ettin
 from ettin_foundry.model.weights import WEIGHTS, plain_state, to_hf
+from ettin_foundry.objectives.schedule import OBJECTIVES
 from ettin_foundry.training import checkpoints
 
 log = logging.getLogger(__name__)

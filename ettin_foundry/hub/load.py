@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from ettin_foundry.data import tokenizer as tokenizers
-from ettin_foundry.model.config import MASKED_OBJECTIVES, EttinConfig
+from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.hf_config import read_record
 from ettin_foundry.model.inference import Predictor
 from ettin_foundry.model.transformer import Ettin
 from ettin_foundry.model.weights import import_folder, tensor_table
-from ettin_foundry.objectives.schedule import ObjectiveSchedule
+from ettin_foundry.objectives.schedule import MASKED_OBJECTIVES, ObjectiveSchedule
 from ettin_foundry.training import checkpoints
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from ettin_foundry.data.cache import fetch_tokenizer
 from ettin_foundry.data.stream import DATASET_KEYS, check_warmup
-from ettin_foundry.model.config import MASKED_OBJECTIVES, did_you_mean
-from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule, check_together
+from ettin_foundry.model.config import did_you_mean
+from ettin_foundry.objectives.schedule import MASKED_OBJECTIVES, MaskRate, ObjectiveSchedule, check_together
 from ettin_foundry.training import run_config
 from ettin_foundry.training.run_config import PARAMETERS, loaders, parse_time, require, total_tokens, value_at, walk
 from ettin_foundry.training.sources import check_start, prepare_start

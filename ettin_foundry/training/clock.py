@@ -24,7 +24,6 @@ from torch.distributed.tensor import DTensor
 from ettin_foundry.data.storage import atomic_file, atomic_folder
 from ettin_foundry.data.tokenizer import fingerprint, save
 from ettin_foundry.model.weights import weights_checkpoint
-from ettin_foundry.objectives.schedule import ObjectiveSchedule
 from ettin_foundry.training.checkpoints import check_folder, decode_record, newest_complete
 from ettin_foundry.training.loading import make_safe
 from ettin_foundry.training.run_config import config_text
@@ -175,7 +174,7 @@ class Clock(CallbackWithConfig):
         model, time = self._model, self._state.timestamp
         return {
             "config": dataclasses.asdict(model.config), "size": model.config.size, "objective": model.objective,
-            "objective_schedule": json.dumps(ObjectiveSchedule.parse(model.objective_schedule).plain()),
+            "objective_schedule": json.dumps(model.objective_schedule.plain()),
             "tokenizer": self._tokenizer or getattr(model.tokenizer, "name_or_path", None),
             "tokenizer_fingerprint": self._fingerprint,
             "tokens": time.token.value, "batch": time.batch.value, "run_name": self._state.run_name,
