@@ -55,14 +55,17 @@ def convert(
     from ettin_foundry.corpus.convert import ConvertOptions
     from ettin_foundry.corpus.convert import convert as make_dataset
     from ettin_foundry.corpus.finalize import sole_writer
+    from ettin_foundry.data.inspect import show_text
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         with sole_writer(out, shared=task_index is not None):
-            print(make_dataset(ConvertOptions(**given)))
+            manifests, (done, units) = make_dataset(ConvertOptions(**given))
     except KeyboardInterrupt:
         print("interrupted: finished units are kept; the same command goes on", file=sys.stderr)
         raise typer.Exit(130) from None
+    print(f"{out}: {done} of {units} units done by this call")
+    print(show_text(out, samples=0) if manifests else f"after all tasks: ettin finalize {out}")
 
 
 def verify(dataset: _Dataset, threads: Annotated[
@@ -122,10 +125,8 @@ def finalize(out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or U
     """
     from ettin_foundry.corpus.finalize import finalize as make_dataset
     from ettin_foundry.corpus.finalize import sole_writer
+    from ettin_foundry.data.inspect import show_text
 
     with sole_writer(out):
-        manifests = make_dataset(out)
-    for split, manifest in manifests.items():
-        totals = manifest["totals"]
-        print(f"{split}: {totals['documents']:,} documents, {totals['samples']:,} chunks, {totals['tokens']:,} tokens, "
-              f"{len(manifest['shards']):,} shards")
+        make_dataset(out)
+    print(show_text(out, samples=0))

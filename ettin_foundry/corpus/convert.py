@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -37,21 +36,8 @@ log = logging.getLogger(__name__)
 class Summary(NamedTuple):
     """What a conversion did."""
 
-    out: str
     manifests: Mapping[str, Mapping[str, Any]]  # split -> manifest; empty for one task of an array
     units: tuple[int, int]  # done by this call, of all
-
-    def __str__(self) -> str:
-        done, of = self.units
-        texts = [f"{split}: {each['totals']['documents']:,} documents, {each['totals']['tokens']:,} tokens"
-                 for split, each in self.manifests.items()]
-        dropped = [each["dropped"] for manifest in self.manifests.values() for each in manifest["sources"].values()]
-        texts += [f"{number:,} dropped ({reason})" for reason, number in sum(map(Counter, dropped), Counter()).items()]
-        if not self.manifests:
-            texts.append(f"{done} of {of} units done by this task; after all tasks: ettin finalize {self.out}")
-        elif done < of:
-            texts.append(f"{of - done} of {of} units were done before")
-        return f"{self.out}: {'; '.join(texts)}"
 
 
 def convert(options: ConvertOptions) -> Summary:
@@ -92,7 +78,7 @@ def convert(options: ConvertOptions) -> Summary:
         run_tasks(job, todo, workers=workers, board=board)
         log.info("%s", board)
     manifests = finalize(options.out, max_bad_records=options.max_bad_records) if options.task_index is None else {}
-    return Summary(storage.url, manifests, (len(todo), len(plan.units)))
+    return Summary(manifests, (len(todo), len(plan.units)))
 
 
 def _tokenizer(options: ConvertOptions, storage: Storage, plan: plans.Plan | None,

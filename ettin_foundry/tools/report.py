@@ -28,6 +28,7 @@ from ettin_foundry.data.storage import atomic_file
 from ettin_foundry.hub.folder import export_checkpoint
 from ettin_foundry.hub.load import LoadedModel
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
+from ettin_foundry.tools import progress
 from ettin_foundry.tools.evaluate import evaluate
 from ettin_foundry.tools.pictures import COLORS, Line, binned, draw_lines, standalone
 from ettin_foundry.tools.suite import Samples, Stage, Suite
@@ -37,7 +38,6 @@ from ettin_foundry.training.steps import EVALS, STEPS, read_steps
 from ettin_foundry.version import __version__
 
 PAGE, FACTS, SWEEP = "report.html", "report.json", "sweep.json"
-_LOGGED = ["step", "tokens", "objective", "lr", "loss", "seconds"]
 _EVALS = ["step", "tokens", "data", "TargetCrossEntropy", "TargetAccuracy"]
 _OWN = ("log", "evals", "record", "data", "files")  # of a stage, what a page shows and report.json leaves where it is
 
@@ -113,9 +113,8 @@ def read_stage(folder: Path, known: Mapping[str, Any] | None = None) -> dict[str
              **dict.fromkeys(("steps", "seconds", "tokens_per_second", "first_loss", "last_loss", "validation",
                               "missing"))}
     try:
-        if not (steps := read_steps(folder)):
+        if (log := progress.read(folder)).empty:
             raise ValueError(f"the log in {folder} is empty")
-        log = pandas.DataFrame(steps)[_LOGGED].astype({"loss": float})
         evaluated = read_steps(folder / EVALS) if (folder / EVALS).is_file() else []
     except (OSError, ValueError, LookupError, TypeError) as error:  # no log, or one of something else
         return {**facts, "missing": f"no losses and times: {error}"}
@@ -193,7 +192,7 @@ def measure(suite: Suite, command: str) -> Path:
                              max_batches=wanted.max_batches)[point.objective]
             each = {"x": point.x, "line": point.line, "metric": f"{point.objective} loss", "value": found["loss"],
                     "n": found["targets"], "accuracy": found["accuracy"], "checkpoint": checkpoint,
-                    "seconds": round(sum(step["seconds"] for step in read_steps(stage.folder)), 1)}
+                    "seconds": round(progress.read(stage.folder).seconds.sum(), 1)}
             say(f"{stage.name}: {each['metric']} {each['value']:.3f}")
         points.append(each)
         with atomic_file(path) as file:

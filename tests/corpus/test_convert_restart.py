@@ -131,7 +131,7 @@ def test_workers_and_a_second_start_change_no_byte(tmp_path, texts, tokenizer_di
     assert files_of(tmp_path / "set") == whole
     again = run(tmp_path / "set", [texts], tokenizer_dir, **SETTINGS)
     assert again.units == (0, first.units[1]) and again.manifests == first.manifests
-    assert files_of(tmp_path / "set") == whole and f"{first.units[1]} of {first.units[1]} units were done" in str(again)
+    assert files_of(tmp_path / "set") == whole
 
 
 def test_tasks_of_an_array_and_finalize_give_the_bytes_of_one_run(tmp_path, texts, tokenizer_dir):
