@@ -69,14 +69,9 @@ def map_file(path: Path, num_bytes: int | None, xxh64: str | None, *, shared: bo
         buffer = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
     finally:
         os.close(descriptor)
-    check_hash(buffer, name or path, xxh64)
+    if xxh64 is not None and (found := xxhash.xxh64(buffer).hexdigest()) != xxh64:
+        raise bad_file(name or path, f"xxh64 is {found}", f"the manifest states {xxh64}: the file was altered")
     return buffer
-
-
-def check_hash(data: Buffer, path: Path | str, xxh64: str | None) -> None:
-    """Raises ValueError for bytes of another hash than `xxh64`; None leaves the check out."""
-    if xxh64 is not None and (found := xxhash.xxh64(data).hexdigest()) != xxh64:
-        raise bad_file(path, f"xxh64 is {found}", f"the manifest states {xxh64}: the file was altered")
 
 
 def expand(data: Buffer, where: Path | str, num_bytes: int) -> Iterator[bytes]:

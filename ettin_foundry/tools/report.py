@@ -175,8 +175,8 @@ def _sweep_pictures(sweep: Mapping[str, Any]) -> dict[str, str]:
 # ------------------------------------------------------------------ the end of a suite or sweep
 
 
-def measure(suite: Suite, command: str) -> Path:
-    """Writes sweep.json of a trained sweep: of each point the loss of its newest checkpoint, which is measured once."""
+def measure(suite: Suite, command: str) -> None:
+    """Writes sweep.json of a sweep: the loss of each finished point, whose newest checkpoint is measured once."""
     path, wanted = suite.root / SWEEP, suite.evaluation
     known = {(each["line"], each["checkpoint"]): each for each in _read(path).get("points", ())}
     points: list[dict[str, Any]] = []
@@ -184,9 +184,10 @@ def measure(suite: Suite, command: str) -> Path:
              "versions": {name: metadata.version(name) for name in ("ettin-foundry", "torch", "llm-foundry")},
              "axes": {"x": suite.x, "lines": "model"}, "points": points}
     for stage in suite.stages:
-        if (point := stage.point) is None or wanted is None:
+        state, point = stage_state(stage), stage.point
+        if point is None or wanted is None or not state.finished:
             continue
-        checkpoint = str(stage_state(stage).checkpoint)
+        checkpoint = str(state.checkpoint)
         if (each := known.get((point.line, checkpoint))) is None:
             found = evaluate(checkpoint, wanted.data, [point.objective], mask_rate=wanted.mask_rate,
                              max_batches=wanted.max_batches)[point.objective]
@@ -197,7 +198,7 @@ def measure(suite: Suite, command: str) -> Path:
         points.append(each)
         with atomic_file(path) as file:
             file.write((json.dumps(facts, indent=1) + "\n").encode())
-    return path
+    say(f"finished: {len(points)} points in {path}; `ettin report {path.parent}` draws them")
 
 
 def write_report(suite: Suite, fairness: Mapping[str, Mapping[str, Any]]) -> None:
