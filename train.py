@@ -39,8 +39,8 @@ def main(argv: list[str]) -> int:
         plain: Any = om.to_container(config, resolve=True)
         checks.check_settings(plain)
         checks.check_loggers(plain)
-        if os.environ.get("RANK", "0") == "0":
-            print(plan.report(plain), flush=True)
+        if os.environ.get("RANK", "0") == "0" and plain.get("model", {}).get("name") == "ettin":
+            print(plan.text([plan.plan_run(plain)]), flush=True)
         try:
             checks.check_machine(plain)
         except (ValueError, OSError) as error:

@@ -73,7 +73,7 @@ def hf_model(size: str, objective: str, row_length: int, *, sparse: bool, attent
     """transformers' model with the shape of ours."""
     from ettin_foundry.model.config import SIZES
 
-    shape = {**vars(SIZES[size]), "vocab_size": VOCAB_SIZE, "max_position_embeddings": row_length,
+    shape = {**SIZES[size], "vocab_size": VOCAB_SIZE, "max_position_embeddings": row_length,
              "local_attention": 128, "pad_token_id": 0, "attn_implementation": attention}
     if objective == "clm":
         from transformers import ModernBertDecoderConfig, ModernBertDecoderForCausalLM  # type: ignore  # 4.54 or later

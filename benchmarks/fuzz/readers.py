@@ -177,7 +177,7 @@ def read_config(folder: Path) -> None:
         return
     checks.check_settings(plain)
     checks.check_loggers(plain)
-    plan_tool.report(plain)
+    plan_tool.text([plan_tool.plan_run(plain)])
     then = run_config.settings(plain)
     again = run_config.settings(json.loads(run_config.config_text(plain)))
     pairs = {key: (then.get(key), again.get(key)) for key in then | again}

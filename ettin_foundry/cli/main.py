@@ -7,13 +7,11 @@ or a negative answer; 2 for a wrong command line; 3 when a stage of a suite fail
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from ettin_foundry import __version__
 from ettin_foundry.cli import data, model, runs
@@ -25,25 +23,7 @@ _GROUPS = {
                model.evaluate),
 }
 
-
-class _Group(TyperGroup):
-    """Lists the commands by group."""
-
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        width, listed = max(map(len, self.commands)), list[Any](self.commands.items())
-        for title, commands in itertools.groupby(listed, lambda item: item[1].rich_help_panel):
-            with formatter.section(title):
-                formatter.write_dl([(name.ljust(width), each.get_short_help_str(80)) for name, each in commands])
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except typer.BadParameter as error:
-            error.message = error.message.removeprefix("Value error, ")
-            raise
-
-
-app = typer.Typer(name="ettin", cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(name="ettin", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 @app.callback(invoke_without_command=True)

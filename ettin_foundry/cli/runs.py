@@ -15,6 +15,9 @@ from typing import Annotated, Any
 
 import typer
 
+_Settings = Annotated[list[str] | None, typer.Argument(
+    metavar="KEY=VALUE", help="Keys of the file: scale=0.01, root=runs/mine, command='composer -n 4 train.py'.")]
+
 
 def recipes(copy: Annotated[Path | None, typer.Option(
         help="Folder to copy train.py, yamls/ and data_prep/ into.")] = None) -> None:
@@ -54,7 +57,7 @@ def plan(
     from ettin_foundry.tools import plan as planning
     from ettin_foundry.training import run_config as files
 
-    if recipe.endswith((".yaml", ".yml")) and {"stages", "extends"} & set(files.read(recipe)):
+    if recipe.endswith((".yaml", ".yml")) and {"stages", "lines", "extends"} & set(files.read(recipe)):
         from ettin_foundry.tools.suite import load
 
         stages = [(stage.name, stage.config) for stage in load(recipe, more or []).stages]
@@ -63,7 +66,7 @@ def plan(
         stages = [(config.get("run_name") or recipe, config)]
     runs = planning.plan_runs(stages, gpus=gpus, mfu=mfu)
     facts = {"stages": [run._asdict() for run in runs], "totals": planning.totals(runs)}
-    print(json.dumps(facts, indent=1) if as_json else planning.text(runs))
+    print(json.dumps(facts, indent=1) if as_json else planning.text(runs), flush=True)  # before what a sweep says
 
 
 def lint(
@@ -105,9 +108,7 @@ def _config(text: str, overrides: list[str]) -> dict[str, Any]:
 
 def suite(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Suite file, such as yamls/suite/ettin-150m.yaml.")],
-    settings: Annotated[list[str] | None, typer.Argument(
-        metavar="KEY=VALUE", help="Keys of the file: scale=0.01, root=runs/mine, command='composer -n 4 train.py'.")
-    ] = None,
+    settings: _Settings = None,
     list_: Annotated[bool, typer.Option(
         "--list", help="Train nothing: check all, print each stage, its source and its exact command.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="As --list, as JSON.")] = False,
@@ -140,9 +141,12 @@ def suite(
         if not report:
             run_suite(found, stages)
         if not stage:
-            from ettin_foundry.tools.report import write_report
+            from ettin_foundry.tools.report import measure, write_report
 
-            write_report(found, fairness)
+            if found.x is None:
+                write_report(found, fairness)
+            else:
+                measure(found, shlex.join(["ettin", "sweep", str(file), *(settings or [])]))
 
 
 @contextlib.contextmanager
@@ -163,7 +167,7 @@ def _exit_codes() -> Iterator[None]:
 
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Sweep file, such as study/sweep-lr.yaml.")],
-    settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys of the file.")] = None,
+    settings: _Settings = None,
 ) -> None:
     """Train a run for each value of a setting, and draw the losses.
 
@@ -171,12 +175,12 @@ def sweep(
 
     Example: ettin sweep study/sweep-lr.yaml scale=0.05
     """
-    from ettin_foundry.tools import sweep as sweeps
+    from ettin_foundry.tools.suite import load
 
-    found = sweeps.load(file, settings or [])
-    with _exit_codes():
-        folder = sweeps.run(found, shlex.join(["ettin", "sweep", str(file), *(settings or [])]))
-    print(f"finished: {len(found.points)} points in {folder / 'sweep.json'}; `ettin report {folder}` draws them")
+    if load(file, settings or []).x is None:
+        raise ValueError(f"{file}: x and lines must be given in a sweep, got none; look at study/sweep-lr.yaml")
+    plan(str(file), settings)
+    suite(file, settings)
 
 
 def _list(found: Any, stages: Any, as_json: bool) -> None:

@@ -9,27 +9,23 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
 from ettin_foundry.corpus import plan as plans
-from ettin_foundry.corpus.encoder import Engine
 from ettin_foundry.corpus.executors import Board, Tick, run_tasks
 from ettin_foundry.corpus.finalize import done_units, finalize
-from ettin_foundry.corpus.readers import ReadOptions, read_parts
+from ettin_foundry.corpus.plan import ConvertOptions
+from ettin_foundry.corpus.readers import read_parts
 from ettin_foundry.corpus.sources import Meter, Source, part_bytes, plan_parts
 from ettin_foundry.corpus.worker import ConvertUnit
-from ettin_foundry.data import MAX_CHUNK_LENGTH
 from ettin_foundry.data import tokenizer as tokenizers
 from ettin_foundry.data.cache import fetch_tokenizer
-from ettin_foundry.data.packing import SPECIALS_PER_PIECE
-from ettin_foundry.data.storage import Storage, is_url, open_storage, parse_bytes
+from ettin_foundry.data.storage import Storage, open_storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -37,92 +33,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConvertOptions:
-    """What to convert, and how; cli/data.py says what each option means. Wrong ones raise ValueError."""
-
-    sources: Sequence[str]
-    out: str | os.PathLike[str]
-    tokenizer: str | os.PathLike[str] | None = None
-    train_tokenizer: int | None = None
-    chunk_length: int = 1024 - SPECIALS_PER_PIECE
-    cut_window: float = 0.01
-    validation: float = 0.005
-    text_field: str = ReadOptions.text_field
-    id_field: str | None = ReadOptions.id_field
-    max_document_bytes: int | str = ReadOptions.max_document_bytes
-    max_bad_records: int = ReadOptions.max_bad_records
-    shard_size: int | str = "64mb"
-    unit_size: int | str = "256mb"
-    compression: Literal["zstd"] | None = None
-    seed: int = 0
-    licence: str | None = None
-    min_characters: int | None = None  # Unicode code points; empty documents are dropped anyway
-    max_characters: int | None = None
-    append: bool = False
-    workers: int | None = None
-    engine: Engine = "auto"
-    task_index: int | None = None
-    num_tasks: int | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("shard_size", "unit_size", "max_document_bytes"):
-            object.__setattr__(self, key, parse_bytes("--" + key.replace("_", "-"), getattr(self, key)))
-        most = 2**31 - 1 if self.compression else 2**32 - 1  # what the zstd package takes; offsets are uint32
-        task, tasks, trained = self.task_index, self.num_tasks, self.train_tokenizer is not None
-        num_tokenizers = trained + (self.tokenizer is not None)
-        rules = [  # option, what it must be, whether it is
-            ("tokenizer", "given, or --train-tokenizer, exactly one of the two (neither with --append)",
-             num_tokenizers == 1 or (self.append and not num_tokenizers)),
-            ("train_tokenizer", "left out with --append, which keeps the dataset's, and with --task-index: train it on "
-             "a sample first", not trained or (task is None and not self.append)),
-            ("chunk_length", f"1 to {MAX_CHUNK_LENGTH} tokens", 1 <= self.chunk_length <= MAX_CHUNK_LENGTH),
-            ("cut_window", "a share from 0 (cut as late as possible) to 0.5", 0 <= self.cut_window <= 0.5),
-            ("validation", "a share of at least 0 and below 1", 0 <= self.validation < 1),
-            ("shard_size", f"at most {most} bytes", int(self.shard_size) <= most),
-            ("seed", "0 to 2**63 - 1", 0 <= self.seed < 2**63),
-            ("workers", "at least 1, or left out for all cores", self.workers is None or self.workers >= 1),
-            ("task_index", f"0 to --num-tasks - 1, with --num-tasks {tasks}",
-             task == tasks if task is None or tasks is None else 0 <= task < tasks),
-            ("min_characters", "2 or more, and at most --max-characters",
-             2 <= (self.min_characters or 2) <= (self.max_characters or 2**62)),
-            ("max_characters", "1 or more", self.max_characters is None or self.max_characters >= 1),
-        ]
-        for key, allowed, fits in rules:
-            if not fits:
-                raise ValueError(f"--{key.replace('_', '-')} must be {allowed}, got {getattr(self, key)!r}")
-
-    def record(self) -> dict[str, Any]:
-        """The options that shape the data, without places on this machine."""
-        keys = ["train_tokenizer", "chunk_length", "cut_window", "validation", "text_field", "id_field", "compression",
-                "limit_bytes", "seed", "shard_size", "unit_size"]  # limit_bytes is null: no option, but in every plan
-        # keys of filters that are gone stay, for datasets that are appended to
-        filters = {"min_characters": self.min_characters, "max_characters": self.max_characters, "predicates": [],
-                   "decontaminate": [], "decontaminate_field": "text", "decontaminate_drop": False, "ngrams": None,
-                   "deduplicate": False}
-        if self.max_document_bytes != ReadOptions.max_document_bytes:
-            keys.append("max_document_bytes")
-        return {**{key: getattr(self, key, None) for key in keys}, "filters": filters}
-
-
 class Summary(NamedTuple):
     """What a conversion did."""
 
-    out: str
     manifests: Mapping[str, Mapping[str, Any]]  # split -> manifest; empty for one task of an array
     units: tuple[int, int]  # done by this call, of all
-
-    def __str__(self) -> str:
-        done, of = self.units
-        texts = [f"{split}: {each['totals']['documents']:,} documents, {each['totals']['tokens']:,} tokens"
-                 for split, each in self.manifests.items()]
-        dropped = [each["dropped"] for manifest in self.manifests.values() for each in manifest["sources"].values()]
-        texts += [f"{number:,} dropped ({reason})" for reason, number in sum(map(Counter, dropped), Counter()).items()]
-        if not self.manifests:
-            texts.append(f"{done} of {of} units done by this task; after all tasks: ettin finalize {self.out}")
-        elif done < of:
-            texts.append(f"{of - done} of {of} units were done before")
-        return f"{self.out}: {'; '.join(texts)}"
 
 
 def convert(options: ConvertOptions) -> Summary:
@@ -154,11 +69,8 @@ def convert(options: ConvertOptions) -> Summary:
         storage.write_bytes(plans.PLAN, plan.to_bytes())  # last: where there is a plan, there is a tokenizer
     if options.task_index is not None:
         todo = [unit for unit in todo if unit.number % int(options.num_tasks or 1) == options.task_index]
-    job = ConvertUnit(storage.url if is_url(storage.url) else os.path.abspath(storage.url),
-                      {**plan.options, "max_bad_records": options.max_bad_records},
-                      {source.name: source for source in sources}, plan.base_key, facts["name"],
-                      tok.backend_tokenizer.to_str(), tuple(sorted(tokenizers.forbidden_ids(tok))), options.engine,
-                      made_with)
+    job = ConvertUnit(options, {source.name: source for source in sources}, plan.base_key, facts["name"],
+                      tok.backend_tokenizer.to_str(), tuple(sorted(tokenizers.forbidden_ids(tok))), made_with)
     if todo:
         workers = min(options.workers or len(os.sched_getaffinity(0)), len(todo))
         num_bytes = sum(part_bytes(job.sources[unit.source], part) for unit in todo for part in unit.parts)
@@ -166,7 +78,7 @@ def convert(options: ConvertOptions) -> Summary:
         run_tasks(job, todo, workers=workers, board=board)
         log.info("%s", board)
     manifests = finalize(options.out, max_bad_records=options.max_bad_records) if options.task_index is None else {}
-    return Summary(storage.url, manifests, (len(todo), len(plan.units)))
+    return Summary(manifests, (len(todo), len(plan.units)))
 
 
 def _tokenizer(options: ConvertOptions, storage: Storage, plan: plans.Plan | None,
@@ -186,13 +98,11 @@ def _tokenizer(options: ConvertOptions, storage: Storage, plan: plans.Plan | Non
 
 def _train(sources: Sequence[Source], options: ConvertOptions) -> PreTrainedTokenizerFast:
     """Trains on the training split only: validation text must be as new to the tokenizer as to the model."""
-    meter, reading = Meter(), ReadOptions.of({**options.record(), "max_bad_records": options.max_bad_records})
-
     def texts() -> Iterator[str]:
-        documents, num_bytes = 0, 0
+        documents, num_bytes, meter = 0, 0, Meter()
         for source in sources:
             parts = [part for parts in plan_parts(source, 1 << 62) for part in parts]
-            for document in read_parts(source, parts, meter, reading):
+            for document in read_parts(source, parts, meter, options):
                 encoded = document.text.encode()
                 documents, num_bytes = documents + 1, num_bytes + len(encoded)
                 board.tick(0, Tick(documents, 0, num_bytes, meter.position()))

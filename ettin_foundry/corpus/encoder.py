@@ -6,12 +6,11 @@ made, and on a share of the texts during the run.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import logging
 import os
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ log = logging.getLogger(__name__)
 Engine = Literal["auto", "fast", "tokenizers"]
 Flat = tuple[np.ndarray, np.ndarray]  # ids (N,) of all texts, one after another; lengths (texts,) int64
 
+# where both libraries read their number of threads; a process that encodes has one core
 _THREADS = {"FASTOKENS_BPE_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 _NOT_OF_THE_LIBRARY = (MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit)
 
@@ -33,7 +33,7 @@ FRAGMENTS: list[str] = orjson.loads(Path(__file__).with_name("probe_fragments.js
 
 
 class TextEncoder:
-    """Encodes texts with one tokenizer, on one core; torch and transformers are not imported.
+    """Encodes texts with one tokenizer, on one core, which it sets for the whole process.
 
     A literal "[MASK]" in a text stays ordinary text: else any page could inject masks and document ends. `engine` names
     the library and its version; `unknown` is the id of what the vocabulary lacks, or -1.
@@ -46,6 +46,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer_json: str, *, forbidden: Collection[int], engine: Engine = "auto",
                  check_share: float = 1 / 512, name: str = "unnamed") -> None:
+        os.environ.update(_THREADS)
         self.name = name
         self._check_below = int(check_share * 2**64)
         self._reference: Any = Tokenizer.from_str(tokenizer_json)  # Any: its stubs lack setters
@@ -94,9 +95,8 @@ class TextEncoder:
 
     def _reference_ids(self, texts: Sequence[str]) -> Flat:
         """Ids as `tokenizers` gives them, with 120 bytes of memory a character; special tokens are read as text."""
-        with _one_thread():
-            arrays = [np.array(self._reference.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.uint32)
-                      for text in texts]
+        arrays = [np.array(self._reference.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.uint32)
+                  for text in texts]
         return np.concatenate([np.zeros(0, np.uint32), *arrays]), np.array([len(ids) for ids in arrays], np.int64)
 
     def _choose(self, engine: Engine, tokenizer_json: str, probe: Sequence[str]) -> None:
@@ -121,29 +121,15 @@ def _open_fastokens(tokenizer_json: str) -> tuple[Callable[[Sequence[str]], Flat
     """The function that encodes with fastokens, and its version."""
     import fastokens
 
-    with _one_thread():
-        backend = fastokens.Tokenizer.from_json_str(tokenizer_json)
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_batch_flat(["a b " * 10_000] * 8)  # enough to start its threads: one, and for good
+    backend = fastokens.Tokenizer.from_json_str(tokenizer_json)
+    backend.no_truncation()
+    backend.no_padding()
 
     def encode(texts: Sequence[str]) -> Flat:
         ids, offsets = backend.encode_batch_flat(list(texts), False, split_special_tokens=True)
         return np.frombuffer(ids, dtype="<u4"), np.diff(np.frombuffer(offsets, dtype="<u8").astype(np.int64))
 
     return encode, f"fastokens {importlib.metadata.version('fastokens')}"
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Both libraries read their number of threads from the environment; a worker process has one core."""
-    before = {key: os.environ.get(key) for key in _THREADS}
-    os.environ.update(_THREADS)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
 
 
 def _probe_texts(added_tokens: Sequence[str]) -> list[str]:

@@ -77,11 +77,7 @@ def run_tasks(work: Callable[[T, Report], R], tasks: Sequence[T], *, workers: in
     counts = context.RawArray("q", width * len(tasks))  # of each task whether it has begun, and its Tick; no lock
     pool, futures = ProcessPoolExecutor(workers, context, _begin, (pickle.dumps(work), counts)), list[Future[R]]()
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C, which all of a terminal get, is not for it
-        try:
-            futures += [pool.submit(_do, number, task) for number, task in enumerate(tasks)]
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        futures += [pool.submit(_do, number, task) for number, task in enumerate(tasks)]
         left = {*futures}
         while left:
             done, left = wait(left, _LOOK_SECONDS, FIRST_EXCEPTION)
@@ -108,6 +104,7 @@ _here: dict[str, Any] = {}  # the work, and the counts of all tasks
 
 
 def _begin(work: bytes, counts: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C, which all processes of a terminal get, is not for it
     threading.Thread(target=_end_with_parent, daemon=True).start()  # first: what the work imports takes seconds
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what is imported now; each worker has one core
     _here.update(work=pickle.loads(work), counts=counts)

@@ -17,8 +17,8 @@ import re
 import sys
 import tokenize
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -53,11 +53,6 @@ class ReadOptions:
     """A larger text (UTF-8) or line of JSON is left out and counted in `Meter.oversized`."""
     max_bad_records: int = 1000  # more than so many unreadable records of a unit are an error
 
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> ReadOptions:
-        """Of a plan's options, which name `max_document_bytes` only where it is not the default."""
-        return cls(**{field.name: record[field.name] for field in fields(cls) if field.name in record})
-
 
 class _File(NamedTuple):
     """A part of a file being read."""
@@ -69,10 +64,6 @@ class _File(NamedTuple):
     content: io.BufferedReader  # `raw`, decompressed
     meter: Meter
     options: ReadOptions
-
-    def tick(self, byte: int | None = None) -> None:
-        """Moves the meter to a byte of the file; None: to where it is being read."""
-        self.meter.current_bytes = max(0, (self.raw.tell() if byte is None else byte) - self.part.begin)
 
 
 def read_parts(source: Source, parts: Sequence[Part], meter: Meter,
@@ -169,7 +160,6 @@ def _read_txt(file: _File) -> Iterator[Document]:
     data = bytearray()
     while block := file.content.read(_BLOCK_BYTES):
         data += block
-        file.tick()
         if len(data) > file.options.max_document_bytes:
             file.meter.oversized += 1
             return
@@ -189,7 +179,7 @@ def _read_jsonl(file: _File) -> Iterator[Document]:
     while position < end and (line := stream.readline(limit + 1)):
         offset, position, number = position, position + len(line), number + 1
         if not number % 256:
-            file.tick()
+            file.meter.current_bytes = file.raw.tell() - begin
         if not line.endswith(b"\n"):
             position += _skip_line(stream, sys.maxsize)
         if not offset and line.startswith(_BOM):
@@ -248,7 +238,7 @@ def _read_parquet(file: _File) -> Iterator[Document]:
             for batch in table.iter_batches(rows, [number], columns, use_threads=False):
                 yield from _rows(batch, row, file)
                 row += len(batch)
-            file.tick(start + sum(c.total_compressed_size for c in chunks))
+            file.meter.current_bytes = start - begin + sum(c.total_compressed_size for c in chunks)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{file.shown} must be a whole .parquet file, got {error!r:.300}; fetch it again") from error
 

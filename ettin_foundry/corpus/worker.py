@@ -1,7 +1,7 @@
 """Does one unit of a conversion: read, filter, split, tokenize, cut, write, and a completion record at the end.
 
 It depends on unit and options alone: the same unit gives the same shards and record. The record is written
-last. Reading goes on in one thread while another tokenizes and a third one writes shards.
+last. Reading goes on in one thread while another tokenizes, cuts and writes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy as np
 import xxhash
 
 from ettin_foundry.corpus.chunking import Chunker
-from ettin_foundry.corpus.encoder import Engine, TextEncoder
+from ettin_foundry.corpus.encoder import TextEncoder
 from ettin_foundry.corpus.executors import Report, Tick
-from ettin_foundry.corpus.plan import SPLITS, Unit, record_key, record_name
-from ettin_foundry.corpus.readers import ReadOptions, read_parts
+from ettin_foundry.corpus.plan import SPLITS, ConvertOptions, Unit, record_key, record_name
+from ettin_foundry.corpus.readers import read_parts
 from ettin_foundry.corpus.sources import Meter, Source
 from ettin_foundry.corpus.writer import ShardGroupWriter
 from ettin_foundry.data.storage import open_storage
@@ -35,68 +35,60 @@ _MOST_UNKNOWN = 0.25  # share of tokens: more are no odd characters, but another
 _BATCH_BYTES = 1 << 20  # text tokenized at a time: enough to make calls cheap, little enough to hold a few of
 _BATCH_DOCUMENTS = 4096
 _READ_AHEAD = 2  # batches
+# what takes time to make, kept for the next unit
+_encoder = functools.lru_cache(maxsize=1)(TextEncoder)
+_chunker = functools.lru_cache(maxsize=1)(Chunker)
 
 
 @dataclass(frozen=True)
 class ConvertUnit:
     """Converts a unit and writes its record."""
 
-    out: str  # the dataset's folder or URL
-    options: Mapping[str, Any]  # the plan's
+    options: ConvertOptions
     sources: Mapping[str, Source]  # as found on this machine
     base_key: str  # the plan's
     tokenizer: str  # its name; it is made from its JSON, without transformers, whose import takes seconds
     tokenizer_json: str
     forbidden: tuple[int, ...]  # ids that no text may give: the special tokens
-    engine: Engine
     made_with: str  # the versions of the libraries that shape the bytes
 
     def __call__(self, unit: Unit, report: Report) -> None:
         record = _Conversion(self, unit, report).run()
-        open_storage(self.out).write_bytes(record_name(unit.number), json.dumps(record).encode() + b"\n")
-
-
-@functools.lru_cache(maxsize=1)
-def _tools(json: str, name: str, forbidden: tuple[int, ...], engine: Engine, chunk_length: int,
-           cut_window: float) -> tuple[TextEncoder, Chunker]:
-    """What takes time to make, kept for the next unit."""
-    return TextEncoder(json, forbidden=forbidden, engine=engine, name=name), Chunker(json, chunk_length, cut_window)
+        open_storage(self.options.out).write_bytes(record_name(unit.number), json.dumps(record).encode() + b"\n")
 
 
 class _Conversion:
     def __init__(self, job: ConvertUnit, unit: Unit, report: Report) -> None:
-        self.job, self.unit, self.options, self.storage = job, unit, job.options, open_storage(job.out)
+        self.job, self.unit, self.options = job, unit, job.options
+        storage = open_storage(self.options.out)
         self.report, self.meter, self.read = report, Meter(), 0
-        splits = SPLITS if self.options["validation"] else SPLITS[:1]
+        splits = SPLITS if self.options.validation else SPLITS[:1]
         self.counts = {split: Counter[str]() for split in splits}
         self.dropped = {split: Counter[str]() for split in splits}  # by the reading thread
-        self.encoder, chunker = _tools(job.tokenizer_json, job.tokenizer, job.forbidden, job.engine,
-                                       self.options["chunk_length"], self.options["cut_window"])
+        self.encoder = _encoder(job.tokenizer_json, forbidden=job.forbidden, engine=self.options.engine,
+                                name=job.tokenizer)
+        chunker = _chunker(job.tokenizer_json, self.options.chunk_length, self.options.cut_window)
         self.writers = {split: ShardGroupWriter(
             stem=f"shard.{unit.number:05d}", source=unit.source, chunker=chunker,
-            shard_bytes=self.options["shard_size"], compression=self.options["compression"],
-            place=lambda name, data, split=split: self.storage.write_bytes(f"{split}/{name}", data))  # type: ignore[misc]
+            shard_bytes=int(self.options.shard_size), compression=self.options.compression,
+            place=lambda name, data, split=split: storage.write_bytes(f"{split}/{name}", data))  # type: ignore[misc]
             for split in splits}
 
     def run(self) -> dict[str, Any]:
-        try:
-            for split, batch in _ahead(self._batches()):
-                self._write(split, batch)
-            return self._record({split: writer.finish() for split, writer in self.writers.items()})
-        finally:
-            for writer in self.writers.values():
-                writer.abort()  # of one that has finished nothing is left to stop
+        for split, batch in _ahead(self._batches()):
+            self._write(split, batch)
+        return self._record({split: writer.finish() for split, writer in self.writers.items()})
 
     def _batches(self) -> Iterator[tuple[str, list[tuple[str, str, int]]]]:
         """Text, id and UTF-8 bytes of documents to keep, of one split at a time; runs in the reading thread."""
         batches, held = {split: [] for split in self.counts}, Counter[str]()
-        source, options = self.job.sources[self.unit.source], ReadOptions.of(self.options)
-        for text, name in read_parts(source, self.unit.parts, self.meter, options):
+        source = self.job.sources[self.unit.source]
+        for text, name in read_parts(source, self.unit.parts, self.meter, self.options):
             self.read += 1
             encoded = text.encode()
             # by the text alone, so that copies of a document are on one side, wherever they come from
-            digest = xxhash.xxh64_intdigest(encoded, seed=self.options["seed"])
-            split = "validation" if digest < self.options["validation"] * 2**64 else "train"
+            digest = xxhash.xxh64_intdigest(encoded, seed=self.options.seed)
+            split = "validation" if digest < self.options.validation * 2**64 else "train"
             if reason := self._why_dropped(text):
                 self.dropped[split][reason] += 1
                 continue
@@ -108,7 +100,7 @@ class _Conversion:
         yield from ((split, batch) for split, batch in batches.items() if batch)
 
     def _why_dropped(self, text: str) -> str | None:
-        least, most = (self.options["filters"][key] for key in ("min_characters", "max_characters"))
+        least, most = self.options.min_characters, self.options.max_characters
         if not text.strip():
             return "empty"
         return "short" if len(text) < (least or 0) else "long" if most and len(text) > most else None

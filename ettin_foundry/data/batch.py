@@ -13,8 +13,7 @@ import torch
 
 from ettin_foundry.data.packing import SPECIALS_PER_PIECE
 from ettin_foundry.data.stream import HASH_MODULUS, Row, fill_row, hash_row
-from ettin_foundry.model.config import MASKED_OBJECTIVES
-from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule, check_together
+from ettin_foundry.objectives.schedule import MASKED_OBJECTIVES, MaskRate, ObjectiveSchedule, check_together
 from ettin_foundry.objectives.targets import IGNORED, TextVocab, draw_objective, make_inputs, row_generator
 
 Batch = dict[str, Any]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,23 +128,27 @@ def draw_samples(data: Any, *, per_source: int, seed: int = 0) -> list[dict[str,
 
 def show_text(location: str | os.PathLike[str], *, samples: int = 1, seed: int = 0) -> str:
     """What lies at a folder or URL, with `samples` decoded chunks of each source, as show.txt.jinja lays it out."""
-    def table(data: Any) -> list[str]:
+    def sources(data: Any) -> list[str]:
         rows = source_rows(data)
-        cells = [list(rows[0]), *(list(row.values()) for row in rows)]
-        first, *others = [max(map(len, column)) for column in zip(*cells)]
-        return ["  ".join([name.ljust(first), *map(str.rjust, middle, others), last]).rstrip()
-                for name, *middle, last in cells]
+        return table([[*rows[0]], *([*row.values()] for row in rows)])
 
     found = find_dataset(location)
     with tempfile.TemporaryDirectory(prefix="ettin-") as scratch:
-        return render(Path(__file__).with_name("show.txt.jinja"), table=table,
+        return render(Path(__file__).with_name("show.txt.jinja"), table=sources,
                       splits=[found.open(split, Path(scratch)) for split in found.splits],
                       draw=functools.partial(draw_samples, per_source=samples, seed=seed),
                       decoder=load_decoder(found.storage) if samples else None)
 
 
 def render(template: Path, **facts: Any) -> str:
-    """The text of a template for a terminal; its filters are `plain`, and `commas` for numbers."""
+    """The text of a template for a terminal; its filters are `plain`, `table`, and of numbers `commas` and `count`."""
     jinja = Environment(undefined=StrictUndefined, trim_blocks=True)
-    jinja.filters.update(plain=plain, commas="{:,}".format)
+    jinja.filters.update(plain=plain, commas="{:,}".format, count=format_count, table=table)
     return jinja.from_string(template.read_text(encoding="utf-8")).render(facts).rstrip("\n")
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Lines of cells, as wide as the widest of their column; `left` columns begin at the left, the others end right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) if number < left else cell.rjust(width)
+                      for number, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]

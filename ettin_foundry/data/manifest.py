@@ -12,9 +12,9 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 import xxhash
@@ -26,6 +26,7 @@ MAX_JSON_BYTES = 1 << 30  # the manifest of 70,000 shards, two trillion tokens, 
 
 Buffer = mmap.mmap | bytes | bytearray
 Count = Annotated[int, Field(ge=0, le=2**53)]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def bad_file(path: Path | str, found: str, allowed: str,
@@ -68,14 +69,9 @@ def map_file(path: Path, num_bytes: int | None, xxh64: str | None, *, shared: bo
         buffer = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
     finally:
         os.close(descriptor)
-    check_hash(buffer, name or path, xxh64)
+    if xxh64 is not None and (found := xxhash.xxh64(buffer).hexdigest()) != xxh64:
+        raise bad_file(name or path, f"xxh64 is {found}", f"the manifest states {xxh64}: the file was altered")
     return buffer
-
-
-def check_hash(data: Buffer, path: Path | str, xxh64: str | None) -> None:
-    """Raises ValueError for bytes of another hash than `xxh64`; None leaves the check out."""
-    if xxh64 is not None and (found := xxhash.xxh64(data).hexdigest()) != xxh64:
-        raise bad_file(path, f"xxh64 is {found}", f"the manifest states {xxh64}: the file was altered")
 
 
 def expand(data: Buffer, where: Path | str, num_bytes: int) -> Iterator[bytes]:
@@ -115,15 +111,16 @@ def parse_json(text: bytes, where: Path | str) -> Any:
         raise bad_file(where, f"is not JSON ({error})", "the file that convert.py wrote is needed") from None
 
 
-def check_record(model: type[BaseModel], data: Any, where: Path | str, place: str = "") -> None:
-    """Holds a record from disk, or the part at `place`, to a pydantic model; ValueError names the first wrong field."""
+def check_record(model: type[Model], data: Any, where: Path | str, place: str = "",
+                 advice: Sequence[str] = ("as ettin writes it",)) -> Model:
+    """A record from disk, or the part at `place`, as a pydantic model; ValueError names the first wrong field."""
     try:
-        model.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join([*([place] if place else []), *map(str, first["loc"])]) or "its content"
         must = re.sub("^(Value error, |(Input|String) should)", lambda found: "must" if found[2] else "", first["msg"])
-        raise bad_file(where, f"{key}: {must}, got {first['input']!r:.300}", "as ettin writes it") from None
+        raise bad_file(where, f"{key}: {must}, got {first['input']!r:.300}", *advice) from None
 
 
 class _File(BaseModel, strict=True):

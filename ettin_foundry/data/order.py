@@ -84,11 +84,7 @@ class Interleave:
                 return block
         if not 0 <= row < self.num_rows:
             raise IndexError(f"row must be 0 to {self.num_rows - 1}, got {row}")
-        number = row * self._num_blocks // self.num_rows  # off by one at most
-        while int(self._below(number).sum()) > row:
-            number -= 1
-        while int(self._below(number + 1).sum()) <= row:
-            number += 1
+        number = bisect.bisect_right(range(self._num_blocks), row, key=lambda block: int(self._below(block).sum())) - 1
         return _keep(self._blocks, self._merge(number))
 
     def _below(self, number: int) -> Ints:
@@ -127,7 +123,6 @@ class _Source(NamedTuple):
     window: int  # shards whose rows are permuted together
     first_window: int  # windows of the sources before it: a window's seed is its number among those of all sources
     num_rows: int
-    num_tokens: int
 
 
 class _Epoch(NamedTuple):
@@ -211,12 +206,10 @@ class Order:
         epoch, row = divmod(number, self.rows_per_epoch)
         tokens = epoch * self.tokens_per_epoch
         counts = self._epoch(epoch).merged.counts(row).tolist() if row else ()
-        for at, (source, count) in enumerate(zip(self._sources, counts)):
-            if 0 < count < source.num_rows:
-                window = self._window(epoch, at, count)
+        for at, count in enumerate(counts):
+            if count:
+                window = self._window(epoch, at, count - 1)
                 tokens += int(window.tokens_before[count - window.rows.start])
-            elif count:
-                tokens += source.num_tokens
         return tokens
 
     def shards_ahead(self, number: int, /) -> list[int]:
@@ -242,17 +235,13 @@ class Order:
 
     def _make_sources(self) -> list[_Source]:
         """In the order of their names; without shuffle all shards are one."""
-        total = len(self._samples)
-        grouped = [np.arange(total)]
-        if self.shuffle:
-            _, source_of = np.unique(np.asarray(self.table.sources, dtype=str), return_inverse=True)
-            grouped = np.split(np.argsort(source_of, kind="stable"), np.cumsum(np.bincount(source_of))[:-1])
+        total, names = len(self._samples), np.asarray(self.table.sources, dtype=str)
+        _, source_of = np.unique(names if self.shuffle else np.zeros(total), return_inverse=True)
         sources, first_window = list[_Source](), 0
-        for members in grouped:
-            share = (2 * self.window * len(members) + total) // (2 * total) if self.shuffle else 1
+        for members in np.split(np.argsort(source_of, kind="stable"), np.cumsum(np.bincount(source_of))[:-1]):
+            share = (2 * self.window * len(members) + total) // (2 * total)
             window = min(max(1, share), len(members))
-            counts = int(self._rows[members].sum()), int(self._tokens[members].sum())
-            sources.append(_Source(members, window, first_window, *counts))
+            sources.append(_Source(members, window, first_window, int(self._rows[members].sum())))
             first_window += -(-len(members) // window)
         return sources
 

@@ -64,13 +64,9 @@ class BatchRamp:
         steps = self.steps_per_size * done * (done + 1) // 2 + (step - done * self.steps_per_size) * (done + 1)
         return self.min_size * steps
 
-    def step_at(self, row: int) -> int:
-        """The step that reads a row of the stream."""
-        return bisect.bisect_right(range(row + 1), row, key=self.first_row) - 1  # a step has at least one row
-
     def step_of(self, row: int) -> int:
-        """The step that begins with a row; ValueError where none does."""
-        step = self.step_at(row)
+        """The step that begins with a row of the stream; ValueError where none does."""
+        step = bisect.bisect_right(range(row + 1), row, key=self.first_row) - 1  # a step has at least one row
         if self.first_row(step) != row:
             raise ValueError(f"global_train_batch_size must be the checkpoint's, got {self}: row {row} begins no step")
         return step
@@ -152,10 +148,6 @@ class RowStream:
     @property
     def start_step(self) -> int:
         return self.ramp.step_of(self.start_row)
-
-    def tokens_before(self, step: int) -> int:
-        """Real tokens (BOS and EOS included, padding not) of all steps before this one."""
-        return self.order.tokens_before(self.ramp.first_row(step))
 
     def rows_of(self, step: int, *, rank: int = 0, world_size: int = 1) -> list[Row]:
         """The rank's contiguous share of a step's rows; also announces the shards that come next."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,47 +13,36 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from ettin_foundry.model.backends import candidates
-from ettin_foundry.model.config import EttinConfig, objective_names
+from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.inference import Predictor
 from ettin_foundry.model.transformer import Block, Ettin, batch_loss, compiles, init_parameters
+from ettin_foundry.objectives.schedule import ObjectiveSchedule
 
 log = logging.getLogger(__name__)
 
 
-class _TargetMetric(Metric):
-    """A mean over targets, exact over microbatches and ranks."""
+class TargetMean(Metric):
+    """A mean over targets, exact over microbatches and ranks.
+
+    of: the sum and its divisor among what `batch_loss` returns. function: of the mean.
+    """
 
     full_state_update = False
-    of = ("nll", "num_loss_tokens")  # the sum and its divisor, of what `batch_loss` returns
     total: Tensor
-    num_targets: Tensor
+    number: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, *of: str, function: Callable[[Tensor], Tensor] = torch.clone) -> None:
         super().__init__()
-        for name in ("total", "num_targets"):
+        self.of, self.function = of, function
+        for name in ("total", "number"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, total: Tensor, num_targets: int) -> None:
+    def update(self, total: Tensor, number: int) -> None:
         self.total += total.detach()
-        self.num_targets += num_targets
+        self.number += number
 
     def compute(self) -> Tensor:
-        return self.total / self.num_targets.clamp(min=1)
-
-
-class TargetCrossEntropy(_TargetMetric):
-    """Mean -log p(label), in nats."""
-
-
-class TargetPerplexity(_TargetMetric):
-    def compute(self) -> Tensor:
-        return super().compute().exp()
-
-
-class TargetAccuracy(_TargetMetric):
-    """Share of targets whose label is the most probable entry."""
-
-    of = ("correct", "num_targets")
+        return self.function(self.total / self.number.clamp(min=1))
 
 
 class EttinModel(ComposerModel):
@@ -75,8 +64,8 @@ class EttinModel(ComposerModel):
         super().__init__()
         if deterministic:
             configure_deterministic_mode()
-        self.objective_schedule = objective
-        self.objectives, self.objective = objective_names(objective)
+        self.objective_schedule = ObjectiveSchedule.parse(objective, key="model.objective")
+        self.objective = self.objective_schedule.final
         config = EttinConfig.for_size(size, causal=self.objective == "clm", max_position_embeddings=max_seq_len,
                                       **overrides)
         if tokenizer is not None and len(tokenizer) > config.vocab_size:
@@ -95,13 +84,15 @@ class EttinModel(ComposerModel):
         self.model.fsdp_wrap_fn = lambda module: isinstance(module, Block)  # type: ignore[assignment]
         self.model.activation_checkpointing_fn = self.model.fsdp_wrap_fn  # type: ignore[assignment]
         self.model.param_init_fn = init_parameters  # type: ignore[assignment]
-        self._metrics = {kind.__name__: kind() for kind in (TargetCrossEntropy, TargetPerplexity, TargetAccuracy)}
+        self._metrics = {"TargetCrossEntropy": TargetMean("nll", "num_loss_tokens"),  # in nats
+                         "TargetPerplexity": TargetMean("nll", "num_loss_tokens", function=torch.exp),
+                         "TargetAccuracy": TargetMean("correct", "num_targets")}
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """`batch_loss` of a microbatch as `data.batch.split_batch` makes it."""
-        if self.training and not set(batch["objective"].split("+")) <= set(self.objectives):
+        if self.training and not set(batch["objective"].split("+")) <= set(self.objective_schedule.objectives):
             raise ValueError(f"model.objective must include the batch's {batch['objective']!r}, got "
-                             f"{self.objective_schedule!r}; give the loader the same objective")
+                             f"{self.objective_schedule}; give the loader the same objective")
         return batch_loss(self.model, batch)
 
     @property

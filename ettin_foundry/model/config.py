@@ -1,20 +1,22 @@
-"""The shape of an Ettin model: one dataclass, one row of `SIZES` per published size, exact parameter and FLOP counts.
+"""The shape of an Ettin model: one dataclass, the published sizes (sizes.yaml), exact parameter and FLOP counts.
 
-Field names are transformers' (ModernBertConfig, ModernBertDecoderConfig). Sizes are Table 1 of the Ettin paper
-(arXiv 2507.11412); constants are the reference's training files (JHU-CLSP/ettin-encoder-vs-decoder). No torch here.
+Field names are transformers' (ModernBertConfig, ModernBertDecoderConfig); constants are the reference's training files
+(JHU-CLSP/ettin-encoder-vs-decoder). No torch here.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-OBJECTIVES = ("mlm", "clm", "mntp")  # clm trains a decoder (causal attention), the others an encoder
+import yaml
+
+SIZES: dict[str, dict[str, int]] = yaml.safe_load(Path(__file__).with_name("sizes.yaml").read_text(encoding="utf-8"))
 _MAX_LAYERS = 1024  # each is listed: a number that a file only states must not take hours
-MASKED_OBJECTIVES = ("mlm", "mntp")  # those that choose tokens at a given mask rate
 
 
 def did_you_mean(given: Any, known: Iterable[str], cutoff: float = 0.6) -> str:
@@ -23,49 +25,13 @@ def did_you_mean(given: Any, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def objective_names(value: Any, key: str = "model.objective") -> tuple[tuple[str, ...], str]:
-    """(every objective that an objective or a schedule of them names, in order; what the model ends as)."""
-    def mixtures(part: Any) -> list[list[Any]]:
-        if isinstance(part, Mapping):
-            inner = part.get("cycle", part.get("objective"))
-            return [list(part)] if inner is None else mixtures(inner)
-        is_list = isinstance(part, Sequence) and not isinstance(part, str)
-        return [names for each in part for names in mixtures(each)] if is_list else [[part]]
-
-    found = mixtures(value)
-    names = tuple(dict.fromkeys(name for mixture in found for name in mixture))
-    if not names or not set(names) <= set(OBJECTIVES):
-        raise ValueError(f"{key} must be one of {', '.join(OBJECTIVES)}, shares of them, or segments, got {value!r}")
-    return names, found[-1][0]
-
-
-@dataclass(frozen=True)
-class Size:
-    num_hidden_layers: int
-    hidden_size: int
-    intermediate_size: int  # the GLU width, half of the input projection's rows
-    num_attention_heads: int
-
-
-# Paper Table 1; `nano` is ours, for tests and the demo: the same layer pattern at a size that two CPU cores can train.
-SIZES: dict[str, Size] = {
-    "nano": Size(4, 128, 192, 2),
-    "17m": Size(7, 256, 384, 4),
-    "32m": Size(10, 384, 576, 6),
-    "68m": Size(19, 512, 768, 8),
-    "150m": Size(22, 768, 1152, 12),
-    "400m": Size(28, 1024, 2624, 16),
-    "1b": Size(28, 1792, 3840, 28),
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class EttinConfig:
     """Everything that determines the function a model computes; ValueErrors name the field."""
 
     num_hidden_layers: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # the GLU width, half of the input projection's rows
     num_attention_heads: int
     causal: bool
     max_position_embeddings: int = 1024  # longest document in tokens, BOS and EOS included
@@ -111,13 +77,12 @@ class EttinConfig:
         fields = [f.name for f in dataclasses.fields(cls) if f.name != "causal"]
         if unknown := sorted(set(overrides) - set(fields)):
             raise ValueError(f"model: unknown key(s) {', '.join(unknown)}; valid keys are {', '.join(fields)}")
-        return cls(**{**dataclasses.asdict(SIZES[size]), **overrides, "causal": causal})
+        return cls(**{**SIZES[size], **overrides, "causal": causal})
 
     @property
     def size(self) -> str | None:
         """The name of this shape in `SIZES`, or None for another shape."""
-        row = Size(self.num_hidden_layers, self.hidden_size, self.intermediate_size, self.num_attention_heads)
-        return next((name for name, size in SIZES.items() if size == row), None)
+        return next((name for name, row in SIZES.items() if row.items() <= vars(self).items()), None)
 
     def with_causal(self, causal: bool, window_left: int = -1) -> EttinConfig:
         """This shape as a decoder or encoder, with the usual window of that kind unless another is given."""

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ettin_foundry.model.config import OBJECTIVES, EttinConfig
+from ettin_foundry.model.config import EttinConfig
+from ettin_foundry.objectives.schedule import OBJECTIVES
 from ettin_foundry.version import __version__
 
 log = logging.getLogger(__name__)

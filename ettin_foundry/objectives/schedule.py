@@ -22,8 +22,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ettin_foundry.model.config import MASKED_OBJECTIVES, OBJECTIVES
-
+OBJECTIVES = ("mlm", "clm", "mntp")  # clm trains a decoder (causal attention), the others an encoder
+MASKED_OBJECTIVES = ("mlm", "mntp")  # those that choose tokens at a given mask rate
 Shares = tuple[tuple[str, float], ...]  # (objective, share of the rows), in the order given; the shares sum to 1
 _TIME = re.compile(r"((?:\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)(tok|dur)", re.IGNORECASE)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ettin_foundry.model.config import MASKED_OBJECTIVES, OBJECTIVES
+from ettin_foundry.objectives.schedule import MASKED_OBJECTIVES, OBJECTIVES
 
 DEFAULT_OBJECTIVES = ("clm", "mlm", "mntp")
 _SEED = 21  # of the masks: the recipes' shuffle_seed

@@ -14,8 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from ettin_foundry.data.inspect import table
 from ettin_foundry.data.mixture import open_split
-from ettin_foundry.model.config import MASKED_OBJECTIVES
+from ettin_foundry.objectives.schedule import MASKED_OBJECTIVES
 from ettin_foundry.training.run_config import NO_EFFECT, model_config, settings
 from ettin_foundry.training.sources import STARTS, compare, record_of
 from ettin_foundry.training.steps import read_steps
@@ -51,9 +52,7 @@ class Report(NamedTuple):
         found = sorted(self.differences, key=lambda d: (VERDICTS.index(d.verdict), d.key))
         rows = [("verdict", "key", *self.names, "why")]
         rows += [(d.verdict, d.key, str(d.a)[:_WIDEST], str(d.b)[:_WIDEST], d.reason) for d in found]
-        widths = [*(max(map(len, column)) for column in list(zip(*rows))[:4]), 0]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows if found]
-        lines += [f"note: {note}" for note in self.notes]
+        lines = [*(table(rows, left=5) if found else []), *(f"note: {note}" for note in self.notes)]
         if not self.fair:
             keys = dict.fromkeys(d.key for d in found if d.verdict == UNFAIR)
             return "\n".join([*lines, f"unfair pair, because of {', '.join(keys)}"])
@@ -68,10 +67,6 @@ class Settings(dict[str, Any]):
     def __init__(self, cfg: Mapping[str, Any]) -> None:
         super().__init__(settings(cfg))
         self.config = model_config(cfg)
-
-    def has(self, key: str) -> bool:
-        """Whether the key, or one below it, is set."""
-        return any(k == key or k.startswith((f"{key}.", f"{key}[")) for k in self)
 
 
 def _data_of(run: Settings, key: str) -> tuple[str, str | None, dict[str, Any] | None]:
@@ -144,22 +139,11 @@ def lint_pair(a: Mapping[str, Any], b: Mapping[str, Any], *, names: tuple[str, s
     first, second = Settings(a), Settings(b)
     found, notes = _compare_data(first, second)
     compared = re.compile("|".join([rf"{_LOADER}\.dataset\.(local|split|remote)", *(re.escape(d.key) for d in found)]))
-    blocks: dict[str, list[str]] = {}  # the keys of a block that one side lacks are one difference
     for key in dict.fromkeys([*first, *second]):
         one, other = first.get(key, ABSENT), second.get(key, ABSENT)
         if (one != other or isinstance(one, bool) != isinstance(other, bool)) and not compared.fullmatch(key):
-            parts = key.split(".")
-            above = [".".join(parts[:n]) for n in range(1, len(parts))]
-            block = next((block for block in above if first.has(block) != second.has(block)), key)
-            blocks.setdefault(block, []).append(key)
-    for block, keys in blocks.items():
-        shown = keys[0] if len(keys) == 1 else block
-        old, new = (run.get(shown, "given" if run.has(shown) else ABSENT) for run in (first, second))
-        rules = [next(rule for rule in RULES if re.fullmatch(rule.keys, key) and rule.condition(first, second, key))
-                 for key in keys]
-        # of a whole block, the most general of the worst
-        worst = min(rules, key=lambda rule: (VERDICTS.index(rule.verdict), -RULES.index(rule)))
-        found.append(Difference(shown, old, new, worst.verdict, worst.reason))
+            rule = next(rule for rule in RULES if re.fullmatch(rule.keys, key) and rule.condition(first, second, key))
+            found.append(Difference(key, one, other, rule.verdict, rule.reason))
     return Report(names, found, notes)
 
 
@@ -167,7 +151,7 @@ def _compare_data(a: Settings, b: Settings) -> tuple[list[Difference], list[str]
     """Differences of the datasets that the loaders read, and notes on how they were compared."""
     found, notes = [], []
     for key in dict.fromkeys(key.removesuffix(".local") for key in a if key.endswith(".dataset.local")):
-        if not b.has(key):
+        if f"{key}.local" not in b:
             continue  # the loader itself is a difference
         (place, mark, _), (other, other_mark, _) = _data_of(a, key), _data_of(b, key)
         if mark and other_mark and mark != other_mark:

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich import filesize
 
-from ettin_foundry.data.inspect import format_count
+from ettin_foundry.data.inspect import render
 from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.stream import BatchRamp, check_warmup
 from ettin_foundry.model.config import EttinConfig
@@ -96,6 +95,7 @@ class Plan(NamedTuple):
     hours: float | None
     sent_bytes: int  # by each GPU a step
     efficiency: tuple[float, float] | None  # of GPUs beside one: least, and where passes hide what is sent
+    folder: str | None  # where checkpoints are saved
     checkpoints: int  # those that exist after the run
     storage_bytes: int
 
@@ -259,7 +259,8 @@ def plan_run(cfg: dict[str, Any], *, name: str = "", gpus: str | None = None, mf
         flops_per_token=flops, flops=flops * tokens, num_gpus=num_gpus, gpu=gpu,
         machine="one CPU process" if gpu == "cpu" else f"{num_gpus}x {gpu.upper()}", microbatch=micro, hours=hours,
         memory_bytes=memory(micro * length), largest_microbatch=largest, mfu=mfu,
-        fits=largest is None or micro <= largest, sent_bytes=sent, efficiency=efficiency, checkpoints=checkpoints,
+        fits=largest is None or micro <= largest, sent_bytes=sent, efficiency=efficiency,
+        folder=cfg.get("save_folder"), checkpoints=checkpoints,
         storage_bytes=checkpoints * 4 * config.num_parameters * (1 if cfg.get("save_weights_only") else 3))
 
 
@@ -278,63 +279,6 @@ def plan_runs(stages: Sequence[tuple[str, dict[str, Any]]], *, gpus: str | None 
     return found
 
 
-def _joined(lines: dict[str, str]) -> str:
-    return "\n".join(f"{name:10} {line}" for name, line in lines.items())
-
-
-def _lines(plan: Plan) -> dict[str, str]:
-    epochs = "" if plan.epochs is None else f", {plan.epochs:.3g} passes over the data"
-    ramp = f", after {plan.warmup_steps:,} steps that grow from {plan.first_rows:,} rows" if plan.warmup_steps else ""
-    return {
-        "run": plan.name,
-        "model": f"{plan.model}, {plan.parameters:,} parameters, objective {plan.objective}",
-        "step": f"{plan.rows_per_step:,} rows of {plan.max_seq_len:,}: {plan.tokens_per_step:,} real tokens, "
-                f"{plan.fill:.1%} full ({_NO_DATA if plan.epochs is None else 'as counted in the data'}){ramp}",
-        "length": f"{plan.num_steps:,} steps, {plan.num_tokens:,} tokens{epochs}",
-        "work": f"{plan.flops_per_token:.4g} FLOPs per token, {plan.flops:.4g} in all",
-    }
-
-
-def _hours(plan: Plan) -> str:
-    if plan.hours is None:
-        return "not known for this size and precision; give --gpus and --mfu"
-    gpu_hours = plan.hours * plan.num_gpus
-    return (f"{plan.hours:,.2f} on {plan.machine}, {gpu_hours:,.1f} GPU hours: "
-            f"{plan.num_tokens / gpu_hours / 3600:,.0f} tokens/s per GPU, assuming {plan.mfu:.1%} MFU")
-
-
-def report(cfg: dict[str, Any]) -> str:
-    """What train.py prints before a run, one fact a line; empty for a run without our model."""
-    if cfg.get("model", {}).get("name") != "ettin":
-        return ""
-    plan = plan_run(cfg)
-    hours = {} if plan.hours is None else {"hours": _hours(plan)}  # how fast it should be
-    return _joined({**_lines(plan), **hours, "folder": cfg.get("save_folder") or "nothing is saved"})
-
-
-def text(plans: Sequence[Plan]) -> str:
-    """One fact a line for one run; one line a stage and their sums for several."""
-    if len(plans) > 1:
-        return _table(plans)
-    [plan] = plans
-    lines = _lines(plan)
-    rate = f", mask rate {plan.mask_rate}" if plan.mask_rate else ""
-    lines["targets"] = f"{plan.targets_per_token:.4f} per token{rate}"
-    parts = ", ".join(f"{part} {number / 2**30:.2f}" for part, number in plan.memory_bytes.items())
-    where = f"of {GPUS[plan.gpu][1]:g} on each GPU" if plan.gpu in GPUS else "in the process"
-    lines["memory"] = f"{plan.memory_gib:.1f} GiB {where}: {parts}"
-    most = plan.largest_microbatch
-    fit = "" if most is None else f"; {most:,} rows would fit with {MARGIN:.0%} to spare"
-    lines["microbatch"] = (f"{'' if plan.fits else 'DOES NOT FIT: '}{plan.microbatch:,} rows, "
-                           f"{plan.microbatch * plan.max_seq_len:,} tokens{fit}")
-    lines["hours"] = _hours(plan)
-    if plan.efficiency is not None:
-        lines["network"] = (f"{filesize.decimal(plan.sent_bytes)} sent by each GPU a step; at {NETWORK_BYTES / 1e9:g} "
-                            f"GB/s {plan.efficiency[0]:.1%} to {plan.efficiency[1]:.1%} of one GPU's speed")
-    lines["storage"] = f"{plan.checkpoints:,} checkpoints, {filesize.decimal(plan.storage_bytes)} in all"
-    return _joined(lines)
-
-
 def totals(plans: Sequence[Plan]) -> dict[str, Any]:
     """Sums over runs; hours are None where a run has none."""
     keys = ("num_tokens", "num_steps", "flops", "checkpoints", "storage_bytes")
@@ -343,21 +287,7 @@ def totals(plans: Sequence[Plan]) -> dict[str, Any]:
             "hours": None if None in hours else sum(hours)}  # type: ignore[arg-type]
 
 
-def _table(plans: Sequence[Plan]) -> str:
-    rows = [["stage", "model", "objective", "rows/step", "row length", "GiB", "tokens", "steps", "hours", "checkpoints",
-             "storage"]]
-    shapes = [[plan.name, plan.model, " and ".join(plan.shares), f"{plan.rows_per_step:,}", f"{plan.max_seq_len:,}",
-               f"{plan.memory_gib:.1f}{'' if plan.fits else '!'}"] for plan in plans]
-    for shape, some in [*zip(shapes, ([plan] for plan in plans)), (["total", *[""] * 5], plans)]:
-        sums = totals(some)
-        hours = "-" if sums["hours"] is None else f"{sums['hours']:,.1f}"
-        rows.append([*shape, format_count(sums["num_tokens"]), f"{sums['num_steps']:,}", hours,
-                     f"{sums['checkpoints']:,}", filesize.decimal(sums["storage_bytes"])])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(width) if i < 3 else cell.rjust(width)
-                       for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
-    notes = [f"On {' and '.join(dict.fromkeys(plan.machine for plan in plans))}; GiB is the peak of one device."]
-    notes += ["! does not fit into the GPU's memory: lower the microbatch."] * (not all(plan.fits for plan in plans))
-    if missing := [plan.name for plan in plans if plan.epochs is None]:
-        notes.append(f"{'all stages' if len(missing) == len(plans) else ', '.join(missing)}: {_NO_DATA}.")
-    return "\n".join([*lines, *notes])
+def text(plans: list[Plan]) -> str:
+    """One fact a line for one run; one line a stage and their sums for several."""
+    return render(Path(__file__).with_name("plan.txt.jinja"), plans=plans, totals=totals(plans), no_data=_NO_DATA,
+                  gpus=GPUS, margin=MARGIN, network=NETWORK_BYTES)

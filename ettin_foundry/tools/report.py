@@ -1,8 +1,8 @@
 """One HTML page about a run, a suite or a study, for any browser and without anything from elsewhere: report.html.
 
 Everything is read from what lies in the folder: of runs their steps.jsonl, evals.jsonl and newest checkpoint; of a
-finished suite report.json, which `write_report` makes; of a study study.json and sweep.json, which ettin-eval writes.
-So a page may be made again at any time. Its template lies beside this file.
+finished suite report.json, which `write_report` makes; of a sweep sweep.json, which `measure` makes; of a study
+study.json, which ettin-eval writes. So a page may be made again at any time. Its template lies beside this file.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ettin_foundry.data.storage import atomic_file
 from ettin_foundry.hub.folder import export_checkpoint
 from ettin_foundry.hub.load import LoadedModel
 from ettin_foundry.objectives.schedule import ObjectiveSchedule
+from ettin_foundry.tools import progress
 from ettin_foundry.tools.evaluate import evaluate
 from ettin_foundry.tools.pictures import COLORS, Line, binned, draw_lines, standalone
 from ettin_foundry.tools.suite import Samples, Stage, Suite
@@ -35,8 +37,7 @@ from ettin_foundry.training import checkpoints
 from ettin_foundry.training.steps import EVALS, STEPS, read_steps
 from ettin_foundry.version import __version__
 
-PAGE, FACTS = "report.html", "report.json"
-_LOGGED = ["step", "tokens", "objective", "lr", "loss", "seconds"]
+PAGE, FACTS, SWEEP = "report.html", "report.json", "sweep.json"
 _EVALS = ["step", "tokens", "data", "TargetCrossEntropy", "TargetAccuracy"]
 _OWN = ("log", "evals", "record", "data", "files")  # of a stage, what a page shows and report.json leaves where it is
 
@@ -47,7 +48,7 @@ def write_page(folder: str | Path) -> Path:
     A sweep's pictures also become files of their own: sweep.svg and, of further metrics, sweep-METRIC.svg.
     """
     folder = Path(folder)
-    study, sweep = _read(folder / "study.json"), _read(folder / "sweep.json")
+    study, sweep = _read(folder / "study.json"), _read(folder / SWEEP)
     if study or sweep:
         facts = {"name": folder.resolve().name, **sweep, **study, "study": study, "sweep": sweep}
         facts["pictures"] = _sweep_pictures(sweep)
@@ -112,9 +113,8 @@ def read_stage(folder: Path, known: Mapping[str, Any] | None = None) -> dict[str
              **dict.fromkeys(("steps", "seconds", "tokens_per_second", "first_loss", "last_loss", "validation",
                               "missing"))}
     try:
-        if not (steps := read_steps(folder)):
+        if (log := progress.read(folder)).empty:
             raise ValueError(f"the log in {folder} is empty")
-        log = pandas.DataFrame(steps)[_LOGGED].astype({"loss": float})
         evaluated = read_steps(folder / EVALS) if (folder / EVALS).is_file() else []
     except (OSError, ValueError, LookupError, TypeError) as error:  # no log, or one of something else
         return {**facts, "missing": f"no losses and times: {error}"}
@@ -172,7 +172,33 @@ def _sweep_pictures(sweep: Mapping[str, Any]) -> dict[str, str]:
     return pictures
 
 
-# ------------------------------------------------------------------ the end of a suite
+# ------------------------------------------------------------------ the end of a suite or sweep
+
+
+def measure(suite: Suite, command: str) -> None:
+    """Writes sweep.json of a sweep: the loss of each finished point, whose newest checkpoint is measured once."""
+    path, wanted = suite.root / SWEEP, suite.evaluation
+    known = {(each["line"], each["checkpoint"]): each for each in _read(path).get("points", ())}
+    points: list[dict[str, Any]] = []
+    facts = {"name": suite.name, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": command,
+             "versions": {name: metadata.version(name) for name in ("ettin-foundry", "torch", "llm-foundry")},
+             "axes": {"x": suite.x, "lines": "model"}, "points": points}
+    for stage in suite.stages:
+        state, point = stage_state(stage), stage.point
+        if point is None or wanted is None or not state.finished:
+            continue
+        checkpoint = str(state.checkpoint)
+        if (each := known.get((point.line, checkpoint))) is None:
+            found = evaluate(checkpoint, wanted.data, [point.objective], mask_rate=wanted.mask_rate,
+                             max_batches=wanted.max_batches)[point.objective]
+            each = {"x": point.x, "line": point.line, "metric": f"{point.objective} loss", "value": found["loss"],
+                    "n": found["targets"], "accuracy": found["accuracy"], "checkpoint": checkpoint,
+                    "seconds": round(progress.read(stage.folder).seconds.sum(), 1)}
+            say(f"{stage.name}: {each['metric']} {each['value']:.3f}")
+        points.append(each)
+        with atomic_file(path) as file:
+            file.write((json.dumps(facts, indent=1) + "\n").encode())
+    say(f"finished: {len(points)} points in {path}; `ettin report {path.parent}` draws them")
 
 
 def write_report(suite: Suite, fairness: Mapping[str, Mapping[str, Any]]) -> None:

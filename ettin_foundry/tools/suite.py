@@ -15,18 +15,27 @@
 
 A stage is an ordinary run of train.py: its files, then key=value. `from` names the stage whose newest checkpoint it
 starts with (`variables.source`); stages of one `pair` are compared. `extends` names a suite file that this one changes.
+
+A sweep is a suite with more stages, one for each value of a setting and each line of a picture, named LINE-VALUE. The
+loss that is drawn is that of the line's objective on `evaluation.data`:
+
+    x: {name: peak learning rate, keys: ["variables.peak_lr={x}"], values: [1.0e-3, 3.0e-3]}
+    lines:
+      encoder: {yaml: [yamls/nano.yaml], objective: mlm}
+      decoder: {yaml: [yamls/nano.yaml, yamls/options/decoder.yaml], objective: clm}
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from omegaconf import OmegaConf as om
 from omegaconf.errors import OmegaConfBaseException
@@ -37,6 +46,7 @@ from ettin_foundry.training.run_config import parse_time
 
 _Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 _Text = Annotated[str, StringConstraints(min_length=1)]
+_Objective = Literal["mlm", "clm", "mntp"]
 _OWN_KEYS = ("run_name", "save_folder", "variables.source")  # which follow from name, root and from
 
 
@@ -48,7 +58,7 @@ class Evaluation(_Block):
     """What the exported models are compared on; mask_rate is of the masked objectives."""
 
     data: _Text
-    objectives: tuple[Literal["mlm", "clm", "mntp"], ...] = ("clm", "mlm", "mntp")
+    objectives: tuple[_Objective, ...] = ("clm", "mlm", "mntp")
     mask_rate: float = 0.15
     max_batches: int | None = Field(None, ge=1)
 
@@ -67,6 +77,16 @@ class _StageBlock(_Block):
     pair: str | None = None
 
 
+class _Line(_StageBlock):
+    objective: _Objective
+
+
+class _Setting(_Block):
+    name: _Text
+    keys: list[_Text] = Field(min_length=1)
+    values: list[float | int | _Name] = Field(min_length=2)
+
+
 class _File(_Block):
     extends: str | None = None
     name: _Name
@@ -75,10 +95,20 @@ class _File(_Block):
     variables: dict[str, Any] = {}
     overrides: list[_Text] = []
     scale: float = Field(1.0, gt=0, allow_inf_nan=False, strict=True)
-    stages: dict[_Name, _StageBlock] = Field(min_length=1)
+    stages: dict[_Name, _StageBlock] = {}
+    x: _Setting | None = None
+    lines: dict[_Name, _Line] = {}
     exports: dict[_Name, str] = {}
     evaluation: Evaluation | None = None
     samples: Samples = Samples()
+
+
+class Point(NamedTuple):
+    """What a stage is in the picture of a sweep."""
+
+    line: str
+    x: float | int | str
+    objective: str
 
 
 @dataclass(frozen=True)
@@ -92,6 +122,7 @@ class Stage:
     source: str | None = None  # the stage whose weights it starts with
     pair: str | None = None
     scale: float = 1.0
+    point: Point | None = None
 
     @functools.cached_property
     def words(self) -> list[str]:
@@ -126,6 +157,7 @@ class Suite:
     exports: Mapping[str, str]  # name of a model -> stage
     evaluation: Evaluation | None
     samples: Samples
+    x: str | None  # what the values of a sweep are
 
     def stage(self, name: str) -> Stage:
         """The stage of this name."""
@@ -146,13 +178,9 @@ class Suite:
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
     """Reads a suite file, then key=value of the file itself, such as `scale=0.01`; errors name the key."""
-    return build(str(path), read(str(path), overrides))
-
-
-def build(path: str, content: Mapping[str, Any]) -> Suite:
-    """The suite of a file's content; `path` is for messages."""
+    path = str(path)
     try:
-        file = _File.model_validate(content)
+        file = _File.model_validate(_read(path, overrides))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
@@ -160,17 +188,21 @@ def build(path: str, content: Mapping[str, Any]) -> Suite:
                          f"{', '.join(_File.model_fields)}") from None
     if "://" in file.root:
         raise ValueError(f"{path}: root must be a local folder, got {file.root!r}")
+    needed = ("x", "lines", "evaluation") if file.x or file.lines else ("stages",)
+    if missing := [key for key in needed if not getattr(file, key)]:
+        raise ValueError(f"{path}: {missing[0]} must be given, got none; look at study/sweep-lr.yaml")
     stages = _stages(path, file)
     names = [stage.name for stage in stages]
     for model, stage in file.exports.items():
         if stage not in names:
             raise ValueError(f"{path}: exports.{model} must be one of {', '.join(names)}, got {stage!r}")
-    if (file.evaluation or file.samples != Samples()) and not file.exports:
+    if (file.evaluation or file.samples != Samples()) and not (file.exports or file.x):
         raise ValueError(f"{path}: evaluation and samples need exports, which are what is evaluated; add exports")
-    return Suite(path, file.name, Path(file.root), stages, file.exports, file.evaluation, file.samples)
+    axis = file.x.name if file.x else None
+    return Suite(path, file.name, Path(file.root), stages, file.exports, file.evaluation, file.samples, axis)
 
 
-def read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
+def _read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The file, merged onto those that it extends, then the overrides; interpolations resolved."""
     layers = {path: run_config.read(path)}
     while (parent := layers[path].get("extends")) is not None:
@@ -190,9 +222,18 @@ def read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
+def _blocks(file: _File) -> Iterator[tuple[str, _StageBlock, Point | None]]:
+    """The stages as they are written, then those of the points of a sweep."""
+    yield from ((name, block, None) for name, block in file.stages.items())
+    values, keys = (file.x.values, file.x.keys) if file.x else ((), ())
+    for (line, block), value in itertools.product(file.lines.items(), values):
+        overrides = [*block.overrides, *(key.replace("{x}", str(value)) for key in keys)]
+        yield f"{line}-{value}", block.model_copy(update={"overrides": overrides}), Point(line, value, block.objective)
+
+
 def _stages(path: str, file: _File) -> tuple[Stage, ...]:
     found: dict[str, Stage] = {}
-    for name, block in file.stages.items():
+    for name, block, point in _blocks(file):
         where, folder, own = f"{path}: stages.{name}", Path(file.root) / name, [*file.overrides, *block.overrides]
         if name == "models":
             raise ValueError(f"{where}: this folder of root holds the exports; give the stage another name")
@@ -203,7 +244,7 @@ def _stages(path: str, file: _File) -> tuple[Stage, ...]:
         source = [] if block.source is None else [f"variables.source={found[block.source].folder}"]
         args = *block.yaml, f"run_name={file.name}-{name}", f"save_folder={folder}", *own, *source
         command = tuple(shlex.split(file.command))
-        found[name] = Stage(name, command, args, folder, block.source, block.pair, file.scale)
+        found[name] = Stage(name, command, args, folder, block.source, block.pair, file.scale, point)
     pairs = [stage.pair for stage in found.values() if stage.pair is not None]
     if alone := [pair for pair in pairs if pairs.count(pair) < 2]:
         raise ValueError(f"{path}: pair must stand in at least two stages, got {alone[0]!r} in one")

@@ -235,7 +235,7 @@ def _watch(process: subprocess.Popen[bytes], stage: Stage, title: str) -> int:
 def _progress(stage: Stage, begin: float) -> str:
     """How far a stage is, how fast, and what is left, by a steps.jsonl that is newer than `begin`."""
     path = stage.folder / STEPS
-    if not path.is_file() or path.stat().st_mtime < begin or not (steps := progress.read(stage.folder)):
+    if not path.is_file() or path.stat().st_mtime < begin or (steps := progress.read(stage.folder)).empty:
         return "starting"
     found = {"done": "", "left": "unknown", **progress.row(stage.folder, steps)}
     return "{done:>4}, {tokens} tokens, loss {loss}, {tokens/s} tokens/s, {left} left".format_map(found)

@@ -16,8 +16,8 @@ from typing import Any
 
 from ettin_foundry.data.cache import fetch_tokenizer
 from ettin_foundry.data.stream import DATASET_KEYS, check_warmup
-from ettin_foundry.model.config import MASKED_OBJECTIVES, did_you_mean
-from ettin_foundry.objectives.schedule import MaskRate, ObjectiveSchedule, check_together
+from ettin_foundry.model.config import did_you_mean
+from ettin_foundry.objectives.schedule import MASKED_OBJECTIVES, MaskRate, ObjectiveSchedule, check_together
 from ettin_foundry.training import run_config
 from ettin_foundry.training.run_config import PARAMETERS, loaders, parse_time, require, total_tokens, value_at, walk
 from ettin_foundry.training.sources import check_start, prepare_start
@@ -270,7 +270,8 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
         # the host's default would hand blocks a bf16 residual stream; this trains the same numbers as DDP does
         cfg["fsdp_config"] = {"mixed_precision": "FULL", **cfg["fsdp_config"]}
     others = dict(cfg.get("callbacks") or {})
-    cfg["callbacks"] = {"ettin_clock": {"run_config": text, **(others.pop("ettin_clock", None) or {})}, **others}
+    cfg["callbacks"] = {"ettin_clock": {"run_config": text, **(others.pop("ettin_clock", None) or {})},
+                        "ettin_watch": {}, **others}
     return cfg
 
 

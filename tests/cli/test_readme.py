@@ -67,7 +67,7 @@ def test_every_help_has_one_example_and_a_first_sentence_of_one_line(capsys, mon
     for name, lines in EXAMPLES.items():
         assert [line.split()[1] for line in lines] == [name]
     app(["--help"], standalone_mode=False)
-    listed = re.findall(r"^  ([a-z][a-z-]*) +(\S.*\.)$", capsys.readouterr().out, re.M)
+    listed = re.findall(r"^│ ([a-z][a-z-]*) +(\S.*\.) +│$", capsys.readouterr().out, re.M)
     assert listed == [(name, command.help.split("\n")[0]) for name, command in COMMANDS.items()]
 
 

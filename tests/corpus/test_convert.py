@@ -135,9 +135,9 @@ def test_the_program_converts_and_says_what_it_did(tmp_path, corpus, monkeypatch
                                       "400", "--validation", "0.1", "--chunk-length", "30"])
     with pytest.raises(SystemExit) as status:
         runpy.run_path(str(program), run_name="__main__")
-    line = capsys.readouterr().out
-    assert status.value.code == 0 and line.count("\n") == 1
-    manifests = [MDSSplit(tmp_path / "out" / split).manifest for split in ("train", "validation")]
-    assert sum(m["totals"]["documents"] for m in manifests) == 200
-    for split, totals in (("train", manifests[0]["totals"]), ("validation", manifests[1]["totals"])):
-        assert f"{split}: {totals['documents']:,} documents, {totals['tokens']:,} tokens" in line
+    text = capsys.readouterr().out
+    assert status.value.code == 0 and text.startswith(f"{tmp_path / 'out'}: 1 of 1 units done by this call\n")
+    manifests = {split: MDSSplit(tmp_path / "out" / split).manifest["totals"] for split in ("train", "validation")}
+    assert sum(totals["documents"] for totals in manifests.values()) == 200
+    for split, totals in manifests.items():
+        assert f"{split}: {totals['samples']:,} chunks of at most 30 tokens, {totals['tokens']:,} tokens" in text

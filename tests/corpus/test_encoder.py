@@ -123,14 +123,13 @@ def test_what_the_fast_library_does_wrong_stops_the_run_or_is_left_to_tokenizers
     assert "PanicException('index out of bounds')" in caplog.text
 
 
-def test_one_core_is_used_and_the_environment_left_alone(tok_json):
+def test_one_core_is_used(tok_json):
     """Threads of fastokens carry its name; on a machine with one core there would be none anyhow."""
     program = """if True:
-        import os, pathlib, sys
-        before = dict(os.environ)
+        import pathlib, sys
         from ettin_foundry.corpus.encoder import TextEncoder
         TextEncoder(sys.stdin.read(), forbidden=()).encode(["kalo miter " * 10_000] * 8)
-        assert dict(os.environ) == before and not {"torch", "transformers", "streaming"} & set(sys.modules)
+        assert not {"torch", "transformers", "streaming"} & set(sys.modules)
         print([task for task in pathlib.Path("/proc/self").glob("task/*/comm") if "fastok" in task.read_text()])"""
     env = {key: value for key, value in os.environ.items() if not key.endswith(("_THREADS", "PARALLELISM"))}
     done = subprocess.run([sys.executable, "-c", program], input=tok_json, cwd=ROOT, env=env, stdout=-1, text=True)

@@ -101,7 +101,7 @@ def test_commands_verify_finalize_and_mix(private, tmp_path, ettin):
     before, none, spec = files_of(private), tmp_path / "none", tmp_path / "spec.yaml"
     (private / "train" / "manifest.json").unlink()
     spec.write_text("sets:\n  mine: {set: set, tokens: 2000}\n")
-    for words, text in ((["finalize", private], "train: 81 documents, 175 chunks, 7,875 tokens, 17 shards"),
+    for words, text in ((["finalize", private], "train: 175 chunks of at most 62 tokens, 7,875 tokens, 17 shards"),
                         (["verify", private, "--threads", 2], "all is as it should be"),
                         (["mix", spec, tmp_path / "mix", "--seed", 3], "passes"),
                         (["finalize", none], ""), (["verify", none], ""), (["mix", none, "x"], "")):

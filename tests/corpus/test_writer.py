@@ -43,13 +43,10 @@ def write(given: Documents, shard_bytes: int = 6_000, *, compression: str | None
     files: dict[str, bytes] = {}
     writer = ShardGroupWriter(stem="shard.00012", source="caf\u00e9", chunker=CHUNKER, shard_bytes=shard_bytes,
                               compression=compression, place=place or files.__setitem__)
-    try:
-        for begin in range(0, len(given), batch):
-            names, tokens = zip(*given[begin:begin + batch])
-            writer.write(names, np.concatenate(tokens), np.array([len(of_document) for of_document in tokens]))
-        return writer.finish(), files
-    finally:
-        writer.abort()
+    for begin in range(0, len(given), batch):
+        names, tokens = zip(*given[begin:begin + batch])
+        writer.write(names, np.concatenate(tokens), np.array([len(of_document) for of_document in tokens]))
+    return writer.finish(), files
 
 
 def samples(given: Documents) -> list[dict[str, Any]]:

@@ -99,7 +99,7 @@ def test_weighted_targets_are_divided_by_the_loss_tokens_in_loss_and_metric():
 def test_what_does_not_fit_is_refused(tokenizer):
     for objective, other in (("mlm", "clm"), ("clm", "mlm"), ("mntp", "mlm")):
         model = model_of(objective)
-        with pytest.raises(ValueError, match=f"model.objective must include the batch's '{other}', got '{objective}'"):
+        with pytest.raises(ValueError, match=f"model.objective must include the batch's '{other}', got {objective};"):
             model(flatten(batch_of(other)))
         assert model(flatten(batch_of(objective)))["loss"].isfinite()
     for call, words in (

@@ -120,12 +120,15 @@ SAME = [
      {"device_eval_batch_size": "harmless"}),
     ({"callbacks.ettin_phase": {"source": "a"}}, {"callbacks.ettin_phase": {"source": "b", "keep": "weights"}},
      {"callbacks.ettin_phase.source": "harmless", "callbacks.ettin_phase.keep": "unfair"}),
-    ({"callbacks.ettin_phase": {"source": "a"}}, {}, {"callbacks.ettin_phase": "unfair"}),
+    ({"callbacks.ettin_phase": {"source": "a"}}, {},
+     {"callbacks.ettin_phase.source": "unfair", "callbacks.ettin_phase.keep": "unfair"}),
     # sharding moves tensors, precision changes them
     ({}, {"fsdp_config": {"activation_checkpointing": True}}, {"fsdp_config.activation_checkpointing": "harmless"}),
-    ({}, {"fsdp_config": {"activation_checkpointing": True, "mixed_precision": "PURE"}}, {"fsdp_config": "unfair"}),
+    ({}, {"fsdp_config": {"mixed_precision": "PURE"}}, {"fsdp_config.mixed_precision": "unfair"}),
     ({}, {"eval_loader.objective": ["mlm", "clm"]}, {"eval_loader.objective": "unfair"}),
-    ({}, {"eval_loader": None}, {"eval_loader": "unfair"}),
+    ({}, {"eval_loader": None}, {f"eval_loader.{key}": verdict for verdict, keys in (
+        ("unfair", "fixed_shapes mask_rate max_seq_len name objective packing shuffle shuffle_seed"),
+        ("harmless", "num_workers persistent_workers pin_memory timeout")) for key in keys.split()}),
     ({"seed": 1}, {"seed": True}, {"seed": "unfair"}),  # equal in Python only
     # keys that no rule names
     ({}, {"new": 1, "train_loader.new": 1, "callbacks.new.a": 1, "algorithms": {"new": {}}},

@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 
 from ettin_foundry.model.config import SIZES
 from ettin_foundry.model.weights import import_folder, weights_checkpoint
-from ettin_foundry.tools import suite_run, sweep
+from ettin_foundry.tools import suite_run
 from ettin_foundry.tools.evaluate import evaluate
 from ettin_foundry.tools.report import write_report
 from ettin_foundry.tools.suite import Stage, Suite, load
@@ -70,6 +70,7 @@ if plan == "hang":
 shutil.copy(here / f"{folder.name}.pt", folder / "ep0-ba8-rank0.pt")
 """
 EXPORTS = {"encoder": "encoder-extend", "decoder": "decoder-extend"}
+PEAKS = {"name": "peak", "keys": ["variables.peak_lr={x}"], "values": [0.001, 0.003]}
 
 
 class Small:
@@ -271,6 +272,9 @@ def test_a_stage_that_could_not_run_is_named(small, setting):
     ({"exports": {"encoder": "x"}}, "exports.encoder"), ({"samples": {"prompts": ["a"]}}, "need exports"),
     ({"evaluation": {"data": "x", "batches": 1}}, "evaluation.batches"),
     ({"extends": "suite.yaml"}, "extends: leads back to"), ({"root": "${variables.place}"}, "variables"),
+    ({"x": {**PEAKS, "values": [1]}}, "x.values: .* at least 2"), ({"x": PEAKS}, "lines must be given"),
+    ({"lines": {"a": {"objective": "rtd"}}}, "lines.a.objective: .*'mlm', 'clm' or 'mntp', got 'rtd'"),
+    ({"x": PEAKS, "lines": {"a": {"objective": "mlm"}}}, "evaluation must be given"),
 ])
 def test_a_file_that_cannot_be_is_refused_by_key(small, change, key):
     with pytest.raises(ValueError, match=key):
@@ -365,50 +369,24 @@ def test_the_report_says_why_a_number_is_missing(small):
 # ------------------------------------------------------------------ sweeps
 
 
-def _sweep(small, **changes) -> Path:
-    nano = small.plain["stages"]["encoder-pretrain"]["yaml"][0]
-    decoder = small.plain["stages"]["decoder-pretrain"]["yaml"][1]
-    plain = {key: small.plain[key] for key in ("name", "root", "command", "overrides")}
-    small.file.write_text(OmegaConf.to_yaml(OmegaConf.create({
-        **plain, "x": {"name": "peak", "keys": ["variables.peak_lr={x}"], "values": [0.001, 0.003]},
-        "lines": {"encoder": {"yaml": [nano], "objective": "mlm"},
-                  "decoder": {"yaml": [nano, decoder], "objective": "clm"}},
-        "evaluation": {"data": small.plain["overrides"][0].split("=")[1], "max_batches": 1}, **changes})))
-    return small.file
-
-
 def test_a_sweep_trains_each_point_once_and_gives_the_losses_of_its_checkpoints(small, ettin, data_set):
-    small.plain["exports"] = {}  # whole models
-    file = _sweep(small)
-    found = sweep.load(file)
-    assert [(point.line, point.x) for point in found.points] == [
-        ("encoder", 0.001), ("encoder", 0.003), ("decoder", 0.001), ("decoder", 0.003)]
-    assert [point.stage.config["optimizer"]["lr"] for point in found.points] == [0.001, 0.003] * 2
-    for point in found.points:
-        small.prepare(point.stage)
-    code, out, error = ettin("sweep", file)
-    assert code == 0 and out.splitlines()[-1].startswith("finished: 4 points in root/sweep.json")
-    assert error.index("total ") < error.index("encoder-0.001: done")  # what it takes is said first
-    content = json.loads(Path("root/sweep.json").read_text())
+    nano, decoder = small.plain["stages"]["decoder-pretrain"]["yaml"]
+    lines = {"encoder": {"yaml": [nano], "objective": "mlm"}, "decoder": {"yaml": [nano, decoder], "objective": "clm"}}
+    suite = small.suite(stages={}, exports={}, x=PEAKS, lines=lines,  # exports: whole models
+                        evaluation={"data": str(data_set), "max_batches": 1})
+    assert [stage.name for stage in suite.stages] == [f"{line}-{x}" for line in lines for x in (0.001, 0.003)]
+    assert [stage.config["optimizer"]["lr"] for stage in suite.stages] == [0.001, 0.003] * 2
+    code, out, error = ettin("sweep", small.file)
+    assert code == 0 and error.endswith("finished: 4 points in root/sweep.json; `ettin report root` draws them\n")
+    assert "\ntotal " in out
+    path = Path("root/sweep.json")
+    content = json.loads(path.read_text())
     assert content["axes"] == {"x": "peak", "lines": "model"} and len(content["points"]) == 4
     last = content["points"][-1]
     assert (last["x"], last["line"], last["metric"], last["seconds"]) == (0.003, "decoder", "clm loss", 4.0)
-    direct = evaluate(found.points[-1].stage.folder, data_set, ["clm"], max_batches=1)["clm"]
+    direct = evaluate(suite.stages[-1].folder, data_set, ["clm"], max_batches=1)["clm"]
     assert last["value"] == pytest.approx(direct["loss"], rel=1e-6)  # the same numbers, in another process or not
-    before = small.called
     content["points"][0]["value"] = 1.5  # a mark: what is measured already is left
-    Path("root/sweep.json").write_text(json.dumps(content))
-    assert ettin("sweep", file)[0] == 0
-    assert small.called == before
-    assert json.loads(Path("root/sweep.json").read_text())["points"][0]["value"] == 1.5
-
-
-@pytest.mark.parametrize("changes, message", [
-    ({"x": {"name": "peak", "keys": ["a={x}"], "values": [1]}}, "x.values: .* at least 2"),
-    ({"lines": {}}, "lines must be given in a sweep"),
-    ({"lines": {"a": {"yaml": ["a.yaml"], "objective": "rtd"}}}, "line.objective: .*'mlm', 'clm' or 'mntp', got 'rtd'"),
-    ({"evaluation": None}, "evaluation: "),
-])
-def test_a_sweep_that_cannot_be_drawn_is_refused_by_key(small, changes, message):
-    with pytest.raises(ValueError, match=message):
-        sweep.load(_sweep(small, **changes))
+    path.write_text(json.dumps(content))
+    assert ettin("sweep", small.file)[0] == 0 and len(small.called) == 4
+    assert json.loads(path.read_text())["points"] == content["points"]

@@ -117,7 +117,6 @@ def test_a_terminal_shows_a_bar_below_whole_lines_and_no_warning(data_set, tmp_p
 
 
 def test_watch_shows_a_run_while_it_is_written_and_says_whether_it_lives(logged, ettin, tmp_path):
-    pytest.importorskip("plotext")  # new in setup.cfg
     steps, lines = read_steps(logged[2]), (logged[2] / STEPS).read_bytes().splitlines(keepends=True)
     code, shown, _ = ettin("watch", logged[2] / STEPS)
     assert code == 0 and re.search("nano-seen-pretrain +finished .*100% .* mlm ", shown)
