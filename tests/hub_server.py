@@ -12,7 +12,7 @@ class HubServer(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.url, self.orgs, self.asked, self.refused = f"http://127.0.0.1:{self.server_port}", [], [], -1
+        self.url, self.asked, self.refused = f"http://127.0.0.1:{self.server_port}", [], -1
         self.commits: list[dict[str, bytes]] = []
         self.tags: dict[str, int] = {}
         Thread(target=self.serve_forever, daemon=True).start()
@@ -34,8 +34,7 @@ class HubServer(ThreadingHTTPServer):
             self.tags[lines[0]["tag"]] = int(what[4:], 16)
             return {"ok": True}
         tags = [{"name": name, "ref": name, "targetCommit": f"{at:040x}"} for name, at in self.tags.items()]
-        return {"whoami-v2": {"name": "me", "orgs": [{"name": name} for name in self.orgs]},
-                "repos/create": {"url": f"{self.url}/me/it"}, "refs": {"branches": [], "converts": [], "tags": tags},
+        return {"repos/create": {"url": f"{self.url}/me/it"}, "refs": {"branches": [], "converts": [], "tags": tags},
                 "validate-yaml": {"errors": [], "warnings": []}, "revision/main": {"id": "me/it"}}.get(what, {})
 
 

@@ -33,38 +33,16 @@ def card(config: EttinConfig, *, objective: str, name: str, facts: Mapping[str, 
     change), license (as the Hub spells it), checkpoint (a mapping with run_name, phase, batch and run_hash), lineage
     (mappings, oldest first: where the weights come from, or, merged_from, what they are the mean of).
     """
-    facts = {key: value for key, value in (facts or {}).items() if value}
+    facts = facts or {}
     kind = "decoder" if config.causal else "encoder"
     one_base = config.local_rope_theta == config.global_rope_theta
-    data = ModelCardData(license=facts.get("license", "unknown"), library_name="transformers",
+    data = ModelCardData(license=facts.get("license") or "unknown", library_name="transformers",
                          pipeline_tag="text-generation" if config.causal else
                          "feature-extraction" if trunk else "fill-mask",
                          tags=["ettin", "modernbert", kind])
     text = ModelCard.from_template(
-        data, template_path=str(_TEMPLATE), name=name, kind=kind, causal=config.causal, trunk=trunk,
-        version=__version__, size=f"{config.size} " if config.size else "",
-        parameters=f"{config.num_parameters:,}",
+        data, template_path=str(_TEMPLATE), name=name, kind=kind, config=config, trunk=trunk, version=__version__,
         shift=" - 1" if objective == "mntp" and not trunk else "", mntp_note=MNTP_NOTE, mask_token=mask_token,
         transformers="4.48" if not config.causal else "4.56" if one_base else "5.0",
-        training=_training(objective, facts).items(), longest=f"{config.max_position_embeddings:,}",
-        notes=export_notes(config))
+        trained_by=_TRAINED_BY[objective], facts=facts, notes=export_notes(config))
     return f"{text}\n"
-
-
-def _training(objective: str, facts: Mapping[str, Any]) -> dict[str, str]:
-    """What config.json does not say."""
-    lineage, checkpoint = facts.get("lineage", ()), facts.get("checkpoint")
-    merged = [part for entry in lineage for part in entry.get("merged_from", ())]
-    rows = {
-        "objective": _TRAINED_BY[objective],
-        "objectives in training": facts.get("objective_schedule"),
-        "phase": facts.get("phase"),
-        "tokens seen": f"{facts['tokens']:,}" if "tokens" in facts else None,
-        "checkpoint": checkpoint and f"batch {checkpoint['batch']:,} of {checkpoint['run_name']}, whose resolved "
-                                     f"config has the sha256 {checkpoint['run_hash']}",
-        "continued from": "; then ".join(
-            ", ".join(f"{key} {value}" for key, value in entry.items() if value is not None)
-            for entry in lineage if "merged_from" not in entry),
-        "mean of": ", ".join(f"{part['source']} ({part.get('tokens') or 0:,} tokens)" for part in merged),
-    }
-    return {key: value for key, value in rows.items() if value}

@@ -20,7 +20,7 @@ from ettin_foundry.data import tokenizer as tokenizers
 from ettin_foundry.data.storage import atomic_folder
 from ettin_foundry.hub.card import MNTP_NOTE, card
 from ettin_foundry.hub.load import LoadedModel, chosen_objective, load_model
-from ettin_foundry.hub.onnx import ONNX, write_onnx
+from ettin_foundry.hub.parity import ONNX, write_onnx
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.hf_config import config_json
 from ettin_foundry.model.transformer import Ettin
@@ -42,9 +42,9 @@ def export_model(model: Any, config: EttinConfig, tokenizer: Any, folder: str | 
 
     model: an `EttinModel`, an `Ettin`, or a state dict of either. tokenizer: a fast one of transformers.
     objective: what the head was last trained on. facts: as of `card.card`; some also go into config.json.
-    dtype: of the weights, a key of `DTYPES`. onnx: also model.onnx, as of `onnx.write_onnx`. trunk: an encoder without
-    its head, with the mean as pooling, for programs that make embeddings. overwrite: replace an earlier export of this
-    name.
+    dtype: of the weights, a key of `DTYPES`. onnx: also model.onnx, as of `parity.write_onnx`. trunk: an encoder
+    without its head, with the mean as pooling, for programs that make embeddings. overwrite: replace an earlier
+    export of this name.
     """
     folder, facts = Path(folder), dict(facts or {})
     if objective not in OBJECTIVES or (objective == "clm") != config.causal:
@@ -85,19 +85,15 @@ def _tokenizer_of_kind(tokenizer: Any, config: EttinConfig) -> Any:
     copy = tokenizers.with_template(tokenizer, "decoder" if config.causal else "encoder")
     copy.bos_token, copy.eos_token = copy.cls_token, copy.sep_token  # whatever BOS and EOS it had of its own
     copy.model_max_length = config.max_position_embeddings
-    copy.model_input_names = ["input_ids", "attention_mask"]  # one segment: there are no token types
+    # one segment: there are no token types; what the constructor was given is saved
+    copy.model_input_names = copy.init_kwargs["model_input_names"] = ["input_ids", "attention_mask"]
     return copy
 
 
 def _write_files(folder: Path, config: dict[str, Any], weights: dict[str, Tensor], tokenizer: Any) -> None:
     _write_json(folder / "config.json", config)
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    tokenizer.save_pretrained(str(folder))
-    # one class that every version of transformers has, whatever class read the training tokenizer
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    _write_json(folder / "tokenizer_config.json", {
-        **settings, "tokenizer_class": "PreTrainedTokenizerFast",
-        **{name: getattr(tokenizer, name) for name in ("model_max_length", "model_input_names", "padding_side")}})
+    tokenizers.save(tokenizer, folder)
     if config["architectures"] == ["ModernBertDecoderForCausalLM"]:  # without these ids `generate` never stops
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         _write_json(folder / "generation_config.json", {name: config[name] for name in ids})
@@ -176,26 +172,22 @@ def export_every(folders: Sequence[str | Path], out: str | Path, *, dtype: str =
         identity = {**{key: record.get(key) for key in ("run_name", "phase", "batch", "run_hash")},
                     "objective": chosen_objective(path, record, objective)[0], "dtype": DTYPES[dtype],
                     "trunk": options.get("trunk", False)}
-        if overwrite or not _is_there(out / name, path, identity):
+        if overwrite or not (out / name).exists():
             wanted.append(name)
+        elif (there := _identity(out / name)) != identity:
+            raise ValueError(f"{out / name}: must be of {path}: {identity}, got {there or 'no export'}; give another "
+                             "folder, or pass --overwrite")
     for name in track(wanted, "export", console=Console(stderr=True)):
         export_checkpoint(found[name].path, out / name, objective=objective, dtype=dtype, overwrite=overwrite,
                           **options)
     return f"{len(found)} revisions in {out}: {len(wanted)} written, {len(found) - len(wanted)} were there"
 
 
-def _is_there(folder: Path, path: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether a folder of this very checkpoint stands there; one of another is refused."""
-    if not folder.exists():
-        return False
-    there: dict[str, Any] = {}
+def _identity(folder: Path) -> dict[str, Any]:
+    """Which checkpoint a folder holds, and how it was exported; empty where it does not say."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         block = content["ettin_foundry"]
-        there = {**block["checkpoint"], "objective": block["objective"], "dtype": content["dtype"],
-                 "trunk": content["architectures"] == ["ModernBertModel"]}
-    for key, value in identity.items():
-        if there.get(key) != value:
-            raise ValueError(f"{folder}: {key} must be {value!r} for {path}, got {there.get(key)!r}; give another "
-                             "folder, or pass --overwrite")
-    return True
+        return {**block["checkpoint"], "objective": block["objective"], "dtype": content["dtype"],
+                "trunk": content["architectures"] == ["ModernBertModel"]}
+    return {}

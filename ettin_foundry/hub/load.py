@@ -27,11 +27,8 @@ class LoadedModel:
     config: EttinConfig
     objective: str
     record: Mapping[str, Any]  # what it says of itself, as `clock.Clock.state_dict`
+    facts: dict[str, Any]  # `facts_of` the record
     other: EttinConfig  # the same shape with the other attention, for rows of the other kind
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return facts_of(self.record)
 
     def tokenizer(self, given: str | None = None, otherwise: str | Path = "") -> Any:
         """The tokenizer that the model was trained with, by its fingerprint; ValueError where none is found.
@@ -82,18 +79,17 @@ def load_model(source: str | Path, objective: str | None = None, *,
             has_tokenizer = (source / "tokenizer.json").is_file()
             record = {**read_record(source), "tokenizer": str(source.resolve()), "tokenizer_fingerprint":
                       tokenizers.fingerprint(tokenizers.load(source)) if has_tokenizer else None}
-            facts_of(record)
-            return LoadedModel(source, state, config, str(chosen), record, config.with_causal(not config.causal))
+            other = config.with_causal(not config.causal)
+            return LoadedModel(source, state, config, str(chosen), record, facts_of(record), other)
         source = checkpoints.locate(source)
         state, record = checkpoints.load_model_state(source)
         if not record.get("config"):
             raise ValueError(f"{source}: holds no record of its config; give a checkpoint of ettin_foundry's runs")
         chosen, config, other = chosen_objective(source, record, objective)
-        facts_of(record)
         shapes = {row.name: row.shape for row in tensor_table(config)}
         if {name: value.shape for name, value in state.items()} != shapes:
             raise ValueError(f"{source}: its tensors are not those of its config; give another checkpoint")
-        return LoadedModel(source, state, config, chosen, record, other)
+        return LoadedModel(source, state, config, chosen, record, facts_of(record), other)
 
 
 def chosen_objective(path: Path, record: Mapping[str, Any], asked: str | None) -> tuple[str, EttinConfig, EttinConfig]:

@@ -22,7 +22,7 @@ def push(sources: Sequence[Path], repo: str, *, every: bool = False, private: bo
     Revisions whose tag is there are skipped, so an interrupted upload goes on. A repository is made if needed.
 
     sources: an exported folder; with `every`, save folders, or folders that `export_every` wrote. repo: OWNER/NAME, or
-    NAME alone where the token's user is in no organisation. dry_run: says what would go where, without the network.
+    NAME alone for one of the token's user. dry_run: says what would go where, without the network.
     """
     validate_repo_id(repo)
     if not every and not _is_export(sources[0]):
@@ -36,8 +36,8 @@ def push(sources: Sequence[Path], repo: str, *, every: bool = False, private: bo
         raise ValueError("a token of the Hub is needed; run `huggingface-cli login`, or set HF_TOKEN")
     api = HfApi()
     try:
-        repo = repo if "/" in repo else _with_owner(api, repo)
         url = api.create_repo(repo, private=private, exist_ok=True)
+        repo = url.repo_id
         tags = {tag.name for tag in api.list_repo_refs(repo).tags}
         wanted = [name for name in found if name not in tags]
         for name in [*wanted, *([newest] if wanted and newest in tags else [])]:  # main must not stay at an older one
@@ -65,11 +65,3 @@ def _revisions(sources: Sequence[Path]) -> dict[str, Path]:
         return {name: head.path for name, head in revisions(sources).items()}
     said = {path: json.loads((path / "config.json").read_text())["ettin_foundry"] for path in exported}
     return {path.name: path for path in sorted(exported, key=lambda path: said[path].get("tokens") or 0)}
-
-
-def _with_owner(api: HfApi, name: str) -> str:
-    me = api.whoami()
-    owners = [me["name"], *(each["name"] for each in me.get("orgs", ()))]
-    if len(owners) > 1:
-        raise ValueError(f"--repo must be OWNER/NAME, with one of {', '.join(owners)}, got {name!r}")
-    return f"{owners[0]}/{name}"

@@ -40,7 +40,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window_size
     """(N, H, K) softmax attention inside each document, scale K ** -0.5.
 
     q, k, v: (N, H, K), of one dtype, bf16 or fp16 for the flash backends. backend: `flash_attn_3`, `flash_attn_2`,
-    `varlen_attn`, `flex_attention`, `reference`, or `padded`, for documents that attend by themselves (hub/onnx.py).
+    `varlen_attn`, `flex_attention`, `reference`, or `padded`, for documents that attend by themselves (hub/parity.py).
     """
     if q.shape[0] == 0:  # flash kernels refuse it; returned as it is, so that every rank has gradients to reduce
         return q

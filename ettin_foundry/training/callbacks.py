@@ -116,10 +116,8 @@ class StepLog(CallbackWithConfig):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         self._entry = {key: state.batch[key] for key in ("objective", "mask_rate", "ids_hash")}
+        self._entry["lr"] = state.optimizers[0].param_groups[0]["lr"]  # by the clock, which is before this callback
         logger.log_metrics({"data/mask_rate": self._entry["mask_rate"]})
-
-    def before_train_batch(self, state: State, logger: Logger) -> None:
-        self._entry["lr"] = state.optimizers[0].param_groups[0]["lr"]  # the clock has set it, at BATCH_START
 
     def batch_end(self, state: State, logger: Logger) -> None:
         ids_hash = state.device.tensor_to_device(torch.tensor([self._entry.pop("ids_hash")], dtype=torch.int64))

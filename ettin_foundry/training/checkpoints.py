@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ettin_foundry.model.config import EttinConfig
-from ettin_foundry.training.loading import is_archive, load_checkpoint, load_sharded, opened, read_metadata
+from ettin_foundry.training.loading import load_checkpoint, load_sharded, opened, read_metadata
 from ettin_foundry.version import __version__
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,9 @@ def decode_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_complete(path: Path) -> bool:
     """Whether a checkpoint was written to its end: a zip file's directory and a sharded one's .metadata come last."""
-    return (path / ".metadata").is_file() or path.is_file() and is_archive(path)
+    with contextlib.suppress(zipfile.BadZipFile):  # of a file that says it spans disks
+        return (path / ".metadata").is_file() or path.is_file() and zipfile.is_zipfile(path)
+    return False
 
 
 def complete_checkpoints(save_folder: str | Path, *, others: bool = False) -> list[Path]:

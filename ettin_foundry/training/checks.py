@@ -270,7 +270,8 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
         # the host's default would hand blocks a bf16 residual stream; this trains the same numbers as DDP does
         cfg["fsdp_config"] = {"mixed_precision": "FULL", **cfg["fsdp_config"]}
     others = dict(cfg.get("callbacks") or {})
-    cfg["callbacks"] = {"ettin_clock": {"run_config": text, **(others.pop("ettin_clock", None) or {})}, **others}
+    cfg["callbacks"] = {"ettin_clock": {"run_config": text, **(others.pop("ettin_clock", None) or {})},
+                        "ettin_watch": {}, **others}
     return cfg
 
 

@@ -23,19 +23,14 @@ from torch.distributed.tensor import DTensor
 
 from ettin_foundry.data.storage import atomic_file, atomic_folder
 from ettin_foundry.data.tokenizer import fingerprint, save
-from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.weights import weights_checkpoint
 from ettin_foundry.training.checkpoints import check_folder, decode_record, newest_complete
 from ettin_foundry.training.loading import make_safe
 from ettin_foundry.training.run_config import config_text
 from ettin_foundry.training.saving import CheckpointSaver, wait_for_write, write_whole
 from ettin_foundry.training.sources import Finished, check_resume, describe, is_finished
-from ettin_foundry.training.watch import Watch
 
 log = logging.getLogger(__name__)
-
-# of an optimizer group: what the recipe says
-_SETTINGS = ("initial_lr", "max_lr", "weight_decay", "beta1", "beta2", "betas", "eps")
 
 
 class Clock(CallbackWithConfig):
@@ -74,11 +69,8 @@ class Clock(CallbackWithConfig):
         self._state, self._model = state, state.model  # the model before DDP wraps it
         if (folder := self._run.get("save_folder")) and "://" not in folder:
             check_folder(Path(format_name_with_dist(folder, state.run_name)))
-        if not any(isinstance(each, Watch) for each in state.callbacks):
-            state.callbacks.append(watch := Watch())
-            watch.init(state, logger)  # this event goes to those that were there
-        if (tokenizer := getattr(state.model, "tokenizer", None)) is not None:
-            self._fingerprint = json.dumps(fingerprint(tokenizer))
+        if self._model.tokenizer is not None:
+            self._fingerprint = json.dumps(fingerprint(self._model.tokenizer))
         for destination in logger.destinations:
             if isinstance(destination, WandBLogger) and not destination._log_artifacts:
                 destination.download_file = _holds_no_checkpoint  # autoresume asks it, which fails offline
@@ -88,7 +80,7 @@ class Clock(CallbackWithConfig):
         checkpoint._write_checkpoint_file = write_whole
         for saver in (each for each in state.callbacks if type(each) is callbacks.CheckpointSaver):
             saver.__class__ = CheckpointSaver  # the host has made it
-        self._given = [{"initial_lr": group["lr"], **{key: group[key] for key in _SETTINGS if key in group}}
+        self._given = [{"initial_lr": group["lr"], **{key: group[key] for key in group.keys() - {"params", "step"}}}
                        for group in state.optimizers[0].param_groups]
 
     def after_load(self, state: State, logger: Logger) -> None:
@@ -114,11 +106,11 @@ class Clock(CallbackWithConfig):
         self.lineage = (*record.get("lineage", ()), entry)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        folder, config = self._run.get("save_folder"), getattr(self._model, "config", None)
-        if not folder or "://" in folder or not isinstance(config, EttinConfig):
+        folder, tokenizer = self._run.get("save_folder"), self._model.tokenizer
+        if not folder or "://" in folder:
             return
         folder = Path(format_name_with_dist(folder, state.run_name))
-        if (tokenizer := getattr(self._model, "tokenizer", None)) is not None:  # so that an export needs nothing else
+        if tokenizer is not None:  # so that an export needs nothing else
             self._tokenizer = str((folder / "tokenizer").resolve())
             if dist.get_global_rank() == 0:
                 with atomic_folder(folder / "tokenizer") as copy:
@@ -129,7 +121,7 @@ class Clock(CallbackWithConfig):
         weights: Any = get_model_state_dict(state.model, options=options)  # every rank gathers
         if dist.get_global_rank() == 0:
             plain = {name.removeprefix("model."): value for name, value in weights.items()}
-            content = weights_checkpoint(plain, config, objective=self._model.objective)
+            content = weights_checkpoint(plain, self._model.config, objective=self._model.objective)
             content["state"]["callbacks"]["Clock"] = self.state_dict()
             with atomic_file(folder / "initial" / "step0.pt") as file:
                 torch.save(content, file)
@@ -179,15 +171,11 @@ class Clock(CallbackWithConfig):
 
     def state_dict(self) -> dict[str, Any]:
         """What makes a checkpoint readable by itself (its record): plain data only, nested lists as JSON text."""
-        config = getattr(self._model, "config", None)
-        plain = dataclasses.asdict(config) if isinstance(config, EttinConfig) else None
-        schedule = getattr(self._model, "objective_schedule", None)
-        time = self._state.timestamp
+        model, time = self._model, self._state.timestamp
         return {
-            "config": plain, "size": getattr(config, "size", None),
-            "objective": getattr(self._model, "objective", None),
-            "objective_schedule": json.dumps(schedule and schedule.plain()),
-            "tokenizer": self._tokenizer or getattr(getattr(self._model, "tokenizer", None), "name_or_path", None),
+            "config": dataclasses.asdict(model.config), "size": model.config.size, "objective": model.objective,
+            "objective_schedule": json.dumps(model.objective_schedule.plain()),
+            "tokenizer": self._tokenizer or getattr(model.tokenizer, "name_or_path", None),
             "tokenizer_fingerprint": self._fingerprint,
             "tokens": time.token.value, "batch": time.batch.value, "run_name": self._state.run_name,
             "phase": (self._run.get("variables") or {}).get("phase"), "run_config": self._run_config,

@@ -150,9 +150,3 @@ def make_safe(checkpoint: Any) -> None:
     checkpoint._torch_load_with_validation = lambda path, map_location: load_checkpoint(path)
     checkpoint.FileSystemReaderWithValidation.__bases__ = (_sharded_reader(),)
     checkpoint.is_tar = checkpoint.is_compressed_pt = lambda name: False
-
-
-def is_archive(path: Path) -> bool:
-    with contextlib.suppress(zipfile.BadZipFile):  # of one that says it spans disks
-        return zipfile.is_zipfile(path)
-    return False

@@ -143,5 +143,3 @@ class OneMinusSqrt(_Schedule):
 
     def __init__(self, t_decay: str = "1dur", *, t_max: str = "1dur", alpha_f: float = 0.0):
         super().__init__("one_minus_sqrt", alpha_f, t_decay=t_decay, t_max=t_max)
-        length, _ = parse_time("scheduler.t_decay", t_decay)
-        require(length > 0, "scheduler.t_decay", "above 0", t_decay, "for a flat lr use warmup_stable_decay")

@@ -79,16 +79,14 @@ def configure(args: Sequence[str]) -> DictConfig:
                          + did_you_mean(unknown[0], known))
     config: Any = om.create(merge(merged, command_line))
     try:
-        missing = sorted(om.missing_keys(config), key=lambda key: (not key.startswith("variables."), key))
-        if not missing:
-            plain: Any = om.to_container(config, resolve=True)
-            check_kinds(plain)
-            config.update(rows_from_tokens(plain))
+        if missing := sorted(om.missing_keys(config), key=lambda key: (not key.startswith("variables."), key)):
+            raise ValueError(f"{missing[0]}: no value given; add {missing[0]}=... to the command line"
+                             + (f" (also missing: {', '.join(missing[1:])})" if missing[1:] else ""))
+        plain: Any = om.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"{', '.join(files)}: {' '.join(str(error).split())}") from error
-    if missing:
-        raise ValueError(f"{missing[0]}: no value given; add {missing[0]}=... to the command line"
-                         + (f" (also missing: {', '.join(missing[1:])})" if missing[1:] else ""))
+    check_kinds(plain)
+    config.update(rows_from_tokens(plain))
     return config
 
 
@@ -338,30 +336,11 @@ def _in_one_unit(value: Any, amount: float, unit: str) -> Any:
 # ------------------------------------------------------------------ the learning rate
 
 
-def warmup_stable_decay(t: float, *, warmup: float, decay: float, total: float, alpha_f: float) -> float:
-    """Factor on the peak lr at time t: linear from 1e-10 to 1, flat, then linear to `alpha_f` over the last `decay`.
-
-    All times in one unit. Source: ModernBERT's src/scheduler.py, lines 81-131 (decay 0 divides by 0 there; here: flat).
-    """
-    if t < warmup:
-        return 1e-10 + (1 - 1e-10) * (t / warmup)
-    if decay == 0 or t < total - decay:
-        return 1.0
-    return 1.0 - min(1.0, (t - (total - decay)) / decay) * (1.0 - alpha_f)
-
-
-def one_minus_sqrt(t: float, *, decay: float, total: float, alpha_f: float) -> float:
-    """Factor on the peak lr at time t: flat, then alpha_f + (1 - alpha_f)(1 - sqrt(x)) over the last `decay`.
-
-    x runs from 0 to 1 in that stretch. All times in one unit. Source: ModernBERT's src/scheduler.py, lines 258-289.
-    """
-    x = min(1.0, max(0.0, (t - (total - decay)) / decay))
-    return alpha_f + (1.0 - alpha_f) * (1.0 - math.sqrt(x))
-
-
 def lr_factor(scheduler: Mapping[str, Any], run: tuple[float, str], clock: Callable[[str], float]) -> float:
     """Factor on the peak lr by a whole block of a scheduler of ours, each of whose times has the clock of its own unit.
 
+    Linear from 1e-10 to 1 (`warmup_stable_decay` alone), flat, then down to `alpha_f` over the last `t_decay`: linear,
+    or along 1 - sqrt. Source: ModernBERT's src/scheduler.py, lines 81-131 and 258-289 (decay 0 divides by 0 there).
     In a run of batches, the end in tokens is estimated from those so far. run: max_duration as (number, unit). clock:
     the present in a unit.
     """
@@ -375,10 +354,13 @@ def lr_factor(scheduler: Mapping[str, Any], run: tuple[float, str], clock: Calla
             end = end * now / past if past else math.inf
         return now, length, end
 
+    if "t_warmup" in scheduler:
+        now, warmup, _ = read("t_warmup")
+        if now < warmup:
+            return 1e-10 + (1 - 1e-10) * (now / warmup)
     now, decay, end = read("t_decay")
+    x = min(1.0, max(0.0, (now - (end - decay)) / decay)) if decay else 0.0
+    alpha_f = scheduler["alpha_f"]
     if scheduler["name"] == "one_minus_sqrt":
-        return one_minus_sqrt(now, decay=decay, total=end, alpha_f=scheduler["alpha_f"])
-    present, warmup, _ = read("t_warmup")
-    if present < warmup:
-        return warmup_stable_decay(present, warmup=warmup, decay=0.0, total=0.0, alpha_f=1.0)
-    return warmup_stable_decay(now, warmup=0.0, decay=decay, total=end, alpha_f=scheduler["alpha_f"])
+        return alpha_f + (1.0 - alpha_f) * (1.0 - math.sqrt(x))
+    return 1.0 - x * (1.0 - alpha_f)

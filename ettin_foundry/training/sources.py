@@ -146,8 +146,6 @@ def check_start(cfg: Mapping[str, Any]) -> None:
     for key in named[1:]:
         require(False, key, f"left out with {named[0]}={value_at(cfg, named[0])}", value_at(cfg, key),
                 "only one can give the weights")
-    require(not cfg.get("load_ignore_keys"), "load_ignore_keys", "left out, since part of a checkpoint counts wrongly",
-            cfg.get("load_ignore_keys"), "use callbacks.ettin_phase, or load_weights_only=true")
 
 
 def _run_name(cfg: Mapping[str, Any]) -> str:

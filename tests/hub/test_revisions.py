@@ -83,11 +83,11 @@ def test_a_restart_writes_what_is_missing_and_refuses_folders_of_something_else(
     (root, models), out = chain, tmp_path / "out"
     save(root / "other" / "ep0-ba10-rank0.pt", models["step10"], "mlm", place=tokens, batch=10, run_name="other")
     export_every([root / "other"], out)
-    with pytest.raises(ValueError, match="step10: run_name must be 'pretrain'.*got 'other'"):
+    with pytest.raises(ValueError, match="step10: must be of .*'pretrain'.*got .*'other'"):
         export_every([root / "pretrain"], out)
     assert [p.name for p in out.iterdir()] == ["step10"]
     assert "3 written, 0 were there" in export_every([root / "pretrain"], out, overwrite=True)
-    with pytest.raises(ValueError, match="step0: dtype must be 'bfloat16'.*got 'float32'"):
+    with pytest.raises(ValueError, match="step0: must be of .*'bfloat16'.*got .*'float32'"):
         export_every([root / "pretrain"], out, dtype="bf16")
     (out / "step9").rename(tmp_path / "away")
     kept = (out / "step10" / "model.safetensors").stat()
@@ -206,12 +206,10 @@ def test_a_folder_is_uploaded_as_it_is_or_refused_before_anything_is_sent(chain,
     assert hub.commits == [{path.name: path.read_bytes() for path in (out / "decay2").iterdir()}] and not hub.tags
     assert f"{out / 'decay2'} -> me/it@decay2" in ettin("push", "--every", out, "--repo", "me/it", "--dry-run")[1]
     hub.asked.clear()
-    hub.orgs.append("lab")
     for folder, repo, token, words in (
             (root / "decay", "me/it", "hf_x", "FOLDER must be an exported model"),
-            (out / "decay2", "a/b/c", "hf_x", "a/b/c"), (out / "decay2", "it", "", "HF_TOKEN"),
-            (out / "decay2", "it", "hf_x", "--repo must be OWNER/NAME, with one of me, lab")):
+            (out / "decay2", "a/b/c", "hf_x", "a/b/c"), (out / "decay2", "it", "", "HF_TOKEN")):
         monkeypatch.setenv("HF_TOKEN", token)
         code, _, error = ettin("push", folder, "--repo", repo)
         assert code == 1 and words in error and error.count("\n") == 1
-    assert hub.asked == ["/api/whoami-v2"]
+    assert not hub.asked

@@ -136,12 +136,8 @@ def test_every_number_is_the_originals_or_a_declared_deviation_which_exists(over
 @of_each_run
 def test_the_schedule_ends_at_the_originals_learning_rate(run):
     facts = facts_of(cfg := config_of(run))
-    common = {"decay": facts["t_decay_tokens"], "total": facts["t_max_tokens"], "alpha_f": facts["alpha_f"] or 0.0}
-    end = facts["t_max_tokens"] - 1e-3  # within 1e-12 of the end of 50B tokens, before a division by a decay of 0
-    if facts["name"] == "one_minus_sqrt":
-        factor = run_config.one_minus_sqrt(end, **common)
-    else:
-        factor = run_config.warmup_stable_decay(end, warmup=facts["t_warmup_tokens"], **common)
+    scheduler, whole = run_config.filled(cfg["scheduler"]), run_config.parse_time("max_duration", cfg["max_duration"])
+    factor = run_config.lr_factor(scheduler, whole, lambda _: facts["t_max_tokens"] - 1e-3)  # 1e-12 of 50B tokens
     assert facts["lr"] * factor == pytest.approx(run["scheduler"]["final_lr_reached"], rel=1e-5)  # sqrt at 1 - 1e-14
     # weight decay is relative to the peak in the phases that keep the optimizer, and to the phase's lr in cross
     peak = cfg["variables"]["peak_lr"]
