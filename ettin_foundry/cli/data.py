@@ -12,8 +12,8 @@ import typer
 _Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="Folder or URL of a dataset, or a split.")]
 
 
-def _help(text: str, *names: str) -> Any:
-    return typer.Option(*names, help=text)
+def _help(text: str, *names: str, **limits: Any) -> Any:
+    return typer.Option(*names, help=text, **limits)
 
 
 def convert(
@@ -33,16 +33,16 @@ def convert(
     shard_size: Annotated[str, _help("Bytes per shard.")] = "64mb",
     unit_size: Annotated[str, _help("Input bytes per unit of work.")] = "256mb",
     compression: Annotated[Literal["zstd"] | None, _help("Of shards; plain if left out.")] = None,
-    seed: Annotated[int, _help("Of the validation split.")] = 0,
+    seed: Annotated[int, _help("Of the validation split.", min=0, max=2**63 - 1)] = 0,
     licence: Annotated[str | None, _help("Of files, for the manifest.", "--licence", "--license")] = None,
     append: Annotated[bool, _help("Add these sources to a finished dataset.", "--append")] = False,
-    workers: Annotated[int | None, _help("Processes; all cores if left out.")] = None,
+    workers: Annotated[int | None, _help("Processes; all cores if left out.", min=1)] = None,
     engine: Annotated[Literal["auto", "fast", "tokenizers"], _help(
         "What tokenizes; auto: fast where its ids are the same.")] = "auto",
     task_index: Annotated[int | None, _help("Number of this task in a job array, from 0.")] = None,
     num_tasks: Annotated[int | None, _help("Tasks of the job array.")] = None,
     min_characters: Annotated[int | None, _help("Drop shorter documents.")] = None,
-    max_characters: Annotated[int | None, _help("Drop longer documents.")] = None,
+    max_characters: Annotated[int | None, _help("Drop longer documents.", min=1)] = None,
 ) -> None:
     """Turn text into a dataset.
 

@@ -224,7 +224,7 @@ def card_text(storage: Storage, manifests: Manifests, lengths: Lengths) -> str:
     jinja = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
     jinja.filters.update(clean=_clean, commas="{:,}".format, json=json.dumps)
     return jinja.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        head=_front_matter(name, manifests), name=name, manifests=manifests, first=next(iter(manifests.values())),
+        licence=_licence(manifests), name=name, manifests=manifests, first=next(iter(manifests.values())),
         lengths={split: length_cells(lengths[split]) for split in manifests}, hashes=hashes, mark=_MARK)
 
 
@@ -237,17 +237,14 @@ def read_hashes(storage: Storage) -> dict[str, str]:
     return {check_name(name): digest for name, digest in _HASH.findall(text)} if _MARK in text else {}
 
 
-def _front_matter(name: str, manifests: Manifests) -> dict[str, Any]:
+def _licence(manifests: Manifests) -> dict[str, Any]:
+    """`license` of the front matter, and `license_name` where the Hub has no word for one."""
     licences = sorted({str(source.get("licence") or "unknown") for manifest in manifests.values()
                        for source in manifest["sources"].values()})
     others = [licence for licence in licences if not _LICENCES.fullmatch(licence.lower())]
     known = sorted({"other" if licence in others else licence.lower() for licence in licences})
-    entries: dict[str, Any] = {"pretty_name": name, "license": known if len(known) > 1 else known[0]}
-    if others:
-        entries["license_name"] = re.sub(r"[^a-z0-9.]+", "-", " ".join(others).lower()).strip("-.")[:96] or "other"
-    # the viewer reads no MDS, and would take the JSON files beside the shards for the data
-    return entries | {"task_categories": ["text-generation", "fill-mask"], "tags": ["ettin", "mds", "pretraining"],
-                      "viewer": False}
+    slug = re.sub(r"[^a-z0-9.]+", "-", " ".join(others).lower()).strip("-.")[:96] or "other"
+    return {"license": known if len(known) > 1 else known[0], **({"license_name": slug} if others else {})}
 
 
 def _clean(text: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +24,7 @@ from ettin_foundry.data.manifest import check_record, open_plain
 from ettin_foundry.data.mixture import MIX_FORMAT, MIX_VERSION, shared_identity
 from ettin_foundry.data.order import raw_draws
 from ettin_foundry.data.shards import MDSSplit
-from ettin_foundry.data.storage import is_url, join, open_storage
+from ettin_foundry.data.storage import atomic_folder, is_url, join, open_storage
 from ettin_foundry.version import __version__
 
 _MAX_PASSES = 1000  # an entry each, for every shard
@@ -140,14 +139,12 @@ def build_mix(spec: str | os.PathLike[str], out: str | os.PathLike[str], *, seed
     entries = {name: written.sets[name] for name in budgets}
     for entry in entries.values():
         entry.set = entry.set if is_url(entry.set) else os.path.realpath(path.parent / entry.set)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        partial = Path(scratch) / "mix"
-        members = _open_members(entries, "train", Path(scratch))
+    with atomic_folder(target) as partial:
+        members = _open_members(entries, "train", partial.parent)
         for member in members:
             member.fill(budgets[member.name], seed)
         sources = _write_split(partial / "train", target, members, head)
-        if validation := _open_members(entries, "validation", Path(scratch)):
+        if validation := _open_members(entries, "validation", partial.parent):
             for member in validation:
                 member.runs.append((0, member.shards))
             _write_split(partial / "validation", target, validation, head)
@@ -158,7 +155,6 @@ def build_mix(spec: str | os.PathLike[str], out: str | os.PathLike[str], *, seed
             if storage.is_local:
                 os.close(open_plain(Path(storage.url) / name))  # a link is an error
             storage.get_file(name, partial / name, at_most=64 << 20)
-        os.replace(partial, target)  # an empty folder is replaced
     total, width = sum(facts["tokens"] for facts in sources.values()), max(map(len, sources))
     chunks = sum(int(member.data.samples[member.shards].sum()) for member in validation)
     return [f"{target}: {total:,} tokens; {chunks:,} chunks for validation", *(

@@ -75,13 +75,10 @@ class ConvertOptions(ReadOptions):
             ("cut_window", "a share from 0 (cut as late as possible) to 0.5", 0 <= self.cut_window <= 0.5),
             ("validation", "a share of at least 0 and below 1", 0 <= self.validation < 1),
             ("shard_size", f"at most {most} bytes", int(self.shard_size) <= most),
-            ("seed", "0 to 2**63 - 1", 0 <= self.seed < 2**63),
-            ("workers", "at least 1, or left out for all cores", self.workers is None or self.workers >= 1),
             ("task_index", f"0 to --num-tasks - 1, with --num-tasks {tasks}",
              task == tasks if task is None or tasks is None else 0 <= task < tasks),
             ("min_characters", "2 or more, and at most --max-characters",
              2 <= (self.min_characters or 2) <= (self.max_characters or 2**62)),
-            ("max_characters", "1 or more", self.max_characters is None or self.max_characters >= 1),
         ]
         for key, allowed, fits in rules:
             if not fits:
@@ -105,7 +102,7 @@ class Unit(BaseModel, frozen=True):
 
     source: str
     parts: Annotated[tuple[Part, ...], Field(min_length=1)]
-    number: int = Field(-1, exclude=True)  # its place in the plan
+    number: int = Field(default=-1, exclude=True)  # its place in the plan
 
     @property
     def label(self) -> str:
@@ -120,8 +117,8 @@ class Plan(BaseModel, frozen=True, strict=True):
     version: Literal[1] = 1
     options: dict[str, Any]  # name -> value of each option that shapes the data
     tokenizer: dict[str, Any]  # its fingerprint
-    sources: dict[str, dict[str, str | None]] = {}  # name -> licence and revision
-    units: list[Unit] = []
+    sources: dict[str, dict[str, str | None]]  # name -> licence and revision
+    units: list[Unit]
 
     @field_validator("units")
     @classmethod
@@ -159,7 +156,10 @@ class _Written(ShardEntry):
 
 _COUNTS: dict[str, Any] = {**dict.fromkeys(COUNTS, Count), "unknown": (Count, 0), "dropped": dict[str, Count]}
 _Split = create_model("_Split", __config__=ConfigDict(strict=True), **_COUNTS, shards=list[_Written])
-_Published = create_model("_Published", shards=list[ShardEntry])
+
+
+class _Published(BaseModel):
+    shards: list[ShardEntry]
 
 
 class _Record(BaseModel, strict=True):
@@ -225,8 +225,6 @@ def find_sources(options: ConvertOptions, plan: Plan | None) -> list[Source]:
         if (out.rstrip("/") + "/").startswith(place.rstrip("/") + "/") if is_url(place) or is_url(out) else \
                 Path(place).is_dir() and Path(out).resolve().is_relative_to(Path(place).resolve()):
             raise ValueError(f"--out must be outside of the sources, got {out} inside of {place}")
-        if source.files and not any(source.files.values()):
-            log.warning("%s: every file of it is empty", name)
         if plan and name in plan.sources and not source.files:
             source = replace(source, revision=plan.sources[name]["revision"])
         found[name] = source
@@ -239,8 +237,8 @@ def plan_conversion(options: ConvertOptions, before: Plan | None, sources: Seque
 
     Raises ValueError where `before` differs in what shapes the data, or a finished dataset holds what changed.
     """
-    wanted, finished = Plan(options=options.record(), tokenizer=tokenizer), finished_units(storage)
-    names = [source.name for source in sources]
+    wanted = Plan(options=options.record(), tokenizer=tokenizer, sources={}, units=[])
+    finished, names = finished_units(storage), [source.name for source in sources]
     if before is None or not (finished or options.append):
         return wanted.with_sources(sources)
     _check_options(before, wanted, sources, append=options.append)

@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 
 from ettin_foundry.corpus.chunking import Chunker
-from ettin_foundry.corpus.encoder import Engine, TextEncoder
+from ettin_foundry.corpus.encoder import TextEncoder
 from ettin_foundry.corpus.executors import Report, Tick
 from ettin_foundry.corpus.plan import SPLITS, ConvertOptions, Unit, record_key, record_name
 from ettin_foundry.corpus.readers import read_parts
@@ -35,6 +35,9 @@ _MOST_UNKNOWN = 0.25  # share of tokens: more are no odd characters, but another
 _BATCH_BYTES = 1 << 20  # text tokenized at a time: enough to make calls cheap, little enough to hold a few of
 _BATCH_DOCUMENTS = 4096
 _READ_AHEAD = 2  # batches
+# what takes time to make, kept for the next unit
+_encoder = functools.lru_cache(maxsize=1)(TextEncoder)
+_chunker = functools.lru_cache(maxsize=1)(Chunker)
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,6 @@ class ConvertUnit:
         open_storage(self.options.out).write_bytes(record_name(unit.number), json.dumps(record).encode() + b"\n")
 
 
-@functools.lru_cache(maxsize=1)
-def _tools(json: str, name: str, forbidden: tuple[int, ...], engine: Engine, chunk_length: int,
-           cut_window: float) -> tuple[TextEncoder, Chunker]:
-    """What takes time to make, kept for the next unit."""
-    return TextEncoder(json, forbidden=forbidden, engine=engine, name=name), Chunker(json, chunk_length, cut_window)
-
-
 class _Conversion:
     def __init__(self, job: ConvertUnit, unit: Unit, report: Report) -> None:
         self.job, self.unit, self.options = job, unit, job.options
@@ -69,8 +65,9 @@ class _Conversion:
         splits = SPLITS if self.options.validation else SPLITS[:1]
         self.counts = {split: Counter[str]() for split in splits}
         self.dropped = {split: Counter[str]() for split in splits}  # by the reading thread
-        self.encoder, chunker = _tools(job.tokenizer_json, job.tokenizer, job.forbidden, self.options.engine,
-                                       self.options.chunk_length, self.options.cut_window)
+        self.encoder = _encoder(job.tokenizer_json, forbidden=job.forbidden, engine=self.options.engine,
+                                name=job.tokenizer)
+        chunker = _chunker(job.tokenizer_json, self.options.chunk_length, self.options.cut_window)
         self.writers = {split: ShardGroupWriter(
             stem=f"shard.{unit.number:05d}", source=unit.source, chunker=chunker,
             shard_bytes=int(self.options.shard_size), compression=self.options.compression,
