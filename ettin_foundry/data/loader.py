@@ -37,7 +37,7 @@ class RowDataset(RowStream, IterableDataset):
             raise RuntimeError(f"loader of {self.world_size} ranks, iterated as rank {rank} of {world_size}")
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        for step in itertools.count(self.start_step + first, stride):
+        for step in itertools.count(self.ramp.step_of(self.start_row) + first, stride):
             if self.num_steps is not None and step >= self.num_steps:
                 return
             yield self.rows_of(step, rank=rank, world_size=world_size)

@@ -145,10 +145,6 @@ class RowStream:
         """Steps of the one epoch without shuffle, empty rows at its end included; None with shuffle."""
         return None if self.order.shuffle else -(-self.order.rows_per_epoch // self.ramp.max_size)
 
-    @property
-    def start_step(self) -> int:
-        return self.ramp.step_of(self.start_row)
-
     def rows_of(self, step: int, *, rank: int = 0, world_size: int = 1) -> list[Row]:
         """The rank's contiguous share of a step's rows; also announces the shards that come next."""
         first, number = self.ramp.first_row(step), self.ramp.rows(step) // world_size

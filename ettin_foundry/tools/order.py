@@ -41,7 +41,7 @@ def next_step(checkpoint: Path) -> tuple[dict[str, Any], RowStream, int]:
     cfg = json.loads(head.record["run_config"])
     stream = stream_of(cfg)
     stream.load_state_dict(head.data)
-    return cfg, stream, stream.start_step
+    return cfg, stream, stream.ramp.step_of(stream.start_row)
 
 
 class StepView(NamedTuple):
