@@ -117,8 +117,8 @@ class Plan(BaseModel, frozen=True, strict=True):
     version: Literal[1] = 1
     options: dict[str, Any]  # name -> value of each option that shapes the data
     tokenizer: dict[str, Any]  # its fingerprint
-    sources: dict[str, dict[str, str | None]] = {}  # name -> licence and revision
-    units: list[Unit] = []
+    sources: dict[str, dict[str, str | None]]  # name -> licence and revision
+    units: list[Unit]
 
     @field_validator("units")
     @classmethod
@@ -237,8 +237,8 @@ def plan_conversion(options: ConvertOptions, before: Plan | None, sources: Seque
 
     Raises ValueError where `before` differs in what shapes the data, or a finished dataset holds what changed.
     """
-    wanted, finished = Plan(options=options.record(), tokenizer=tokenizer), finished_units(storage)
-    names = [source.name for source in sources]
+    wanted = Plan(options=options.record(), tokenizer=tokenizer, sources={}, units=[])
+    finished, names = finished_units(storage), [source.name for source in sources]
     if before is None or not (finished or options.append):
         return wanted.with_sources(sources)
     _check_options(before, wanted, sources, append=options.append)

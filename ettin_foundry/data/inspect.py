@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Undefined
 
 from ettin_foundry.data import INDEX, MANIFEST
 from ettin_foundry.data.mixture import open_split
@@ -140,9 +140,9 @@ def show_text(location: str | os.PathLike[str], *, samples: int = 1, seed: int =
                       decoder=load_decoder(found.storage) if samples else None)
 
 
-def render(template: Path, **facts: Any) -> str:
-    """The text of a template for a terminal; its filters are `plain`, `table`, and of numbers `commas` and `count`."""
-    jinja = Environment(undefined=StrictUndefined, trim_blocks=True)
+def render(template: Path, undefined: type[Undefined] = StrictUndefined, **facts: Any) -> str:
+    """The text of a template, .txt or .html; its filters are `plain`, `table`, and of numbers `commas` and `count`."""
+    jinja = Environment(undefined=undefined, autoescape=".html" in template.name, trim_blocks=True, lstrip_blocks=True)
     jinja.filters.update(plain=plain, commas="{:,}".format, count=format_count, table=table)
     return jinja.from_string(template.read_text(encoding="utf-8")).render(facts).rstrip("\n")
 

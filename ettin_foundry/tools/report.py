@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 import pandas
 import yaml
-from jinja2 import ChainableUndefined, Environment, FileSystemLoader, Template
-from markupsafe import Markup
+from jinja2 import ChainableUndefined
 
-from ettin_foundry.data.inspect import format_count
+from ettin_foundry.data.inspect import render
 from ettin_foundry.data.storage import atomic_file
 from ettin_foundry.hub.folder import export_checkpoint
 from ettin_foundry.hub.load import LoadedModel
@@ -58,19 +57,12 @@ def write_page(folder: str | Path) -> Path:
     else:
         facts = _read_runs(folder)
         facts["pictures"] = _curves(facts["stages"])
+    facts |= {"folder": folder, "version": __version__, "colors": COLORS, "now": time.strftime("%Y-%m-%d %H:%M"),
+              "took": lambda seconds: timedelta(seconds=round(seconds)),
+              "yaml": lambda text: yaml.safe_dump(json.loads(text), width=96, allow_unicode=True)}
     with atomic_file(folder / PAGE) as file:
-        file.write(_jinja("report.html.jinja").render(facts, folder=folder, version=__version__, colors=COLORS,
-                                                      now=time.strftime("%Y-%m-%d %H:%M")).encode())
+        file.write(render(Path(__file__).with_name("report.html.jinja"), ChainableUndefined, **facts).encode())
     return folder / PAGE
-
-
-def _jinja(name: str) -> Template:
-    jinja = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=name == "report.html.jinja",
-                        undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True)
-    jinja.filters.update(count=format_count, repr=repr, svg=Markup,
-                         took=lambda seconds: timedelta(seconds=round(seconds)),
-                         yaml=lambda text: yaml.safe_dump(json.loads(text), width=96, allow_unicode=True))
-    return jinja.get_template(name)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -222,7 +214,7 @@ def write_report(suite: Suite, fairness: Mapping[str, Mapping[str, Any]]) -> Non
               "evaluation": wanted and wanted.model_dump(), "training_seconds": trained}
     (suite.root / FACTS).write_text(json.dumps(report, indent=1), encoding="utf-8")
     page = write_page(suite.root)
-    print(_jinja("report.txt.jinja").render(report))
+    print(render(Path(__file__).with_name("report.txt.jinja"), ChainableUndefined, **report))
     say(f"{suite.name}: {len(stages)} stages, {sum(facts['tokens'] for facts in stages):,} tokens in "
         f"{timedelta(seconds=round(trained))} of training; {len(models)} models in {suite.root / 'models'}, report in "
         f"{page}")

@@ -40,7 +40,6 @@ class State(NamedTuple):
     """How far a stage is."""
 
     checkpoint: Path | None = None  # the newest complete one
-    record: dict[str, Any] = {}  # what the run's Clock wrote into it
     tokens: int = 0  # of this run alone
     finished: bool = False
 
@@ -60,7 +59,7 @@ def stage_state(stage: Stage) -> State:
         sources.check_resume(record, sources.record_of(stage.config, read_tokenizer=False), own=True,
                              place=f"{newest}; root=ANOTHER keeps both", accept=clock.get("accept") or [])
     finished = sources.is_finished(record, stage.config["max_duration"])
-    return State(newest, record, int(record.get("tokens") or 0), finished)
+    return State(newest, int(record.get("tokens") or 0), finished)
 
 
 def check_suite(suite: Suite, *, allow_unfair: bool = False) -> dict[str, dict[str, Any]]:
