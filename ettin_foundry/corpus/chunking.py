@@ -85,7 +85,8 @@ class Chunker:
     def _best(self, tokens: np.ndarray, begin: int, low: int, high: int) -> int:
         """The best place in [low, high] to end the chunk from `begin` on; begin < low, high < len(tokens)."""
         kinds = [self._kinds[token] for token in tokens[max(0, low - 1 - _CONTEXT):high + 1][::-1].tolist()]
-        text, ends = "".join(kinds), list(itertools.accumulate(map(len, kinds[:high - low + 1])))  # of high, high - 1, ...
+        text = "".join(kinds)
+        ends = list(itertools.accumulate(map(len, kinds[:high - low + 1])))  # where high, high - 1, ... are in the text
         for rule in _RULES:
             for start in map(re.Match.start, rule.finditer(text)):
                 at = bisect.bisect_left(ends, start)
