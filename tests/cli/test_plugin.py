@@ -48,7 +48,7 @@ def test_stock_llmfoundry_finds_every_name_and_trains_with_them(data_set, tmp_pa
     """In a fresh process, by entry points alone: nothing here calls register(), and no name hides one of the host's."""
     from omegaconf import OmegaConf
 
-    config = nano_run.configure(data_set, tmp_path, "model.vocab_size=512", "max_duration=2ba")
+    config = nano_run.configure(data_set, tmp_path, "max_duration=2ba")
     OmegaConf.save(config, tmp_path / "run.yaml")
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", STOCK, str(tmp_path / "run.yaml")], capture_output=True, text=True,
