@@ -11,12 +11,14 @@ A document of at most `chunk_length` tokens is one chunk. A longer one is cut fr
 
 Paragraph end: after a blank line. Sentence end: after a terminator and its closing quotes or brackets, if a space
 follows (none need follow a Chinese or Japanese one), or after that space. A full stop after a digit or a capital
-ends no sentence ("J. Smith"). The rule is one regular expression, which reads backwards from a place.
+ends no sentence ("J. Smith"). The rules are regular expressions, which read backwards from a place.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -30,14 +32,14 @@ _TERMINATORS = "!?\u2026\u037e\u061f\u06d4\u0964\u0965\u0589\u1362\u17d4\u104b\u
 _CJK_TERMINATORS = "\u3002\uff61\uff01\uff1f"
 _CONTEXT = 16  # tokens before the window that are read with it
 
-# What a place is by the text before it, reversed, and by the character after it, which stands before the match; of the
-# letters of `_kind`. Groups, best first: paragraph end, sentence end, line end, before a space, between characters.
-_PLACE = re.compile(r"""(?<! - ) (?:
-    (N S* N)
-  | ((?: N S* | S+ | (?<= [SN] )) C* (?: [TJ] | \. (?! A )) | (?<! [.TJC] ) C* J)
-  | (N)
-  | ((?<= [SN] ))
-  | ())""", re.VERBOSE)
+# Kinds of places, best first, by the text before a place, reversed, and by the character after it, which stands in
+# front of a match; in the letters of `_kind`. A match takes one letter at most, so that one is found at every place.
+_RULES = [re.compile(rule) for rule in (
+    "N(?=S*N)",  # paragraph end
+    r"(?=(?:NS*|S+|(?<=[SN]))C*(?:[TJ]|\.(?!A))|(?<![.TJC])C*J)",  # sentence end
+    "N",  # line end
+    "(?<=[SN])",  # before a space
+    "")]  # between characters
 
 
 @functools.cache
@@ -68,7 +70,8 @@ class Chunker:
         self.chunk_length, self.window = chunk_length, window
         self._places = int(chunk_length * window + 1e-9)
         texts = (piece.decode("utf-8", "surrogateescape") for piece in token_bytes(tokenizer_json))
-        self._kinds = ["".join(map(_kind, text or "x")) for text in texts]  # of each id
+        # of each id, reversed; a run of spaces is as good as one, and is passed faster
+        self._kinds = [re.sub("S+", "S", "".join(map(_kind, reversed(text or "x")))) for text in texts]
 
     def cuts(self, tokens: np.ndarray) -> list[int]:
         """Ends of the chunks of a document's (L,) tokens: chunk k is tokens[ends[k - 1]:ends[k]]."""
@@ -81,16 +84,15 @@ class Chunker:
 
     def _best(self, tokens: np.ndarray, begin: int, low: int, high: int) -> int:
         """The best place in [low, high] to end the chunk from `begin` on; begin < low, high < len(tokens)."""
-        kinds = [self._kinds[token] for token in tokens[max(0, low - 1 - _CONTEXT):high + 1].tolist()]
-        text, at, best, found = "".join(kinds)[::-1], 0, 6, high
-        for place in range(high, low - 1, -1):
-            at += len(kinds[place - high - 1])
-            match = _PLACE.match(text, at)  # none inside a character
-            if match and match.lastindex < best:  # type: ignore[operator]
-                best, found = match.lastindex, place  # type: ignore[assignment]
-        if best == 6:
-            found = next((place for place in range(low - 1, begin, -1) if self._kinds[tokens[place]][0] != "-"), high)
-        return found
+        kinds = [self._kinds[token] for token in tokens[max(0, low - 1 - _CONTEXT):high + 1][::-1].tolist()]
+        text = "".join(kinds)
+        ends = list(itertools.accumulate(map(len, kinds[:high - low + 1])))  # where high, high - 1, ... are in the text
+        for rule in _RULES:
+            for start in map(re.Match.start, rule.finditer(text)):
+                at = bisect.bisect_left(ends, start)
+                if start in ends[at:at + 1] and text[start - 1] != "-":
+                    return high - at
+        return next((place for place in range(low - 1, begin, -1) if self._kinds[tokens[place]][-1] != "-"), high)
 
 
 def token_bytes(tokenizer_json: str) -> list[bytes]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,11 +54,10 @@ class Report(NamedTuple):
         rows = [("verdict", "key", *self.names, "why")]
         rows += [(d.verdict, d.key, str(d.a)[:_WIDEST], str(d.b)[:_WIDEST], d.reason) for d in found]
         lines = [*(table(rows, left=5) if found else []), *(f"note: {note}" for note in self.notes)]
-        if not self.fair:
-            keys = dict.fromkeys(d.key for d in found if d.verdict == UNFAIR)
-            return "\n".join([*lines, f"unfair pair, because of {', '.join(keys)}"])
-        counts = [(sum(d.verdict == verdict for d in found), verdict) for verdict in VERDICTS]
-        summary = ", ".join(f"{number} {verdict}" for number, verdict in counts if number)
+        if unfair := [d.key for d in found if d.verdict == UNFAIR]:
+            return "\n".join([*lines, f"unfair pair, because of {', '.join(unfair)}"])
+        counts = Counter(d.verdict for d in found)
+        summary = ", ".join(f"{number} {verdict}" for verdict, number in sorted(counts.items()))
         return "\n".join([*lines, f"fair pair: {summary or 'no difference'}"])
 
 

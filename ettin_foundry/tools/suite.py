@@ -87,10 +87,12 @@ class _Setting(_Block):
     values: list[float | int | _Name] = Field(min_length=2)
 
 
-class _File(_Block):
+class File(_Block):
+    """What a suite file says, as the text at the top of this module."""
+
     extends: str | None = None
     name: _Name
-    root: _Text
+    root: Path
     command: Annotated[str, StringConstraints(pattern=r"\S")] = "composer train.py"
     variables: dict[str, Any] = {}
     overrides: list[_Text] = []
@@ -98,7 +100,7 @@ class _File(_Block):
     stages: dict[_Name, _StageBlock] = {}
     x: _Setting | None = None
     lines: dict[_Name, _Line] = {}
-    exports: dict[_Name, str] = {}
+    exports: dict[_Name, str] = {}  # name of a model -> stage
     evaluation: Evaluation | None = None
     samples: Samples = Samples()
 
@@ -151,13 +153,8 @@ class Suite:
     """A suite file, read and checked for itself; the settings of its stages are checked by `suite_run.check_suite`."""
 
     path: str
-    name: str
-    root: Path
+    file: File
     stages: tuple[Stage, ...]  # each after the one that it starts from
-    exports: Mapping[str, str]  # name of a model -> stage
-    evaluation: Evaluation | None
-    samples: Samples
-    x: str | None  # what the values of a sweep are
 
     def stage(self, name: str) -> Stage:
         """The stage of this name."""
@@ -180,14 +177,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
     """Reads a suite file, then key=value of the file itself, such as `scale=0.01`; errors name the key."""
     path = str(path)
     try:
-        file = _File.model_validate(_read(path, overrides))
+        file = File.model_validate(_read(path, overrides))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise ValueError(f"{path}: {key}: {first['msg']}, got {first['input']!r}; keys of a suite are "
-                         f"{', '.join(_File.model_fields)}") from None
-    if "://" in file.root:
-        raise ValueError(f"{path}: root must be a local folder, got {file.root!r}")
+                         f"{', '.join(File.model_fields)}") from None
+    if ":/" in str(file.root):
+        raise ValueError(f"{path}: root must be a local folder, got {file.root}")
     needed = ("x", "lines", "evaluation") if file.x or file.lines else ("stages",)
     if missing := [key for key in needed if not getattr(file, key)]:
         raise ValueError(f"{path}: {missing[0]} must be given, got none; look at study/sweep-lr.yaml")
@@ -198,8 +195,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
             raise ValueError(f"{path}: exports.{model} must be one of {', '.join(names)}, got {stage!r}")
     if (file.evaluation or file.samples != Samples()) and not (file.exports or file.x):
         raise ValueError(f"{path}: evaluation and samples need exports, which are what is evaluated; add exports")
-    axis = file.x.name if file.x else None
-    return Suite(path, file.name, Path(file.root), stages, file.exports, file.evaluation, file.samples, axis)
+    return Suite(path, file, stages)
 
 
 def _read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -222,7 +218,7 @@ def _read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
-def _blocks(file: _File) -> Iterator[tuple[str, _StageBlock, Point | None]]:
+def _blocks(file: File) -> Iterator[tuple[str, _StageBlock, Point | None]]:
     """The stages as they are written, then those of the points of a sweep."""
     yield from ((name, block, None) for name, block in file.stages.items())
     values, keys = (file.x.values, file.x.keys) if file.x else ((), ())
@@ -231,10 +227,10 @@ def _blocks(file: _File) -> Iterator[tuple[str, _StageBlock, Point | None]]:
         yield f"{line}-{value}", block.model_copy(update={"overrides": overrides}), Point(line, value, block.objective)
 
 
-def _stages(path: str, file: _File) -> tuple[Stage, ...]:
+def _stages(path: str, file: File) -> tuple[Stage, ...]:
     found: dict[str, Stage] = {}
     for name, block, point in _blocks(file):
-        where, folder, own = f"{path}: stages.{name}", Path(file.root) / name, [*file.overrides, *block.overrides]
+        where, folder, own = f"{path}: stages.{name}", file.root / name, [*file.overrides, *block.overrides]
         if name == "models":
             raise ValueError(f"{where}: this folder of root holds the exports; give the stage another name")
         if block.source is not None and block.source not in found:
