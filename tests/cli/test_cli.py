@@ -4,6 +4,7 @@ import inspect
 import subprocess
 import sys
 
+import nano_run
 import parity
 import pytest
 import torch
@@ -126,12 +127,14 @@ def test_samples_are_the_models_own(encoder, decoder, tokenizer, tmp_path, ettin
     assert out == f"def add{tokenizer[0].decode(ids[len(start):])}\n", err
 
 
-def test_bad_input_is_one_line_and_exit_code_1(encoder, tokenizer, tmp_path, ettin):
+def test_bad_input_is_one_line_and_exit_code_1(encoder, tokenizer, tmp_path, ettin, monkeypatch):
     good = save(encoder, tmp_path / "good.pt", "mlm", str(tokenizer[1]))
     folder = export_model(encoder, encoder.config, tokenizer[0], tmp_path / "hf", objective="mlm")
     (tmp_path / "there.pt").write_bytes(b"x")
     assert ettin("recipes", "--copy", tmp_path / "copy")[0] == 0
     assert (tmp_path / "copy/yamls/phases/cross.yaml").is_file()
+    monkeypatch.chdir(nano_run.ROOT)
+    plan, order, of = ("plan", "yamls/ettin-enc-150m.yaml"), ("order", "--yaml", "yamls/nano.yaml"), "--checkpoint"
     for arguments, words in (
         (("export", tmp_path / "there.pt", tmp_path / "o"), "there.pt"),
         (("export", good, folder), "exists and is not empty"),
@@ -140,6 +143,13 @@ def test_bad_input_is_one_line_and_exit_code_1(encoder, tokenizer, tmp_path, ett
         (("export", tmp_path / "no.pt", tmp_path / "o"), "no.pt: no such path"),
         (("recipes", "--copy", tmp_path / "copy"), "--copy must be a folder without train.py"),
         (("convert", "missing.jsonl", "--out", tmp_path / "o", "--tokenizer", tokenizer[1]), "missing.jsonl"),
+        *((words, "either --checkpoint must be given alone, or --yaml and --step") for words in (
+            ("order", "--step", "3"), order, (*order, "--step", "3", of, "x.pt"), ("order", of, "x.pt", "seed=3"))),
+        (("order", of, "x.pt"), "x.pt"), ((*order, "--step", "3", "variables.data=nowhere"), "'nowhere'"),
+        ((*order, "--step", "3", "train_loader.name=text"), "got 'text'"),
+        ((*plan, "--gpus", "4xH800"), "--gpus must be"), ((*plan, "--mfu", "1.5"), "--mfu must be"),
+        ((*plan, "model.name=mpt_causal_lm"), "model.name must be ettin"),
+        (("plan", "yamls/suite/ettin-150m.yaml", "--gpus", "3xH100"), "encoder-pretrain: --gpus must divide global"),
     ):
         code, _, err = ettin(*arguments)
         line = err.strip().splitlines()[-1]
