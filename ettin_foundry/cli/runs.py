@@ -85,8 +85,7 @@ def lint(
     first, second = (str(config.get("run_name") or run) for run, config in zip(runs, configs))
     report = lint_pair(*configs, names=(first, second))
     print(report)
-    if not report.fair:
-        raise typer.Exit(1)
+    raise typer.Exit(int(not report.fair))
 
 
 def _config(text: str, overrides: list[str]) -> dict[str, Any]:

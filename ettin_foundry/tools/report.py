@@ -41,12 +41,11 @@ _EVALS = ["step", "tokens", "data", "TargetCrossEntropy", "TargetAccuracy"]
 _OWN = ("log", "evals", "record", "data", "files")  # of a stage, what a page shows and report.json leaves where it is
 
 
-def write_page(folder: str | Path) -> Path:
+def write_page(folder: Path) -> Path:
     """Writes report.html into a run's save folder, a suite's root or a study's folder, and returns its path.
 
     A sweep's pictures also become files of their own: sweep.svg and, of further metrics, sweep-METRIC.svg.
     """
-    folder = Path(folder)
     study, sweep = _read(folder / "study.json"), _read(folder / SWEEP)
     if study or sweep:
         facts = {"name": folder.resolve().name, **sweep, **study, "study": study, "sweep": sweep}
@@ -107,10 +106,9 @@ def read_stage(folder: Path, known: Mapping[str, Any] | None = None) -> dict[str
     try:
         if (log := progress.read(folder)).empty:
             raise ValueError(f"the log in {folder} is empty")
-        evaluated = read_steps(folder / EVALS) if (folder / EVALS).is_file() else []
+        evals = pandas.DataFrame(read_steps(folder / EVALS) if (folder / EVALS).is_file() else [], columns=_EVALS)
     except (OSError, ValueError, LookupError, TypeError) as error:  # no log, or one of something else
         return {**facts, "missing": f"no losses and times: {error}"}
-    evals = pandas.DataFrame(evaluated).reindex(columns=_EVALS)
     if len(lost := log.step[~np.isfinite(log.loss)]):
         facts["missing"] = (f"the loss is not finite at {len(lost):,} of {len(log):,} steps, first at step "
                             f"{lost.iloc[0]:,}")

@@ -118,26 +118,25 @@ class Stage:
     """One run of train.py."""
 
     name: str
-    command: tuple[str, ...]  # what starts a run
+    file: File  # what starts a run, and scales it
     args: tuple[str, ...]  # YAML files and key=value, as train.py takes them; without those that `scale` adds
     folder: Path  # its save folder
     source: str | None = None  # the stage whose weights it starts with
     pair: str | None = None
-    scale: float = 1.0
     point: Point | None = None
 
     @functools.cached_property
     def words(self) -> list[str]:
         """The exact command line; raises as `run_config.resolved`, with the stage's name before the message."""
         with self.named():
-            scaled = _scaled(run_config.resolved(self.args), self.scale) if self.scale != 1 else []
-        return [*self.command, *self.args, *scaled]
+            scaled = _scaled(run_config.resolved(self.args), self.file.scale) if self.file.scale != 1 else []
+        return [*shlex.split(self.file.command), *self.args, *scaled]
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """The run's configuration as plain containers, interpolations resolved; raises as `words`."""
         with self.named():
-            return run_config.resolved(self.words[len(self.command):])
+            return run_config.resolved(self.words[len(shlex.split(self.file.command)):])
 
     @contextlib.contextmanager
     def named(self) -> Iterator[None]:
@@ -239,8 +238,7 @@ def _stages(path: str, file: File) -> tuple[Stage, ...]:
             raise ValueError(f"{where}.overrides must be key=value without {', '.join(_OWN_KEYS)}, got {wrong[0]!r}")
         source = [] if block.source is None else [f"variables.source={found[block.source].folder}"]
         args = *block.yaml, f"run_name={file.name}-{name}", f"save_folder={folder}", *own, *source
-        command = tuple(shlex.split(file.command))
-        found[name] = Stage(name, command, args, folder, block.source, block.pair, file.scale, point)
+        found[name] = Stage(name, file, args, folder, block.source, block.pair, point)
     pairs = [stage.pair for stage in found.values() if stage.pair is not None]
     if alone := [pair for pair in pairs if pairs.count(pair) < 2]:
         raise ValueError(f"{path}: pair must stand in at least two stages, got {alone[0]!r} in one")
