@@ -27,6 +27,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck --enable=check-unassigned-uppercase,quote-safe-variables launch/*.sh
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/python benchmarks/wheels_gpu.py --check
 
 # One folder per version of transformers, put in front of the environment's own. --no-deps: torch, numpy and the rest stay
 # those of the environment; what each version needs beyond them is listed, pinned, so that parity is about transformers only.

@@ -52,6 +52,17 @@ def group_of(kernel: str) -> str:
     return f"attention {direction}{kind}"
 
 
+_FLASH = "void pytorch_flash::flash_{}_kernel<Traits<64, cutlass::bfloat16_t> >, false, false, {}, true>(Params)"
+KNOWN = {  # kernels of real profiles: their groups
+    "nvjet_tst_256x128": "matrix products", _FLASH.format("fwd", "true"): "attention forward, local",
+    _FLASH.format("bwd_dq_dk_dv_loop_seqk_parallel", "false"): "attention backward, global",
+    "flash_bwd_dot_do_o_kernel<true>": "attention backward",
+    "triton_tem_fused_flex_attention_backward_3": "attention backward",
+    "triton_poi_fused_cat_gelu_gelu_backward_mul_split_5": "GELU x gate", "Memcpy HtoD": "memory copies",
+    "triton_poi_fused_cat_mul_neg_slice_2": "rotary", "_softmax_gradient_kernel": "loss", "new": OTHER,
+    "triton_poi_fused__to_copy_2": "norms, residual, casts", "multi_tensor_apply_kernel<4>": "optimizer"}
+
+
 def by_kernel(events: Iterable[dict[str, Any]], kinds: tuple[str, ...]) -> list[tuple[str, int, float]]:
     """(name, calls, milliseconds) of a trace's events, the longest first; what runs in another counts once."""
     found: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
@@ -71,6 +82,7 @@ def by_kernel(events: Iterable[dict[str, Any]], kinds: tuple[str, ...]) -> list[
 
 def profile_table(kernels: Iterable[tuple[str, int, float]], wall_ms: float) -> list[str]:
     """Lines of a table by group, of kernels of one step that takes `wall_ms` when nothing is traced."""
+    assert {kernel: group_of(kernel) for kernel in KNOWN} == KNOWN
     groups: dict[str, list[Any]] = defaultdict(list)
     for row in kernels:
         groups[group_of(row[0])].append(row)

@@ -2,15 +2,19 @@
 
     python3 benchmarks/wheels_gpu.py                    collects the wheels below into .wheels/ (make wheels-gpu)
     python3 benchmarks/wheels_gpu.py --unpack FOLDER    there: unpacks them; put FOLDER first on PYTHONPATH
+    python3 benchmarks/wheels_gpu.py --check            holds the package's imports against the two lists (make lint)
 
-`NAMES` is what training and conversion load beyond `IMAGE`, found by running both with everything else out of sight; a
-test holds the package's imports against the two. Cloud SDKs and trackers that are only tried are left out. torch is
-never fetched. Versions are those of constraints.txt.
+`NAMES` is what training and conversion load beyond `IMAGE`, found by running both with everything else out of sight.
+Cloud SDKs and trackers that are only tried are left out. torch is never fetched. Versions are those of constraints.txt.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import configparser
+import importlib.metadata
+import re
 import subprocess
 import sys
 import zipfile
@@ -38,6 +42,25 @@ pydantic pydantic-core annotated-types typing-inspection
 zstandard zstd brotli python-snappy cramjam
 orjson fastokens setuptools xxhash plotext liger-kernel==0.8.5
 """.split()
+
+
+def check() -> None:
+    """Refuses lists that lack what the package or a program of `make gpu` imports, or what setup.cfg bounds."""
+    root, setup = FOLDER.parent, configparser.ConfigParser(inline_comment_prefixes="#")
+    setup.read(root / "setup.cfg")
+    bounded = {line for line in setup["options"]["install_requires"].split() if "<" in line or "==" in line}
+    names = {name.lower() for name in NAMES}
+    assert {re.split("[<>=]", line)[0] for line in bounded} <= names  # the image may have another version
+    of, there = importlib.metadata.packages_distributions(), names | {name.lower() for name in IMAGE}
+    own = {"ettin_foundry", "train", "real_job", "train_step", "step_worker", "streams", "cpu_vs_transformers",
+           "attention", "kernels", "loss"}
+    of_make_gpu = (path for path in (root / "benchmarks").glob("*.py") if path.stem in own)
+    for path in (*(root / "ettin_foundry").rglob("*.py"), root / "train.py", *of_make_gpu):
+        for node in ast.parse(path.read_text()).body:
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [
+                alias.name for alias in getattr(node, "names", ())]
+            for module in {name.split(".")[0] for name in modules} - sys.stdlib_module_names - own:
+                assert {name.lower() for name in of[module]} & there, (path, module)
 
 
 def collect(folder: Path) -> None:
@@ -87,8 +110,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="wheels of the Trainer for a GPU machine without network")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--unpack", type=Path, metavar="FOLDER", help="unpack into this folder instead of downloading")
+    parser.add_argument("--check", action="store_true", help="only say whether the lists are whole")
     args = parser.parse_args()
-    if args.unpack:
+    if args.check:
+        check()
+    elif args.unpack:
         unpack(args.folder, args.unpack)
     else:
         collect(args.folder)

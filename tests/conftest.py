@@ -104,6 +104,15 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer of `parity.nano` models, saved."""
+    import parity
+
+    parity.tiny_tokenizer().save_pretrained(str(folder := tmp_path_factory.mktemp("tiny")))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def data_set(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_dir: Path) -> Path:
     """`corpus` converted: train/ and validation/ with chunks of at most 62 tokens in several shards, and tokenizer/."""
     from ettin_foundry.corpus.convert import ConvertOptions, convert

@@ -24,13 +24,13 @@ from ettin_foundry.data.batch import split_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 # nano with the small vocabulary of the fixtures; batches of 8 rows of 64 tokens
-SMALL = ["variables.max_seq_len=64", "variables.global_batch=8",
+SMALL = ["variables.max_seq_len=64", "variables.global_batch=8", "model.vocab_size=512",
          "device_train_microbatch_size=4", "variables.warmup=1ba", "max_duration=8ba", "save_interval=4ba",
          "eval_interval=1000ba", "loggers.ettin_console=null",
          "~callbacks.speed_monitor", "~callbacks.runtime_estimator", "~callbacks.scheduled_gc"]
 # sizes of batches go up: 2, 4, 6, 8 rows, two steps of each but the last
 RISING = ["train_loader.batch_size_warmup={min_size: 2, tokens: 1400}", "device_train_microbatch_size=2",
-          "max_duration=3000tok", "save_interval=3ba", "variables.warmup=2000tok", "model.vocab_size=512"]
+          "max_duration=3000tok", "save_interval=3ba", "variables.warmup=2000tok"]
 CLM = ["variables.objective=clm", "variables.mask_rate=0.0"]
 
 
@@ -45,8 +45,7 @@ def program() -> Any:
 def configure(data: Path, out: Path, *overrides: str, evaluate: bool = False) -> Any:
     """nano.yaml with `SMALL` and the overrides; `~key` removes a key. It evaluates only if asked to."""
     wanted = [*SMALL, *([] if evaluate else ["eval_loader=null"]), f"variables.data={data}",
-              f"variables.save_root={out}",
-              *overrides]
+              f"variables.save_root={out}", *overrides]
     if "~save_folder" in wanted and not any(each.startswith("callbacks.ettin_steps") for each in wanted):
         wanted.append("~callbacks.ettin_steps")  # it has nowhere to write
     config = program().configure([str(ROOT / "yamls" / "nano.yaml"), *(w for w in wanted if not w.startswith("~"))])

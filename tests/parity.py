@@ -15,17 +15,19 @@ import logging
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ettin_foundry.data.tokenizer import fingerprint, train_bpe
 from ettin_foundry.hub.folder import export_model
 from ettin_foundry.hub.parity import Parity, compare, own_logits
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.transformer import Ettin
-from ettin_foundry.model.weights import import_folder
+from ettin_foundry.model.weights import import_folder, weights_checkpoint
+from ettin_foundry.objectives.schedule import ObjectiveSchedule
 
 CONTROL = 1e-2  # what a wrong window or base must at least change, at 200 tokens and more
 VOCAB = 600
@@ -56,6 +58,16 @@ def random_model(config: EttinConfig, seed: int = 0) -> Ettin:
     return model
 
 
+def nano(objective: str, seed: int = 0, **fields: Any) -> Ettin:
+    """A random model of two layers, of which one attends to all and one to a window, as large as `tiny_tokenizer`."""
+    small = {"vocab_size": 320, "num_hidden_layers": 2, **fields}
+    return random_model(EttinConfig.for_size("nano", causal=objective == "clm", **small), seed)
+
+
+def equal_states(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def our_logits(model: Ettin, ids: torch.Tensor) -> torch.Tensor:
     """(N,) token ids of one document to (N, V) logits."""
     return own_logits(model, ids[None], torch.ones(1, len(ids), dtype=torch.bool))
@@ -75,9 +87,18 @@ def control_models(model: Ettin) -> list[Ettin]:
 
 def tiny_tokenizer() -> Any:
     """A byte-level tokenizer that fits the vocabulary of the cases."""
-    from ettin_foundry.data.tokenizer import train_bpe
-
     return train_bpe(["def add(a, b):\n    return a + b  # the sum of two numbers, and then some more text\n"], 300)
+
+
+def save(path: Path, model: Ettin, objective: str, *, place: object = "t", schedule: Any = None, **record: Any) -> Path:
+    """Saves a checkpoint as a run's clock describes itself (`clock.Clock.state_dict`); place: of `tiny_tokenizer`."""
+    record = {"tokens": 10 * (record.get("batch") or 0), "batch": 0, "phase": "pretrain", "run_name": "r",
+              "run_hash": "a" * 64, "run_config": "{}", "tokenizer": str(place),
+              "tokenizer_fingerprint": fingerprint(tiny_tokenizer()),
+              "objective_schedule": ObjectiveSchedule.parse(schedule or objective).plain(), **record}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(weights_checkpoint(model.state_dict(), model.config, objective=objective, **record), path)
+    return path
 
 
 def run_card(folder: Path) -> str:
@@ -113,7 +134,7 @@ def run_case(name: str, tokenizer: Any, folder: Path) -> Iterator[str]:
     model = random_model(config)
     path = export_model(model, config, tokenizer, folder / name.replace("/", "_"), objective="clm" if causal else "mlm")
     state, read, _ = import_folder(path)
-    assert read == config and all(torch.equal(state[n], t) for n, t in model.state_dict().items()), "not bit-equal"
+    assert read == config and equal_states(state, model.state_dict()), "not bit-equal"
     held = Parity(path)
     for check in itertools.islice(held.run(), 2 if overrides else None):  # the first two are of whole logits
         yield f"{check.name:20}{check.worst:.1e} of {check.limit:.1e}  {check.note}"

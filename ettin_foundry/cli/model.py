@@ -177,10 +177,10 @@ def evaluate(
 
     Example: ettin evaluate runs/nano-mlm-pretrain --data data/nano
     """
-    from ettin_foundry.tools.evaluate import DEFAULT_OBJECTIVES
+    from ettin_foundry.objectives.schedule import OBJECTIVES
     from ettin_foundry.tools.evaluate import evaluate as measure
 
-    found = measure(source, data, objective or DEFAULT_OBJECTIVES, mask_rate=mask_rate, max_batches=max_batches,
+    found = measure(source, data, objective or OBJECTIVES, mask_rate=mask_rate, max_batches=max_batches,
                     split=split, max_seq_len=max_seq_len, device=device)
     if as_json:
         print(json.dumps(found, indent=1))

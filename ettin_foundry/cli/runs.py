@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,14 +53,13 @@ def plan(
     Example: ettin plan yamls/ettin-dec-150m.yaml --gpus 4xH100
     """
     from ettin_foundry.tools import plan as planning
-    from ettin_foundry.training import run_config as files
+    from ettin_foundry.tools.suite import load
+    from ettin_foundry.training import run_config
 
-    if recipe.endswith((".yaml", ".yml")) and {"stages", "lines", "extends"} & set(files.read(recipe)):
-        from ettin_foundry.tools.suite import load
-
+    if {"stages", "lines", "extends"} & set(run_config.read(recipe)):
         stages = [(stage.name, stage.config) for stage in load(recipe, more or []).stages]
     else:
-        config = files.resolved([recipe, *(more or [])])
+        config = run_config.resolved([recipe, *(more or [])])
         stages = [(config.get("run_name") or recipe, config)]
     runs = planning.plan_runs(stages, gpus=gpus, mfu=mfu)
     facts = {"stages": [run._asdict() for run in runs], "totals": planning.totals(runs)}
@@ -88,8 +85,7 @@ def lint(
     first, second = (str(config.get("run_name") or run) for run, config in zip(runs, configs))
     report = lint_pair(*configs, names=(first, second))
     print(report)
-    if not report.fair:
-        raise typer.Exit(1)
+    raise typer.Exit(int(not report.fair))
 
 
 def _config(text: str, overrides: list[str]) -> dict[str, Any]:
@@ -131,32 +127,23 @@ def suite(
         raise ValueError("--report trains nothing; leave out --stage")
     found = load(file, settings or [])
     stages = [found.stage(name) for name in stage or []] or found.stages
-    from ettin_foundry.tools.suite_run import check_suite, run_suite
+    from ettin_foundry.tools.suite_run import StageFailed, check_suite, run_suite, signals
 
     fairness = check_suite(found, allow_unfair=allow_unfair)
     if list_ or json_:
         _list(found, stages, json_)
         return
-    with _exit_codes():
-        if not report:
-            run_suite(found, stages)
-        if not stage:
-            from ettin_foundry.tools.report import measure, write_report
-
-            if found.x is None:
-                write_report(found, fairness)
-            else:
-                measure(found, shlex.join(["ettin", "sweep", str(file), *(settings or [])]))
-
-
-@contextlib.contextmanager
-def _exit_codes() -> Iterator[None]:
-    """Ends the command with the exit code of what ended the stages within it."""
-    from ettin_foundry.tools.suite_run import StageFailed, signals
-
     try:
         with signals():
-            yield
+            if not report:
+                run_suite(found, stages)
+            if not stage:
+                from ettin_foundry.tools.report import measure, write_report
+
+                if found.file.x is None:
+                    write_report(found, fairness)
+                else:
+                    measure(found, shlex.join(["ettin", "sweep", str(file), *(settings or [])]))
     except StageFailed as error:
         print(f"error: {error}\nNothing after it was started. The same command continues.", file=sys.stderr)
         raise typer.Exit(3) from None
@@ -177,7 +164,7 @@ def sweep(
     """
     from ettin_foundry.tools.suite import load
 
-    if load(file, settings or []).x is None:
+    if load(file, settings or []).file.x is None:
         raise ValueError(f"{file}: x and lines must be given in a sweep, got none; look at study/sweep-lr.yaml")
     plan(str(file), settings)
     suite(file, settings)
@@ -187,7 +174,7 @@ def _list(found: Any, stages: Any, as_json: bool) -> None:
     listed = [{"name": stage.name, "from": stage.source, "pair": stage.pair, "folder": str(stage.folder),
                "max_duration": stage.config["max_duration"], "command": stage.words} for stage in stages]
     if as_json:
-        print(json.dumps({"name": found.name, "root": str(found.root), "stages": listed}, indent=1))
+        print(json.dumps({"name": found.file.name, "root": str(found.file.root), "stages": listed}, indent=1))
         return
     for stage in listed:
         pair = f", pair {stage['pair']}" if stage["pair"] else ""
@@ -236,15 +223,12 @@ def order(
     from ettin_foundry.tools.order import next_step, stream_of, text
     from ettin_foundry.training.run_config import resolved
 
-    for wrong, message in (
-            ((yaml is None) == (checkpoint is None), "either --yaml or --checkpoint must be given"),
-            (checkpoint and words, f"--checkpoint must come without keys, got {' '.join(words or [])}"),
-            (yaml and step is None, "--step must be given with --yaml")):
-        if wrong:
-            raise ValueError(message)
-    if checkpoint is not None:
+    if checkpoint is not None and not (yaml or words):
         cfg, stream, following = next_step(checkpoint)
-    else:
-        cfg, following = resolved([*(yaml or []), *(words or [])]), 0
+        step = following if step is None else step
+    elif yaml and step is not None and checkpoint is None:
+        cfg = resolved([*yaml, *(words or [])])
         stream = stream_of(cfg)
-    print(text(cfg, stream, following if step is None else step, rows=rows, decode=decode))
+    else:
+        raise ValueError("either --checkpoint must be given alone, or --yaml and --step")
+    print(text(cfg, stream, step, rows=rows, decode=decode))

@@ -14,12 +14,11 @@ from typing import Any
 
 from ettin_foundry.objectives.schedule import MASKED_OBJECTIVES, OBJECTIVES
 
-DEFAULT_OBJECTIVES = ("clm", "mlm", "mntp")
 _SEED = 21  # of the masks: the recipes' shuffle_seed
 _BATCH_TOKENS = 16_384
 
 
-def evaluate(source: str | Path, data: str | Path, objectives: Sequence[str] = DEFAULT_OBJECTIVES, *,
+def evaluate(source: str | Path, data: str | Path, objectives: Sequence[str] = OBJECTIVES, *,
              mask_rate: float = 0.15, max_batches: int | None = None, split: str = "validation",
              max_seq_len: int | None = None, device: str = "auto") -> dict[str, dict[str, float]]:
     """Evaluates a model under each objective.

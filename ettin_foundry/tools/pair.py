@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,6 @@ from ettin_foundry.training.sources import STARTS, compare, record_of
 from ettin_foundry.training.steps import read_steps
 
 UNFAIR, HARMLESS, OBJECTIVE = VERDICTS = "unfair", "harmless", "objective"
-ABSENT = "absent"
 _WIDEST = 48
 
 
@@ -53,11 +53,10 @@ class Report(NamedTuple):
         rows = [("verdict", "key", *self.names, "why")]
         rows += [(d.verdict, d.key, str(d.a)[:_WIDEST], str(d.b)[:_WIDEST], d.reason) for d in found]
         lines = [*(table(rows, left=5) if found else []), *(f"note: {note}" for note in self.notes)]
-        if not self.fair:
-            keys = dict.fromkeys(d.key for d in found if d.verdict == UNFAIR)
-            return "\n".join([*lines, f"unfair pair, because of {', '.join(keys)}"])
-        counts = [(sum(d.verdict == verdict for d in found), verdict) for verdict in VERDICTS]
-        summary = ", ".join(f"{number} {verdict}" for number, verdict in counts if number)
+        if unfair := [d.key for d in found if d.verdict == UNFAIR]:
+            return "\n".join([*lines, f"unfair pair, because of {', '.join(unfair)}"])
+        counts = Counter(d.verdict for d in found)
+        summary = ", ".join(f"{number} {verdict}" for verdict, number in sorted(counts.items()))
         return "\n".join([*lines, f"fair pair: {summary or 'no difference'}"])
 
 
@@ -99,10 +98,6 @@ def _usual_windows(a: Settings, b: Settings, key: str) -> bool:
     return a.config.causal != b.config.causal and all(usual)
 
 
-def _both(key: str, value: Any) -> Callable[[Settings, Settings, str], bool]:
-    return lambda a, b, _: a.get(key) == b.get(key) == value
-
-
 _LOADER = r"(train_loader|eval_loader(\[.*?\])?)"
 RULES = (
     Rule(rf"(model|{_LOADER})\.objective", OBJECTIVE, "what a pair is for",
@@ -114,9 +109,9 @@ RULES = (
     Rule(r"load_path|callbacks\.ettin_(phase|cross)\.source", HARMLESS, "each run continues its own checkpoint",
          lambda a, b, key: key in a and key in b),
     Rule("device_train_microbatch_size", HARMLESS, "every target of a step weighs the same, whatever the microbatch",
-         _both("accumulate_train_batch_on_tokens", True)),
+         lambda a, b, key: all(run.get("accumulate_train_batch_on_tokens") for run in (a, b))),
     Rule("device_eval_batch_size", HARMLESS, "metrics are sums over targets, whatever the batch",
-         _both("eval_subset_num_batches", -1)),
+         lambda a, b, key: all(run.get("eval_subset_num_batches") == -1 for run in (a, b))),
     *(Rule(keys, HARMLESS, reason) for keys, reason in NO_EFFECT.items()),
     Rule(rf"{_LOADER}\.(shuffle|shuffle_seed|shuffle_window|packing)|global_train_batch_size|max_duration|"
          r"train_loader\.batch_size_warmup.*|(.*\.)?max_seq_len", UNFAIR,
@@ -140,7 +135,7 @@ def lint_pair(a: Mapping[str, Any], b: Mapping[str, Any], *, names: tuple[str, s
     found, notes = _compare_data(first, second)
     compared = re.compile("|".join([rf"{_LOADER}\.dataset\.(local|split|remote)", *(re.escape(d.key) for d in found)]))
     for key in dict.fromkeys([*first, *second]):
-        one, other = first.get(key, ABSENT), second.get(key, ABSENT)
+        one, other = (run.get(key, "absent") for run in (first, second))
         if (one != other or isinstance(one, bool) != isinstance(other, bool)) and not compared.fullmatch(key):
             rule = next(rule for rule in RULES if re.fullmatch(rule.keys, key) and rule.condition(first, second, key))
             found.append(Difference(key, one, other, rule.verdict, rule.reason))

@@ -97,12 +97,10 @@ def _view(run: Path, console: Console) -> tuple[bool, Group]:
 def watch(run: Path, follow: bool) -> None:
     """Prints the run in a folder, or those of a suite in its root; with `follow`, again until all have ended."""
     console = Console()
-    running, view = _view(run, console)
-    if not follow:
-        console.print(view)
-        return
-    with Live(view, console=console, auto_refresh=False) as live:
-        while running:
-            time.sleep(_EVERY)
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
             running, view = _view(run, console)
             live.update(view, refresh=True)
+            if not (follow and running):
+                break
+            time.sleep(_EVERY)

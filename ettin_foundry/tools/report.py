@@ -41,12 +41,11 @@ _EVALS = ["step", "tokens", "data", "TargetCrossEntropy", "TargetAccuracy"]
 _OWN = ("log", "evals", "record", "data", "files")  # of a stage, what a page shows and report.json leaves where it is
 
 
-def write_page(folder: str | Path) -> Path:
+def write_page(folder: Path) -> Path:
     """Writes report.html into a run's save folder, a suite's root or a study's folder, and returns its path.
 
     A sweep's pictures also become files of their own: sweep.svg and, of further metrics, sweep-METRIC.svg.
     """
-    folder = Path(folder)
     study, sweep = _read(folder / "study.json"), _read(folder / SWEEP)
     if study or sweep:
         facts = {"name": folder.resolve().name, **sweep, **study, "study": study, "sweep": sweep}
@@ -107,10 +106,9 @@ def read_stage(folder: Path, known: Mapping[str, Any] | None = None) -> dict[str
     try:
         if (log := progress.read(folder)).empty:
             raise ValueError(f"the log in {folder} is empty")
-        evaluated = read_steps(folder / EVALS) if (folder / EVALS).is_file() else []
+        evals = pandas.DataFrame(read_steps(folder / EVALS) if (folder / EVALS).is_file() else [], columns=_EVALS)
     except (OSError, ValueError, LookupError, TypeError) as error:  # no log, or one of something else
         return {**facts, "missing": f"no losses and times: {error}"}
-    evals = pandas.DataFrame(evaluated).reindex(columns=_EVALS)
     if len(lost := log.step[~np.isfinite(log.loss)]):
         facts["missing"] = (f"the loss is not finite at {len(lost):,} of {len(log):,} steps, first at step "
                             f"{lost.iloc[0]:,}")
@@ -169,12 +167,12 @@ def _sweep_pictures(sweep: Mapping[str, Any]) -> dict[str, str]:
 
 def measure(suite: Suite, command: str) -> None:
     """Writes sweep.json of a sweep: the loss of each finished point, whose newest checkpoint is measured once."""
-    path, wanted = suite.root / SWEEP, suite.evaluation
+    path, wanted = suite.file.root / SWEEP, suite.file.evaluation
     known = {(each["line"], each["checkpoint"]): each for each in _read(path).get("points", ())}
     points: list[dict[str, Any]] = []
-    facts = {"name": suite.name, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": command,
+    facts = {"name": suite.file.name, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": command,
              "versions": {name: metadata.version(name) for name in ("ettin-foundry", "torch", "llm-foundry")},
-             "axes": {"x": suite.x, "lines": "model"}, "points": points}
+             "axes": {"x": suite.file.x and suite.file.x.name, "lines": "model"}, "points": points}
     for stage in suite.stages:
         state, point = stage_state(stage), stage.point
         if point is None or wanted is None or not state.finished:
@@ -197,7 +195,7 @@ def write_report(suite: Suite, fairness: Mapping[str, Mapping[str, Any]]) -> Non
     """Exports, evaluates and writes report.json and report.html; `fairness` is what `suite_run.check_suite` found."""
     if unfinished := [stage.name for stage in suite.stages if not stage_state(stage).finished]:
         raise ValueError(f"--report: {', '.join(unfinished)} not finished; run the suite without it")
-    suite.root.mkdir(parents=True, exist_ok=True)
+    suite.file.root.mkdir(parents=True, exist_ok=True)
     stages = [read_stage(stage.folder, {"stage": stage.name, "from": stage.source, "pair": stage.pair})
               for stage in suite.stages]
     pairs: dict[str, dict[str, Any]] = {}
@@ -205,24 +203,20 @@ def write_report(suite: Suite, fairness: Mapping[str, Mapping[str, Any]]) -> Non
         found = compare_pair(members)
         pairs[pair] = {"members": [member.name for member in members],
                        "missing" if isinstance(found, str) else "steps_with_equal_rows": found}
-    models = [_make_model(suite, name, suite.stage(stage), stages) for name, stage in suite.exports.items()]
-    trained = sum(facts["seconds"] or 0 for facts in stages)
-    wanted = suite.evaluation
-    report = {"name": suite.name, "suite": suite.path, "pairs": pairs, "fairness": fairness, "models": models,
+    models = [_make_model(suite, name, suite.stage(stage), stages) for name, stage in suite.file.exports.items()]
+    report = {"name": suite.file.name, "suite": suite.path, "pairs": pairs, "fairness": fairness, "models": models,
               "stages": [{key: value for key, value in facts.items() if key not in _OWN} for facts in stages],
               "allowed_unfair": [key for key, entry in fairness.items() if not entry["fair"]],
-              "evaluation": wanted and wanted.model_dump(), "training_seconds": trained}
-    (suite.root / FACTS).write_text(json.dumps(report, indent=1), encoding="utf-8")
-    page = write_page(suite.root)
+              "training_seconds": sum(facts["seconds"] or 0 for facts in stages),
+              "evaluation": suite.file.evaluation and suite.file.evaluation.model_dump()}
+    (suite.file.root / FACTS).write_text(json.dumps(report, indent=1), encoding="utf-8")
     print(render(Path(__file__).with_name("report.txt.jinja"), ChainableUndefined, **report))
-    say(f"{suite.name}: {len(stages)} stages, {sum(facts['tokens'] for facts in stages):,} tokens in "
-        f"{timedelta(seconds=round(trained))} of training; {len(models)} models in {suite.root / 'models'}, report in "
-        f"{page}")
+    say(f"{suite.file.name}: models in {suite.file.root / 'models'}, report in {write_page(suite.file.root)}")
 
 
 def _make_model(suite: Suite, name: str, stage: Stage, stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One export with its evaluation and samples."""
-    folder = suite.root / "models" / name
+    folder = suite.file.root / "models" / name
     loaded = export_checkpoint(stage.folder, folder, overwrite=True)
     say(f"{name}: wrote {folder}")
     names = [each.name for each in suite.chain(stage)]
@@ -232,8 +226,8 @@ def _make_model(suite: Suite, name: str, stage: Stage, stages: Sequence[Mapping[
              "tokens": loaded.facts["tokens"], "parameters": loaded.config.num_parameters, "folder": str(folder),
              "evaluation": {}, "samples": []}
     try:
-        found["samples"] = _samples(loaded, suite.samples)
-        if (wanted := suite.evaluation) is not None:
+        found["samples"] = _samples(loaded, suite.file.samples)
+        if (wanted := suite.file.evaluation) is not None:
             found["evaluation"] = evaluate(folder, wanted.data, wanted.objectives, mask_rate=wanted.mask_rate,
                                            max_batches=wanted.max_batches)
             say(f"{name}: " + ", ".join(f"{key} {value['loss']:.3f}" for key, value in found["evaluation"].items()))

@@ -87,10 +87,12 @@ class _Setting(_Block):
     values: list[float | int | _Name] = Field(min_length=2)
 
 
-class _File(_Block):
+class File(_Block):
+    """What a suite file says, as the text at the top of this module."""
+
     extends: str | None = None
     name: _Name
-    root: _Text
+    root: Path
     command: Annotated[str, StringConstraints(pattern=r"\S")] = "composer train.py"
     variables: dict[str, Any] = {}
     overrides: list[_Text] = []
@@ -98,7 +100,7 @@ class _File(_Block):
     stages: dict[_Name, _StageBlock] = {}
     x: _Setting | None = None
     lines: dict[_Name, _Line] = {}
-    exports: dict[_Name, str] = {}
+    exports: dict[_Name, str] = {}  # name of a model -> stage
     evaluation: Evaluation | None = None
     samples: Samples = Samples()
 
@@ -116,26 +118,25 @@ class Stage:
     """One run of train.py."""
 
     name: str
-    command: tuple[str, ...]  # what starts a run
+    file: File  # what starts a run, and scales it
     args: tuple[str, ...]  # YAML files and key=value, as train.py takes them; without those that `scale` adds
     folder: Path  # its save folder
     source: str | None = None  # the stage whose weights it starts with
     pair: str | None = None
-    scale: float = 1.0
     point: Point | None = None
 
     @functools.cached_property
     def words(self) -> list[str]:
         """The exact command line; raises as `run_config.resolved`, with the stage's name before the message."""
         with self.named():
-            scaled = _scaled(run_config.resolved(self.args), self.scale) if self.scale != 1 else []
-        return [*self.command, *self.args, *scaled]
+            scaled = _scaled(run_config.resolved(self.args), self.file.scale) if self.file.scale != 1 else []
+        return [*shlex.split(self.file.command), *self.args, *scaled]
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """The run's configuration as plain containers, interpolations resolved; raises as `words`."""
         with self.named():
-            return run_config.resolved(self.words[len(self.command):])
+            return run_config.resolved(self.words[len(shlex.split(self.file.command)):])
 
     @contextlib.contextmanager
     def named(self) -> Iterator[None]:
@@ -151,13 +152,8 @@ class Suite:
     """A suite file, read and checked for itself; the settings of its stages are checked by `suite_run.check_suite`."""
 
     path: str
-    name: str
-    root: Path
+    file: File
     stages: tuple[Stage, ...]  # each after the one that it starts from
-    exports: Mapping[str, str]  # name of a model -> stage
-    evaluation: Evaluation | None
-    samples: Samples
-    x: str | None  # what the values of a sweep are
 
     def stage(self, name: str) -> Stage:
         """The stage of this name."""
@@ -180,14 +176,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
     """Reads a suite file, then key=value of the file itself, such as `scale=0.01`; errors name the key."""
     path = str(path)
     try:
-        file = _File.model_validate(_read(path, overrides))
+        file = File.model_validate(_read(path, overrides))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise ValueError(f"{path}: {key}: {first['msg']}, got {first['input']!r}; keys of a suite are "
-                         f"{', '.join(_File.model_fields)}") from None
-    if "://" in file.root:
-        raise ValueError(f"{path}: root must be a local folder, got {file.root!r}")
+                         f"{', '.join(File.model_fields)}") from None
+    if ":/" in str(file.root):
+        raise ValueError(f"{path}: root must be a local folder, got {file.root}")
     needed = ("x", "lines", "evaluation") if file.x or file.lines else ("stages",)
     if missing := [key for key in needed if not getattr(file, key)]:
         raise ValueError(f"{path}: {missing[0]} must be given, got none; look at study/sweep-lr.yaml")
@@ -198,8 +194,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
             raise ValueError(f"{path}: exports.{model} must be one of {', '.join(names)}, got {stage!r}")
     if (file.evaluation or file.samples != Samples()) and not (file.exports or file.x):
         raise ValueError(f"{path}: evaluation and samples need exports, which are what is evaluated; add exports")
-    axis = file.x.name if file.x else None
-    return Suite(path, file.name, Path(file.root), stages, file.exports, file.evaluation, file.samples, axis)
+    return Suite(path, file, stages)
 
 
 def _read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -222,7 +217,7 @@ def _read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
-def _blocks(file: _File) -> Iterator[tuple[str, _StageBlock, Point | None]]:
+def _blocks(file: File) -> Iterator[tuple[str, _StageBlock, Point | None]]:
     """The stages as they are written, then those of the points of a sweep."""
     yield from ((name, block, None) for name, block in file.stages.items())
     values, keys = (file.x.values, file.x.keys) if file.x else ((), ())
@@ -231,10 +226,10 @@ def _blocks(file: _File) -> Iterator[tuple[str, _StageBlock, Point | None]]:
         yield f"{line}-{value}", block.model_copy(update={"overrides": overrides}), Point(line, value, block.objective)
 
 
-def _stages(path: str, file: _File) -> tuple[Stage, ...]:
+def _stages(path: str, file: File) -> tuple[Stage, ...]:
     found: dict[str, Stage] = {}
     for name, block, point in _blocks(file):
-        where, folder, own = f"{path}: stages.{name}", Path(file.root) / name, [*file.overrides, *block.overrides]
+        where, folder, own = f"{path}: stages.{name}", file.root / name, [*file.overrides, *block.overrides]
         if name == "models":
             raise ValueError(f"{where}: this folder of root holds the exports; give the stage another name")
         if block.source is not None and block.source not in found:
@@ -243,8 +238,7 @@ def _stages(path: str, file: _File) -> tuple[Stage, ...]:
             raise ValueError(f"{where}.overrides must be key=value without {', '.join(_OWN_KEYS)}, got {wrong[0]!r}")
         source = [] if block.source is None else [f"variables.source={found[block.source].folder}"]
         args = *block.yaml, f"run_name={file.name}-{name}", f"save_folder={folder}", *own, *source
-        command = tuple(shlex.split(file.command))
-        found[name] = Stage(name, command, args, folder, block.source, block.pair, file.scale, point)
+        found[name] = Stage(name, file, args, folder, block.source, block.pair, point)
     pairs = [stage.pair for stage in found.values() if stage.pair is not None]
     if alone := [pair for pair in pairs if pairs.count(pair) < 2]:
         raise ValueError(f"{path}: pair must stand in at least two stages, got {alone[0]!r} in one")

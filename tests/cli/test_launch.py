@@ -26,7 +26,6 @@ from ettin_foundry.training import run_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE, CONVERT = (ROOT / "launch" / f"{name}.slurm.sh" for name in ("suite", "convert"))
-TOOLS = Path(sys.executable).parent  # shellcheck and hadolint are wheels of the dev extra
 
 # Writes down what it is asked for. With a file `starts` beside it, runs that at once: a copy of the script, as Slurm
 # does, all tasks at the same time, with the environment of a job. A job after a failed array is not run.
@@ -105,11 +104,6 @@ def said(path):
 
 
 JOB = {"SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_CPUS_PER_TASK": "16"}
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.sh")), ids=lambda path: path.name)
-def test_scripts_are_clean_for_shellcheck(path):
-    subprocess.run([TOOLS / "shellcheck", "--enable=check-unassigned-uppercase,quote-safe-variables", path], check=True)
 
 
 def test_every_task_gets_its_index_and_all_arguments_as_they_were_given(cluster, tmp_path, monkeypatch):
@@ -228,8 +222,7 @@ def test_the_manifest_is_valid_its_parts_fit_together_and_its_command_is_a_suite
         assert path.startswith(container["volumeMounts"][0]["mountPath"] + "/")
 
 
-def test_the_dockerfile_is_clean_for_hadolint_and_has_the_project_s_versions():
-    subprocess.run([TOOLS / "hadolint", ROOT / "Dockerfile"], check=True)
+def test_the_dockerfile_has_the_project_s_versions():
     dockerfile, setup = (ROOT / "Dockerfile").read_text(), ConfigParser()
     torch_versions = re.findall(r"^FROM \S+:([0-9.]+)", dockerfile, re.MULTILINE)
     assert set(torch_versions) == {importlib.metadata.version("torch").split("+")[0]}

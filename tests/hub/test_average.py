@@ -5,10 +5,9 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import parity
 import pytest
 import torch
-from test_revisions import equal_states, model, save
+from parity import equal_states, nano, save, tiny_tokenizer
 
 from ettin_foundry.data.tokenizer import difference
 from ettin_foundry.hub.average import average_checkpoints, import_weights
@@ -19,7 +18,7 @@ from ettin_foundry.hub.load import load_model
 @pytest.fixture
 def runs(tmp_path):
     """A save folder with three checkpoints, a link and a file cut short; and the models in them."""
-    models, folder = [model("mlm", seed) for seed in range(3)], tmp_path / "run"
+    models, folder = [nano("mlm", seed) for seed in range(3)], tmp_path / "run"
     for batch, source in zip((9, 10, 11), models):
         save(folder / f"ep0-ba{batch}-rank0.pt", source, "mlm", batch=batch, phase="decay", run_hash="b" * 64,
              lineage=({"objective": "mlm", "tokens": 500},))
@@ -54,7 +53,7 @@ def test_a_mean_says_what_it_was_made_of_and_exports(runs, tmp_path):
               "run_hash": "b" * 64} for batch in (10, 11)]
     lineage = [{"objective": "mlm", "tokens": 500}, {"merged_from": parts, "objective": "mlm"}]
     assert loaded.facts == {"tokens": 610, "phase": "decay", "lineage": lineage}
-    parity.tiny_tokenizer().save_pretrained(str(tmp_path / "tokenizer"))  # found beside the file
+    tiny_tokenizer().save_pretrained(str(tmp_path / "tokenizer"))  # found beside the file
     export_checkpoint(tmp_path / "m.pt", tmp_path / "hf")
     import_weights(tmp_path / "hf", tmp_path / "back.pt")
     back = load_model(tmp_path / "back.pt")
@@ -65,12 +64,12 @@ def test_a_mean_says_what_it_was_made_of_and_exports(runs, tmp_path):
 def test_what_has_no_mean_is_refused_with_both_values(runs, tmp_path):
     folder, models = runs
     a, b = folder / "ep0-ba9-rank0.pt", folder / "ep0-ba10-rank0.pt"
-    bad, out = model("mlm"), tmp_path / "out.pt"
+    bad, out = nano("mlm"), tmp_path / "out.pt"
     bad.trunk.final_norm.weight.data[3] = math.nan
     nan = save(tmp_path / "nan.pt", bad, "mlm", batch=50)
-    theta = save(tmp_path / "theta.pt", model("mlm", global_rope_theta=160000.0), "mlm", batch=50)
-    mntp = save(tmp_path / "mntp.pt", model("mntp"), "mntp", batch=50)
-    tokens = save(tmp_path / "t.pt", model("mlm"), "mlm", batch=50, tokenizer_fingerprint={})
+    theta = save(tmp_path / "theta.pt", nano("mlm", global_rope_theta=160000.0), "mlm", batch=50)
+    mntp = save(tmp_path / "mntp.pt", nano("mntp"), "mntp", batch=50)
+    tokens = save(tmp_path / "t.pt", nano("mlm"), "mlm", batch=50, tokenizer_fingerprint={})
     copy = Path(shutil.copy(a, tmp_path / "copy.pt"))
     (tmp_path / "there.pt").write_bytes(b"x")
     for sources, place, last, words in (

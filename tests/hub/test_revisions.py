@@ -6,59 +6,31 @@ import shutil
 
 import huggingface_hub
 import nano_run
-import parity
 import pytest
 import safetensors.torch
 import torch
 from hub_server import HubServer
+from parity import equal_states, nano, save, tiny_tokenizer
 
 from ettin_foundry.data import tokenizer
 from ettin_foundry.data.tokenizer import fingerprint, train_bpe
 from ettin_foundry.hub.folder import export_every, revision_name
 from ettin_foundry.hub.load import load_model
-from ettin_foundry.model.config import EttinConfig
-from ettin_foundry.model.weights import import_folder, to_hf, weights_checkpoint
-from ettin_foundry.objectives.schedule import ObjectiveSchedule
+from ettin_foundry.model.weights import import_folder, to_hf
 
-FINGERPRINT = fingerprint(parity.tiny_tokenizer())
-SHAPE = {"vocab_size": 320, "num_hidden_layers": 1}  # one layer: files of these tests are many
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokens")
-    parity.tiny_tokenizer().save_pretrained(str(folder))
-    return folder
-
-
-def model(objective, seed=0, **changes):
-    return parity.random_model(EttinConfig.for_size("nano", causal=objective == "clm", **{**SHAPE, **changes}), seed)
-
-
-def save(path, source, objective, *, place="t", schedule=None, **record):
-    """Saves a checkpoint as a run's clock describes itself (`clock.Clock.state_dict`)."""
-    record = {"tokens": 10 * (record.get("batch") or 0), "batch": 0, "phase": "pretrain", "run_name": "r",
-              "run_hash": "a" * 64, "run_config": "{}", "tokenizer": str(place), "tokenizer_fingerprint": FINGERPRINT,
-              "objective_schedule": ObjectiveSchedule.parse(schedule or objective).plain(), **record}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(weights_checkpoint(source.state_dict(), source.config, objective=objective, **record), path)
-    return path
-
-
-def equal_states(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+FINGERPRINT = fingerprint(tiny_tokenizer())
 
 
 @pytest.fixture
-def chain(tokens, tmp_path):
+def chain(tiny_dir, tmp_path):
     """Save folders of a chain: pretrain with its initial weights and a file cut short, extend, decay, cross."""
     root, models, past = tmp_path / "runs", {}, ({"objective": "mlm", "tokens": 100},)
     for name, phase, batch, objective in (("step0", "pretrain", 0, "mlm"), ("step10", "pretrain", 10, "mlm"),
                                           ("step9", "pretrain", 9, "mlm"), ("ext3", "extend", 3, "mlm"),
                                           ("decay2", "decay", 2, "mlm"), ("cross1", "cross", 1, "clm")):
-        models[name] = model(objective, seed=len(models))
+        models[name] = nano(objective, seed=len(models))
         file = f"ep0-ba{batch}-rank0.pt" if batch else "initial/step0.pt"
-        save(root / phase / file, models[name], objective, place=tokens, run_name=phase, phase=phase, batch=batch,
+        save(root / phase / file, models[name], objective, place=tiny_dir, run_name=phase, phase=phase, batch=batch,
              lineage=past if phase != "pretrain" else ())
     (root / "pretrain" / "ep0-ba11-rank0.pt").write_bytes((root / "pretrain" / "ep0-ba10-rank0.pt").read_bytes()[:-30])
     return root, models
@@ -79,9 +51,9 @@ def test_every_checkpoint_of_a_chain_becomes_a_folder(chain, tmp_path):
     assert "| tokens seen | 130 |" in card and "| phase | extend |" in card and "license: mit" in card
 
 
-def test_a_restart_writes_what_is_missing_and_refuses_folders_of_something_else(chain, tokens, tmp_path):
+def test_a_restart_writes_what_is_missing_and_refuses_folders_of_something_else(chain, tiny_dir, tmp_path):
     (root, models), out = chain, tmp_path / "out"
-    save(root / "other" / "ep0-ba10-rank0.pt", models["step10"], "mlm", place=tokens, batch=10, run_name="other")
+    save(root / "other" / "ep0-ba10-rank0.pt", models["step10"], "mlm", place=tiny_dir, batch=10, run_name="other")
     export_every([root / "other"], out)
     with pytest.raises(ValueError, match="step10: must be of .*'pretrain'.*got .*'other'"):
         export_every([root / "pretrain"], out)
@@ -111,7 +83,7 @@ def test_bad_input_is_named_and_nothing_is_written(chain, tmp_path):
 
 @pytest.mark.parametrize(("run_config", "window"), [("{}", 63), ('{"model": {"window_left": 64}}', 64)])
 def test_a_mixture_is_read_as_both_kinds_with_their_own_windows(run_config, window, tmp_path):
-    source = model("mntp")
+    source = nano("mntp")
     path = save(tmp_path / "a.pt", source, "mntp", schedule={"mntp": 0.75, "clm": 0.25}, batch=5, run_config=run_config)
     for asked, objective in ((None, "mntp"), ("clm", "clm")):
         loaded = load_model(path, asked)
@@ -123,12 +95,12 @@ def test_a_mixture_is_read_as_both_kinds_with_their_own_windows(run_config, wind
         load_model(path, "mlm")
 
 
-def test_a_checkpoint_is_read_with_the_tokenizer_that_it_was_trained_with_or_not_at_all(tokens, tmp_path, monkeypatch):
+def test_a_checkpoint_is_read_with_its_own_tokenizer_or_not_at_all(tiny_dir, tmp_path, monkeypatch):
     """Whatever lies where its data's tokenizer lay, and wherever the run was moved to."""
     monkeypatch.chdir(tmp_path)
     own, data = tmp_path / "own", tmp_path / "data" / "tokenizer"
-    path = save(own / "ep0-ba1-rank0.pt", model("mlm"), "mlm", place="data/tokenizer", batch=1)
-    shutil.copytree(tokens, data)
+    path = save(own / "ep0-ba1-rank0.pt", nano("mlm"), "mlm", place="data/tokenizer", batch=1)
+    shutil.copytree(tiny_dir, data)
     assert not tokenizer.difference(fingerprint(load_model(path).tokenizer()), FINGERPRINT)
     data.rename(own / "tokenizer")  # as a run's copy
     train_bpe(["zebra quartz, the text of another corpus, and none of the first one"] * 3, 300).save_pretrained(data)
@@ -139,13 +111,13 @@ def test_a_checkpoint_is_read_with_the_tokenizer_that_it_was_trained_with_or_not
     shutil.rmtree(own / "tokenizer")
     with pytest.raises(ValueError, match="the tokenizer must be the one that .*moved.* got data/tokenizer, whose"):
         load_model(own).tokenizer()
-    assert load_model(own).tokenizer(otherwise=tokens)
+    assert load_model(own).tokenizer(otherwise=tiny_dir)
     shutil.rmtree(data)
     monkeypatch.setattr(tokenizer, "load", lambda place: pytest.fail(f"{place} is looked up"))
     with pytest.raises(ValueError, match="got none"):
         load_model(own).tokenizer()  # a path is not looked up on the Hub; a name is
     with pytest.raises(pytest.fail.Exception, match="org/name"):
-        load_model(save(tmp_path / "h.pt", model("mlm"), "mlm", tokenizer_fingerprint={"name": "org/name"})).tokenizer()
+        load_model(save(tmp_path / "h.pt", nano("mlm"), "mlm", tokenizer_fingerprint={"name": "org/name"})).tokenizer()
 
 
 def test_folders_are_written_in_the_course_of_a_run(data_set, tmp_path):
@@ -154,7 +126,7 @@ def test_folders_are_written_in_the_course_of_a_run(data_set, tmp_path):
     for name, more, names in (("pretrain", [], ["step0", "step3", "step5"]),
                               ("extend", ["variables.phase=extend", "load_weights_only=true",
                                           f"load_path={tmp_path}/pretrain/latest-rank0.pt"], ["ext3", "ext5"])):
-        trainer = nano_run.run(data_set, tmp_path, "model.vocab_size=512", "max_duration=5ba", f"run_name={name}",
+        trainer = nano_run.run(data_set, tmp_path, "max_duration=5ba", f"run_name={name}",
                                f"callbacks.ettin_export={{interval: 3ba, folder: '{out}'}}", *more)
         folder = tmp_path / "out" / name
         assert sorted(path.name for path in folder.iterdir()) == names

@@ -30,8 +30,7 @@ def encoder(tmp_path_factory, tokenizer_dir):
     """(Composer checkpoint, Hugging Face folder) of one random encoder."""
     config = EttinConfig.for_size("nano", causal=False, vocab_size=512, max_position_embeddings=LENGTH)
     model, folder = parity.random_model(config), tmp_path_factory.mktemp("encoder")
-    content = weights_checkpoint(model.state_dict(), config, objective="mlm", tokenizer=str(tokenizer_dir))
-    torch.save(content, folder / "a.pt")
+    parity.save(folder / "a.pt", model, "mlm", place=tokenizer_dir, tokenizer_fingerprint=None)
     return folder / "a.pt", export_model(model, config, load(tokenizer_dir), folder / "hf", objective="mlm")
 
 

@@ -68,17 +68,6 @@ def test_the_command_prints_a_step_from_a_recipe_and_the_next_one_of_a_checkpoin
     assert out.splitlines()[0] == first
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--step", "3"], "either --yaml or --checkpoint"), ([*YAML, "--checkpoint", "x.pt"], "either --yaml or"),
-    (YAML, "--step must be given"),
-    (["--checkpoint", "x.pt", "seed=3"], "got seed=3"), (["--checkpoint", "x.pt"], "x.pt"),
-    ([*YAML, "--step", "3", "variables.data=nowhere"], "'nowhere'"),
-    ([*YAML, "--step", "3", "train_loader.name=text"], "got 'text'")], ids=str)
-def test_a_wrong_command_line_ends_with_one_line_that_says_so(arguments, words, ettin):
-    code, _, err = ettin("order", *arguments)
-    assert code == 1 and words in err and err.count("\n") == 1
-
-
 def test_the_example_writes_the_ids_of_the_run_and_goes_on_after_a_stop(rising_run, data_set, tmp_path, monkeypatch):
     monkeypatch.setattr(data_order, "STEPS_PER_FILE", 4)
     for _ in range(2):

@@ -205,13 +205,3 @@ def test_a_suite_file_is_planned_stage_by_stage_as_text_and_json(ettin, tmp_path
         assert found["totals"][key] == pytest.approx(sum(stage[key] for stage in found["stages"]), rel=1e-12)
     lines = ettin("plan", *options)[1].splitlines()
     assert [line.split()[0] for line in lines[:6]] == ["stage", *stages, "total"]
-
-
-@pytest.mark.parametrize("arguments, message", [
-    ([ENC, "--gpus", "4xH800"], "--gpus must be"), ([ENC, "--mfu", "1.5"], "--mfu must be"),
-    ([ENC, "model.name=mpt_causal_lm"], "model.name must be ettin"),
-    ([ROOT / "yamls/suite/ettin-150m.yaml", "--gpus", "3xH100"], "encoder-pretrain: --gpus must divide global_train"),
-])
-def test_bad_input_is_one_line(ettin, arguments, message):
-    code, out, err = ettin("plan", *arguments)
-    assert code == 1 and not out and message in err and len(err.splitlines()) == 1

@@ -24,7 +24,6 @@ from ettin_foundry.data import tokenizer
 from ettin_foundry.hub.average import average_checkpoints
 from ettin_foundry.hub.folder import export_checkpoint, export_model
 from ettin_foundry.hub.load import load_model
-from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.tools.evaluate import evaluate
 from ettin_foundry.training import clock, loading
 from ettin_foundry.training.checkpoints import damage, read_head
@@ -241,8 +240,7 @@ def test_a_run_reads_safely_what_was_changed_after_every_check(name, attack, say
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    model = parity.random_model(EttinConfig.for_size("nano", causal=False, vocab_size=320))
-    out = tmp_path_factory.mktemp("exported") / "m"
+    model, out = parity.nano("mlm"), tmp_path_factory.mktemp("exported") / "m"
     return export_model(model, model.config, parity.tiny_tokenizer(), out, objective="mlm")
 
 

@@ -161,7 +161,7 @@ def test_what_has_no_moments_is_refused_unless_weights_are_enough(configs, encod
 @pytest.fixture(scope="module")
 def cfg(data_set):
     """A nano encoder's of the fixtures' data, whose rows are of 64 tokens."""
-    return om.to_container(nano_run.configure(data_set, Path("runs"), "model.vocab_size=512"), resolve=True)
+    return om.to_container(nano_run.configure(data_set, Path("runs")), resolve=True)
 
 
 def test_the_text_of_a_config_is_what_the_user_wrote_on_any_number_of_processes(cfg, monkeypatch):
@@ -264,7 +264,7 @@ def test_autoresume_into_another_runs_folder_stops_before_any_work(cfg, data_set
     with pytest.raises(ValueError):
         resume(cfg, tmp_path, cfg, run_name="a")
     with pytest.raises(ValueError, match="run_name must be 'a', got 'b': so it was in the checkpoint that this run"):
-        nano_run.run(data_set, tmp_path, "model.vocab_size=512", "run_name=b", f"save_folder={tmp_path}")
+        nano_run.run(data_set, tmp_path, "run_name=b", f"save_folder={tmp_path}")
 
 
 # ------------------------------------------------------------------ load_path

@@ -39,7 +39,7 @@ CAPTURE = nano_run.register_capture()
 def arguments(phase, *overrides):
     """What `nano_run.run` is given to run a phase of nano on the fixtures' data."""
     overlay = [] if phase == "pretrain" else [str(nano_run.ROOT / f"yamls/phases/{phase}.yaml")]
-    return [*overlay, "model.vocab_size=512", "variables.extend_data=${variables.data}",
+    return [*overlay, "variables.extend_data=${variables.data}",
             "variables.decay_data=${variables.data}", f"max_duration={TOKENS[phase]}tok", "callbacks.capture={}",
             f"variables.warmup={WARMUP}tok", *overrides]
 

@@ -2,7 +2,6 @@
 
 import json
 
-import nano_run
 import pytest
 
 from ettin_foundry.tools.pair import compare_steps
@@ -25,16 +24,6 @@ def test_each_line_says_what_its_step_read_and_gave(rising_run):
     assert {(entry["objective"], entry["mask_rate"]) for entry in steps} == {("mlm", 0.3)}
     for before, lr in zip(seen["tokens"], seen["lrs"]):  # the clock counts tokens, whatever the batch sizes
         assert lr == pytest.approx(2e-3 * min(1.0, 1e-10 + (1 - 1e-10) * before / 2000), rel=1e-9)
-
-
-def test_the_pair_read_the_same_documents_at_every_step_and_the_log_tells_objectives(rising_run, data_set, tmp_path):
-    overrides = [*nano_run.RISING, "variables.label=biphasic",
-                 "variables.objective=[{until: 1000tok, objective: clm}, {objective: mlm}]"]
-    nano_run.run(data_set, tmp_path, *overrides).close()
-    [folder] = tmp_path.iterdir()
-    assert compare_steps(rising_run[0], folder) is None
-    steps = read_steps(folder)
-    assert {(entry["tokens"] < 1000, entry["objective"]) for entry in steps} == {(True, "clm"), (False, "mlm")}
 
 
 def test_a_run_without_a_local_folder_is_told_what_to_do():

@@ -55,7 +55,6 @@ def test_a_mistake_is_one_line_and_exit_code_1(tmp_path, capsys):
             ([NANO, "seed=${variables.sede}"], ["nano.yaml", "variables.sede"]),
             ([NANO, "seed=${oc.env:HOME}"], ["nano.yaml", "oc.env"]),
             ([NANO, "modle.size=17m"], ["modle: unknown key", "did you mean model?"]),
-            ([NANO, "scheduler.name=warmup_stable_deccay"], ["scheduler.name", "did you mean warmup_stable_decay?"]),
             ([NANO, "callbacks.ettin_sampels={}"], ["callbacks", "did you mean ettin_samples?"]),
             ([NANO, "loggers.wandbb={}"], ["loggers.wandbb must be one of", "did you mean wandb?"]),
             ([f"{tmp_path}/broken.yaml"], [f"{tmp_path}/broken.yaml", "not valid YAML"]),

@@ -19,8 +19,6 @@ from ettin_foundry.data.loader import RowDataset
 from ettin_foundry.training import watch
 from ettin_foundry.training.checkpoints import complete_checkpoints, load_checkpoint
 
-SMALL = "model.vocab_size=512"
-
 
 @pytest.fixture(scope="module")
 def capture():
@@ -75,7 +73,7 @@ def test_of_two_runs_in_a_folder_the_second_is_refused_and_says_who_is_there(dat
         other.write("process 7 on node3")
         other.flush()
         with pytest.raises(ValueError, match="save_folder must be used by one run at a time, .*7 on node3 trains; end"):
-            nano_run.run(data_set, tmp_path, SMALL)
+            nano_run.run(data_set, tmp_path)
     assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
@@ -121,7 +119,7 @@ def test_a_spike_is_told_once_in_a_hundred_steps_and_each_objective_has_its_own_
 def test_skipped_rows_change_nothing_and_a_resumed_run_skips_the_same(data_set, capture, monkeypatch, tmp_path):
     monkeypatch.setattr(watch, "_FEWEST", 2)
     monkeypatch.setattr(watch, "_SPREADS", -1.0)  # what is not far below the median is unusual: about half
-    command = [SMALL, "max_duration=12ba", "save_interval=1ba", "callbacks.ettin_watch.policy=skip_rows",
+    command = ["max_duration=12ba", "save_interval=1ba", "callbacks.ettin_watch.policy=skip_rows",
                "variables.peak_lr=1e-4"]  # losses that fall at once are never unusual
 
     def skipped(trainer):
@@ -148,7 +146,7 @@ def test_a_batch_that_does_not_come_and_a_full_disk_are_told_with_what_to_do(
 
     monkeypatch.setattr(RowDataset, "rows_of", slow)
     monkeypatch.setattr(watch.shutil, "disk_usage", lambda _: SimpleNamespace(free=20_000_000))
-    nano_run.run(data_set, tmp_path, SMALL, "max_duration=4ba", "callbacks.ettin_watch.stall_seconds=0.4").close()
+    nano_run.run(data_set, tmp_path, "max_duration=4ba", "callbacks.ettin_watch.stall_seconds=0.4").close()
     disk, *stalls = [line.split("watch: ")[1] for line in capfd.readouterr().err.splitlines() if "watch: " in line]
     assert "for 2 more checkpoints of 0.0 GB; make room" in disk  # of 640,768 parameters, 12 bytes each
     assert 1 <= len(stalls) <= 2 and "train_loader: rank 0 waits for a batch since " in stalls[0]
