@@ -174,18 +174,17 @@ class LogSamples(Callback):
                 "a list of at least one text", prompts, "write a YAML list")
         self.prompts, self.max_new_tokens, self.top_k = list(prompts), max_new_tokens, top_k
         self._due = interval_passed("callbacks.ettin_samples.interval", interval)
-        self._model: Any = None
 
     def init(self, state: State, logger: Logger) -> None:
         if state.fsdp_config is not None:
             raise ValueError("callbacks.ettin_samples: given with fsdp_config; one rank cannot run a sharded model")
-        self._model = state.model
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if not self._due(state, Event.BATCH_CHECKPOINT) or dist.get_global_rank() != 0:
             return
-        predictor = self._model.predictor
-        if self._model.objective == "clm":
+        model: Any = getattr(state.model, "module", state.model)  # DDP wraps it
+        predictor = model.predictor
+        if model.objective == "clm":
             texts = [repr(text) for text in predictor.generate(self.prompts, max_new_tokens=self.max_new_tokens)]
         else:
             texts = [", ".join(f"{token!r} {share:.3f}" for token, share in candidates)

@@ -46,8 +46,8 @@ def _check_presence(cfg: dict[str, Any]) -> None:
         require(cfg.get(key) is not None, key, "given", None, "start from a complete recipe in yamls/")
     for key in _BLOCKS:
         require(isinstance(value_at(cfg, f"{key}.name"), str), key, "a block with a name", cfg[key], "see yamls/")
-    for key in sorted(set(cfg) - run_config.HOST_KEYS, key=str):
-        near = did_you_mean(key, run_config.HOST_KEYS) or "; your own values belong under variables"
+    for key in sorted(set(cfg) - set(run_config.HOST), key=str):
+        near = did_you_mean(key, run_config.HOST) or "; your own values belong under variables"
         raise ValueError(f"{key}: unknown key{near}")
     require(not set(str(cfg.get("run_name"))) & set("{}[]"), "run_name", "a name without brackets", cfg.get("run_name"),
             "set variables.label or run_name")

@@ -149,9 +149,8 @@ class RunConsole(LoggerDestination):
         self._show(done / number, f"evaluating {state.dataloader_label}: {done} of {number} batches")
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        prefix = f"metrics/{state.dataloader_label}/"
-        found = {key.removeprefix(prefix): value for key, value in self._metrics.items() if key.startswith(prefix)}
-        ours = {name: f"{float(found[key]):.4f}" for key, name in _METRICS.items() if key in found}
+        found = {key: float(state.eval_metric_values[key]) for key in state.eval_metrics[str(state.dataloader_label)]}
+        ours = {name: f"{found[key]:.4f}" for key, name in _METRICS.items() if key in found}
         if self._speaks:
             _say("eval", {"label": state.dataloader_label, "tokens": state.timestamp.token.value, **(ours or found),
                           "seconds": f"{state.eval_timestamp.total_wct.total_seconds():.1f}"})

@@ -263,9 +263,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 PARAMETERS["ettin"] |= dict.fromkeys(FIELDS)
 PARAMETERS["ettin_stable_adamw"]["disable_grad"] = None  # taken out by LLM-Foundry
 DEFAULTS = {name: {key: value for key, value in keys.items() if value is not None} for name, keys in PARAMETERS.items()}
-_HOST = read_parameters("llmfoundry.utils.config_utils:TrainConfig")
-HOST_KEYS = frozenset(_HOST)
-HOST_DEFAULTS = {key: value for key, value in _HOST.items() if value is not None}
+HOST = read_parameters("llmfoundry.utils.config_utils:TrainConfig")
+HOST_DEFAULTS = {key: value for key, value in HOST.items() if value is not None}
 
 KEYS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("keys.yaml").read_text(encoding="utf-8"))
 NO_EFFECT = KEYS["no_effect"]

@@ -35,7 +35,7 @@ def ready(tmp_path, monkeypatch):
 def test_parameters_read_from_source_are_those_of_the_signatures():
     from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS, TrainConfig
 
-    assert run_config.HOST_KEYS == TRAIN_CONFIG_KEYS
+    assert run_config.HOST.keys() == TRAIN_CONFIG_KEYS
     assert {key: getattr(TrainConfig, key) for key in run_config.HOST_DEFAULTS} == run_config.HOST_DEFAULTS
     host = {"self", "tokenizer", "device_batch_size", "params", "train_config", "state", "kwargs", "args"}
     for registry in ("models", "dataloaders", "optimizers", "schedulers", "callbacks", "callbacks_with_config"):
