@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import torch  # noqa: E402
 from streams import document_lengths, machine, results_path  # noqa: E402
 
-from ettin_foundry.model.attention import GLOBAL_WINDOWS, Documents, attention, block_mask  # noqa: E402
+from ettin_foundry.model.attention import Documents, attention, block_mask  # noqa: E402
 from ettin_foundry.model.backends import candidates, fastest  # noqa: E402
 from ettin_foundry.model.config import EttinConfig  # noqa: E402
 
@@ -86,7 +86,7 @@ def kinds(args: argparse.Namespace, names: list[str], size: str, causal: bool, l
     common, records = {"size": size, "length": length, "causal": causal}, []
 
     def measured(name: str, is_global: bool) -> float:
-        found = measure(args, name, config, GLOBAL_WINDOWS[causal] if is_global else config.local_window)
+        found = measure(args, name, config, config.windows[is_global])
         records.append({**common, "layers": "global" if is_global else "local", "backend": name, **found})
         return found["forward"] + found["backward"]
 

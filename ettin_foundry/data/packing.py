@@ -8,7 +8,7 @@ handled as one group: the work grows with the number of distinct lengths. `order
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,7 @@ Pattern = tuple[tuple[int, int], ...]  # what is in a row: (piece length, how ma
 SPECIALS_PER_PIECE = 2  # BOS before and EOS after every chunk, for encoders and decoders alike: both read the same rows
 
 
-@dataclass(frozen=True)
-class Packing:
+class Packing(NamedTuple):
     """Rows of one shard, as groups of identical rows."""
 
     patterns: tuple[Pattern, ...]  # of each group

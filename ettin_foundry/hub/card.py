@@ -18,11 +18,6 @@ from ettin_foundry.version import __version__
 MNTP_NOTE = "a masked token is predicted at the position BEFORE the mask: read it there, as the card's code does"
 
 _TEMPLATE = Path(__file__).with_name("model_card.md")
-_TRAINED_BY = {
-    "mlm": "masked language modelling (mlm): of the chosen tokens 80% become the mask, 10% a random token, 10% stay",
-    "mntp": "masked next-token prediction (mntp): a masked token is predicted at the position before it",
-    "clm": "next-token prediction (clm)",
-}
 
 
 def card(config: EttinConfig, *, objective: str, name: str, facts: Mapping[str, Any] | None = None,
@@ -44,5 +39,5 @@ def card(config: EttinConfig, *, objective: str, name: str, facts: Mapping[str, 
         data, template_path=str(_TEMPLATE), name=name, kind=kind, config=config, trunk=trunk, version=__version__,
         shift=" - 1" if objective == "mntp" and not trunk else "", mntp_note=MNTP_NOTE, mask_token=mask_token,
         transformers="4.48" if not config.causal else "4.56" if one_base else "5.0",
-        trained_by=_TRAINED_BY[objective], facts=facts, notes=export_notes(config))
+        objective=objective, facts=facts, notes=export_notes(config))
     return f"{text}\n"

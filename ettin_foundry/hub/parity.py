@@ -52,7 +52,7 @@ class Padded(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        stream = Stream(_Batch(attention_mask), self.model.config.causal, dict.fromkeys((False, True), "padded"))
+        stream = Stream(_Batch(attention_mask), self.model.config.windows, dict.fromkeys((False, True), "padded"))
         return self.model.predict(self.model.trunk(input_ids.flatten(), stream)).unflatten(0, input_ids.shape)
 
 

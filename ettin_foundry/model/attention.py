@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FLEX_BLOCK = 128  # queries or keys: what kernels of flex_attention are tuned for
-GLOBAL_WINDOWS = {True: (-1, 0), False: (-1, -1)}  # of global layers, causal or not
 
 
 class Documents:

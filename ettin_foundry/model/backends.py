@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ettin_foundry.model.attention import GLOBAL_WINDOWS, Documents, attention, block_mask
+from ettin_foundry.model.attention import Documents, attention, block_mask
 from ettin_foundry.model.config import EttinConfig
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def milliseconds(case: tuple[str, bool], config: EttinConfig, device: str, dtype
     from torch.utils.benchmark import Timer
 
     (name, is_global), longest, heads = case, config.max_position_embeddings, config.num_attention_heads
-    window = GLOBAL_WINDOWS[config.causal] if is_global else config.local_window
+    window = config.windows[is_global]
     lengths = [longest // 2, longest // 4, longest // 8, longest // 8] * -(-numbers // (config.hidden_size * longest))
     places = torch.cat([torch.arange(n, device=device) for n in lengths])
     documents = Documents(F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(device), longest, places)

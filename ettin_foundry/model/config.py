@@ -89,9 +89,10 @@ class EttinConfig:
         return self if causal == self.causal else dataclasses.replace(self, causal=causal, window_left=window_left)
 
     @property
-    def local_window(self) -> tuple[int, int]:
-        """(left, right) of local layers, both ends included."""
-        return (self.window_left, 0 if self.causal else self.local_attention // 2)
+    def windows(self) -> dict[bool, tuple[int, int]]:
+        """{is the layer global: (left, right)}, both ends included, -1 for no limit."""
+        return {True: (-1, 0), False: (self.window_left, 0)} if self.causal else \
+            {True: (-1, -1), False: (self.window_left, self.local_attention // 2)}
 
     def is_global(self, layer: int) -> bool:
         return layer % self.global_attn_every_n_layers == 0
@@ -113,7 +114,7 @@ class EttinConfig:
             return w * length - w * (w + 1) // 2
 
         full = length + pairs(length) * (1 if self.causal else 2)
-        local = length + sum(map(pairs, self.local_window))
+        local = length + sum(map(pairs, self.windows[False]))
         num_global = sum(map(self.is_global, range(self.num_hidden_layers)))
         return num_global * full + (self.num_hidden_layers - num_global) * local
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ettin_foundry.model import kernels
-from ettin_foundry.model.attention import GLOBAL_WINDOWS, Documents, attention, block_mask, local_mask
+from ettin_foundry.model.attention import Documents, attention, block_mask, local_mask
 from ettin_foundry.model.backends import choose
 from ettin_foundry.model.config import EttinConfig
 from ettin_foundry.model.loss import linear_cross_entropy
@@ -30,10 +30,10 @@ class TargetLoss(NamedTuple):
 
 
 class Stream:
-    """What every block needs to know of the flat stream besides its hidden states; arguments as of `Ettin.forward`."""
+    """What every block needs besides hidden states; windows and backends of attention by whether a layer is global."""
 
-    def __init__(self, documents: Documents, causal: bool, backends: dict[bool, str]) -> None:
-        self.documents, self.causal, self.backends = documents, causal, backends
+    def __init__(self, documents: Documents, windows: dict[bool, tuple[int, int]], backends: dict[bool, str]) -> None:
+        self.documents, self.windows, self.backends = documents, windows, backends
         # theta -> (cos, sin) of every token, fp32. Not an argument of the blocks, because FSDP2's mixed precision casts
         # every tensor among a block's arguments to bf16, and bf16 loses the angle at 8k
         self.angles: dict[float, tuple[Tensor, Tensor]] = {}
@@ -82,13 +82,12 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention, causal or bidirectional as the stream says; windows: {causal: (left, right)}."""
+    """Attention, causal or bidirectional as the stream says."""
 
-    def __init__(self, config: EttinConfig, layer: int, windows: Mapping[bool, tuple[int, int]]) -> None:
+    def __init__(self, config: EttinConfig, layer: int) -> None:
         super().__init__()
         self.num_heads, self.head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
         self.is_global = config.is_global(layer)
-        self.windows = GLOBAL_WINDOWS if self.is_global else dict(windows)
         self.theta = config.global_rope_theta if self.is_global else config.local_rope_theta
         self.Wqkv = _linear(config, config.hidden_size, 3 * config.hidden_size)
         self.Wo = _linear(config, config.hidden_size, config.hidden_size, is_output=True)
@@ -98,7 +97,7 @@ class Attention(nn.Module):
         qkv = self.Wqkv(x).view(-1, 3 * self.num_heads, self.head_dim)
         qk, v = qkv.split((2 * self.num_heads, self.num_heads), dim=1)
         q, k = _rotate(qk, *stream.angles[self.theta]).chunk(2, dim=1)          # (N, H, K) each
-        out = attention(q, k, v, stream.documents, self.windows[stream.causal], stream.backends[self.is_global])
+        out = attention(q, k, v, stream.documents, stream.windows[self.is_global], stream.backends[self.is_global])
         return F.dropout(self.Wo(out.reshape(-1, self.num_heads * self.head_dim)), self.dropout, self.training)
 
 
@@ -115,10 +114,10 @@ class GLU(nn.Module):
 class Block(nn.Module):
     """One pre-norm layer. The first has no attention norm: its input is the embedding norm's output already."""
 
-    def __init__(self, config: EttinConfig, layer: int, windows: Mapping[bool, tuple[int, int]]) -> None:
+    def __init__(self, config: EttinConfig, layer: int) -> None:
         super().__init__()
         self.attn_norm = _norm(config) if layer else nn.Identity()
-        self.attn = Attention(config, layer, windows)
+        self.attn = Attention(config, layer)
         self.mlp_norm = _norm(config)
         self.mlp = GLU(config)
 
@@ -128,11 +127,11 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    def __init__(self, config: EttinConfig, windows: Mapping[bool, tuple[int, int]]) -> None:
+    def __init__(self, config: EttinConfig) -> None:
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.layers: Any = nn.ModuleList(Block(config, i, windows) for i in range(config.num_hidden_layers))
+        self.layers: Any = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.final_norm = _norm(config)
 
     def forward(self, input_ids: Tensor, stream: Stream) -> Tensor:
@@ -166,7 +165,7 @@ class Ettin(nn.Module):
         super().__init__()
         self.config, self.attn_impl = config, attn_impl
         self.configs = {config.causal: config, not config.causal: other or config.with_causal(not config.causal)}
-        self.trunk = Trunk(config, {causal: shape.local_window for causal, shape in self.configs.items()})
+        self.trunk = Trunk(config)
         self.head = Head(config)
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.compiled = False
@@ -189,16 +188,16 @@ class Ettin(nn.Module):
             kernels.load()  # not by a block, which may be compiled
         if self.compiled:  # the number of documents is no length of the code
             torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
-        causal = self.config.causal if causal is None else causal
-        config, deterministic = self.configs[causal], torch.are_deterministic_algorithms_enabled()
+        config, deterministic = self.config, torch.are_deterministic_algorithms_enabled()
+        config = config if causal is None else self.configs[causal]
         backends = choose(self.attn_impl, device, dtype, config, self.compiled, deterministic)
-        stream = Stream(Documents(cu_seqlens, max_seqlen, position_ids), causal, backends)
+        stream = Stream(Documents(cu_seqlens, max_seqlen, position_ids), config.windows, backends)
         if len(input_ids):  # masks are made here, for the block that made them would be compiled otherwise
             if backends[False] == "reference":
-                stream.documents.cached(local_mask, config.local_window, dtype)
+                stream.documents.cached(local_mask, config.windows[False], dtype)
             for is_global, name in backends.items():
                 if name == "flex_attention":
-                    stream.documents.cached(block_mask, GLOBAL_WINDOWS[causal] if is_global else config.local_window)
+                    stream.documents.cached(block_mask, config.windows[is_global])
         hidden = self.trunk(input_ids, stream)
         if target_positions is None:
             return hidden

@@ -41,11 +41,10 @@ class TextVocab:
         if missing := [f"{name}_token" for name, number in named.items() if number is None]:
             raise ValueError(f"tokenizer {getattr(tokenizer, 'name_or_path', tokenizer)!r} must have "
                              f"{', '.join(missing)}; use the one that the converter wrote beside the data")
-        entries = np.unique(np.fromiter(tokenizer.get_vocab().values(), np.int64))
-        special = np.union1d(np.array(tokenizer.all_special_ids, np.int64), np.array(list(named.values()), np.int64))
+        entries = np.unique(list(tokenizer.get_vocab().values()))
+        special = np.unique([*tokenizer.all_special_ids, *named.values()])
         is_special = np.zeros(int(max(entries[-1], special[-1])) + 1, bool)
         is_special[special] = True
-        named = {name: int(number) for name, number in named.items()}
         return cls(**named, text=entries[~is_special[entries]], is_special=is_special)
 
 

@@ -149,7 +149,6 @@ def _check_leaves(cfg: Mapping[str, Any]) -> None:
 def _check_keys(cfg: Mapping[str, Any]) -> None:
     """Refuses unknown keys in blocks of ours."""
     for key, block in loaders(cfg):
-        block = {name: value for name, value in block.items() if name not in _FILLED}
         odd = {*_FILLED, "batch_size_warmup" if key != "train_loader" else "label"}  # the last, of the other kind
         _check_known(key, block, [each for each in ("name", *PARAMETERS["ettin_text"], "label") if each not in odd])
         if isinstance(block.get("dataset"), Mapping):
@@ -303,8 +302,4 @@ def split_in_workers(cfg: dict[str, Any]) -> None:
     fixed_shapes = compiles(cfg["model"].get("compile", "auto"))
     for key, block in loaders(cfg):
         size = micro if key == "train_loader" else of_eval
-        filled = dict(zip(_FILLED, (None if size == "auto" else size, fixed_shapes)))
-        for name, value in filled.items():
-            require(block.get(name) in (None, value), f"{key}.{name}", "left out", block.get(name),
-                    "it follows from device_train_microbatch_size, device_eval_batch_size and model.compile")
-        block |= filled
+        block |= dict(zip(_FILLED, (None if size == "auto" else size, fixed_shapes)))

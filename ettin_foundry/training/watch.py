@@ -50,7 +50,7 @@ class Watch(Callback):
         self.policy, self.stall_seconds, self.skipped = policy, stall_seconds, list[int]()
         self._losses: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_WINDOW))
         self._said, self._memory, self._handlers = dict[str, int](), dict[str, int](), dict[int, Any]()
-        self._objective, self._skips, self._told_at, self._waits_since = "", False, 0.0, float("inf")
+        self._objective, self._told_at, self._waits_since = "", 0.0, float("inf")
         self._ended, self._held, self._lock = threading.Event(), contextlib.ExitStack(), Path("/dev/null")
         self._saver: Any = None
         self._beside: Any = None
@@ -84,8 +84,7 @@ class Watch(Callback):
         self._beside.start()
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        batch: Any = state.batch
-        self._objective, self._skips = str(batch["objective"]), False
+        self._objective = str(state.batch["objective"])  # type: ignore[index]
 
     def _usual(self) -> tuple[float, float]:
         """The usual loss of the batch's objective, and the highest one."""
@@ -96,20 +95,19 @@ class Watch(Callback):
 
     def _accepts(self, loss: float, device: Any) -> bool:
         """Whether the optimizer learns from a step with this loss on this rank; every rank must ask."""
-        dist.all_reduce(total := device.tensor_to_device(torch.tensor([loss])))
-        self._skips = total.item() / dist.get_world_size() > self._usual()[1]
-        return not self._skips
+        dist.all_reduce(total := device.tensor_to_device(torch.tensor([loss])))  # as the host does for the step's loss
+        return not total.item() / dist.get_world_size() > self._usual()[1]  # a loss that is no number ends the run
 
     def batch_end(self, state: State, logger: Logger) -> None:
         step, loss = state.timestamp.batch.value - 1, float(state.total_loss_dict["loss/train/total"])
         (usual, highest), losses = self._usual(), self._losses[self._objective]
         losses.append(loss)
         if loss > highest:
-            what = "the step is passed over" if self._skips else "see its rows by ettin order --step"
+            skips = self.policy == "skip_rows"
+            what = "the step is passed over" if skips else "see its rows by ettin order --step"
             self._warn("loss", step, f"{self._objective} loss {loss:.3f} at step {step}, usual are {usual:.3f} to "
                        f"{highest:.3f}; {what}. If it stays up, go on from an earlier checkpoint with a lower lr")
-        if self._skips:
-            self.skipped.append(step)
+            self.skipped += [step] * skips
             if self.skipped[-_MOST:] == [*range(step - _MOST + 1, step + 1)]:
                 log.warning("%d steps in a row were passed over, so this is no spike: the next are learned from", _MOST)
                 losses.clear()

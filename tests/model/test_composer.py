@@ -71,8 +71,8 @@ def test_rows_of_clm_have_the_decoders_window_whatever_the_model_ends_as(last, g
     first = "mlm" if last == "clm" else "clm"
     model = EttinModel(size="nano", objective=[{"until": 10, "objective": first}, {"objective": last}], max_seq_len=512,
                        **given)
-    windows = [layer.attn.windows for layer in model.model.trunk.layers]
-    assert windows[:2] == [{True: (-1, 0), False: (-1, -1)}, {True: (reach, 0), False: (64, 64)}]
+    windows = {causal: config.windows for causal, config in model.model.configs.items()}
+    assert windows == {True: {True: (-1, 0), False: (reach, 0)}, False: {True: (-1, -1), False: (64, 64)}}
     assert model.objective == last
 
 

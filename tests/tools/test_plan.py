@@ -39,7 +39,7 @@ def pairs_by_mask(config, length):
     i, j = np.mgrid[:length, :length]
     total = 0
     for layer in range(config.num_hidden_layers):
-        left, right = (length, 0 if config.causal else length) if config.is_global(layer) else config.local_window
+        left, right = (length, 0 if config.causal else length) if config.is_global(layer) else config.windows[False]
         total += int(((i - j <= left) & (j - i <= right)).sum())
     return total
 
