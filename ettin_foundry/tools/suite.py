@@ -127,14 +127,13 @@ class Stage:
 
     @functools.cached_property
     def words(self) -> list[str]:
-        """The exact command line; raises as `run_config.resolved`, with the stage's name before the message."""
-        with self.named():
-            scaled = _scaled(run_config.resolved(self.args), self.file.scale) if self.file.scale != 1 else []
+        """The exact command line; raises as `run_config.resolved`."""
+        scaled = _scaled(run_config.resolved(self.args), self.file.scale) if self.file.scale != 1 else []
         return [*shlex.split(self.file.command), *self.args, *scaled]
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """The run's configuration as plain containers, interpolations resolved; raises as `words`."""
+        """The run's configuration as plain containers; raises as `run_config.resolved`, with the stage's name."""
         with self.named():
             return run_config.resolved(self.words[len(shlex.split(self.file.command)):])
 

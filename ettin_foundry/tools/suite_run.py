@@ -58,8 +58,7 @@ def stage_state(stage: Stage) -> State:
     with stage.named():
         sources.check_resume(record, sources.record_of(stage.config, read_tokenizer=False), own=True,
                              place=f"{newest}; root=ANOTHER keeps both", accept=clock.get("accept") or [])
-    finished = sources.is_finished(record, stage.config["max_duration"])
-    return State(newest, int(record.get("tokens") or 0), finished)
+    return State(newest, int(record.get("tokens") or 0), sources.is_finished(record, stage.config["max_duration"]))
 
 
 def check_suite(suite: Suite, *, allow_unfair: bool = False) -> dict[str, dict[str, Any]]:
