@@ -43,10 +43,10 @@ class Program(NamedTuple):
     without: tuple[str, ...] = ()
 
 
-_NO_DECODER_YET = dict.fromkeys(MODELS[2:], "it has no ModernBertDecoder (4.56 and later have)")
+_NO_DECODER_YET: dict[str, str] = dict.fromkeys(MODELS[2:], "it has no ModernBertDecoder (4.56 and later have)")
 _HUB_0 = ("huggingface_hub==0.36.2", "tokenizers==0.22.2")
 _HUB_2 = ("huggingface_hub==2.4.0", "tokenizers==0.23.3", "httpx2==2.16.2", "httpcore2==2.16.2", "truststore==0.10.5")
-_TRUNK_ONLY = dict.fromkeys(MODELS[2:], "it has no ModernBertDecoder")
+_TRUNK_ONLY: dict[str, str] = dict.fromkeys(MODELS[2:], "it has no ModernBertDecoder")
 PROGRAMS = {
     "transformers-4.48.3": Program("transformers 4.48.3", "transformers", ("transformers==4.48.3",),
                                    because=_NO_DECODER_YET),

@@ -88,7 +88,7 @@ def read_rows(folder: Path, split: str = "train") -> Any:
         data.lengths(shard)
     vocab_size = data.tokenizer["vocab_size"]
     for number in range(order.rows_per_epoch):
-        assert stream.tokens_before(number) == tokens, "tokens before a row differ from a walk"
+        assert order.tokens_before(number) == tokens, "tokens before a row differ from a walk"
         [row] = stream.rows_of(number)
         assert len(row.ends_document) == len(row.chunks) > 0
         assert all(1 <= len(chunk) <= data.chunk_length and chunk.max() < vocab_size for chunk in row.chunks)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,13 +128,9 @@ def draw_samples(data: Any, *, per_source: int, seed: int = 0) -> list[dict[str,
 
 def show_text(location: str | os.PathLike[str], *, samples: int = 1, seed: int = 0) -> str:
     """What lies at a folder or URL, with `samples` decoded chunks of each source, as show.txt.jinja lays it out."""
-    def sources(data: Any) -> list[str]:
-        rows = source_rows(data)
-        return table([[*rows[0]], *([*row.values()] for row in rows)])
-
     found = find_dataset(location)
     with tempfile.TemporaryDirectory(prefix="ettin-") as scratch:
-        return render(Path(__file__).with_name("show.txt.jinja"), table=sources,
+        return render(Path(__file__).with_name("show.txt.jinja"), source_rows=source_rows,
                       splits=[found.open(split, Path(scratch)) for split in found.splits],
                       draw=functools.partial(draw_samples, per_source=samples, seed=seed),
                       decoder=load_decoder(found.storage) if samples else None)
@@ -147,8 +143,9 @@ def render(template: Path, undefined: type[Undefined] = StrictUndefined, **facts
     return jinja.from_string(template.read_text(encoding="utf-8")).render(facts).rstrip("\n")
 
 
-def table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Lines of cells, as wide as the widest of their column; `left` columns begin at the left, the others end right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
+def table(rows: Sequence[Mapping[str, str]], left: int = 1) -> list[str]:
+    """Lines of a head and of the rows' cells; `left` columns begin at the left, the others end right."""
+    lines = [[*rows[0]], *([*row.values()] for row in rows)] if rows else []
+    widths = [max(map(len, column)) for column in zip(*lines)]
     return ["  ".join(cell.ljust(width) if number < left else cell.rjust(width)
-                      for number, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+                      for number, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in lines]

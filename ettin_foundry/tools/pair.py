@@ -50,9 +50,9 @@ class Report(NamedTuple):
     def __str__(self) -> str:
         """A table, unfair differences first, then the notes, then one line with the verdict."""
         found = sorted(self.differences, key=lambda d: (VERDICTS.index(d.verdict), d.key))
-        rows = [("verdict", "key", *self.names, "why")]
-        rows += [(d.verdict, d.key, str(d.a)[:_WIDEST], str(d.b)[:_WIDEST], d.reason) for d in found]
-        lines = [*(table(rows, left=5) if found else []), *(f"note: {note}" for note in self.notes)]
+        heads = "verdict", "key", *(f"{side}: {name}" for side, name in zip("ab", self.names)), "why"
+        rows = [(d.verdict, d.key, str(d.a)[:_WIDEST], str(d.b)[:_WIDEST], d.reason) for d in found]
+        lines = [*table([dict(zip(heads, row)) for row in rows], left=5), *(f"note: {note}" for note in self.notes)]
         if unfair := [d.key for d in found if d.verdict == UNFAIR]:
             return "\n".join([*lines, f"unfair pair, because of {', '.join(unfair)}"])
         counts = Counter(d.verdict for d in found)

@@ -34,7 +34,7 @@ def read(folder: Path) -> pandas.DataFrame:
     """A run's steps; an unfinished last line is left out. A ValueError or KeyError for a file of something else."""
     text = (folder / STEPS).read_bytes().replace(b"NaN", b"null")
     if not (whole := text[: text.rfind(b"\n") + 1]):
-        return pandas.DataFrame(columns=_KEYS)
+        return pandas.DataFrame(columns=pandas.Index(_KEYS))
     return read_json(pa.BufferReader(whole)).select(_KEYS).to_pandas().astype({"loss": float})
 
 

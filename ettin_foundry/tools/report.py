@@ -106,7 +106,8 @@ def read_stage(folder: Path, known: Mapping[str, Any] | None = None) -> dict[str
     try:
         if (log := progress.read(folder)).empty:
             raise ValueError(f"the log in {folder} is empty")
-        evals = pandas.DataFrame(read_steps(folder / EVALS) if (folder / EVALS).is_file() else [], columns=_EVALS)
+        evals = pandas.DataFrame(read_steps(folder / EVALS) if (folder / EVALS).is_file() else [],
+                                 columns=pandas.Index(_EVALS))
     except (OSError, ValueError, LookupError, TypeError) as error:  # no log, or one of something else
         return {**facts, "missing": f"no losses and times: {error}"}
     if len(lost := log.step[~np.isfinite(log.loss)]):

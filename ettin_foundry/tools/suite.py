@@ -32,7 +32,7 @@ import functools
 import itertools
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -127,14 +127,13 @@ class Stage:
 
     @functools.cached_property
     def words(self) -> list[str]:
-        """The exact command line; raises as `run_config.resolved`, with the stage's name before the message."""
-        with self.named():
-            scaled = _scaled(run_config.resolved(self.args), self.file.scale) if self.file.scale != 1 else []
+        """The exact command line; raises as `run_config.resolved`."""
+        scaled = _scaled(run_config.resolved(self.args), self.file.scale) if self.file.scale != 1 else []
         return [*shlex.split(self.file.command), *self.args, *scaled]
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """The run's configuration as plain containers, interpolations resolved; raises as `words`."""
+        """The run's configuration as plain containers; raises as `run_config.resolved`, with the stage's name."""
         with self.named():
             return run_config.resolved(self.words[len(shlex.split(self.file.command)):])
 
@@ -245,19 +244,16 @@ def _stages(path: str, file: File) -> tuple[Stage, ...]:
     return tuple(found.values())
 
 
-def _scaled(block: Mapping[str, Any], scale: float, prefix: str = "") -> list[str]:
+def _scaled(config: dict[str, Any], scale: float) -> list[str]:
     """key=value that multiplies each time in tokens, except in `variables`, from which those times were filled in."""
     found = []
-    for name, value in block.items():
-        key = f"{prefix}{name}"
-        if key in ("variables", "loggers", "metadata", "run_name"):
+    for key, value in run_config.walk(config):
+        is_time = isinstance(value, str) and re.fullmatch(r"[0-9._]+(e[+-]?[0-9]+)?tok", value, re.IGNORECASE)
+        if not is_time or key.split(".")[0] in ("variables", "loggers", "metadata", "run_name"):
             continue
-        if isinstance(value, dict):
-            found += _scaled(value, scale, f"{key}.")
-        elif isinstance(value, list) and re.search(r"[0-9]tok\b", str(value)):
+        if "[" in key:
             raise ValueError(f"{key} must be in shares of the run such as 0.25dur with scale={scale:g}, got {value}; "
                              "times in a list are not scaled")
-        elif isinstance(value, str) and re.fullmatch(r"[0-9._]+(e[+-]?[0-9]+)?tok", value, re.IGNORECASE):
-            if amount := parse_time(key, value)[0]:
-                found.append(f"{key}={round(amount * scale)}tok")
+        if amount := parse_time(key, value)[0]:
+            found.append(f"{key}={round(amount * scale)}tok")
     return found

@@ -58,8 +58,7 @@ def stage_state(stage: Stage) -> State:
     with stage.named():
         sources.check_resume(record, sources.record_of(stage.config, read_tokenizer=False), own=True,
                              place=f"{newest}; root=ANOTHER keeps both", accept=clock.get("accept") or [])
-    finished = sources.is_finished(record, stage.config["max_duration"])
-    return State(newest, int(record.get("tokens") or 0), finished)
+    return State(newest, int(record.get("tokens") or 0), sources.is_finished(record, stage.config["max_duration"]))
 
 
 def check_suite(suite: Suite, *, allow_unfair: bool = False) -> dict[str, dict[str, Any]]:
@@ -73,11 +72,9 @@ def check_suite(suite: Suite, *, allow_unfair: bool = False) -> dict[str, dict[s
             checks.check_settings(config)
             if stage.source is not None:
                 check_phase(stage.source, suite.stage(stage.source).config, config)
-    reports = {}
-    for pair, (first, *others) in suite.pairs().items():
-        for other in others:
-            reports[f"pair {pair}: {first.name}, {other.name}"] = lint_pair(first.config, other.config,
-                                                                            names=(first.name, other.name))
+    reports = {f"pair {pair}: {first.name}, {other.name}": lint_pair(first.config, other.config,
+                                                                     names=(first.name, other.name))
+               for pair, (first, *others) in suite.pairs().items() for other in others}
     unfair = [f"{key}\n{report}" for key, report in reports.items() if not report.fair]
     if unfair and not allow_unfair:
         raise ValueError("\n".join([f"{suite.path}: its models could not be compared:", *unfair, "Make the settings "

@@ -3,4 +3,9 @@
 Nothing of the training stack is imported: any folder or hub id that transformers reads is evaluated alike.
 """
 
+import os
+
 __version__ = "0.1.0"
+
+# OpenMP's threads spin while they wait, which costs a multiple of the time where another process has one of the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported

@@ -199,36 +199,27 @@ def test_one_stage_runs_alone_after_the_one_it_starts_from(small, ettin):
         assert said in told and "decoder-extend: " not in told
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
-def test_told_to_end_it_has_the_stage_save_and_exits_as_that_does(small, ettin, monkeypatch, signum):
-    """The first telling is lost: the stage is still starting."""
-    monkeypatch.setattr(suite_run, "_TELL_SECONDS", 0.2)
-    small.suite()
-    small.plan("encoder-pretrain", "save")
-    threading.Thread(target=lambda: (small.wait_until_it_hangs(), os.kill(os.getpid(), signum)), daemon=True).start()
-    ended, _, error = ettin("suite", small.file)
-    assert ended == 75 and "The same command continues." in error
-    assert small.trained == ALL[:1]
-
-
-@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_told_twice_or_by_ctrl_c_it_ends_the_stage_and_all_that_it_started(small, ettin, signum, code):
+@pytest.mark.parametrize("what, signum, code", [("save", signal.SIGTERM, 75), ("save", signal.SIGUSR1, 75),
+                                                ("hang", signal.SIGTERM, 143), ("hang", signal.SIGINT, 130)])
+def test_told_to_end_it_has_the_stage_save_told_twice_or_by_ctrl_c_it_ends_all(
+        small, ettin, monkeypatch, what, signum, code):
+    """The first telling is lost on a stage that saves: it is still starting."""
     def tell():
         small.wait_until_it_hangs()
         os.kill(os.getpid(), signum)
-        if signum == signal.SIGTERM:
+        if code == 143:
             time.sleep(0.5)
             os.kill(os.getpid(), signum)
 
+    monkeypatch.setattr(suite_run, "_TELL_SECONDS", 0.2)
     small.suite()
-    small.plan("encoder-pretrain", "hang")
+    small.plan("encoder-pretrain", what)
     threading.Thread(target=tell, daemon=True).start()
     ended, _, error = ettin("suite", small.file)
-    assert ended == code and "stopped. The same command continues." in error
-    # state, not stat: its one letter is the same whatever the priority and the terminal
-    told = subprocess.run(["ps", "-o", "state=", "-p", small.hanging.read_text()], capture_output=True, text=True)
-    assert told.stdout.strip() in ("", "Z")  # gone, or waiting only for its parent's parent to notice
-    assert small.trained == ALL[:1]
+    assert ended == code and "stopped. The same command continues." in error and small.trained == ALL[:1]
+    if what == "hang":  # state, not stat: its one letter is the same whatever the priority and the terminal
+        told = subprocess.run(["ps", "-o", "state=", "-p", small.hanging.read_text()], capture_output=True, text=True)
+        assert told.stdout.strip() in ("", "Z")  # gone, or waiting only for its parent's parent to notice
 
 
 # ------------------------------------------------------------------ refused before anything starts
