@@ -135,21 +135,23 @@ def test_a_phase_killed_before_and_after_its_first_checkpoint_is_entered_once(ch
     for die_at, begins, says in ((3, 0, ("entering decay from", "kept weights, optimizer moments", "seed 21 -> 99",
                                          "optimizer.lr 0.002 -> 0.001")),
                                  (6, 0, ("entering decay",)), (-1, 4, ("is not entered again",))):
-        args = arguments("decay", f"variables.source={source}", "seed=99", "save_interval=4ba",
-                         f"callbacks.capture.die_at={die_at}")
+        args = arguments("decay", f"variables.source={source}", "seed=99", "save_interval=4ba", "eval_interval=1ba",
+                         "eval_subset_num_batches=1", f"callbacks.capture.die_at={die_at}")
         caplog.clear()
         with caplog.at_level(logging.INFO, "ettin_foundry.training.callbacks"):
             if die_at < 0:
                 shutil.rmtree(source)
-                nano_run.run(data_set, tmp_path / "runs", *args).close()
+                nano_run.run(data_set, tmp_path / "runs", *args, evaluate=True).close()
             else:
                 with pytest.raises(RuntimeError, match="killed"):
-                    nano_run.run(data_set, tmp_path / "runs", *args)
+                    nano_run.run(data_set, tmp_path / "runs", *args, evaluate=True)
         assert all(words in caplog.text for words in says) and "theta" not in caplog.text
         for name in ("losses", "lrs", "tokens", "groups"):  # to the last bit
             assert getattr(CAPTURE, name) == getattr(whole, name)[begins:None if die_at < 0 else die_at], name
-    record = checkpoints.read_head(tmp_path / "runs" / "nano-mlm-decay").record
+    folder = tmp_path / "runs" / "nano-mlm-decay"
+    record = checkpoints.read_head(folder).record
     assert [entry["phase"] for entry in record["lineage"]] == ["pretrain", "extend"]  # not once more
+    assert [line["step"] for line in read_steps(folder / EVALS)] == [line["step"] for line in read_steps(folder)]
 
 
 def test_a_cross_run_logs_the_losses_of_both_objectives_at_its_interval(chain, data_set, tmp_path):
