@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import gc
 import hashlib
+import itertools
 import json
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -72,6 +73,8 @@ mntp-packed-steady-w2-across-sharded
 schedule-packed-rising-w0-inside-sharded
 mixture-packed-rising-w4-inside-sharded
 """.split()
+for _one, _other in itertools.combinations(zip(AXES.values(), zip(*(cell.split("-") for cell in CELLS))), 2):
+    assert set(itertools.product(_one[0], _other[0])) == set(zip(_one[1], _other[1])), "a pair of values is in no cell"
 # what each start runs on; the batch rises until step 9
 ELASTIC = {"elastic-steady": "one ddp2 ddp4 one", "elastic-rising": "one ddp2 ddp4 one",
            "elastic-fsdp-rising": "one fsdp2 fsdp4 one", "elastic-sharded": "sharded2 sharded4 sharded2 sharded4"}
@@ -96,7 +99,7 @@ def _train(rank: int, world: int, port: int, log: str, env: dict[str, str], data
     gc.freeze()  # what the server imported; collecting it would copy its pages
     collect_env.get_cpu_model = lambda: "not asked for"  # it takes a process of 0.4 s
     _register_callbacks()
-    nano_run.run(Path(data), Path(out), "model.vocab_size=512", *overrides).close()
+    nano_run.run(Path(data), Path(out), *overrides).close()
 
 
 def _make_data(folder: str, documents: int, shard_size: str) -> None:

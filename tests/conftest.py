@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,14 +125,22 @@ def data_set(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_d
 
 
 @pytest.fixture(scope="session")
-def rising_run(tmp_path_factory: pytest.TempPathFactory, data_set: Path) -> tuple[Path, dict[str, list]]:
+def capture() -> Any:
+    """The callback of `nano_run`: what it saw of the last run."""
+    import nano_run
+
+    return nano_run.register_capture()
+
+
+@pytest.fixture(scope="session")
+def rising_run(tmp_path_factory: pytest.TempPathFactory, data_set: Path, capture: Any) -> tuple[Path, dict[str, list]]:
     """A nano encoder's run of `data_set` that nothing interrupts, its batches going up from 2 rows to 8.
 
     Its save folder, with a checkpoint every three steps, and what `nano_run`'s capture saw of it.
     """
     import nano_run
 
-    capture, out = nano_run.register_capture(), tmp_path_factory.mktemp("rising")
+    out = tmp_path_factory.mktemp("rising")
     nano_run.run(data_set, out, *nano_run.RISING, "callbacks.capture={}").close()
     return next(out.iterdir()), {key: list(getattr(capture, key)) for key in ("losses", "lrs", "tokens", "batches")}
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf as om
 
 from ettin_foundry.data.batch import split_batch
 
@@ -50,11 +51,8 @@ def configure(data: Path, out: Path, *overrides: str, evaluate: bool = False) ->
         wanted.append("~callbacks.ettin_steps")  # it has nowhere to write
     config = program().configure([str(ROOT / "yamls" / "nano.yaml"), *(w for w in wanted if not w.startswith("~"))])
     for key in (w[1:] for w in wanted if w.startswith("~")):
-        *path, last = key.split(".")
-        block = config
-        for part in path:
-            block = block.get(part, {})
-        block.pop(last, None)
+        above, _, last = key.rpartition(".")
+        (om.select(config, above, default={}) if above else config).pop(last, None)
     return config
 
 

@@ -51,9 +51,8 @@ def _check_presence(cfg: dict[str, Any]) -> None:
         raise ValueError(f"{key}: unknown key{near}")
     require(not set(str(cfg.get("run_name"))) & set("{}[]"), "run_name", "a name without brackets", cfg.get("run_name"),
             "set variables.label or run_name")
-    precision = cfg.get("precision") or ""
-    require(isinstance(precision, str) and precision.lower() != "amp_fp16", "precision", "amp_bf16 or fp32",
-            precision, "in fp16 the loss underflows")
+    require(str(cfg.get("precision")).lower() != "amp_fp16", "precision", "amp_bf16 or fp32", cfg.get("precision"),
+            "in fp16 the loss underflows")
     packed = cfg["train_loader"].get("packing", True)
     require(not packed or cfg.get("accumulate_train_batch_on_tokens", True) is not False,
             "accumulate_train_batch_on_tokens", "true with packing, whose rows hold unequal numbers of targets", False,

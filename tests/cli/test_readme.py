@@ -57,11 +57,6 @@ def test_the_page_of_the_api_has_every_registered_name():
         assert re.search(shown, readme_commands.PAGES["docs/api.md"]), name
 
 
-def test_the_help_of_train_py_says_how_it_is_called(capsys):
-    program = nano_run.program()
-    assert program.main(["--help"]) == 0 and "RECIPE.yaml [OVERLAY.yaml ...] [KEY=VALUE ...]" in capsys.readouterr().out
-
-
 def test_every_help_has_one_example_and_a_first_sentence_of_one_line(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     for name, lines in EXAMPLES.items():

@@ -17,21 +17,19 @@ from ettin_foundry.data.mixture import open_split
 from ettin_foundry.data.stream import open_stream
 from ettin_foundry.data.tokenizer import fingerprint, load
 from ettin_foundry.hub.folder import export_model
-from ettin_foundry.model.config import EttinConfig
-from ettin_foundry.model.weights import weights_checkpoint
 from ettin_foundry.objectives.targets import TextVocab
 from ettin_foundry.tools.evaluate import evaluate
 
 LENGTH = 64
+SHAPE = {"vocab_size": 512, "max_position_embeddings": LENGTH}
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory, tokenizer_dir):
     """(Composer checkpoint, Hugging Face folder) of one random encoder."""
-    config = EttinConfig.for_size("nano", causal=False, vocab_size=512, max_position_embeddings=LENGTH)
-    model, folder = parity.random_model(config), tmp_path_factory.mktemp("encoder")
+    model, folder = parity.nano("mlm", **SHAPE), tmp_path_factory.mktemp("encoder")
     parity.save(folder / "a.pt", model, "mlm", place=tokenizer_dir, tokenizer_fingerprint=None)
-    return folder / "a.pt", export_model(model, config, load(tokenizer_dir), folder / "hf", objective="mlm")
+    return folder / "a.pt", export_model(model, model.config, load(tokenizer_dir), folder / "hf", objective="mlm")
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +102,9 @@ def test_mlm_and_mntp_are_transformers_on_the_loader_s_own_masks(encoder, refere
 
 def test_a_decoder_under_mlm_sees_both_sides(encoder, data_set, tokenizer_dir, tmp_path):
     """The encoder's weights as a decoder's: no document is longer than either window, so the losses are the same."""
-    config = EttinConfig.for_size("nano", causal=True, vocab_size=512, max_position_embeddings=LENGTH)
-    state = parity.random_model(EttinConfig.for_size("nano", causal=False, vocab_size=512)).state_dict()
-    torch.save(weights_checkpoint(state, config, objective="clm", tokenizer=str(tokenizer_dir)), tmp_path / "d.pt")
+    decoder = parity.nano("clm", **SHAPE)
+    decoder.load_state_dict(parity.nano("mlm", **SHAPE).state_dict())
+    parity.save(tmp_path / "d.pt", decoder, "clm", place=tokenizer_dir, tokenizer_fingerprint=None)
     found, expected = (evaluate(path, data_set, ["mlm", "clm"]) for path in (tmp_path / "d.pt", encoder[0]))
     for objective in expected:  # other windows are other blocks of the attention, which round otherwise in fp32
         same(found[objective], expected[objective])

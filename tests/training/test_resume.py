@@ -1,6 +1,5 @@
 """Runs that kill themselves and go on are those that nothing interrupts: a slice of benchmarks/resume_matrix.py."""
 
-import itertools
 import json
 import subprocess
 import sys
@@ -27,12 +26,6 @@ def matrix(data_set):
 @pytest.mark.parametrize("cell", SLICE)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(cell, matrix):
     assert matrix[cell].startswith("rows identical, losses within" if "elastic" in cell else "bitwise"), matrix[cell]
-
-
-def test_each_pair_of_values_is_in_a_cell_and_each_objective_meets_each_layout():
-    columns = zip(*(cell.split("-") for cell in resume_matrix.CELLS))
-    for (one, found), (other, beside) in itertools.combinations(zip(resume_matrix.AXES.values(), columns), 2):
-        assert set(itertools.product(one, other)) == set(zip(found, beside))
 
 
 @pytest.mark.parametrize(("key", "value"), [("loss", 1 + 1e-7), ("moments", "x"), ("masks", ["b", "a"]), ("lr", 0.1)])

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import nano_run
+import parity
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -15,7 +16,6 @@ from omegaconf import OmegaConf as om
 
 from ettin_foundry.data import tokenizer
 from ettin_foundry.hub.folder import export_model
-from ettin_foundry.model.composer import EttinModel
 from ettin_foundry.training import checkpoints, checks, sources
 from ettin_foundry.training.run_config import config_text, resolved
 
@@ -50,9 +50,8 @@ def decoder(encoder, tmp_path_factory):
 
 def exported(objective, tokenizer_dir, out):
     """A Hugging Face folder."""
-    model = EttinModel(tokenizer.load(str(tokenizer_dir)), size="nano", objective=objective, max_seq_len=64,
-                       vocab_size=512)
-    return export_model(model, model.config, model.tokenizer, out, objective=objective)
+    model = parity.nano(objective, num_hidden_layers=4, vocab_size=512, max_position_embeddings=64)
+    return export_model(model, model.config, tokenizer.load(str(tokenizer_dir)), out, objective=objective)
 
 
 @pytest.fixture(scope="module")

@@ -91,9 +91,8 @@ def test_a_finished_run_started_again_says_so_and_ends_well(rising_run, data_set
     assert re.search(r"^finished: .*ep0-ba10-rank0.pt holds 3,\d+ tokens, 10 steps", capsys.readouterr().out, re.M)
 
 
-def test_a_run_in_a_store_goes_on_from_what_latest_names_there(rising_run, data_set, tmp_path, monkeypatch):
+def test_a_run_in_a_store_goes_on_from_what_latest_names_there(rising_run, data_set, capture, tmp_path, monkeypatch):
     """The host, which keeps what it downloads, would take the first of these each time."""
-    capture = nano_run.register_capture()
     monkeypatch.chdir(tmp_path)
     with S3Server() as server:
         server.connect(monkeypatch)

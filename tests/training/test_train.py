@@ -23,11 +23,6 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 UNSAVED = ["~save_folder", "~save_interval", "~autoresume", "~save_overwrite"]
 
 
-@pytest.fixture(scope="module")
-def capture():
-    return nano_run.register_capture()
-
-
 def run(data, out, objective, *overrides, **kwargs):
     return nano_run.run(data, out, *OBJECTIVES[objective], "callbacks.capture={}", *overrides, **kwargs)
 

@@ -73,6 +73,7 @@ def test_a_dry_run_says_what_would_run_and_starts_nothing(tmp_path, capsys, monk
     for words in ("395,881,664 parameters", "not on this machine: tokenizer.name: 'data/pretrain/tokenizer'"):
         assert words in out
     assert not list(tmp_path.iterdir())
+    assert TRAIN.main(["--help"]) == 0 and "RECIPE.yaml [OVERLAY.yaml ...] [KEY=VALUE ...]" in capsys.readouterr().out
     assert TRAIN.main([NANO, f"variables.data={tmp_path}/none"]) == 1
     assert "no such folder" in capsys.readouterr().err
 

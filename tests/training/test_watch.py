@@ -14,16 +14,9 @@ import nano_run
 import pytest
 import torch
 
-import ettin_foundry
 from ettin_foundry.data.loader import RowDataset
 from ettin_foundry.training import watch
 from ettin_foundry.training.checkpoints import complete_checkpoints, load_checkpoint
-
-
-@pytest.fixture(scope="module")
-def capture():
-    ettin_foundry.register()
-    return nano_run.register_capture()
 
 
 def tensors(folder, parts=("model", "optimizers")):
