@@ -17,8 +17,7 @@ from ettin_foundry.version import __version__
 
 __all__ = ["REGISTRY", "__version__", "program_folder", "register"]
 
-# OpenMP's threads spin while they wait: beside a process that had one of two cores, nano trained 15 times slower
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # OpenMP spins: nano beside another process was 15 times slower
 
 # registry of LLM-Foundry -> name in YAML -> module:attribute
 REGISTRY: dict[str, dict[str, str]] = {

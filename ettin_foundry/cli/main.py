@@ -42,10 +42,14 @@ for _title, _commands in _GROUPS.items():
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script; ends the process."""
     try:
-        app(args=argv, prog_name="ettin")
+        code = app(args=argv, prog_name="ettin", standalone_mode=False)
+    except typer.TyperException as error:  # one line, as of all errors: typer's box breaks it
+        error.message, code = error.message.removeprefix("Value error, "), error.exit_code
+        error.show()  # type: ignore[attr-defined]
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        code = 1
+    raise SystemExit(code or 0)
 
 
 if __name__ == "__main__":

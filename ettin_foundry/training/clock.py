@@ -8,6 +8,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from composer import callbacks
 from composer.core import State
-from composer.loggers import Logger, WandBLogger
+from composer.loggers import Logger, LoggerDestination, WandBLogger
 from composer.utils import checkpoint, dist, format_name_with_dist
 from llmfoundry.interfaces import CallbackWithConfig
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -73,7 +74,8 @@ class Clock(CallbackWithConfig):
             self._fingerprint = json.dumps(fingerprint(self._model.tokenizer))
         for destination in logger.destinations:
             if isinstance(destination, WandBLogger) and not destination._log_artifacts:
-                destination.download_file = _holds_no_checkpoint  # autoresume asks it, which fails offline
+                # autoresume asks it, which fails offline; as a logger that holds no files answers
+                destination.download_file = partial(LoggerDestination.download_file, destination)
 
     def before_load(self, state: State, logger: Logger) -> None:
         make_safe(checkpoint)
@@ -185,7 +187,3 @@ class Clock(CallbackWithConfig):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loaded = decode_record(state)
         self.lineage = tuple(state.get("lineage", ()))
-
-
-def _holds_no_checkpoint(*args: Any, **kwargs: Any) -> None:
-    raise FileNotFoundError("checkpoints lie in save_folder")

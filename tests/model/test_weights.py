@@ -42,7 +42,7 @@ def edited(tmp_path):
 @pytest.mark.parametrize("case", [c for c, (_, causal, _, _) in parity.CASES.items() if not causal])
 def test_exported_encoder_equals_installed_transformers(case, tmp_path):
     """Logits at 16, 200 and 1,500 tokens, eager and SDPA; the card's code; the tokenizer; a save by transformers."""
-    assert list(parity.run_case(case, parity.tiny_tokenizer(), tmp_path))[-1] == "saved again: same"
+    assert list(parity.run_case(case, parity.tiny_tokenizer(), tmp_path))[-1].startswith("control ")
 
 
 def test_weights_come_out_in_fp32_and_only_what_must_change_is_copied(models):
