@@ -223,22 +223,34 @@ def compare(study: Study, scores: Mapping[str, Mapping[str, Sequence[Score]]]) -
     bootstrap = Bootstrap({task: first[task][0].n for task in kinds}, len(study.seeds), draws=study.draws)
     items = {model: {task: np.array([score.items for score in found]) for task, found in tasks.items()}
              for model, tasks in scores.items()}
-    tables = []
+    tables, claims = [], []
     for task, kind in kinds.items():
-        tables.append({
-            "task": task, "kind": kind, "metric": first[task][0].metric, "n": first[task][0].n,
-            "scores": {model: [{"seed": seed, "value": score.value, "stderr": score.stderr}
-                               for seed, score in zip(study.seeds, scores[model][task], strict=True)]
-                       for model in study.models},
-            "mean": {model: _plain(bootstrap.mean(items[model], [task])) for model in study.models}})
-    claims = []
+        metrics = {model: scores[model][task][0].metric for model in study.models}
+        for metric in dict.fromkeys(metrics.values()):  # encoders' bits per byte are another figure than decoders'
+            models = [model for model in study.models if metrics[model] == metric]
+            tables.append({
+                "task": task, "kind": kind, "metric": metric, "n": first[task][0].n,
+                "scores": {model: [{"seed": seed, "value": score.value, "stderr": score.stderr}
+                                   for seed, score in zip(study.seeds, scores[model][task], strict=True)]
+                           for model in models},
+                "mean": {model: _plain(bootstrap.mean(items[model], [task])) for model in models}})
     for claim in study.claims:
-        tasks = study.tasks[claim.kind]
-        found = bootstrap.difference(items[claim.better], items[claim.worse], tasks)
-        claims.append({"claim": claim.claim, "source": claim.source, "better": claim.better, "worse": claim.worse,
-                       "kind": claim.kind, "tasks": list(tasks), "n": sum(first[task][0].n for task in tasks),
-                       "difference": found.value, "low": found.low, "high": found.high, "verdict": found.verdict})
+        tasks, pair = study.tasks[claim.kind], (claim.better, claim.worse)
+        metrics = [{task: scores[model][task][0].metric for task in tasks} for model in pair]
+        facts = {**claim.model_dump(), "tasks": list(tasks), "n": sum(first[task][0].n for task in tasks)}
+        if metrics[0] != metrics[1]:
+            claims.append({**facts, "verdict": "not comparable: the metrics differ"})
+            continue
+        signs = {task: -1 if _is_bits(metric) else 1 for task, metric in metrics[0].items()}  # of bits less is better
+        better, worse = ({task: sign * items[model][task] for task, sign in signs.items()} for model in pair)
+        found = bootstrap.difference(better, worse, tasks)
+        claims.append({**facts, "unit": "bits" if -1 in signs.values() else "points", "difference": found.value,
+                       "low": found.low, "high": found.high, "verdict": found.verdict})
     return {"tasks": tables, "claims": claims}
+
+
+def _is_bits(metric: str) -> bool:
+    return "bits" in metric
 
 
 def _plain(interval: Interval) -> dict[str, float]:
@@ -249,14 +261,21 @@ def show(content: Mapping[str, Any], write: Callable[[Any], None] | None = None)
     """Prints a study's two tables: means with their intervals, and verdicts."""
     write = write or Console(width=None if Console().is_terminal else 160).print
     table = Table("task", "metric", "n", *content["models"], box=None, title_justify="left",
-                  title="mean over seeds [95% interval], in percent")
+                  title="mean over seeds [95% interval], in percent, or in bits")
     for task in content["tasks"]:
-        cells = [f"{100 * each['value']:.1f} [{100 * each['low']:.1f}, {100 * each['high']:.1f}]"
-                 for each in (task["mean"][model] for model in content["models"])]
+        means = map(task["mean"].get, content["models"])
+        cells = [_figures(each["value"], each, bits=_is_bits(task["metric"])) if each else "" for each in means]
         table.add_row(task["task"], task["metric"], str(task["n"]), *cells)
     write(table)
-    table = Table("claim", "difference [95% interval], points", "verdict", box=None, title_justify="left")
+    table = Table("claim", "difference [95% interval]", "verdict", box=None, title_justify="left")
     for claim in content["claims"]:
-        figures = f"{100 * claim['difference']:+.1f} [{100 * claim['low']:+.1f}, {100 * claim['high']:+.1f}]"
-        table.add_row(claim["claim"], figures, claim["verdict"])
+        unit = claim.get("unit")
+        text = f"{_figures(claim['difference'], claim, bits=unit == 'bits', sign='+')} {unit}" if unit else ""
+        table.add_row(claim["claim"], text, claim["verdict"])
     write(table)
+
+
+def _figures(value: float, interval: Mapping[str, float], *, bits: bool, sign: str = "") -> str:
+    """A figure with its interval: bits as they are, shares in percent."""
+    return "{} [{}, {}]".format(*(f"{each:{sign}.2f}" if bits else f"{100 * each:{sign}.1f}"
+                                  for each in (value, interval["low"], interval["high"])))

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from ettin_eval.main import main
 from ettin_eval.results import mean_score
-from ettin_eval.study import compare, read_study, run_study
+from ettin_eval.study import compare, read_study, run_study, show
 from ettin_eval.suites import SUITES
 from ettin_eval.tasks import chosen
 
@@ -49,6 +49,26 @@ def test_verdicts_are_those_of_the_differences(tmp_path):
     assert means["a"]["encoder"]["value"] == pytest.approx(0.8, abs=0.09)
     same = compare(study, made_scores(study.seeds, {model: dict.fromkeys("abc", 0.5) for model in study.models}))
     assert [claim["verdict"] for claim in same["claims"]] == ["undecided"] * 2
+
+
+def test_of_bits_less_is_better_and_those_of_another_protocol_are_not_compared(tmp_path):
+    models = ["encoder", "decoder", "crossed"]
+    claims = [{"claim": "made", "source": "x", "better": better, "worse": "crossed", "kind": "text"}
+              for better in models[:2]]
+    study = read_study(write(tmp_path, models=models, tasks={"text": ["bits"]}, claims=claims, draws=500))
+    draws = np.random.default_rng(0).normal(2.0, 0.1, (3, 300))
+    scores = {model: {"bits": [mean_score("bits", metric, list(row + more)) for row in draws]} for model, metric, more
+              in (("encoder", "pseudo_bits_per_byte", 0), ("decoder", "bits_per_byte", 0),
+                  ("crossed", "bits_per_byte", 0.5))}
+    found = compare(study, scores)
+    assert [claim["verdict"] for claim in found["claims"]] == ["not comparable: the metrics differ", "holds"]
+    assert found["claims"][1]["difference"] == pytest.approx(0.5) and found["claims"][1]["unit"] == "bits"
+    assert [(task["metric"], list(task["mean"])) for task in found["tasks"]] == [
+        ("pseudo_bits_per_byte", ["encoder"]), ("bits_per_byte", ["decoder", "crossed"])]
+    shown = []
+    show({**found, "models": models}, shown.append)
+    assert [bool(cell) for cell in shown[0].columns[3].cells] == [True, False]
+    assert list(shown[1].columns[1].cells) == ["", "+0.50 [+0.50, +0.50] bits"]
 
 
 @pytest.mark.parametrize("changes, message", [
