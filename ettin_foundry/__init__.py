@@ -17,7 +17,7 @@ from ettin_foundry.version import __version__
 
 __all__ = ["REGISTRY", "__version__", "program_folder", "register"]
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # OpenMP spins: nano beside another process was 15 times slower
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # of 300,000: threads that spin hold up others, and wait for them
 
 # registry of LLM-Foundry -> name in YAML -> module:attribute
 REGISTRY: dict[str, dict[str, str]] = {

@@ -8,4 +8,4 @@ import os
 __version__ = "0.1.0"
 
 # OpenMP's threads spin while they wait, which costs a multiple of the time where another process has one of the cores
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # of 300,000; read when torch is imported
