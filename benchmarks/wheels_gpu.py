@@ -40,7 +40,7 @@ mlflow-skinny databricks-sdk google-auth cachetools cryptography cffi
 sqlparse pytz opentelemetry-api opentelemetry-sdk opentelemetry-semantic-conventions
 pydantic pydantic-core annotated-types typing-inspection
 zstandard zstd brotli python-snappy cramjam
-orjson fastokens setuptools xxhash plotext liger-kernel==0.8.5
+orjson fastokens setuptools xxhash liger-kernel==0.8.5
 """.split()
 
 

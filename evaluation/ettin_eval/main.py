@@ -96,15 +96,19 @@ def run(
                           **({"grid": settings.grid} if grid else {})}}
     results = Results(out, facts)
     started = time.monotonic()
-    for number, task in enumerate(wanted, 1):
-        if results.has(task.name):
-            continue
-        print(f"[{number}/{len(wanted)}] {task.name}: {task.about}", file=sys.stderr, flush=True)
-        begun = time.monotonic()
-        scores = task.run(subject, settings)
-        results.add(task.name, scores, time.monotonic() - begun)
+    _evaluate(wanted, subject, settings, results)
     _print(model, results, [task.name for task in wanted])
     print(f"finished: {len(wanted)} tasks in {time.monotonic() - started:.0f} s, {out}")
+
+
+def _evaluate(tasks: Sequence[Any], subject: Any, settings: Any, results: Any) -> None:
+    """Runs the tasks that the results do not hold; each is kept when it is done."""
+    for number, task in enumerate(tasks, 1):
+        if results.has(task.name):
+            continue
+        print(f"[{number}/{len(tasks)}] {task.name}: {task.about}", file=sys.stderr, flush=True)
+        begun = time.monotonic()
+        results.add(task.name, task.run(subject, settings), time.monotonic() - begun)
 
 
 def _print(model: str, results: Any, names: Sequence[str]) -> None:
